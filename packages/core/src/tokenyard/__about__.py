@@ -1,0 +1,3 @@
+"""The version of tokenyard-core."""
+
+__version__ = "0.1.0"

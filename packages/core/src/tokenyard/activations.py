@@ -1,0 +1,75 @@
+"""The activations of an expert: a = act(z), where a gated one takes z = [gate | up] and returns act(gate) * up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """Return relu(x)^2 (So et al. 2021, Primer, arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu_squared": relu_squared,
+}
+"""The function of each activation that is not gated."""
+
+GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+"""The function that each gated activation applies to its gate half (Shazeer 2020, arXiv 2002.05202)."""
+
+ACTIVATIONS: tuple[str, ...] = (*GATED, *POINTWISE)
+"""Every activation of the contract, by name."""
+
+
+def is_gated(activation: str) -> bool:
+    """Say whether the up projection of this activation has 2F rows, gate rows first."""
+    return activation in GATED
+
+
+def up_rows(activation: str, ffn_dim: int) -> int:
+    """Return the rows of one expert's up projection: 2F when gated, else F."""
+    return 2 * ffn_dim if is_gated(activation) else ffn_dim
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """Return a [..., F] for the pre-activation z [..., 2F] or [..., F]."""
+    if not is_gated(activation):
+        return POINTWISE[activation](z)
+    gate, up = z.chunk(2, dim=-1)
+    return GATED[activation](gate) * up
+
+
+def activate_backward(da: Tensor, z: Tensor, activation: str) -> Tensor:
+    """Return dz for the gradient da [..., F] of ``activate(z)``, without autograd."""
+    if not is_gated(activation):
+        return _pointwise_backward(da, z, activation)
+    gate, up = z.chunk(2, dim=-1)
+    dgate = _pointwise_backward(da * up, gate, {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[activation])
+    return torch.cat((dgate, da * GATED[activation](gate)), dim=-1)
+
+
+def _pointwise_backward(da: Tensor, z: Tensor, activation: str) -> Tensor:
+    aten = torch.ops.aten
+    match activation:
+        case "silu":
+            return aten.silu_backward(da, z)
+        case "gelu":
+            return aten.gelu_backward(da, z)
+        case "gelu_tanh":
+            return aten.gelu_backward(da, z, approximate="tanh")
+        case "relu":
+            return aten.threshold_backward(da, z, 0)
+        case _:
+            return da * 2 * F.relu(z)

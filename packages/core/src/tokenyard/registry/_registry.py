@@ -1,0 +1,94 @@
+"""The registry: every offer of the installed plugins, by kind and name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+
+from tokenyard import hookspecs
+from tokenyard.backend import KINDS, Backend, Kind
+from tokenyard.errors import BackendError
+from tokenyard.registry._choose import Chosen, Request, choose, parse_request
+from tokenyard.registry._discover import Plugin, Problem, installed_plugins
+from tokenyard.workload import Workload
+
+HOOKS: dict[Kind, str] = {
+    "router": "tokenyard_routers",
+    "permutation": "tokenyard_permutations",
+    "experts": "tokenyard_experts",
+    "exchange": "tokenyard_exchanges",
+    "strategy": "tokenyard_strategies",
+    "model": "tokenyard_models",
+}
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A backend together with the distribution that offers it."""
+
+    kind: Kind
+    backend: Backend
+    distribution: str
+    version: str
+
+
+class Registry:
+    """All offers of some plugins. Raises BackendError if two of them offer one name."""
+
+    def __init__(self, plugins: Iterable[Plugin], problems: Iterable[Problem] = ()):
+        self.problems: list[Problem] = list(problems)  # plugins left out, and why
+        self._offers: dict[Kind, dict[str, Offer]] = {kind: {} for kind in KINDS}
+        for plugin in plugins:
+            self._add(plugin)
+
+    def offers(self, kind: Kind) -> list[Offer]:
+        """List the offers of one kind, best priority first."""
+        return sorted(self._offers[kind].values(), key=lambda o: (-o.backend.priority, o.backend.name))
+
+    def choose(self, kind: Kind, request: Request = None, workload: Workload | None = None) -> Chosen:
+        """Choose a backend: the environment's ``TOKENYARD_<KIND>``, else `request`, else "auto".
+
+        `request` is a name, "auto", or a mapping with `name` and options. A named backend is never replaced; "auto"
+        takes the usable one of highest priority. Raises BackendError with what was asked, why not and what would work.
+        """
+        name, options = parse_request(kind, request)
+        return choose(kind, name, options, self.offers(kind), self.problems, workload)
+
+    def _add(self, plugin: Plugin) -> None:
+        manager = pluggy.PluginManager("tokenyard")
+        manager.add_hookspecs(hookspecs)
+        manager.register(plugin.module)
+        for kind, hook in HOOKS.items():
+            try:
+                backends = [backend for offered in getattr(manager.hook, hook)() for backend in offered]
+            except Exception as error:
+                reason = f"{plugin.distribution} {plugin.version} failed in its hook {hook}: {error!r}"
+                self.problems.append(Problem(plugin.distribution, reason))
+                continue
+            for backend in backends:
+                self._insert(Offer(kind, backend, plugin.distribution, plugin.version))
+
+    def _insert(self, offer: Offer) -> None:
+        name = offer.backend.name
+        other = self._offers[offer.kind].setdefault(name, offer)
+        if other is not offer:
+            raise BackendError(
+                f"{offer.kind} backend {name!r} is offered by both {other.distribution} {other.version} and "
+                f"{offer.distribution} {offer.version}; uninstall one of them"
+            )
+
+
+@functools.cache
+def default_registry() -> Registry:
+    """Return the registry of all installed plugins; they are looked for once per process."""
+    return Registry(*installed_plugins())
+
+
+def create(kind: Kind, request: Request, workload: Workload, *args: Any, registry: Registry | None = None) -> Any:
+    """Choose a backend and construct it as ``cls(workload, *args, **options)``."""
+    chosen = (registry or default_registry()).choose(kind, request, workload)
+    return chosen.construct(workload, *args)

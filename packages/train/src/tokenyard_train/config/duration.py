@@ -1,0 +1,47 @@
+"""Spans of training in LLM Foundry's notation: `200ba` batches, `1ep` epochs, `10000tok` tokens, `0.1dur` of the run."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator, PlainSerializer
+
+_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*(ba|ep|tok|dur)\s*$")
+
+
+class Span(NamedTuple):
+    """A length of training: `value` batches (ba), epochs (ep), tokens (tok) or shares of the run (dur)."""
+
+    value: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{self.unit}"
+
+    def batches(self, batch_tokens: int, epoch_batches: int, run_batches: int | None = None) -> int:
+        """Return the span in whole optimizer steps, at least 0; a share of the run needs `run_batches`."""
+        match self.unit:
+            case "ba":
+                return int(self.value)
+            case "ep":
+                return int(self.value * epoch_batches)
+            case "tok":
+                return -int(-self.value // batch_tokens)
+            case _:
+                if run_batches is None:
+                    raise ValueError("'dur' is a share of the run's length; max_duration itself takes ba, ep or tok")
+                return int(self.value * run_batches)
+
+
+def parse_span(value: Any) -> Span:
+    """Read `200ba`; raises ValueError saying what a span looks like."""
+    if isinstance(value, Span):
+        return value
+    match = _PATTERN.match(str(value))
+    if match is None:
+        raise ValueError("a duration is a number with ba (batches), ep (epochs), tok (tokens) or dur, such as 200ba")
+    return Span(float(match[1]), match[2])
+
+
+Duration = Annotated[Span, BeforeValidator(parse_span), PlainSerializer(str)]

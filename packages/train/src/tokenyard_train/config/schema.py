@@ -1,0 +1,162 @@
+"""The training config: LLM Foundry's key names where the concept is the same, and everything else refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from tokenyard_models.schema import Strict
+from tokenyard_train.config.duration import Duration, Span
+
+BackendChoice = str | dict[str, Any]
+
+
+class Tokenizer(Strict):
+    """How text becomes ids. `bytes`: each byte its value, and 256 ends a document."""
+
+    name: Literal["bytes"] = "bytes"
+
+
+class PythonStdlib(Strict):
+    """The text of the installed Python's standard library; a fixed share of its files is held out for evaluation."""
+
+    name: Literal["python_stdlib"]
+    shuffle: bool = True
+
+
+class TextDataset(Strict):
+    """Files and folders of UTF-8 text."""
+
+    path: str | list[str]
+    suffixes: list[str] = [".txt", ".md", ".py"]  # of the files that a folder contributes
+    shuffle: bool = True
+
+
+class Text(Strict):
+    """Text files of the user's."""
+
+    name: Literal["text"]
+    dataset: TextDataset
+
+
+Loader = Annotated[PythonStdlib | Text, Field(discriminator="name")]
+
+
+class Optimizer(Strict):
+    """AdamW. `decoupled_adamw` (Composer's) scales weight decay by lr / initial lr, `adamw` (torch's) by lr."""
+
+    name: Literal["decoupled_adamw", "adamw"] = "decoupled_adamw"
+    lr: float = Field(6e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Scheduler(Strict):
+    """How the learning rate changes: linear warm-up, then towards alpha_f of its peak at t_max."""
+
+    name: Literal["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"] = "cosine_with_warmup"
+    t_warmup: Duration = Span(0, "ba")
+    t_max: Duration = Span(1, "dur")
+    alpha_f: float = Field(0.0, ge=0, le=1)
+
+
+class GradientClipping(Strict):
+    """Scale all gradients together when their global norm passes the threshold."""
+
+    clipping_type: Literal["norm"] = "norm"
+    clipping_threshold: float = Field(1.0, gt=0)
+
+
+class Algorithms(Strict):
+    """Changes to the training step."""
+
+    gradient_clipping: GradientClipping | None = None
+
+
+class NgramBaselines(Strict):
+    """Before training, score the held-out text by unigram and smoothed bigram models of the training text."""
+
+
+class GenerateCallback(Strict):
+    """Continue prompts with the model being trained, at the end and every `interval`."""
+
+    prompts: list[str] = ["def "]
+    interval: Duration | None = None
+    max_new_tokens: PositiveInt = 200
+    temperature: float = Field(0.8, ge=0)
+
+
+class Callbacks(Strict):
+    """What else happens during a run."""
+
+    ngram_baselines: NgramBaselines | None = None
+    generate_callback: GenerateCallback | None = None
+
+
+class Loggers(Strict):
+    """Where metrics go besides metrics.jsonl, which is always written. (No tracker stands yet.)"""
+
+
+class Backends(Strict):
+    """Who computes each piece: a backend's name, "auto", or a mapping with `name` and its options."""
+
+    router: BackendChoice = "auto"
+    permutation: BackendChoice = "auto"
+    experts: BackendChoice = "auto"
+    exchange: BackendChoice = "auto"
+
+
+class Parallel(Strict):
+    """How the model is laid out over devices."""
+
+    strategy: BackendChoice = "single"
+    expert_parallel: PositiveInt | None = None
+
+
+class TrainConfig(Strict):
+    """One training run. Only `model`, `train_loader`, `max_duration` and the batch size have no default."""
+
+    variables: dict[str, Any] = {}  # for ${variables.x} in the same file
+    run_name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(17, ge=0)
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    max_seq_len: PositiveInt = 1024
+    model: dict[str, Any]  # `name`, and what that model's own config declares
+    tokenizer: Tokenizer = Tokenizer()
+    train_loader: Loader
+    eval_loader: Loader | None = None
+    optimizer: Optimizer = Optimizer()
+    scheduler: Scheduler = Scheduler()
+    algorithms: Algorithms = Algorithms()
+    max_duration: Duration
+    eval_interval: Duration | None = None  # None: at the end only
+    eval_subset_num_batches: int = -1  # -1: the whole held-out text
+    device_eval_batch_size: PositiveInt | None = None
+    global_train_batch_size: PositiveInt  # sequences per optimizer step, over all ranks
+    device_train_microbatch_size: PositiveInt | Literal["auto"] = "auto"  # sequences per forward; auto: the largest share
+    precision: Literal["fp32", "amp_bf16"] = "fp32"
+    activation_checkpointing: bool = False
+    save_folder: str | None = None  # None: runs/{run_name}
+    save_interval: Duration | None = None  # None: at the end only
+    save_num_checkpoints_to_keep: int = -1  # -1: all
+    load_path: str | None = None
+    autoresume: bool = False
+    console_log_interval: Duration = Span(1, "ba")
+    callbacks: Callbacks = Callbacks()
+    loggers: Loggers = Loggers()
+    backends: Backends = Backends()
+    parallel: Parallel = Parallel()
+
+    @model_validator(mode="after")
+    def _durations(self) -> TrainConfig:
+        if self.max_duration.unit == "dur":
+            raise ValueError("max_duration takes ba (batches), ep (epochs) or tok (tokens), not dur")
+        if self.max_duration.value <= 0:
+            raise ValueError("max_duration must be above 0")
+        for name in ("eval_interval", "save_interval", "console_log_interval"):
+            span = getattr(self, name)
+            if span is not None and span.value <= 0:
+                raise ValueError(f"{name} must be above 0; leave it out to do it at the end only")
+        return self
