@@ -1,4 +1,4 @@
-"""The hooks of tokenyard. A plugin implements some with `hookimpl` and names its module under entry point `tokenyard`."""
+"""The hooks of tokenyard. A plugin implements some with `hookimpl` and is named under the entry point `tokenyard`."""
 
 from __future__ import annotations
 

@@ -12,6 +12,17 @@ from tokenyard.activations import ACTIVATIONS
 from tokenyard.errors import ConfigError, did_you_mean
 
 
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        names = ", ".join(known)
+        raise ConfigError(f"{what} {value!r} is unknown{did_you_mean(value, known)}; known are: {names}")
+
+
+def _indivisible(what: str, value: int, experts: int) -> str:
+    divisors = ", ".join(str(d) for d in range(1, experts + 1) if experts % d == 0)
+    return f"{what} is {value}, which does not divide num_experts {experts}; these do: {divisors}"
+
+
 @dataclass(frozen=True)
 class RoutingRule:
     """How tokens choose experts; what is computed, not who computes it.
@@ -63,7 +74,7 @@ class Workload:
     bias: bool = False  # up_bias and down_bias in every expert
     router: RoutingRule = RoutingRule()
     dtype: torch.dtype = torch.float32  # what the experts compute in
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     capability: tuple[int, int] | None = None  # the CUDA compute capability; asked of the device if not given
     expert_parallel: int = 1  # ranks that share the experts
 
@@ -87,14 +98,3 @@ class Workload:
         object.__setattr__(self, "device", torch.device(self.device))
         if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        names = ", ".join(known)
-        raise ConfigError(f"{what} {value!r} is unknown{did_you_mean(value, known)}; known are: {names}")
-
-
-def _indivisible(what: str, value: int, experts: int) -> str:
-    divisors = ", ".join(str(d) for d in range(1, experts + 1) if experts % d == 0)
-    return f"{what} is {value}, which does not divide num_experts {experts}; these do: {divisors}"

@@ -43,7 +43,9 @@ class Chosen:
             if not self.options:
                 raise
             given = ", ".join(self.options)
-            raise BackendError(f"{self.kind} backend {self.backend.name!r} refused the options {given}: {error}") from error
+            raise BackendError(
+                f"{self.kind} backend {self.backend.name!r} refused the options {given}: {error}"
+            ) from error
 
 
 def parse_request(kind: Kind, request: Request) -> tuple[str, dict[str, Any]]:
@@ -73,9 +75,9 @@ def choose(
     offer = next((o for o in offers if o.backend.name == name), None)
     if offer is None:
         raise BackendError(_unknown(kind, name, offers, problems))
-    reason = _why_not(offer, workload)
+    reason = why_not(offer, workload)
     if reason is not None:
-        usable = [o.backend.name for o in offers if _why_not(o, workload) is None]
+        usable = [o.backend.name for o in offers if why_not(o, workload) is None]
         instead = f"usable here: {', '.join(usable)}" if usable else "no other is usable here"
         raise BackendError(f"{kind} backend {name!r} is unusable here: {reason}; {instead}")
     return Chosen(kind, offer.backend, options)
@@ -90,7 +92,7 @@ def _auto(
 ) -> Chosen:
     passed_over: dict[str, str] = {}
     for offer in offers:
-        reason = _why_not(offer, workload)
+        reason = why_not(offer, workload)
         if reason is None:
             _say_once(kind, offer.backend.name, tuple(passed_over.items()))
             return Chosen(kind, offer.backend, options, passed_over)
@@ -99,7 +101,8 @@ def _auto(
     raise BackendError(f"no {kind} backend is usable here ({reasons or 'none is installed'})")
 
 
-def _why_not(offer: Offer, workload: Workload | None) -> str | None:
+def why_not(offer: Offer, workload: Workload | None) -> str | None:
+    """Return the sentence of a backend that is unusable for the workload; None if it is usable, or none is given."""
     if workload is None:
         return None
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import pluggy
 
@@ -86,9 +85,3 @@ class Registry:
 def default_registry() -> Registry:
     """Return the registry of all installed plugins; they are looked for once per process."""
     return Registry(*installed_plugins())
-
-
-def create(kind: Kind, request: Request, workload: Workload, *args: Any, registry: Registry | None = None) -> Any:
-    """Choose a backend and construct it as ``cls(workload, *args, **options)``."""
-    chosen = (registry or default_registry()).choose(kind, request, workload)
-    return chosen.construct(workload, *args)

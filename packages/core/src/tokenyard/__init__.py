@@ -1,0 +1,65 @@
+"""tokenyard: dropless Mixture-of-Experts layers whose router, permutation, experts and exchange are plugins."""
+
+from tokenyard.__about__ import __version__
+from tokenyard.activations import ACTIVATIONS, activate, is_gated, up_rows
+from tokenyard.backend import KINDS, Backend, Kind
+from tokenyard.errors import BackendError, ConfigError, TokenyardError
+from tokenyard.experts import Experts, GroupedExperts
+from tokenyard.hookspecs import hookimpl
+from tokenyard.interfaces import (
+    Balance,
+    Compute,
+    Exchange,
+    ExpertKernel,
+    ExpertWeights,
+    Model,
+    Output,
+    Permutation,
+    Plan,
+    Router,
+    Routing,
+    Strategy,
+)
+from tokenyard.losses import AuxiliaryLoss, load_balancing_loss, z_loss
+from tokenyard.moe import MoE, moe_layers
+from tokenyard.registry import Chosen, Registry, default_registry
+from tokenyard.workload import RoutingRule, Workload
+
+__all__ = [
+    "ACTIVATIONS",
+    "KINDS",
+    "AuxiliaryLoss",
+    "Backend",
+    "BackendError",
+    "Balance",
+    "Chosen",
+    "Compute",
+    "ConfigError",
+    "Exchange",
+    "ExpertKernel",
+    "ExpertWeights",
+    "Experts",
+    "GroupedExperts",
+    "Kind",
+    "MoE",
+    "Model",
+    "Output",
+    "Permutation",
+    "Plan",
+    "Registry",
+    "Router",
+    "Routing",
+    "RoutingRule",
+    "Strategy",
+    "TokenyardError",
+    "Workload",
+    "__version__",
+    "activate",
+    "default_registry",
+    "hookimpl",
+    "is_gated",
+    "load_balancing_loss",
+    "moe_layers",
+    "up_rows",
+    "z_loss",
+]

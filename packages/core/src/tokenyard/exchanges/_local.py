@@ -1,0 +1,21 @@
+"""The `local` exchange: every rank holds all experts, so tokens stay where they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tokenyard.interfaces import Compute, Permutation, Routing
+from tokenyard.workload import Workload
+
+
+class LocalExchange:
+    """Computes tokens on this rank's experts."""
+
+    def __init__(self, workload: Workload, permutation: Permutation, group: Any = None):
+        pass
+
+    def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
+        """Return compute(x, ids, weights)."""
+        return compute(x, routing.topk_ids, routing.topk_weights)

@@ -1,0 +1,64 @@
+"""The module that owns the packed expert weights; whatever computes them, its state dict stays the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tokenyard.activations import up_rows
+from tokenyard.errors import ConfigError
+from tokenyard.interfaces import Exchange, ExpertKernel, ExpertWeights, Permutation, Routing
+from tokenyard.numerics import compute_dtype
+from tokenyard.workload import Workload
+
+
+class Experts(nn.Module):
+    """Holds the experts' weights and computes them through an exchange; the nested unit of FSDP and expert parallelism.
+
+    A strategy may replace the weights by shards (DTensor on dimension 0) and `exchange` by one that moves tokens.
+    """
+
+    up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
+    def __init__(self, workload: Workload, permutation: Permutation, kernel: ExpertKernel, exchange: Exchange):
+        super().__init__()
+        self.permutation, self.kernel, self.exchange = permutation, kernel, exchange
+        experts, dim, ffn_dim = workload.num_experts, workload.dim, workload.ffn_dim
+        rows = up_rows(workload.activation, ffn_dim)
+        self.up = nn.Parameter(torch.empty(experts, rows, dim))
+        self.down = nn.Parameter(torch.empty(experts, dim, ffn_dim))
+        self.register_parameter("up_bias", nn.Parameter(torch.empty(experts, rows)) if workload.bias else None)
+        self.register_parameter("down_bias", nn.Parameter(torch.empty(experts, dim)) if workload.bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw each matrix uniformly within 1/sqrt(fan in), as nn.Linear does, and zero the biases."""
+        for weight in (self.up, self.down):
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+        for bias in (self.up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return y [T, D] for tokens x [T, D]."""
+        return self.exchange(x, routing, self.compute)
+
+    def compute(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, rows: int | None = None) -> Tensor:
+        """Compute tokens x [S, D] on the experts of this rank; ids count from its first one."""
+        dtype = compute_dtype(x)
+        up_bias, down_bias = (None if b is None else _local(b, dtype) for b in (self.up_bias, self.down_bias))
+        weights = ExpertWeights(_local(self.up, dtype), _local(self.down, dtype), up_bias, down_bias)
+        x = x.to(dtype)
+        if weights.up.dtype != dtype:
+            raise ConfigError(
+                f"x is {dtype} but the experts' weights are {weights.up.dtype}; cast one, or use autocast"
+            )
+        plan = self.permutation.plan(topk_ids, weights.up.shape[0], rows)
+        return self.kernel(x, plan, topk_weights, weights)
+
+
+def _local(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return local.to(dtype) if torch.is_autocast_enabled(local.device.type) else local

@@ -1,0 +1,64 @@
+"""Auxiliary losses of a router, as explicit values of its Balance; nothing is kept in module globals.
+
+Notation: L layers, T tokens seen by each layer, K experts per token, E experts, F_e slots that chose expert e, P_e the
+sum over tokens of its probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenyard.errors import ConfigError
+from tokenyard.interfaces import Balance
+
+Convention = Literal["megablocks", "hf"]
+
+
+def load_balancing_loss(
+    balances: Sequence[Balance], tokens: Tensor | int, top_k: int, convention: Convention = "megablocks"
+) -> Tensor:
+    """Return the load-balancing loss of some layers; lowest when every expert gets the same number of tokens.
+
+    "megablocks": the mean over layers of E / (K T^2) * sum_e F_e P_e, which is 1 at balance (Fedus et al. 2021,
+    arXiv 2101.03961, for top-k). "hf": transformers' pooling, E * sum_e mean F_e/T * mean P_e/T with the means taken
+    over layers, which is K at balance and blind to layers whose imbalances cancel.
+    """
+    counts = torch.stack([b.counts for b in balances])  # [L, E]
+    probs = torch.stack([b.prob_sum for b in balances])  # [L, E]
+    experts = counts.shape[1]
+    share = counts.to(probs.dtype) / tokens
+    if convention == "hf":
+        return experts * (share.mean(0) * (probs / tokens).mean(0)).sum()
+    return experts / top_k * (share * (probs / tokens)).sum(1).mean()
+
+
+def z_loss(balances: Sequence[Balance], tokens: Tensor | int) -> Tensor:
+    """Return the mean over layers and tokens of logsumexp(logits)^2 (Zoph et al. 2022, ST-MoE, arXiv 2202.08906)."""
+    return torch.stack([b.z_sum for b in balances]).mean() / tokens
+
+
+@dataclass(frozen=True)
+class AuxiliaryLoss:
+    """The weighted sum of the router losses that a model asks for. Raises ConfigError for an unknown convention."""
+
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
+    convention: Convention = "megablocks"
+
+    def __post_init__(self) -> None:
+        if self.convention not in ("megablocks", "hf"):
+            raise ConfigError(f"load-balancing convention {self.convention!r} is unknown; known are: megablocks, hf")
+
+    def __call__(self, balances: Sequence[Balance], tokens: Tensor | int, top_k: int) -> Tensor | float:
+        """Return the loss to add for `tokens` tokens; 0.0 when there is no MoE layer or no weight."""
+        loss: Tensor | float = 0.0
+        if balances and self.balance_weight:
+            loss = self.balance_weight * load_balancing_loss(balances, tokens, top_k, self.convention)
+        if balances and self.z_weight:
+            loss = loss + self.z_weight * z_loss(balances, tokens)
+        return loss

@@ -1,0 +1,75 @@
+"""The `torch` permutation: a stable sort and index_select, on any device; without atomics, so repeatable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenyard.interfaces import Plan
+from tokenyard.permutations._moves import rows_to_slots, slots_to_rows, to_rows, to_tokens
+from tokenyard.workload import Workload
+
+
+class TorchPermutation:
+    """Plans and moves in plain torch."""
+
+    def __init__(self, workload: Workload):
+        pass
+
+    def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
+        """Sort the slots of topk_ids [T, K] by expert; dropped ones go last, into the tail."""
+        ids = topk_ids.reshape(-1).clamp(max=num_experts)
+        sorted_ids, order = ids.sort(stable=True)
+        experts = torch.arange(num_experts + 1, device=ids.device, dtype=ids.dtype)
+        offsets = torch.searchsorted(sorted_ids, experts, out_int32=True)
+        ranks = torch.arange(ids.numel(), device=ids.device, dtype=torch.int32)
+        inverse = torch.empty_like(ranks).scatter(0, order, ranks)
+        bound = ids.numel() if rows is None else min(rows, ids.numel())
+        return Plan(order[:bound].int(), inverse, offsets, topk_ids.shape[1])
+
+    def permute(self, x: Tensor, plan: Plan) -> Tensor:
+        """Copy tokens x [T, D] to their rows [R, D]; the tail is zero."""
+        return _Permute.apply(x, plan.order, plan.inverse, plan.offsets, plan.top_k)  # type: ignore[no-any-return]
+
+    def unpermute(self, rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
+        """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
+        return _Unpermute.apply(rows, topk_weights, plan.order, plan.inverse, plan.offsets, plan.top_k)  # type: ignore[no-any-return]
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order, inverse, offsets)
+        ctx.top_k = top_k
+        return to_rows(x, Plan(order, inverse, offsets, top_k))
+
+    @staticmethod
+    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
+        dx = _Unpermute.apply(drows, None, *ctx.saved_tensors, ctx.top_k)
+        return dx, None, None, None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
+    ) -> Tensor:
+        ctx.save_for_backward(rows if weights is not None else None, weights, order, inverse, offsets)
+        ctx.top_k = top_k
+        return to_tokens(rows, Plan(order, inverse, offsets, top_k), weights)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weights, *indices = ctx.saved_tensors
+        order, inverse, offsets = indices
+        plan = Plan(order, inverse, offsets, ctx.top_k)
+        drows = dweights = None
+        if ctx.needs_input_grad[0]:
+            drows = _Permute.apply(dy, *plan)
+            if weights is not None:
+                drows = (drows * slots_to_rows(weights, plan)).to(dy.dtype)
+        if weights is not None and ctx.needs_input_grad[1]:
+            dweights = (rows_to_slots(rows, plan).to(weights.dtype) * dy.unsqueeze(1)).sum(-1)
+        return drows, dweights, None, None, None, None

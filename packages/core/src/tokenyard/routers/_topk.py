@@ -1,0 +1,96 @@
+"""The top-k router: softmax or sigmoid scores, and every option of RoutingRule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenyard.interfaces import Balance, Routing, logits_dtype
+from tokenyard.numerics import compute_dtype
+from tokenyard.routers._selection import chosen_experts, drop_over_capacity, select
+from tokenyard.workload import Workload
+
+
+class TopKRouter(nn.Module):
+    """Scores tokens by one matrix and selects the K best experts, as ``workload.router`` says.
+
+    Logits are the product of operands rounded to the compute dtype, accumulated in float32 (float64 for float64), also
+    under autocast, so that mixed precision by autocast and by FSDP routes alike.
+    """
+
+    selection_bias: Tensor | None
+
+    def __init__(self, workload: Workload):
+        super().__init__()
+        self.rule = workload.router
+        self.num_experts, self.top_k = workload.num_experts, workload.top_k
+        self.weight = nn.Parameter(torch.empty(workload.num_experts, workload.dim))
+        bias = torch.zeros(workload.num_experts, dtype=torch.float32) if self.rule.bias_update_rate else None
+        self.register_buffer("selection_bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight uniformly within 1/sqrt(D), as nn.Linear does, and zero the selection bias."""
+        nn.init.uniform_(self.weight, -(self.weight.shape[1] ** -0.5), self.weight.shape[1] ** -0.5)
+        if self.selection_bias is not None:
+            nn.init.zeros_(self.selection_bias)
+
+    def forward(self, x: Tensor, topk_ids: Tensor | None = None) -> Routing:
+        """Route x [T, D]; topk_ids [T, K] given are taken as they are, and only weighted."""
+        logits = self._logits(self._jitter(x))
+        scores = logits.sigmoid() if self.rule.score == "sigmoid" else logits.softmax(-1)
+        ids = self._select(logits, scores) if topk_ids is None else topk_ids.long()
+        weights = self._weigh(logits, scores, ids)
+        if topk_ids is None and self.rule.capacity_factor is not None:
+            capacity = int(self.rule.capacity_factor * self.top_k * x.shape[0] / self.num_experts)
+            ids = drop_over_capacity(ids, self.num_experts, capacity)
+        return Routing(ids.int(), weights, logits)
+
+    def balance(self, routing: Routing) -> Balance:
+        """Reduce a routing to sums; probabilities are the softmax, or the sigmoid scores divided by their sum."""
+        chosen = chosen_experts(routing.topk_ids.reshape(-1).long(), self.num_experts)
+        counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=chosen.device)
+        counts = counts.scatter_add(0, chosen, torch.ones_like(chosen))[:-1]
+        scores = routing.logits.sigmoid() if self.rule.score == "sigmoid" else routing.logits.softmax(-1)
+        probs = scores / scores.sum(-1, keepdim=True) if self.rule.score == "sigmoid" else scores
+        dropped = (routing.topk_ids >= self.num_experts).sum()
+        return Balance(counts, dropped, probs.sum(0), routing.logits.logsumexp(-1).square().sum())
+
+    @torch.no_grad()
+    def update(self, counts: Tensor) -> None:
+        """Move the selection bias towards the experts that got less than the mean (arXiv 2408.15664, algorithm 1)."""
+        if self.selection_bias is not None:
+            counts = counts.to(self.selection_bias)
+            self.selection_bias += self.rule.bias_update_rate * (counts.mean() - counts).sign()
+
+    def _jitter(self, x: Tensor) -> Tensor:
+        if not (self.training and self.rule.jitter):
+            return x
+        return x * torch.empty_like(x).uniform_(1 - self.rule.jitter, 1 + self.rule.jitter)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        narrow = compute_dtype(x)
+        wide = logits_dtype(narrow)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(narrow).to(wide), self.weight.to(narrow).to(wide))
+
+    @torch.no_grad()
+    def _select(self, logits: Tensor, scores: Tensor) -> Tensor:
+        scores = logits if self.rule.select_first else scores
+        if self.selection_bias is not None:
+            scores = scores + self.selection_bias
+        return select(scores, self.top_k, self.rule)
+
+    def _weigh(self, logits: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
+        kept = ids < self.num_experts
+        ids = ids.clamp(max=self.num_experts - 1)
+        if self.rule.select_first:
+            chosen = logits.gather(1, ids).masked_fill(~kept, torch.finfo(logits.dtype).min)
+            weights = chosen.softmax(-1) * kept
+        else:
+            weights = scores.gather(1, ids) * kept
+        if self.rule.normalize is not None:
+            norm = torch.linalg.vector_norm(weights, ord=self.rule.normalize, dim=-1, keepdim=True)
+            weights = weights / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return weights * self.rule.scale if self.rule.scale != 1 else weights

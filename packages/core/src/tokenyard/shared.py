@@ -1,0 +1,38 @@
+"""The expert that sees every token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenyard.activations import activate, up_rows
+
+
+class SharedExpert(nn.Module):
+    """One dense expert, weighted like nothing else: y = down(act(up(x)))."""
+
+    up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
+    def __init__(self, dim: int, ffn_dim: int, activation: str, bias: bool = False):
+        super().__init__()
+        self.activation = activation
+        rows = up_rows(activation, ffn_dim)
+        self.up = nn.Parameter(torch.empty(rows, dim))
+        self.down = nn.Parameter(torch.empty(dim, ffn_dim))
+        self.register_parameter("up_bias", nn.Parameter(torch.empty(rows)) if bias else None)
+        self.register_parameter("down_bias", nn.Parameter(torch.empty(dim)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw each matrix uniformly within 1/sqrt(fan in), and zero the biases."""
+        for weight in (self.up, self.down):
+            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
+        for bias in (self.up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [T, D] for tokens x [T, D]."""
+        return F.linear(activate(F.linear(x, self.up, self.up_bias), self.activation), self.down, self.down_bias)

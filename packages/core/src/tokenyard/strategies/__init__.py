@@ -1,0 +1,5 @@
+"""Core's strategies."""
+
+from tokenyard.strategies._single import SingleStrategy
+
+__all__ = ["SingleStrategy"]

@@ -1,0 +1,37 @@
+"""The `single` strategy: the whole model on one device of one process."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class SingleStrategy:
+    """Keeps everything on one device."""
+
+    data = (0, 1)
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+
+    def unusable(self, model: nn.Module) -> str | None:
+        """Accept any model."""
+        return None
+
+    def layout(self, model: nn.Module) -> nn.Module:
+        """Allocate the model on the device; values are undefined until it is initialised or loaded."""
+        return model.to_empty(device=self.device)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Return x: there is one data rank."""
+        return x
+
+    def clip(self, model: nn.Module, max_norm: float = math.inf) -> Tensor:
+        """Scale all gradients to a global norm of at most max_norm; return the norm before."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if math.isfinite(max_norm):
+            nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+        return norm

@@ -1,0 +1,57 @@
+"""Standard tests of exchanges, in one process: whatever moves, the result is that of computing in place."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from tokenyard.backend import Kind
+from tokenyard.interfaces import ExpertWeights, Routing
+from tokenyard.permutations import TorchPermutation
+from tokenyard.testing import _oracle
+from tokenyard.testing._base import Conformance
+from tokenyard.testing._cases import make_case, routings
+from tokenyard.testing._compare import relative_error
+from tokenyard.testing._experts import ROUTINGS
+from tokenyard.workload import Workload
+
+
+class ExchangeConformance(Conformance):
+    """What every exchange must do without a process group."""
+
+    kind: ClassVar[Kind] = "exchange"
+
+    @pytest.mark.parametrize("routing", ROUTINGS)
+    def test_equals_computing_in_place(self, routing: str) -> None:
+        """Outputs and the gradients of x and topk_weights, in float64."""
+        exchange, case = self._exchange(), make_case(self._workload(), routings(21, 4, 2)[routing])
+        inputs = [case.tensors["x"], case.tensors["topk_weights"]]
+        logits = torch.zeros(21, 4, dtype=torch.float64, device=self.run_device())
+        results = []
+        for run in (exchange, lambda x, r, compute: compute(x, r.topk_ids, r.topk_weights)):
+            y = run(inputs[0], Routing(case.ids, inputs[1], logits), lambda *args: self._compute(case.weights(), *args))
+            results.append([y, *torch.autograd.grad(y, inputs, case.dy)])
+        for got, want in zip(*results):
+            assert relative_error(got, want) < 1e-13
+
+    def test_no_tokens(self) -> None:
+        """An empty batch comes back empty, with a gradient."""
+        exchange, case = self._exchange(), make_case(self._workload(), torch.empty(0, 2, dtype=torch.int32))
+        x = case.tensors["x"]
+        routing = Routing(case.ids, case.tensors["topk_weights"], x.new_zeros(0, 4))
+        y = exchange(x, routing, lambda *args: self._compute(case.weights(), *args))
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert y.shape == dx.shape == (0, 8)
+
+    def _workload(self) -> Workload:
+        return Workload(8, 12, 4, 2, dtype=torch.float64, device=self.run_device())
+
+    def _exchange(self) -> Any:
+        workload = self._workload()
+        return self.construct(workload, TorchPermutation(workload), None, workload=workload)
+
+    @staticmethod
+    def _compute(weights: ExpertWeights, x: Any, ids: Any, topk_weights: Any, rows: int | None = None) -> Any:
+        return _oracle.experts(x, ids, topk_weights, weights, "swiglu")

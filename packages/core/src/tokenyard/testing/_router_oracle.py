@@ -1,0 +1,53 @@
+"""The definition of the top-k router's selection and weights, token by token in plain Python."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenyard.workload import RoutingRule
+
+
+def scores(logits: Tensor, rule: RoutingRule) -> Tensor:
+    """Return the scores [T, E] of logits."""
+    return 1 / (1 + torch.exp(-logits)) if rule.score == "sigmoid" else torch.softmax(logits, -1)
+
+
+def select(logits: Tensor, bias: Tensor | None, rule: RoutingRule, top_k: int) -> list[list[int]]:
+    """Return each token's K experts, best first; equal scores lowest id first."""
+    by = logits if rule.select_first else (logits.sigmoid() if rule.score == "sigmoid" else logits.softmax(-1))
+    by = by if bias is None else by + bias
+    return [_select_one(row, rule, top_k) for row in by.tolist()]
+
+
+def within_capacity(chosen: list[list[int]], rule: RoutingRule, num_experts: int) -> list[list[int]]:
+    """Return the ids with ``E + 1 + e`` for every slot that expert e has no room for, first come first served."""
+    if rule.capacity_factor is None:
+        return chosen
+    slots = sum(len(row) for row in chosen)
+    room = [int(rule.capacity_factor * slots / num_experts)] * num_experts
+    kept: list[list[int]] = []
+    for row in chosen:
+        kept.append([])
+        for e in row:
+            kept[-1].append(e if room[e] > 0 else num_experts + 1 + e)
+            room[e] -= 1
+    return kept
+
+
+def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
+    """Return the weights [T, K] of chosen experts."""
+    weights = torch.softmax(logits.gather(1, ids), -1) if rule.select_first else scores(logits, rule).gather(1, ids)
+    if rule.normalize is not None:
+        weights = weights / (weights**rule.normalize).sum(1, keepdim=True) ** (1 / rule.normalize)
+    return weights * rule.scale
+
+
+def _select_one(row: list[float], rule: RoutingRule, top_k: int) -> list[int]:
+    size = len(row) // rule.num_groups
+    groups = [row[g * size : (g + 1) * size] for g in range(rule.num_groups)]
+    best = 2 if rule.group_score == "top2" else 1
+    value = [sum(sorted(group, reverse=True)[:best]) for group in groups]
+    kept = sorted(range(rule.num_groups), key=lambda g: (-value[g], g))[: rule.groups_kept]
+    allowed = [e for e in range(len(row)) if e // size in kept]
+    return sorted(allowed, key=lambda e: (-row[e], e))[:top_k]
