@@ -58,8 +58,9 @@ class RoutingRule:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"router {name} is {value}; give a number above 0, or leave it out")
-        if not 1 <= self.groups_kept <= self.num_groups:
-            raise ConfigError(f"router groups_kept is {self.groups_kept}; num_groups {self.num_groups} allows 1 to it")
+        groups, kept = self.num_groups, self.groups_kept
+        if not 1 <= kept <= groups:
+            raise ConfigError(f"router groups_kept is {kept}; choose from 1 to num_groups, {groups}")
 
 
 @dataclass(frozen=True)

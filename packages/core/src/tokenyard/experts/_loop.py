@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from tokenyard.activations import activate
 from tokenyard.interfaces import ExpertWeights, Permutation, Plan, logits_dtype
+from tokenyard.permutations._moves import kept_slots
 from tokenyard.workload import Workload
 
 
@@ -21,7 +22,7 @@ class LoopExperts:
         """Return y [T, D] for unsorted tokens x [T, D]."""
         wide = logits_dtype(x.dtype)
         experts = torch.searchsorted(plan.offsets[1:], plan.inverse, right=True).view(-1, plan.top_k)  # [T, K]
-        live = (plan.inverse < plan.offsets[-1]).view(-1, plan.top_k).any(1, keepdim=True)
+        live = kept_slots(plan).any(1, keepdim=True)
         x = torch.where(live, x, x.new_zeros(()))  # 0 * NaN would reach the output of a token that was dropped
         y = x.new_zeros(x.shape, dtype=wide)
         for e in range(weights.up.shape[0]):

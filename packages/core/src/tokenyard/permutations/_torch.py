@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenyard.interfaces import Plan
-from tokenyard.permutations._moves import rows_to_slots, slots_to_rows, to_rows, to_tokens
+from tokenyard.permutations._moves import kept_slots, rows_to_slots, slots_to_rows, to_rows, to_tokens
 from tokenyard.workload import Workload
 
 
@@ -71,5 +71,6 @@ class _Unpermute(torch.autograd.Function):
             if weights is not None:
                 drows = (drows * slots_to_rows(weights, plan)).to(dy.dtype)
         if weights is not None and ctx.needs_input_grad[1]:
-            dweights = (rows_to_slots(rows, plan).to(weights.dtype) * dy.unsqueeze(1)).sum(-1)
+            dots = (rows_to_slots(rows, plan).to(weights.dtype) * dy.unsqueeze(1)).sum(-1)
+            dweights = torch.where(kept_slots(plan), dots, 0)
         return drows, dweights, None, None, None, None

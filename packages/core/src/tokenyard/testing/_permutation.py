@@ -91,16 +91,19 @@ class PermutationConformance(Conformance):
         assert_close(got, *(self._plain(rows, weights, plan, gradient, names, d) for d in (dtype, torch.float64)))
 
     def test_tail_is_never_read(self) -> None:
-        """NaN in the tail of rows reaches neither the tokens nor a gradient."""
+        """NaN in the tail of rows, or coming back for a dropped token, reaches neither tokens nor gradients."""
         permutation, plan, ids = self._planned(torch.float32)
         live = int(plan.offsets[-1])
         rows = self._randn(len(plan.order), dtype=torch.float32)
         rows[live:] = float("nan")
         weights = torch.rand(ids.shape, device=rows.device).requires_grad_()
         y = permutation.unpermute(rows.requires_grad_(), plan, weights)
-        drows, dweights = torch.autograd.grad(y, [rows, weights], torch.ones_like(y))
+        dy = torch.ones_like(y)
+        dy[0] = float("nan")  # this token's slots were all dropped
+        drows, dweights = torch.autograd.grad(y, [rows, weights], dy)
         assert live < len(rows)
         assert y.isfinite().all()
+        assert drows.isfinite().all()
         assert dweights.isfinite().all()
         assert not drows[live:].any()
         assert not dweights[ids.to(rows.device) >= E].any()

@@ -1,4 +1,4 @@
-"""Loaded by pytest in every project that has tokenyard installed: it must import nothing heavy at the top."""
+"""Loaded by pytest in every project that has tokenyard-core installed, outside `tokenyard` so that torch stays out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have asserts in the kit explained like a test's own."""
+    """Declare the marker of tests that need a GPU."""
     config.addinivalue_line("markers", "gpu: needs one CUDA GPU")
 
 
-pytest.register_assert_rewrite(
+pytest.register_assert_rewrite(  # so that a failing assert in the kit is explained like a test's own
     "tokenyard.testing._base",
     "tokenyard.testing._compare",
     "tokenyard.testing._exchange",

@@ -1,0 +1,57 @@
+"""Who imports whom: packages meet through the registry, and core stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGES = Path(__file__).parents[2] / "packages"
+CORE = "tokenyard"
+OURS = {
+    folder.name: next(p for p in (folder / "src").iterdir() if p.is_dir()).name
+    for folder in PACKAGES.iterdir()
+    if (folder / "src").is_dir()
+}
+FREE = {"train"}  # may import any of ours
+
+
+def imports(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    nodes = ast.walk(ast.parse(path.read_text()))
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("folder", sorted(set(OURS) - FREE))
+def test_packages_import_core_and_never_each_other(folder):
+    others = set(OURS.values()) - {OURS[folder], CORE}
+    breaches = {path.name: imports(path) & others for path in (PACKAGES / folder / "src").rglob("*.py")}
+    assert not {name: found for name, found in breaches.items() if found}
+
+
+def test_core_imports_only_what_it_declares():
+    allowed = set(sys.stdlib_module_names) | {CORE, "torch", "pluggy", "packaging", "pytest"}  # pytest: the kit only
+    found = {path.name: imports(path) - allowed for path in (PACKAGES / "core" / "src").rglob("*.py")}
+    assert not {name: extra for name, extra in found.items() if extra}
+    kit = PACKAGES / "core" / "src" / CORE / "testing"
+    users = {path for path in (PACKAGES / "core" / "src" / CORE).rglob("*.py") if "pytest" in imports(path)}
+    assert all(path.is_relative_to(kit) for path in users)
+
+
+def run(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_importing_core_and_building_a_layer_loads_neither_triton_nor_another_package():
+    others = ", ".join(repr(name) for name in {*OURS.values(), "triton", "pydantic"} - {CORE})
+    run(f"import sys, tokenyard; found = {{{others}}} & set(sys.modules); assert not found, found")
+
+
+def test_the_pytest_plugin_does_not_import_torch():
+    run(
+        "import sys; from importlib.metadata import entry_points\n"
+        "entry_points(group='pytest11', name='tokenyard')['tokenyard'].load(); assert 'torch' not in sys.modules"
+    )

@@ -1,0 +1,184 @@
+"""The kit fails backends that are deliberately wrong, and says what is wrong with them."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tokenyard import Backend, GroupedExperts, Registry, hookimpl
+from tokenyard.experts import TorchExperts
+from tokenyard.registry import Plugin
+from tokenyard.testing import ExpertsConformance
+
+
+class Scale(torch.autograd.Function):
+    """The identity, with a gradient that is off by a factor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 1.01 * dy
+
+
+class WrongGateGradient(TorchExperts):
+    def __call__(self, x, plan, topk_weights, weights):
+        return super().__call__(x, plan, None if topk_weights is None else Scale.apply(topk_weights), weights)
+
+
+class MutatedInput(TorchExperts):
+    def __call__(self, x, plan, topk_weights, weights):
+        y = super().__call__(x, plan, topk_weights, weights)
+        x.data.mul_(1.5)  # so that not even autograd's version counter sees it
+        return y
+
+
+class NaNForEmptyExperts(TorchExperts):
+    """Leaves the weight gradients of experts without rows undefined, as a grouped product may."""
+
+    def __call__(self, x, plan, topk_weights, weights):
+        up = weights.up.clone()
+        if up.requires_grad:
+            empty = (plan.offsets.diff() == 0).view(-1, 1, 1)
+            up.register_hook(lambda grad: torch.where(empty, float("nan"), grad))
+        return super().__call__(x, plan, topk_weights, weights._replace(up=up))
+
+
+class Noisy(TorchExperts):
+    """Differs from run to run."""
+
+    def __call__(self, x, plan, topk_weights, weights):
+        y = super().__call__(x, plan, topk_weights, weights)
+        return y * (1 + torch.rand(()).to(y.dtype) * torch.finfo(y.dtype).eps * 4)
+
+
+class RightRows(GroupedExperts):
+    """An unfused reglu kernel."""
+
+    def mlp(self, rows, offsets, weights):
+        out = torch.zeros_like(rows)
+        for e, (start, end) in enumerate(pairwise(offsets.tolist())):
+            gate, up = (rows[start:end] @ weights.up[e].mT).chunk(2, -1)
+            out[start:end] = (gate.relu() * up) @ weights.down[e].mT
+        return out
+
+
+class UnwrittenRows(RightRows):
+    """Leaves the last row as the allocator gave it."""
+
+    def mlp(self, rows, offsets, weights):
+        out = torch.empty_like(rows)
+        out[:-1] = super().mlp(rows, offsets, weights)[:-1]
+        return out
+
+
+class ReadsDroppedTokens(TorchExperts):
+    """Multiplies by zero where it should not look."""
+
+    def __call__(self, x, plan, topk_weights, weights):
+        return super().__call__(x, plan, topk_weights, weights) + 0 * x.sum()
+
+
+class BreaksTheGraph(TorchExperts):
+    def __call__(self, x, plan, topk_weights, weights):
+        torch._dynamo.graph_break()
+        return super().__call__(x, plan, topk_weights, weights)
+
+
+def conformance(kernel: type) -> ExpertsConformance:
+    class Kit(ExpertsConformance):
+        backend = "torch"
+
+        def construct(self, *args, workload=None):
+            return kernel(*args)
+
+    return Kit()
+
+
+def record(name: str, value: object) -> None:
+    """Stand in for pytest's record_property."""
+
+
+def matches_oracle(kit):
+    kit.test_matches_oracle(torch.float32, "reglu", False, record)
+
+
+def routes_everywhere(kit):
+    kit.test_routings("all to one expert", 3, record)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "test", "complaint"),
+    [
+        (WrongGateGradient, matches_oracle, r"d topk_weights: relative error 1\.0..e-02, allowed"),
+        (MutatedInput, ExpertsConformance.test_inputs_are_not_mutated, "the kernel changed x in place"),
+        (NaNForEmptyExperts, routes_everywhere, "d up: relative error inf"),
+        (Noisy, ExpertsConformance.test_same_result_twice, "y differs from run to run"),
+        (UnwrittenRows, matches_oracle, "y: relative error inf"),
+        (
+            ReadsDroppedTokens,
+            lambda kit: kit.test_static_rows_bound(record),
+            "read a token or gradient that was dropped",
+        ),
+        (BreaksTheGraph, lambda kit: kit.test_compiles_whole(record), "graph_break"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_wrong_kernel_fails(kernel, test, complaint):
+    test(conformance(TorchExperts if kernel is not UnwrittenRows else RightRows))
+    with pytest.raises(Exception, match=complaint):
+        test(conformance(kernel))
+
+
+class TestTheGuard:
+    """A standard test stands, unless it is expected to fail for a reason."""
+
+    def test_overriding_fails(self):
+        class Sly(ExpertsConformance):
+            def test_same_result_twice(self):
+                pass
+
+        with pytest.raises(AssertionError, match="test_same_result_twice is a standard test; mark it xfail"):
+            Sly().test_standard_tests_stand()
+
+    def test_removing_fails(self):
+        class Removed(ExpertsConformance):
+            test_routings = None
+
+        with pytest.raises(AssertionError, match="test_routings is a standard test"):
+            Removed().test_standard_tests_stand()
+
+    def test_expected_failure_with_a_reason_stands(self):
+        class Honest(ExpertsConformance):
+            @pytest.mark.xfail(reason="sums by atomics")
+            def test_same_result_twice(self):
+                super().test_same_result_twice()
+
+        Honest().test_standard_tests_stand()
+
+
+def test_an_unusable_backend_is_skipped_with_its_own_sentence():
+    class Offer:
+        @staticmethod
+        @hookimpl
+        def tokenyard_experts():
+            return [Backend("lunar", "os:sep", unusable=lambda workload: "'lunar' needs a moon")]
+
+    class Kit(ExpertsConformance):
+        backend = "lunar"
+
+        def registry(self):
+            return Registry([Plugin(Offer, "lunar", "1.0")])
+
+    with pytest.raises(pytest.skip.Exception, match="lunar: 'lunar' needs a moon"):
+        Kit().test_inputs_are_not_mutated()
+
+
+def test_a_backend_that_is_not_installed_fails_with_the_registry_s_sentence():
+    class Kit(ExpertsConformance):
+        backend = "torhc"
+
+    with pytest.raises(pytest.fail.Exception, match=r"'torhc' is unknown \(did you mean 'torch'"):
+        Kit().test_inputs_are_not_mutated()

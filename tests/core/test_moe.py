@@ -1,0 +1,155 @@
+"""The MoE layer as a whole."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tokenyard import BackendError, ConfigError, ExpertWeights, MoE, RoutingRule, Workload, moe_layers
+from tokenyard.testing._compare import relative_error
+from tokenyard.testing._oracle import experts as oracle
+
+D, F_, E, K = 16, 24, 6, 2
+
+
+def layer(rule: RoutingRule | None = None, **kwargs) -> MoE:
+    return MoE(Workload(D, F_, E, K, router=rule or RoutingRule(), dtype=torch.float64), dtype=torch.float64, **kwargs)
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, D, dtype=torch.float64)
+
+
+def test_output_and_gradients_equal_the_published_equation():
+    moe, x = layer(RoutingRule(normalize=1)), tokens(50).requires_grad_()
+    weights = ExpertWeights(moe.experts.up, moe.experts.down)
+    probs = (x @ moe.router.weight.T).softmax(-1)
+    top, ids = probs.topk(K)
+    want = oracle(x, ids, top / top.sum(1, keepdim=True), weights, "swiglu")
+    got, routing = moe(x)
+    assert torch.equal(routing.topk_ids.long(), ids)
+    leaves, dy = [x, *moe.parameters()], torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy)):
+        assert relative_error(a, b) < 1e-13
+    assert relative_error(got, want) < 1e-13
+
+
+def test_any_leading_shape():
+    moe, x = layer(), tokens(3, 7)
+    assert torch.equal(moe(x)[0], moe(x.view(21, D))[0].view(3, 7, D))
+    assert moe(tokens(0))[0].shape == (0, D)
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
+def test_shared_expert_and_output_bias(weighted):
+    moe, x = layer(shared_dim=10, shared_weighted_sum=weighted, output_bias=True), tokens(9)
+    nn.init.normal_(moe.bias)
+    gate, up = F.linear(x, moe.shared.up).chunk(2, -1)
+    shared = F.linear(F.silu(gate) * up, moe.shared.down)
+    routed = moe.experts(x, moe.router(x))
+    want = (K * routed + shared) / (K + 1) if weighted else routed + shared
+    assert relative_error(moe(x)[0], want + moe.bias) < 1e-14
+
+
+def test_given_ids_override_the_selection():
+    moe, x = layer(), tokens(12)
+    forced = torch.arange(12).unsqueeze(1).add(torch.arange(K)).remainder(E)
+    y, routing = moe(x, forced)
+    want = oracle(
+        x, forced, moe.router(x, forced).topk_weights, ExpertWeights(moe.experts.up, moe.experts.down), "swiglu"
+    )
+    assert torch.equal(routing.topk_ids.long(), forced)
+    assert relative_error(y, want) < 1e-13
+
+
+def test_dropped_slots_add_nothing():
+    moe, x = layer(RoutingRule(capacity_factor=0.5)), tokens(30)
+    y, routing = moe(x)
+    dropped = (routing.topk_ids >= E).all(1)
+    assert dropped.any()
+    assert not y[dropped].any()
+
+
+def test_backends_share_one_state_dict_and_one_result():
+    torch_moe, loop_moe, x = layer(), layer(backends={"experts": "loop"}), tokens(20)
+    loop_moe.load_state_dict(torch_moe.state_dict())
+    assert (torch_moe.chosen["experts"].backend.name, loop_moe.chosen["experts"].backend.name) == ("torch", "loop")
+    assert relative_error(torch_moe(x)[0], loop_moe(x)[0]) < 1e-14
+
+
+def test_loop_has_second_derivatives():
+    moe, x = layer(backends={"experts": "loop"}), tokens(4).requires_grad_()
+    ids = moe.router(x).topk_ids
+    assert torch.autograd.gradgradcheck(lambda x: moe(x, ids)[0], (x,))
+
+
+@pytest.mark.parametrize(
+    "rule", [RoutingRule(), RoutingRule(jitter=0.1, capacity_factor=1.0)], ids=["plain", "jitter, capacity"]
+)
+def test_compiles_whole(rule):
+    torch.compiler.reset()
+    moe, x = layer(rule, shared_dim=8, output_bias=True), tokens(2, 11)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (moe, compiled):
+        torch.manual_seed(0)
+        y, routing = run(x)
+        balance = moe.router.balance(routing)
+        gradients.append(torch.autograd.grad(y.square().sum() + balance.z_sum, list(moe.parameters())))
+    for a, b in zip(*gradients):
+        assert relative_error(b, a) < 1e-12
+
+
+def test_autocast_computes_in_low_precision_and_keeps_float32_weights():
+    moe, x = MoE(Workload(D, F_, E, K, dtype=torch.bfloat16)), torch.randn(40, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, routing = moe(x)
+    assert y.dtype == torch.bfloat16
+    assert routing.topk_weights.dtype == routing.logits.dtype == torch.float32
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in moe.parameters())
+    weights = ExpertWeights(moe.experts.up.double(), moe.experts.down.double())
+    want = oracle(x.double(), routing.topk_ids, routing.topk_weights.double(), weights, "swiglu")
+    assert relative_error(y, want) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_meta_construction_allocates_nothing():
+    with torch.device("meta"):
+        moe = MoE(Workload(6144, 10752, 16, 4))
+    assert all(p.is_meta for p in moe.parameters())
+    assert sum(p.numel() for p in moe.parameters()) == 16 * 3 * 6144 * 10752 + 16 * 6144
+
+
+def test_layers_are_listed_in_order():
+    model = nn.Sequential(layer(), nn.Linear(D, D), nn.Sequential(layer()))
+    assert moe_layers(model) == [model[0], model[2][0]]
+
+
+def test_unknown_part_is_named():
+    with pytest.raises(ConfigError, match=r"backends.expert is not a known key \(did you mean 'experts'\?\)"):
+        layer(backends={"expert": "torch"})
+
+
+def test_expert_parallelism_needs_an_exchange_that_moves():
+    with pytest.raises(
+        BackendError, match=r"no exchange backend is usable here \(local: 'local' keeps tokens on their rank"
+    ):
+        MoE(Workload(D, F_, E, K, expert_parallel=2))
+
+
+def test_unknown_router_algorithm_is_nobody_s():
+    with pytest.raises(
+        BackendError, match=r"no router backend is usable.*'torch' computes the router algorithm 'topk'"
+    ):
+        layer(RoutingRule(algorithm="expert_choice"))
+
+
+def test_mismatched_dtypes_are_named():
+    moe = MoE(Workload(D, F_, E, K))
+    with pytest.raises(ConfigError, match=r"x is torch.bfloat16 but the experts' weights are torch.float32"):
+        moe(torch.randn(3, D, dtype=torch.bfloat16))
+
+
+def test_shared_width_out_of_range():
+    with pytest.raises(ConfigError, match="shared_dim is 0; it must be at least 1, or left out"):
+        layer(shared_dim=0)

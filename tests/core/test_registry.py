@@ -1,0 +1,126 @@
+"""Backends are found, chosen and refused as a user would expect, with sentences that help."""
+
+import logging
+
+import pytest
+
+from tokenyard import BackendError, ConfigError, Workload
+from tokenyard.registry import _choose
+
+WORKLOAD = Workload(8, 8, 4, 2)
+
+
+def test_a_plugin_of_higher_priority_is_taken_by_auto(offer, registry, caplog):
+    offer("fast-experts", "fast", priority=5)
+    offer("faster-experts", "faster", priority=9, reason="'faster' needs a unicorn")
+    _choose._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "tokenyard"):
+        chosen = registry().choose("experts", "auto", WORKLOAD)
+        registry().choose("experts", "auto", WORKLOAD)
+    assert chosen.backend.name == "fast"
+    assert chosen.passed_over == {"faster": "'faster' needs a unicorn"}
+    assert caplog.messages == ["experts backend: auto took 'fast'; not faster: 'faster' needs a unicorn"]
+
+
+def test_the_environment_comes_before_config_and_config_before_auto(offer, registry, monkeypatch):
+    offer("fast-experts", "fast", priority=5)
+    assert registry().choose("experts", "loop", WORKLOAD).backend.name == "loop"
+    monkeypatch.setenv("TOKENYARD_EXPERTS", "torch")
+    assert registry().choose("experts", "loop", WORKLOAD).backend.name == "torch"
+
+
+def test_options_in_config_reach_the_constructor_of_the_named_backend_only(registry, monkeypatch):
+    request = {"name": "torch", "tile": 64}
+    assert registry().choose("experts", request, WORKLOAD).options == {"tile": 64}
+    monkeypatch.setenv("TOKENYARD_EXPERTS", "loop")
+    assert registry().choose("experts", request, WORKLOAD).options == {}
+
+
+def test_options_that_the_backend_refuses_are_named(registry):
+    chosen = registry().choose("experts", {"name": "torch", "tile": 64}, WORKLOAD)
+    with pytest.raises(BackendError, match=r"experts backend 'torch' refused the options tile: .*unexpected keyword"):
+        chosen.construct(WORKLOAD, None)
+
+
+def test_unknown_backend_is_answered_with_a_suggestion(registry):
+    with pytest.raises(
+        BackendError, match=r"experts backend 'trch' is unknown \(did you mean 'torch'\?\); installed: .*torch"
+    ):
+        registry().choose("experts", "trch", WORKLOAD)
+
+
+def test_unknown_backend_names_the_extra_that_would_bring_it(registry, monkeypatch):
+    monkeypatch.setitem(_choose.EXTRAS, "experts", {"swift": "swift-kernels"})
+    with pytest.raises(BackendError, match=r'pip install "tokenyard\[swift-kernels\]" brings \'swift\''):
+        registry().choose("experts", "swift", WORKLOAD)
+
+
+def test_a_named_backend_is_never_replaced(offer, registry):
+    offer("fast-experts", "fast", reason="'fast' needs a GPU")
+    with pytest.raises(BackendError, match=r"'fast' is unusable here: 'fast' needs a GPU; usable here: torch, loop"):
+        registry().choose("experts", "fast", WORKLOAD)
+
+
+def test_a_request_without_a_name_is_refused(registry):
+    with pytest.raises(ConfigError, match=r"backends.experts is \{'name': 3\}; give a name"):
+        registry().choose("experts", {"name": 3}, WORKLOAD)
+
+
+def test_a_plugin_broken_at_import_costs_only_itself(install, registry):
+    install("broken-experts", "import no_such_module_anywhere")
+    found = registry()
+    assert found.choose("experts", "auto", WORKLOAD).backend.name == "torch"
+    with pytest.raises(BackendError, match=r"broken-experts 1.0 failed to import: ModuleNotFoundError.*no_such_module"):
+        found.choose("experts", "brokn", WORKLOAD)
+
+
+def test_a_plugin_whose_hook_fails_is_reported(install, registry):
+    install(
+        "sour-experts",
+        "from tokenyard import hookimpl\n@hookimpl\ndef tokenyard_experts():\n    raise OSError('sour')\n",
+    )
+    (problem,) = [p for p in registry().problems if p.distribution == "sour-experts"]
+    assert problem.reason == "sour-experts 1.0 failed in its hook tokenyard_experts: OSError('sour')"
+
+
+def test_a_backend_whose_check_fails_is_unusable(install, registry):
+    install(
+        "shaky-experts",
+        "from tokenyard import Backend, hookimpl\n@hookimpl\ndef tokenyard_experts():\n"
+        "    return [Backend('shaky', 'x:Y', priority=3, unusable=lambda w: 1 / 0)]\n",
+    )
+    chosen = registry().choose("experts", "auto", WORKLOAD)
+    assert chosen.passed_over == {"shaky": "its own check failed: ZeroDivisionError('division by zero')"}
+
+
+def test_a_plugin_for_another_core_is_not_imported(install, registry):
+    install("old-experts", "raise SystemExit('imported')", requires="tokenyard-core<0.1")
+    (problem,) = [p for p in registry().problems if p.distribution == "old-experts"]
+    assert problem.reason.startswith(
+        "old-experts 1.0 was written for tokenyard-core <0.1, but 0.1.0 is installed; install"
+    )
+
+
+def test_two_plugins_with_one_backend_name_are_both_named(offer, registry):
+    offer("fast-experts", "fast")
+    offer("quick-experts", "fast")
+    with pytest.raises(
+        BackendError, match=r"'fast' is offered by both (fast|quick)-experts 1.0 and (fast|quick)-experts 1.0"
+    ):
+        registry()
+
+
+def test_two_plugins_with_one_entry_name_both_count(offer, registry):
+    offer("fast-experts", "fast", entry="same")
+    offer("quick-experts", "quick", entry="same")
+    assert {"fast", "quick"} <= {o.backend.name for o in registry().offers("experts")}
+
+
+def test_a_class_that_is_not_there_is_named(install, registry):
+    install(
+        "hollow-experts",
+        "from tokenyard import Backend, hookimpl\n"
+        "@hookimpl\ndef tokenyard_experts():\n    return [Backend('hollow', 'os:Missing')]\n",
+    )
+    with pytest.raises(BackendError, match=r"backend 'hollow' could not be loaded from os:Missing"):
+        registry().choose("experts", "hollow", WORKLOAD).construct(WORKLOAD, None)

@@ -1,0 +1,26 @@
+"""``python -m tokenyard`` shows what is installed, and why something cannot be used."""
+
+from tokenyard.__main__ import main
+from tokenyard.registry import default_registry
+from tokenyard.table import render, sample_workload
+
+
+def test_the_table_names_every_backend_with_its_reason(offer, install, registry):
+    offer("fast-experts", "fast", reason="'fast' needs a GPU")
+    install("broken-experts", "import no_such_module_anywhere")
+    text = render(registry(), sample_workload())
+    lines = [line.split() for line in text.splitlines()]
+    assert ["experts", "fast", "fast-experts", "1.0", "'fast'", "needs", "a", "GPU"] in lines
+    assert any(line[:2] == ["experts", "torch"] and line[-1] == "usable" for line in lines)
+    assert "left out: plugin 'plugin' (broken_experts_plugin) of broken-experts 1.0 failed to import" in text
+
+
+def test_plugins_that_contradict_each_other_end_in_one_sentence(offer, capsys):
+    offer("fast-experts", "fast")
+    offer("quick-experts", "fast")
+    default_registry.cache_clear()
+    try:
+        assert main() == 2
+    finally:
+        default_registry.cache_clear()
+    assert "is offered by both" in capsys.readouterr().err

@@ -1,0 +1,5 @@
+from tokenyard.testing import ExpertsConformance
+
+
+class TestAcme(ExpertsConformance):
+    backend = "acme"
