@@ -5,6 +5,7 @@ from tokenyard.activations import ACTIVATIONS, activate, is_gated, up_rows
 from tokenyard.backend import KINDS, Backend, Kind
 from tokenyard.errors import BackendError, ConfigError, TokenyardError
 from tokenyard.experts import Experts, GroupedExperts
+from tokenyard.feed_forward import FeedForward
 from tokenyard.hookspecs import hookimpl
 from tokenyard.interfaces import (
     Balance,
@@ -39,6 +40,7 @@ __all__ = [
     "ExpertKernel",
     "ExpertWeights",
     "Experts",
+    "FeedForward",
     "GroupedExperts",
     "Kind",
     "MoE",

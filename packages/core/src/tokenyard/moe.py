@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tokenyard.backend import Kind
 from tokenyard.errors import ConfigError, did_you_mean
 from tokenyard.experts import Experts
+from tokenyard.feed_forward import FeedForward
 from tokenyard.interfaces import Routing
 from tokenyard.registry import Chosen, Registry, Request, default_registry
-from tokenyard.shared import SharedExpert
 from tokenyard.workload import Workload
 
 _PARTS: tuple[Kind, ...] = ("router", "permutation", "experts", "exchange")
@@ -77,12 +77,12 @@ def moe_layers(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
-def _shared_expert(workload: Workload, ffn_dim: int | None) -> SharedExpert | None:
+def _shared_expert(workload: Workload, ffn_dim: int | None) -> FeedForward | None:
     if ffn_dim is None:
         return None
     if ffn_dim < 1:
         raise ConfigError(f"shared_dim is {ffn_dim}; it must be at least 1, or left out")
-    return SharedExpert(workload.dim, ffn_dim, workload.activation, workload.bias)
+    return FeedForward(workload.dim, ffn_dim, workload.activation, workload.bias)
 
 
 def _choose_parts(workload: Workload, backends: Mapping[str, Request], registry: Registry) -> dict[str, Chosen]:

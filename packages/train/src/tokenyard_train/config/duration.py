@@ -1,4 +1,4 @@
-"""Spans of training in LLM Foundry's notation: `200ba` batches, `1ep` epochs, `10000tok` tokens, `0.1dur` of the run."""
+"""Spans of training in LLM Foundry's notation: `200ba` batches, `1ep` epochs, `10000tok` tokens, `0.1dur` of a run."""
 
 from __future__ import annotations
 

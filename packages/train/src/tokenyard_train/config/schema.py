@@ -135,7 +135,9 @@ class TrainConfig(Strict):
     eval_subset_num_batches: int = -1  # -1: the whole held-out text
     device_eval_batch_size: PositiveInt | None = None
     global_train_batch_size: PositiveInt  # sequences per optimizer step, over all ranks
-    device_train_microbatch_size: PositiveInt | Literal["auto"] = "auto"  # sequences per forward; auto: the largest share
+    device_train_microbatch_size: PositiveInt | Literal["auto"] = (
+        "auto"  # sequences per forward; auto: the largest share
+    )
     precision: Literal["fp32", "amp_bf16"] = "fp32"
     activation_checkpointing: bool = False
     save_folder: str | None = None  # None: runs/{run_name}

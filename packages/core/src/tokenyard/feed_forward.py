@@ -1,4 +1,4 @@
-"""The expert that sees every token."""
+"""The dense feed-forward network: a shared expert, or what a layer without experts has."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from tokenyard.activations import activate, up_rows
 
 
-class SharedExpert(nn.Module):
-    """One dense expert, weighted like nothing else: y = down(act(up(x)))."""
+class FeedForward(nn.Module):
+    """One expert that sees every token, unweighted: y = down(act(up(x)))."""
 
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None

@@ -1,0 +1,31 @@
+"""One transformer that can be read top to bottom, and the published models that it is."""
+
+from tokenyard_models.__about__ import __version__
+from tokenyard_models.cache import Cache
+from tokenyard_models.config import MoEConfig, TransformerConfig
+from tokenyard_models.count import Size, count_parameters, flops_per_token
+from tokenyard_models.dbrx import Dbrx
+from tokenyard_models.init import draw_rows, initialize
+from tokenyard_models.mixtral import Mixtral
+from tokenyard_models.mpt import Mpt
+from tokenyard_models.schema import Strict, parse
+from tokenyard_models.transformer import Block, Transformer
+
+__all__ = [
+    "Block",
+    "Cache",
+    "Dbrx",
+    "Mixtral",
+    "MoEConfig",
+    "Mpt",
+    "Size",
+    "Strict",
+    "Transformer",
+    "TransformerConfig",
+    "__version__",
+    "count_parameters",
+    "draw_rows",
+    "flops_per_token",
+    "initialize",
+    "parse",
+]

@@ -1,0 +1,15 @@
+"""What the registry finds under the entry point."""
+
+from __future__ import annotations
+
+from tokenyard import Backend, hookimpl
+
+
+@hookimpl
+def tokenyard_models() -> list[Backend]:
+    """Offer the definitions by the names that configs use."""
+    return [
+        Backend("dbrx", "tokenyard_models.dbrx:Dbrx"),
+        Backend("mixtral", "tokenyard_models.mixtral:Mixtral"),
+        Backend("mpt_causal_lm", "tokenyard_models.mpt:Mpt"),
+    ]

@@ -1,0 +1,52 @@
+"""Grouped-query attention with rotary positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenyard_models.cache import LayerCache
+from tokenyard_models.config import TransformerConfig
+
+
+class Attention(nn.Module):
+    """Causal self-attention: one fused projection, clipped if asked, rotated, and a scaled dot product.
+
+    Ainslie et al. 2023 (grouped queries, arXiv 2305.13245); Su et al. 2021 (RoPE, arXiv 2104.09864, rotated by halves).
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.clip, self.theta = config.clip_qkv, config.rope_theta
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv = nn.Linear(config.dim, width, bias=config.bias)
+        self.out = nn.Linear(config.heads * config.head_dim, config.dim, bias=config.bias)
+
+    def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Attend from x [B, S, D] at positions [S] to itself and to what the cache holds."""
+        qkv = self.qkv(x)
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads + 2 kv_heads, S, head_dim]
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        if self.theta is not None:
+            q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+        before = 0 if cache is None else cache.length
+        if cache is not None:
+            k, v = cache.append(k, v)
+        mask = positions.unsqueeze(1) >= torch.arange(k.shape[2], device=x.device) if before else None  # [S, keys]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before, enable_gqa=self.heads != self.kv_heads)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotate x [B, H, S, head_dim] by its positions [S]; angles in float32 at least."""
+    half = x.shape[-1] // 2
+    wide = torch.promote_types(x.dtype, torch.float32)
+    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    angles = positions.to(wide).unsqueeze(1) * frequencies  # [S, head_dim / 2]
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.to(wide).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,77 @@
+"""What a transformer is made of; every definition resolves its own keys to one of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tokenyard import AuxiliaryLoss, ConfigError, RoutingRule
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The MoE layers of a transformer."""
+
+    ffn_dim: int  # F
+    num_experts: int  # E
+    top_k: int  # K
+    activation: str = "swiglu"
+    bias: bool = False  # in every expert
+    output_bias: bool = False  # one for all experts
+    rule: RoutingRule = field(default_factory=RoutingRule)
+    shared_dim: int | None = None
+    shared_weighted_sum: bool = False
+    forced_balance: bool = False  # slots take experts in turn, whatever the router says (benchmarking)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A decoder-only transformer. Raises ConfigError for an impossible one."""
+
+    vocab_size: int  # V
+    max_seq_len: int
+    dim: int  # D
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    moe: MoEConfig | None
+    dense_ffn_dim: int | None = None  # of the layers without experts
+    dense_layers: frozenset[int] = frozenset()
+    dense_activation: str = "swiglu"
+    bias: bool = False  # in attention, norms and dense layers
+    norm: Literal["layer", "rms"] = "rms"
+    norm_eps: float = 1e-5
+    rope_theta: float | None = 10000.0  # None: learned positions
+    clip_qkv: float | None = None
+    tied_head: bool = False
+    auxiliary: AuxiliaryLoss = field(default_factory=AuxiliaryLoss)
+    expert_parallel: int | None = None  # asked for by the config itself (moe_world_size)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_seq_len", "dim", "layers", "heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"model: {self.kv_heads} key-value heads {_divide('heads', self.heads)}")
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise ConfigError(f"model: a head is {self.head_dim} wide; rotary positions need an even width")
+        outside = sorted(i for i in self.dense_layers if not 0 <= i < self.layers)
+        if outside:
+            raise ConfigError(f"model: dense_layers names layer {outside[0]}; there are layers 0 to {self.layers - 1}")
+
+    def is_dense(self, layer: int) -> bool:
+        """Say whether a layer has a dense feed-forward network instead of experts."""
+        return self.moe is None or layer in self.dense_layers
+
+
+def head_width(dim: int, heads: int) -> int:
+    """Return the width of one of `heads` heads; raises ConfigError if they do not divide dim."""
+    if heads < 1 or dim % heads:
+        raise ConfigError(f"model: {heads} heads {_divide('the model width', dim)}")
+    return dim // heads
+
+
+def _divide(what: str, value: int) -> str:
+    divisors = ", ".join(str(d) for d in range(1, min(value, 256) + 1) if value % d == 0)
+    return f"do not divide {what}, {value}; these do: {divisors}"

@@ -1,0 +1,116 @@
+"""DBRX (Databricks 2024): 16 experts of which each token takes 4, clipped attention, LayerNorm without bias.
+
+Keys are those of its published config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tokenyard_models.config import TransformerConfig, head_width
+from tokenyard_models.ffn import ActivationName, FfnConfig, merged
+from tokenyard_models.schema import Strict, only, parse
+from tokenyard_models.transformer import Transformer
+
+
+class DbrxAttention(Strict):
+    """Grouped-query attention."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(["attn_impl", "model_type"])
+
+    kv_n_heads: int = Field(8, ge=1)
+    clip_qkv: float | None = Field(8.0, gt=0)
+    rope_theta: float = Field(500000.0, gt=0)
+    attn_pdrop: Annotated[float, only(0, "dropout")] = 0.0
+
+
+class DbrxFfn(FfnConfig):
+    """DBRX's experts."""
+
+    ignored: ClassVar[frozenset[str]] = FfnConfig.ignored | {"model_type"}
+
+    ffn_type: Literal["mb_dmoe", "mb_moe", "torch_dmoe"] = "mb_dmoe"
+    ffn_hidden_size: int = Field(10752, ge=1)
+    ffn_act_fn: ActivationName = ActivationName(name="silu")
+    mlp_type: Literal["mlp", "glu"] = "glu"
+    moe_num_experts: int = Field(16, ge=1)
+    moe_top_k: int = Field(4, ge=1)
+    moe_loss_weight: float = Field(0.05, ge=0)
+    moe_normalize_expert_weights: float | None = 1
+
+
+class DbrxConfig(Strict):
+    """DBRX's sizes: the published ones (`size: full`, 131.6 B parameters) or a tiny model's, and other keys."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        [
+            "model_type",
+            "architectures",
+            "init_device",
+            "use_cache",
+            "initializer_range",
+            "output_router_logits",
+            "router_aux_loss_coef",
+            "torch_dtype",
+            "transformers_version",
+            "auto_map",
+        ]
+    )
+
+    size: Literal["full", "tiny"] = "full"
+    d_model: int = Field(6144, ge=1)
+    n_heads: int = Field(48, ge=1)
+    n_layers: int = Field(40, ge=1)
+    max_seq_len: int = Field(32768, ge=1)
+    vocab_size: int = Field(100352, ge=1)
+    attn_config: DbrxAttention = DbrxAttention()
+    ffn_config: DbrxFfn = DbrxFfn()
+    tie_word_embeddings: bool = False
+    resid_pdrop: Annotated[float, only(0, "dropout")] = 0.0
+    emb_pdrop: Annotated[float, only(0, "dropout")] = 0.0
+
+
+TINY: dict[str, Any] = {
+    "d_model": 128,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 256,
+    "vocab_size": 257,
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+    "ffn_config": {"ffn_hidden_size": 128},
+}
+
+
+class Dbrx(Transformer):
+    """DBRX. The router's softmax and weights are in float32, as Databricks' own code has them."""
+
+    def __init__(self, config: Mapping[str, Any], **placement: Any):
+        super().__init__(resolve(config), **placement)
+
+
+def resolve(config: Mapping[str, Any]) -> TransformerConfig:
+    """Read the keys of a `model:` section; raises ConfigError."""
+    read = parse(DbrxConfig, merged(TINY, config) if config.get("size") == "tiny" else config, "model")
+    ffn, attention = read.ffn_config, read.attn_config
+    return TransformerConfig(
+        vocab_size=read.vocab_size,
+        max_seq_len=read.max_seq_len,
+        dim=read.d_model,
+        layers=read.n_layers,
+        heads=read.n_heads,
+        kv_heads=attention.kv_n_heads,
+        head_dim=head_width(read.d_model, read.n_heads),
+        moe=ffn.moe(ffn.ffn_hidden_size),
+        dense_layers=frozenset(ffn.dense_layers),
+        dense_ffn_dim=ffn.ffn_hidden_size,
+        dense_activation=ffn.activation(),
+        norm="layer",
+        rope_theta=attention.rope_theta,
+        clip_qkv=attention.clip_qkv,
+        tied_head=read.tie_word_embeddings,
+        auxiliary=ffn.auxiliary(),
+        expert_parallel=ffn.moe_world_size,
+    )

@@ -1,0 +1,136 @@
+"""The `ffn_config` that DBRX and LLM Foundry's MPT share: MegaBlocks' key names, and ours for what it did not have."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tokenyard import AuxiliaryLoss, ConfigError, RoutingRule
+from tokenyard_models.config import MoEConfig
+from tokenyard_models.schema import Strict
+
+_GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
+_POINTWISE = {"gelu": "gelu", "silu": "silu", "relu": "relu", "gelu_tanh": "gelu_tanh", "relu_squared": "relu_squared"}
+
+
+class ActivationName(Strict):
+    """An activation by its name in torch.nn.functional; gated when the layer is (silu becomes SwiGLU)."""
+
+    name: Literal["silu", "gelu", "relu", "gelu_tanh", "relu_squared"]
+    approximate: Literal["none", "tanh"] = "none"
+
+
+class FfnConfig(Strict):
+    """A feed-forward layer: dense (mptmlp, mptglu), or experts, dropless (mb_dmoe, torch_dmoe) or not (mb_moe)."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        [
+            "mlp_impl",
+            "memory_optimized_mlp",
+            "moe_lbl_in_fp32",
+            "moe_zloss_in_fp32",
+            "lbl_process_group",
+            "fp16",
+            "bf16",
+            "fc_type",
+            "fc_cls",
+            "fc_kwargs",
+            "remat_act_fn",
+            "return_bias",
+            "device_mesh",
+            "num_layers",
+            "moe_expert_model_parallelism",
+            "expert_parallel_group",
+            "init_method",
+            "output_layer_init_method",
+        ]
+    )
+
+    ffn_type: Literal["mptmlp", "mptglu", "mb_dmoe", "mb_moe", "torch_dmoe"] = "mptmlp"
+    ffn_hidden_size: int | None = Field(None, ge=1)  # F
+    ffn_act_fn: ActivationName | None = None
+    mlp_type: Literal["mlp", "glu"] = "mlp"
+    moe_num_experts: int = Field(1, ge=1)
+    moe_top_k: int = Field(1, ge=1)
+    moe_world_size: int | None = Field(None, ge=1)  # ranks that share the experts
+    moe_loss_weight: float = Field(0.1, ge=0)
+    moe_zloss_weight: float = Field(0.0, ge=0)
+    moe_loss_convention: Literal["megablocks", "hf"] = "megablocks"
+    moe_jitter_eps: float | None = None
+    moe_normalize_expert_weights: float | None = None  # p of the norm
+    moe_capacity_factor: float = 1.0  # of mb_moe
+    uniform_expert_assignment: bool = False
+    shared_expert: bool = False
+    shared_expert_hidden_size: int | None = Field(None, ge=1)
+    shared_expert_weighted_sum: bool = False
+    moe_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_select_first: bool = False
+    moe_weight_scale: float = 1.0
+    moe_bias_update_rate: float = 0.0
+    moe_num_groups: int = 1
+    moe_groups_kept: int = 1
+    moe_group_score: Literal["max", "top2"] = "max"
+    dense_layers: list[int] = []  # layers without experts
+
+    @property
+    def has_experts(self) -> bool:
+        """Say whether the layers are MoE layers."""
+        return self.ffn_type in ("mb_dmoe", "mb_moe", "torch_dmoe")
+
+    def activation(self) -> str:
+        """Return core's name of the activation; raises ConfigError for one that cannot be gated."""
+        gated = self.ffn_type == "mptglu" or (self.has_experts and self.mlp_type == "glu")
+        given = self.ffn_act_fn
+        name = "gelu" if given is None else given.name
+        if gated and name not in _GATED:
+            raise ConfigError(f"ffn_act_fn.name is {name!r}, which has no gated form; these have: {', '.join(_GATED)}")
+        tanh = given.approximate == "tanh" if given is not None else self.has_experts  # MegaBlocks' default
+        if gated or name != "gelu":
+            return _GATED[name] if gated else _POINTWISE[name]
+        return "gelu_tanh" if tanh else "gelu"
+
+    def moe(self, ffn_dim: int, bias: bool = False) -> MoEConfig | None:
+        """Return the MoE layers, whose single output bias MegaBlocks has where the model has biases."""
+        if not self.has_experts:
+            return None
+        shared = (self.shared_expert_hidden_size or ffn_dim) if self.shared_expert else None
+        return MoEConfig(
+            ffn_dim,
+            self.moe_num_experts,
+            self.moe_top_k,
+            activation=self.activation(),
+            output_bias=bias,
+            rule=self.rule(),
+            shared_dim=shared,
+            shared_weighted_sum=self.shared_expert_weighted_sum,
+            forced_balance=self.uniform_expert_assignment,
+        )
+
+    def rule(self) -> RoutingRule:
+        """Return how tokens choose experts."""
+        return RoutingRule(
+            score=self.moe_score_function,
+            select_first=self.moe_select_first,
+            normalize=self.moe_normalize_expert_weights,
+            scale=self.moe_weight_scale,
+            jitter=self.moe_jitter_eps or 0.0,
+            bias_update_rate=self.moe_bias_update_rate,
+            num_groups=self.moe_num_groups,
+            groups_kept=self.moe_groups_kept,
+            group_score=self.moe_group_score,
+            capacity_factor=self.moe_capacity_factor if self.ffn_type == "mb_moe" else None,
+        )
+
+    def auxiliary(self) -> AuxiliaryLoss:
+        """Return the losses of the routers."""
+        return AuxiliaryLoss(self.moe_loss_weight, self.moe_zloss_weight, self.moe_loss_convention)
+
+
+def merged(preset: dict[str, Any], given: Any) -> dict[str, Any]:
+    """Return a preset with what was given in its place, section by section."""
+    result = dict(preset)
+    for key, value in dict(given).items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and hasattr(value, "items") else value
+    return result

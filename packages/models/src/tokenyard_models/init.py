@@ -1,0 +1,65 @@
+"""Initial weights that do not depend on the layout.
+
+Every row of a matrix (of the packed experts, every output row of every expert) is drawn by a generator of its own,
+seeded by a hash of (seed, parameter name, row index). A rank that holds some rows draws those and no others, and the
+model is the same whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+_EMBEDDING_STD = 0.02
+_INTO_RESIDUAL = ("attention.out.weight", "ffn.experts.down", "ffn.shared.down", "ffn.down")
+
+
+def initialize(model: nn.Module, seed: int, layers: int) -> None:
+    """Fill all parameters: matrices N(0, 1/fan in), embeddings N(0, 0.02^2), norms 1, biases 0; buffers 0.
+
+    What writes into the residual stream is scaled by 1/sqrt(2 layers), as in GPT-2.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("_bias"):
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            else:
+                draw_rows(parameter, seed, name, _std(name, parameter.shape, layers))
+        for buffer in model.buffers():
+            buffer.zero_()
+
+
+def draw_rows(
+    local: Tensor, seed: int, name: str, std: float, whole: Sequence[int] = (), first: Sequence[int] = ()
+) -> None:
+    """Fill `local`, a block of a parameter whose shape is `whole` (default: its own), with normal numbers.
+
+    `first` is the index in the whole parameter of the block's first element; blocks have whole rows.
+    """
+    whole, first = tuple(whole) or tuple(local.shape), tuple(first) or (0,) * local.dim()
+    generator = torch.Generator()
+    rows = torch.empty(local.shape, dtype=torch.float32)
+    for index in product(*(range(n) for n in local.shape[:-1])):
+        position = 0
+        for i, start, size in zip(index, first, whole):
+            position = position * size + start + i
+        generator.manual_seed(_row_seed(seed, name, position))
+        rows[index].normal_(0, std, generator=generator)
+    local.copy_(rows)
+
+
+def _row_seed(seed: int, name: str, row: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}/{row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _std(name: str, shape: Sequence[int], layers: int) -> float:
+    if name in ("embed.weight", "positions.weight"):
+        return _EMBEDDING_STD
+    std = 1 / math.sqrt(shape[-1])
+    return std / math.sqrt(2 * layers) if name.endswith(_INTO_RESIDUAL) else std

@@ -1,0 +1,100 @@
+"""Mixtral (Jiang et al. 2024, arXiv 2401.04088): 8 experts of which each token takes 2, RMSNorm.
+
+Keys are those of its published config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tokenyard import AuxiliaryLoss, RoutingRule
+from tokenyard_models.config import MoEConfig, TransformerConfig, head_width
+from tokenyard_models.schema import Strict, only, parse
+from tokenyard_models.transformer import Transformer
+
+
+class MixtralConfig(Strict):
+    """Mixtral's sizes: 8x7B's (`size: full`, 46.7 B parameters) or a tiny model's, and what is given besides."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        [
+            "model_type",
+            "architectures",
+            "use_cache",
+            "initializer_range",
+            "output_router_logits",
+            "torch_dtype",
+            "dtype",
+            "transformers_version",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        ]
+    )
+
+    size: Literal["full", "tiny"] = "full"
+    vocab_size: int = Field(32000, ge=1)
+    hidden_size: int = Field(4096, ge=1)
+    intermediate_size: int = Field(14336, ge=1)
+    num_hidden_layers: int = Field(32, ge=1)
+    num_attention_heads: int = Field(32, ge=1)
+    num_key_value_heads: int = Field(8, ge=1)
+    head_dim: int | None = Field(None, ge=1)
+    max_position_embeddings: int = Field(32768, ge=1)
+    max_seq_len: int | None = Field(None, ge=1)  # in place of max_position_embeddings
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    rope_theta: float = Field(1e6, gt=0)
+    sliding_window: Annotated[int | None, only(None, "sliding-window attention")] = None
+    attention_dropout: Annotated[float, only(0, "dropout")] = 0.0
+    num_local_experts: int = Field(8, ge=1)
+    num_experts_per_tok: int = Field(2, ge=1)
+    router_aux_loss_coef: float = Field(0.02, ge=0)
+    router_jitter_noise: float = 0.0
+    moe_world_size: int | None = Field(None, ge=1)
+    moe_zloss_weight: float = Field(0.0, ge=0)
+    moe_loss_convention: Literal["megablocks", "hf"] = "hf"
+    tie_word_embeddings: bool = False
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+}
+
+
+class Mixtral(Transformer):
+    """Mixtral. The two chosen weights sum to one; jitter reaches the router only."""
+
+    def __init__(self, config: Mapping[str, Any], **placement: Any):
+        super().__init__(resolve(config), **placement)
+
+
+def resolve(config: Mapping[str, Any]) -> TransformerConfig:
+    """Read the keys of a `model:` section; raises ConfigError."""
+    read = parse(MixtralConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model")
+    rule = RoutingRule(normalize=1, jitter=read.router_jitter_noise)
+    return TransformerConfig(
+        vocab_size=read.vocab_size,
+        max_seq_len=read.max_seq_len or read.max_position_embeddings,
+        dim=read.hidden_size,
+        layers=read.num_hidden_layers,
+        heads=read.num_attention_heads,
+        kv_heads=read.num_key_value_heads,
+        head_dim=read.head_dim or head_width(read.hidden_size, read.num_attention_heads),
+        moe=MoEConfig(read.intermediate_size, read.num_local_experts, read.num_experts_per_tok, rule=rule),
+        norm_eps=read.rms_norm_eps,
+        rope_theta=read.rope_theta,
+        tied_head=read.tie_word_embeddings,
+        auxiliary=AuxiliaryLoss(read.router_aux_loss_coef, read.moe_zloss_weight, read.moe_loss_convention),
+        expert_parallel=read.moe_world_size,
+    )

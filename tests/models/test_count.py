@@ -1,0 +1,54 @@
+"""Parameters and operations, counted here from the published shapes."""
+
+import torch
+
+from tokenyard_models import Dbrx, Mixtral, Mpt, count_parameters, flops_per_token
+
+
+def meta(cls, config):
+    with torch.device("meta"):
+        return cls(config)
+
+
+def test_dbrx_is_131_6_and_36_5_billion():
+    d, f, vocab, layers, e, k = 6144, 10752, 100352, 40, 16, 4
+    attention = d * (d + 2 * 8 * 128) + d * d
+    expert = 3 * d * f
+    rest = layers * (attention + 2 * d + e * d) + 2 * vocab * d + d
+    size = count_parameters(meta(Dbrx, {}))
+    assert size.total == rest + layers * e * expert == 131_596_523_520
+    assert size.active == rest + layers * k * expert == 36_469_708_800
+    assert size.experts == layers * e * expert
+
+
+def test_mixtral_is_46_7_and_12_9_billion():
+    d, f, vocab, layers, e, k = 4096, 14336, 32000, 32, 8, 2
+    attention = d * (d + 2 * 8 * 128) + d * d
+    rest = layers * (attention + 2 * d + e * d) + 2 * vocab * d + d
+    size = count_parameters(meta(Mixtral, {}))
+    assert size.total == rest + layers * e * 3 * d * f == 46_702_792_704
+    assert size.active == rest + layers * k * 3 * d * f == 12_879_925_248
+
+
+def test_flops_count_active_matrices_and_causal_attention():
+    d, f, vocab, layers, e, k, s = 6144, 10752, 100352, 40, 16, 4, 4096
+    attention = d * (d + 2 * 8 * 128) + d * d
+    matrices = layers * (attention + e * d + k * 3 * d * f) + vocab * d
+    scores = layers * sum(2 * 2 * d * (position + 1) for position in range(s)) / s
+    model = meta(Dbrx, {})
+    assert flops_per_token(model, s) == 2 * matrices + scores
+    assert flops_per_token(model, s, training=True) == 3 * (2 * matrices + scores)
+
+
+def test_a_tied_head_is_one_parameter_and_one_product():
+    config = {"size": "tiny", "no_bias": True, "learned_pos_emb": False, "attn_config": {"rope": True}}
+    tied, untied = (meta(Mpt, config | {"tie_word_embeddings": tie}) for tie in (True, False))
+    assert count_parameters(untied).total - count_parameters(tied).total == 257 * 128
+    assert flops_per_token(untied, 64) == flops_per_token(tied, 64)
+
+
+def test_biases_and_looked_up_positions_are_no_products():
+    config = {"size": "tiny", "ffn_config": {"ffn_type": "mb_dmoe", "moe_num_experts": 4, "moe_top_k": 1}}
+    with_bias, without = (meta(Mpt, config | {"no_bias": flag}) for flag in (False, True))
+    assert count_parameters(with_bias).total > count_parameters(without).total
+    assert flops_per_token(with_bias, 64) == flops_per_token(without, 64)

@@ -1,0 +1,87 @@
+"""The transformer under what a training loop does to it."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tokenyard import ConfigError, moe_layers
+from tokenyard.testing._compare import relative_error
+from tokenyard_models import Dbrx, Mpt
+
+
+def tiny(**kwargs) -> Dbrx:
+    model = Dbrx({"size": "tiny", "d_model": 32, "vocab_size": 50}, **kwargs)
+    model.init_weights(0)
+    return model
+
+
+def ids(batch: int = 2, length: int = 11) -> torch.Tensor:
+    return torch.randint(0, 50, (batch, length))
+
+
+def test_compiles_whole():
+    torch.compiler.reset()
+    model, given = tiny(), ids()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    want, got = model(given), compiled(given)
+    assert relative_error(got.logits, want.logits) < 1e-5
+    assert all(torch.equal(a.counts, b.counts) for a, b in zip(got.balances, want.balances))
+    got.logits.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_recomputing_blocks_changes_nothing():
+    plain = tiny(dtype=torch.float64, compute_dtype=torch.float64)
+    recomputed = copy.deepcopy(plain)
+    for block in recomputed.blocks:
+        block.forward = lambda *args, f=block.forward: checkpoint(f, *args, use_reentrant=False)
+    given, results = ids(), []
+    for model in (plain, recomputed):
+        output = model(given)
+        (output.logits.square().mean() + output.balances[0].prob_sum.square().sum()).backward()
+        results.append((output.balances, [p.grad for p in model.parameters()]))
+    for a, b in zip(results[0][0], results[1][0]):
+        assert torch.equal(a.counts, b.counts)
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+
+
+def test_autocast_is_near_float64():
+    """With K = E, so that rounding cannot choose other experts."""
+    config = {"size": "tiny", "d_model": 32, "vocab_size": 50, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 4}}
+    model, given = Dbrx(config, compute_dtype=torch.bfloat16), ids()
+    model.init_weights(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(given)
+    exact = copy.deepcopy(model).double()(given)
+    assert relative_error(low.logits, exact.logits) < 4 * torch.finfo(torch.bfloat16).eps
+    low.logits.float().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_backends_are_passed_to_every_layer():
+    model = tiny(backends={"experts": "loop"})
+    assert {moe.chosen["experts"].backend.name for moe in moe_layers(model)} == {"loop"}
+    assert relative_error(model(given := ids()).logits, tiny()(given).logits) < 1e-5
+
+
+def test_too_many_tokens():
+    with pytest.raises(ConfigError, match="257 tokens were given to a model whose max_seq_len is 256"):
+        tiny()(ids(1, 257))
+
+
+def test_a_full_cache_says_so():
+    model = tiny()
+    cache = model.new_cache(1, 4)
+    model(ids(1, 3), cache)
+    with pytest.raises(ConfigError, match="the cache has room for 4 tokens and 5 were given"):
+        model(ids(1, 2), cache)
+
+
+def test_learned_positions_continue_with_the_cache():
+    model = Mpt({"size": "tiny", "d_model": 32, "vocab_size": 50}, dtype=torch.float64)
+    model.init_weights(0)
+    given, cache = ids(3, 9), model.new_cache(3, 9)
+    parts = [model(given[:, i : i + 1], cache).logits for i in range(9)]
+    assert relative_error(torch.cat(parts, 1), model(given).logits) < 1e-12
