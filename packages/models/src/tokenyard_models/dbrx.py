@@ -87,6 +87,8 @@ TINY: dict[str, Any] = {
 class Dbrx(Transformer):
     """DBRX. The router's softmax and weights are in float32, as Databricks' own code has them."""
 
+    schema: ClassVar[type[Strict]] = DbrxConfig
+
     def __init__(self, config: Mapping[str, Any], **placement: Any):
         super().__init__(resolve(config), **placement)
 

@@ -75,6 +75,8 @@ TINY: dict[str, Any] = {
 class Mixtral(Transformer):
     """Mixtral. The two chosen weights sum to one; jitter reaches the router only."""
 
+    schema: ClassVar[type[Strict]] = MixtralConfig
+
     def __init__(self, config: Mapping[str, Any], **placement: Any):
         super().__init__(resolve(config), **placement)
 

@@ -85,6 +85,8 @@ TINY: dict[str, Any] = {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_le
 class Mpt(Transformer):
     """LLM Foundry's causal language model."""
 
+    schema: ClassVar[type[Strict]] = MptConfig
+
     def __init__(self, config: Mapping[str, Any], **placement: Any):
         super().__init__(resolve(config), **placement)
 

@@ -41,9 +41,8 @@ Section = TypeVar("Section", bound=Strict)
 def parse(section: type[Section], data: Mapping[str, Any], where: str = "") -> Section:
     """Validate `data` as a `section` that stands at key `where`; raises ConfigError, one sentence for each fault."""
     ignored: list[str] = []
-    kept = _without_ignored(section, data, [where] if where else [], ignored)
-    if ignored:
-        log.warning("these keys mean nothing here and are ignored: %s", ", ".join(ignored))
+    kept = without_ignored(section, data, where, ignored)
+    warn_ignored(ignored)
     try:
         return section.model_validate(kept)
     except ValidationError as error:
@@ -51,18 +50,23 @@ def parse(section: type[Section], data: Mapping[str, Any], where: str = "") -> S
         raise ConfigError("; ".join(dict.fromkeys(faults))) from None
 
 
-def _without_ignored(
-    section: type[Strict], data: Mapping[str, Any], path: list[str], ignored: list[str]
-) -> dict[str, Any]:
+def without_ignored(section: type[Strict], data: Mapping[str, Any], where: str, ignored: list[str]) -> dict[str, Any]:
+    """Return `data` without the keys that the section ignores, at any depth, and add those to the list."""
     kept: dict[str, Any] = {}
     for key, value in data.items():
+        path = f"{where}.{key}" if where else str(key)
         if key in section.ignored:
-            ignored.append(".".join([*path, str(key)]))
+            ignored.append(path)
             continue
         below = _member(section, key, value)
-        nested = below is not None and isinstance(value, Mapping)
-        kept[key] = _without_ignored(below, value, [*path, str(key)], ignored) if nested and below else value
+        kept[key] = value if below is None else without_ignored(below, value, path, ignored)
     return kept
+
+
+def warn_ignored(ignored: list[str]) -> None:
+    """Name keys that mean nothing here in one warning, if there are any."""
+    if ignored:
+        log.warning("these keys mean nothing here and are ignored: %s", ", ".join(ignored))
 
 
 def _sentence(section: type[Strict], where: str, fault: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from tokenyard_models.schema import Strict
+from tokenyard_train.config import foundry
 from tokenyard_train.config.duration import Duration, Span
 
 BackendChoice = str | dict[str, Any]
@@ -15,11 +16,15 @@ BackendChoice = str | dict[str, Any]
 class Tokenizer(Strict):
     """How text becomes ids. `bytes`: each byte its value, and 256 ends a document."""
 
+    ignored: ClassVar[frozenset[str]] = foundry.TOKENIZER
+
     name: Literal["bytes"] = "bytes"
 
 
 class PythonStdlib(Strict):
     """The text of the installed Python's standard library; a fixed share of its files is held out for evaluation."""
+
+    ignored: ClassVar[frozenset[str]] = foundry.LOADER
 
     name: Literal["python_stdlib"]
     shuffle: bool = True
@@ -28,6 +33,8 @@ class PythonStdlib(Strict):
 class TextDataset(Strict):
     """Files and folders of UTF-8 text."""
 
+    ignored: ClassVar[frozenset[str]] = foundry.DATASET
+
     path: str | list[str]
     suffixes: list[str] = [".txt", ".md", ".py"]  # of the files that a folder contributes
     shuffle: bool = True
@@ -35,6 +42,8 @@ class TextDataset(Strict):
 
 class Text(Strict):
     """Text files of the user's."""
+
+    ignored: ClassVar[frozenset[str]] = foundry.LOADER
 
     name: Literal["text"]
     dataset: TextDataset
@@ -91,12 +100,16 @@ class GenerateCallback(Strict):
 class Callbacks(Strict):
     """What else happens during a run."""
 
+    ignored: ClassVar[frozenset[str]] = foundry.CALLBACKS
+
     ngram_baselines: NgramBaselines | None = None
     generate_callback: GenerateCallback | None = None
 
 
 class Loggers(Strict):
-    """Where metrics go besides metrics.jsonl, which is always written. (No tracker stands yet.)"""
+    """Where metrics go besides metrics.jsonl, which is always written: nowhere yet, so only ignored keys fit here."""
+
+    ignored: ClassVar[frozenset[str]] = foundry.LOGGERS
 
 
 class Backends(Strict):
@@ -116,7 +129,9 @@ class Parallel(Strict):
 
 
 class TrainConfig(Strict):
-    """One training run. Only `model`, `train_loader`, `max_duration` and the batch size have no default."""
+    """One training run. Only `model`, `train_loader`, `max_duration` and `global_train_batch_size` have no default."""
+
+    ignored: ClassVar[frozenset[str]] = foundry.TOP
 
     variables: dict[str, Any] = {}  # for ${variables.x} in the same file
     run_name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -132,7 +147,7 @@ class TrainConfig(Strict):
     algorithms: Algorithms = Algorithms()
     max_duration: Duration
     eval_interval: Duration | None = None  # None: at the end only
-    eval_subset_num_batches: int = -1  # -1: the whole held-out text
+    eval_subset_num_batches: int = -1  # how many batches of held-out text to score; -1: all of it
     device_eval_batch_size: PositiveInt | None = None
     global_train_batch_size: PositiveInt  # sequences per optimizer step, over all ranks
     device_train_microbatch_size: PositiveInt | Literal["auto"] = (
@@ -142,9 +157,10 @@ class TrainConfig(Strict):
     activation_checkpointing: bool = False
     save_folder: str | None = None  # None: runs/{run_name}
     save_interval: Duration | None = None  # None: at the end only
-    save_num_checkpoints_to_keep: int = -1  # -1: all
-    load_path: str | None = None
-    autoresume: bool = False
+    save_num_checkpoints_to_keep: int = -1  # the newest ones; -1: all
+    save_overwrite: bool = False  # delete a run that already stands in save_folder
+    load_path: str | None = None  # a checkpoint folder whose weights a new run starts from
+    autoresume: bool = False  # go on with the newest good checkpoint in save_folder, if there is one
     console_log_interval: Duration = Span(1, "ba")
     callbacks: Callbacks = Callbacks()
     loggers: Loggers = Loggers()
@@ -154,11 +170,14 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _durations(self) -> TrainConfig:
         if self.max_duration.unit == "dur":
-            raise ValueError("max_duration takes ba (batches), ep (epochs) or tok (tokens), not dur")
+            raise ValueError(f"max_duration is {self.max_duration}; it takes ba (batches), ep (epochs) or tok (tokens)")
         if self.max_duration.value <= 0:
-            raise ValueError("max_duration must be above 0")
+            raise ValueError(f"max_duration is {self.max_duration}; it must be above 0")
         for name in ("eval_interval", "save_interval", "console_log_interval"):
             span = getattr(self, name)
             if span is not None and span.value <= 0:
-                raise ValueError(f"{name} must be above 0; leave it out to do it at the end only")
+                raise ValueError(f"{name} is {span}; it must be above 0")
+        for name in ("save_num_checkpoints_to_keep", "eval_subset_num_batches"):
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be -1 (all) or at least 1")
         return self

@@ -1,0 +1,89 @@
+"""Training samples by global index, and held-out windows in order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenyard import ConfigError
+from tokenyard_train.data.tokenizer import Ids
+
+IGNORED = -100
+"""The target of a position that is not scored; ``F.cross_entropy`` skips it by default."""
+
+
+class Samples:
+    """Windows of `length` + 1 tokens of a stream, of which each predicts all but its first token.
+
+    Sample i >= 0 is a pure function of i: epoch ``i // n`` shows each of the n windows once, in an order drawn from
+    (seed, epoch). So a run needs no cursor, resumes at no cost, and sees the same samples on any number of processes.
+    """
+
+    def __init__(self, tokens: Ids, length: int, seed: int, shuffle: bool = True):
+        self.tokens, self.length, self.seed, self.shuffle = tokens, length, seed, shuffle
+        self.windows = (len(tokens) - 1) // length
+        if self.windows < 1:
+            raise ConfigError(
+                f"the text has {len(tokens)} tokens; one sample of max_seq_len {length} needs {length + 1}"
+            )
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Return the windows of an epoch."""
+        return self.windows
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return sample `index` [length + 1] int64, for any index >= 0."""
+        epoch, place = divmod(index, self.windows)
+        start = int(self._permutation(epoch)[place]) * self.length
+        return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
+
+    def batch(self, step: int, size: int, rank: int = 0, world: int = 1) -> Tensor:
+        """Return this rank's share [size / world, length + 1] of global samples ``step * size ... (step + 1) * size``."""
+        share = size // world
+        first = step * size + rank * share
+        return torch.stack([self[i] for i in range(first, first + share)])
+
+    def _permutation(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            order = generator.permutation(self.windows) if self.shuffle else np.arange(self.windows)
+            self._epoch, self._order = epoch, order
+        return self._order
+
+
+class HeldOut:
+    """The windows of a held-out stream in order; together they predict every token but the first, once."""
+
+    def __init__(self, tokens: Ids, length: int, batch_size: int, batches: int = -1):
+        windows = -(-(len(tokens) - 1) // length)
+        if windows < 1:
+            raise ConfigError(f"the held-out text has {len(tokens)} tokens; scoring needs 2 at least")
+        if batches != -1:
+            windows = min(windows, batches * batch_size)
+        self.length, self.batch_size, self.windows = length, batch_size, windows
+        self.tokens = tokens[: windows * length + 1]
+
+    def __len__(self) -> int:
+        """Return the batches."""
+        return -(-self.windows // self.batch_size)
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets [b, length] int64; past the end of the text, inputs are 0 and targets IGNORED."""
+        first = index * self.batch_size
+        windows = [self._window(i) for i in range(first, min(first + self.batch_size, self.windows))]
+        rows = torch.stack(windows)
+        return rows[:, :-1].clamp(min=0), rows[:, 1:]
+
+    @property
+    def predicted(self) -> Ids:
+        """The tokens that are predicted, in order."""
+        return self.tokens[1:]
+
+    def _window(self, index: int) -> Tensor:
+        start = index * self.length
+        row = torch.full((self.length + 1,), IGNORED, dtype=torch.int64)
+        tokens = self.tokens[start : start + self.length + 1]
+        row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        return row
