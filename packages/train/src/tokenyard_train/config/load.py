@@ -69,8 +69,7 @@ def _refuse_aliases(text: str) -> None:
     """Aliases of aliases grow without bound; interpolation does their work."""
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1
-            raise ConfigError(f"line {line} uses the YAML alias *{event.anchor}; write ${{key}} instead")
+            raise ConfigError(f"the YAML alias *{event.anchor} is not supported; write ${{key}} instead")
 
 
 def _one_line(error: BaseException) -> str:

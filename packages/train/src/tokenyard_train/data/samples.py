@@ -24,9 +24,7 @@ class Samples:
         self.tokens, self.length, self.seed, self.shuffle = tokens, length, seed, shuffle
         self.windows = (len(tokens) - 1) // length
         if self.windows < 1:
-            raise ConfigError(
-                f"the text has {len(tokens)} tokens; one sample of max_seq_len {length} needs {length + 1}"
-            )
+            raise ConfigError(f"the text has {len(tokens)} tokens; a sample of max_seq_len {length} needs {length + 1}")
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -40,7 +38,7 @@ class Samples:
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
     def batch(self, step: int, size: int, rank: int = 0, world: int = 1) -> Tensor:
-        """Return this rank's share [size / world, length + 1] of global samples ``step * size ... (step + 1) * size``."""
+        """Return this rank's share [size / world, length + 1] of the global samples from ``step * size`` on."""
         share = size // world
         first = step * size + rank * share
         return torch.stack([self[i] for i in range(first, first + share)])

@@ -1,0 +1,150 @@
+"""Everything that a run holds, built from a config."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.checkpoint import checkpoint
+
+from tokenyard import ConfigError, default_registry
+from tokenyard_models import flops_per_token
+from tokenyard_train.checkpoint import checkpoints
+from tokenyard_train.config.duration import Span
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.data import Data, build_data
+from tokenyard_train.metrics import Metrics
+from tokenyard_train.optim import build_optimizer
+
+_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
+
+
+@dataclass
+class Run:
+    """A run in progress: what it was asked, what it works on, and how far it is."""
+
+    config: TrainConfig
+    console: Console
+    folder: Path
+    strategy: Any
+    model: Any
+    optimizer: torch.optim.AdamW
+    data: Data
+    metrics: Metrics
+    batches: int  # optimizer steps of the whole run
+    flops_per_token: float
+    batch: int = 0  # optimizer steps done
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return torch.device(self.config.device)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimizer step, over all ranks."""
+        return self.config.global_train_batch_size * self.config.max_seq_len
+
+    def span(self, span: Span) -> int:
+        """Return a span of training in optimizer steps of this run."""
+        return span.batches(self.batch_tokens, epoch_batches(self.config, self.data), self.batches)
+
+    def due(self, interval: Span | None) -> bool:
+        """Say whether the step just done ends an interval."""
+        return interval is not None and self.batch % max(1, self.span(interval)) == 0
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Compute as `precision` says."""
+        enabled = self.config.precision == "amp_bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            yield
+
+
+def build_run(config: TrainConfig, console: Console) -> Run:
+    """Build a run from a resolved config; the folder is prepared last, when nothing in the config can fail any more."""
+    strategy, model = build_model(config)
+    data = build_data(config)
+    model.init_weights(config.seed)
+    if config.activation_checkpointing:
+        _recompute_blocks(model)
+    batch_tokens = config.global_train_batch_size * config.max_seq_len
+    batches = config.max_duration.batches(batch_tokens, epoch_batches(config, data))
+    if batches < 1:
+        raise ConfigError(
+            f"max_duration is {config.max_duration}, which is less than one batch of {batch_tokens} tokens"
+        )
+    folder = _prepare(config)
+    return Run(
+        config,
+        console,
+        folder,
+        strategy,
+        model,
+        build_optimizer(config.optimizer, model),
+        data,
+        Metrics(folder / "metrics.jsonl"),
+        batches,
+        flops_per_token(model, config.max_seq_len, training=True),
+    )
+
+
+def build_model(config: TrainConfig, allocate: bool = True) -> tuple[Any, Any]:
+    """Return the strategy and the model: laid out but not initialised, or still on the meta device."""
+    model = meta_model(config)
+    registry = default_registry()
+    strategy = registry.choose("strategy", config.parallel.strategy).construct(device=torch.device(config.device))
+    reason = strategy.unusable(model)
+    if reason is not None:
+        raise ConfigError(f"parallel.strategy: {reason}")
+    return strategy, strategy.layout(model) if allocate else model
+
+
+def meta_model(config: TrainConfig) -> Any:
+    """Build the model on the meta device, with its backends chosen."""
+    options = {key: value for key, value in config.model.items() if key != "name"}
+    chosen = default_registry().choose("model", config.model["name"])
+    with torch.device("meta"):
+        return chosen.construct(
+            options,
+            backends=config.backends.model_dump(),
+            device=torch.device(config.device),
+            compute_dtype=_DTYPES[config.precision],
+            expert_parallel=config.parallel.expert_parallel,
+        )
+
+
+def epoch_batches(config: TrainConfig, data: Data) -> int:
+    """Return the optimizer steps of one epoch; what does not fill a last one is seen first in the next epoch."""
+    return max(1, len(data.train) // config.global_train_batch_size)
+
+
+def _recompute_blocks(model: Any) -> None:
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _prepare(config: TrainConfig) -> Path:
+    """Return the run's folder, refusing one that holds a run unless that is to be resumed or overwritten."""
+    folder = Path(config.save_folder or ".")
+    taken = (folder / "metrics.jsonl").exists() or bool(checkpoints(folder))
+    if taken and not config.autoresume:
+        if not config.save_overwrite:
+            raise ConfigError(
+                f"save_folder {str(folder)!r} holds a run already; set autoresume: true to go on with it, "
+                "save_overwrite: true to delete it, or another run_name"
+            )
+        for path in [folder / "metrics.jsonl", *checkpoints(folder)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"save_folder {str(folder)!r} cannot be made: {error.strerror}") from None
+    return folder

@@ -1,0 +1,87 @@
+"""The `tokenyard` command. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(name="tokenyard", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Config = Annotated[Path, typer.Argument(help="A YAML config.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value in place of the config's, such as optimizer.lr=1e-3")
+]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train a model from a YAML config."""
+    from tokenyard_train.config import load_config
+    from tokenyard_train.run import train as run
+
+    run(load_config(config, overrides or []), Console())
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Validate a config; print the model's size, work and memory, and the backends chosen."""
+    from tokenyard_train.check import check as run
+    from tokenyard_train.config import load_config
+
+    run(load_config(config, overrides or []), Console())
+
+
+@app.command()
+def backends() -> None:
+    """List the installed backends, and why one cannot be used here."""
+    from tokenyard.__main__ import main as table
+
+    raise typer.Exit(table())
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0)] = 17,
+) -> None:
+    """Continue a prompt with the model of a run."""
+    from tokenyard_train.generate import generate as continuation
+
+    print(prompt + continuation(run, prompt, max_new_tokens, temperature, seed))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from tokenyard_train import __version__
+
+        print(f"tokenyard-train {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Dropless Mixture-of-Experts training."""
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one sentence on stderr and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        app()
+    except Exception as error:
+        from tokenyard.errors import TokenyardError  # loads torch, so not for --help
+
+        if not isinstance(error, TokenyardError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

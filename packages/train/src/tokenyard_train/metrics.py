@@ -1,0 +1,59 @@
+"""metrics.jsonl: one JSON object a line, whatever else happens."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenyard import TokenyardError
+
+if TYPE_CHECKING:
+    from tokenyard_train.build import Run
+    from tokenyard_train.step import StepResult
+
+TIMINGS = ("seconds", "tokens_per_s", "flops_per_s")
+"""The keys that differ between two runs of the same config."""
+
+
+class Metrics:
+    """The metrics file of a run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def train(self, run: Run, result: StepResult, seconds: float) -> dict[str, Any]:
+        """Write and return the record of a training step."""
+        speed = run.batch_tokens / seconds
+        record = {"kind": "train", "batch": run.batch, "tokens": run.batch * run.batch_tokens, **result._asdict()}
+        record |= {
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(speed),
+            "flops_per_s": speed * run.flops_per_token,
+        }
+        self.write(record)
+        return record
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record. Raises TokenyardError if the disk is full or refuses."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise TokenyardError(f"{self.path} cannot be written: {error.strerror}") from None
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all records."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def size(self) -> int:
+        """Return the bytes written so far; a checkpoint keeps them."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def rewind(self, size: int) -> None:
+        """Cut the file back to what stood when a checkpoint was saved."""
+        if self.size() > size:
+            os.truncate(self.path, size)

@@ -1,0 +1,47 @@
+"""The optimizer, and its learning rate over time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tokenyard_train.config.schema import Optimizer, Scheduler
+
+
+def build_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.AdamW:
+    """Return AdamW over all trainable parameters, all of them decayed as Composer does.
+
+    `decoupled_adamw` (Loshchilov and Hutter 2017, arXiv 1711.05101, as in Composer) shrinks weights by
+    lr / initial lr * weight_decay a step. torch's AdamW shrinks by lr * weight_decay, so it is given weight_decay /
+    initial lr.
+    """
+    decay = config.weight_decay / config.lr if config.name == "decoupled_adamw" else config.weight_decay
+    parameters = list(trainable(model).values())
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True
+    )
+
+
+def learning_rate(config: Scheduler, peak: float, batch: int, warmup: int, end: int) -> float:
+    """Return the learning rate of optimizer step `batch` (from 0), with Composer's formulas.
+
+    It rises linearly from 0 over `warmup` steps, and then goes from the peak to alpha_f times the peak at step `end`:
+    along a half cosine (arXiv 1608.03983), linearly, or not at all.
+    """
+    if batch < warmup:
+        return peak * batch / warmup
+    passed = min(1.0, (batch - warmup) / max(1, end - warmup))
+    match config.name:
+        case "cosine_with_warmup":
+            return peak * (config.alpha_f + (1 - config.alpha_f) * 0.5 * (1 + math.cos(math.pi * passed)))
+        case "linear_decay_with_warmup":
+            return peak * (1 + (config.alpha_f - 1) * passed)
+        case "constant_with_warmup":
+            return peak
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that the optimizer changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,112 @@
+"""What a checkpoint of a run holds, and going on from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenyard_train.build import Run
+from tokenyard_train.checkpoint import (
+    CheckpointError,
+    clear_unfinished,
+    load_model,
+    model_tensors,
+    newest_good,
+    read_meta,
+    read_tensors,
+    write_checkpoint,
+)
+from tokenyard_train.optim import trainable
+
+_MUST_AGREE = ("model", "max_seq_len", "tokenizer", "train_loader", "global_train_batch_size", "seed", "precision")
+"""Keys of the config that a resumed run may not change: weights would not fit, or other samples would follow."""
+
+
+def save(run: Run) -> Path:
+    """Save model, optimizer and position as ``ba<step>`` in the run's folder."""
+    _, steps = _optimizer_state(run)
+    meta = {
+        "batch": run.batch,
+        "metrics_bytes": run.metrics.size(),
+        "optimizer_steps": steps,
+        "config": run.config.model_dump(mode="json"),
+    }
+    keep = run.config.save_num_checkpoints_to_keep
+    return write_checkpoint(run.folder, f"ba{run.batch}", _tensors(run), meta, keep)
+
+
+def resume(run: Run) -> int:
+    """With `autoresume`, load the newest good checkpoint of the run's folder; return the step to go on from.
+
+    Raises CheckpointError if the config disagrees with it.
+    """
+    clear_unfinished(run.folder)
+    newest = newest_good(run.folder) if run.config.autoresume else None
+    if newest is None:
+        run.metrics.rewind(0)
+        return 0
+    meta = read_meta(newest)
+    _check_agreement(run, newest, meta["config"])
+    read_tensors(newest, _tensors(run))
+    for name, state in _state_by_name(run).items():
+        state["step"].fill_(meta["optimizer_steps"][name])
+    run.metrics.rewind(meta["metrics_bytes"])
+    return int(meta["batch"])
+
+
+def start_from(run: Run, path: str) -> None:
+    """Take the weights of a checkpoint folder (or a run's newest) for a new run. Raises CheckpointError."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"load_path {path!r} does not exist; give a checkpoint such as runs/run/ba200, or its run"
+        )
+    newest = folder if (folder / "manifest.json").exists() else newest_good(folder)
+    if newest is None:
+        raise CheckpointError(f"load_path {path!r} holds no checkpoint; give a folder such as runs/run/ba200")
+    load_model(run.model, newest)
+
+
+def _tensors(run: Run) -> dict[str, Tensor]:
+    return model_tensors(run.model) | _optimizer_state(run)[0]
+
+
+def _optimizer_state(run: Run) -> tuple[dict[str, Tensor], dict[str, int]]:
+    tensors: dict[str, Tensor] = {}
+    steps: dict[str, int] = {}
+    for name, state in _state_by_name(run).items():
+        tensors |= {f"optimizer.{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+        steps[name] = int(state["step"].item())
+    return tensors, steps
+
+
+def _state_by_name(run: Run) -> dict[str, dict[str, Tensor]]:
+    """Return AdamW's state of each parameter, making it where no step has been taken."""
+    for parameter in trainable(run.model).values():
+        state = run.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return {name: run.optimizer.state[parameter] for name, parameter in trainable(run.model).items()}
+
+
+def _check_agreement(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:
+    now = run.config.model_dump(mode="json")
+    pairs = [(key, saved.get(key), now[key]) for key in _MUST_AGREE]
+    pairs.append(("optimizer.name", saved["optimizer"]["name"], now["optimizer"]["name"]))
+    for key, before, after in pairs:
+        for path, old, new in _differences(key, before, after):
+            raise CheckpointError(
+                f"{path} is {new!r}, but checkpoint {checkpoint} was made with {old!r}; set it back, or choose "
+                "another run_name for a new run"
+            )
+
+
+def _differences(key: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(set(before) | set(after))
+        return [d for k in keys for d in _differences(f"{key}.{k}", before.get(k), after.get(k))]
+    return [] if before == after else [(key, before, after)]

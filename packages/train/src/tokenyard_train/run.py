@@ -1,0 +1,74 @@
+"""Training from a config: build, then step, evaluate, save and report until the duration is reached."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from tokenyard_train.build import Run, build_run
+from tokenyard_train.callbacks import Callback, build_callbacks
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.evaluate import evaluate
+from tokenyard_train.plots import expert_heatmap, loss_curve
+from tokenyard_train.progress import Progress
+from tokenyard_train.report import announce, summarize
+from tokenyard_train.resume import resume, save, start_from
+from tokenyard_train.step import train_step
+
+
+class RunResult(NamedTuple):
+    """What a finished run leaves."""
+
+    folder: Path
+    batches: int
+    train_loss: float  # of the last step, nats per token
+    bits_per_byte: float | None  # of the held-out text
+
+
+def train(config: TrainConfig, console: Console) -> RunResult:
+    """Train as a resolved config says; raises TokenyardError for a mistake in it, before anything is written."""
+    run = build_run(config, console)
+    run.batch = resume(run)
+    if run.batch == 0 and config.load_path is not None:
+        start_from(run, config.load_path)
+    announce(run)
+    callbacks = build_callbacks(config.callbacks)
+    if run.batch == 0:
+        for callback in callbacks:
+            callback.start(run)
+    with Progress(run) as progress:
+        while run.batch < run.batches:
+            _one_batch(run, callbacks, progress)
+    return _finish(run, callbacks)
+
+
+def _one_batch(run: Run, callbacks: list[Callback], progress: Progress) -> None:
+    began = time.perf_counter()
+    result = train_step(run)
+    run.batch += 1
+    record = run.metrics.train(run, result, time.perf_counter() - began)
+    progress.update(record)
+    last = run.batch == run.batches
+    if run.data.held_out is not None and (last or run.due(run.config.eval_interval)):
+        record = evaluate(run)
+        run.metrics.write(record)
+        progress.evaluated(record)
+    for callback in callbacks:
+        callback.batch_end(run)
+    if last or run.due(run.config.save_interval):
+        save(run)
+
+
+def _finish(run: Run, callbacks: list[Callback]) -> RunResult:
+    records = run.metrics.read()
+    loss_curve(records, run.folder / "loss.png")
+    expert_heatmap(records, run.folder / "experts.png")
+    summarize(run, records)
+    for callback in callbacks:
+        callback.end(run)
+    losses = [r["loss"] for r in records if r["kind"] == "train"]
+    scores = [r["bits_per_byte"] for r in records if r["kind"] == "eval"]
+    return RunResult(run.folder, run.batch, losses[-1], scores[-1] if scores else None)

@@ -1,0 +1,129 @@
+"""One optimizer step over a global batch.
+
+The loss is the sum of token losses divided by the tokens of the global batch, whatever the microbatches and ranks. The
+auxiliary losses are taken per microbatch (counts summed over ranks) and weighted by its share of the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenyard import Balance, Output, TokenyardError, load_balancing_loss, moe_layers, z_loss
+from tokenyard_train.build import Run
+from tokenyard_train.optim import learning_rate
+
+
+class NonFiniteError(TokenyardError):
+    """The loss or a gradient is not a finite number; the step was not taken."""
+
+
+class StepResult(NamedTuple):
+    """What one step was like."""
+
+    loss: float  # nats per token
+    balance_loss: float  # unweighted; 0 without experts
+    z_loss: float  # unweighted; 0 without experts
+    grad_norm: float  # before clipping
+    lr: float
+    load: list[list[float]]  # per MoE layer, each expert's share of the slots
+    dropped: int  # slots
+
+
+def train_step(run: Run) -> StepResult:
+    """Take step ``run.batch``; raises NonFiniteError before anything is changed."""
+    config = run.config
+    run.model.train()
+    lr = learning_rate(
+        config.scheduler,
+        config.optimizer.lr,
+        run.batch,
+        run.span(config.scheduler.t_warmup),
+        run.span(config.scheduler.t_max),
+    )
+    _seed(run)
+    loss, balances = _accumulate(run)
+    clipping = config.algorithms.gradient_clipping
+    norm = run.strategy.clip(run.model, clipping.clipping_threshold if clipping else math.inf)
+    values = _finite(run, loss, norm)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    for moe, balance in zip(moe_layers(run.model), balances):
+        moe.router.update(balance.counts)
+    return _result(run, values, lr, balances)
+
+
+def _accumulate(run: Run) -> tuple[Tensor, list[Balance]]:
+    """Run forward and backward over this rank's microbatches; return the summed loss and Balances of the batch."""
+    config = run.config
+    rank, world = run.strategy.data
+    batch = run.data.train.batch(run.batch, config.global_train_batch_size, rank, world).to(run.device)
+    loss, balances = torch.zeros((), device=run.device), []
+    for rows in batch.split(int(config.device_train_microbatch_size)):
+        with run.precision():
+            output: Output = run.model(rows[:, :-1])
+            nats = _token_nats(output.logits, rows[:, 1:]) / run.batch_tokens
+        microbatch = [b._replace(counts=run.strategy.reduce(b.counts)) for b in output.balances]
+        (nats + _auxiliary(run, microbatch, rows.shape[0] * config.max_seq_len * world)).backward()
+        loss += nats.detach()
+        balances.append([Balance(*(t.detach() for t in b)) for b in microbatch])
+    return run.strategy.reduce(loss), [_summed(layer) for layer in zip(*balances)]
+
+
+def _summed(balances: Sequence[Balance]) -> Balance:
+    first, *rest = balances
+    for balance in rest:
+        first = Balance(*(a + b for a, b in zip(first, balance)))
+    return first
+
+
+def _token_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies of all positions, in float32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def _auxiliary(run: Run, balances: list[Balance], tokens: int) -> Tensor | float:
+    layers = moe_layers(run.model)
+    if not layers:
+        return 0.0
+    weighted = run.model.auxiliary(balances, tokens, layers[0].workload.top_k)
+    return weighted * (tokens / run.batch_tokens)
+
+
+def _finite(run: Run, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    values = torch.stack((loss.double(), norm.to(loss.device).double())).tolist()
+    for name, value in zip(("loss", "gradient norm"), values):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the {name} of batch {run.batch + 1} is {value}; the step was not taken, and what was saved stands in "
+                f"{run.folder}; try a lower optimizer.lr, a longer scheduler.t_warmup or gradient clipping"
+            )
+    return values[0], values[1]
+
+
+def _result(run: Run, values: tuple[float, float], lr: float, balances: list[Balance]) -> StepResult:
+    if not balances:
+        return StepResult(values[0], 0.0, 0.0, values[1], lr, [], 0)
+    world, top_k = run.strategy.data[1], moe_layers(run.model)[0].workload.top_k
+    summed = [
+        b._replace(prob_sum=run.strategy.reduce(b.prob_sum), z_sum=run.strategy.reduce(b.z_sum)) for b in balances
+    ]
+    balance = load_balancing_loss(summed, run.batch_tokens, top_k, run.model.auxiliary.convention)
+    load = [[round(share, 6) for share in (b.counts / b.counts.sum()).tolist()] for b in balances]
+    dropped = sum(int(b.dropped) for b in balances) * world
+    return StepResult(values[0], balance.item(), z_loss(summed, run.batch_tokens).item(), values[1], lr, load, dropped)
+
+
+def _seed(run: Run) -> None:
+    """Seed whatever is random in a step by (seed, step, rank), so that no generator state needs saving."""
+    key = f"{run.config.seed}/{run.batch}/{run.strategy.data[0]}"
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1)
