@@ -41,6 +41,8 @@ def expert_heatmap(records: Sequence[dict[str, Any]], path: Path) -> None:
         load = load * load.shape[1]  # [layers, experts]
         image = axes.imshow(load, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
         axes.set_yticks(range(load.shape[0]))
+        if load.shape[1] <= 32:
+            axes.set_xticks(range(load.shape[1]))
         axes.grid(False)
         figure.colorbar(image, ax=axes, extend="max", shrink=0.9)
         if load.size <= 256:
@@ -55,11 +57,12 @@ def _of(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def _smoothed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return a trailing mean over a twentieth of the run."""
-    width = max(1, len(values) // 20)
+    """Return a mean over a twentieth of the run, centred, so that it does not lag."""
+    reach = len(values) // 40
     sums = np.concatenate(([0.0], np.cumsum(values)))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
+    places = np.arange(len(values))
+    reaches = np.minimum(reach, np.minimum(places, len(values) - 1 - places))
+    starts, ends = places - reaches, places + reaches + 1
     return (sums[ends] - sums[starts]) / (ends - starts)  # type: ignore[no-any-return]
 
 

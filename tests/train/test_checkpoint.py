@@ -1,0 +1,253 @@
+"""Checkpoints are whole or absent, and nothing damaged is ever loaded."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+
+import pytest
+import torch
+
+from tokenyard_train.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    newest_good,
+    read_meta,
+    read_tensors,
+    store,
+    verify,
+    write_checkpoint,
+)
+from tokenyard_train.resume import resume, save, start_from
+from tokenyard_train.step import train_step
+
+from .conftest import MODEL
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    return {
+        "model.a": torch.randn(6, 5),
+        "model.half": torch.randn(3, 4).to(torch.bfloat16),
+        "model.scalar": torch.tensor(2.5),
+        "optimizer.a.exp_avg": torch.randn(6, 5),
+    }
+
+
+def good(folder, tensors, name="ba1", keep=-1):
+    return write_checkpoint(folder, name, tensors, {"batch": 1, "note": "é"}, keep)
+
+
+def test_tensors_and_json_come_back_bit_by_bit(tmp_path, tensors):
+    path = good(tmp_path, tensors)
+    verify(path)
+    read = {name: torch.full_like(t, torch.nan) for name, t in tensors.items()}
+    read_tensors(path, read)
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert read_meta(path) == {"batch": 1, "note": "é"}
+
+
+def test_no_pickle_is_written(tmp_path, tensors):
+    names = {p.name for p in good(tmp_path, tensors).iterdir()}
+    assert {name.rpartition(".")[2] for name in names} == {"json", "safetensors"}
+
+
+def test_only_the_newest_are_kept(tmp_path, tensors):
+    for i in (1, 2, 10, 9):
+        good(tmp_path, tensors, f"ba{i}", keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["ba9", "ba10"]
+
+
+def corruptions():
+    def flip(path, at):
+        data = bytearray(path.read_bytes())
+        data[at % len(data)] ^= 1 << (at % 8)
+        path.write_bytes(data)
+
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randint(0, 1 << 30, (24,), generator=generator).tolist()
+    kinds = {}
+    for suffix in (".safetensors", "run.json", "manifest.json"):
+        for i, offset in enumerate(offsets if suffix != "run.json" else offsets[:6]):
+            kinds[f"flip {suffix} {i}"] = lambda files, s=suffix, o=offset: flip(files[s], o)
+        kinds[f"truncate {suffix}"] = lambda files, s=suffix: os.truncate(files[s], files[s].stat().st_size - 1)
+        kinds[f"empty {suffix}"] = lambda files, s=suffix: os.truncate(files[s], 0)
+        kinds[f"delete {suffix}"] = lambda files, s=suffix: files[s].unlink()
+    kinds["zero a block"] = lambda files: files[".safetensors"].write_bytes(
+        files[".safetensors"].read_bytes()[:-16] + bytes(16)
+    )
+    kinds["swap"] = lambda files: shutil.copy(files["run.json"], files[".safetensors"])
+    kinds["append"] = lambda files: files[".safetensors"].open("ab").write(b"x")
+    kinds["another file"] = lambda files: (files["run.json"].parent / "more.json").write_text("{}")
+    kinds["symlink"] = lambda files: (
+        shutil.copy(files["run.json"], files["run.json"].parents[1] / "outside.json"),
+        files["run.json"].unlink(),
+        files["run.json"].symlink_to(files["run.json"].parents[1] / "outside.json"),
+    )
+    kinds["manifest of no files"] = lambda files: files["manifest.json"].write_text(
+        '{"format": 1, "files": {}, "digest": ""}'
+    )
+    kinds["manifest is a list"] = lambda files: files["manifest.json"].write_text("[]")
+    return kinds
+
+
+CORRUPTIONS = corruptions()
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_every_corruption_is_found_and_the_one_before_is_taken(tmp_path, tensors, kind, caplog):
+    before, damaged = good(tmp_path, tensors, "ba1"), good(tmp_path, tensors, "ba2")
+    files = {".safetensors": next(damaged.glob("*.safetensors"))}
+    files |= {name: damaged / name for name in ("run.json", "manifest.json")}
+    CORRUPTIONS[kind](files)
+    with pytest.raises(CheckpointError, match=f"checkpoint {damaged}: "):
+        verify(damaged)
+    assert newest_good(tmp_path) == before
+    assert "falling back to the one before" in caplog.text
+
+
+def test_stale_shards_of_another_checkpoint_are_found(tmp_path, tensors):
+    first = good(tmp_path, tensors, "ba1")
+    second = good(tmp_path, {name: t + 1 for name, t in tensors.items()}, "ba2")
+    shard = next(first.glob("*.safetensors")).name
+    shutil.copy(first / shard, second / shard)
+    with pytest.raises(CheckpointError, match=f"{shard} was changed since it was saved"):
+        verify(second)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "below/x.json"])
+def test_a_manifest_that_leaves_the_folder_is_refused(tmp_path, tensors, name):
+    path = good(tmp_path, tensors)
+    (tmp_path / "outside.json").write_text("{}")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"].pop("run.json")
+    del manifest["digest"]
+    from tokenyard_train.checkpoint.manifest import _digest
+
+    (path / "manifest.json").write_text(json.dumps(manifest | {"digest": _digest(manifest)}))
+    with pytest.raises(CheckpointError, match=r"manifest.json was changed"):
+        verify(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+@pytest.mark.parametrize("name", [".metadata", "extra.pt", "data.pkl"])
+def test_a_malicious_pickle_never_runs(tmp_path, tensors, name, monkeypatch):
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    path = good(tmp_path, tensors)
+    (path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match="does not belong to it"):
+        verify(path)
+    from tokenyard_train.checkpoint.manifest import write_manifest
+
+    (path / "manifest.json").unlink()
+    write_manifest(path)  # an attacker who can write the manifest, too
+    read_tensors(path, {name: t.clone() for name, t in tensors.items()})
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("how", ["tensors", "json", "size limit"])
+def test_a_full_disk_leaves_the_previous_checkpoint_and_no_debris(tmp_path, tensors, how, monkeypatch):
+    before = good(tmp_path, tensors, "ba1")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*args, **kwargs):
+        raise full
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if how == "size limit":  # a real one: the kernel refuses to write further
+            resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
+        else:
+            monkeypatch.setattr(store, "dcp_save" if how == "tensors" else "write_manifest", fail)
+        with pytest.raises(
+            CheckpointError, match=rf"ba2 could not be saved \(.*\); the last good checkpoint is {before}"
+        ):
+            good(tmp_path, tensors, "ba2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["ba1"]
+    verify(before)
+
+
+def test_what_a_killed_run_left_half_written_is_cleared(tmp_path, build):
+    run = build()
+    (run.folder / ".unfinished-ba3").mkdir()
+    assert resume(run) == 0
+    assert not (run.folder / ".unfinished-ba3").exists()
+
+
+def test_all_damaged_is_an_error_that_names_each(tmp_path, tensors):
+    for name in ("ba1", "ba2"):
+        (good(tmp_path, tensors, name) / "run.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* is good: .*ba2: run.json is missing; .*ba1: run.json"
+    ):
+        newest_good(tmp_path)
+
+
+class TestResuming:
+    def test_autoresume_without_a_checkpoint_starts_anew(self, build):
+        assert resume(build(autoresume=True)) == 0
+
+    def test_state_and_position_come_back(self, build):
+        run = build()
+        for run.batch in range(3):
+            train_step(run)
+        run.batch = 3
+        save(run)
+        again = build(autoresume=True)
+        assert resume(again) == 3
+        again.batch = 3
+        assert train_step(again) == train_step(run)
+        for a, b in zip(run.model.parameters(), again.model.parameters()):
+            assert torch.equal(a, b)
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(run.optimizer.state[a][key], again.optimizer.state[b][key])
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"model": MODEL | {"n_layers": 3}}, "model.n_layers is 3, but checkpoint .*ba0 was made with None"),
+            ({"seed": 5}, "seed is 5, but checkpoint .* was made with 17; set it back"),
+            ({"global_train_batch_size": 8}, "global_train_batch_size is 8, but .* was made with 4"),
+            ({"optimizer": {"name": "adamw"}}, "optimizer.name is 'adamw', but .* was made with 'decoupled_adamw'"),
+        ],
+    )
+    def test_a_config_that_disagrees_is_named(self, build, changes, sentence):
+        save(build())
+        with pytest.raises(CheckpointError, match=sentence):
+            resume(build(autoresume=True, **changes))
+
+    def test_backends_microbatch_and_duration_may_change(self, build):
+        save(build())
+        changes = {"backends": {"experts": "loop"}, "device_train_microbatch_size": 1, "max_duration": "9ba"}
+        assert resume(build(autoresume=True, **changes)) == 0
+
+    def test_load_path_takes_weights_for_a_new_run(self, build, tmp_path):
+        run = build()
+        train_step(run)
+        save(run)
+        for path in (run.folder, run.folder / "ba0"):
+            fresh = build(seed=5, save_folder=str(tmp_path / "other"))
+            start_from(fresh, str(path))
+            assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), fresh.model.parameters()))
+            assert not fresh.optimizer.state
+
+    def test_load_path_of_another_model_is_refused(self, build, tmp_path):
+        save(build())
+        other = build(model=MODEL | {"d_model": 32}, save_folder=str(tmp_path / "other"))
+        with pytest.raises(CheckpointError, match=r"checkpoint .*ba0 is of another model: .*"):
+            start_from(other, str(tmp_path / "run"))
+
+    @pytest.mark.parametrize(
+        ("path", "sentence"), [("nowhere", "'.*nowhere' does not exist"), ("text", "holds no checkpoint")]
+    )
+    def test_load_path_without_a_checkpoint(self, build, tmp_path, path, sentence):
+        with pytest.raises(CheckpointError, match=sentence):
+            start_from(build(), str(tmp_path / path))

@@ -1,0 +1,72 @@
+"""The `tokenyard` command as a user meets it."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tokenyard_train import cli
+
+
+@pytest.fixture
+def tokenyard(monkeypatch, capsys):
+    """Run the command in this process; return (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tokenyard", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def path(settings, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_train_then_generate(tokenyard, path, tmp_path):
+    code, _, errors = tokenyard("train", path, "max_duration=2ba", "optimizer.lr=1e-3")
+    assert (code, errors) == (0, "")
+    code, out, _ = tokenyard("generate", str(tmp_path / "run"), "--prompt", "3 times", "--max-new-tokens", "5")
+    assert code == 0
+    assert out.startswith("3 times")
+
+
+def test_check_shows_size_work_memory_and_backends(tokenyard, path):
+    code, out, _ = tokenyard("check", path)
+    assert code == 0
+    for part in ("active parameters", "FLOPs per token", "memory (estimate)", "6 batches", "passed over", "single"):
+        assert part in out
+
+
+def test_backends_prints_the_table(tokenyard):
+    code, out, _ = tokenyard("backends")
+    assert code == 0
+    assert "tokenyard-models" in out
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_a_mistake_is_one_sentence_and_exit_code_2(tokenyard, path, command):
+    code, out, errors = tokenyard(command, path, "optimizer.lrr=1")
+    assert (code, out) == (2, "")
+    (line,) = errors.splitlines()
+    assert line.startswith("error: ")
+    assert "optimizer.lrr is not a known key (did you mean 'lr'?)" in line
+
+
+def test_help_and_version_do_not_load_torch():
+    code = (
+        "import sys; sys.argv = ['tokenyard', '{}']\n"
+        "from tokenyard_train.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for option, part in (("--help", "generate"), ("--version", "tokenyard-train 0.1.0")):
+        run = subprocess.run([sys.executable, "-c", code.format(option)], check=True, capture_output=True, text=True)
+        assert part in run.stdout

@@ -1,0 +1,119 @@
+"""Text becomes samples whose order depends on nothing but the seed."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenyard import ConfigError
+from tokenyard_train.data import IGNORED, BytesTokenizer, HeldOut, Samples, build_data, python_stdlib, text_files
+
+TOKENS = np.arange(1000, dtype=np.uint16)
+
+
+def test_bytes_there_and_back():
+    tokenizer = BytesTokenizer()
+    text = "naïve café — ✓\n"
+    ids = tokenizer.encode(text.encode())
+    assert tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.decode([*ids.tolist(), tokenizer.end]) == text
+    assert tokenizer.bytes_in(np.append(ids, tokenizer.end)) == len(text.encode())
+    assert tokenizer.decode([0xFF]) == "�"
+
+
+def test_the_standard_library_is_split_by_file():
+    train, held_out = python_stdlib(held_out=False), python_stdlib(held_out=True)
+    names = {d.name for d in train}, {d.name for d in held_out}
+    assert not names[0] & names[1]
+    assert "json/decoder.py" in names[0] | names[1]
+    assert 0.02 < len(held_out) / (len(train) + len(held_out)) < 0.08
+    assert sum(len(d.text) for d in train) > 5e6
+    assert not any("/test/" in d.name or "site-packages" in d.name for d in train)
+    assert [d.name for d in train] == sorted(names[0])
+
+
+def test_files_and_folders_of_text(text):
+    (text / "c.bin").write_bytes(b"\xff")
+    (text / "below").mkdir()
+    (text / "below" / "d.md").write_text("d")
+    documents = text_files([str(text), str(text / "b.txt")], [".txt", ".md"])
+    assert [d.name.rpartition("/")[2] for d in documents] == ["a.txt", "b.txt", "d.md", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("nowhere", "dataset.path '.*nowhere' does not exist; give a text file or a folder of them"),
+        ("empty", "is a folder without files that end in .txt; see dataset.suffixes"),
+        ("latin.txt", "latin.txt is not UTF-8 text; convert it, or leave it out"),
+    ],
+)
+def test_text_that_cannot_be_read(tmp_path, path, sentence):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ConfigError, match=sentence):
+        text_files(str(tmp_path / path), [".txt"])
+
+
+def test_text_that_is_empty_or_too_short(tmp_path, config):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("short")
+    loader = {"name": "text", "dataset": {"path": str(tmp_path / "empty.txt")}}
+    with pytest.raises(ConfigError, match="train_loader: there is no text; every file that it names is empty"):
+        build_data(config(train_loader=loader))
+    loader = {"name": "text", "dataset": {"path": str(tmp_path / "short.txt")}}
+    with pytest.raises(ConfigError, match="the text has 6 tokens; a sample of max_seq_len 24 needs 25"):
+        build_data(config(train_loader=loader))
+
+
+def test_documents_are_ended(config, text):
+    data = build_data(config())
+    assert (data.train.tokens == 256).sum() == 2
+    assert bytes(data.train.tokens[: (text / "a.txt").stat().st_size].astype(np.uint8)) == (text / "a.txt").read_bytes()
+
+
+def test_an_epoch_shows_every_window_once_in_an_order_of_its_own():
+    samples = Samples(TOKENS, 10, seed=3)
+    epochs = [[int(samples[e * len(samples) + i][0]) for i in range(len(samples))] for e in range(3)]
+    assert [sorted(e) for e in epochs] == [list(range(0, 990, 10))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != sorted(epochs[0])
+    assert torch.equal(samples[5], Samples(TOKENS, 10, seed=3)[5])
+    assert not torch.equal(samples[5], Samples(TOKENS, 10, seed=4)[5])
+
+
+def test_windows_overlap_by_the_token_that_is_only_read():
+    samples = Samples(TOKENS, 10, seed=0, shuffle=False)
+    assert samples[0].tolist() == list(range(11))
+    assert samples[1].tolist() == list(range(10, 21))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 400), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(0, 9))
+def test_ranks_share_the_same_global_order_from_any_step(step, per_rank, world, seed):
+    size = 4 * per_rank
+    alone = Samples(TOKENS, 10, seed).batch(step, size)
+    shares = [Samples(TOKENS, 10, seed).batch(step, size, rank, world) for rank in range(world)]
+    assert torch.equal(torch.cat(shares), alone)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 7))
+def test_held_out_windows_predict_every_token_but_the_first_once(count, length, batch_size):
+    held_out = HeldOut(TOKENS[:count], length, batch_size)
+    targets = [held_out.batch(i)[1] for i in range(len(held_out))]
+    seen = torch.cat([t.flatten() for t in targets])
+    assert seen[seen != IGNORED].tolist() == list(range(1, count)) == held_out.predicted.tolist()
+
+
+def test_held_out_inputs_stand_before_their_targets():
+    inputs, targets = HeldOut(TOKENS[:8], 5, 2).batch(0)
+    assert inputs.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 0, 0]]
+    assert targets.tolist() == [[1, 2, 3, 4, 5], [6, 7, *[IGNORED] * 3]]
+
+
+def test_fewer_held_out_batches_cut_the_text():
+    held_out = HeldOut(TOKENS, 10, batch_size=3, batches=2)
+    assert len(held_out) == 2
+    assert held_out.predicted.tolist() == list(range(1, 61))

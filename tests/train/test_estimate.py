@@ -1,0 +1,46 @@
+"""The memory estimate against what autograd really saves."""
+
+import pytest
+import torch
+
+from tokenyard_train.build import build_model
+from tokenyard_train.estimate import estimate
+
+from .conftest import MODEL
+
+LARGER = MODEL | {"d_model": 64, "n_layers": 3, "ffn_config": MODEL["ffn_config"] | {"ffn_hidden_size": 96}}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_activations_are_within_a_third(build, precision):
+    run = build(model=LARGER, precision=precision, max_seq_len=128, global_train_batch_size=8)
+    parameters = {p.data_ptr() for p in run.model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        if t.data_ptr() not in parameters:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    rows = run.data.train.batch(0, 8)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), run.precision():
+        output = run.model(rows[:, :-1])
+    memory = estimate(run.config, run.model)
+    assert output.logits.requires_grad
+    assert memory.activations == pytest.approx(sum(saved.values()), rel=0.34)
+
+
+def test_state_is_exact(config):
+    _, model = build_model(config(), allocate=False)
+    count = sum(p.numel() for p in model.parameters())
+    memory = estimate(config(), model)
+    assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * count, 4 * count, 8 * count)
+
+
+def test_recomputing_saves_most_activations(config):
+    changes = {"model": LARGER | {"n_layers": 20}}
+    _, model = build_model(config(**changes), allocate=False)
+    plain, recomputed = (
+        estimate(config(**changes, activation_checkpointing=flag), model).activations for flag in (False, True)
+    )
+    assert recomputed < plain / 4

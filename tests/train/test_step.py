@@ -1,0 +1,114 @@
+"""One optimizer step: what is averaged, clipped, recomputed, refused and updated."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tokenyard import moe_layers
+from tokenyard.testing._compare import relative_error
+from tokenyard_train.step import NonFiniteError, _accumulate, train_step
+
+from .conftest import MODEL
+
+NO_AUXILIARY = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_loss_weight": 0.0}}
+
+
+def gradients(run) -> dict[str, torch.Tensor]:
+    run.model.double()
+    run.model.train()
+    _accumulate(run)
+    return {name: p.grad for name, p in run.model.named_parameters()}
+
+
+def test_loss_is_the_mean_over_the_global_batch_plus_the_weighted_auxiliary_losses(build):
+    run = build(model=MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_zloss_weight": 0.01}})
+    got = gradients(run)
+    run.model.zero_grad()
+    rows = run.data.train.batch(0, 4)
+    output = run.model(rows[:, :-1])
+    nats = F.cross_entropy(output.logits.flatten(0, 1), rows[:, 1:].flatten())
+    balance = sum(4 / 2 * (b.counts.double() / 96 * b.prob_sum / 96).sum() for b in output.balances) / 2
+    z = sum(b.z_sum / 96 for b in output.balances) / 2
+    (nats + 0.05 * balance + 0.01 * z).backward()
+    for name, parameter in run.model.named_parameters():
+        assert relative_error(got[name], parameter.grad) < 1e-12, name
+
+
+@pytest.mark.parametrize("microbatch", [1, 2])
+def test_accumulation_changes_nothing_but_rounding(build, microbatch):
+    whole = gradients(build(model=NO_AUXILIARY))
+    parts = gradients(build(model=NO_AUXILIARY, device_train_microbatch_size=microbatch, save_folder="unused"))
+    for name in whole:
+        assert relative_error(parts[name], whole[name]) < 1e-12, name
+
+
+def test_counts_are_summed_over_microbatches(build):
+    whole, parts = build(), build(device_train_microbatch_size=1)
+    a, b = train_step(whole), train_step(parts)
+    assert a.load == b.load
+    assert [sum(layer) for layer in a.load] == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_recomputing_activations_changes_nothing(build):
+    jitter = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_jitter_eps": 0.1}}
+    plain, recomputed = build(model=jitter), build(model=jitter, activation_checkpointing=True)
+    assert train_step(plain) == train_step(recomputed)
+    for a, b in zip(plain.model.parameters(), recomputed.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_clipping_is_by_the_global_norm(build):
+    clipping = {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1e-3}}
+    free, clipped = build(), build(algorithms=clipping)
+    seen = {}
+    for name, run in (("free", free), ("clipped", clipped)):
+        run.optimizer.register_step_pre_hook(
+            lambda o, *_, name=name: seen.update({name: [p.grad.clone() for p in o.param_groups[0]["params"]]})
+        )
+    norms = [train_step(run).grad_norm for run in (free, clipped)]
+    assert norms[0] == norms[1] > 1e-3
+    for a, b in zip(seen["free"], seen["clipped"]):
+        assert relative_error(b, a * (1e-3 / norms[0])) < 1e-4
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient norm"])
+def test_a_number_that_is_not_finite_stops_before_anything_changes(build, where):
+    run = build()
+    train_step(run)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    if where == "loss":
+        run.model.norm.weight.data[0] = math.inf
+        before = [p.detach().clone() for p in run.model.parameters()]
+    else:
+        run.model.blocks[0].ffn.experts.up.register_hook(lambda g: g * math.nan)
+    with pytest.raises(NonFiniteError, match=rf"the {where} of batch 1 is nan; the step was not taken"):
+        train_step(run)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+
+
+def test_selection_bias_moves_once_a_step_by_the_whole_batch(build):
+    ffn = MODEL["ffn_config"] | {"moe_bias_update_rate": 0.01, "moe_score_function": "sigmoid"}
+    run = build(model=MODEL | {"ffn_config": ffn}, device_train_microbatch_size=1, activation_checkpointing=True)
+    result = train_step(run)
+    for moe, load in zip(moe_layers(run.model), result.load):
+        want = [0.01 * ((share < 0.25) - (share > 0.25)) for share in load]
+        assert moe.router.selection_bias.tolist() == pytest.approx(want)
+
+
+def test_randomness_depends_on_the_step_alone(build):
+    jitter = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_jitter_eps": 0.1}}
+    first, second = build(model=jitter), build(model=jitter)
+    torch.manual_seed(1)
+    a = train_step(first)
+    torch.manual_seed(2)
+    assert train_step(second) == a
+    second.batch = 1
+    assert train_step(second).loss != a.loss
+
+
+def test_amp_computes_in_bfloat16_and_stays_near(build):
+    plain, amp = train_step(build()), train_step(build(precision="amp_bf16"))
+    assert amp.loss != plain.loss
+    assert amp.loss == pytest.approx(plain.loss, rel=0.01)
