@@ -85,7 +85,7 @@ def test_logits_and_all_gradients(cls, config, norm, clip):
     dy = torch.randn_like(want)
     parameters = list(model.parameters())
     for a, b in zip(torch.autograd.grad(got, parameters, dy), torch.autograd.grad(want, parameters, dy)):
-        assert relative_error(a, b) < 1e-11
+        assert relative_error(a, b) < 1e-12
 
 
 def test_clipping_bites():

@@ -4,6 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tokenyard_models import Dbrx, Mpt, draw_rows
 
@@ -16,6 +23,8 @@ from tokenyard_models import Dbrx, Mpt, draw_rows
         (slice(1, 2), slice(4, 9)),
         (slice(None), slice(0, 5)),
         (slice(5, 6), slice(9, 10)),
+        (slice(2, 4), slice(None), slice(3, 8)),
+        (slice(6, 6),),
     ],
 )
 def test_a_rank_draws_its_own_rows_of_packed_experts(block):
@@ -25,6 +34,46 @@ def test_a_rank_draws_its_own_rows_of_packed_experts(block):
     local = torch.full_like(whole[block], math.nan)
     draw_rows(local, 7, "up", 0.1, whole.shape, first)
     assert torch.equal(local, whole[block])
+
+
+@pytest.fixture
+def rank_3_of_4():
+    """Be one process of a mesh of 2 (shards) by 2 (expert parallel) without the others."""
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "experts"))
+    dist.destroy_process_group()
+
+
+def sharded(parameter: nn.Parameter, mesh: DeviceMesh, placements: list[Placement], shape: list[int]) -> nn.Parameter:
+    local = torch.full(shape, math.nan)
+    whole = {"shape": parameter.shape, "stride": parameter.stride()}
+    return nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False, **whole))
+
+
+def test_a_rank_fills_its_shards_of_a_model(rank_3_of_4):
+    """Sharded as FSDP2 does it: experts first by expert parallelism, then by expert or by row; all else by row."""
+    whole, model = Dbrx({"size": "tiny"}), Dbrx({"size": "tiny"})
+    up, down = (model.blocks[0].ffn.experts.up, [4, 256, 128]), (model.blocks[1].ffn.experts.down, [8, 64, 128])
+    by_expert, by_row = [_StridedShard(0, split_factor=2), Shard(0)], [Shard(1), Shard(0)]
+    model.blocks[0].ffn.experts.up = sharded(up[0], rank_3_of_4, by_expert, up[1])
+    model.blocks[1].ffn.experts.down = sharded(down[0], rank_3_of_4, by_row, down[1])
+    model.head.weight = sharded(model.head.weight, rank_3_of_4["shards"], [Shard(0)], [128, 128])
+    model.norm.weight = sharded(model.norm.weight, rank_3_of_4["shards"], [Shard(0)], [64])
+    whole.init_weights(5)
+    model.init_weights(5)
+    assert torch.equal(model.blocks[0].ffn.experts.up.to_local(), whole.blocks[0].ffn.experts.up[12:16])
+    assert torch.equal(model.blocks[1].ffn.experts.down.to_local(), whole.blocks[1].ffn.experts.down[8:16, 64:])
+    assert torch.equal(model.head.weight.to_local(), whole.head.weight[129:])  # 257 rows: 129 and 128
+    assert torch.equal(model.norm.weight.to_local(), torch.ones(64))
+
+
+def test_wrapping_blocks_changes_nothing():
+    plain, wrapped = Dbrx({"size": "tiny"}), Dbrx({"size": "tiny"})
+    wrapped.blocks[0] = checkpoint_wrapper(wrapped.blocks[0])
+    wrapped.blocks[1] = torch.compile(wrapped.blocks[1], backend="eager")
+    plain.init_weights(2)
+    wrapped.init_weights(2)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True))
 
 
 def test_seed_name_and_row_all_matter():

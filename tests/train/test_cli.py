@@ -6,7 +6,9 @@ import sys
 import pytest
 import yaml
 
+from tokenyard import Backend, Chosen
 from tokenyard_train import cli
+from tokenyard_train.check import _reasons
 
 
 @pytest.fixture
@@ -41,8 +43,24 @@ def test_train_then_generate(tokenyard, path, tmp_path):
 def test_check_shows_size_work_memory_and_backends(tokenyard, path):
     code, out, _ = tokenyard("check", path)
     assert code == 0
-    for part in ("active parameters", "FLOPs per token", "memory (estimate)", "6 batches", "passed over", "single"):
+    for part in ("active parameters", "FLOPs per token", "memory (estimate", "6 batches", "held-out text", "single"):
         assert part in out
+
+
+def test_check_says_why_a_backend_was_passed_over():
+    chosen = Chosen("experts", Backend("torch", "module:Class"), passed_over={"fast": "it needs a GPU"})
+    assert _reasons(chosen) == "torch (passed over fast: it needs a GPU)"
+
+
+def test_check_needs_no_room_for_the_model(tokenyard, path):
+    code, out, _ = tokenyard("check", path, "model.size=full", "model.d_model=6144", "model.n_layers=4")
+    assert code == 0
+    assert "GiB" in out
+
+
+def test_check_refuses_what_train_would(tokenyard, path):
+    code, _, errors = tokenyard("check", path, "max_duration=0.001ep")
+    assert (code, errors) == (2, "error: max_duration is 0.001ep, which is less than one batch of 96 tokens\n")
 
 
 def test_backends_prints_the_table(tokenyard):
@@ -58,6 +76,14 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tokenyard, path, command):
     (line,) = errors.splitlines()
     assert line.startswith("error: ")
     assert "optimizer.lrr is not a known key (did you mean 'lr'?)" in line
+
+
+def test_a_mistake_has_no_traceback(path):
+    command = [sys.executable, "-m", "tokenyard_train", "check", path, "model.name=dbrxx"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: model backend 'dbrxx' is unknown (did you mean 'dbrx'?); installed: ")
+    assert run.stderr.count("\n") == 1
 
 
 def test_help_and_version_do_not_load_torch():

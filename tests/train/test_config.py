@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenyard import ConfigError
-from tokenyard_train.config import load_config, parse_span, read_config
+from tokenyard_train.config import TrainConfig, load_config, parse_span, read_config
+from tokenyard_train.config.resolve import divisors
 
 ANNOUNCEMENT = """
 model:
@@ -27,6 +28,57 @@ train_loader: {name: python_stdlib}
 max_duration: 200ba
 global_train_batch_size: 8
 device: cpu
+"""
+FOUNDRY = """
+variables:
+  global_seed: 17
+  max_seq_len: 64
+max_seq_len: ${variables.max_seq_len}
+run_name:  # LLM Foundry reads it from the environment
+model:
+  name: mpt_causal_lm
+  init_device: meta
+  d_model: 64
+  n_heads: 4
+  n_layers: 2
+  expansion_ratio: 4
+  max_seq_len: ${variables.max_seq_len}
+  vocab_size: 50368
+  attn_config: {attn_impl: flash}
+tokenizer:
+  name: bytes
+  kwargs: {model_max_length: '${variables.max_seq_len}'}
+train_loader:
+  name: python_stdlib
+  dataset: {split: train, shuffle: true, max_seq_len: '${variables.max_seq_len}', shuffle_seed: 17}
+  drop_last: true
+  num_workers: 8
+eval_loader:
+  name: python_stdlib
+  dataset: {split: val, shuffle: false, max_seq_len: '${variables.max_seq_len}', shuffle_seed: 17}
+  drop_last: false
+  num_workers: 8
+scheduler: {name: cosine_with_warmup, t_warmup: 100ba, alpha_f: 0.1}
+optimizer: {name: decoupled_adamw, lr: 6.0e-4, betas: [0.9, 0.95], eps: 1.0e-08, weight_decay: 0.0}
+algorithms: {gradient_clipping: {clipping_type: norm, clipping_threshold: 1.0}}
+max_duration: 4800ba
+eval_interval: 500ba
+eval_first: false
+eval_subset_num_batches: -1
+global_train_batch_size: 256
+seed: ${variables.global_seed}
+device_eval_batch_size: 16
+device_train_microbatch_size: 16
+precision: amp_bf16
+fsdp_config: {sharding_strategy: FULL_SHARD, mixed_precision: PURE}
+progress_bar: false
+log_to_console: true
+console_log_interval: 1ba
+callbacks: {speed_monitor: {window_size: 10}, lr_monitor: {}, memory_monitor: {}, runtime_estimator: {}}
+loggers: {wandb: {}}
+save_folder: ./{run_name}/checkpoints
+save_interval: 500ba
+save_num_checkpoints_to_keep: 1
 """
 
 
@@ -67,6 +119,33 @@ def test_keys_of_llm_foundry_that_mean_nothing_here_are_named_in_one_warning(loa
 
 
 @pytest.mark.parametrize(
+    ("change", "instead"),
+    [
+        ("tokenizer_name=gpt2", "tokenizer_name is .*; say tokenizer: {name: bytes}"),
+        ("global_seed=17", r"global_seed is .*; put it under variables, and write \$\{variables.global_seed\} where"),
+        ("train_loader.dataset.remote=x", "train_loader.dataset.remote is .*; copy the text here and name it by"),
+        ("eval_loader.dataset.streams={}", "eval_loader.dataset.streams is .*; copy the text here and name it by"),
+        ("callbacks.generate_callback.kwargs={}", "kwargs is .*; say max_new_tokens and temperature beside prompts"),
+    ],
+)
+def test_keys_of_llm_foundry_that_are_called_otherwise_here(load, change, instead):
+    with pytest.raises(ConfigError, match=instead):
+        load(ANNOUNCEMENT + REST, change)
+
+
+def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
+    """The shape of LLM Foundry's pretraining files: a tokenizer and a dataset are all that had to change."""
+    config = load(FOUNDRY)
+    assert (config.run_name, config.save_folder, config.seed) == ("run", "./run/checkpoints", 17)
+    assert (config.max_seq_len, config.eval_subset_num_batches, config.optimizer.betas) == (64, -1, (0.9, 0.95))
+    assert config.eval_loader is not None
+    (message,) = caplog.messages
+    assert "model.init_device" in message
+    assert "callbacks.runtime_estimator" in message
+    assert "fsdp_config" in message
+
+
+@pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ("max_duraton: 3ba", r"max_duraton is not a known key \(did you mean 'max_duration'\?\)"),
@@ -91,16 +170,24 @@ def test_keys_of_llm_foundry_that_mean_nothing_here_are_named_in_one_warning(loa
         ("precision: fp8", "precision is 'fp8'; give 'fp32' or 'amp_bf16'"),
         ("backends: {expert: torch}", r"backends.expert is not a known key \(did you mean 'experts'\?\)"),
         ("loggers: {comet: {}}", "loggers.comet is not a known key"),
-        ("global_train_batch_size: 0", "global_train_batch_size is 0; give a number above 0"),
+        ("global_train_batch_size: 0", "global_train_batch_size is 0; give a number at least 1"),
         (
             "device_train_microbatch_size: 3",
             "is 3, which does not divide global_train_batch_size 8; these do: 1, 2, 4, 8",
         ),
-        ("run_name: ../elsewhere", "run_name is '../elsewhere': string should match pattern"),
+        ("run_name: ../elsewhere", "run_name is '../elsewhere': it names a folder, so give letters, digits"),
         ("device: tpu", "device is 'tpu'; give cpu, cuda or auto"),
         ("model: {name: dbrx, vocab_size: 99}", "model.vocab_size is 99 but the tokenizer has 257 ids"),
         ("model: {max_seq_len: 8}", "model.name is missing"),
         ("model: {name: dbrx, max_seq_len: 8}\nmax_seq_len: 16", "max_seq_len is 16 but model.max_seq_len only 8"),
+        ("device: cuda:99", "device is 'cuda:99', but torch finds .* CUDA GPU"),
+        ("seed: 9223372036854775808", "seed is 9223372036854775808; give a number below 9223372036854775808"),
+        ("optimizer: {betas: [0.9, 1]}", "optimizer.betas.1 is 1; give a number below 1"),
+        ("optimizer: {name: adam}", r"optimizer.name is 'adam' \(did you mean 'adamw'\?\); give 'decoupled_adamw' or"),
+        ("device_train_microbatch_size: big", "device_train_microbatch_size is 'big'; give a whole number or 'auto'"),
+        ("backends: {experts: 5}", "backends.experts is 5; give text or a mapping of keys to values"),
+        ("max_seq_len: 1.5", "max_seq_len is 1.5; give a whole number"),
+        ("callbacks: {layer_freezing: {}}", "callbacks.layer_freezing is not a known key"),
         ("seed: [1]", r"seed is \[1\]; give a whole number"),
     ],
 )
@@ -116,12 +203,12 @@ def test_wrong_keys_and_values(load, change, sentence):
     [
         ("", "a config is a mapping of keys to values"),
         ("- 1\n- 2", "a config is a mapping of keys to values"),
-        ("a: [1", "not a usable YAML config: while parsing"),
-        ("a: 1\na: 2", "found duplicate key a"),
+        ("a: [1", r"not a usable YAML config: expected ',' or '\]', but got '<stream end>' at line 1"),
+        ("a: 1\na: 2", "not a usable YAML config: found duplicate key a at line 2"),
         ("a: &x [1]\nb: *x", r"the YAML alias \*x is not supported; write \$\{key\} instead"),
-        ("a: ${nowhere}", "Interpolation key 'nowhere' not found"),
+        ("a: ${nowhere}", "not a usable YAML config: a: Interpolation key 'nowhere' not found$"),
         ("a: !!python/object/apply:os.system ['true']", "not a usable YAML config: could not determine a constructor"),
-        ("a: " + "[" * 4000, "not a usable YAML config"),
+        ("a:\n  " + "[" * 4000, "it is nested deeper than 40 levels"),
         ("a: " + "x" * (1 << 20), "a config has at most 1048576"),
     ],
     ids=["empty", "list", "syntax", "duplicate", "alias", "interpolation", "python tag", "deep", "large"],
@@ -135,10 +222,27 @@ def test_files_that_cannot_be_read(tmp_path, load):
     with pytest.raises(ConfigError, match=r"nowhere.yaml does not exist; give the path of a YAML config"):
         load_config(tmp_path / "nowhere.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"binary.yaml cannot be read as UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"binary.yaml is not UTF-8 text; give the path of a YAML config"):
         load_config(tmp_path / "binary.yaml")
-    with pytest.raises(ConfigError, match="override 'max_duration' is not of the form key=value"):
-        load(ANNOUNCEMENT + REST, "max_duration")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory; give the path of a YAML config"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("max_duration", "override 'max_duration' is not of the form key=value, such as optimizer.lr=1e-3"),
+        ("=3", "override '=3' is not of the form key=value"),
+        ("optimizer.betas=[0.9", r"override 'optimizer.betas=\[0.9' cannot be applied: expected .* at line 1"),
+        ("model=[1]", "override 'model=\\[1\\]' cannot be applied: model: Cannot merge incompatible container types"),
+        ("seed.below=1", "seed is {'below': 1}; give a whole number"),
+        ("optimizer.lrr=1", r"optimizer.lrr is not a known key \(did you mean 'lr'\?\)"),
+        ("seed=${variables.x}", "not a usable YAML config: seed: Interpolation key 'variables.x' not found"),
+    ],
+)
+def test_overrides_that_cannot_be_applied(load, override, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load(ANNOUNCEMENT + REST, override)
 
 
 def test_model_max_seq_len_stands_for_both_when_it_alone_is_given(config):
@@ -146,6 +250,19 @@ def test_model_max_seq_len_stands_for_both_when_it_alone_is_given(config):
     data = yaml.safe_load(ANNOUNCEMENT + REST)
     data["model"]["max_seq_len"] = 77
     assert read_config(data).max_seq_len == 77
+
+
+def test_divisors_ascend_and_are_quick():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(49) == [1, 7, 49]
+    assert divisors(10**9)[-1] == 10**9
+    assert all(divisors(n) == [d for d in range(1, n + 1) if n % d == 0] for n in range(1, 200))
+
+
+def test_held_out_text_is_scored_in_part_unless_asked_otherwise(config):
+    assert config(eval_subset_num_batches=-1).eval_subset_num_batches == -1
+    some = config(max_seq_len=64, global_train_batch_size=8)
+    assert some.eval_subset_num_batches * some.device_eval_batch_size * 64 == 1 << 17
 
 
 def test_auto_microbatch_is_the_largest_divisor_that_fits(config):
@@ -157,6 +274,15 @@ def test_auto_microbatch_is_the_largest_divisor_that_fits(config):
 def test_a_resolved_config_survives_json(config):
     first = config(eval_interval="2ba", backends={"experts": {"name": "torch"}})
     assert read_config(first.model_dump(mode="json")) == first
+
+
+README = Path(__file__).parents[2] / "packages" / "train" / "README.md"
+
+
+def test_the_readme_s_config_loads_and_every_key_is_explained(load):
+    text = README.read_text(encoding="utf-8")
+    assert load(text.partition("```yaml\n")[2].partition("```")[0]).max_duration.value == 200
+    assert [key for key in TrainConfig.model_fields if f"`{key}`" not in text] == []
 
 
 @pytest.mark.parametrize(

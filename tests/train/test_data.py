@@ -33,6 +33,14 @@ def test_the_standard_library_is_split_by_file():
     assert [d.name for d in train] == sorted(names[0])
 
 
+def test_a_python_without_the_source_of_its_library(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"'python_stdlib', but .* holds no source of the library; give files by 'text'"
+    ):
+        python_stdlib(held_out=False)
+
+
 def test_files_and_folders_of_text(text):
     (text / "c.bin").write_bytes(b"\xff")
     (text / "below").mkdir()
@@ -67,6 +75,12 @@ def test_text_that_is_empty_or_too_short(tmp_path, config):
         build_data(config(train_loader=loader))
 
 
+def test_the_sentence_names_the_loader(config, tmp_path):
+    loader = {"name": "text", "dataset": {"path": str(tmp_path / "nowhere")}}
+    with pytest.raises(ConfigError, match=r"^eval_loader.dataset.path '.*nowhere' does not exist"):
+        build_data(config(eval_loader=loader))
+
+
 def test_documents_are_ended(config, text):
     data = build_data(config())
     assert (data.train.tokens == 256).sum() == 2
@@ -98,6 +112,16 @@ def test_ranks_share_the_same_global_order_from_any_step(step, per_rank, world, 
     assert torch.equal(torch.cat(shares), alone)
 
 
+def test_a_batch_that_the_ranks_cannot_share():
+    with pytest.raises(ConfigError, match="global_train_batch_size is 6, which 4 data ranks cannot share evenly"):
+        Samples(TOKENS, 10, seed=0).batch(0, 6, rank=0, world=4)
+
+
+def test_samples_are_counted_upwards():
+    with pytest.raises(IndexError, match="-1 was asked for"):
+        Samples(TOKENS, 10, seed=0)[-1]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 7))
 def test_held_out_windows_predict_every_token_but_the_first_once(count, length, batch_size):
@@ -113,7 +137,21 @@ def test_held_out_inputs_stand_before_their_targets():
     assert targets.tolist() == [[1, 2, 3, 4, 5], [6, 7, *[IGNORED] * 3]]
 
 
-def test_fewer_held_out_batches_cut_the_text():
+def test_fewer_held_out_batches_are_spread_over_the_text():
     held_out = HeldOut(TOKENS, 10, batch_size=3, batches=2)
+    starts = [0, 160, 330, 500, 660, 830]  # of the 100 windows, each sixth of them begins with one
     assert len(held_out) == 2
-    assert held_out.predicted.tolist() == list(range(1, 61))
+    inputs, targets = (torch.cat(parts) for parts in zip(*(held_out.batch(i) for i in range(2))))
+    assert inputs[:, 0].tolist() == starts
+    assert targets.flatten().tolist() == held_out.predicted.tolist()
+    assert inputs.flatten().tolist() == held_out.previous.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 7), st.integers(1, 5) | st.just(-1))
+def test_pairs_for_counting_are_those_that_the_model_predicts(count, length, batch_size, batches):
+    held_out = HeldOut(TOKENS[:count], length, batch_size, batches)
+    inputs, targets = (torch.cat(parts) for parts in zip(*(held_out.batch(i) for i in range(len(held_out)))))
+    scored = targets != IGNORED
+    assert inputs[scored].tolist() == held_out.previous.tolist()
+    assert targets[scored].tolist() == held_out.predicted.tolist()

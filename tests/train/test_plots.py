@@ -1,19 +1,28 @@
 """The pictures of a run, also of an odd one."""
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from tokenyard_train.plots import _smoothed, expert_heatmap, loss_curve
+from tokenyard_train.plots import _baselines, _smoothed, expert_heatmap, loss_curve
 
 TRAIN = [{"kind": "train", "batch": i, "loss": 5 / i, "load": [[0.1, 0.9], [0.5, 0.5]]} for i in range(1, 60)]
+BASELINES = {"kind": "baselines", "unigram": 4.5, "bigram": 3.6}
+SCORED = {"kind": "eval", "batch": 30, "loss": 1.2, "bits_per_byte": 1.8}
 EVAL = [{"kind": "eval", "batch": 30, "loss": 1.0}]
 
 
 @pytest.mark.parametrize("draw", [loss_curve, expert_heatmap])
 @pytest.mark.parametrize(
     "records",
-    [TRAIN + EVAL, TRAIN[:1], [r | {"load": []} for r in TRAIN], [r | {"load": [[1 / 64] * 64] * 40} for r in TRAIN]],
-    ids=["usual", "one step", "dense", "large"],
+    [
+        [BASELINES, *TRAIN, SCORED],
+        TRAIN + EVAL,
+        TRAIN[:1],
+        [r | {"load": []} for r in TRAIN],
+        [r | {"load": [[1 / 64] * 64] * 40} for r in TRAIN],
+    ],
+    ids=["usual", "no baselines", "one step", "dense", "large"],
 )
 def test_pictures_have_ink(tmp_path, draw, records):
     draw(records, tmp_path / "x.png")
@@ -22,8 +31,12 @@ def test_pictures_have_ink(tmp_path, draw, records):
     assert pixels.std() > 0.02
 
 
-def test_smoothing_keeps_a_straight_line_straight():
-    line = [float(i) for i in range(200)]
-    import numpy as np
+def test_baselines_stand_at_their_nats_per_token():
+    """An evaluation says how many nats per token a bit per byte is."""
+    assert _baselines([BASELINES, *TRAIN, SCORED]) == pytest.approx({"unigram model": 3.0, "bigram model": 2.4})
+    assert _baselines(TRAIN + EVAL) == {}
 
-    assert _smoothed(np.array(line)) == pytest.approx(line)
+
+def test_smoothing_keeps_a_straight_line_straight():
+    line = np.arange(200.0)
+    assert _smoothed(line) == pytest.approx(line)

@@ -30,9 +30,10 @@ class Attention(nn.Module):
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads + 2 kv_heads, S, head_dim]
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.theta is not None:
-            q, k = rotate(q, positions, self.theta), rotate(k, positions, self.theta)
+            qk = rotate(qk, positions, self.theta)
+        q, k = qk.split((self.heads, self.kv_heads), dim=1)
         before = 0 if cache is None else cache.length
         if cache is not None:
             k, v = cache.append(k, v)

@@ -52,26 +52,22 @@ class TransformerConfig:
         for name in ("vocab_size", "max_seq_len", "dim", "layers", "heads", "kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.heads % self.kv_heads:
-            raise ConfigError(f"model: {self.kv_heads} key-value heads {_divide('heads', self.heads)}")
+        check_divides("model: kv_heads", self.kv_heads, "heads", self.heads)
         if self.rope_theta is not None and self.head_dim % 2:
             raise ConfigError(f"model: a head is {self.head_dim} wide; rotary positions need an even width")
         outside = sorted(i for i in self.dense_layers if not 0 <= i < self.layers)
         if outside:
             raise ConfigError(f"model: dense_layers names layer {outside[0]}; there are layers 0 to {self.layers - 1}")
 
-    def is_dense(self, layer: int) -> bool:
-        """Say whether a layer has a dense feed-forward network instead of experts."""
-        return self.moe is None or layer in self.dense_layers
+
+def check_divides(key: str, value: int, whole_key: str, whole: int) -> None:
+    """Raise ConfigError, with the numbers up to 256 that would do, unless `value` divides `whole`."""
+    if whole % value:
+        divisors = ", ".join(str(d) for d in range(1, min(whole, 256) + 1) if whole % d == 0)
+        raise ConfigError(f"{key} is {value}, which does not divide {whole_key} {whole}; these do: {divisors}")
 
 
-def head_width(dim: int, heads: int) -> int:
-    """Return the width of one of `heads` heads; raises ConfigError if they do not divide dim."""
-    if heads < 1 or dim % heads:
-        raise ConfigError(f"model: {heads} heads {_divide('the model width', dim)}")
-    return dim // heads
-
-
-def _divide(what: str, value: int) -> str:
-    divisors = ", ".join(str(d) for d in range(1, min(value, 256) + 1) if value % d == 0)
-    return f"do not divide {what}, {value}; these do: {divisors}"
+def check_top_k(key: str, top_k: int, experts_key: str, experts: int) -> None:
+    """Raise ConfigError if a token is to go to more experts than there are."""
+    if top_k > experts:
+        raise ConfigError(f"{key} is {top_k} but {experts_key} is {experts}; choose from 1 to {experts}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tokenyard_models.config import TransformerConfig, head_width
+from tokenyard_models.config import TransformerConfig, check_divides
 from tokenyard_models.ffn import ActivationName, FfnConfig, merged
 from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
@@ -55,6 +55,10 @@ class DbrxConfig(Strict):
             "output_router_logits",
             "router_aux_loss_coef",
             "torch_dtype",
+            "dtype",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
             "transformers_version",
             "auto_map",
         ]
@@ -84,19 +88,12 @@ TINY: dict[str, Any] = {
 }
 
 
-class Dbrx(Transformer):
-    """DBRX. The router's softmax and weights are in float32, as Databricks' own code has them."""
-
-    schema: ClassVar[type[Strict]] = DbrxConfig
-
-    def __init__(self, config: Mapping[str, Any], **placement: Any):
-        super().__init__(resolve(config), **placement)
-
-
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
     read = parse(DbrxConfig, merged(TINY, config) if config.get("size") == "tiny" else config, "model")
     ffn, attention = read.ffn_config, read.attn_config
+    check_divides("model.n_heads", read.n_heads, "d_model", read.d_model)
+    check_divides("model.attn_config.kv_n_heads", attention.kv_n_heads, "n_heads", read.n_heads)
     return TransformerConfig(
         vocab_size=read.vocab_size,
         max_seq_len=read.max_seq_len,
@@ -104,7 +101,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         layers=read.n_layers,
         heads=read.n_heads,
         kv_heads=attention.kv_n_heads,
-        head_dim=head_width(read.d_model, read.n_heads),
+        head_dim=read.d_model // read.n_heads,
         moe=ffn.moe(ffn.ffn_hidden_size),
         dense_layers=frozenset(ffn.dense_layers),
         dense_ffn_dim=ffn.ffn_hidden_size,
@@ -116,3 +113,16 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         auxiliary=ffn.auxiliary(),
         expert_parallel=ffn.moe_world_size,
     )
+
+
+class Dbrx(Transformer):
+    """DBRX. The router's softmax and weights are in float32, as Databricks' own code has them.
+
+    `config` is a `model:` section; the other arguments are Transformer's.
+    """
+
+    schema: ClassVar[type[Strict]] = DbrxConfig
+    resolve = staticmethod(resolve)
+
+    def __init__(self, config: Mapping[str, Any], **placement: Any):
+        super().__init__(resolve(config), **placement)

@@ -7,11 +7,19 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from tokenyard import AuxiliaryLoss, ConfigError, RoutingRule
-from tokenyard_models.config import MoEConfig
+from tokenyard_models.config import MoEConfig, check_top_k
 from tokenyard_models.schema import Strict
 
-_GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
-_POINTWISE = {"gelu": "gelu", "silu": "silu", "relu": "relu", "gelu_tanh": "gelu_tanh", "relu_squared": "relu_squared"}
+_GATED = {("silu", "none"): "swiglu", ("gelu", "none"): "geglu", ("relu", "none"): "reglu"}
+_POINTWISE = {
+    ("gelu", "none"): "gelu",
+    ("gelu", "tanh"): "gelu_tanh",
+    ("gelu_tanh", "none"): "gelu_tanh",
+    ("silu", "none"): "silu",
+    ("relu", "none"): "relu",
+    ("relu_squared", "none"): "relu_squared",
+}
+_OF_EXPERTS = ("moe_", "shared_expert", "uniform_expert", "dense_layers")
 
 
 class ActivationName(Strict):
@@ -57,19 +65,19 @@ class FfnConfig(Strict):
     moe_loss_weight: float = Field(0.1, ge=0)
     moe_zloss_weight: float = Field(0.0, ge=0)
     moe_loss_convention: Literal["megablocks", "hf"] = "megablocks"
-    moe_jitter_eps: float | None = None
-    moe_normalize_expert_weights: float | None = None  # p of the norm
-    moe_capacity_factor: float = 1.0  # of mb_moe
+    moe_jitter_eps: float | None = Field(None, ge=0, lt=1)
+    moe_normalize_expert_weights: float | None = Field(None, gt=0)  # p of the norm
+    moe_capacity_factor: float = Field(1.0, ge=0)  # of mb_moe; 0 drops nothing
     uniform_expert_assignment: bool = False
     shared_expert: bool = False
     shared_expert_hidden_size: int | None = Field(None, ge=1)
     shared_expert_weighted_sum: bool = False
     moe_score_function: Literal["softmax", "sigmoid"] = "softmax"
     moe_select_first: bool = False
-    moe_weight_scale: float = 1.0
-    moe_bias_update_rate: float = 0.0
-    moe_num_groups: int = 1
-    moe_groups_kept: int = 1
+    moe_weight_scale: float = Field(1.0, gt=0)
+    moe_bias_update_rate: float = Field(0.0, ge=0)
+    moe_num_groups: int = Field(1, ge=1)
+    moe_groups_kept: int = Field(1, ge=1)
     moe_group_score: Literal["max", "top2"] = "max"
     dense_layers: list[int] = []  # layers without experts
 
@@ -79,19 +87,25 @@ class FfnConfig(Strict):
         return self.ffn_type in ("mb_dmoe", "mb_moe", "torch_dmoe")
 
     def activation(self) -> str:
-        """Return core's name of the activation; raises ConfigError for one that cannot be gated."""
+        """Return core's name of the activation; raises ConfigError for one that there is not.
+
+        The default is GELU; of experts that are not gated, its tanh form, which is MegaBlocks' default.
+        """
         gated = self.ffn_type == "mptglu" or (self.has_experts and self.mlp_type == "glu")
-        given = self.ffn_act_fn
-        name = "gelu" if given is None else given.name
-        if gated and name not in _GATED:
-            raise ConfigError(f"ffn_act_fn.name is {name!r}, which has no gated form; these have: {', '.join(_GATED)}")
-        tanh = given.approximate == "tanh" if given is not None else self.has_experts  # MegaBlocks' default
-        if gated or name != "gelu":
-            return _GATED[name] if gated else _POINTWISE[name]
-        return "gelu_tanh" if tanh else "gelu"
+        default = ActivationName(name="gelu", approximate="tanh" if self.has_experts and not gated else "none")
+        given, known = self.ffn_act_fn or default, _GATED if gated else _POINTWISE
+        if (given.name, given.approximate) not in known:
+            names = ", ".join(name if how == "none" else f"{name} ({how})" for name, how in known)
+            kind, asked = "gated" if gated else "plain", f"{given.name!r} with approximate {given.approximate!r}"
+            raise ConfigError(f"model.ffn_config.ffn_act_fn is {asked}, which has no {kind} form; these have: {names}")
+        return known[given.name, given.approximate]
 
     def moe(self, ffn_dim: int, bias: bool = False) -> MoEConfig | None:
-        """Return the MoE layers, whose single output bias MegaBlocks has where the model has biases."""
+        """Return the MoE layers, whose single output bias MegaBlocks has where the model has biases.
+
+        Raises ConfigError for keys that contradict each other.
+        """
+        self._check_agreement()
         if not self.has_experts:
             return None
         shared = (self.shared_expert_hidden_size or ffn_dim) if self.shared_expert else None
@@ -107,6 +121,16 @@ class FfnConfig(Strict):
             forced_balance=self.uniform_expert_assignment,
         )
 
+    def _check_agreement(self) -> None:
+        check_top_k("model.ffn_config.moe_top_k", self.moe_top_k, "moe_num_experts", self.moe_num_experts)
+        of_experts = sorted(key for key in self.model_fields_set if key.startswith(_OF_EXPERTS))
+        if of_experts and not self.has_experts:
+            fault = f"model.ffn_config.{of_experts[0]} is for experts, but ffn_type is {self.ffn_type!r}"
+            raise ConfigError(f"{fault}; set ffn_type: mb_dmoe, or drop the key")
+        if self.shared_expert_hidden_size is not None and not self.shared_expert:
+            fault = "model.ffn_config.shared_expert_hidden_size is given, but shared_expert is false"
+            raise ConfigError(f"{fault}; set shared_expert: true, or drop the key")
+
     def rule(self) -> RoutingRule:
         """Return how tokens choose experts."""
         return RoutingRule(
@@ -119,7 +143,7 @@ class FfnConfig(Strict):
             num_groups=self.moe_num_groups,
             groups_kept=self.moe_groups_kept,
             group_score=self.moe_group_score,
-            capacity_factor=self.moe_capacity_factor if self.ffn_type == "mb_moe" else None,
+            capacity_factor=self.moe_capacity_factor or None if self.ffn_type == "mb_moe" else None,
         )
 
     def auxiliary(self) -> AuxiliaryLoss:

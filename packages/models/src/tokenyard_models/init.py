@@ -14,24 +14,29 @@ from itertools import product
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _EMBEDDING_STD = 0.02
 _INTO_RESIDUAL = ("attention.out.weight", "ffn.experts.down", "ffn.shared.down", "ffn.down")
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what activation checkpointing and compilation put in names
 
 
+@torch.no_grad()
 def initialize(model: nn.Module, seed: int, layers: int) -> None:
     """Fill all parameters: matrices N(0, 1/fan in), embeddings N(0, 0.02^2), norms 1, biases 0; buffers 0.
 
-    What writes into the residual stream is scaled by 1/sqrt(2 layers), as in GPT-2.
+    What writes into the residual stream is scaled by 1/sqrt(2 layers), as in GPT-2. Of a sharded parameter (DTensor)
+    each rank fills its own shard.
     """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or name.endswith("_bias"):
-                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            else:
-                draw_rows(parameter, seed, name, _std(name, parameter.shape, layers))
-        for buffer in model.buffers():
-            buffer.zero_()
+    for name, parameter in model.named_parameters():
+        name = _unwrapped(name)
+        if parameter.dim() == 1 or name.endswith("_bias"):
+            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        else:
+            local, first = _local(parameter)
+            draw_rows(local, seed, name, _std(name, parameter.shape, layers), parameter.shape, first)
+    for buffer in model.buffers():
+        buffer.zero_()
 
 
 def draw_rows(
@@ -39,18 +44,35 @@ def draw_rows(
 ) -> None:
     """Fill `local`, a block of a parameter whose shape is `whole` (default: its own), with normal numbers.
 
-    `first` is the index in the whole parameter of the block's first element; blocks have whole rows.
+    `first` is the index in the whole parameter of the block's first element (default: all zeros).
     """
     whole, first = tuple(whole) or tuple(local.shape), tuple(first) or (0,) * local.dim()
     generator = torch.Generator()
-    rows = torch.empty(local.shape, dtype=torch.float32)
+    row = torch.empty(whole[-1], dtype=torch.float32, device="cpu")
+    part = row[first[-1] : first[-1] + local.shape[-1]]
+    rows = torch.empty(local.shape, dtype=torch.float32, device="cpu")
     for index in product(*(range(n) for n in local.shape[:-1])):
         position = 0
         for i, start, size in zip(index, first, whole):
             position = position * size + start + i
         generator.manual_seed(_row_seed(seed, name, position))
-        rows[index].normal_(0, std, generator=generator)
+        row.normal_(0, std, generator=generator)
+        rows[index] = part
     local.copy_(rows)
+
+
+def _local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return what this rank holds of a parameter, and the index of its first element in the whole."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.dim()
+    (chunk,) = parameter.__create_chunk_list__()  # how torch's checkpoints ask a shard where it lies
+    return parameter.to_local(), tuple(chunk.offsets)
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _row_seed(seed: int, name: str, row: int) -> int:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tokenyard import AuxiliaryLoss, RoutingRule
-from tokenyard_models.config import MoEConfig, TransformerConfig, head_width
+from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
 from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
@@ -53,7 +53,7 @@ class MixtralConfig(Strict):
     num_local_experts: int = Field(8, ge=1)
     num_experts_per_tok: int = Field(2, ge=1)
     router_aux_loss_coef: float = Field(0.02, ge=0)
-    router_jitter_noise: float = 0.0
+    router_jitter_noise: float = Field(0.0, ge=0, lt=1)
     moe_world_size: int | None = Field(None, ge=1)
     moe_zloss_weight: float = Field(0.0, ge=0)
     moe_loss_convention: Literal["megablocks", "hf"] = "hf"
@@ -72,31 +72,41 @@ TINY: dict[str, Any] = {
 }
 
 
-class Mixtral(Transformer):
-    """Mixtral. The two chosen weights sum to one; jitter reaches the router only."""
-
-    schema: ClassVar[type[Strict]] = MixtralConfig
-
-    def __init__(self, config: Mapping[str, Any], **placement: Any):
-        super().__init__(resolve(config), **placement)
-
-
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
     read = parse(MixtralConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model")
+    heads = read.num_attention_heads
+    if read.head_dim is None:
+        check_divides("model.num_attention_heads", heads, "hidden_size", read.hidden_size)
+    check_divides("model.num_key_value_heads", read.num_key_value_heads, "num_attention_heads", heads)
+    experts, top_k = read.num_local_experts, read.num_experts_per_tok
+    check_top_k("model.num_experts_per_tok", top_k, "num_local_experts", experts)
     rule = RoutingRule(normalize=1, jitter=read.router_jitter_noise)
     return TransformerConfig(
         vocab_size=read.vocab_size,
         max_seq_len=read.max_seq_len or read.max_position_embeddings,
         dim=read.hidden_size,
         layers=read.num_hidden_layers,
-        heads=read.num_attention_heads,
+        heads=heads,
         kv_heads=read.num_key_value_heads,
-        head_dim=read.head_dim or head_width(read.hidden_size, read.num_attention_heads),
-        moe=MoEConfig(read.intermediate_size, read.num_local_experts, read.num_experts_per_tok, rule=rule),
+        head_dim=read.head_dim or read.hidden_size // heads,
+        moe=MoEConfig(read.intermediate_size, experts, top_k, rule=rule),
         norm_eps=read.rms_norm_eps,
         rope_theta=read.rope_theta,
         tied_head=read.tie_word_embeddings,
         auxiliary=AuxiliaryLoss(read.router_aux_loss_coef, read.moe_zloss_weight, read.moe_loss_convention),
         expert_parallel=read.moe_world_size,
     )
+
+
+class Mixtral(Transformer):
+    """Mixtral. The two chosen weights sum to one; jitter reaches the router only.
+
+    `config` is a `model:` section; the other arguments are Transformer's.
+    """
+
+    schema: ClassVar[type[Strict]] = MixtralConfig
+    resolve = staticmethod(resolve)
+
+    def __init__(self, config: Mapping[str, Any], **placement: Any):
+        super().__init__(resolve(config), **placement)

@@ -8,24 +8,40 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tokenyard import ConfigError
-from tokenyard_models.config import TransformerConfig, head_width
+from tokenyard_models.config import TransformerConfig, check_divides
 from tokenyard_models.ffn import FfnConfig, merged
 from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
 
+class RopeDail(Strict):
+    """`rope_dail_config`: options of one implementation of rotary positions."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(["pos_idx_in_fp32", "xpos_scale_base"])
+
+    type: Annotated[str, only("original", "xPos")] = "original"
+
+
+class RopeHf(Strict):
+    """`rope_hf_config`: options of the other."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(["factor"])
+
+    type: Annotated[str, only("no_scaling", "scaling of rotary positions")] = "no_scaling"
+
+
 class MptAttention(Strict):
     """LLM Foundry's `attn_config`, as far as this transformer goes."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(
-        ["attn_impl", "fused_qkv", "rope_impl", "rope_dail_config", "rope_hf_config", "attn_uses_sequence_id", "kv_dim"]
-    )
+    ignored: ClassVar[frozenset[str]] = frozenset(["attn_impl", "fused_qkv", "rope_impl", "alibi_bias_max"])
 
     attn_type: Literal["multihead_attention", "grouped_query_attention", "multiquery_attention"] = "multihead_attention"
     kv_n_heads: int | None = Field(None, ge=1)
     clip_qkv: float | None = Field(None, gt=0)
     rope: bool = False
     rope_theta: float = Field(10000.0, gt=0)
+    rope_dail_config: RopeDail = RopeDail()
+    rope_hf_config: RopeHf = RopeHf()
     attn_pdrop: Annotated[float, only(0, "dropout")] = 0.0
     alibi: Annotated[bool, only(False, "ALiBi")] = False
     qk_ln: Annotated[bool, only(False, "query-key normalisation")] = False
@@ -33,6 +49,8 @@ class MptAttention(Strict):
     prefix_lm: Annotated[bool, only(False, "a prefix language model")] = False
     softmax_scale: Annotated[float | None, only(None, "a softmax scale of its own")] = None
     sliding_window_size: Annotated[int, only(-1, "sliding-window attention")] = -1
+    attn_uses_sequence_id: Annotated[bool, only(False, "attention within documents only")] = False
+    kv_dim: Annotated[int | None, only(None, "attention to another sequence")] = None
     attn_logit_softcapping: Annotated[float | None, only(None, "logit soft-capping")] = None
 
 
@@ -46,7 +64,6 @@ class MptConfig(Strict):
             "verbose",
             "use_cache",
             "fc_type",
-            "embedding_fraction",
             "attn_impl",
             "loss_fn",
             "use_train_metrics",
@@ -66,6 +83,7 @@ class MptConfig(Strict):
     vocab_size: int = Field(50368, ge=1)
     resid_pdrop: Annotated[float, only(0, "dropout")] = 0.0
     emb_pdrop: Annotated[float, only(0, "dropout")] = 0.0
+    embedding_fraction: Annotated[float, only(1, "scaling the gradient of embeddings")] = 1.0
     learned_pos_emb: bool = True
     attn_config: MptAttention = MptAttention()
     ffn_config: FfnConfig = FfnConfig()
@@ -82,25 +100,14 @@ class MptConfig(Strict):
 TINY: dict[str, Any] = {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "vocab_size": 257}
 
 
-class Mpt(Transformer):
-    """LLM Foundry's causal language model."""
-
-    schema: ClassVar[type[Strict]] = MptConfig
-
-    def __init__(self, config: Mapping[str, Any], **placement: Any):
-        super().__init__(resolve(config), **placement)
-
-
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
     read = parse(MptConfig, merged(TINY, config) if config.get("size") == "tiny" else config, "model")
     ffn, attention = read.ffn_config, read.attn_config
     if not attention.rope and not read.learned_pos_emb:
         raise ConfigError("model.learned_pos_emb and model.attn_config.rope are both false; one must be true")
-    width = ffn.ffn_hidden_size or read.d_model * read.expansion_ratio
-    if width != int(width):
-        product = f"d_model {read.d_model} * expansion_ratio {read.expansion_ratio}"
-        raise ConfigError(f"model.expansion_ratio: {product} is {width}, which must be a whole number")
+    check_divides("model.n_heads", read.n_heads, "d_model", read.d_model)
+    ffn_dim = _ffn_dim(read)
     return TransformerConfig(
         vocab_size=read.vocab_size,
         max_seq_len=read.max_seq_len,
@@ -108,9 +115,9 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         layers=read.n_layers,
         heads=read.n_heads,
         kv_heads=_kv_heads(read),
-        head_dim=head_width(read.d_model, read.n_heads),
-        moe=ffn.moe(int(width), bias=not read.no_bias),
-        dense_ffn_dim=int(width),
+        head_dim=read.d_model // read.n_heads,
+        moe=ffn.moe(ffn_dim, bias=not read.no_bias),
+        dense_ffn_dim=ffn_dim,
         dense_layers=frozenset(ffn.dense_layers),
         dense_activation=ffn.activation(),
         bias=not read.no_bias,
@@ -124,6 +131,14 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     )
 
 
+def _ffn_dim(read: MptConfig) -> int:
+    width = read.ffn_config.ffn_hidden_size or read.d_model * read.expansion_ratio
+    if width != int(width):
+        product = f"d_model {read.d_model} * expansion_ratio {read.expansion_ratio}"
+        raise ConfigError(f"model.expansion_ratio: {product} is {width}, which must be a whole number")
+    return int(width)
+
+
 def _kv_heads(read: MptConfig) -> int:
     kind, given = read.attn_config.attn_type, read.attn_config.kv_n_heads
     default = 1 if kind == "multiquery_attention" else read.n_heads
@@ -131,4 +146,16 @@ def _kv_heads(read: MptConfig) -> int:
         raise ConfigError("model.attn_config.kv_n_heads is missing; grouped_query_attention needs it")
     if kind != "grouped_query_attention" and given not in (None, default):
         raise ConfigError(f"model.attn_config.kv_n_heads is {given}, but {kind} has {default}")
-    return given or default
+    heads = given or default
+    check_divides("model.attn_config.kv_n_heads", heads, "n_heads", read.n_heads)
+    return heads
+
+
+class Mpt(Transformer):
+    """LLM Foundry's causal language model. `config` is a `model:` section; the other arguments are Transformer's."""
+
+    schema: ClassVar[type[Strict]] = MptConfig
+    resolve = staticmethod(resolve)
+
+    def __init__(self, config: Mapping[str, Any], **placement: Any):
+        super().__init__(resolve(config), **placement)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from tokenyard import ConfigError
-from tokenyard.errors import did_you_mean
+from tokenyard_models.faults import sections, sentences, tag_of
 
 log = logging.getLogger("tokenyard")
 
@@ -46,8 +46,7 @@ def parse(section: type[Section], data: Mapping[str, Any], where: str = "") -> S
     try:
         return section.model_validate(kept)
     except ValidationError as error:
-        faults = [_sentence(section, where, fault) for fault in error.errors(include_url=False)]
-        raise ConfigError("; ".join(dict.fromkeys(faults))) from None
+        raise ConfigError(sentences(section, where, error)) from None
 
 
 def without_ignored(section: type[Strict], data: Mapping[str, Any], where: str, ignored: list[str]) -> dict[str, Any]:
@@ -69,80 +68,9 @@ def warn_ignored(ignored: list[str]) -> None:
         log.warning("these keys mean nothing here and are ignored: %s", ", ".join(ignored))
 
 
-def _sentence(section: type[Strict], where: str, fault: Any) -> str:
-    path, owner = _resolve(section, fault["loc"])
-    key = ".".join(([where] if where else []) + [str(part) for part in path])
-    if fault["type"] == "extra_forbidden":
-        known = sorted(owner.model_fields)
-        return f"{key} is not a known key{did_you_mean(str(path[-1]), known)}; known are: {', '.join(known)}"
-    if fault["type"] == "missing":
-        return f"{key} is missing; it has no default"
-    if fault["type"].startswith("union_tag"):
-        return _tag_sentence(key, fault)
-    message = fault["msg"].removeprefix("Value error, ")
-    if not path and fault["type"] == "value_error":  # a rule over several keys, which its message names
-        return message
-    if fault["type"] != "value_error":  # pydantic's own begin with a capital
-        message = message[0].lower() + message[1:]
-    return f"{key or 'the config'} is {_shown(fault['input'])}: {message}"
-
-
-def _tag_sentence(key: str, fault: Any) -> str:
-    context = fault.get("ctx", {})
-    name = context.get("discriminator", "name").strip("'")
-    known = [tag.strip(" '") for tag in context.get("expected_tags", "").split(",") if tag]
-    if "tag" not in context:
-        return f"{key}.{name} is missing; it says which kind it is"
-    tag, names = str(context["tag"]), ", ".join(known)
-    return f"{key}.{name} {tag!r} is unknown{did_you_mean(tag, known)}; known are: {names}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _resolve(section: type[Strict], location: tuple[Any, ...]) -> tuple[list[Any], type[Strict]]:
-    """Return the keys of a fault's location as the user wrote them, and the section that holds the last one.
-
-    Pydantic puts names of union members between keys; those are skipped.
-    """
-    path: list[Any] = []
-    owner, below = section, [section]
-    for i, part in enumerate(location):
-        holders = [s for s in below if part in s.model_fields]
-        if holders:
-            owner = holders[0]
-            path.append(part)
-            below = list(_sections(owner.model_fields[part].annotation))
-        elif isinstance(part, int):
-            path.append(part)
-        elif tagged := [s for s in below if _tag(s) == part]:
-            below = tagged
-            owner = tagged[0]
-        elif i == len(location) - 1 and below:
-            owner = below[0]
-            path.append(part)
-    return path, owner
-
-
 def _member(section: type[Strict], key: str, value: Any) -> type[Strict] | None:
     if key not in section.model_fields or not isinstance(value, Mapping):
         return None
-    members = list(_sections(section.model_fields[key].annotation))
-    tagged = [s for s in members if _tag(s) is not None and _tag(s) == value.get("name")]
+    members = [s for s in sections(section.model_fields[key].annotation) if issubclass(s, Strict)]
+    tagged = [s for s in members if tag_of(s) is not None and tag_of(s) == value.get("name")]
     return next(iter(tagged or members), None)
-
-
-def _tag(section: type[Strict]) -> Any:
-    """Return the only value that the section's `name` can have, by which a union tells its members apart."""
-    field = section.model_fields.get("name")
-    values = get_args(field.annotation) if field is not None else ()
-    return values[0] if len(values) == 1 else None
-
-
-def _sections(annotation: Any) -> Iterator[type[Strict]]:
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections(argument)

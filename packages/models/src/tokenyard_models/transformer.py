@@ -15,7 +15,7 @@ from tokenyard import Balance, ConfigError, FeedForward, MoE, Output, Registry, 
 from tokenyard.registry import Request
 from tokenyard_models.attention import Attention
 from tokenyard_models.cache import Cache, LayerCache
-from tokenyard_models.config import MoEConfig, TransformerConfig
+from tokenyard_models.config import TransformerConfig
 from tokenyard_models.init import initialize
 
 
@@ -50,7 +50,8 @@ class Transformer(nn.Module):
 
     `backends` are those of its MoE layers; `device` is where it will run and `compute_dtype` what its experts will
     compute in, by which backends are chosen. Parameters are made in `dtype` on that device, or on the meta device
-    inside ``with torch.device("meta")``; `init_weights` gives them their values.
+    inside ``with torch.device("meta")``; `init_weights` gives them their values. `expert_parallel` ranks share the
+    experts; left out, as many as the config itself asks for, or one.
     """
 
     def __init__(
@@ -65,34 +66,20 @@ class Transformer(nn.Module):
         registry: Registry | None = None,
     ):
         super().__init__()
-        self.config = config
-        self.auxiliary = config.auxiliary
+        self.config, self.auxiliary = config, config.auxiliary
+        self.expert_parallel = _expert_parallel(config, expert_parallel)
+        workload = _workload(config, torch.device(device), compute_dtype, self.expert_parallel)
         meta = torch.get_default_device().type == "meta"
-        degree = _expert_parallel(config, expert_parallel)
-
-        def ffn(layer: int) -> MoE | FeedForward:
-            if config.moe is None or config.is_dense(layer):
-                width = config.dense_ffn_dim or 4 * config.dim
-                return FeedForward(config.dim, width, config.dense_activation, config.bias)
-            moe, workload = config.moe, _workload(config.dim, config.moe, torch.device(device), compute_dtype, degree)
-            return MoE(
-                workload,
-                backends=backends,
-                shared_dim=moe.shared_dim,
-                shared_weighted_sum=moe.shared_weighted_sum,
-                output_bias=moe.output_bias,
-                registry=registry,
-            )
-
         with torch.device("meta" if meta else device):
             self.embed = nn.Embedding(config.vocab_size, config.dim)
-            learned = config.rope_theta is None
-            self.positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
-            self.blocks = nn.ModuleList(Block(config, ffn(layer)) for layer in range(config.layers))
+            self.positions = nn.Embedding(config.max_seq_len, config.dim) if config.rope_theta is None else None
+            ffns = (_ffn(config, layer, workload, backends, registry) for layer in range(config.layers))
+            self.blocks = nn.ModuleList(Block(config, ffn) for ffn in ffns)
             self.norm = _norm(config)
             self.head = None if config.tied_head else nn.Linear(config.dim, config.vocab_size, bias=False)
         if dtype is not None:
-            self.to(dtype)
+            for parameter in self.parameters():
+                parameter.data = parameter.data.to(dtype)  # not self.to(dtype): a selection bias stays float32
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Output:
         """Return logits [B, S, V] for ids [B, S] and the Balance of each MoE layer; a cache continues earlier calls."""
@@ -126,9 +113,13 @@ def _norm(config: TransformerConfig) -> nn.Module:
     return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
 
 
-def _workload(dim: int, moe: MoEConfig, device: torch.device, dtype: torch.dtype, expert_parallel: int) -> Workload:
+def _workload(
+    config: TransformerConfig, device: torch.device, dtype: torch.dtype, expert_parallel: int
+) -> Workload | None:
+    if (moe := config.moe) is None:
+        return None
     return Workload(
-        dim,
+        config.dim,
         moe.ffn_dim,
         moe.num_experts,
         moe.top_k,
@@ -138,6 +129,26 @@ def _workload(dim: int, moe: MoEConfig, device: torch.device, dtype: torch.dtype
         dtype=dtype,
         device=device,
         expert_parallel=expert_parallel,
+    )
+
+
+def _ffn(
+    config: TransformerConfig,
+    layer: int,
+    workload: Workload | None,
+    backends: Mapping[str, Request] | None,
+    registry: Registry | None,
+) -> MoE | FeedForward:
+    moe = config.moe
+    if moe is None or workload is None or layer in config.dense_layers:
+        return FeedForward(config.dim, config.dense_ffn_dim or 4 * config.dim, config.dense_activation, config.bias)
+    return MoE(
+        workload,
+        backends=backends,
+        shared_dim=moe.shared_dim,
+        shared_weighted_sum=moe.shared_weighted_sum,
+        output_bias=moe.output_bias,
+        registry=registry,
     )
 
 

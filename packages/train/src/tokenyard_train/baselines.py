@@ -29,8 +29,8 @@ def ngram_baselines(train: Samples, held_out: HeldOut, tokenizer: Tokenizer) -> 
     counts = pair_counts(train.tokens, vocabulary)
     unigram = (np.bincount(train.tokens, minlength=vocabulary) + 1) / (len(train.tokens) + vocabulary)
     bigram = witten_bell(counts, unigram)
-    previous, target = held_out.tokens[:-1].astype(np.int64), held_out.predicted.astype(np.int64)
-    size = tokenizer.bytes_in(held_out.predicted)
+    previous, target = held_out.previous, held_out.predicted
+    size = tokenizer.bytes_in(target)
     bits = (-np.log2(unigram[target]).sum(), -np.log2(bigram[previous, target]).sum())
     return Baselines(float(bits[0] / size), float(bits[1] / size))
 

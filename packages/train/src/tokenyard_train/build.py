@@ -75,12 +75,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     model.init_weights(config.seed)
     if config.activation_checkpointing:
         _recompute_blocks(model)
-    batch_tokens = config.global_train_batch_size * config.max_seq_len
-    batches = config.max_duration.batches(batch_tokens, epoch_batches(config, data))
-    if batches < 1:
-        raise ConfigError(
-            f"max_duration is {config.max_duration}, which is less than one batch of {batch_tokens} tokens"
-        )
+    batches = run_batches(config, data)
     folder = _prepare(config)
     return Run(
         config,
@@ -119,6 +114,15 @@ def meta_model(config: TrainConfig) -> Any:
             compute_dtype=_DTYPES[config.precision],
             expert_parallel=config.parallel.expert_parallel,
         )
+
+
+def run_batches(config: TrainConfig, data: Data) -> int:
+    """Return the optimizer steps of the whole run. Raises ConfigError if there are none."""
+    tokens = config.global_train_batch_size * config.max_seq_len
+    batches = config.max_duration.batches(tokens, epoch_batches(config, data))
+    if batches < 1:
+        raise ConfigError(f"max_duration is {config.max_duration}, which is less than one batch of {tokens} tokens")
+    return batches
 
 
 def epoch_batches(config: TrainConfig, data: Data) -> int:

@@ -2,75 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from tokenyard import moe_layers
+from tokenyard import Chosen, default_registry, moe_layers
 from tokenyard_models import count_parameters, flops_per_token
-from tokenyard_train.build import build_model, epoch_batches
+from tokenyard_train.build import build_model, epoch_batches, run_batches
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.data import build_data
+from tokenyard_train.data import Data, build_data
 from tokenyard_train.estimate import estimate
+
+Rows = Iterator[tuple[str, str]]
 
 
 def check(config: TrainConfig, console: Console) -> None:
-    """Print model size, work, memory, data and backends of a resolved config. Raises TokenyardError for a mistake."""
+    """Print model size, work, data, memory and backends of a resolved config. Raises TokenyardError for a mistake.
+
+    The model stands on the meta device all the while, so a large one can be checked on a small machine.
+    """
     strategy, model = build_model(config, allocate=False)
     data = build_data(config)
-    table = Table("", "", title=config.run_name, show_header=False)
-    for name, value in [*_model_rows(config, model), *_data_rows(config, data), *_memory_rows(config, model)]:
-        table.add_row(name, value)
-    table.add_row("strategy", f"{_strategy_name(config)} (data rank {strategy.data[0]} of {strategy.data[1]})")
+    table = Table(show_header=False, box=box.SIMPLE_HEAD)
+    _add(table, "model", _model_rows(config, model))
+    _add(table, "data", _data_rows(config, data, strategy.data[1]))
+    _add(table, "memory (estimate, one device)", _memory_rows(config, model))
+    _add(table, f"backends ({len(moe_layers(model))} MoE layers)", _backend_rows(config, model))
     console.print(table)
-    _print_backends(model, console)
 
 
-def _model_rows(config: TrainConfig, model: Any) -> list[tuple[str, str]]:
+def _model_rows(config: TrainConfig, model: Any) -> Rows:
     size = count_parameters(model)
     forward, training = (flops_per_token(model, config.max_seq_len, training=t) for t in (False, True))
-    return [
-        ("model", config.model["name"]),
-        ("parameters", f"{size.total:,} ({size.experts:,} in experts)"),
-        ("active parameters", f"{size.active:,} for each token"),
-        ("FLOPs per token", f"{_count(forward)} forward, {_count(training)} training"),
-    ]
+    yield "name", config.model["name"]
+    yield "parameters", f"{size.total:,}, of which {size.experts:,} in experts"
+    yield "active parameters", f"{size.active:,} for each token"
+    yield "FLOPs per token", f"{_count(forward)} forward, {_count(training)} in training"
 
 
-def _data_rows(config: TrainConfig, data: Any) -> list[tuple[str, str]]:
-    tokens = config.global_train_batch_size * config.max_seq_len
-    epoch, microbatch = epoch_batches(config, data), config.device_train_microbatch_size
-    batches = config.max_duration.batches(tokens, epoch)
-    held_out = len(data.held_out.predicted) if data.held_out is not None else 0
-    return [
-        ("training text", f"{len(data.train.tokens):,} tokens, {len(data.train):,} samples of {config.max_seq_len}"),
-        ("held-out text", f"{held_out:,} tokens scored"),
-        ("batch", f"{tokens:,} tokens: {config.global_train_batch_size} samples, {microbatch} in one forward pass"),
-        ("duration", f"{batches:,} batches, {batches / epoch:.2f} epochs, {_count(batches * tokens)} tokens"),
-    ]
+def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
+    samples, tokens = config.global_train_batch_size, config.global_train_batch_size * config.max_seq_len
+    epoch, batches = epoch_batches(config, data), run_batches(config, data)
+    scored = f"{len(data.held_out.predicted):,} tokens are scored" if data.held_out is not None else "none"
+    yield "training text", f"{len(data.train.tokens):,} tokens, {len(data.train):,} samples of {config.max_seq_len}"
+    yield "held-out text", scored
+    yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
+    yield "forward pass", f"{config.device_train_microbatch_size} samples"
+    yield "duration", f"{batches:,} batches, {batches / epoch:.2f} epochs, {_count(batches * tokens)} tokens"
 
 
-def _memory_rows(config: TrainConfig, model: Any) -> list[tuple[str, str]]:
+def _memory_rows(config: TrainConfig, model: Any) -> Rows:
     memory = estimate(config, model)
-    parts = ", ".join(f"{name} {_bytes(value)}" for name, value in memory._asdict().items())
-    return [("memory (estimate)", f"{_bytes(sum(memory))}: {parts}")]
+    for name, value in memory._asdict().items():
+        if value:
+            yield name, _bytes(value)
+    yield "sum", _bytes(sum(memory))
 
 
-def _strategy_name(config: TrainConfig) -> str:
-    strategy = config.parallel.strategy
-    return strategy if isinstance(strategy, str) else str(strategy.get("name"))
-
-
-def _print_backends(model: Any, console: Console) -> None:
+def _backend_rows(config: TrainConfig, model: Any) -> Rows:
     layers = moe_layers(model)
-    if not layers:
-        return
-    table = Table("part", "backend", "passed over", title=f"backends of {len(layers)} MoE layers")
-    for part, chosen in layers[0].chosen.items():
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in chosen.passed_over.items())
-        table.add_row(part, chosen.backend.name, reasons or "-")
-    console.print(table)
+    yield "strategy", _reasons(default_registry().choose("strategy", config.parallel.strategy))
+    for part, chosen in layers[0].chosen.items() if layers else ():
+        yield part, _reasons(chosen)
+
+
+def _reasons(chosen: Chosen) -> str:
+    passed_over = "; ".join(f"{name}: {reason}" for name, reason in chosen.passed_over.items())
+    return chosen.backend.name + (f" (passed over {passed_over})" if passed_over else "")
+
+
+def _add(table: Table, title: str, rows: Rows) -> None:
+    table.add_row(f"[bold]{title}[/bold]", "")
+    for name, value in rows:
+        table.add_row(f"  {name}", escape(value))
+    table.add_section()
+
+
+def _ranks(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _count(value: float) -> str:

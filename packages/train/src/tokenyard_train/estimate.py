@@ -1,49 +1,76 @@
-"""How much memory a run needs, by formula."""
+"""How much memory a run needs, by formula.
+
+Notation: D model width, Q and V the widths of all heads and of all key-value heads, K experts a token, E experts, U the
+rows of an up projection (2F when gated, else F), b bytes of a number in the compute dtype (4, or 2 under amp_bf16).
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tokenyard import MoE, up_rows
-from tokenyard_models import count_parameters
+from tokenyard import FeedForward, MoE, is_gated
+from tokenyard_models import TransformerConfig, count_parameters
 from tokenyard_train.config.schema import TrainConfig
+
+_WIDE = 4  # bytes of a float32: parameters, gradients, the optimizer's moments, the stream between blocks
 
 
 class Memory(NamedTuple):
     """Bytes on one device."""
 
-    parameters: float
-    gradients: float
-    optimizer: float
-    activations: float  # saved for the backward pass of one microbatch
-    logits: float
+    parameters: int
+    gradients: int
+    optimizer: int  # AdamW's two moments
+    copies: int  # of the weights in bfloat16, which autocast keeps from the forward to the backward pass
+    activations: int  # saved for the backward pass of one microbatch
+    logits: int  # themselves, in float32, and their gradient
 
 
 def estimate(config: TrainConfig, model: Any) -> Memory:
-    """Estimate the memory of training on one device.
+    """Estimate the memory of training the model (on the meta device, say) on one device.
 
-    Parameters, gradients and AdamW's two moments take 4 bytes each. With S tokens in a microbatch and b bytes a number
-    (4, or 2 under amp_bf16), an attention layer saves about S b (5 D + 2 (heads + 2 kv_heads) head_dim), an MoE layer
-    S b (2 D + K 2F), and a dense one S b (2 D + 3F); recomputing blocks leaves S b D a layer and one layer in full.
-    Logits take S V (b + 8): themselves, in float32, and their gradient.
+    Activations are what a token saves, times the tokens of a microbatch. Each norm saves its input and its output,
+    4D + bD (RMSNorm 4D more). Attention saves b(Q + 2V), as much again if it is clipped, b(Q + V) if rotated, and 2bQ.
+    An MoE layer whose kernel saves its input and the pre-activation, as core's does, saves bKU and some 12E + 28K for
+    its routing (under autocast 4D more, for the router). A dense layer or a shared expert saves b(U + F), or b(U + 2F)
+    when gated. Recomputing blocks leaves 4D of each, and one of them in full.
     """
     numbers = count_parameters(model).total
-    width = 2 if config.precision == "amp_bf16" else 4
+    width = 2 if config.precision == "amp_bf16" else _WIDE
     tokens = int(config.device_train_microbatch_size) * config.max_seq_len
-    layers = [tokens * width * (_attention(model.config) + _ffn(model.config, block.ffn)) for block in model.blocks]
-    saved = sum(layers)
+    norm = (_WIDE + width + (_WIDE if model.config.norm == "rms" else 0)) * model.config.dim
+    blocks = [2 * norm + _attention(model.config, width) + _ffn(block.ffn, width) for block in model.blocks]
+    saved = sum(blocks)
     if config.activation_checkpointing:
-        saved = len(layers) * tokens * width * model.config.dim + max(layers)
-    logits = tokens * model.config.vocab_size * (width + 8)
-    return Memory(4.0 * numbers, 4.0 * numbers, 8.0 * numbers, float(saved), float(logits))
+        saved = len(blocks) * _WIDE * model.config.dim + max(blocks)
+    return Memory(
+        parameters=_WIDE * numbers,
+        gradients=_WIDE * numbers,
+        optimizer=2 * _WIDE * numbers,
+        copies=0 if width == _WIDE else width * numbers,
+        activations=tokens * (saved + norm),
+        logits=tokens * model.config.vocab_size * (width + 2 * _WIDE),
+    )
 
 
-def _attention(config: Any) -> int:
-    return int(5 * config.dim + 2 * (config.heads + 2 * config.kv_heads) * config.head_dim)
+def _attention(config: TransformerConfig, width: int) -> int:
+    heads, shared = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    projected = heads + 2 * shared
+    clipped = projected if config.clip_qkv is not None else 0
+    rotated = heads + shared if config.rope_theta is not None else 0
+    return width * (projected + clipped + rotated + 2 * heads)
 
 
-def _ffn(config: Any, ffn: Any) -> int:
-    if isinstance(ffn, MoE):
-        work = ffn.workload
-        return int(2 * work.dim + work.top_k * up_rows(work.activation, work.ffn_dim))
-    return int(2 * config.dim + 3 * (config.dense_ffn_dim or 4 * config.dim))
+def _ffn(ffn: MoE | FeedForward, width: int) -> int:
+    if isinstance(ffn, FeedForward):
+        return _dense(ffn, width)
+    work = ffn.workload
+    rows = ffn.experts.up.shape[1]
+    routing = 12 * work.num_experts + 28 * work.top_k + (_WIDE * work.dim if width < _WIDE else 0)
+    shared = _dense(ffn.shared, width) if ffn.shared is not None else 0
+    return width * work.top_k * rows + routing + shared
+
+
+def _dense(ffn: FeedForward, width: int) -> int:
+    rows, ffn_dim = ffn.up.shape[0], ffn.down.shape[1]
+    return width * (rows + (2 if is_gated(ffn.activation) else 1) * ffn_dim)

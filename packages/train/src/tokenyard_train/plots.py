@@ -1,79 +1,136 @@
-"""The pictures of a run."""
+"""The pictures of a run, drawn from the records of metrics.jsonl."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 _LAST = 20  # steps that a heatmap averages over
-_INK, _BLUE, _ORANGE, _GREY = "#20242c", "#3b6fb6", "#d9762b", "#8a8f98"
+_INK, _BLUE, _ORANGE, _GREY, _LINE = "#20242c", "#3b6fb6", "#d9762b", "#8a8f98", "#e6e8ec"
+
+Records = Sequence[dict[str, Any]]
 
 
-def loss_curve(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the training loss, raw and smoothed, and the held-out loss, in nats per token."""
+def loss_curve(records: Records, path: Path) -> None:
+    """Draw the loss in nats per token: training, raw and smoothed; held-out; and, if known, what counting achieves."""
     train, held_out = _of(records, "train"), _of(records, "eval")
-    figure, axes = _figure(7.2, 4.2)
+    figure = _figure(7.2, 4.2)
+    axes = _axes(figure, figure.add_gridspec(1, 1)[0], "Loss", "batch", "nats per token")
     batches, losses = [r["batch"] for r in train], np.array([r["loss"] for r in train])
-    axes.plot(batches, losses, color=_BLUE, alpha=0.25, linewidth=1)
-    axes.plot(batches, _smoothed(losses), color=_BLUE, linewidth=2, label="training, smoothed")
+    axes.plot(batches, losses, color=_BLUE, alpha=0.25, linewidth=1, label="training")
+    axes.plot(batches, _smoothed(losses), color=_BLUE, linewidth=2, label="training, smoothed", **_dots(batches))
     if held_out:
         scores = [(r["batch"], r["loss"]) for r in held_out]
-        axes.plot(*zip(*scores), color=_ORANGE, marker="o", linewidth=1.5, label="held-out")
-    axes.set(xlabel="batch", ylabel="loss (nats per token)", title="Loss")
-    axes.legend(frameon=False)
+        axes.plot(*zip(*scores), color=_ORANGE, marker="o", markersize=5, linewidth=1.5, label="held-out")
+    for name, nats in _baselines(records).items():
+        axes.axhline(nats, color=_GREY, linestyle=(0, (5, 3)), linewidth=1)
+        axes.annotate(
+            f"held-out, {name}", (1, nats), (0, 3), axes.get_yaxis_transform(), "offset points", color=_GREY, ha="right"
+        )
+    axes.legend(frameon=False, loc="upper right")
     _save(figure, path)
 
 
-def expert_heatmap(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the load of every expert in every layer, as a multiple of the mean, over the last steps of the run."""
-    loads = [r["load"] for r in _of(records, "train") if r["load"]][-_LAST:]
-    figure, axes = _figure(7.2, 2.2 + 0.3 * (len(loads[0]) if loads else 1))
-    axes.set(title="Expert load over the last batches (1 = the mean)", xlabel="expert", ylabel="MoE layer")
-    if not loads:
-        axes.text(0.5, 0.5, "this model has no experts", ha="center", va="center", transform=axes.transAxes)
+def expert_heatmap(records: Records, path: Path) -> None:
+    """Draw the experts' load as multiples of their layer's mean: each over the last steps, the busiest over time."""
+    train = [r for r in _of(records, "train") if r["load"]]
+    loads = np.array([r["load"] for r in train])  # [steps, layers, experts]
+    layers = loads.shape[1] if train else 1
+    figure = _figure(7.2, 4.4 + 0.28 * min(layers, 40))
+    grid = figure.add_gridspec(2, 1, height_ratios=[1 + 0.28 * min(layers, 40), 2.2])
+    heat = _axes(figure, grid[0], "Load of each expert (1 = its layer's mean)", "expert", "MoE layer")
+    course = _axes(figure, grid[1], "The busiest expert of each layer", "batch", "load")
+    if not train:
+        for axes in (heat, course):
+            axes.text(0.5, 0.5, "this model has no experts", ha="center", va="center", transform=axes.transAxes)
     else:
-        load = np.mean(np.array(loads), axis=0)
-        load = load * load.shape[1]  # [layers, experts]
-        image = axes.imshow(load, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
-        axes.set_yticks(range(load.shape[0]))
-        if load.shape[1] <= 32:
-            axes.set_xticks(range(load.shape[1]))
-        axes.grid(False)
-        figure.colorbar(image, ax=axes, extend="max", shrink=0.9)
-        if load.size <= 256:
-            for (layer, expert), value in np.ndenumerate(load):
-                ink = "white" if abs(value - 1) > 0.7 else _INK
-                axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", color=ink, fontsize=7)
+        loads = loads * loads.shape[2]
+        _draw_heat(figure, heat, loads[-_LAST:].mean(0))
+        _draw_course(course, [r["batch"] for r in train], loads.max(2))
     _save(figure, path)
 
 
-def _of(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+def _draw_heat(figure: Figure, axes: Axes, load: NDArray[np.float64]) -> None:
+    image = axes.imshow(load, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
+    axes.grid(False)
+    for axis, size, room in ((axes.xaxis, load.shape[1], 20), (axes.yaxis, load.shape[0], 40)):
+        axis.set_ticks(range(0, size, math.ceil(size / room)))
+    figure.colorbar(image, ax=axes, extend="max", shrink=0.9, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
+    if load.shape[1] <= 24 and load.shape[0] <= 16:
+        for (layer, expert), value in np.ndenumerate(load):
+            ink = "white" if abs(value - 1) > 0.55 else _INK
+            axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7)
+
+
+def _draw_course(axes: Axes, batches: list[int], busiest: NDArray[np.float64]) -> None:
+    layers = busiest.shape[1]
+    colors = colormaps["viridis"](np.linspace(0.1, 0.8, layers))
+    for layer in range(layers):
+        named = layers <= 4 or layer in (0, layers - 1)
+        label = f"layer {layer}" if named else None
+        axes.plot(batches, _smoothed(busiest[:, layer]), color=colors[layer], label=label, **_dots(batches))
+    axes.axhline(1, color=_GREY, linestyle=(0, (5, 3)), linewidth=1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.95), high + 0.25 * (high - low))  # room for the legend
+    axes.legend(frameon=False, ncols=4, loc="upper right")
+
+
+def _baselines(records: Records) -> dict[str, float]:
+    """Return the baselines in nats per token: bits per byte, scaled as in an evaluation of the same text."""
+    held_out = next((r for r in _of(records, "eval") if r.get("bits_per_byte")), None)
+    found = _of(records, "baselines")
+    if held_out is None or not found:
+        return {}
+    scale = held_out["loss"] / held_out["bits_per_byte"]
+    return {f"{name} model": found[-1][name] * scale for name in ("unigram", "bigram")}
+
+
+def _of(records: Records, kind: str) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
-def _smoothed(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return a mean over a twentieth of the run, centred, so that it does not lag."""
     reach = len(values) // 40
     sums = np.concatenate(([0.0], np.cumsum(values)))
     places = np.arange(len(values))
     reaches = np.minimum(reach, np.minimum(places, len(values) - 1 - places))
     starts, ends = places - reaches, places + reaches + 1
-    return (sums[ends] - sums[starts]) / (ends - starts)  # type: ignore[no-any-return]
+    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
+def _dots(batches: Sequence[int]) -> dict[str, Any]:
+    """A line through one point cannot be seen."""
+    return {"marker": "o", "markersize": 4} if len(batches) == 1 else {}
+
+
+def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(color="#e6e8ec", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_GREY, labelcolor=_INK)
-    return figure, axes
+    return figure
+
+
+def _axes(figure: Figure, place: Any, title: str, x: str, y: str) -> Axes:
+    axes = figure.add_subplot(place)
+    axes.set_title(title, loc="left", color=_INK, fontweight="bold", fontsize=11, pad=10)
+    axes.set_xlabel(x, color=_INK)
+    axes.set_ylabel(y, color=_INK)
+    axes.grid(color=_LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0, labelcolor=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    return axes
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,18 +1,29 @@
-"""LLM Foundry's keys that mean nothing here: accepted, and named in a warning."""
+"""LLM Foundry's keys that this package does not have: those that mean nothing here, and those that ours stand for."""
 
 from __future__ import annotations
 
 TOP = frozenset(
     (
-        "activation_checkpointing_reentrant",
         "accumulate_train_batch_on_tokens",
+        "activation_checkpointing_reentrant",
         "code_paths",
         "compile_config",
+        "deepspeed_config",
+        "device_eval_microbatch_size",
+        "device_train_batch_size",
+        "device_train_grad_accum",
         "dist_timeout",
+        "eval_first",
+        "eval_gauntlet",
+        "eval_gauntlet_str",
         "expandable_segments",
         "flatten_imports",
         "fsdp_config",
+        "icl_seq_len",
+        "icl_subset_num_batches",
         "icl_tasks",
+        "icl_tasks_str",
+        "load_exclude_algorithms",
         "load_ignore_keys",
         "load_strict_model_weights",
         "load_weights_only",
@@ -20,6 +31,7 @@ TOP = frozenset(
         "log_to_console",
         "max_split_size_mb",
         "metadata",
+        "n_gpus",
         "only_composer_checkpoint",
         "only_hf_checkpoint",
         "profiler",
@@ -33,40 +45,110 @@ TOP = frozenset(
         "tp_config",
     )
 )
-"""At the top of the file."""
+"""At the top of the file: how Composer shards, logs, profiles and names files, and in-context evaluation."""
 
 LOADER = frozenset(
-    ("drop_last", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "timeout", "label")
+    (
+        "drop_last",
+        "label",
+        "num_workers",
+        "persistent_workers",
+        "pin_memory",
+        "prefetch_factor",
+        "timeout",
+    )
 )
 """In train_loader and eval_loader: samples here are read by index, in the process itself."""
 
-DATASET = frozenset(("eos_token_id", "max_seq_len", "predownload", "shuffle_algo", "shuffle_seed", "split", "streams"))
-"""In a loader's dataset."""
+DATASET = frozenset(
+    (
+        "allow_unsafe_types",
+        "batching_method",
+        "bos_token_id",
+        "cache_limit",
+        "download_retry",
+        "download_timeout",
+        "eos_token_id",
+        "keep_zip",
+        "max_seq_len",
+        "num_canonical_nodes",
+        "partition_algo",
+        "predownload",
+        "replication",
+        "shuffle_algo",
+        "shuffle_block_size",
+        "shuffle_seed",
+        "split",
+        "token_encoding_type",
+        "validate_hash",
+    )
+)
+"""In a loader's dataset: how streaming fetches and shuffles shards."""
+
+ALGORITHMS = frozenset(("low_precision_layernorm",))
+"""In algorithms: kernels, not mathematics."""
 
 CALLBACKS = frozenset(
     (
-        "curriculum_learning",
-        "early_stopper",
+        "activation_monitor",
+        "activation_monitor_full_model",
+        "async_eval",
+        "env_logger",
         "eval_output_logging",
+        "export_for_inference",
+        "fdiff",
         "hf_checkpointer",
-        "load_checkpoint",
+        "loss_perp_v_len",
         "lr_monitor",
         "mbmoe_tok_per_expert",
         "memory_monitor",
         "memory_snapshot",
+        "mono_checkpoint_saver",
         "monolithic_ckpt_callback",
+        "nan_monitor",
         "oom_observer",
         "optimizer_monitor",
+        "run_timeout",
         "runtime_estimator",
         "scheduled_gc",
         "speed_monitor",
         "system_metrics_monitor",
     )
 )
-"""In callbacks: what several of these report is in metrics.jsonl anyway."""
+"""In callbacks: those that only watch (what several report is in metrics.jsonl anyway). What would change the training,
+such as layer_freezing, is refused like any unknown key."""
 
-LOGGERS = frozenset(("mlflow", "mosaicml", "tensorboard", "wandb"))
+LOGGERS = frozenset(
+    (
+        "cometml",
+        "file_logger",
+        "in_memory_logger",
+        "inmemory_logger",
+        "mlflow",
+        "mosaicml",
+        "neptune",
+        "tensorboard",
+        "wandb",
+    )
+)
 """In loggers: no tracker is supported yet; metrics.jsonl is always written."""
 
 TOKENIZER = frozenset(("kwargs",))
 """In tokenizer."""
+
+_VARIABLE = "put it under variables, and write ${{variables.{0}}} where it is used"
+_PATH = "copy the text here and name it by dataset.path"
+
+INSTEAD = {
+    "tokenizer_name": "say tokenizer: {name: bytes}",
+    "global_seed": _VARIABLE.format("global_seed"),
+    "data_local": _VARIABLE.format("data_local"),
+    "data_remote": _VARIABLE.format("data_remote"),
+    "train_loader.dataset.local": _PATH,
+    "train_loader.dataset.remote": _PATH,
+    "train_loader.dataset.streams": _PATH,
+    "train_loader.dataset.hf_name": _PATH,
+    "callbacks.generate_callback.kwargs": "say max_new_tokens and temperature beside prompts",
+    "callbacks.generate_callback.batch_size": "leave it out; prompts are continued one by one",
+}
+"""Keys of LLM Foundry, or its older spellings, and what to say here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,20 +12,25 @@ from tokenyard_train.config.schema import PythonStdlib, TrainConfig
 from tokenyard_train.data.tokenizer import build_tokenizer
 
 _AUTO_TOKENS = 16384  # of one forward pass, when the microbatch size is left to us
+_SCORED_TOKENS = 1 << 17  # of held-out text, when their number is left to us
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Return the config with device, model sizes, held-out data, folder and microbatch decided. Raises ConfigError."""
+    """Return the config with device, model sizes, held-out data, folder and batches decided. Raises ConfigError."""
     length = _max_seq_len(config)
+    microbatch = _microbatch(config, length)
+    scored = config.device_eval_batch_size or microbatch
+    folder = config.save_folder or "runs/{run_name}"
     return config.model_copy(
         update={
             "device": _device(config.device),
             "max_seq_len": length,
             "model": _model(config, length),
             "eval_loader": config.eval_loader or _own_held_out(config),
-            "save_folder": config.save_folder or f"runs/{config.run_name}",
-            "device_train_microbatch_size": _microbatch(config, length),
-            "device_eval_batch_size": config.device_eval_batch_size or _microbatch(config, length),
+            "eval_subset_num_batches": config.eval_subset_num_batches or math.ceil(_SCORED_TOKENS / (scored * length)),
+            "save_folder": folder.replace("{run_name}", config.run_name),  # as Composer does
+            "device_train_microbatch_size": microbatch,
+            "device_eval_batch_size": scored,
         }
     )
 
@@ -33,19 +39,22 @@ def _device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        parsed = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device is {device!r}; give cpu, cuda or auto") from None
-    if kind not in ("cpu", "cuda"):
+    if parsed.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {device!r}; give cpu, cuda or auto")
-    if kind == "cuda" and not torch.cuda.is_available():
+    found = torch.cuda.device_count()
+    if parsed.type == "cuda" and not found:
         raise ConfigError(f"device is {device!r}, but torch finds no CUDA GPU here; give cpu or auto")
+    if parsed.type == "cuda" and (parsed.index or 0) >= found:
+        raise ConfigError(f"device is {device!r}, but torch finds {found} CUDA GPUs here; count from cuda:0")
     return device
 
 
 def _max_seq_len(config: TrainConfig) -> int:
     own = config.model.get("max_seq_len")
-    if own is None or not isinstance(own, int):
+    if not isinstance(own, int):  # none, or one that the model's own config will refuse
         return config.max_seq_len
     if "max_seq_len" not in config.model_fields_set:
         return own
@@ -57,8 +66,10 @@ def _max_seq_len(config: TrainConfig) -> int:
 
 
 def _model(config: TrainConfig, length: int) -> dict[str, Any]:
-    if not isinstance(config.model.get("name"), str):
-        raise ConfigError("model.name is missing; give the name of a model, such as dbrx, mixtral or mpt_causal_lm")
+    name = config.model.get("name")
+    if not isinstance(name, str):
+        given = "missing" if name is None else repr(name)
+        raise ConfigError(f"model.name is {given}; give the name of a model, such as dbrx, mixtral or mpt_causal_lm")
     vocabulary = build_tokenizer(config.tokenizer).vocab_size
     own = config.model.get("vocab_size", vocabulary)
     if isinstance(own, int) and own < vocabulary:
@@ -72,11 +83,17 @@ def _own_held_out(config: TrainConfig) -> PythonStdlib | None:
 
 def _microbatch(config: TrainConfig, length: int) -> int:
     batch, asked = config.global_train_batch_size, config.device_train_microbatch_size
-    divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+    fitting = divisors(batch)
     if asked == "auto":
-        return max([n for n in divisors if n * length <= _AUTO_TOKENS], default=1)
+        return max([n for n in fitting if n * length <= _AUTO_TOKENS], default=1)
     if batch % asked:
-        sizes = ", ".join(str(n) for n in divisors)
+        near = [n for n in fitting if n < asked][-3:] + [n for n in fitting if n > asked][:3]
         fault = f"device_train_microbatch_size is {asked}, which does not divide global_train_batch_size {batch}"
-        raise ConfigError(f"{fault}; these do: {sizes}")
+        raise ConfigError(f"{fault}; these do: {', '.join(map(str, near))}")
     return asked
+
+
+def divisors(number: int) -> list[int]:
+    """List the divisors of a number, ascending."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return low + [number // n for n in reversed(low) if n * n != number]

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tokenyard_models.schema import Strict
 from tokenyard_train.config import foundry
 from tokenyard_train.config.duration import Duration, Span
 
 BackendChoice = str | dict[str, Any]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+
+
+def _named(run_name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
+        raise ValueError("it names a folder, so give letters, digits, dots, dashes and underscores only")
+    return run_name
+
+
+RunName = Annotated[str, BeforeValidator(lambda name: "run" if name is None else name), AfterValidator(_named)]
+"""An empty `run_name:`, which LLM Foundry's files have, is the default."""
 
 
 class Tokenizer(Strict):
@@ -21,13 +33,21 @@ class Tokenizer(Strict):
     name: Literal["bytes"] = "bytes"
 
 
+class StdlibDataset(Strict):
+    """How the standard library is read."""
+
+    ignored: ClassVar[frozenset[str]] = foundry.DATASET
+
+    shuffle: bool = True
+
+
 class PythonStdlib(Strict):
     """The text of the installed Python's standard library; a fixed share of its files is held out for evaluation."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOADER
 
     name: Literal["python_stdlib"]
-    shuffle: bool = True
+    dataset: StdlibDataset = StdlibDataset()
 
 
 class TextDataset(Strict):
@@ -52,12 +72,15 @@ class Text(Strict):
 Loader = Annotated[PythonStdlib | Text, Field(discriminator="name")]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Strict):
     """AdamW. `decoupled_adamw` (Composer's) scales weight decay by lr / initial lr, `adamw` (torch's) by lr."""
 
     name: Literal["decoupled_adamw", "adamw"] = "decoupled_adamw"
     lr: float = Field(6e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
 
@@ -93,7 +116,7 @@ class GenerateCallback(Strict):
 
     prompts: list[str] = ["def "]
     interval: Duration | None = None
-    max_new_tokens: PositiveInt = 200
+    max_new_tokens: Count = 200
     temperature: float = Field(0.8, ge=0)
 
 
@@ -125,7 +148,7 @@ class Parallel(Strict):
     """How the model is laid out over devices."""
 
     strategy: BackendChoice = "single"
-    expert_parallel: PositiveInt | None = None
+    expert_parallel: Count | None = None  # ranks that share the experts; model.ffn_config.moe_world_size says the same
 
 
 class TrainConfig(Strict):
@@ -134,10 +157,10 @@ class TrainConfig(Strict):
     ignored: ClassVar[frozenset[str]] = foundry.TOP
 
     variables: dict[str, Any] = {}  # for ${variables.x} in the same file
-    run_name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(17, ge=0)
+    run_name: RunName = "run"
+    seed: int = Field(17, ge=0, lt=2**63)
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
-    max_seq_len: PositiveInt = 1024
+    max_seq_len: Count = 1024
     model: dict[str, Any]  # `name`, and what that model's own config declares
     tokenizer: Tokenizer = Tokenizer()
     train_loader: Loader
@@ -147,12 +170,10 @@ class TrainConfig(Strict):
     algorithms: Algorithms = Algorithms()
     max_duration: Duration
     eval_interval: Duration | None = None  # None: at the end only
-    eval_subset_num_batches: int = -1  # how many batches of held-out text to score; -1: all of it
-    device_eval_batch_size: PositiveInt | None = None
-    global_train_batch_size: PositiveInt  # sequences per optimizer step, over all ranks
-    device_train_microbatch_size: PositiveInt | Literal["auto"] = (
-        "auto"  # sequences per forward; auto: the largest share
-    )
+    eval_subset_num_batches: int | None = None  # of held-out text to score; -1: all; None: some 130,000 tokens
+    device_eval_batch_size: Count | None = None  # None: device_train_microbatch_size
+    global_train_batch_size: Count  # sequences per optimizer step, over all ranks
+    device_train_microbatch_size: Count | Literal["auto"] = "auto"  # sequences per forward; auto: up to 16,384 tokens
     precision: Literal["fp32", "amp_bf16"] = "fp32"
     activation_checkpointing: bool = False
     save_folder: str | None = None  # None: runs/{run_name}
@@ -178,6 +199,7 @@ class TrainConfig(Strict):
             if span is not None and span.value <= 0:
                 raise ValueError(f"{name} is {span}; it must be above 0")
         for name in ("save_num_checkpoints_to_keep", "eval_subset_num_batches"):
-            if getattr(self, name) < 1 and getattr(self, name) != -1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be -1 (all) or at least 1")
+            count = getattr(self, name)
+            if count is not None and count < 1 and count != -1:
+                raise ValueError(f"{name} is {count}; it must be -1 (all) or at least 1")
         return self

@@ -26,24 +26,27 @@ def build_data(config: TrainConfig) -> Data:
     """Read and tokenize the text of a resolved config. Raises ConfigError for text that is missing or too short."""
     tokenizer = build_tokenizer(config.tokenizer)
     loader = config.train_loader
-    train = _tokens(_documents(loader, held_out=False), tokenizer, "train_loader")
-    shuffle = loader.shuffle if isinstance(loader, PythonStdlib) else loader.dataset.shuffle
-    samples = Samples(train, config.max_seq_len, config.seed, shuffle)
+    train = _tokens(loader, tokenizer, "train_loader")
+    samples = Samples(train, config.max_seq_len, config.seed, loader.dataset.shuffle)
     if config.eval_loader is None:
         return Data(tokenizer, samples, None)
-    held_out = _tokens(_documents(config.eval_loader, held_out=True), tokenizer, "eval_loader")
-    batch_size = config.device_eval_batch_size or 1
-    return Data(tokenizer, samples, HeldOut(held_out, config.max_seq_len, batch_size, config.eval_subset_num_batches))
+    held_out = _tokens(config.eval_loader, tokenizer, "eval_loader")
+    batch_size, batches = config.device_eval_batch_size or 1, config.eval_subset_num_batches or -1
+    return Data(tokenizer, samples, HeldOut(held_out, config.max_seq_len, batch_size, batches))
 
 
-def _documents(loader: PythonStdlib | Text, held_out: bool) -> list[Document]:
-    if isinstance(loader, PythonStdlib):
-        return python_stdlib(held_out)
-    return text_files(loader.dataset.path, loader.dataset.suffixes)
-
-
-def _tokens(documents: list[Document], tokenizer: Tokenizer, where: str) -> Ids:
+def _tokens(loader: PythonStdlib | Text, tokenizer: Tokenizer, where: str) -> Ids:
+    documents = _documents(loader, where)
     if not documents:
         raise ConfigError(f"{where}: there is no text; every file that it names is empty")
     end = np.array([tokenizer.end], dtype=np.uint16)
     return np.concatenate([part for d in documents for part in (tokenizer.encode(d.text), end)])
+
+
+def _documents(loader: PythonStdlib | Text, where: str) -> list[Document]:
+    try:
+        if isinstance(loader, PythonStdlib):
+            return python_stdlib(held_out=where == "eval_loader")
+        return text_files(loader.dataset.path, loader.dataset.suffixes)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}") from None

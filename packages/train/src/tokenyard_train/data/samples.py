@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenyard import ConfigError
@@ -33,17 +34,24 @@ class Samples:
 
     def __getitem__(self, index: int) -> Tensor:
         """Return sample `index` [length + 1] int64, for any index >= 0."""
+        if index < 0:
+            raise IndexError(f"samples are counted from 0 upwards, and {index} was asked for")
         epoch, place = divmod(index, self.windows)
         start = int(self._permutation(epoch)[place]) * self.length
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
     def batch(self, step: int, size: int, rank: int = 0, world: int = 1) -> Tensor:
-        """Return this rank's share [size / world, length + 1] of the global samples from ``step * size`` on."""
+        """Return this rank's share [size / world, length + 1] of samples ``step * size ... (step + 1) * size``.
+
+        Raises ConfigError if the ranks cannot share a batch evenly.
+        """
+        if size % world:
+            raise ConfigError(f"global_train_batch_size is {size}, which {world} data ranks cannot share evenly")
         share = size // world
         first = step * size + rank * share
         return torch.stack([self[i] for i in range(first, first + share)])
 
-    def _permutation(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:
             generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
             order = generator.permutation(self.windows) if self.shuffle else np.arange(self.windows)
@@ -52,35 +60,40 @@ class Samples:
 
 
 class HeldOut:
-    """The windows of a held-out stream in order; together they predict every token but the first, once."""
+    """The windows of a held-out stream in order; together they predict every token but the first, once.
+
+    With `batches`, only so many batches of windows, spread evenly over the stream, so that they are of many documents.
+    """
 
     def __init__(self, tokens: Ids, length: int, batch_size: int, batches: int = -1):
         windows = -(-(len(tokens) - 1) // length)
         if windows < 1:
             raise ConfigError(f"the held-out text has {len(tokens)} tokens; scoring needs 2 at least")
-        if batches != -1:
-            windows = min(windows, batches * batch_size)
-        self.length, self.batch_size, self.windows = length, batch_size, windows
-        self.tokens = tokens[: windows * length + 1]
+        kept = windows if batches == -1 else min(windows, batches * batch_size)
+        self.tokens, self.length, self.batch_size = tokens, length, batch_size
+        self._starts: NDArray[np.int64] = np.arange(kept) * windows // kept * length
 
     def __len__(self) -> int:
         """Return the batches."""
-        return -(-self.windows // self.batch_size)
+        return -(-len(self._starts) // self.batch_size)
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets [b, length] int64; past the end of the text, inputs are 0 and targets IGNORED."""
         first = index * self.batch_size
-        windows = [self._window(i) for i in range(first, min(first + self.batch_size, self.windows))]
-        rows = torch.stack(windows)
+        rows = torch.stack([self._window(int(start)) for start in self._starts[first : first + self.batch_size]])
         return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
     @property
     def predicted(self) -> Ids:
         """The tokens that are predicted, in order."""
-        return self.tokens[1:]
+        return np.concatenate([self.tokens[s + 1 : s + 1 + self.length] for s in self._starts])
 
-    def _window(self, index: int) -> Tensor:
-        start = index * self.length
+    @property
+    def previous(self) -> Ids:
+        """The token before each one that is predicted."""
+        return np.concatenate([self.tokens[:-1][s : s + self.length] for s in self._starts])
+
+    def _window(self, start: int) -> Tensor:
         row = torch.full((self.length + 1,), IGNORED, dtype=torch.int64)
         tokens = self.tokens[start : start + self.length + 1]
         row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
