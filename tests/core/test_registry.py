@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from tokenyard import BackendError, ConfigError, Workload
-from tokenyard.registry import _choose
+from tokenyard import BackendError, ConfigError, Registry, Workload, _builtin
+from tokenyard.registry import Plugin, _choose
 
 WORKLOAD = Workload(8, 8, 4, 2)
 
@@ -53,6 +53,14 @@ def test_unknown_backend_names_the_extra_that_would_bring_it(registry, monkeypat
     monkeypatch.setitem(_choose.EXTRAS, "experts", {"swift": "swift-kernels"})
     with pytest.raises(BackendError, match=r'pip install "tokenyard\[swift-kernels\]" brings \'swift\''):
         registry().choose("experts", "swift", WORKLOAD)
+
+
+def test_a_model_that_is_not_installed_names_the_extra():
+    alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
+    with pytest.raises(
+        BackendError, match=r"'dbrx' is unknown; installed: none; pip install \"tokenyard\[models\]\" brings"
+    ):
+        alone.choose("model", "dbrx")
 
 
 def test_a_named_backend_is_never_replaced(offer, registry):

@@ -27,7 +27,8 @@ def assert_close(got: Mapping[str, Tensor], plain: Mapping[str, Tensor], oracle:
     """Assert that each result is as near to the oracle as twice what plain torch code in its dtype is, plus eps."""
     for name, want in oracle.items():
         error, reference = relative_error(got[name], want), relative_error(plain[name], want)
-        allowed = max(2 * reference + torch.finfo(got[name].dtype).eps, ORACLE_ERROR)
+        eps = torch.finfo(got[name].dtype).eps * (1 + 4 / max(1, want.numel()) ** 0.5)  # few numbers fluctuate more
+        allowed = max(2 * reference + eps, ORACLE_ERROR)
         assert got[name].dtype == plain[name].dtype, f"{name} is {got[name].dtype}, not {plain[name].dtype}"
         assert error <= allowed, f"{name}: relative error {error:.3e}, allowed {allowed:.3e} (plain: {reference:.3e})"
 
