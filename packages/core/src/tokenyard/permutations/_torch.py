@@ -31,46 +31,64 @@ class TorchPermutation:
 
     def permute(self, x: Tensor, plan: Plan) -> Tensor:
         """Copy tokens x [T, D] to their rows [R, D]; the tail is zero."""
-        return _Permute.apply(x, plan.order, plan.inverse, plan.offsets, plan.top_k)  # type: ignore[no-any-return]
+        return permute_op(x, *plan)
 
     def unpermute(self, rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
         """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
-        return _Unpermute.apply(rows, topk_weights, plan.order, plan.inverse, plan.offsets, plan.top_k)  # type: ignore[no-any-return]
+        return unpermute_op(rows, topk_weights, *plan)
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order, inverse, offsets)
-        ctx.top_k = top_k
-        return to_rows(x, Plan(order, inverse, offsets, top_k))
-
-    @staticmethod
-    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
-        dx = _Unpermute.apply(drows, None, *ctx.saved_tensors, ctx.top_k)
-        return dx, None, None, None, None
+@torch.library.custom_op("tokenyard::permute", mutates_args=())
+def permute_op(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+    """Copy tokens x [T, D] to rows [R, D]."""
+    return to_rows(x, Plan(order, inverse, offsets, top_k))
 
 
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
-    ) -> Tensor:
-        ctx.save_for_backward(rows if weights is not None else None, weights, order, inverse, offsets)
-        ctx.top_k = top_k
-        return to_tokens(rows, Plan(order, inverse, offsets, top_k), weights)
+@permute_op.register_fake
+def _(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+    return x.new_empty(order.shape[0], x.shape[1])
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, *indices = ctx.saved_tensors
-        order, inverse, offsets = indices
-        plan = Plan(order, inverse, offsets, ctx.top_k)
-        drows = dweights = None
-        if ctx.needs_input_grad[0]:
-            drows = _Permute.apply(dy, *plan)
-            if weights is not None:
-                drows = (drows * slots_to_rows(weights, plan)).to(dy.dtype)
-        if weights is not None and ctx.needs_input_grad[1]:
-            dots = (rows_to_slots(rows, plan).to(weights.dtype) * dy.unsqueeze(1)).sum(-1)
-            dweights = torch.where(kept_slots(plan), dots, 0)
-        return drows, dweights, None, None, None, None
+
+@torch.library.custom_op("tokenyard::unpermute", mutates_args=())
+def unpermute_op(
+    rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
+) -> Tensor:
+    """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
+    return to_tokens(rows, Plan(order, inverse, offsets, top_k), topk_weights)
+
+
+@unpermute_op.register_fake
+def _(rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+    return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
+
+
+def _save_plan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, order, inverse, offsets, ctx.top_k = inputs
+    ctx.save_for_backward(order, inverse, offsets)
+
+
+def _permute_backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
+    return unpermute_op(drows, None, *ctx.saved_tensors, ctx.top_k), None, None, None, None
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weights, order, inverse, offsets, ctx.top_k = inputs
+    ctx.save_for_backward(None if weights is None else rows, weights, order, inverse, offsets)
+
+
+def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weights, order, inverse, offsets = ctx.saved_tensors
+    plan = Plan(order, inverse, offsets, ctx.top_k)
+    drows = dweights = None
+    if ctx.needs_input_grad[0]:
+        drows = permute_op(dy, *plan)
+        if weights is not None:
+            drows = (drows * slots_to_rows(weights, plan)).to(dy.dtype)
+    if weights is not None and ctx.needs_input_grad[1]:
+        dots = (rows_to_slots(rows, plan).to(weights.dtype) * dy.unsqueeze(1)).sum(-1)
+        dweights = torch.where(kept_slots(plan), dots, 0)
+    return drows, dweights, None, None, None, None
+
+
+permute_op.register_autograd(_permute_backward, setup_context=_save_plan)
+unpermute_op.register_autograd(_unpermute_backward, setup_context=_save_rows)

@@ -59,3 +59,10 @@ class CustomOps(TorchDispatchMode):
         if func.namespace not in ("aten", "prim", "prims", "inductor", "c10d", "_c10d_functional"):
             self.calls.append((func, args, kwargs or {}, torch.is_grad_enabled()))
         return func(*args, **(kwargs or {}))
+
+
+def fresh(argument: Any, differentiable: bool) -> Any:
+    """Return an argument that was recorded as a leaf of its own, requiring grad if it can and should."""
+    if isinstance(argument, Tensor):
+        return argument.detach().clone().requires_grad_(differentiable and argument.is_floating_point())
+    return argument

@@ -16,7 +16,7 @@ from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import _oracle
 from tokenyard.testing._base import Conformance
 from tokenyard.testing._cases import Case, make_case, random_ids, routings
-from tokenyard.testing._compare import CustomOps, assert_close, poisoned_memory, relative_error
+from tokenyard.testing._compare import CustomOps, assert_close, fresh, poisoned_memory, relative_error
 from tokenyard.workload import Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -134,7 +134,7 @@ class ExpertsConformance(Conformance):
         with CustomOps() as ops:
             self._results(case, self._kernel(case))
         for op, args, kwargs, differentiable in ops.calls:
-            torch.library.opcheck(op, tuple(_fresh(a, differentiable) for a in args), kwargs)
+            torch.library.opcheck(op, tuple(fresh(a, differentiable) for a in args), kwargs)
 
     def _case(self, ids: Tensor, num_experts: int, dtype: torch.dtype | None = None, **kwargs: Any) -> Case:
         workload = Workload(
@@ -204,9 +204,3 @@ class _Call:
         plan: Plan = self.permutation.plan(ids, self.num_experts, rows)
         weights = ExpertWeights(*(tensors.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
         return self.kernel(tensors["x"], plan, tensors.get("topk_weights"), weights)
-
-
-def _fresh(argument: Any, differentiable: bool) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.detach().clone().requires_grad_(differentiable and argument.is_floating_point())
-    return argument

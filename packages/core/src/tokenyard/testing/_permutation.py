@@ -12,7 +12,7 @@ from tokenyard.backend import Kind
 from tokenyard.interfaces import Plan, logits_dtype
 from tokenyard.testing._base import Conformance
 from tokenyard.testing._cases import random_ids, routings
-from tokenyard.testing._compare import assert_close, poisoned_memory, relative_error
+from tokenyard.testing._compare import CustomOps, assert_close, fresh, poisoned_memory, relative_error
 from tokenyard.testing._experts import ROUTINGS
 from tokenyard.workload import Workload
 
@@ -119,6 +119,17 @@ class PermutationConformance(Conformance):
             return (y, *torch.autograd.grad(y, [x, weights], torch.ones_like(y)))
 
         assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+    def test_custom_ops_pass_opcheck(self) -> None:
+        """Every custom op that moves rows has a right schema, fake kernel and autograd registration."""
+        permutation, plan, ids = self._planned(torch.float32)
+        x = self._randn(ids.shape[0], dtype=torch.float32).requires_grad_()
+        weights = torch.rand(ids.shape, device=x.device).requires_grad_()
+        with CustomOps() as ops:
+            y = permutation.unpermute(permutation.permute(x, plan), plan, weights)
+            torch.autograd.grad(y, [x, weights], torch.ones_like(y))
+        for op, args, kwargs, differentiable in ops.calls:
+            torch.library.opcheck(op, tuple(fresh(a, differentiable) for a in args), kwargs)
 
     def test_compiles_whole(self) -> None:
         """Planning and both moves in one graph, forward and backward."""
