@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenyard.activations import activate, up_rows
+from tokenyard.initial import reset
 
 
 class FeedForward(nn.Module):
@@ -27,11 +28,7 @@ class FeedForward(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw each matrix uniformly within 1/sqrt(fan in), and zero the biases."""
-        for weight in (self.up, self.down):
-            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
-        for bias in (self.up_bias, self.down_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        reset((self.up, self.down), (self.up_bias, self.down_bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [T, D] for tokens x [T, D]."""

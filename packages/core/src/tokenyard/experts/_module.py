@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from tokenyard.activations import up_rows
 from tokenyard.errors import ConfigError
+from tokenyard.initial import reset
 from tokenyard.interfaces import Exchange, ExpertKernel, ExpertWeights, Permutation, Routing
 from tokenyard.numerics import compute_dtype
 from tokenyard.workload import Workload
@@ -35,11 +36,7 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw each matrix uniformly within 1/sqrt(fan in), as nn.Linear does, and zero the biases."""
-        for weight in (self.up, self.down):
-            nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
-        for bias in (self.up_bias, self.down_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        reset((self.up, self.down), (self.up_bias, self.down_bias))
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return y [T, D] for tokens x [T, D]."""

@@ -54,18 +54,8 @@ def experts_op(
 
 @experts_op.register_fake
 def _(
-    x: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    topk_weights: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    top_k: int,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor | None, up: Tensor, *rest: Any
+) -> Any:
     return x.new_empty(x.shape), x.new_empty(order.shape[0], up.shape[1])
 
 
@@ -95,10 +85,7 @@ def experts_backward_op(
     row_weights = None if topk_weights is None else slots_to_rows(topk_weights, plan)
     da = rows_times(drows, down, offsets)
     if need_weights and topk_weights is not None:
-        dots = (da.to(topk_weights.dtype) * a).sum(1, keepdim=True)
-        if down_bias is not None:
-            dots += (drows.to(dots.dtype) * down_bias[row_experts(drows, offsets)]).sum(1, keepdim=True)
-        grads[1] = rows_to_slots(dots, plan).squeeze(-1)
+        grads[1] = _gate_gradient(da, a, drows, down_bias, plan, topk_weights.dtype)
     if need_down:
         grads[3] = rows_outer(drows, _weighted(a, row_weights), offsets)
     if need_down_bias:
@@ -114,27 +101,30 @@ def experts_backward_op(
 
 
 @experts_backward_op.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    topk_weights: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    down_bias: Tensor | None,
-    top_k: int,
-    activation: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    weights = x if topk_weights is None else topk_weights
-    likes = (x, weights, up, down, up.new_empty(up.shape[:2]), down.new_empty(down.shape[:2]))
+def _(dy: Tensor, x: Tensor, z: Tensor, *rest: Any) -> list[Tensor]:
+    _, _, _, topk_weights, up, down, _, _, _, needs = rest
+    likes = (
+        x,
+        x if topk_weights is None else topk_weights,
+        up,
+        down,
+        up.new_empty(up.shape[:2]),
+        down.new_empty(down.shape[:2]),
+    )
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0)
         for t, n in zip(likes, needs)
     ]
+
+
+def _gate_gradient(
+    da: Tensor, a: Tensor, drows: Tensor, down_bias: Tensor | None, plan: Plan, dtype: torch.dtype
+) -> Tensor:
+    """Return [T, K]: <dA', A> for each slot, and <dY, bias> where there is a bias."""
+    dots = (da.to(dtype) * a).sum(1, keepdim=True)
+    if down_bias is not None:
+        dots += (drows.to(dtype) * down_bias[row_experts(drows, plan.offsets)]).sum(1, keepdim=True)
+    return rows_to_slots(dots, plan).squeeze(-1)
 
 
 def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenyard.initial import reset
 from tokenyard.interfaces import Balance, Routing, logits_dtype
 from tokenyard.numerics import compute_dtype
 from tokenyard.routers._selection import chosen_experts, drop_over_capacity, select
@@ -32,9 +33,7 @@ class TopKRouter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weight uniformly within 1/sqrt(D), as nn.Linear does, and zero the selection bias."""
-        nn.init.uniform_(self.weight, -(self.weight.shape[1] ** -0.5), self.weight.shape[1] ** -0.5)
-        if self.selection_bias is not None:
-            nn.init.zeros_(self.selection_bias)
+        reset((self.weight,), (self.selection_bias,))
 
     def forward(self, x: Tensor, topk_ids: Tensor | None = None) -> Routing:
         """Route x [T, D]; topk_ids [T, K] given are taken as they are, and only weighted."""
