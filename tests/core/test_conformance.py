@@ -13,6 +13,11 @@ class TestTorchExperts(ExpertsConformance):
     backend = "torch"
 
 
+class TestCpuExperts(ExpertsConformance):
+    backend = "cpu"
+    device = "cpu"
+
+
 class TestLoopExperts(ExpertsConformance):
     backend = "loop"
 

@@ -41,7 +41,7 @@ def test_environment_selects_it(installed):
 
 
 def test_auto_leaves_it_to_those_who_ask(installed):
-    assert ask(installed, None) == "torch tokenyard.experts._torch"
+    assert ask(installed, None) == "cpu tokenyard.experts._cpu"
 
 
 def test_the_table_shows_it(installed):

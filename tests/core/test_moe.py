@@ -71,10 +71,12 @@ def test_dropped_slots_add_nothing():
 
 
 def test_backends_share_one_state_dict_and_one_result():
-    torch_moe, loop_moe, x = layer(), layer(backends={"experts": "loop"}), tokens(20)
-    loop_moe.load_state_dict(torch_moe.state_dict())
-    assert (torch_moe.chosen["experts"].backend.name, loop_moe.chosen["experts"].backend.name) == ("torch", "loop")
-    assert relative_error(torch_moe(x)[0], loop_moe(x)[0]) < 1e-14
+    first, x = layer(), tokens(20)
+    for name in ("cpu", "torch", "loop"):
+        moe = layer(backends={"experts": name})
+        moe.load_state_dict(first.state_dict())
+        assert moe.chosen["experts"].backend.name == name
+        assert relative_error(moe(x)[0], first(x)[0]) < 1e-14
 
 
 def test_loop_has_second_derivatives():

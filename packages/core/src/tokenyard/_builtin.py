@@ -12,6 +12,11 @@ def _topk_only(workload: Workload) -> str | None:
     return None if algorithm == "topk" else f"'torch' computes the router algorithm 'topk', not {algorithm!r}"
 
 
+def _cpu_only(workload: Workload) -> str | None:
+    device = workload.device.type
+    return None if device == "cpu" else f"'cpu' computes on a CPU, and the device is {device!r}"
+
+
 def _local_only(workload: Workload) -> str | None:
     if workload.expert_parallel == 1:
         return None
@@ -32,8 +37,9 @@ def tokenyard_permutations() -> list[Backend]:
 
 @hookimpl
 def tokenyard_experts() -> list[Backend]:
-    """Offer the kernel of grouped products, and the loop that serves as its oracle."""
+    """Offer the kernel of grouped products, one for CPUs, and the loop that serves as their oracle."""
     return [
+        Backend("cpu", "tokenyard.experts:CpuExperts", priority=1, unusable=_cpu_only),
         Backend("torch", "tokenyard.experts:TorchExperts"),
         Backend("loop", "tokenyard.experts:LoopExperts", priority=-10),
     ]

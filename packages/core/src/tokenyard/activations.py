@@ -51,13 +51,14 @@ def activate(z: Tensor, activation: str) -> Tensor:
     return GATED[activation](gate) * up
 
 
-def activate_backward(da: Tensor, z: Tensor, activation: str) -> Tensor:
-    """Return dz for the gradient da [..., F] of ``activate(z)``, without autograd."""
+def activate_with_pullback(z: Tensor, activation: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return ``activate(z)`` and what turns its gradient da [..., F] into dz, without autograd."""
     if not is_gated(activation):
-        return _pointwise_backward(da, z, activation)
+        return POINTWISE[activation](z), lambda da: _pointwise_backward(da, z, activation)
     gate, up = z.chunk(2, dim=-1)
-    dgate = _pointwise_backward(da * up, gate, {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[activation])
-    return torch.cat((dgate, da * GATED[activation](gate)), dim=-1)
+    opened = GATED[activation](gate)
+    pointwise = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[activation]
+    return opened * up, lambda da: torch.cat((_pointwise_backward(da * up, gate, pointwise), da * opened), dim=-1)
 
 
 def _pointwise_backward(da: Tensor, z: Tensor, activation: str) -> Tensor:

@@ -1,8 +1,9 @@
-"""The Experts module, the base of unfused expert kernels, and core's two kernels."""
+"""The Experts module, the base of unfused expert kernels, and core's kernels."""
 
+from tokenyard.experts._cpu import CpuExperts
 from tokenyard.experts._grouped import GroupedExperts
 from tokenyard.experts._loop import LoopExperts
 from tokenyard.experts._module import Experts
 from tokenyard.experts._torch import TorchExperts
 
-__all__ = ["Experts", "GroupedExperts", "LoopExperts", "TorchExperts"]
+__all__ = ["CpuExperts", "Experts", "GroupedExperts", "LoopExperts", "TorchExperts"]

@@ -20,7 +20,7 @@ def rows_times(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         out = F.grouped_mm(rows, weights, offs=offsets[1:])
         return torch.where(_live(rows, offsets), out, out.new_zeros(()))
     out = rows.new_zeros(rows.shape[0], weights.shape[-1])
-    for e, start, end in _segments(offsets):
+    for e, start, end in segments(offsets):
         torch.mm(rows[start:end], weights[e], out=out[start:end])
     return out
 
@@ -34,7 +34,7 @@ def rows_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
         out = F.grouped_mm(left.t(), right, offs=offsets[1:])
         return torch.where((offsets.diff() > 0).view(-1, 1, 1), out, out.new_zeros(()))
     out = left.new_zeros(experts, left.shape[1], right.shape[1])
-    for e, start, end in _segments(offsets):
+    for e, start, end in segments(offsets):
         torch.mm(left[start:end].t(), right[start:end], out=out[e])
     return out
 
@@ -43,7 +43,7 @@ def rows_sum(rows: Tensor, offsets: Tensor) -> Tensor:
     """Return [E, N]: the sum of each expert's rows [R, N], in float32 at least; zero if it has none."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     out = wide.new_zeros(offsets.shape[0] - 1, rows.shape[1])
-    for e, start, end in _segments(offsets):
+    for e, start, end in segments(offsets):
         out[e] = wide[start:end].sum(0)
     return out.to(rows.dtype)
 
@@ -63,7 +63,8 @@ def _live(rows: Tensor, offsets: Tensor) -> Tensor:
     return (torch.arange(rows.shape[0], device=rows.device) < offsets[-1]).unsqueeze(1)
 
 
-def _segments(offsets: Tensor) -> list[tuple[int, int, int]]:
+def segments(offsets: Tensor) -> list[tuple[int, int, int]]:
+    """List (expert, first row, last row + 1) of every expert that has rows; copies the offsets to the host."""
     bounds = offsets.tolist()
     return [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenyard.activations import activate, activate_backward
+from tokenyard.activations import activate, activate_with_pullback
 from tokenyard.experts._products import add_bias, row_experts, rows_outer, rows_sum, rows_times
 from tokenyard.interfaces import ExpertWeights, Permutation, Plan
 from tokenyard.permutations._moves import rows_to_slots, slots_to_rows, to_rows, to_tokens
@@ -80,7 +80,7 @@ def experts_backward_op(
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
     empty = dy.new_empty(0)
     grads = [empty] * 6
-    a = activate(z, activation)
+    a, pullback = activate_with_pullback(z, activation)
     drows = to_rows(dy, plan)  # unweighted
     row_weights = None if topk_weights is None else slots_to_rows(topk_weights, plan)
     da = rows_times(drows, down, offsets)
@@ -90,7 +90,7 @@ def experts_backward_op(
         grads[3] = rows_outer(drows, _weighted(a, row_weights), offsets)
     if need_down_bias:
         grads[5] = rows_sum(_weighted(drows, row_weights), offsets)
-    dz = activate_backward(_weighted(da, row_weights), z, activation)
+    dz = pullback(_weighted(da, row_weights))
     if need_up:
         grads[2] = rows_outer(dz, to_rows(x, plan), offsets)
     if need_up_bias:
@@ -101,7 +101,8 @@ def experts_backward_op(
 
 
 @experts_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, z: Tensor, *rest: Any) -> list[Tensor]:
+def fake_gradients(dy: Tensor, x: Tensor, z: Tensor, *rest: Any) -> list[Tensor]:
+    """Return what the backward op returns, by shape."""
     _, _, _, topk_weights, up, down, _, _, _, needs = rest
     likes = (
         x,
@@ -135,6 +136,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, order, inverse, offsets, topk_weights, up, down, _, down_bias, top_k, activation = inputs
     z = output[1]
     ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)  # or z, which nothing else reads, gets a gradient of zeros, written out
     ctx.save_for_backward(x, z, order, inverse, offsets, topk_weights, up, down, down_bias)
     ctx.top_k, ctx.activation = top_k, activation
 
