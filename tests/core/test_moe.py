@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenyard import BackendError, ConfigError, ExpertWeights, MoE, RoutingRule, Workload, moe_layers
-from tokenyard.testing._compare import relative_error
+from tokenyard.numerics import relative_error
 from tokenyard.testing._oracle import experts as oracle
 
 D, F_, E, K = 16, 24, 6, 2

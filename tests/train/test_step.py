@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tokenyard import moe_layers
-from tokenyard.testing._compare import relative_error
+from tokenyard.numerics import relative_error
 from tokenyard_train.step import NonFiniteError, _accumulate, train_step
 
 from .conftest import MODEL

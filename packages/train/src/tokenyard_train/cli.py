@@ -10,7 +10,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tokenyard_train.bench.cli import app as bench
+
 app = typer.Typer(name="tokenyard", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(bench)
 
 Config = Annotated[Path, typer.Argument(help="A YAML config.")]
 Overrides = Annotated[

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from tokenyard_train.figures import BLUE, GREY, INK, ORANGE, make_axes, make_figure, save_figure
+
 _LAST = 20  # steps that a heatmap averages over
-_INK, _BLUE, _ORANGE, _GREY, _LINE = "#20242c", "#3b6fb6", "#d9762b", "#8a8f98", "#e6e8ec"
 
 Records = Sequence[dict[str, Any]]
 
@@ -24,21 +23,21 @@ Records = Sequence[dict[str, Any]]
 def loss_curve(records: Records, path: Path) -> None:
     """Draw the loss in nats per token: training, raw and smoothed; held-out; and, if known, what counting achieves."""
     train, held_out = _of(records, "train"), _of(records, "eval")
-    figure = _figure(7.2, 4.2)
-    axes = _axes(figure, figure.add_gridspec(1, 1)[0], "Loss", "batch", "nats per token")
+    figure = make_figure(7.2, 4.2)
+    axes = make_axes(figure, figure.add_gridspec(1, 1)[0], "Loss", "batch", "nats per token")
     batches, losses = [r["batch"] for r in train], np.array([r["loss"] for r in train])
-    axes.plot(batches, losses, color=_BLUE, alpha=0.25, linewidth=1, label="training")
-    axes.plot(batches, _smoothed(losses), color=_BLUE, linewidth=2, label="training, smoothed", **_dots(batches))
+    axes.plot(batches, losses, color=BLUE, alpha=0.25, linewidth=1, label="training")
+    axes.plot(batches, _smoothed(losses), color=BLUE, linewidth=2, label="training, smoothed", **_dots(batches))
     if held_out:
         scores = [(r["batch"], r["loss"]) for r in held_out]
-        axes.plot(*zip(*scores), color=_ORANGE, marker="o", markersize=5, linewidth=1.5, label="held-out")
+        axes.plot(*zip(*scores), color=ORANGE, marker="o", markersize=5, linewidth=1.5, label="held-out")
     for name, nats in _baselines(records).items():
-        axes.axhline(nats, color=_GREY, linestyle=(0, (5, 3)), linewidth=1)
+        axes.axhline(nats, color=GREY, linestyle=(0, (5, 3)), linewidth=1)
         axes.annotate(
-            f"held-out, {name}", (1, nats), (0, 3), axes.get_yaxis_transform(), "offset points", color=_GREY, ha="right"
+            f"held-out, {name}", (1, nats), (0, 3), axes.get_yaxis_transform(), "offset points", color=GREY, ha="right"
         )
     axes.legend(frameon=False, loc="upper right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def expert_heatmap(records: Records, path: Path) -> None:
@@ -46,10 +45,10 @@ def expert_heatmap(records: Records, path: Path) -> None:
     train = [r for r in _of(records, "train") if r["load"]]
     loads = np.array([r["load"] for r in train])  # [steps, layers, experts]
     layers = loads.shape[1] if train else 1
-    figure = _figure(7.2, 4.4 + 0.28 * min(layers, 40))
+    figure = make_figure(7.2, 4.4 + 0.28 * min(layers, 40))
     grid = figure.add_gridspec(2, 1, height_ratios=[1 + 0.28 * min(layers, 40), 2.2])
-    heat = _axes(figure, grid[0], "Load of each expert (1 = its layer's mean)", "expert", "MoE layer")
-    course = _axes(figure, grid[1], "The busiest expert of each layer", "batch", "load")
+    heat = make_axes(figure, grid[0], "Load of each expert (1 = its layer's mean)", "expert", "MoE layer")
+    course = make_axes(figure, grid[1], "The busiest expert of each layer", "batch", "load")
     if not train:
         for axes in (heat, course):
             axes.text(0.5, 0.5, "this model has no experts", ha="center", va="center", transform=axes.transAxes)
@@ -57,7 +56,7 @@ def expert_heatmap(records: Records, path: Path) -> None:
         loads = loads * loads.shape[2]
         _draw_heat(figure, heat, loads[-_LAST:].mean(0))
         _draw_course(course, [r["batch"] for r in train], loads.max(2))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_heat(figure: Figure, axes: Axes, load: NDArray[np.float64]) -> None:
@@ -68,7 +67,7 @@ def _draw_heat(figure: Figure, axes: Axes, load: NDArray[np.float64]) -> None:
     figure.colorbar(image, ax=axes, extend="max", shrink=0.9, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
     if load.shape[1] <= 24 and load.shape[0] <= 16:
         for (layer, expert), value in np.ndenumerate(load):
-            ink = "white" if abs(value - 1) > 0.55 else _INK
+            ink = "white" if abs(value - 1) > 0.55 else INK
             axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7)
 
 
@@ -79,7 +78,7 @@ def _draw_course(axes: Axes, batches: list[int], busiest: NDArray[np.float64]) -
         named = layers <= 4 or layer in (0, layers - 1)
         label = f"layer {layer}" if named else None
         axes.plot(batches, _smoothed(busiest[:, layer]), color=colors[layer], label=label, **_dots(batches))
-    axes.axhline(1, color=_GREY, linestyle=(0, (5, 3)), linewidth=1)
+    axes.axhline(1, color=GREY, linestyle=(0, (5, 3)), linewidth=1)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.95), high + 0.25 * (high - low))  # room for the legend
     axes.legend(frameon=False, ncols=4, loc="upper right")
@@ -112,26 +111,3 @@ def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _dots(batches: Sequence[int]) -> dict[str, Any]:
     """A line through one point cannot be seen."""
     return {"marker": "o", "markersize": 4} if len(batches) == 1 else {}
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _axes(figure: Figure, place: Any, title: str, x: str, y: str) -> Axes:
-    axes = figure.add_subplot(place)
-    axes.set_title(title, loc="left", color=_INK, fontweight="bold", fontsize=11, pad=10)
-    axes.set_xlabel(x, color=_INK)
-    axes.set_ylabel(y, color=_INK)
-    axes.grid(color=_LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axes.tick_params(length=0, labelcolor=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    return axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)

@@ -9,11 +9,11 @@ import torch
 
 from tokenyard.backend import Kind
 from tokenyard.interfaces import ExpertWeights, Routing
+from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import _oracle
 from tokenyard.testing._base import Conformance
 from tokenyard.testing._cases import make_case, routings
-from tokenyard.testing._compare import relative_error
 from tokenyard.testing._experts import ROUTINGS
 from tokenyard.workload import Workload
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from tokenyard.activations import ACTIVATIONS
 from tokenyard.backend import Kind
 from tokenyard.interfaces import ExpertWeights, Plan
+from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import _oracle
 from tokenyard.testing._base import Conformance
 from tokenyard.testing._cases import Case, make_case, random_ids, routings
-from tokenyard.testing._compare import CustomOps, assert_close, fresh, poisoned_memory, relative_error
+from tokenyard.testing._compare import CustomOps, assert_close, fresh, poisoned_memory
 from tokenyard.workload import Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokenyard.backend import Kind
 from tokenyard.moe import moe_layers
+from tokenyard.numerics import relative_error
 from tokenyard.testing._base import Conformance
-from tokenyard.testing._compare import relative_error
 
 
 class ModelConformance(Conformance):

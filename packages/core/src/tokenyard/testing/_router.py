@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tokenyard.backend import Kind
 from tokenyard.interfaces import Routing, logits_dtype
+from tokenyard.numerics import relative_error
 from tokenyard.testing import _router_oracle as oracle
 from tokenyard.testing._base import Conformance
-from tokenyard.testing._compare import assert_close, poisoned_memory, relative_error
+from tokenyard.testing._compare import assert_close, poisoned_memory
 from tokenyard.workload import RoutingRule, Workload
 
 RULES = {

@@ -10,8 +10,8 @@ from torch import nn
 
 from tokenyard.backend import Kind
 from tokenyard.moe import MoE
+from tokenyard.numerics import relative_error
 from tokenyard.testing._base import Conformance
-from tokenyard.testing._compare import relative_error
 from tokenyard.workload import Workload
 
 

@@ -1,0 +1,51 @@
+"""`tokenyard bench`: measuring by one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(name="bench", no_args_is_help=True, help="Measure layers, their pieces and training.")
+
+Shapes = Annotated[list[str], typer.Option("--shape", help="A built-in name, T,D,F,E,K, or all; may be repeated.")]
+Dtypes = Annotated[list[str], typer.Option("--dtype", help="bf16, fp16 or fp32; may be repeated.")]
+Routings = Annotated[list[str], typer.Option("--routing", help="natural, zipf or uniform; may be repeated.")]
+Backends = Annotated[str, typer.Option(help="Expert backends, comma-separated, or all.")]
+Peers = Annotated[str, typer.Option(help="Peers, comma-separated, all or none.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Repetitions = Annotated[int, typer.Option(min=3)]
+Out = Annotated[Path, typer.Option(help="The folder for JSON and plot.")]
+
+
+def wide_console() -> Console:
+    """Return a console that is wide enough for the tables where no terminal says how wide it is."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
+@app.command()
+def layer(
+    shape: Shapes = ["all"],  # noqa: B006 (typer copies it)
+    backends: Backends = "all",
+    peers: Peers = "all",
+    dtype: Dtypes = ["bf16"],  # noqa: B006
+    routing: Routings = ["natural"],  # noqa: B006
+    activation: str = "swiglu",
+    device: Device = "auto",
+    repetitions: Repetitions = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of a CPU; torch decides otherwise.")] = None,
+    seed: int = 0,
+    out: Out = Path("bench"),
+) -> None:
+    """Measure an MoE layer (router included), forward and backward, by every backend, beside dense products and peers.
+
+    Efficiency is the time of the layer's six products as dense ones over all T*K rows, divided by the layer's time.
+    """
+    from tokenyard_train.bench.commands import run_layer
+
+    run_layer(
+        wide_console(), out, shape, dtype, routing, device, threads, backends, peers, activation, repetitions, seed
+    )

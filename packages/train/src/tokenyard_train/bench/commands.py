@@ -1,0 +1,75 @@
+"""What the subcommands of `tokenyard bench` do: check the options, measure, print, and write the files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tokenyard import ConfigError
+from tokenyard.errors import did_you_mean
+from tokenyard_train.bench.case import DTYPES, ROUTINGS
+from tokenyard_train.bench.files import write_results
+from tokenyard_train.bench.layer import LayerBench, bench_layer
+from tokenyard_train.bench.machine import describe_machine
+from tokenyard_train.bench.plot import efficiency_bars
+from tokenyard_train.bench.shapes import parse_shapes
+from tokenyard_train.bench.table import print_layers
+
+
+def run_layer(
+    console: Console,
+    out: Path,
+    shapes: Sequence[str],
+    dtypes: Sequence[str],
+    routings: Sequence[str],
+    device: str,
+    threads: int | None,
+    *rest: Any,
+) -> None:
+    """Measure layers; print the table and write ``layer.json`` and ``layer.png``. Raises ConfigError."""
+    place = find_device(device, threads)
+    one_of("--dtype", dtypes, DTYPES)
+    one_of("--routing", routings, ROUTINGS)
+    backends, peers, activation, repetitions, seed = rest
+    bench = LayerBench(
+        parse_shapes(list(shapes), place.type == "cuda"),
+        list(routings),  # type: ignore[arg-type]
+        list(dtypes),
+        place,
+        backends,
+        peers,
+        activation,
+        repetitions,
+        seed,
+    )
+    records = bench_layer(bench, console)
+    print_layers(records, console)
+    machine = describe_machine(place)
+    path = write_results(out, "layer", {"kind": "layer", "machine": machine, "records": records})
+    title = f"One MoE layer, forward and backward: {machine['device']}, torch {machine['versions']['torch']}"
+    efficiency_bars(records, title, path.with_suffix(".png"))
+    console.print(f"wrote {path} and {path.with_suffix('.png')}", highlight=False)
+
+
+def find_device(name: str, threads: int | None = None) -> torch.device:
+    """Return the device that an option names, and set a CPU's threads. Raises ConfigError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device is {name!r}; give cpu, cuda or auto")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is 'cuda', but torch finds no CUDA GPU here; give cpu or auto")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def one_of(option: str, given: Sequence[str], known: Collection[str]) -> None:
+    """Raise ConfigError for a value that an option does not take."""
+    for value in given:
+        if value not in known:
+            raise ConfigError(
+                f"{option} {value!r} is unknown{did_you_mean(value, known)}; known are: {', '.join(known)}"
+            )

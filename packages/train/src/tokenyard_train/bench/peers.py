@@ -1,0 +1,100 @@
+"""Experts of others, to measure ours beside: torch's grouped product, and transformers' two implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenyard import Routing, Workload
+from tokenyard_train.bench.case import Case
+
+Experts = Callable[[Tensor, Routing], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's experts: when they cannot take part, and how they are made of a case's weights."""
+
+    unusable: Callable[[Workload], str | None]
+    build: Callable[[Case], Experts]
+
+
+def _swiglu_only(workload: Workload) -> str | None:
+    return None if workload.activation == "swiglu" else f"computes swiglu, not {workload.activation}"
+
+
+def _needs_transformers(workload: Workload) -> str | None:
+    if find_spec("transformers") is None:
+        return 'transformers is not installed; pip install "transformers>=5.14"'
+    return _swiglu_only(workload)
+
+
+def _compilable(workload: Workload) -> str | None:
+    if workload.dtype != torch.bfloat16:
+        return "torch compiles F.grouped_mm for bf16 only"
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    if workload.device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "torch.compile needs a C++ compiler on a CPU, and finds none"
+    return _swiglu_only(workload)
+
+
+def grouped_mm_experts(x: Tensor, routing: Routing, up: Tensor, down: Tensor) -> Tensor:
+    """Return y [T, D] by ``F.grouped_mm`` between a gather and a scatter, as most training code calls it."""
+    top_k = routing.topk_ids.shape[1]
+    ids, order = routing.topk_ids.flatten().sort(stable=True)
+    ends = torch.searchsorted(ids, torch.arange(up.shape[0], device=x.device), right=True, out_int32=True)
+    tokens = order // top_k
+    gate, value = F.grouped_mm(x[tokens], up.mT, offs=ends).chunk(2, dim=-1)
+    rows = F.grouped_mm(F.silu(gate) * value, down.mT, offs=ends)
+    rows = (rows * routing.topk_weights.flatten()[order].unsqueeze(1)).to(x.dtype)
+    return torch.zeros_like(x).index_add(0, tokens, rows)
+
+
+def _grouped_mm(case: Case) -> Experts:
+    return lambda x, routing: grouped_mm_experts(x, routing, case.up, case.down)
+
+
+def _compiled(case: Case) -> Experts:
+    compiled = torch.compile(grouped_mm_experts)
+    return lambda x, routing: compiled(x, routing, case.up, case.down)
+
+
+def _transformers(implementation: str) -> Callable[[Case], Experts]:
+    def build(case: Case) -> Experts:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+        work = case.workload
+        config = MixtralConfig(
+            hidden_size=work.dim,
+            intermediate_size=work.ffn_dim,
+            num_local_experts=work.num_experts,
+            num_experts_per_tok=work.top_k,
+        )
+        config._experts_implementation = implementation
+        with torch.device("meta"):
+            experts = MixtralExperts(config)
+        experts.gate_up_proj, experts.down_proj = case.up, case.down
+        return lambda x, routing: experts(x, routing.topk_ids.long(), routing.topk_weights)
+
+    return build
+
+
+PEERS: dict[str, Peer] = {
+    "grouped_mm": Peer(_swiglu_only, _grouped_mm),
+    "grouped_mm-compiled": Peer(_compilable, _compiled),
+    "transformers-eager": Peer(_needs_transformers, _transformers("eager")),
+    "transformers-grouped_mm": Peer(_needs_transformers, _transformers("grouped_mm")),
+}
+"""Every peer, by the name that `--peers` takes."""
