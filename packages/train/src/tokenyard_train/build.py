@@ -22,6 +22,7 @@ from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
 from tokenyard_train.metrics import Metrics
 from tokenyard_train.optim import build_optimizer
+from tokenyard_train.stopwatch import Phases, untimed
 
 _DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 
@@ -41,6 +42,7 @@ class Run:
     batches: int  # optimizer steps of the whole run
     flops_per_token: float
     batch: int = 0  # optimizer steps done
+    phase: Phases = untimed  # around the parts of a step
 
     @property
     def device(self) -> torch.device:

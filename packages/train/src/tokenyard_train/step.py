@@ -49,13 +49,14 @@ def train_step(run: Run) -> StepResult:
     )
     _seed(run)
     loss, balances = _accumulate(run)
-    clipping = config.algorithms.gradient_clipping
-    norm = run.strategy.clip(run.model, clipping.clipping_threshold if clipping else math.inf)
-    values = _finite(run, loss, norm)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    with run.phase("optimizer"):
+        clipping = config.algorithms.gradient_clipping
+        norm = run.strategy.clip(run.model, clipping.clipping_threshold if clipping else math.inf)
+        values = _finite(run, loss, norm)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
     for moe, balance in zip(moe_layers(run.model), balances):
         moe.router.update(balance.counts)
     return _result(run, values, lr, balances)
@@ -65,14 +66,16 @@ def _accumulate(run: Run) -> tuple[Tensor, list[Balance]]:
     """Run forward and backward over this rank's microbatches; return the summed loss and Balances of the batch."""
     config = run.config
     rank, world = run.strategy.data
-    batch = run.data.train.batch(run.batch, config.global_train_batch_size, rank, world).to(run.device)
+    with run.phase("data"):
+        batch = run.data.train.batch(run.batch, config.global_train_batch_size, rank, world).to(run.device)
     loss, balances = torch.zeros((), device=run.device), []
     for rows in batch.split(int(config.device_train_microbatch_size)):
-        with run.precision():
+        with run.phase("forward"), run.precision():
             output: Output = run.model(rows[:, :-1])
             nats = _token_nats(output.logits, rows[:, 1:]) / run.batch_tokens
-        microbatch = [b._replace(counts=run.strategy.reduce(b.counts)) for b in output.balances]
-        (nats + _auxiliary(run, microbatch, rows.shape[0] * config.max_seq_len * world)).backward()
+        with run.phase("backward"):
+            microbatch = [b._replace(counts=run.strategy.reduce(b.counts)) for b in output.balances]
+            (nats + _auxiliary(run, microbatch, rows.shape[0] * config.max_seq_len * world)).backward()
         loss += nats.detach()
         balances.append([Balance(*(t.detach() for t in b)) for b in microbatch])
     return run.strategy.reduce(loss), [_summed(layer) for layer in zip(*balances)]

@@ -17,6 +17,7 @@ Backends = Annotated[str, typer.Option(help="Expert backends, comma-separated, o
 Peers = Annotated[str, typer.Option(help="Peers, comma-separated, all or none.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Repetitions = Annotated[int, typer.Option(min=3)]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of a CPU; torch decides otherwise.")]
 Out = Annotated[Path, typer.Option(help="The folder for JSON and plot.")]
 
 
@@ -36,7 +37,7 @@ def layer(
     activation: str = "swiglu",
     device: Device = "auto",
     repetitions: Repetitions = 20,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of a CPU; torch decides otherwise.")] = None,
+    threads: Threads = None,
     seed: int = 0,
     out: Out = Path("bench"),
 ) -> None:
@@ -49,3 +50,21 @@ def layer(
     run_layer(
         wide_console(), out, shape, dtype, routing, device, threads, backends, peers, activation, repetitions, seed
     )
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value in place of the config's")] = None,
+    peers: Annotated[str, typer.Option(help="transformers-eager, transformers-grouped_mm, both, or none.")] = "none",
+    steps: Annotated[int, typer.Option(min=3)] = 20,
+    threads: Threads = None,
+    out: Out = Path("bench"),
+) -> None:
+    """Measure training as a config says: tokens/s, FLOP/s, memory, and the share of data, forward, backward, optimizer.
+
+    Peers are transformers' Mixtral of the same size on the same batches, their steps taken in turn with ours.
+    """
+    from tokenyard_train.bench.commands import run_train
+
+    run_train(wide_console(), out, config, overrides or [], peers, steps, threads)

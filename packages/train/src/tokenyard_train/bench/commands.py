@@ -18,6 +18,9 @@ from tokenyard_train.bench.machine import describe_machine
 from tokenyard_train.bench.plot import efficiency_bars
 from tokenyard_train.bench.shapes import parse_shapes
 from tokenyard_train.bench.table import print_layers
+from tokenyard_train.bench.train import bench_train, print_train
+from tokenyard_train.bench.train_peer import IMPLEMENTATIONS
+from tokenyard_train.config import load_config
 
 
 def run_layer(
@@ -53,6 +56,30 @@ def run_layer(
     title = f"One MoE layer, forward and backward: {machine['device']}, torch {machine['versions']['torch']}"
     efficiency_bars(records, title, path.with_suffix(".png"))
     console.print(f"wrote {path} and {path.with_suffix('.png')}", highlight=False)
+
+
+def run_train(
+    console: Console,
+    out: Path,
+    config: Path,
+    overrides: Sequence[str],
+    peers: str,
+    steps: int,
+    threads: int | None,
+) -> None:
+    """Measure training; print the table and write ``train.json``. Raises ConfigError."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    resolved = load_config(config, overrides)
+    names = {"none": [], "both": list(IMPLEMENTATIONS)}.get(peers, peers.split(","))
+    records = bench_train(resolved, names, steps, console)
+    print_train(records, console)
+    machine = describe_machine(torch.device(resolved.device))
+    settings = resolved.model_dump(
+        mode="json", include={"model", "max_seq_len", "global_train_batch_size", "precision"}
+    )
+    path = write_results(out, "train", {"kind": "train", "machine": machine, "config": settings, "records": records})
+    console.print(f"wrote {path}", highlight=False)
 
 
 def find_device(name: str, threads: int | None = None) -> torch.device:

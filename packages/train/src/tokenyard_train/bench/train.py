@@ -1,0 +1,115 @@
+"""`tokenyard bench train`: the speed of training as a config says, and where the time of a step goes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tokenyard import ConfigError
+from tokenyard.errors import did_you_mean
+from tokenyard_train.bench.memory import peak_bytes
+from tokenyard_train.bench.timing import Clock, Spread, clock_for
+from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
+from tokenyard_train.build import Run, build_run
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.step import train_step
+from tokenyard_train.stopwatch import Stopwatch
+
+Record = dict[str, Any]
+
+_WARMUP = 2
+OURS = "tokenyard"
+
+
+def bench_train(config: TrainConfig, peers: Sequence[str], steps: int, console: Console) -> list[Record]:
+    """Train some steps of a resolved config, each followed by the peers' step on the same batch; nothing is kept.
+
+    Raises ConfigError for an unknown peer, or one that has no model of this size.
+    """
+    for name in peers:
+        if name not in IMPLEMENTATIONS:
+            known = ", ".join(IMPLEMENTATIONS)
+            raise ConfigError(f"--peers {name!r} is unknown{did_you_mean(name, IMPLEMENTATIONS)}; known are: {known}")
+    with tempfile.TemporaryDirectory() as folder:
+        run = build_run(config.model_copy(update={"save_folder": folder, "autoresume": False}), console)
+        others = {name: MixtralPeer(run, IMPLEMENTATIONS[name]) for name in peers}
+        console.print(f"{steps} steps of {run.batch_tokens:,} tokens on {config.device} ...", style="dim")
+        return _measured(run, others, steps)
+
+
+def _measured(run: Run, peers: dict[str, MixtralPeer], steps: int) -> list[Record]:
+    clock = clock_for(run.device)
+    watch = Stopwatch(clock.stamp)
+    run.phase = watch
+    works: dict[str, Callable[[], Any]] = {OURS: lambda: train_step(run).loss}
+    works |= {name: peer.step for name, peer in peers.items()}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    losses: dict[str, float] = {}
+    for step in range(_WARMUP + steps):
+        if step == _WARMUP:
+            watch.spans.clear()
+        for name, work in works.items():
+            milliseconds, losses[name] = _timed(work, clock)
+            if step >= _WARMUP:
+                times[name].append(milliseconds)
+        run.batch += 1
+    shares = _shares(watch.totals(lambda a, b: clock.between([a, b])[0]), sum(times[OURS]))
+    models = {OURS: run.model, **{name: peer.model for name, peer in peers.items()}}
+    return [
+        _record(run, name, times[name], losses[name])
+        | {"parameters": _parameters(models[name]), "peak_bytes": peak_bytes((lambda _, w=work: w(),), run.device)}
+        | ({"shares": shares} if name == OURS else {})
+        for name, work in works.items()
+    ]
+
+
+def _timed(work: Callable[[], float], clock: Clock) -> tuple[float, float]:
+    """Run a step; no cache is flushed, since a step leaves nothing of use in it."""
+    began = clock.stamp()
+    loss = work()
+    return clock.between([began, clock.stamp()])[0], loss
+
+
+def _record(run: Run, name: str, times: list[float], loss: float) -> Record:
+    step = Spread.of(times)
+    speed = 1e3 * run.batch_tokens / step.median
+    return {
+        "contestant": name,
+        "step_ms": step._asdict(),
+        "tokens_per_s": round(speed, 1),
+        "flops_per_s": speed * run.flops_per_token,
+        "loss": loss,
+    }
+
+
+def _shares(totals: dict[str, float], whole: float) -> dict[str, float]:
+    shares = {phase: round(total / whole, 4) for phase, total in totals.items()}
+    return shares | {"rest": round(1 - sum(shares.values()), 4)}
+
+
+def _parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def print_train(records: Sequence[Record], console: Console) -> None:
+    """Print speed and memory of each contestant, and our shares of time."""
+    table = Table("", "step ms", "tokens/s", "GFLOP/s", "peak MiB", "parameters", "ours / theirs", title_justify="left")
+    ours = records[0]
+    for record in records:
+        ratio = ours["tokens_per_s"] / record["tokens_per_s"]
+        table.add_row(
+            record["contestant"],
+            f"{record['step_ms']['median']:.1f}",
+            f"{record['tokens_per_s']:,.0f}",
+            f"{record['flops_per_s'] / 1e9:.1f}",
+            f"{record['peak_bytes'] / 2**20:.0f}",
+            f"{record['parameters']:,}",
+            "" if record is ours else f"{ratio:.2f}x",
+        )
+    console.print(table)
+    shares = ", ".join(f"{phase} {100 * share:.1f} %" for phase, share in ours["shares"].items())
+    console.print(f"where our step's time goes: {shares}", highlight=False)

@@ -1,0 +1,75 @@
+"""transformers' Mixtral of the same size, trained on the same batches by the same optimizer, as a peer of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tokenyard import ConfigError
+from tokenyard_models import TransformerConfig
+from tokenyard_train.build import Run
+from tokenyard_train.optim import build_optimizer
+
+IMPLEMENTATIONS = {"transformers-eager": "eager", "transformers-grouped_mm": "grouped_mm"}
+"""Which of transformers' expert implementations each peer uses."""
+
+
+class MixtralPeer:
+    """A MixtralForCausalLM with a run's sizes. Raises ConfigError where Mixtral has no such model."""
+
+    def __init__(self, run: Run, implementation: str):
+        self.run = run
+        self.model = _build(run.model.config, implementation).to(run.device)
+        self.optimizer = build_optimizer(run.config.optimizer, self.model)
+
+    def step(self) -> float:
+        """Train on the run's next batch, in its microbatches and precision; return the loss in nats per token."""
+        run, config = self.run, self.run.config
+        batch = run.data.train.batch(run.batch, config.global_train_batch_size).to(run.device)
+        total = torch.zeros((), device=run.device)
+        for rows in batch.split(int(config.device_train_microbatch_size)):
+            with run.precision():
+                output = self.model(input_ids=rows[:, :-1], use_cache=False)
+                nats = F.cross_entropy(output.logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+            loss = nats / run.batch_tokens
+            auxiliary = output.aux_loss * self.model.router_aux_loss_coef * len(rows) / len(batch)
+            (loss + auxiliary).backward()
+            total += loss.detach()
+        clipping = config.algorithms.gradient_clipping
+        if clipping is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clipping.clipping_threshold)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total.item()
+
+
+def _build(size: TransformerConfig, implementation: str) -> Any:
+    try:
+        from transformers import MixtralConfig, MixtralForCausalLM
+    except ImportError:
+        raise ConfigError('--peers needs transformers; pip install "transformers>=5.14"') from None
+    if size.moe is None or size.moe.activation != "swiglu" or size.rope_theta is None or size.dense_layers:
+        raise ConfigError("--peers compares with Mixtral, which has swiglu experts in every layer and rotary positions")
+    config = MixtralConfig(
+        vocab_size=size.vocab_size,
+        hidden_size=size.dim,
+        intermediate_size=size.moe.ffn_dim,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        max_position_embeddings=size.max_seq_len,
+        num_local_experts=size.moe.num_experts,
+        num_experts_per_tok=size.moe.top_k,
+        tie_word_embeddings=size.tied_head,
+        output_router_logits=True,
+        router_aux_loss_coef=size.auxiliary.balance_weight / size.moe.top_k,  # theirs is K at balance, ours 1
+        sliding_window=None,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return MixtralForCausalLM._from_config(config, attn_implementation="sdpa", experts_implementation=implementation)
