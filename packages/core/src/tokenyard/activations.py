@@ -57,8 +57,23 @@ def activate_with_pullback(z: Tensor, activation: str) -> tuple[Tensor, Callable
         return POINTWISE[activation](z), lambda da: _pointwise_backward(da, z, activation)
     gate, up = z.chunk(2, dim=-1)
     opened = GATED[activation](gate)
-    pointwise = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}[activation]
-    return opened * up, lambda da: torch.cat((_pointwise_backward(da * up, gate, pointwise), da * opened), dim=-1)
+
+    def pullback(da: Tensor) -> Tensor:
+        dz = torch.empty_like(z)
+        dgate, dup = dz.chunk(2, dim=-1)
+        _GATE_BACKWARD[activation](da * up, gate, grad_input=dgate)
+        torch.mul(da, opened, out=dup)
+        return dz
+
+    return opened * up, pullback
+
+
+_GATE_BACKWARD: dict[str, Callable[..., Tensor]] = {
+    "swiglu": torch.ops.aten.silu_backward.grad_input,
+    "geglu": torch.ops.aten.gelu_backward.grad_input,
+    "reglu": partial(torch.ops.aten.threshold_backward.grad_input, threshold=0),
+}
+"""What writes the gradient of each gate; half of dz at once, which needs no joining."""
 
 
 def _pointwise_backward(da: Tensor, z: Tensor, activation: str) -> Tensor:

@@ -1,9 +1,10 @@
-"""The Experts module, the base of unfused expert kernels, and core's kernels."""
+"""The Experts module, the base of unfused expert kernels, core's kernels, and their grouped products."""
 
 from tokenyard.experts._cpu import CpuExperts
 from tokenyard.experts._grouped import GroupedExperts
 from tokenyard.experts._loop import LoopExperts
 from tokenyard.experts._module import Experts
+from tokenyard.experts._products import rows_outer, rows_times
 from tokenyard.experts._torch import TorchExperts
 
-__all__ = ["CpuExperts", "Experts", "GroupedExperts", "LoopExperts", "TorchExperts"]
+__all__ = ["CpuExperts", "Experts", "GroupedExperts", "LoopExperts", "TorchExperts", "rows_outer", "rows_times"]

@@ -68,3 +68,35 @@ def train(
     from tokenyard_train.bench.commands import run_train
 
     run_train(wide_console(), out, config, overrides or [], peers, steps, threads)
+
+
+@app.command()
+def kernels(
+    shape: Shapes = ["all"],  # noqa: B006
+    backends: Backends = "all",
+    dtype: Dtypes = ["bf16"],  # noqa: B006
+    routing: Routings = ["natural"],  # noqa: B006
+    activation: str = "swiglu",
+    device: Device = "auto",
+    repetitions: Repetitions = 20,
+    threads: Threads = None,
+    seed: int = 0,
+    out: Out = Path("bench"),
+) -> None:
+    """Time a layer's pieces beside the best each could take, and list each backend's kernels and the gaps between."""
+    from tokenyard_train.bench.commands import run_kernels
+
+    run_kernels(
+        wide_console(), out, shape, dtype, routing, device, threads, backends, "none", activation, repetitions, seed
+    )
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A JSON that tokenyard bench wrote.")],
+    after: Annotated[Path, typer.Argument(help="A later one of the same kind.")],
+) -> None:
+    """Show what changed between two benchmark files beyond their noise."""
+    from tokenyard_train.bench.commands import run_compare
+
+    run_compare(wide_console(), before, after)

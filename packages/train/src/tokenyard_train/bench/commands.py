@@ -12,7 +12,9 @@ from rich.console import Console
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
 from tokenyard_train.bench.case import DTYPES, ROUTINGS
-from tokenyard_train.bench.files import write_results
+from tokenyard_train.bench.compare import compare, print_changes
+from tokenyard_train.bench.files import read_results, write_results
+from tokenyard_train.bench.kernels import bench_kernels, print_kernels
 from tokenyard_train.bench.layer import LayerBench, bench_layer
 from tokenyard_train.bench.machine import describe_machine
 from tokenyard_train.bench.plot import efficiency_bars
@@ -23,39 +25,45 @@ from tokenyard_train.bench.train_peer import IMPLEMENTATIONS
 from tokenyard_train.config import load_config
 
 
-def run_layer(
-    console: Console,
-    out: Path,
+def run_layer(console: Console, out: Path, *options: Any) -> None:
+    """Measure layers; print the table and write ``layer.json`` and ``layer.png``. Raises ConfigError."""
+    bench = _layer_bench(*options)
+    records = bench_layer(bench, console)
+    print_layers(records, console)
+    machine = describe_machine(bench.device)
+    path = write_results(out, "layer", {"kind": "layer", "machine": machine, "records": records})
+    title = f"One MoE layer, forward and backward: {machine['device']}, torch {machine['versions']['torch']}"
+    efficiency_bars(records, title, path.with_suffix(".png"))
+    console.print(f"wrote {path} and {path.with_suffix('.png')}", highlight=False)
+
+
+def run_kernels(console: Console, out: Path, *options: Any) -> None:
+    """Measure the pieces of layers; print the breakdown and write ``kernels.json``. Raises ConfigError."""
+    bench = _layer_bench(*options)
+    records = bench_kernels(bench, console)
+    print_kernels(records, console)
+    content = {"kind": "kernels", "machine": describe_machine(bench.device), "records": records}
+    console.print(f"wrote {write_results(out, 'kernels', content)}", highlight=False)
+
+
+def run_compare(console: Console, before: Path, after: Path) -> None:
+    """Print what changed between two files. Raises ConfigError."""
+    print_changes(*compare(read_results(before), read_results(after)), console)
+
+
+def _layer_bench(
     shapes: Sequence[str],
     dtypes: Sequence[str],
     routings: Sequence[str],
     device: str,
     threads: int | None,
     *rest: Any,
-) -> None:
-    """Measure layers; print the table and write ``layer.json`` and ``layer.png``. Raises ConfigError."""
+) -> LayerBench:
     place = find_device(device, threads)
     one_of("--dtype", dtypes, DTYPES)
     one_of("--routing", routings, ROUTINGS)
-    backends, peers, activation, repetitions, seed = rest
-    bench = LayerBench(
-        parse_shapes(list(shapes), place.type == "cuda"),
-        list(routings),  # type: ignore[arg-type]
-        list(dtypes),
-        place,
-        backends,
-        peers,
-        activation,
-        repetitions,
-        seed,
-    )
-    records = bench_layer(bench, console)
-    print_layers(records, console)
-    machine = describe_machine(place)
-    path = write_results(out, "layer", {"kind": "layer", "machine": machine, "records": records})
-    title = f"One MoE layer, forward and backward: {machine['device']}, torch {machine['versions']['torch']}"
-    efficiency_bars(records, title, path.with_suffix(".png"))
-    console.print(f"wrote {path} and {path.with_suffix('.png')}", highlight=False)
+    sizes = parse_shapes(list(shapes), place.type == "cuda")
+    return LayerBench(sizes, list(routings), list(dtypes), place, *rest)  # type: ignore[arg-type]
 
 
 def run_train(

@@ -12,7 +12,7 @@ from rich.table import Table
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
 from tokenyard_train.bench.memory import peak_bytes
-from tokenyard_train.bench.timing import Clock, Spread, clock_for
+from tokenyard_train.bench.timing import Clock, Spread, Stages, clock_for
 from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
 from tokenyard_train.build import Run, build_run
 from tokenyard_train.config.schema import TrainConfig
@@ -61,10 +61,14 @@ def _measured(run: Run, peers: dict[str, MixtralPeer], steps: int) -> list[Recor
     models = {OURS: run.model, **{name: peer.model for name, peer in peers.items()}}
     return [
         _record(run, name, times[name], losses[name])
-        | {"parameters": _parameters(models[name]), "peak_bytes": peak_bytes((lambda _, w=work: w(),), run.device)}
+        | {"parameters": _parameters(models[name]), "peak_bytes": peak_bytes(_stages(work), run.device)}
         | ({"shares": shares} if name == OURS else {})
         for name, work in works.items()
     ]
+
+
+def _stages(work: Callable[[], Any]) -> Stages:
+    return (lambda _: work(),)
 
 
 def _timed(work: Callable[[], float], clock: Clock) -> tuple[float, float]:
