@@ -1,0 +1,103 @@
+"""The subcommands of `tokenyard bench`, as a user runs them."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tokenyard import ConfigError
+from tokenyard_train.cli import app
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Run a subcommand that writes into a folder of its own; return the folder and what was printed."""
+
+    def call(*arguments, out=tmp_path / "out"):
+        result = CliRunner().invoke(app, ["bench", *map(str, arguments), "--out", str(out)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return out, result.output
+
+    return call
+
+
+def test_layer_writes_a_table_json_and_a_plot(bench):
+    out, printed = bench("layer", "--shape", "64,16,24,4,2", "--dtype", "fp32", "--peers", "none", "--repetitions", 3)
+    assert "T 64, D 16, F 24, E 4, K 2; fp32, natural routing" in printed
+    content = json.loads((out / "layer.json").read_text())
+    assert {r["contestant"] for r in content["records"]} == {"dense", "cpu", "torch"}
+    assert content["machine"]["versions"]["torch"]
+    assert (out / "layer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kernels_prints_every_piece_and_what_the_profiler_saw(bench):
+    out, printed = bench(
+        "kernels", "--shape", "64,16,24,4,2", "--dtype", "fp32", "--backends", "cpu", "--repetitions", 3
+    )
+    records = json.loads((out / "kernels.json").read_text())["records"]
+    pieces = {r["piece"]: r for r in records if "piece" in r}
+    assert list(pieces)[:6] == ["router", "plan", "permute", "up", "activation", "down"]
+    assert {n for n, r in pieces.items() if r["best"] == "dense product"} == {
+        "up", "down", "d activation", "d down", "d input", "d up",
+    }  # fmt: skip
+    (layer,) = [r for r in records if "layer" in r]
+    assert any("mm" in kernel["name"] for kernel in layer["kernels"])
+    assert "gaps" in printed
+
+
+@pytest.fixture
+def config(settings, tmp_path):
+    """A small config as a file; with rotary swiglu experts in every layer, as Mixtral has them."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_train_shows_where_a_step_goes(bench, config, settings, tmp_path):
+    out, printed = bench("train", config, "--steps", 3)
+    (record,) = json.loads((out / "train.json").read_text())["records"]
+    assert list(record["shares"]) == ["data", "forward", "backward", "optimizer", "rest"]
+    assert sum(record["shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert record["tokens_per_s"] == pytest.approx(1e3 * 4 * 24 / record["step_ms"]["median"], rel=1e-3)
+    assert "where our step's time goes" in printed
+    assert not (tmp_path / "run").exists()  # nothing is kept
+
+
+def test_train_beside_transformers_has_the_same_size_and_learns_alike(bench, config):
+    pytest.importorskip("transformers")
+    out, _ = bench("train", config, "--steps", 3, "--peers", "both")
+    records = json.loads((out / "train.json").read_text())["records"]
+    assert [r["contestant"] for r in records] == ["tokenyard", "transformers-eager", "transformers-grouped_mm"]
+    assert len({r["parameters"] for r in records}) == 1
+    for record in records:
+        assert 3 < record["loss"] < 7  # nats per token of 257 ids, after a few steps
+
+
+def test_compare_of_a_file_with_itself_finds_nothing(bench):
+    out, _ = bench("layer", "--shape", "64,16,24,4,2", "--dtype", "fp32", "--peers", "none", "--repetitions", 3)
+    result = CliRunner().invoke(app, ["bench", "compare", str(out / "layer.json"), str(out / "layer.json")])
+    assert "6 of 6 times did not change beyond the noise" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["layer", "--dtype", "fp23"], r"--dtype 'fp23' is unknown \(did you mean 'fp32'\?\); known are: bf16"),
+        (["layer", "--routing", "zip"], r"--routing 'zip' is unknown \(did you mean 'zipf'\?\)"),
+        (["layer", "--device", "tpu"], r"--device is 'tpu'; give cpu, cuda or auto"),
+        (["layer", "--shape", "8,8,8,4,2", "--backends", "tritn"], r"--backends 'tritn' is unknown; installed: cpu"),
+        (["layer", "--shape", "8,8,8,4,2", "--peers", "x"], r"--peers 'x' is unknown; known are: grouped_mm"),
+        (["layer", "--shape", "8,8,8,2,4"], r"top_k is 4 but num_experts is 2"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_one_sentence(bench, arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        bench(*arguments)
+
+
+def test_train_refuses_a_peer_that_does_not_exist(bench, config):
+    with pytest.raises(ConfigError, match=r"--peers 'mixtral' is unknown; known are: transformers-eager"):
+        bench("train", config, "--peers", "mixtral")

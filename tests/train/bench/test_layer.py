@@ -1,0 +1,119 @@
+"""`bench layer`: who is judged, who is timed, and what a record says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from tokenyard_train.bench import layer as module
+from tokenyard_train.bench.case import ROUTINGS, busiest, make_case
+from tokenyard_train.bench.contestants import Contestant, backends, build_moe, peers
+from tokenyard_train.bench.layer import LayerBench, bench_layer
+from tokenyard_train.bench.oracle import judge
+from tokenyard_train.bench.shapes import Shape
+
+SMALL = Shape("96,32,48,6,2", 96, 32, 48, 6, 2)
+BENCH = LayerBench([SMALL], ["natural"], ["fp32"], torch.device("cpu"), "cpu,torch", "none", repetitions=3)
+
+
+def case(routing="natural", dtype=torch.float32, shape=SMALL):
+    return make_case(shape, routing, dtype, torch.device("cpu"))
+
+
+def run(bench=BENCH):
+    return {record["contestant"]: record for record in bench_layer(bench, Console(quiet=True))}
+
+
+def test_backends_are_timed_beside_dense_products():
+    records = run()
+    assert set(records) == {"dense", "cpu", "torch"}
+    assert records["dense"]["efficiency"] == records["dense"]["forward_efficiency"] == 1
+    for name in ("cpu", "torch"):
+        record = records[name]
+        assert 0 < record["forward_ms"]["median"] < record["step_ms"]["median"]
+        assert record["step_ms"]["repetitions"] == 3
+        assert record["efficiency"] == pytest.approx(
+            records["dense"]["step_ms"]["median"] / record["step_ms"]["median"], abs=1e-4
+        )
+        assert record["error"] <= record["allowed"]
+        assert record["shape"] == SMALL._asdict()
+
+
+def scaled(case, factor):
+    """A layer whose output is right but for a factor; so are its gradients."""
+    moe = build_moe(case)
+
+    def layer():
+        y, routing = moe(case.x)
+        return y * factor, routing
+
+    return Contestant("bent", "backend", layer)
+
+
+def stale_gradient(case):
+    """A layer with the right output, and an input gradient that misses the router's part."""
+    moe = build_moe(case)
+
+    def layer():
+        routing = moe.router(case.x.detach())
+        return moe.experts(case.x, routing), routing
+
+    return Contestant("bent", "backend", layer)
+
+
+@pytest.mark.parametrize(
+    ("bent", "said"), [(lambda c: scaled(c, 1.001), "is off by"), (stale_gradient, "d x is off by")]
+)
+def test_a_wrong_backend_is_reported_and_not_timed(monkeypatch, bent, said):
+    monkeypatch.setattr(module, "backends", lambda case, asked: [bent(case)])
+    record = run()["bent"]
+    assert record["note"].startswith("wrong: ")
+    assert said in record["note"]
+    assert "step_ms" not in record
+
+
+def test_a_contestant_that_fails_is_named_and_the_others_go_on(monkeypatch):
+    def failing():
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setattr(
+        module, "backends", lambda case, asked: [Contestant("sad", "backend", failing), *backends(case, "cpu")]
+    )
+    records = run()
+    assert records["sad"]["note"] == "failed: RuntimeError: no such kernel"
+    assert records["cpu"]["note"] is None
+
+
+def test_an_unusable_peer_gives_its_reason():
+    records = run(replace(BENCH, backends="cpu", peers="grouped_mm,grouped_mm-compiled", activation="geglu"))
+    assert records["grouped_mm"]["note"] == "computes swiglu, not geglu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_contestant_computes_the_same_layer(routing, dtype):
+    torch.manual_seed(3)
+    tried = case(routing, dtype, Shape("", 160, 32, 64, 8, 3))
+    entries = [*backends(tried, "cpu,torch"), *peers(tried, "grouped_mm,transformers-eager,transformers-grouped_mm")]
+    present = [entry for entry in entries if isinstance(entry, Contestant)]
+    assert [entry.name for entry in present[:3]] == ["cpu", "torch", "grouped_mm"]
+    for entry in present:
+        verdict = judge(tried, entry.layer)
+        assert verdict.error <= verdict.allowed * (1 if entry.group == "backend" else 8), (entry.name, verdict)
+
+
+def test_routings_are_as_skewed_as_they_say():
+    shape = Shape("", 4000, 64, 16, 32, 4)
+    skew = {}
+    for routing in ROUTINGS:
+        made = case(routing, shape=shape)
+        skew[routing] = busiest(build_moe(made).router(made.x, made.topk_ids).topk_ids, 32)
+    assert skew["uniform"] == 1
+    assert 1 < skew["natural"] < 3
+    assert skew["zipf"] > 5  # popularity 1/r: the first of 32 takes a quarter of all draws, at most 8 times the mean
+
+
+def test_all_leaves_out_oracles_but_they_can_be_named():
+    assert "loop" not in [entry.name for entry in backends(case(), "all")]
+    assert [entry.name for entry in backends(case(), "loop")] == ["loop"]
