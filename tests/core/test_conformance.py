@@ -1,4 +1,6 @@
-"""Core's own backends pass the kit that it asks of others."""
+"""Core's own backends pass the kit that it asks of others; on a GPU those that run there, once more."""
+
+import pytest
 
 from tokenyard.testing import (
     ExchangeConformance,
@@ -11,6 +13,7 @@ from tokenyard.testing import (
 
 class TestTorchExperts(ExpertsConformance):
     backend = "torch"
+    device = "cpu"
 
 
 class TestCpuExperts(ExpertsConformance):
@@ -20,19 +23,54 @@ class TestCpuExperts(ExpertsConformance):
 
 class TestLoopExperts(ExpertsConformance):
     backend = "loop"
+    device = "cpu"
 
 
 class TestTorchRouter(RouterConformance):
     backend = "torch"
+    device = "cpu"
 
 
 class TestTorchPermutation(PermutationConformance):
     backend = "torch"
+    device = "cpu"
 
 
 class TestLocalExchange(ExchangeConformance):
     backend = "local"
+    device = "cpu"
 
 
 class TestSingleStrategy(StrategyConformance):
     backend = "single"
+    device = "cpu"
+
+
+@pytest.mark.gpu
+class TestTorchExpertsOnGpu(ExpertsConformance):
+    backend = "torch"
+    device = "cuda"
+
+
+@pytest.mark.gpu
+class TestTorchRouterOnGpu(RouterConformance):
+    backend = "torch"
+    device = "cuda"
+
+
+@pytest.mark.gpu
+class TestTorchPermutationOnGpu(PermutationConformance):
+    backend = "torch"
+    device = "cuda"
+
+
+@pytest.mark.gpu
+class TestLocalExchangeOnGpu(ExchangeConformance):
+    backend = "local"
+    device = "cuda"
+
+
+@pytest.mark.gpu
+class TestSingleStrategyOnGpu(StrategyConformance):
+    backend = "single"
+    device = "cuda"
