@@ -31,7 +31,7 @@ class CpuExperts:
         return y
 
 
-@torch.library.custom_op("tokenyard::cpu_experts", mutates_args=())
+@torch.library.custom_op("tokenyard::cpu_experts", mutates_args=(), device_types="cpu")
 def cpu_experts_op(
     x: Tensor,
     order: Tensor,

@@ -17,7 +17,7 @@ from tokenyard.permutations._moves import rows_to_slots
 _NAMES = ("x", "topk_weights", "up", "down", "up_bias", "down_bias")
 
 
-@torch.library.custom_op("tokenyard::cpu_experts_backward", mutates_args=())
+@torch.library.custom_op("tokenyard::cpu_experts_backward", mutates_args=(), device_types="cpu")
 def cpu_experts_backward_op(
     dy: Tensor,
     x: Tensor,

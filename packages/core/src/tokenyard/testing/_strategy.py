@@ -16,10 +16,10 @@ from tokenyard.workload import Workload
 
 
 class _Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.first = nn.Linear(8, 8)
-        self.moe = MoE(Workload(8, 12, 4, 2))
+        self.moe = MoE(Workload(8, 12, 4, 2, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.moe(self.first(x))[0]
@@ -64,7 +64,7 @@ class StrategyConformance(Conformance):
 
     def _laid_out(self, strategy: Any) -> nn.Module:
         with torch.device("meta"):
-            model: nn.Module = _Net()
+            model: nn.Module = _Net(self.run_device())
         assert strategy.unusable(model) is None
         model = strategy.layout(model)
         for parameter in model.parameters():

@@ -66,6 +66,7 @@ def _grouped_mm(case: Case) -> Experts:
 
 
 def _compiled(case: Case) -> Experts:
+    torch.compiler.reset()  # or, after some shapes, torch gives up and runs this eagerly
     compiled = torch.compile(grouped_mm_experts)
     return lambda x, routing: compiled(x, routing, case.up, case.down)
 
