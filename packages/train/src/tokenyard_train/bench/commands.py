@@ -28,10 +28,12 @@ from tokenyard_train.config import load_config
 def run_layer(console: Console, out: Path, *options: Any) -> None:
     """Measure layers; print the table and write ``layer.json`` and ``layer.png``. Raises ConfigError."""
     bench = _layer_bench(*options)
-    records = bench_layer(bench, console)
-    print_layers(records, console)
     machine = describe_machine(bench.device)
-    path = write_results(out, "layer", {"kind": "layer", "machine": machine, "records": records})
+    records: list[dict[str, Any]] = []
+    for found in bench_layer(bench, console):
+        records += found  # written case by case, so that hours of measuring are not lost to the last one
+        path = write_results(out, "layer", {"kind": "layer", "machine": machine, "records": records})
+        print_layers(found, console)
     title = f"One MoE layer, forward and backward: {machine['device']}, torch {machine['versions']['torch']}"
     efficiency_bars(records, title, path.with_suffix(".png"))
     console.print(f"wrote {path} and {path.with_suffix('.png')}", highlight=False)

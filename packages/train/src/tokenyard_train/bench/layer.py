@@ -42,9 +42,8 @@ class LayerBench:
     seed: int = 0
 
 
-def bench_layer(bench: LayerBench, console: Console) -> list[Record]:
-    """Measure every shape, routing and dtype; return one record for each contestant of each."""
-    records: list[Record] = []
+def bench_layer(bench: LayerBench, console: Console) -> Iterator[list[Record]]:
+    """Measure every shape, routing and dtype; yield for each the records of its contestants."""
     for shape in bench.shapes:
         for name in bench.dtypes:
             for routing in bench.routings:
@@ -52,10 +51,9 @@ def bench_layer(bench: LayerBench, console: Console) -> list[Record]:
                 torch.manual_seed(bench.seed)
                 case = make_case(shape, routing, DTYPES[name], bench.device, bench.activation)
                 head = {"shape": shape._asdict(), "dtype": name, "routing": routing}
-                records += [head | record for record in _one_case(bench, shape, case)]
+                yield [head | record for record in _one_case(bench, shape, case)]
                 del case
                 _release()
-    return records
 
 
 def _one_case(bench: LayerBench, shape: Shape, case: Case) -> Iterator[Record]:
