@@ -6,8 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from tokenyard import ConfigError
 from tokenyard_train.baselines import ngram_baselines, pair_counts, witten_bell
-from tokenyard_train.data import BytesTokenizer, HeldOut, Samples
+from tokenyard_train.data import BytesTokenizer, HeldOut, Mixture, Samples
 
 TOKENIZER = BytesTokenizer()
 TRAIN = np.append(TOKENIZER.encode(b"the cat sat on the mat, the rat sat on the cat; " * 4), 256).astype(np.uint16)
@@ -36,4 +37,19 @@ def test_bits_per_byte_read_token_by_token():
 
 def test_every_context_gives_a_distribution():
     unigram = (np.bincount(TRAIN, minlength=257) + 1) / (len(TRAIN) + 257)
-    assert witten_bell(pair_counts(TRAIN, 257), unigram).sum(1) == pytest.approx(np.ones(257), rel=1e-12)
+    first, second = (grid.flatten() for grid in np.meshgrid(np.arange(257), np.arange(257), indexing="ij"))
+    probability = witten_bell(pair_counts(TRAIN, 257), unigram, first, second).reshape(257, 257)
+    assert probability.sum(1) == pytest.approx(np.ones(257), rel=1e-12)
+
+
+def test_a_large_vocabulary_needs_no_table_of_all_pairs():
+    """200,000^2 counts would take 320 GB; only pairs that occur are kept."""
+    counts = pair_counts(np.array([7, 199_999, 7, 199_999, 3], dtype=np.uint32), 200_000)
+    first, second = np.array([7, 199_999, 199_999, 5]), np.array([199_999, 7, 3, 5])
+    assert counts.of(first, second).tolist() == [2, 1, 1, 0]
+
+
+def test_several_streams_are_not_counted():
+    mixture = Mixture({"a": Samples(TRAIN, 8, 0), "b": Samples(TEXT, 8, 0)}, {"a": 1, "b": 1}, seed=0)
+    with pytest.raises(ConfigError, match=r"callbacks.ngram_baselines counts one text .* not several streams"):
+        ngram_baselines(mixture, HeldOut(TEXT, 8, 2), TOKENIZER)

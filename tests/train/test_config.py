@@ -123,8 +123,11 @@ def test_keys_of_llm_foundry_that_mean_nothing_here_are_named_in_one_warning(loa
     [
         ("tokenizer_name=gpt2", "tokenizer_name is .*; say tokenizer: {name: bytes}"),
         ("global_seed=17", r"global_seed is .*; put it under variables, and write \$\{variables.global_seed\} where"),
-        ("train_loader.dataset.remote=x", "train_loader.dataset.remote is .*; copy the text here and name it by"),
-        ("eval_loader.dataset.streams={}", "eval_loader.dataset.streams is .*; copy the text here and name it by"),
+        ("train_loader.dataset.remote=x", "train_loader.dataset.remote is .*; bring the shards here and name their"),
+        (
+            "eval_loader.dataset.hf_kwargs={}",
+            "eval_loader.dataset.hf_kwargs is .*; name a folder or a dataset by hf_name",
+        ),
         ("callbacks.generate_callback.kwargs={}", "kwargs is .*; say max_new_tokens and temperature beside prompts"),
     ],
 )

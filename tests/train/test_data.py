@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenyard import ConfigError
-from tokenyard_train.data import IGNORED, BytesTokenizer, HeldOut, Samples, build_data, python_stdlib, text_files
+from tokenyard_train.config.data import Source
+from tokenyard_train.data import IGNORED, BytesTokenizer, HeldOut, Samples, build_data, python_stdlib
+from tokenyard_train.data.sources import read_documents
+from tokenyard_train.data.sources.files import files_of
 
 TOKENS = np.arange(1000, dtype=np.uint16)
 
@@ -45,14 +48,14 @@ def test_files_and_folders_of_text(text):
     (text / "c.bin").write_bytes(b"\xff")
     (text / "below").mkdir()
     (text / "below" / "d.md").write_text("d")
-    documents = text_files([str(text), str(text / "b.txt")], [".txt", ".md"])
-    assert [d.name.rpartition("/")[2] for d in documents] == ["a.txt", "b.txt", "d.md", "b.txt"]
+    files = files_of([str(text), str(text / "b.txt")], [".txt", ".md"], "path")
+    assert [file.name for file in files] == ["a.txt", "b.txt", "d.md", "b.txt"]
 
 
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("nowhere", "dataset.path '.*nowhere' does not exist; give a text file or a folder of them"),
+        ("nowhere", "dataset.path '.*nowhere' does not exist; give a file of text or a folder of them"),
         ("empty", "is a folder without files that end in .txt; see dataset.suffixes"),
         ("latin.txt", "latin.txt is not UTF-8 text; convert it, or leave it out"),
     ],
@@ -61,14 +64,14 @@ def test_text_that_cannot_be_read(tmp_path, path, sentence):
     (tmp_path / "empty").mkdir()
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(ConfigError, match=sentence):
-        text_files(str(tmp_path / path), [".txt"])
+        list(read_documents(Source(path=str(tmp_path / path), suffixes=[".txt"]), "dataset"))
 
 
 def test_text_that_is_empty_or_too_short(tmp_path, config):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("short")
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "empty.txt")}}
-    with pytest.raises(ConfigError, match="train_loader: there is no text; every file that it names is empty"):
+    with pytest.raises(ConfigError, match=r"train_loader.dataset: there is no text; every file that it names is empty"):
         build_data(config(train_loader=loader))
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "short.txt")}}
     with pytest.raises(ConfigError, match="the text has 6 tokens; a sample of max_seq_len 24 needs 25"):

@@ -14,7 +14,7 @@ from tokenyard import Chosen, default_registry, moe_layers
 from tokenyard_models import count_parameters, flops_per_token
 from tokenyard_train.build import build_model, epoch_batches, run_batches
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.data import Data, build_data
+from tokenyard_train.data import Data, Mixture, build_data
 from tokenyard_train.estimate import estimate
 
 Rows = Iterator[tuple[str, str]]
@@ -48,7 +48,9 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
     samples, tokens = config.global_train_batch_size, config.global_train_batch_size * config.max_seq_len
     epoch, batches = epoch_batches(config, data), run_batches(config, data)
     scored = f"{len(data.held_out.predicted):,} tokens are scored" if data.held_out is not None else "none"
-    yield "training text", f"{len(data.train.tokens):,} tokens, {len(data.train):,} samples of {config.max_seq_len}"
+    streams = data.train.streams.values() if isinstance(data.train, Mixture) else [data.train]
+    tokens_read = sum(len(stream.tokens) for stream in streams)
+    yield "training text", f"{tokens_read:,} tokens, {len(data.train):,} samples of {config.max_seq_len}"
     yield "held-out text", scored
     yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
     yield "forward pass", f"{config.device_train_microbatch_size} samples"

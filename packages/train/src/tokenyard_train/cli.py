@@ -11,9 +11,11 @@ import typer
 from rich.console import Console
 
 from tokenyard_train.bench.cli import app as bench
+from tokenyard_train.data_cli import app as data
 
 app = typer.Typer(name="tokenyard", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench)
+app.add_typer(data)
 
 Config = Annotated[Path, typer.Argument(help="A YAML config.")]
 Overrides = Annotated[

@@ -78,7 +78,6 @@ DATASET = frozenset(
         "shuffle_algo",
         "shuffle_block_size",
         "shuffle_seed",
-        "split",
         "token_encoding_type",
         "validate_hash",
     )
@@ -133,21 +132,20 @@ LOGGERS = frozenset(
 )
 """In loggers: no tracker is supported yet; metrics.jsonl is always written."""
 
-TOKENIZER = frozenset(("kwargs",))
-"""In tokenizer."""
+TOKENIZER_KWARGS = frozenset(
+    ("add_bos_token", "add_eos_token", "model_max_length", "padding_side", "trust_remote_code")
+)
+"""In tokenizer.kwargs: documents are cut where training cuts them, and nothing is padded."""
 
 _VARIABLE = "put it under variables, and write ${{variables.{0}}} where it is used"
-_PATH = "copy the text here and name it by dataset.path"
 
 INSTEAD = {
     "tokenizer_name": "say tokenizer: {name: bytes}",
     "global_seed": _VARIABLE.format("global_seed"),
     "data_local": _VARIABLE.format("data_local"),
     "data_remote": _VARIABLE.format("data_remote"),
-    "train_loader.dataset.local": _PATH,
-    "train_loader.dataset.remote": _PATH,
-    "train_loader.dataset.streams": _PATH,
-    "train_loader.dataset.hf_name": _PATH,
+    "train_loader.dataset.remote": "bring the shards here and name their folder by dataset.local",
+    "train_loader.dataset.hf_kwargs": "name a folder or a dataset by hf_name, its split by split",
     "callbacks.generate_callback.kwargs": "say max_new_tokens and temperature beside prompts",
     "callbacks.generate_callback.batch_size": "leave it out; prompts are continued one by one",
 }

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from tokenyard import ConfigError
-from tokenyard_train.config.schema import PythonStdlib, TrainConfig
+from tokenyard_train.config.data import PythonStdlib
+from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data.tokenizer import build_tokenizer
 
 _AUTO_TOKENS = 16384  # of one forward pass, when the microbatch size is left to us

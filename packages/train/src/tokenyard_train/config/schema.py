@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tokenyard_models.schema import Strict
 from tokenyard_train.config import foundry
+from tokenyard_train.config.data import Loader, Tokenizer
 from tokenyard_train.config.duration import Duration, Span
 
 BackendChoice = str | dict[str, Any]
@@ -23,53 +24,6 @@ def _named(run_name: str) -> str:
 
 RunName = Annotated[str, BeforeValidator(lambda name: "run" if name is None else name), AfterValidator(_named)]
 """An empty `run_name:`, which LLM Foundry's files have, is the default."""
-
-
-class Tokenizer(Strict):
-    """How text becomes ids. `bytes`: each byte its value, and 256 ends a document."""
-
-    ignored: ClassVar[frozenset[str]] = foundry.TOKENIZER
-
-    name: Literal["bytes"] = "bytes"
-
-
-class StdlibDataset(Strict):
-    """How the standard library is read."""
-
-    ignored: ClassVar[frozenset[str]] = foundry.DATASET
-
-    shuffle: bool = True
-
-
-class PythonStdlib(Strict):
-    """The text of the installed Python's standard library; a fixed share of its files is held out for evaluation."""
-
-    ignored: ClassVar[frozenset[str]] = foundry.LOADER
-
-    name: Literal["python_stdlib"]
-    dataset: StdlibDataset = StdlibDataset()
-
-
-class TextDataset(Strict):
-    """Files and folders of UTF-8 text."""
-
-    ignored: ClassVar[frozenset[str]] = foundry.DATASET
-
-    path: str | list[str]
-    suffixes: list[str] = [".txt", ".md", ".py"]  # of the files that a folder contributes
-    shuffle: bool = True
-
-
-class Text(Strict):
-    """Text files of the user's."""
-
-    ignored: ClassVar[frozenset[str]] = foundry.LOADER
-
-    name: Literal["text"]
-    dataset: TextDataset
-
-
-Loader = Annotated[PythonStdlib | Text, Field(discriminator="name")]
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tokenyard import ConfigError
-from tokenyard_train.config.schema import PythonStdlib, Text, TrainConfig
-from tokenyard_train.data.corpus import Document, python_stdlib, text_files
+from tokenyard_train.config.data import PythonStdlib, Source, Text
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.data.corpus import python_stdlib
+from tokenyard_train.data.mixture import Mixture
 from tokenyard_train.data.samples import HeldOut, Samples
-from tokenyard_train.data.tokenizer import Ids, Tokenizer, build_tokenizer
+from tokenyard_train.data.sources import mds_folder, read_documents
+from tokenyard_train.data.sources.mds import MdsTokens, has_tokens
+from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
+from tokenyard_train.data.tokens import Ids, TokenFile, Tokens, ids_dtype
+
+_IN_MEMORY = 1 << 30  # bytes of text that are tokenized at the start of a run
 
 
 @dataclass(frozen=True)
@@ -18,35 +26,82 @@ class Data:
     """What a run reads."""
 
     tokenizer: Tokenizer
-    train: Samples
+    train: Samples | Mixture
     held_out: HeldOut | None
 
 
 def build_data(config: TrainConfig) -> Data:
-    """Read and tokenize the text of a resolved config. Raises ConfigError for text that is missing or too short."""
+    """Open, or read and tokenize, the text of a resolved config. Raises ConfigError for text missing or too short."""
     tokenizer = build_tokenizer(config.tokenizer)
-    loader = config.train_loader
-    train = _tokens(loader, tokenizer, "train_loader")
-    samples = Samples(train, config.max_seq_len, config.seed, loader.dataset.shuffle)
+    train = _train(config, tokenizer)
     if config.eval_loader is None:
-        return Data(tokenizer, samples, None)
+        return Data(tokenizer, train, None)
     held_out = _tokens(config.eval_loader, tokenizer, "eval_loader")
     batch_size, batches = config.device_eval_batch_size or 1, config.eval_subset_num_batches or -1
-    return Data(tokenizer, samples, HeldOut(held_out, config.max_seq_len, batch_size, batches))
+    return Data(tokenizer, train, HeldOut(held_out, config.max_seq_len, batch_size, batches))
 
 
-def _tokens(loader: PythonStdlib | Text, tokenizer: Tokenizer, where: str) -> Ids:
-    documents = _documents(loader, where)
-    if not documents:
-        raise ConfigError(f"{where}: there is no text; every file that it names is empty")
-    end = np.array([tokenizer.end], dtype=np.uint16)
-    return np.concatenate([part for d in documents for part in (tokenizer.encode(d.text), end)])
+def _train(config: TrainConfig, tokenizer: Tokenizer) -> Samples | Mixture:
+    loader, length, seed = config.train_loader, config.max_seq_len, config.seed
+    shuffle = loader.dataset.shuffle
+    if isinstance(loader, PythonStdlib) or loader.dataset.streams is None:
+        return Samples(_tokens(loader, tokenizer, "train_loader"), length, seed, shuffle)
+    key = "train_loader.dataset.streams"
+    streams = {
+        name: Samples(_opened(stream, tokenizer, f"{key}.{name}"), length, seed, shuffle)
+        for name, stream in loader.dataset.streams.items()
+    }
+    weights = {name: stream.proportion for name, stream in loader.dataset.streams.items()}
+    return Mixture(streams, weights, seed)
 
 
-def _documents(loader: PythonStdlib | Text, where: str) -> list[Document]:
+def _tokens(loader: PythonStdlib | Text, tokenizer: Tokenizer, where: str) -> Tokens:
+    if isinstance(loader, PythonStdlib):
+        try:
+            documents = python_stdlib(held_out=where == "eval_loader")
+        except ConfigError as error:
+            raise ConfigError(f"{where}.{error}") from None
+        return tokenize((document.text for document in documents), tokenizer, where)
+    if loader.dataset.streams is not None:
+        raise ConfigError(f"{where}.dataset.streams mixes training text; score one source at a time")
+    return _opened(loader.dataset, tokenizer, f"{where}.dataset")
+
+
+def _opened(source: Source, tokenizer: Tokenizer, key: str) -> Tokens:
+    if source.packed is not None:
+        return _packed(source.packed, tokenizer, key)
+    if source.local is not None and has_tokens(mds_folder(source), f"{key}.local"):
+        return MdsTokens(mds_folder(source), tokenizer.vocab_size, f"{key}.local")
+    return tokenize(read_documents(source, key), tokenizer, key)
+
+
+def _packed(folder: str, tokenizer: Tokenizer, key: str) -> TokenFile:
     try:
-        if isinstance(loader, PythonStdlib):
-            return python_stdlib(held_out=where == "eval_loader")
-        return text_files(loader.dataset.path, loader.dataset.suffixes)
+        tokens = TokenFile(folder)
     except ConfigError as error:
-        raise ConfigError(f"{where}.{error}") from None
+        raise ConfigError(f"{key}.packed {error}") from None
+    if tokens.manifest["tokenizer"] != tokenizer.identity:
+        raise ConfigError(
+            f"{key}.packed {folder!r} was packed by the tokenizer {tokens.manifest['tokenizer']}, and the config's is "
+            f"{tokenizer.identity}; name that one, or pack the text again"
+        )
+    return tokens
+
+
+def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer, key: str) -> Ids:
+    """Return the ids of documents, each followed by the end id. Raises ConfigError for none, or for too much text."""
+    dtype = ids_dtype(tokenizer.vocab_size)
+    parts: list[Ids] = []
+    end = np.array([tokenizer.end], dtype=dtype)
+    size = 0
+    for document in documents:
+        size += len(document)
+        if size > _IN_MEMORY:
+            raise ConfigError(
+                f"{key} has more than {_IN_MEMORY >> 20} MiB of text; run tokenyard data pack on it, and name the "
+                "folder by dataset.packed"
+            )
+        parts += [tokenizer.encode(document).astype(dtype, copy=False), end]
+    if not parts:
+        raise ConfigError(f"{key}: there is no text; every file that it names is empty")
+    return np.concatenate(parts)

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenyard import ConfigError
-from tokenyard_train.data.tokenizer import Ids
+from tokenyard_train.data.shuffle import shuffled
+from tokenyard_train.data.tokens import Ids, Tokens
 
 IGNORED = -100
 """The target of a position that is not scored; ``F.cross_entropy`` skips it by default."""
@@ -18,15 +19,15 @@ class Samples:
     """Windows of `length` + 1 tokens of a stream, of which each predicts all but its first token.
 
     Sample i >= 0 is a pure function of i: epoch ``i // n`` shows each of the n windows once, in an order drawn from
-    (seed, epoch). So a run needs no cursor, resumes at no cost, and sees the same samples on any number of processes.
+    (seed, epoch), which is computed and not kept. So a run needs no cursor, resumes at no cost however much text there
+    is, and sees the same samples on any number of processes.
     """
 
-    def __init__(self, tokens: Ids, length: int, seed: int, shuffle: bool = True):
+    def __init__(self, tokens: Tokens, length: int, seed: int, shuffle: bool = True):
         self.tokens, self.length, self.seed, self.shuffle = tokens, length, seed, shuffle
         self.windows = (len(tokens) - 1) // length
         if self.windows < 1:
             raise ConfigError(f"the text has {len(tokens)} tokens; a sample of max_seq_len {length} needs {length + 1}")
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         """Return the windows of an epoch."""
@@ -37,7 +38,9 @@ class Samples:
         if index < 0:
             raise IndexError(f"samples are counted from 0 upwards, and {index} was asked for")
         epoch, place = divmod(index, self.windows)
-        start = int(self._permutation(epoch)[place]) * self.length
+        if self.shuffle:
+            place = shuffled(place, self.windows, f"{self.seed}/{epoch}")
+        start = place * self.length
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
     def batch(self, step: int, size: int, rank: int = 0, world: int = 1) -> Tensor:
@@ -45,18 +48,16 @@ class Samples:
 
         Raises ConfigError if the ranks cannot share a batch evenly.
         """
-        if size % world:
-            raise ConfigError(f"global_train_batch_size is {size}, which {world} data ranks cannot share evenly")
-        share = size // world
-        first = step * size + rank * share
-        return torch.stack([self[i] for i in range(first, first + share)])
+        return torch.stack([self[i] for i in ranks_share(step, size, rank, world)])
 
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch != self._epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            order = generator.permutation(self.windows) if self.shuffle else np.arange(self.windows)
-            self._epoch, self._order = epoch, order
-        return self._order
+
+def ranks_share(step: int, size: int, rank: int, world: int) -> range:
+    """Return the samples of a step's batch that one of `world` ranks reads. Raises ConfigError for an uneven share."""
+    if size % world:
+        raise ConfigError(f"global_train_batch_size is {size}, which {world} data ranks cannot share evenly")
+    share = size // world
+    first = step * size + rank * share
+    return range(first, first + share)
 
 
 class HeldOut:
@@ -65,7 +66,7 @@ class HeldOut:
     With `batches`, only so many batches of windows, spread evenly over the stream, so that they are of many documents.
     """
 
-    def __init__(self, tokens: Ids, length: int, batch_size: int, batches: int = -1):
+    def __init__(self, tokens: Tokens, length: int, batch_size: int, batches: int = -1):
         windows = -(-(len(tokens) - 1) // length)
         if windows < 1:
             raise ConfigError(f"the held-out text has {len(tokens)} tokens; scoring needs 2 at least")
@@ -91,7 +92,8 @@ class HeldOut:
     @property
     def previous(self) -> Ids:
         """The token before each one that is predicted."""
-        return np.concatenate([self.tokens[:-1][s : s + self.length] for s in self._starts])
+        last = len(self.tokens) - 1
+        return np.concatenate([self.tokens[s : min(s + self.length, last)] for s in self._starts])
 
     def _window(self, start: int) -> Tensor:
         row = torch.full((self.length + 1,), IGNORED, dtype=torch.int64)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tokenyard_train.config.schema import Tokenizer as TokenizerConfig
-
-Ids = NDArray[np.uint16]
+from tokenyard_train.config.data import Tokenizer as TokenizerConfig
+from tokenyard_train.data.tokens import Ids
 
 
 class Tokenizer(Protocol):
@@ -18,9 +16,10 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     end: int  # the id that ends a document
+    identity: str  # equal for two that give the same ids: a name, and the digest of what it was read from
 
     def encode(self, text: bytes) -> Ids:
-        """Return the ids of UTF-8 text."""
+        """Return the ids of UTF-8 text, without any that begin or end it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -37,6 +36,7 @@ class BytesTokenizer:
 
     vocab_size = 257
     end = 256
+    identity = "bytes"
 
     def encode(self, text: bytes) -> Ids:
         """Return the ids of UTF-8 text."""
@@ -52,5 +52,24 @@ class BytesTokenizer:
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Return the tokenizer that a config names."""
-    return {"bytes": BytesTokenizer}[config.name]()
+    """Return the tokenizer that a config names: bytes, tiktoken, or a path of Hugging Face's. Raises ConfigError."""
+    return _BUILDERS.get(config.name, _from_path)(config)
+
+
+def _bytes(config: TokenizerConfig) -> Tokenizer:
+    return BytesTokenizer()
+
+
+def _tiktoken(config: TokenizerConfig) -> Tokenizer:
+    from tokenyard_train.data.tiktokens import TiktokenTokenizer
+
+    return TiktokenTokenizer(config.kwargs)
+
+
+def _from_path(config: TokenizerConfig) -> Tokenizer:
+    from tokenyard_train.data.hf_tokenizer import HfTokenizer
+
+    return HfTokenizer(config.name, config.eos_token)
+
+
+_BUILDERS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {"bytes": _bytes, "tiktoken": _tiktoken}

@@ -1,0 +1,93 @@
+"""Hugging Face's tokenizer files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenyard import ConfigError
+from tokenyard_train.data.tokens import Ids, ids_dtype
+from tokenyard_train.missing import needs
+
+
+class HfTokenizer:
+    """A tokenizer.json, by itself or in a model's folder. Raises ConfigError if it cannot be used.
+
+    The id that ends a document is that of `eos_token`, or what the tokenizer_config.json beside it calls so.
+    """
+
+    def __init__(self, name: str, eos_token: str | None):
+        tokenizers = needs("tokenizers", f"tokenizer.name {name!r}", "tokenyard-train[data]")
+        path = _find(Path(name))
+        content = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ConfigError(f"tokenizer.name {name!r}: {path} is no tokenizer: {error}") from None
+        eos = eos_token or _configured_eos(path)
+        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.end = self._end(name, eos)
+        self.identity = f"tokenizer.json {hashlib.sha256(content).hexdigest()} {eos}"
+        self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._dtype = ids_dtype(self.vocab_size)
+        self._sizes = self._byte_sizes()
+
+    def encode(self, text: bytes) -> Ids:
+        """Return the ids of UTF-8 text, without special tokens."""
+        encoding = self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False)
+        return np.array(encoding.ids, dtype=self._dtype)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def bytes_in(self, ids: Ids) -> int:
+        """Return how many bytes of text the ids stand for; exact for byte-level ones, else as they decode together."""
+        if self._sizes is None:
+            return len(self.decode(ids.tolist()).encode())
+        return int(self._sizes[ids].sum())
+
+    def _end(self, name: str, eos: str | None) -> int:
+        end = None if eos is None else self._tokenizer.token_to_id(eos)
+        if end is None:
+            found = "has no token for it" if eos is None else f"has no token {eos!r}"
+            raise ConfigError(
+                f"tokenizer.name {name!r} must say how a document ends, and {found}; give tokenizer.eos_token"
+            )
+        return int(end)
+
+    def _byte_sizes(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        """Return the bytes of each id if tokens are byte-level (one character stands for one byte each), else None."""
+        decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {}
+        if decoder.get("type") != "ByteLevel":
+            return None
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        added = self._tokenizer.get_added_tokens_decoder()
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            sizes[i] = 0 if i in self._special else len(token.encode()) if i in added else len(token)
+        return sizes
+
+
+def _find(path: Path) -> Path:
+    found = path / "tokenizer.json" if path.is_dir() else path
+    if not found.is_file():
+        raise ConfigError(
+            f"tokenizer.name is {str(path)!r}; give bytes, tiktoken, or the path of a tokenizer.json or its folder"
+        )
+    return found
+
+
+def _configured_eos(path: Path) -> str | None:
+    beside = path.with_name("tokenizer_config.json")
+    if not beside.is_file():
+        return None
+    try:
+        eos = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{beside} is not a JSON object; mend it, or give tokenizer.eos_token") from None
+    return eos.get("content") if isinstance(eos, dict) else eos

@@ -1,0 +1,213 @@
+"""`tokenyard data pack`: text into a folder that TokenFile reads; killed and run again, it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tokenyard import ConfigError, TokenyardError
+from tokenyard_train.config.data import Tokenizer as TokenizerConfig
+from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
+from tokenyard_train.data.tokens import (
+    BLOCK_BYTES,
+    DOCUMENTS,
+    FORMAT,
+    HASHES,
+    MANIFEST,
+    TOKENS,
+    ids_dtype,
+    manifest_digest,
+)
+
+JOURNAL = "journal.jsonl"
+CHUNK_BYTES = 4 << 20  # of text; documents are never split
+
+
+class Packed(NamedTuple):
+    """What a chunk of documents became."""
+
+    ids: bytes  # each document's ids and the end id
+    ends: list[int]  # where each document ends, in ids, from the start of the chunk
+    text_bytes: int
+
+
+class Counts(NamedTuple):
+    """How far a packing is."""
+
+    chunks: int = 0
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+
+
+def pack(
+    folder: Path,
+    documents: Callable[[], Iterable[bytes]],
+    tokenizer: TokenizerConfig,
+    sources: list[dict[str, Any]],
+    workers: int,
+    progress: Callable[[Counts], None],
+) -> Counts:
+    """Tokenize documents, which come in the same order each time, into a packed folder.
+
+    The bytes that result do not depend on the number of workers, nor on how often the packing was killed: the text is
+    cut in chunks by one rule, their ids are appended in order, and a journal says after which chunk a new run goes on.
+    Raises ConfigError if another packing was begun in the folder, and TokenyardError if it cannot be written.
+    """
+    built = build_tokenizer(tokenizer)
+    settings = {"format": FORMAT, "tokenizer": built.identity, "sources": sources, "chunk_bytes": CHUNK_BYTES}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = _begin(folder, settings, ids_dtype(built.vocab_size).itemsize)
+        progress(done)
+        done = _append(folder, _packed(chunks(documents()), tokenizer, workers, done.chunks), done, built, progress)
+        _finish(folder, settings, done, built)
+    except OSError as error:
+        raise TokenyardError(f"{folder} cannot be written: {error.strerror}; what is packed so far stays") from None
+    return done
+
+
+def chunks(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Cut documents into lists of at least CHUNK_BYTES of text each, the last one excepted."""
+    chunk: list[bytes] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def encode_chunk(tokenizer: Tokenizer, documents: list[bytes]) -> Packed:
+    """Tokenize a chunk."""
+    dtype = ids_dtype(tokenizer.vocab_size)
+    end = np.array([tokenizer.end], dtype=dtype)
+    parts = [part for document in documents for part in (tokenizer.encode(document).astype(dtype, copy=False), end)]
+    lengths = [len(parts[i]) + 1 for i in range(0, len(parts), 2)]
+    return Packed(np.concatenate(parts).tobytes(), np.cumsum(lengths).tolist(), sum(map(len, documents)))
+
+
+def _packed(work: Iterator[list[bytes]], config: TokenizerConfig, workers: int, skip: int) -> Iterator[Packed]:
+    """Tokenize the chunks after the first `skip`, in order, by so many processes; few are in memory at a time."""
+    for _ in zip(range(skip), work):
+        pass
+    if workers == 1:
+        tokenizer = build_tokenizer(config)
+        yield from (encode_chunk(tokenizer, chunk) for chunk in work)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (config,)) as pool:
+        waiting: list[Future[Packed]] = []
+        for chunk in work:
+            waiting.append(pool.submit(_work, chunk))
+            if len(waiting) > 2 * workers:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+
+_worker: list[Tokenizer] = []  # of a worker process, which has nothing else to keep it in
+
+
+def _start_worker(config: TokenizerConfig) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker.append(build_tokenizer(config))
+
+
+def _work(documents: list[bytes]) -> Packed:
+    return encode_chunk(_worker[0], documents)
+
+
+def _begin(folder: Path, settings: dict[str, Any], itemsize: int) -> Counts:
+    """Start a journal, or take up the one that stands; cut the files back to what it vouches for."""
+    journal = folder / JOURNAL
+    if (folder / MANIFEST).exists():
+        raise ConfigError(f"{str(folder)!r} is packed already; give another folder, or --overwrite")
+    done = Counts()
+    if journal.exists() and (lines := _whole_lines(journal)):
+        if json.loads(lines[0]) != settings:
+            raise ConfigError(
+                f"{str(folder)!r} holds an unfinished packing of other text or by another tokenizer; "
+                "give the same ones to go on, another folder, or --overwrite"
+            )
+        done = Counts(*json.loads(lines[-1])) if len(lines) > 1 else done
+        journal.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    else:
+        journal.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    for name, size in ((TOKENS, done.tokens * itemsize), (DOCUMENTS, done.documents * 8)):
+        with (folder / name).open("ab") as file:
+            file.truncate(size)
+    return done
+
+
+def _whole_lines(journal: Path) -> list[str]:
+    return journal.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end was not finished
+
+
+def _append(
+    folder: Path, packed: Iterator[Packed], done: Counts, tokenizer: Tokenizer, progress: Callable[[Counts], None]
+) -> Counts:
+    itemsize = ids_dtype(tokenizer.vocab_size).itemsize
+    with (
+        (folder / TOKENS).open("ab") as tokens,
+        (folder / DOCUMENTS).open("ab") as documents,
+        (folder / JOURNAL).open("a", encoding="utf-8") as journal,
+    ):
+        for part in packed:
+            tokens.write(part.ids)
+            documents.write((np.array(part.ends, dtype="<u8") + np.uint64(done.tokens)).tobytes())
+            done = Counts(
+                done.chunks + 1,
+                done.tokens + len(part.ids) // itemsize,
+                done.documents + len(part.ends),
+                done.text_bytes + part.text_bytes,
+            )
+            for file in (tokens, documents):
+                _sync(file)
+            journal.write(json.dumps(done) + "\n")
+            _sync(journal)
+            progress(done)
+    return done
+
+
+def _finish(folder: Path, settings: dict[str, Any], done: Counts, tokenizer: Tokenizer) -> None:
+    if done.documents == 0:
+        raise ConfigError("there is no text to pack; every source that was named is empty")
+    with (folder / TOKENS).open("rb") as file:
+        hashes = b"".join(hashlib.sha256(block).digest() for block in iter(lambda: file.read(BLOCK_BYTES), b""))
+    (folder / HASHES).write_bytes(hashes)
+    manifest = {
+        "format": FORMAT,
+        "dtype": ids_dtype(tokenizer.vocab_size).str,
+        "tokens": done.tokens,
+        "documents": done.documents,
+        "text_bytes": done.text_bytes,
+        "vocab_size": tokenizer.vocab_size,
+        "end": tokenizer.end,
+        "tokenizer": tokenizer.identity,
+        "sources": settings["sources"],
+        "hashes": hashlib.sha256(hashes).hexdigest(),
+        "documents_sha256": hashlib.sha256((folder / DOCUMENTS).read_bytes()).hexdigest(),
+    }
+    text = json.dumps(manifest | {"digest": manifest_digest(manifest)}, indent=1)
+    unfinished = folder / (MANIFEST + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as written:
+        written.write(text)
+        _sync(written)
+    unfinished.rename(folder / MANIFEST)
+    (folder / JOURNAL).unlink()
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

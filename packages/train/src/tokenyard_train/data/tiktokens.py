@@ -1,0 +1,96 @@
+"""tiktoken's encodings, by name or from a file of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenyard import ConfigError
+from tokenyard_train.config.data import TiktokenKwargs
+from tokenyard_train.data.tokens import Ids, ids_dtype
+from tokenyard_train.missing import needs
+
+_END = "<|endoftext|>"
+
+
+class TiktokenTokenizer:
+    """An encoding of tiktoken. Raises ConfigError if it cannot be had, or does not say how a document ends."""
+
+    def __init__(self, kwargs: TiktokenKwargs | None):
+        tiktoken = needs("tiktoken", "tokenizer.name 'tiktoken'", "tokenyard-train[data]")
+        kwargs = kwargs or TiktokenKwargs()
+        self._encoding = _from_file(tiktoken, kwargs) if kwargs.file else _by_name(tiktoken, kwargs)
+        special = self._encoding._special_tokens
+        if _END not in special:
+            raise ConfigError(f"tokenizer.kwargs.special_tokens must hold {_END!r}, the end of a document, and its id")
+        self.end: int = special[_END]
+        self.vocab_size: int = self._encoding.max_token_value + 1
+        self.identity = f"tiktoken {_digest(self._encoding)}"
+        self._dtype = ids_dtype(self.vocab_size)
+        self._sizes = _byte_sizes(self._encoding, self.vocab_size)
+
+    def encode(self, text: bytes) -> Ids:
+        """Return the ids of UTF-8 text; what looks like a special token is text too."""
+        return np.array(self._encoding.encode_ordinary(text.decode("utf-8")), dtype=self._dtype)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special ones left out."""
+        special = set(self._encoding._special_tokens.values())
+        return str(self._encoding.decode([int(i) for i in ids if i not in special], errors="replace"))
+
+    def bytes_in(self, ids: Ids) -> int:
+        """Return how many bytes of text the ids stand for."""
+        return int(self._sizes[ids].sum())
+
+
+def _from_file(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
+    from tiktoken.load import load_tiktoken_bpe
+
+    path = Path(str(kwargs.file))
+    if kwargs.pattern is None or not path.is_file():
+        wrong = f"{str(path)!r} does not exist" if not path.is_file() else "needs tokenizer.kwargs.pattern beside it"
+        raise ConfigError(f"tokenizer.kwargs.file: {wrong}; give a file of ranks, and the pattern that splits text")
+    try:
+        ranks = load_tiktoken_bpe(str(path))
+        return tiktoken.Encoding(
+            path.name, pat_str=kwargs.pattern, mergeable_ranks=ranks, special_tokens=kwargs.special_tokens
+        )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"tokenizer.kwargs.file: {path} is no file of ranks: {error}") from None
+
+
+def _by_name(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
+    name = kwargs.encoding_name or kwargs.model_name
+    if name is None:
+        raise ConfigError("tokenizer.kwargs is missing; give encoding_name, model_name, or file and pattern")
+    get = tiktoken.get_encoding if kwargs.encoding_name else tiktoken.encoding_for_model
+    try:
+        return get(name)
+    except (KeyError, ValueError):
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise ConfigError(
+            f"tokenizer.kwargs names {name!r}, which tiktoken does not know; encodings: {known}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"tokenizer.kwargs names {name!r}, which tiktoken downloads, and that failed ({type(error).__name__}); set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it, or give file and pattern"
+        ) from None
+
+
+def _digest(encoding: Any) -> str:
+    digest = hashlib.sha256(f"{encoding._pat_str}{sorted(encoding._special_tokens.items())}".encode())
+    for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
+        digest.update(len(token).to_bytes(4) + token + rank.to_bytes(4))
+    return digest.hexdigest()
+
+
+def _byte_sizes(encoding: Any, vocab_size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    sizes = np.zeros(vocab_size, dtype=np.int64)
+    for token, rank in encoding._mergeable_ranks.items():
+        sizes[rank] = len(token)
+    return sizes
