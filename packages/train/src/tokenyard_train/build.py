@@ -147,7 +147,7 @@ def _prepare(config: TrainConfig) -> Path:
                 f"save_folder {str(folder)!r} holds a run already; set autoresume: true to go on with it, "
                 "save_overwrite: true to delete it, or another run_name"
             )
-        for path in [folder / "metrics.jsonl", *checkpoints(folder)]:
+        for path in [folder / "metrics.jsonl", folder / "trackers.json", *checkpoints(folder)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)

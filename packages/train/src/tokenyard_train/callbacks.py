@@ -2,43 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 
+from tokenyard import ConfigError
 from tokenyard_train.baselines import ngram_baselines
 from tokenyard_train.build import Run
-from tokenyard_train.config.schema import Callbacks, GenerateCallback
+from tokenyard_train.config.schema import CALLBACKS, Callbacks, GenerateCallback
 from tokenyard_train.sampling import continue_text
 
 
-class Callback(Protocol):
-    """Something to do at certain moments of a run."""
+class Callback:
+    """Something to do at certain moments of a run; a subclass overrides those that it cares for.
+
+    Given to ``train(config, console, callbacks=[...])``, or offered by an installed distribution: an entry point of the
+    group ``tokenyard.callbacks`` is called with the options that a config gives under ``callbacks``.
+    """
 
     def start(self, run: Run) -> None:
         """Act before the first step of a run that is not resumed."""
-        ...
 
-    def batch_end(self, run: Run) -> None:
-        """Act after a step, its record, and the evaluation if one was due."""
-        ...
+    def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
+        """Act after a step, with its record, and after the evaluation if one was due."""
+
+    def evaluated(self, run: Run, record: Mapping[str, Any]) -> None:
+        """Act after an evaluation, with its record."""
+
+    def saved(self, run: Run, checkpoint: Path) -> None:
+        """Act after a checkpoint was saved."""
 
     def end(self, run: Run) -> None:
         """Act after the last step, when everything is saved."""
-        ...
 
 
 def build_callbacks(config: Callbacks) -> list[Callback]:
-    """Return the callbacks that a config asks for."""
+    """Return the callbacks that a config asks for: ours, and those of installed distributions.
+
+    Raises ConfigError for options that an installed one refuses.
+    """
     callbacks: list[Callback] = []
     if config.ngram_baselines is not None:
         callbacks.append(Baseline())
     if config.generate_callback is not None:
         callbacks.append(Generate(config.generate_callback))
-    return callbacks
+    return callbacks + [_installed(name, options or {}) for name, options in (config.model_extra or {}).items()]
 
 
-class Baseline:
+def _installed(name: str, options: Mapping[str, Any]) -> Callback:
+    (point,) = entry_points(group=CALLBACKS, name=name)
+    try:
+        callback: Callback = point.load()(**options)
+    except Exception as error:
+        raise ConfigError(f"callbacks.{name} cannot be made of {dict(options)}: {error}") from error
+    return callback
+
+
+class Baseline(Callback):
     """Scores the held-out text by counting, into metrics.jsonl."""
 
     def start(self, run: Run) -> None:
@@ -47,23 +70,14 @@ class Baseline:
             scores = ngram_baselines(run.data.train, run.data.held_out, run.data.tokenizer)
             run.metrics.write({"kind": "baselines", **scores._asdict()})
 
-    def batch_end(self, run: Run) -> None:
-        """Do nothing."""
 
-    def end(self, run: Run) -> None:
-        """Do nothing."""
-
-
-class Generate:
+class Generate(Callback):
     """Prints how the model continues some prompts."""
 
     def __init__(self, config: GenerateCallback):
         self.config = config
 
-    def start(self, run: Run) -> None:
-        """Do nothing."""
-
-    def batch_end(self, run: Run) -> None:
+    def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         """Generate if the interval says so; the end has its own turn."""
         if run.due(self.config.interval) and run.batch < run.batches:
             self._generate(run)

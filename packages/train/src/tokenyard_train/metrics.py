@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenyard import TokenyardError
+from tokenyard_train.trackers import Trackers
 
 if TYPE_CHECKING:
     from tokenyard_train.build import Run
@@ -18,10 +19,11 @@ TIMINGS = ("seconds", "tokens_per_s", "flops_per_s")
 
 
 class Metrics:
-    """The metrics file of a run."""
+    """The metrics file of a run, and the trackers that show the same records elsewhere."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.trackers = Trackers({})
 
     def train(self, run: Run, result: StepResult, seconds: float) -> dict[str, Any]:
         """Write and return the record of a training step."""
@@ -36,12 +38,13 @@ class Metrics:
         return record
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record. Raises TokenyardError if the disk is full or refuses."""
+        """Append a record, and show it to the trackers. Raises TokenyardError if the disk is full or refuses."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise TokenyardError(f"{self.path} cannot be written: {error.strerror}") from None
+        self.trackers.record(record)
 
     def read(self) -> list[dict[str, Any]]:
         """Return all records."""

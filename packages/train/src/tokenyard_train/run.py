@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from tokenyard_train.progress import Progress
 from tokenyard_train.report import announce, summarize
 from tokenyard_train.resume import resume, save, start_from
 from tokenyard_train.step import train_step
+from tokenyard_train.trackers import build_trackers
 
 
 class RunResult(NamedTuple):
@@ -28,41 +30,60 @@ class RunResult(NamedTuple):
     bits_per_byte: float | None  # of the held-out text
 
 
-def train(config: TrainConfig, console: Console) -> RunResult:
-    """Train as a resolved config says; raises TokenyardError for a mistake in it, before anything is written."""
+def train(config: TrainConfig, console: Console, callbacks: Sequence[Callback] = ()) -> RunResult:
+    """Train as a resolved config says, with the caller's callbacks after the config's.
+
+    Raises TokenyardError for a mistake in the config, before anything is written.
+    """
+    callbacks = [*build_callbacks(config.callbacks), *callbacks]
     run = build_run(config, console)
     run.batch = resume(run)
     if run.batch == 0 and config.load_path is not None:
         start_from(run, config.load_path)
-    announce(run)
-    callbacks = build_callbacks(config.callbacks)
+    settings = config.model_dump(mode="json")
+    run.metrics.trackers = build_trackers(config.loggers, run.folder, config.run_name, settings, run.batch)
+    failed = True
+    try:
+        announce(run)
+        _start(run, callbacks)
+        with Progress(run) as progress:
+            while run.batch < run.batches:
+                _one_batch(run, callbacks, progress)
+        result = _finish(run, callbacks)
+        failed = False
+        return result
+    finally:
+        run.metrics.trackers.finish(failed)
+
+
+def _start(run: Run, callbacks: Sequence[Callback]) -> None:
     if run.batch == 0:
         for callback in callbacks:
             callback.start(run)
-    with Progress(run) as progress:
-        while run.batch < run.batches:
-            _one_batch(run, callbacks, progress)
-    return _finish(run, callbacks)
 
 
-def _one_batch(run: Run, callbacks: list[Callback], progress: Progress) -> None:
+def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> None:
     began = time.perf_counter()
     result = train_step(run)
     run.batch += 1
-    record = run.metrics.train(run, result, time.perf_counter() - began)
-    progress.update(record)
+    step = run.metrics.train(run, result, time.perf_counter() - began)
+    progress.update(step)
     last = run.batch == run.batches
     if run.data.held_out is not None and (last or run.due(run.config.eval_interval)):
         record = evaluate(run)
         run.metrics.write(record)
         progress.evaluated(record)
+        for callback in callbacks:
+            callback.evaluated(run, record)
     for callback in callbacks:
-        callback.batch_end(run)
+        callback.batch_end(run, step)
     if last or run.due(run.config.save_interval):
-        save(run)
+        path = save(run)
+        for callback in callbacks:
+            callback.saved(run, path)
 
 
-def _finish(run: Run, callbacks: list[Callback]) -> RunResult:
+def _finish(run: Run, callbacks: Sequence[Callback]) -> RunResult:
     records = run.metrics.read()
     loss_curve(records, run.folder / "loss.png")
     expert_heatmap(records, run.folder / "experts.png")

@@ -123,14 +123,27 @@ LOGGERS = frozenset(
         "file_logger",
         "in_memory_logger",
         "inmemory_logger",
-        "mlflow",
         "mosaicml",
         "neptune",
-        "tensorboard",
-        "wandb",
     )
 )
-"""In loggers: no tracker is supported yet; metrics.jsonl is always written."""
+"""In loggers: trackers that are not supported; metrics.jsonl is always written."""
+
+LOGGER = frozenset(
+    (
+        "flush_interval",
+        "init_kwargs",
+        "log_artifacts",
+        "log_system_metrics",
+        "model_registry_prefix",
+        "model_registry_uri",
+        "rank_zero_only",
+        "rename_metrics",
+        "resume",
+        "synchronous",
+    )
+)
+"""In a logger: uploads, and what is so here anyway."""
 
 TOKENIZER_KWARGS = frozenset(
     ("add_bos_token", "add_eos_token", "model_max_length", "padding_side", "trust_remote_code")

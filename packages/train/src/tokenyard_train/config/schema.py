@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
+from tokenyard.errors import did_you_mean
 from tokenyard_models.schema import Strict
 from tokenyard_train.config import foundry
 from tokenyard_train.config.data import Loader, Tokenizer
 from tokenyard_train.config.duration import Duration, Span
+from tokenyard_train.config.loggers import Loggers
+
+CALLBACKS = "tokenyard.callbacks"
+"""The group of entry points by which installed distributions offer callbacks."""
 
 BackendChoice = str | dict[str, Any]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -75,18 +81,25 @@ class GenerateCallback(Strict):
 
 
 class Callbacks(Strict):
-    """What else happens during a run."""
+    """What else happens during a run; other names are those of installed distributions, with their options."""
 
+    model_config = ConfigDict(extra="allow")
     ignored: ClassVar[frozenset[str]] = foundry.CALLBACKS
 
     ngram_baselines: NgramBaselines | None = None
     generate_callback: GenerateCallback | None = None
 
-
-class Loggers(Strict):
-    """Where metrics go besides metrics.jsonl, which is always written: nowhere yet, so only ignored keys fit here."""
-
-    ignored: ClassVar[frozenset[str]] = foundry.LOGGERS
+    @model_validator(mode="after")
+    def _installed(self) -> Callbacks:
+        installed = entry_points(group=CALLBACKS).names
+        for name in self.model_extra or {}:
+            if name not in installed:
+                known = [*type(self).model_fields, *sorted(installed)]
+                raise ValueError(
+                    f"callbacks.{name} is not a known key{did_you_mean(name, known)}; known are: {', '.join(known)}; "
+                    f"an installed distribution offers others as entry points of {CALLBACKS}"
+                )
+        return self
 
 
 class Backends(Strict):

@@ -1,0 +1,81 @@
+"""A gigabyte of text: how fast it is packed, in how much memory, and how fast it is read back."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tokenyard_train.data import Samples, TokenFile, python_stdlib
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]
+
+GIGABYTE = 10**9
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Write a gigabyte of the standard library's text, each document with a line of its own, as jsonl."""
+    path = tmp_path_factory.mktemp("large") / "text.jsonl"
+    documents = [document.text.decode() for document in python_stdlib(held_out=False)]
+    written = number = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < GIGABYTE:
+            line = f"# copy {number}\n" + documents[number % len(documents)]
+            file.write(json.dumps({"text": line}) + "\n")
+            written, number = written + len(line.encode()), number + 1
+    return path
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory) -> Path:
+    """Train a byte-level BPE tokenizer of 32,000 ids on the standard library."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=32_000, special_tokens=["</s>"], show_progress=False)
+    tokenizer.train_from_iterator((d.text.decode() for d in python_stdlib(held_out=False)), trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+_MEASURED = """
+import resource, sys
+from tokenyard_train.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    asked = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    own, children = (resource.getrusage(who).ru_maxrss / 1024 for who in asked)
+    print(f"peak memory: {own:.0f} MiB in the process itself, {children:.0f} MiB in the largest worker")
+"""
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_packing_and_reading_a_gigabyte(tmp_path, text, bpe, tokenizer):
+    workers = os.cpu_count() or 1
+    options = [] if tokenizer == "bytes" else ["--tokenizer", str(bpe), "--eos-token", "</s>"]
+    script = tmp_path / "measured.py"
+    script.write_text("if __name__ == '__main__':" + _MEASURED.replace("\n", "\n    "))
+    command = [sys.executable, str(script), "data", "pack", str(tmp_path / "packed"), str(text), *options]
+    began = time.perf_counter()
+    ran = subprocess.run([*command, "--workers", str(workers)], check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
+    print(f"\n{tokenizer}: {GIGABYTE / 1e6 / seconds:.1f} MB/s with {workers} workers; {ran.stdout.splitlines()[-1]}")
+
+    tokens = TokenFile(tmp_path / "packed")
+    began = time.perf_counter()
+    tokens.verify()
+    print(f"verified {tokens.manifest['tokens']:,} tokens in {time.perf_counter() - began:.1f} s")
+    for length in (256, 2048):
+        samples = Samples(TokenFile(tmp_path / "packed"), length, seed=1)
+        began = time.perf_counter()
+        read = sum(samples.batch(step, 16).numel() for step in range(400))
+        rate = read / (time.perf_counter() - began)
+        print(f"samples of {length}: {rate / 1e6:.1f} million tokens/s, each block verified when first touched")
+        assert rate > 20 * 25_000  # twenty times what the quickstart trains on
