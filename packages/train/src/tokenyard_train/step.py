@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tokenyard import Balance, Output, TokenyardError, load_balancing_loss, moe_layers, z_loss
 from tokenyard_train.build import Run
 from tokenyard_train.optim import learning_rate
+from tokenyard_train.routing_stats import Fetched, fetch, load_of, routing_stats
 
 
 class NonFiniteError(TokenyardError):
@@ -34,6 +35,7 @@ class StepResult(NamedTuple):
     lr: float
     load: list[list[float]]  # per MoE layer, each expert's share of the slots
     dropped: int  # slots
+    routing: list[dict[str, float]]  # per MoE layer, the fields of LayerRouting
 
 
 def train_step(run: Run) -> StepResult:
@@ -52,14 +54,15 @@ def train_step(run: Run) -> StepResult:
     with run.phase("optimizer"):
         clipping = config.algorithms.gradient_clipping
         norm = run.strategy.clip(run.model, clipping.clipping_threshold if clipping else math.inf)
-        values = _finite(run, loss, norm)
+        fetched = fetch(loss, norm, balances, run.strategy.reduce)
+        _refuse_non_finite(run, fetched)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
     for moe, balance in zip(moe_layers(run.model), balances):
         moe.router.update(balance.counts)
-    return _result(run, values, lr, balances)
+    return _result(run, fetched, lr)
 
 
 def _accumulate(run: Run) -> tuple[Tensor, list[Balance]]:
@@ -102,28 +105,31 @@ def _auxiliary(run: Run, balances: list[Balance], tokens: int) -> Tensor | float
     return weighted * (tokens / run.batch_tokens)
 
 
-def _finite(run: Run, loss: Tensor, norm: Tensor) -> tuple[float, float]:
-    values = torch.stack((loss.double(), norm.to(loss.device).double())).tolist()
-    for name, value in zip(("loss", "gradient norm"), values):
+def _refuse_non_finite(run: Run, fetched: Fetched) -> None:
+    for name, value in (("loss", fetched.loss), ("gradient norm", fetched.grad_norm)):
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"the {name} of batch {run.batch + 1} is {value}; the step was not taken, and what was saved stands in "
                 f"{run.folder}; try a lower optimizer.lr, a longer scheduler.t_warmup or gradient clipping"
             )
-    return values[0], values[1]
 
 
-def _result(run: Run, values: tuple[float, float], lr: float, balances: list[Balance]) -> StepResult:
+def _result(run: Run, fetched: Fetched, lr: float) -> StepResult:
+    loss, norm, balances = fetched
     if not balances:
-        return StepResult(values[0], 0.0, 0.0, values[1], lr, [], 0)
-    world, top_k = run.strategy.data[1], moe_layers(run.model)[0].workload.top_k
-    summed = [
-        b._replace(prob_sum=run.strategy.reduce(b.prob_sum), z_sum=run.strategy.reduce(b.z_sum)) for b in balances
-    ]
-    balance = load_balancing_loss(summed, run.batch_tokens, top_k, run.model.auxiliary.convention)
-    load = [[round(share, 6) for share in (b.counts / b.counts.sum()).tolist()] for b in balances]
-    dropped = sum(int(b.dropped) for b in balances) * world
-    return StepResult(values[0], balance.item(), z_loss(summed, run.batch_tokens).item(), values[1], lr, load, dropped)
+        return StepResult(loss, 0.0, 0.0, norm, lr, [], 0, [])
+    tokens, convention = run.batch_tokens, run.model.auxiliary.convention
+    top_k = moe_layers(run.model)[0].workload.top_k
+    return StepResult(
+        loss,
+        load_balancing_loss(balances, tokens, top_k, convention).item(),
+        z_loss(balances, tokens).item(),
+        norm,
+        lr,
+        [[round(share, 6) for share in load_of(balance)] for balance in balances],
+        sum(int(balance.dropped) for balance in balances),
+        [layer._asdict() for layer in routing_stats(balances, tokens, top_k, convention)],
+    )
 
 
 def _seed(run: Run) -> None:

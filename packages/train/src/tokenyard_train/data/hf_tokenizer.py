@@ -39,7 +39,7 @@ class HfTokenizer:
 
     def encode(self, text: bytes) -> Ids:
         """Return the ids of UTF-8 text, without special tokens."""
-        encoding = self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False)
+        (encoding,) = self._tokenizer.encode_batch_fast([text.decode("utf-8")], add_special_tokens=False)
         return np.array(encoding.ids, dtype=self._dtype)
 
     def decode(self, ids: Sequence[int]) -> str:

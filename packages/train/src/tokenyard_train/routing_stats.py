@@ -1,0 +1,88 @@
+"""How the tokens of a step were routed, layer by layer.
+
+A step's numbers are packed on the device and fetched together: one device-to-host copy, however many layers there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenyard import Balance, load_balancing_loss, z_loss
+from tokenyard.losses import Convention
+
+
+class Fetched(NamedTuple):
+    """A step's numbers on the host, in float64."""
+
+    loss: float
+    grad_norm: float
+    balances: list[Balance]  # one per MoE layer, summed over microbatches and ranks
+
+
+class LayerRouting(NamedTuple):
+    """One MoE layer's routing in one step."""
+
+    entropy: float  # of the load, over that of a uniform one: 1 when all experts get the same, 0 when one gets all
+    busiest: float  # the largest load, as a multiple of the mean
+    idle: int  # experts without a token
+    dropped: float  # share of the slots
+    balance_loss: float  # unweighted
+    z_loss: float  # unweighted
+
+
+def fetch(loss: Tensor, grad_norm: Tensor, balances: Sequence[Balance], reduce: Callable[[Tensor], Tensor]) -> Fetched:
+    """Bring a step's numbers to the host in one copy.
+
+    `loss`, `grad_norm` and the Balances' `counts` are sums over ranks already; `reduce` adds up the rest, in one call.
+    """
+    packed = pack(loss, grad_norm, balances, reduce).cpu()
+    sizes = [balance.counts.numel() for balance in balances]
+    (values, *layers) = packed.split([2, *(2 * experts + 2 for experts in sizes)])
+    return Fetched(*values.tolist(), [_unpacked(layer, experts) for layer, experts in zip(layers, sizes)])
+
+
+def pack(loss: Tensor, grad_norm: Tensor, balances: Sequence[Balance], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return [2 + sum over layers of 2E + 2] float64, still on the device: what `fetch` copies."""
+    known = torch.stack((loss.double(), grad_norm.to(loss.device).double()))
+    if not balances:
+        return known
+    counts = [b.counts.double() for b in balances]
+    rest = [torch.cat((b.prob_sum.double(), torch.stack((b.z_sum.double(), b.dropped.double())))) for b in balances]
+    sums = reduce(torch.cat(rest)).split([part.numel() for part in rest])
+    return torch.cat((known, *(part for layer in zip(counts, sums) for part in layer)))
+
+
+def _unpacked(layer: Tensor, experts: int) -> Balance:
+    counts, probabilities, z_sum, dropped = layer.split((experts, experts, 1, 1))
+    return Balance(counts, dropped[0], probabilities, z_sum[0])
+
+
+def routing_stats(balances: Sequence[Balance], tokens: int, top_k: int, convention: Convention) -> list[LayerRouting]:
+    """Return each layer's statistics over a step of `tokens` tokens, from Balances on the host."""
+    return [
+        LayerRouting(
+            entropy=_normalised_entropy(load := load_of(balance)),
+            busiest=max(load) * len(load),
+            idle=load.count(0.0),
+            dropped=(balance.dropped / balance.counts.sum()).item(),
+            balance_loss=load_balancing_loss([balance], tokens, top_k, convention).item(),
+            z_loss=z_loss([balance], tokens).item(),
+        )
+        for balance in balances
+    ]
+
+
+def load_of(balance: Balance) -> list[float]:
+    """Return each expert's share of a layer's slots, those dropped included."""
+    return [float(share) for share in (balance.counts / balance.counts.sum()).tolist()]
+
+
+def _normalised_entropy(load: Sequence[float]) -> float:
+    if len(load) == 1:
+        return 1.0
+    return -sum(share * math.log(share) for share in load if share) / math.log(len(load))

@@ -1,0 +1,126 @@
+"""How a step was routed: figures worked out by hand, fetched from the device in one copy."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenyard import Balance
+from tokenyard_train.routing_stats import fetch, load_of, pack, routing_stats
+from tokenyard_train.step import train_step
+
+
+def balance(counts, probabilities, z_sum=0.0, dropped=0, device="cpu") -> Balance:
+    counts = torch.tensor(counts, device=device)
+    dropped = torch.tensor(dropped, device=device)
+    return Balance(
+        counts, dropped, torch.tensor(probabilities, device=device), torch.tensor(float(z_sum), device=device)
+    )
+
+
+def test_a_uniform_load():
+    (layer,) = routing_stats([balance([3, 3, 3, 3], [1.5] * 4, z_sum=12)], tokens=6, top_k=2, convention="megablocks")
+    assert layer == pytest.approx((1.0, 1.0, 0, 0.0, 1.0, 2.0))
+
+
+def test_all_tokens_to_one_expert():
+    (layer,) = routing_stats([balance([6, 0, 0], [6.0, 0, 0])], tokens=6, top_k=1, convention="megablocks")
+    assert layer == pytest.approx((0.0, 3.0, 2, 0.0, 3.0, 0.0))
+
+
+def test_half_of_the_experts_take_everything():
+    """Two equal shares are one bit of the two that four experts have room for."""
+    (layer,) = routing_stats([balance([4, 4, 0, 0], [2.0] * 4, dropped=2)], 8, 1, "megablocks")
+    assert (layer.entropy, layer.busiest, layer.idle, layer.dropped) == pytest.approx((0.5, 2.0, 2, 0.25))
+
+
+def test_layers_are_told_apart_though_they_cancel():
+    """Transformers' pooled loss does not see two layers whose imbalances cancel; each layer's own does."""
+    pair = [balance([4, 0], [4.0, 0.0]), balance([0, 4], [0.0, 4.0])]
+    layers = routing_stats(pair, tokens=4, top_k=1, convention="hf")
+    assert [layer.balance_loss for layer in layers] == [2.0, 2.0]
+
+
+def test_a_single_expert_is_always_balanced():
+    (layer,) = routing_stats([balance([4], [4.0])], tokens=4, top_k=1, convention="megablocks")
+    assert layer.entropy == layer.busiest == 1.0
+
+
+def test_what_is_fetched_is_what_was_on_the_device_summed_over_ranks():
+    layers = [balance([1, 2, 3], [0.5, 0.25, 0.125], 7, 1), balance([4, 5], [1.0, 2.0], 8, 0)]
+    calls = []
+
+    def two_ranks(x):
+        calls.append(x)
+        return 2 * x
+
+    fetched = fetch(torch.tensor(1.5), torch.tensor(2.5, dtype=torch.float64), layers, two_ranks)
+    assert (fetched.loss, fetched.grad_norm) == (1.5, 2.5)
+    assert [b.counts.tolist() for b in fetched.balances] == [[1, 2, 3], [4, 5]]
+    assert [b.prob_sum.tolist() for b in fetched.balances] == [[1.0, 0.5, 0.25], [2.0, 4.0]]
+    assert [(b.z_sum.item(), b.dropped.item()) for b in fetched.balances] == [(14, 2), (16, 0)]
+    assert len(calls) == 1
+    assert load_of(fetched.balances[0]) == pytest.approx([1 / 6, 1 / 3, 1 / 2])
+
+
+class Transfers(TorchDispatchMode):
+    """Counts the operations that wait for the device: reading a scalar, and copying to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to_host = func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
+        self.count += to_host or func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs)
+
+
+def test_one_copy_to_the_host_for_all_layers_together():
+    """On a GPU that is only pretended, so that a machine without one can tell the two sides apart."""
+    with FakeTensorMode():
+        layers = [
+            Balance(
+                torch.zeros(8, dtype=torch.int64, device="cuda"),
+                torch.zeros((), dtype=torch.int64, device="cuda"),
+                torch.zeros(8, device="cuda"),
+                torch.zeros((), device="cuda"),
+            )
+            for _ in range(40)
+        ]
+        number = torch.zeros((), device="cuda")
+        with Transfers() as transfers:
+            packed = pack(number, number, layers, lambda x: x)
+            assert (packed.device.type, transfers.count) == ("cuda", 0)
+            packed.cpu()
+        assert transfers.count == 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_waited_for_once(recwarn):
+    layers = [balance([1, 2, 3], [0.5, 0.25, 0.125], 7, 1, "cuda") for _ in range(4)]
+    number = torch.zeros((), device="cuda")
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        fetched = fetch(number, number, layers, lambda x: x)
+        routing_stats(fetched.balances, 3, 2, "megablocks")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in recwarn if "synchronizing CUDA operation" in str(w.message)]) == 1
+
+
+def test_a_step_reports_every_layer(build):
+    result = train_step(build())
+    assert len(result.routing) == len(result.load) == 2
+    for layer, load in zip(result.routing, result.load):
+        assert layer["busiest"] == pytest.approx(4 * max(load), abs=1e-5)
+        assert layer["entropy"] == pytest.approx(-sum(p * math.log(p, 4) for p in load), abs=1e-4)
+    assert result.balance_loss == pytest.approx(sum(layer["balance_loss"] for layer in result.routing) / 2)
+    assert result.z_loss == pytest.approx(sum(layer["z_loss"] for layer in result.routing) / 2)
+
+
+def test_a_dense_model_has_no_routing(build):
+    assert train_step(build(model={"name": "mpt_causal_lm", "size": "tiny", "d_model": 16})).routing == []

@@ -1,0 +1,155 @@
+"""Trackers hold what metrics.jsonl holds, also after a resume; what fails does not stop training."""
+
+import json
+import logging
+import sys
+
+import pytest
+
+from tokenyard import ConfigError
+from tokenyard_train.run import train
+from tokenyard_train.trackers import Trackers, scalars
+
+
+@pytest.fixture
+def run(config, console, tmp_path):
+    """Train with loggers; return the training records of metrics.jsonl by batch."""
+
+    def call(loggers, **changes):
+        train(config(loggers=loggers, eval_interval="3ba", **changes), console)
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return call
+
+
+def of(records, kind):
+    return {r["batch"]: r for r in records if r["kind"] == kind}
+
+
+def test_records_become_numbers_with_names():
+    record = {"kind": "train", "batch": 7, "loss": 2, "load": [[0.25, 0.75]], "routing": [{"entropy": 0.5}]}
+    assert scalars(record) == {
+        "train/loss": 2.0,
+        "train/load/0/0": 0.25,
+        "train/load/0/1": 0.75,
+        "train/routing/0/entropy": 0.5,
+    }
+
+
+def events(folder):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = accumulators.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_a_tensorboard_event_file_is_read_back(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    records = run({"tensorboard": {"flush_interval": 1}})
+    found = events(tmp_path / "run" / "tensorboard")
+    losses = {e.step: e.value for e in found.Scalars("train/loss")}
+    assert losses == pytest.approx({batch: r["loss"] for batch, r in of(records, "train").items()}, rel=1e-6)
+    scores = {e.step: e.value for e in found.Scalars("eval/bits_per_byte")}
+    assert scores == pytest.approx({batch: r["bits_per_byte"] for batch, r in of(records, "eval").items()}, rel=1e-6)
+    assert "train/routing/0/entropy" in found.Tags()["scalars"]
+
+
+def test_a_resumed_run_shows_each_step_once_in_tensorboard(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    loggers = {"tensorboard": {"flush_interval": 1}}
+    run(loggers, max_duration="5ba", save_interval="2ba")
+    for checkpoint in (tmp_path / "run").glob("ba5"):  # as if killed after the last step, before it was saved
+        checkpoint.rename(tmp_path / "lost")
+    records = run(loggers, max_duration="8ba", autoresume=True)
+    steps = [e.step for e in events(tmp_path / "run" / "tensorboard").Scalars("train/loss")]
+    assert steps == list(of(records, "train")) == list(range(1, 9))
+
+
+def test_a_run_of_mlflow_is_read_back(run, tmp_path, config):
+    mlflow = pytest.importorskip("mlflow")
+    records = run({"mlflow": {"experiment_name": "yard", "tags": {"team": "one"}}})
+    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("yard").experiment_id])
+    assert (found.info.run_name, found.info.status, found.data.tags["team"]) == ("run", "FINISHED", "one")
+    history = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "train/loss")}
+    assert history == {batch: r["loss"] for batch, r in of(records, "train").items()}
+    assert found.data.params["optimizer.lr"] == "0.01"
+    assert found.data.metrics["eval/bits_per_byte"] == of(records, "eval")[6]["bits_per_byte"]
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    run({"mlflow": {}}, max_duration="5ba", save_interval="2ba")
+    for checkpoint in (tmp_path / "run").glob("ba5"):
+        checkpoint.rename(tmp_path / "lost")
+    run({"mlflow": {}}, max_duration="8ba", autoresume=True)
+    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("tokenyard").experiment_id])
+    steps = [m.step for m in client.get_metric_history(found.info.run_id, "train/loss")]
+    assert sorted(steps) == list(range(1, 9))
+
+
+def test_a_wandb_run_is_written_offline(run, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    datastore = pytest.importorskip("wandb.sdk.internal.datastore")
+    records_pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    records = run({"wandb": {"project": "yard"}})
+    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    store = datastore.DataStore()
+    store.open_for_scan(str(path))
+    losses = {}
+    while (data := store.scan_data()) is not None:
+        record = records_pb.Record()
+        record.ParseFromString(data)
+        values = {i.nested_key[0] if i.nested_key else i.key: i.value_json for i in record.history.item}
+        if "train/loss" in values:
+            losses[record.history.step.num] = json.loads(values["train/loss"])
+    assert losses == {batch: r["loss"] for batch, r in of(records, "train").items()}
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow", "wandb"])
+def test_a_missing_library_is_named_before_anything_is_trained(run, name, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        ConfigError, match=rf'loggers.{name} needs {name}, which is not installed; pip install "tokenyard-train\[{name}'
+    ):
+        run({name: {}})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_tracker_that_cannot_be_started_is_named(run):
+    pytest.importorskip("mlflow")
+    with pytest.raises(ConfigError, match=r"loggers.mlflow cannot be started: "):
+        run({"mlflow": {"tracking_uri": "carrier-pigeon://coop"}})
+
+
+def test_a_tracker_that_fails_is_left_out_with_one_warning(caplog):
+    class Failing:
+        calls = 0
+
+        def log(self, numbers, step):
+            self.calls += 1
+            raise ConnectionError("no such\nserver")
+
+        def finish(self, failed):
+            raise AssertionError("it was left out")
+
+    class Kept:
+        seen: list[int] = []
+        failed = None
+
+        def log(self, numbers, step):
+            self.seen.append(step)
+
+        def finish(self, failed):
+            self.failed = failed
+
+    failing, kept = Failing(), Kept()
+    trackers = Trackers({"failing": failing, "kept": kept})
+    with caplog.at_level(logging.WARNING, "tokenyard"):
+        for batch in (1, 2, 3):
+            trackers.record({"kind": "train", "batch": batch, "loss": 1.0})
+        trackers.finish(True)
+    assert caplog.messages == ["loggers.failing failed and is left out from here on: ConnectionError: no such server"]
+    assert (failing.calls, kept.seen, kept.failed) == (1, [1, 2, 3], True)
