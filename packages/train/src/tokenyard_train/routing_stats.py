@@ -42,8 +42,10 @@ def fetch(loss: Tensor, grad_norm: Tensor, balances: Sequence[Balance], reduce: 
     """
     packed = pack(loss, grad_norm, balances, reduce).cpu()
     sizes = [balance.counts.numel() for balance in balances]
-    (values, *layers) = packed.split([2, *(2 * experts + 2 for experts in sizes)])
-    return Fetched(*values.tolist(), [_unpacked(layer, experts) for layer, experts in zip(layers, sizes)])
+    values, *layers = packed.split([2, *(2 * experts + 2 for experts in sizes)])
+    return Fetched(
+        values[0].item(), values[1].item(), [_unpacked(layer, experts) for layer, experts in zip(layers, sizes)]
+    )
 
 
 def pack(loss: Tensor, grad_norm: Tensor, balances: Sequence[Balance], reduce: Callable[[Tensor], Tensor]) -> Tensor:
