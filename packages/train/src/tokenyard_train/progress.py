@@ -56,7 +56,10 @@ class Progress:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Return loss, speed and balance (the busiest expert's load as a multiple of the mean) in a line."""
+    """Return loss and speed, and of the worst layer the busiest expert (a multiple of the mean) and the entropy."""
     text = f"loss {record['loss']:.3f}  {record['tokens_per_s']:,} tokens/s  {record['flops_per_s'] / 1e9:.1f} GFLOP/s"
-    peaks = [max(layer) * len(layer) for layer in record["load"]]
-    return text + (f"  busiest expert {max(peaks):.2f}x" if peaks else "")
+    if not record["routing"]:
+        return text
+    busiest = max(layer["busiest"] for layer in record["routing"])
+    entropy = min(layer["entropy"] for layer in record["routing"])
+    return f"{text}  busiest expert {busiest:.2f}x  entropy {entropy:.3f}"

@@ -10,6 +10,9 @@ from tokenyard import moe_layers
 from tokenyard_models import count_parameters
 from tokenyard_train.build import Run
 
+LAST = 20
+"""Steps that a statement about the end of a run averages over."""
+
 
 def announce(run: Run) -> None:
     """Say what is trained, on what, by which backends, and from where."""
@@ -36,7 +39,21 @@ def summarize(run: Run, records: list[dict[str, Any]]) -> None:
     if scores:
         table.add_row(f"[bold]{run.config.model['name']}[/bold]", f"[bold]{scores[-1]:.3f}[/bold]")
         run.console.print(table)
+    if (routing := describe_routing(records)) is not None:
+        run.console.print(routing, highlight=False)
     seconds = sum(record["seconds"] for record in records if record["kind"] == "train")
     run.console.print(
         f"trained for {seconds:.0f} s; metrics.jsonl, loss.png, experts.png and checkpoints: {run.folder}"
+    )
+
+
+def describe_routing(records: list[dict[str, Any]]) -> str | None:
+    """Say in a line how even the routing of the last steps was, layers averaged; None without experts."""
+    layers = [layer for r in [r for r in records if r["kind"] == "train"][-LAST:] for layer in r.get("routing", ())]
+    if not layers:
+        return None
+    mean = {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
+    return (
+        f"routing of the last steps: entropy {mean['entropy']:.3f} (1 is uniform), busiest expert "
+        f"{mean['busiest']:.2f}x the mean, {mean['idle']:.2g} experts of a layer idle, {mean['dropped']:.1%} dropped"
     )
