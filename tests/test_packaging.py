@@ -20,12 +20,16 @@ BUILD = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-bui
 BLOCK = """
 import importlib, pkgutil, sys
 
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"{{name}} is not a declared requirement", name=name)
+class Without:
+    # a finder to which some libraries are not installed
 
-sys.meta_path.insert(0, Block())
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {blocked!r} else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 for module in pkgutil.walk_packages(importlib.import_module({package!r}).__path__, {package!r} + "."):
     if not module.name.endswith("__main__") and ".testing" not in module.name:
         importlib.import_module(module.name)
