@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tokenyard.activations import activate
 from tokenyard.experts._cpu_backward import cpu_experts_backward_op
-from tokenyard.experts._cpu_rows import row_weights, sum_by_token, summands, weighted
-from tokenyard.experts._products import segments
+from tokenyard.experts._cpu_rows import lay_out, rows_bound, rows_to_fill, sum_by_token, weighted
 from tokenyard.interfaces import ExpertWeights, Permutation, Plan
 from tokenyard.workload import Workload
 
@@ -45,26 +44,25 @@ def cpu_experts_op(
     top_k: int,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return y [T, D] and the pre-activation z [R, 2F or F]."""
-    plan = Plan(order, inverse, offsets, top_k)
-    tokens, by_row = order // top_k, row_weights(topk_weights, plan)
-    z, rows = x.new_empty(order.shape[0], up.shape[1]), summands(order.shape[0], x)
-    for e, a, b in segments(offsets):
-        torch.mm(x.index_select(0, tokens[a:b]), up[e].T, out=z[a:b])
+    """Return y [T, D] and the pre-activation z [rows of the layout, 2F or F]."""
+    layout = lay_out(Plan(order, inverse, offsets, top_k), topk_weights, x.dtype)
+    z, rows = x.new_empty(layout.rows, up.shape[1]), rows_to_fill(layout, x.shape[1], x.dtype)
+    for e, a, b in layout.segments:
+        torch.mm(x.index_select(0, layout.tokens[a:b]), up[e].T, out=z[a:b])
         if up_bias is not None:
             z[a:b] += up_bias[e]
-        torch.mm(weighted(activate(z[a:b], activation), by_row, a), down[e].T, out=rows[a:b])
+        torch.mm(weighted(activate(z[a:b], activation), layout.weights[a:b]), down[e].T, out=rows[a:b])
         if down_bias is not None:
-            rows[a:b] += weighted(down_bias[e].expand(b - a, -1), by_row, a)
-    z[offsets[-1] :] = 0
-    return sum_by_token(rows, plan), z
+            rows[a:b] += weighted(down_bias[e].expand(b - a, -1), layout.weights[a:b])
+    z[len(layout.tokens) :] = 0
+    return sum_by_token(rows, layout), z
 
 
 @cpu_experts_op.register_fake
 def _(
     x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor | None, up: Tensor, *rest: Any
 ) -> Any:
-    return x.new_empty(x.shape), x.new_empty(order.shape[0], up.shape[1])
+    return x.new_empty(x.shape), x.new_empty(rows_bound(order.shape[0], up.shape[0], x.dtype), up.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

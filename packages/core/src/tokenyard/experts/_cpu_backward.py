@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from tokenyard.activations import activate_with_pullback
-from tokenyard.experts._cpu_rows import row_weights, sum_by_token, summands, weighted
-from tokenyard.experts._products import segments
+from tokenyard.experts._cpu_rows import Layout, lay_out, rows_to_fill, sum_by_token, weighted
 from tokenyard.interfaces import Plan, logits_dtype
-from tokenyard.permutations._moves import rows_to_slots
 
 _NAMES = ("x", "topk_weights", "up", "down", "up_bias", "down_bias")
 
@@ -34,19 +32,18 @@ def cpu_experts_backward_op(
     needs: list[bool],
 ) -> list[Tensor]:
     """Return the gradients of x, topk_weights, up, down, up_bias and down_bias; an empty one where none is needed."""
-    plan = Plan(order, inverse, offsets, top_k)
-    by_row = row_weights(topk_weights, plan)
-    grads = _unwritten(x, order, up, down, needs)
-    backward = _Backward(dy, x, z, order // top_k, by_row, up, down, down_bias, activation, grads)
-    for e, a, b in segments(offsets):
+    layout = lay_out(Plan(order, inverse, offsets, top_k), topk_weights, x.dtype)
+    grads = _unwritten(x, layout, up, down, needs)
+    backward = _Backward(dy, x, z, layout, up, down, down_bias, activation, grads)
+    for e, a, b in layout.segments:
         backward.expert(e, a, b)
     for e in (offsets.diff() == 0).nonzero().flatten().tolist():
         for name in grads.keys() & {"up", "down", "up_bias", "down_bias"}:
             grads[name][e] = 0
     if "x" in grads:
-        grads["x"] = sum_by_token(grads["x"], plan)
+        grads["x"] = sum_by_token(grads["x"], layout)
     if "topk_weights" in grads:
-        grads["topk_weights"] = rows_to_slots(grads["topk_weights"], plan).squeeze(-1)
+        grads["topk_weights"] = grads["topk_weights"][:, 0][layout.slots]
     return [grads.get(name, dy.new_empty(0)) for name in _NAMES]
 
 
@@ -59,11 +56,11 @@ def _(dy: Tensor, x: Tensor, z: Tensor, *rest: Any) -> list[Tensor]:
     return [like.new_empty(shape if need else 0) for like, shape, need in zip(likes, shapes, needs)]
 
 
-def _unwritten(x: Tensor, order: Tensor, up: Tensor, down: Tensor, needs: list[bool]) -> dict[str, Tensor]:
+def _unwritten(x: Tensor, layout: Layout, up: Tensor, down: Tensor, needs: list[bool]) -> dict[str, Tensor]:
     """Return where the gradients that are needed go: those of x and topk_weights by row."""
     made = {
-        "x": lambda: summands(order.shape[0], x),
-        "topk_weights": lambda: torch.empty(order.shape[0], 1, dtype=logits_dtype(x.dtype)),
+        "x": lambda: rows_to_fill(layout, x.shape[1], x.dtype),
+        "topk_weights": lambda: rows_to_fill(layout, 1, logits_dtype(x.dtype)),
         "up": lambda: up.new_empty(up.shape),
         "down": lambda: down.new_empty(down.shape),
         "up_bias": lambda: up.new_empty(up.shape[:2]),
@@ -77,8 +74,7 @@ class _Backward:
     dy: Tensor
     x: Tensor
     z: Tensor
-    tokens: Tensor
-    by_row: Tensor | None
+    layout: Layout
     up: Tensor
     down: Tensor
     down_bias: Tensor | None
@@ -87,19 +83,20 @@ class _Backward:
 
     def expert(self, e: int, a: int, b: int) -> None:
         """Write what the rows a to b, which are expert e's, contribute."""
-        drows = self.dy.index_select(0, self.tokens[a:b])
+        weights = self.layout.weights[a:b]
+        drows = self.dy.index_select(0, self.layout.tokens[a:b])
         act, pullback = activate_with_pullback(self.z[a:b], self.activation)
-        self._down(e, a, drows, act)
+        self._down(e, drows, act, weights)
         if self.grads.keys() & {"x", "topk_weights", "up", "up_bias"}:
             da = torch.mm(drows, self.down[e])
             self._gate(e, a, drows, act, da)
-            self._up(e, a, pullback(weighted(da, self.by_row, a)))
+            self._up(e, a, pullback(weighted(da, weights)))
 
-    def _down(self, e: int, a: int, drows: Tensor, act: Tensor) -> None:
+    def _down(self, e: int, drows: Tensor, act: Tensor, weights: Tensor) -> None:
         if "down" in self.grads:
-            torch.mm(drows.T, weighted(act, self.by_row, a), out=self.grads["down"][e])
+            torch.mm(drows.T, weighted(act, weights), out=self.grads["down"][e])
         if "down_bias" in self.grads:
-            self.grads["down_bias"][e] = _sum(weighted(drows, self.by_row, a))
+            self.grads["down_bias"][e] = _sum(weighted(drows, weights))
 
     def _gate(self, e: int, a: int, drows: Tensor, act: Tensor, da: Tensor) -> None:
         if "topk_weights" not in self.grads:
@@ -110,7 +107,7 @@ class _Backward:
     def _up(self, e: int, a: int, dz: Tensor) -> None:
         b = a + dz.shape[0]
         if "up" in self.grads:
-            torch.mm(dz.T, self.x.index_select(0, self.tokens[a:b]), out=self.grads["up"][e])
+            torch.mm(dz.T, self.x.index_select(0, self.layout.tokens[a:b]), out=self.grads["up"][e])
         if "up_bias" in self.grads:
             self.grads["up_bias"][e] = _sum(dz)
         if "x" in self.grads:
