@@ -120,6 +120,7 @@ def test_a_tokenizer_that_does_not_say_how_a_document_ends(folder, tmp_path):
 def test_a_path_that_is_no_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer.name is 'byte'; give bytes, tiktoken, or the path"):
         build_tokenizer(Tokenizer(name="byte"))
+    pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer.json is no tokenizer: "):
         build_tokenizer(Tokenizer(name=str(tmp_path)))

@@ -22,8 +22,8 @@ class HfTokenizer:
     """
 
     def __init__(self, name: str, eos_token: str | None):
-        tokenizers = needs("tokenizers", f"tokenizer.name {name!r}", "tokenyard-train[data]")
         path = _find(Path(name))
+        tokenizers = needs("tokenizers", f"tokenizer.name {name!r}", "tokenyard-train[data]")
         content = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
