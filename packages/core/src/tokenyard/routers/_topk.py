@@ -37,14 +37,25 @@ class TopKRouter(nn.Module):
 
     def forward(self, x: Tensor, topk_ids: Tensor | None = None) -> Routing:
         """Route x [T, D]; topk_ids [T, K] given are taken as they are, and only weighted."""
-        logits = self._logits(self._jitter(x))
-        scores = logits.sigmoid() if self.rule.score == "sigmoid" else logits.softmax(-1)
-        ids = self._select(logits, scores) if topk_ids is None else topk_ids.long()
-        weights = self._weigh(logits, scores, ids)
+        logits = self.logits(self._jitter(x))
+        ids, weights = self.choose(logits, topk_ids)
         if topk_ids is None and self.rule.capacity_factor is not None:
             capacity = int(self.rule.capacity_factor * self.top_k * x.shape[0] / self.num_experts)
-            ids = drop_over_capacity(ids, self.num_experts, capacity)
+            ids = drop_over_capacity(ids.long(), self.num_experts, capacity)
         return Routing(ids.int(), weights, logits)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return x [T, D] times the weight's transpose, [T, E]; a faster router overrides this and `choose`."""
+        narrow = compute_dtype(x)
+        wide = logits_dtype(narrow)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(narrow).to(wide), self.weight.to(narrow).to(wide))
+
+    def choose(self, logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return ids and weights [T, K] by logits [T, E], without regard to capacity; given ids are only weighted."""
+        scores = logits.sigmoid() if self.rule.score == "sigmoid" else logits.softmax(-1)
+        ids = self._select(logits, scores) if topk_ids is None else topk_ids.long()
+        return ids, self._weigh(logits, scores, ids)
 
     def balance(self, routing: Routing) -> Balance:
         """Reduce a routing to sums; probabilities are the softmax, or the sigmoid scores divided by their sum."""
@@ -67,12 +78,6 @@ class TopKRouter(nn.Module):
         if not (self.training and self.rule.jitter):
             return x
         return x * torch.empty_like(x).uniform_(1 - self.rule.jitter, 1 + self.rule.jitter)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        narrow = compute_dtype(x)
-        wide = logits_dtype(narrow)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(narrow).to(wide), self.weight.to(narrow).to(wide))
 
     @torch.no_grad()
     def _select(self, logits: Tensor, scores: Tensor) -> Tensor:

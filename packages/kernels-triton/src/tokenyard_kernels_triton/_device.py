@@ -1,0 +1,40 @@
+"""What the launches ask of a device."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+_INTERPRETED_PROGRAMS = 2  # enough that a loop over tiles has several to do
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has, which is how many persistent programs are started."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def has_copy_engine(device: torch.device) -> bool:
+    """Say whether tensor descriptors are more than pointers here: on Hopper and later, and in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make a tensor's GPU the current one, which is where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def power_of_two(number: int) -> int:
+    """Return the least power of two that is not below a number."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def ceil_div(number: int, by: int) -> int:
+    """Return number / by, rounded up."""
+    return -(-number // by)

@@ -1,0 +1,72 @@
+"""What this package offers, and when it can be used; importing it imports no triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from tokenyard import Backend, Workload, hookimpl
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FAST, _LAST = 20, -20  # before core's backends on a GPU, behind all of them in the interpreter
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def no_triton(workload: Workload) -> str | None:
+    """Say why Triton cannot run for a workload at all."""
+    if importlib.util.find_spec("triton") is None:
+        return "'triton' needs the library triton, which is not installed; it comes for Linux"
+    if workload.device.type != "cuda" and not (_interpreted() and workload.device.type == "cpu"):
+        device = workload.device.type
+        return f"'triton' computes on a GPU, and the device is {device!r} (TRITON_INTERPRET=1 is for tests on a CPU)"
+    if workload.device.type == "cuda" and workload.capability is not None and workload.capability < (8, 0):
+        major, minor = workload.capability
+        return f"'triton' needs a GPU of compute capability 8.0 or later, and this is {major}.{minor}"
+    if workload.dtype not in _DTYPES:
+        return f"'triton' computes in bfloat16, float16 and float32, not in {_short(workload.dtype)}"
+    return None
+
+
+def no_router(workload: Workload) -> str | None:
+    """Say why the router cannot be used for a workload."""
+    if workload.router.algorithm != "topk":
+        return f"'triton' computes the router algorithm 'topk', not {workload.router.algorithm!r}"
+    if workload.num_experts > 1024:
+        return f"'triton' routes to at most 1024 experts, and num_experts is {workload.num_experts}"
+    return no_triton(workload)
+
+
+def no_permutation(workload: Workload) -> str | None:
+    """Say why the permutation cannot be used for a workload; it moves rows of any dtype that Triton has."""
+    if workload.dtype == torch.float64:
+        return "'triton' moves bfloat16, float16 and float32, not float64"
+    return no_triton(workload)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_PRIORITY = _LAST if _interpreted() else _FAST
+
+
+@hookimpl
+def tokenyard_routers() -> list[Backend]:
+    """Offer the top-k router with selection and weights fused."""
+    return [Backend("triton", "tokenyard_kernels_triton.router:TritonRouter", _PRIORITY, no_router)]
+
+
+@hookimpl
+def tokenyard_permutations() -> list[Backend]:
+    """Offer the plan in three launches, and its moves."""
+    return [Backend("triton", "tokenyard_kernels_triton.permutation:TritonPermutation", _PRIORITY, no_permutation)]
+
+
+@hookimpl
+def tokenyard_experts() -> list[Backend]:
+    """Offer the fused experts."""
+    return [Backend("triton", "tokenyard_kernels_triton.experts:TritonExperts", _PRIORITY, no_triton)]

@@ -1,0 +1,1 @@
+"""The Triton kernels, which know pointers and sizes only; ``ops`` launches them."""

@@ -1,0 +1,50 @@
+"""The function of each activation and its slope, on float32 tiles. FUNCTIONS maps core's names to these."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FUNCTIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+"""What each gated activation applies to its gate; the others apply the function of their own name."""
+
+
+@triton.jit
+def function(z, FUNCTION: tl.constexpr):
+    """Return f(z)."""
+    if FUNCTION == "silu":
+        return z / (1.0 + tl.exp(-z))
+    elif FUNCTION == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif FUNCTION == "gelu_tanh":
+        return z * _logistic(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif FUNCTION == "relu":
+        return tl.maximum(z, 0.0)
+    else:
+        tl.static_assert(FUNCTION == "relu_squared")
+        positive = tl.maximum(z, 0.0)
+        return positive * positive
+
+
+@triton.jit
+def slope(z, FUNCTION: tl.constexpr):
+    """Return f'(z); that of relu at 0 is 0."""
+    if FUNCTION == "silu":
+        s = _logistic(z)
+        return s * (1.0 + z * (1.0 - s))
+    elif FUNCTION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
+    elif FUNCTION == "gelu_tanh":
+        s = _logistic(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    elif FUNCTION == "relu":
+        return tl.where(z > 0.0, 1.0, 0.0)
+    else:
+        tl.static_assert(FUNCTION == "relu_squared")
+        return 2.0 * tl.maximum(z, 0.0)
+
+
+@triton.jit
+def _logistic(z):
+    return 1.0 / (1.0 + tl.exp(-z))

@@ -1,0 +1,151 @@
+"""The expert layer as one custom op and its gradient as another; both save nothing but what `Saved` says."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from tokenyard.interfaces import Plan
+from torch import Tensor
+
+from tokenyard_kernels_triton._device import on_device_of
+from tokenyard_kernels_triton.ops import _products as products
+from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
+from tokenyard_kernels_triton.ops._narrow import narrow, narrow_shapes, widen
+
+Save = Literal["pre_activation", "fp8", "recompute"]
+"""What a forward pass keeps of the pre-activation for its backward pass."""
+
+
+@torch.library.custom_op("tokenyard_triton::experts", mutates_args=())
+def experts_op(
+    x: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    top_k: int,
+    activation: str,
+    save: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y [T, D], what is saved of the pre-activation, and its scales."""
+    plan = Plan(order, inverse, offsets, top_k)
+    if order.shape[0] == 0 or x.shape[0] == 0:
+        return torch.zeros_like(x), *_nothing_saved(x, up, 0, save)
+    x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
+    with on_device_of(x):
+        layout = products.Layout(offsets, order.shape[0])
+        z, a = products.up_and_activate(to_rows(x, plan), up, up_bias, layout, activation, save != "recompute")
+        rows = products.times_weight(a, down, down_bias, layout, True, "down")
+        del a
+        y = to_tokens(rows, plan, topk_weights)
+        return y, *(narrow(z, layout.live) if save == "fp8" else (z, x.new_empty(0)))
+
+
+@experts_op.register_fake
+def _(
+    x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor | None, up: Tensor, *rest: Any
+) -> Any:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *_nothing_saved(x, up, order.shape[0], rest[-1])
+
+
+def _nothing_saved(x: Tensor, up: Tensor, rows: int, save: str) -> tuple[Tensor, Tensor]:
+    """Return what is saved, undefined."""
+    width = up.shape[1]
+    if save == "fp8":
+        return narrow_shapes(x, rows, width)
+    return x.new_empty(0 if save == "recompute" else rows, width), x.new_empty(0)
+
+
+@torch.library.custom_op("tokenyard_triton::experts_backward", mutates_args=())
+def experts_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    scales: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    top_k: int,
+    activation: str,
+    save: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Return the gradients of x, topk_weights, up, down, up_bias and down_bias; an empty one where none is needed."""
+    likes = _likes(x, topk_weights, up, down)
+    if order.shape[0] == 0 or x.shape[0] == 0:
+        return [t.new_zeros(t.shape if n else 0) for t, n in zip(likes, needs)]
+    plan = Plan(order, inverse, offsets, top_k)
+    x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
+    grads: list[Tensor | None] = [None] * 6
+    need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
+    with on_device_of(x):
+        layout = products.Layout(offsets, order.shape[0])
+        drows = to_rows(dy, plan)
+        if need_down_bias:
+            grads[5] = products.sum_rows(drows, layout, order, topk_weights)
+        if any(needs[:5]):
+            if save == "recompute":
+                z, _ = products.up_and_activate(to_rows(x, plan), up, up_bias, layout, activation, keep_a=False)
+            elif save == "fp8":
+                z = widen(z, scales, layout.live, x.dtype)
+            dz, weighted, dots = products.activation_gradient(
+                drows, down, down_bias if need_weights else None, z, order, topk_weights, layout, activation
+            )
+            del z
+            if need_weights and topk_weights is not None:
+                grads[1] = sum_dots(dots, plan)
+            if need_down:
+                grads[3] = products.weight_gradient(drows, weighted, layout, "down_gradient")
+            del drows, weighted, dots
+            if need_up:
+                grads[2] = products.weight_gradient(dz, to_rows(x, plan), layout, "up_gradient")
+            if need_up_bias:
+                grads[4] = products.sum_rows(dz, layout, order, None)
+            if need_x:
+                grads[0] = to_tokens(products.times_weight(dz, up, None, layout, False, "input_gradient"), plan, None)
+    return [dy.new_empty(0) if grad is None else grad for grad in grads]
+
+
+@experts_backward_op.register_fake
+def _(dy: Tensor, x: Tensor, z: Tensor, scales: Tensor, *rest: Any) -> list[Tensor]:
+    _, _, _, topk_weights, up, down, _, _, _, _, _, needs = rest
+    likes = _likes(x, topk_weights, up, down)
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0)
+        for t, n in zip(likes, needs)
+    ]
+
+
+def _likes(x: Tensor, topk_weights: Tensor | None, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+    weights = x if topk_weights is None else topk_weights
+    return (x, weights, up, down, up.new_empty(up.shape[:2]), down.new_empty(down.shape[:2]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, order, inverse, offsets, topk_weights, up, down, up_bias, down_bias, top_k, activation, save = inputs
+    _, z, scales = output
+    ctx.mark_non_differentiable(z, scales)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, z, scales, order, inverse, offsets, topk_weights, up, down, up_bias, down_bias)
+    ctx.how = (top_k, activation, save)
+
+
+def _backward(ctx: Any, dy: Tensor, dz: Tensor | None, dscales: Tensor | None) -> tuple[Tensor | None, ...]:
+    need = ctx.needs_input_grad
+    needs = [need[i] for i in (0, 4, 5, 6, 7, 8)]
+    grads = experts_backward_op(dy.contiguous(), *ctx.saved_tensors, *ctx.how, needs)
+    dx, dweights, dup, ddown, dup_bias, ddown_bias = (g if n else None for g, n in zip(grads, needs))
+    return dx, None, None, None, dweights, dup, ddown, dup_bias, ddown_bias, None, None, None
+
+
+experts_op.register_autograd(_backward, setup_context=_setup_context)

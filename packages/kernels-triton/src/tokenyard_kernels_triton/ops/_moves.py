@@ -1,0 +1,83 @@
+"""Launching the moves between tokens and rows; every function allocates what it returns."""
+
+from __future__ import annotations
+
+import torch
+from tokenyard.interfaces import Plan
+from torch import Tensor
+
+from tokenyard_kernels_triton._device import ceil_div, power_of_two
+from tokenyard_kernels_triton.kernels import _moves
+
+_COLUMNS = 2048  # that one program moves at most
+
+
+def to_rows(x: Tensor, plan: Plan, topk_weights: Tensor | None = None, tail: bool = False) -> Tensor:
+    """Copy tokens x [T, D], times their weights if given, to rows [R, D]; the tail is undefined, or zero if asked."""
+    tokens, dim = x.shape
+    rows = x.new_empty(plan.order.shape[0], dim)
+    columns = _columns(dim)
+    grid, live = (tokens, ceil_div(dim, columns)), plan.offsets[-1:]
+    if topk_weights is None:
+        _moves.copy_to_rows[grid](x, rows, plan.inverse, live, dim, TOP_K=plan.top_k, COLUMNS=columns)
+    else:
+        _moves.weigh_to_rows[grid](
+            x, rows, plan.inverse, topk_weights, live, dim, TOP_K=plan.top_k, COLUMNS=columns
+        )
+    if tail:
+        _moves.clear_tail[(ceil_div(len(rows), 32), ceil_div(dim, 128))](
+            rows, live, len(rows), dim, ROWS=32, COLUMNS=128
+        )
+    return rows
+
+
+def to_tokens(rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
+    """Sum each token's rows [R, D], weighted if weights [T, K] are given, in float32, to [T, D]."""
+    dim = rows.shape[1]
+    tokens = plan.inverse.shape[0] // plan.top_k
+    y = rows.new_empty(tokens, dim)
+    columns = _columns(dim)
+    _moves.sum_to_tokens[(tokens, ceil_div(dim, columns))](
+        rows,
+        y,
+        plan.inverse,
+        topk_weights,
+        plan.offsets[-1:],
+        dim,
+        TOP_K=plan.top_k,
+        COLUMNS=columns,
+        WEIGHTED=topk_weights is not None,
+    )
+    return y
+
+
+def dot_with_rows(dy: Tensor, rows: Tensor, plan: Plan) -> Tensor:
+    """Return [T, K] float32: the dot product of dy [T, D] and each of a token's rows; 0 for a dropped slot."""
+    tokens, dim = dy.shape
+    out = dy.new_empty(tokens, plan.top_k, dtype=torch.float32)
+    _moves.dot_with_rows[(tokens * plan.top_k,)](
+        dy, rows, out, plan.inverse, plan.offsets[-1:], dim, TOP_K=plan.top_k, COLUMNS=_columns(dim)
+    )
+    return out
+
+
+def sum_dots(dots: Tensor, plan: Plan) -> Tensor:
+    """Return [T, K] float32: the sum over each slot's row of dots [R, W]; 0 for a dropped slot."""
+    slots = plan.inverse.shape[0]
+    out = dots.new_empty(slots // plan.top_k, plan.top_k)
+    width = dots.shape[1]
+    _moves.sum_dots[(ceil_div(slots, 128),)](
+        dots,
+        out,
+        plan.inverse,
+        plan.offsets[-1:],
+        slots,
+        width,
+        SLOTS=128,
+        WIDTH=min(16, power_of_two(width)),
+    )
+    return out
+
+
+def _columns(dim: int) -> int:
+    return min(_COLUMNS, power_of_two(dim))

@@ -1,0 +1,47 @@
+"""Launching the conversion of a pre-activation to 8 bits and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenyard_kernels_triton._device import ceil_div
+from tokenyard_kernels_triton.kernels import _narrow
+from tokenyard_kernels_triton.kernels._narrow import BLOCK
+
+_DTYPE = torch.float8_e4m3fn
+_ROWS = 32
+
+
+def narrow(z: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Return z [R, W] in float8 and the scales [R, W / 128] of its blocks; rows from `live` on are undefined."""
+    rows, width = z.shape
+    out, scales = narrow_shapes(z, rows, width)
+    _narrow.narrow_rows[(ceil_div(rows, _ROWS), scales.shape[1])](
+        z,
+        out,
+        scales,
+        live,
+        width,
+        scales.shape[1],
+        LARGEST=torch.finfo(_DTYPE).max,
+        ROWS=_ROWS,
+        BLOCK=BLOCK,
+    )
+    return out, scales
+
+
+def narrow_shapes(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return what `narrow` returns, undefined."""
+    scales = like.new_empty(rows, ceil_div(width, BLOCK), dtype=torch.float32)
+    return like.new_empty(rows, width, dtype=_DTYPE), scales
+
+
+def widen(z: Tensor, scales: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return z [R, W] in `dtype`."""
+    rows, width = z.shape
+    out = z.new_empty(rows, width, dtype=dtype)
+    _narrow.widen_rows[(ceil_div(rows, _ROWS), scales.shape[1])](
+        z, scales, out, live, width, scales.shape[1], ROWS=_ROWS, BLOCK=BLOCK
+    )
+    return out

@@ -1,0 +1,58 @@
+"""The plan as a custom op of three launches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_two
+from tokenyard_kernels_triton.kernels import _plan
+
+_SLOTS = 256  # in a block
+_BUCKETS = 32  # that a program counts or adds up at a time
+
+
+@torch.library.custom_op("tokenyard_triton::plan", mutates_args=())
+def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return order [rows], inverse [N] and offsets [E + 1] of topk_ids [T, K]."""
+    slots = topk_ids.numel()
+    order, inverse, offsets = _empty(topk_ids, num_experts, rows)
+    if slots == 0:
+        return order, inverse, offsets.zero_()
+    blocks = ceil_div(slots, _SLOTS)
+    counts = order.new_empty(blocks, num_experts + 1)
+    totals = order.new_empty(num_experts + 1)
+    ids = topk_ids.contiguous()
+    buckets = min(_BUCKETS, power_of_two(num_experts + 1))
+    with on_device_of(ids):
+        _plan.count_blocks[(blocks,)](ids, counts, slots, num_experts, SLOTS=_SLOTS, BUCKETS=buckets)
+        few = min(8, buckets)
+        _plan.add_up_blocks[(ceil_div(num_experts + 1, few),)](
+            counts, totals, blocks, num_experts, BLOCKS=min(256, power_of_two(blocks)), BUCKETS=few
+        )
+        _plan.place_slots[(blocks,)](
+            ids,
+            counts,
+            totals,
+            order,
+            inverse,
+            offsets,
+            slots,
+            rows,
+            num_experts,
+            SLOTS=_SLOTS,
+            EXPERTS=power_of_two(num_experts + 2),
+            num_warps=8,
+        )
+    return order, inverse, offsets
+
+
+@plan_op.register_fake
+def _(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(topk_ids, num_experts, rows)
+
+
+def _empty(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (rows, topk_ids.numel(), num_experts + 1)
+    order, inverse, offsets = (topk_ids.new_empty(size, dtype=torch.int32) for size in sizes)
+    return order, inverse, offsets

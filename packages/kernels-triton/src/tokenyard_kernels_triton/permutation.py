@@ -1,0 +1,30 @@
+"""The `triton` permutation: plans in three launches without host waits, and moves that read each token once."""
+
+from __future__ import annotations
+
+from tokenyard.interfaces import Plan
+from tokenyard.workload import Workload
+from torch import Tensor
+
+from tokenyard_kernels_triton.ops._permutation import permute_op, unpermute_op
+from tokenyard_kernels_triton.ops._plan import plan_op
+
+
+class TritonPermutation:
+    """Plans and moves by Triton kernels; repeatable, without atomics."""
+
+    def __init__(self, workload: Workload):
+        pass
+
+    def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
+        """Sort the slots of topk_ids [T, K] by expert, stably; dropped ones go last, into the tail."""
+        slots = topk_ids.numel()
+        return Plan(*plan_op(topk_ids, num_experts, slots if rows is None else min(rows, slots)), topk_ids.shape[1])
+
+    def permute(self, x: Tensor, plan: Plan) -> Tensor:
+        """Copy tokens x [T, D] to their rows [R, D]; the tail is zero."""
+        return permute_op(x, None, *plan)
+
+    def unpermute(self, rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
+        """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
+        return unpermute_op(rows, topk_weights, *plan)

@@ -1,0 +1,30 @@
+"""The `triton` router: core's top-k router with its logits, selection and weights computed in few launches."""
+
+from __future__ import annotations
+
+import torch
+from tokenyard.numerics import compute_dtype
+from tokenyard.routers import TopKRouter
+from torch import Tensor
+
+from tokenyard_kernels_triton.ops._logits import logits_op
+from tokenyard_kernels_triton.ops._select import select, weigh
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+class TritonRouter(TopKRouter):
+    """Scores tokens by one matrix and selects the K best experts, as ``workload.router`` says."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return x [T, D] times the router's weight, in float32: [T, E]."""
+        narrow = compute_dtype(x)
+        if narrow not in _NARROW:
+            return super().logits(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return logits_op(x.to(narrow), self.weight.to(narrow))
+
+    def choose(self, logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return ids and weights [T, K]; given ids are only weighted."""
+        ids = select(logits, self.selection_bias, self.top_k, self.rule) if topk_ids is None else topk_ids
+        return ids, weigh(logits, ids, self.rule)
