@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from tokenyard_kernels_triton._device import has_copy_engine
 from tokenyard_kernels_triton.kernels._tiles import INTERPRETED
 
 Product = Literal["up", "down", "activation_gradient", "input_gradient", "up_gradient", "down_gradient"]
@@ -38,8 +37,8 @@ class Tiling:
 
 
 _INTERPRETER = Tiling(32, 32, 32, 4, 1, group=2, pieces=2)
-_FLOAT32 = Tiling(64, 64, 32, 4, 3)
-_AMPERE = Tiling(128, 128, 32, 8, 3, pieces=2)
+_FLOAT32 = Tiling(64, 64, 16, 8, 2)
+_POINTERS = Tiling(128, 128, 32, 8, 3, pieces=4)
 
 _HOPPER: dict[Product, Tiling] = {
     "up": Tiling(128, 256, 64, 8, 3),
@@ -51,10 +50,10 @@ _HOPPER: dict[Product, Tiling] = {
 }
 
 
-def tiling(product: Product, dtype: torch.dtype, device: torch.device) -> Tiling:
-    """Return the tiles of a product in a dtype on a device."""
+def tiling(product: Product, dtype: torch.dtype, tma: bool) -> Tiling:
+    """Return the tiles of a product in a dtype, with or without the copy engine."""
     if INTERPRETED.value:
         return _INTERPRETER
     if dtype == torch.float32:
         return _FLOAT32
-    return _HOPPER[product] if has_copy_engine(device) else _AMPERE
+    return _HOPPER[product] if tma else _POINTERS

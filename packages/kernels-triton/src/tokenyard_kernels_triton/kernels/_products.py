@@ -119,25 +119,19 @@ def activation_gradient(
             w = tl.load(topk_weights + slot, mask=r < end, other=0.0)[:, None]
         else:
             w = tl.full([ROWS, 1], 1.0, tl.float32)
-        if PIECES == 1:
-            sums = _finish(total, w, z, dz, weighted, row, end, column, ffn_dim, FUNCTION, PARTS, ROWS, COLUMNS, TMA, TYPE)  # fmt: skip
-        elif PIECES == 2:
-            sums = _finish_halves(total, w, z, dz, weighted, row, end, column, ffn_dim, FUNCTION, PARTS, ROWS, COLUMNS, TMA, TYPE)  # fmt: skip
-        else:
-            tl.static_assert(PIECES == 4)
-            one, two = halves(total, ROWS, COLUMNS)
-            sums = _finish_halves(one, w, z, dz, weighted, row, end, column, ffn_dim, FUNCTION, PARTS, ROWS, COLUMNS // 2, TMA, TYPE)  # fmt: skip
-            sums += _finish_halves(two, w, z, dz, weighted, row, end, column + COLUMNS // 2, ffn_dim, FUNCTION, PARTS, ROWS, COLUMNS // 2, TMA, TYPE)  # fmt: skip
+        sums = _finish_pieces(total, w, z, dz, weighted, row, end, column, ffn_dim, PIECES, FUNCTION, PARTS, ROWS, COLUMNS, TMA, TYPE)  # fmt: skip
         tl.store(dots + r.to(tl.int64) * dots_width + n, sums, mask=r < end)
 
 
 @triton.jit
-def _finish_halves(da, w, z, dz, weighted, row, end, column, ffn_dim, FUNCTION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
-    one, two = halves(da, ROWS, COLUMNS)
-    HALF: tl.constexpr = COLUMNS // 2
-    sums = _finish(one, w, z, dz, weighted, row, end, column, ffn_dim, FUNCTION, PARTS, ROWS, HALF, TMA, TYPE)
-    sums += _finish(two, w, z, dz, weighted, row, end, column + HALF, ffn_dim, FUNCTION, PARTS, ROWS, HALF, TMA, TYPE)
-    return sums
+def _finish_pieces(da, w, z, dz, weighted, row, end, column, ffn_dim, PIECES: tl.constexpr, FUNCTION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
+    if PIECES == 1:
+        return _finish(da, w, z, dz, weighted, row, end, column, ffn_dim, FUNCTION, PARTS, ROWS, COLUMNS, TMA, TYPE)
+    else:
+        HALF: tl.constexpr = COLUMNS // 2
+        one, two = halves(da, ROWS, COLUMNS)
+        sums = _finish_pieces(one, w, z, dz, weighted, row, end, column, ffn_dim, PIECES // 2, FUNCTION, PARTS, ROWS, HALF, TMA, TYPE)  # fmt: skip
+        return sums + _finish_pieces(two, w, z, dz, weighted, row, end, column + HALF, ffn_dim, PIECES // 2, FUNCTION, PARTS, ROWS, HALF, TMA, TYPE)  # fmt: skip
 
 
 @triton.jit

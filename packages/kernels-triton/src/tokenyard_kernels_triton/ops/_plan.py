@@ -41,8 +41,8 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
             rows,
             num_experts,
             SLOTS=_SLOTS,
+            CHUNK=32,
             EXPERTS=power_of_two(num_experts + 2),
-            num_warps=8,
         )
     return order, inverse, offsets
 

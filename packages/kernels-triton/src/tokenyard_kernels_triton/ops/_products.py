@@ -74,11 +74,11 @@ def up_and_activate(
     parts = 2 if is_gated(activation) else 1
     width = up.shape[1]
     ffn_dim = width // parts
-    how = tiling("up", x.dtype, x.device)
-    columns = how.columns // parts
     z = x.new_empty(layout.rows if keep_z else 0, width)
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
     tma = _tma(x, up, z[:, :ffn_dim], a)
+    how = tiling("up", x.dtype, tma)
+    columns = how.columns // parts
     _products.up_and_activate[_grid(x, layout.bound(how.rows) * ceil_div(ffn_dim, columns))](
         ragged(x, 1, (how.rows, how.depth), tma),
         stacked(up, parts, (columns, how.depth), tma),
@@ -104,9 +104,9 @@ def times_weight(
 ) -> Tensor:
     """Return rows [R, M] times each expert's weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
     width = weight.shape[1 if transposed else 2]
-    how = tiling(product, rows.dtype, rows.device)
     out = rows.new_empty(layout.rows, width)
     tma = _tma(rows, weight, out)
+    how = tiling(product, rows.dtype, tma)
     block = (how.columns, how.depth) if transposed else (how.depth, how.columns)
     _products.times_weight[_grid(rows, layout.bound(how.rows) * ceil_div(width, how.columns))](
         ragged(rows, 1, (how.rows, how.depth), tma),
@@ -137,12 +137,12 @@ def activation_gradient(
     """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, .] that sum to a row's gate gradient."""
     parts = 2 if is_gated(activation) else 1
     dim, ffn_dim = down.shape[1:]
-    how = tiling("activation_gradient", dy.dtype, dy.device)
-    tiles = ceil_div(ffn_dim, how.columns)
     dz, weighted = torch.empty_like(z), dy.new_empty(layout.rows, ffn_dim)
+    tma = _tma(dy, down, z[:, :ffn_dim], weighted)
+    how = tiling("activation_gradient", dy.dtype, tma)
+    tiles = ceil_div(ffn_dim, how.columns)
     width = tiles + (down_bias is not None)
     dots = dy.new_empty(layout.rows, width, dtype=torch.float32)
-    tma = _tma(dy, down, z[:, :ffn_dim], weighted)
     piece = (how.rows, how.columns // how.pieces)
     _products.activation_gradient[_grid(dy, layout.bound(how.rows) * tiles)](
         ragged(dy, 1, (how.rows, how.depth), tma),
@@ -173,10 +173,10 @@ def activation_gradient(
 
 def weight_gradient(left: Tensor, right: Tensor, layout: Layout, product: Product) -> Tensor:
     """Return [E, M, N]: over each expert's rows, left [R, M] transposed times right [R, N]; zero where it has none."""
-    how = tiling(product, left.dtype, left.device)
     rows, columns = left.shape[1], right.shape[1]
     out = left.new_empty(layout.num_experts, rows, columns)
     tma = _tma(left, right, out)
+    how = tiling(product, left.dtype, tma)
     each = ceil_div(rows, how.rows) * ceil_div(columns, how.columns)
     _products.weight_gradient[_grid(left, layout.num_experts * each)](
         ragged(left, 1, (how.depth, how.rows), tma),

@@ -1,0 +1,130 @@
+"""Compile what an expert layer launches for sm_90, on a machine that needs no GPU; print one JSON record a kernel.
+
+Run as a program, with Triton not interpreting. The launches are the package's own, on CPU tensors whose contents nobody
+reads: instead of running, each kernel is compiled, and its binary asked for registers, spills and wgmma instructions.
+"""
+
+import contextlib
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tokenyard import Workload
+from tokenyard.activations import up_rows
+from tokenyard.interfaces import ExpertWeights, Plan
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHAPES = {"wide": (512, 2048, 1536, 8, 2), "odd": (100, 60, 36, 6, 2)}  # T, D, F, E, K; odd: no tensor descriptors
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self):
+        return TARGET
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compiling(found):
+    """Compile every launched kernel instead, and append (name, kernel) to `found`."""
+    run = JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append((self.fn.__name__, kernel))
+        return kernel
+
+    driver.set_active(Hopper())
+    JITFunction.run = warm_up
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+def usage(kernel):
+    """Return registers, bytes spilled, shared memory and matrix instructions of a compiled kernel."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    counts = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": int(counts["REG"]),
+        "spilled": int(counts["STACK"]) + int(counts["LOCAL"]),
+        "shared": kernel.metadata.shared,
+        "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m\d+n\d+k\d+)", ptx))),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "tma": "cp.async.bulk.tensor" in ptx,
+    }
+
+
+def layer(shape, dtype, activation, bias, save):
+    """Run one forward and backward pass of a layer."""
+    from tokenyard_kernels_triton.experts import TritonExperts
+    from tokenyard_kernels_triton.permutation import TritonPermutation
+
+    tokens, dim, ffn_dim, experts, top_k = shape
+    workload = Workload(dim, ffn_dim, experts, top_k, activation, bias=bias, dtype=dtype)
+    kernel = TritonExperts(workload, None, save=save)
+    ids = torch.zeros(tokens, top_k, dtype=torch.int32)
+    plan = TritonPermutation(workload).plan(ids, experts)
+    rows = up_rows(activation, ffn_dim)
+
+    def leaf(*size, dtype=dtype):
+        return torch.zeros(size, dtype=dtype, requires_grad=True)
+
+    biases = (leaf(experts, rows), leaf(experts, dim)) if bias else (None, None)
+    weights = ExpertWeights(leaf(experts, rows, dim), leaf(experts, dim, ffn_dim), *biases)
+    x, topk_weights = leaf(tokens, dim), leaf(tokens, top_k, dtype=torch.float32)
+    y = kernel(x, Plan(*plan), topk_weights, weights)
+    y.backward(torch.zeros_like(y))
+
+
+def main():
+    import tokenyard_kernels_triton._device as device
+
+    device.processors.__wrapped__  # it stands; its result is a Hopper's here
+    for module in [m for name, m in sys.modules.items() if name.startswith("tokenyard_kernels_triton")]:
+        if hasattr(module, "processors"):
+            module.processors = functools.cache(lambda device: 132)
+    seen = set()
+    for name, dtype, activation, bias, save in (
+        ("wide", torch.bfloat16, "swiglu", False, "pre_activation"),
+        ("wide", torch.bfloat16, "swiglu", False, "recompute"),
+        ("wide", torch.float16, "gelu_tanh", True, "fp8"),
+        ("odd", torch.bfloat16, "geglu", True, "pre_activation"),
+        ("wide", torch.float32, "swiglu", False, "pre_activation"),
+    ):
+        found = []
+        with compiling(found):
+            layer(SHAPES[name], dtype, activation, bias, save)
+        for kernel_name, kernel in found:
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                head = {"case": name, "dtype": str(dtype).removeprefix("torch."), "activation": activation}
+                print(json.dumps(head | {"kernel": kernel_name} | usage(kernel)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
