@@ -1,4 +1,4 @@
-"""The Triton backends pass core's kit: in the interpreter on a CPU, and on a GPU as they are."""
+"""The backends pass core's kit: Triton in the interpreter on a CPU, and everything on a GPU as it is."""
 
 import pytest
 
@@ -10,9 +10,44 @@ class TestTritonExperts(ExpertsConformance):
     tile = 32
 
 
+@pytest.mark.gpu
+class TestTritonExpertsFp8(ExpertsConformance):
+    backend = "triton"
+    options = {"save": "fp8"}
+    quantised = True
+    tile = 32
+
+
+@pytest.mark.gpu
+class TestTritonExpertsRecompute(ExpertsConformance):
+    backend = "triton"
+    options = {"save": "recompute"}
+    tile = 32
+
+
 class TestTritonPermutation(PermutationConformance):
     backend = "triton"
 
 
 class TestTritonRouter(RouterConformance):
     backend = "triton"
+
+
+@pytest.mark.gpu
+class TestGluonExperts(ExpertsConformance):
+    backend = "gluon"
+    tile = 128
+
+
+@pytest.mark.gpu
+class TestGluonExpertsOfManySlices(ExpertsConformance):
+    backend = "gluon"
+    tile = 128
+    dim, ffn_dim = 328, 456
+
+
+@pytest.mark.gpu
+class TestTritonExpertsOfManySlices(ExpertsConformance):
+    backend = "triton"
+    tile = 128
+    dim, ffn_dim = 330, 452

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from importlib import metadata
 
 import torch
 from tokenyard import Backend, Workload, hookimpl
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_GLUON = ("3.6", "3.7", "3.8", "3.9")  # Gluon is experimental: its names change between versions
 _FAST, _LAST = 20, -20  # before core's backends on a GPU, behind all of them in the interpreter
 
 
@@ -28,6 +30,23 @@ def no_triton(workload: Workload) -> str | None:
         return f"'triton' needs a GPU of compute capability 8.0 or later, and this is {major}.{minor}"
     if workload.dtype not in _DTYPES:
         return f"'triton' computes in bfloat16, float16 and float32, not in {_short(workload.dtype)}"
+    return None
+
+
+def no_gluon(workload: Workload) -> str | None:
+    """Say why the kernels for Hopper cannot be used for a workload."""
+    if (reason := no_triton(workload)) is not None:
+        return reason.replace("'triton'", "'gluon'", 1)
+    if workload.device.type != "cuda" or workload.capability is None or workload.capability[0] != 9:
+        return "'gluon' needs a Hopper GPU (compute capability 9.0)"
+    if workload.dtype not in (torch.bfloat16, torch.float16):
+        return f"'gluon' computes in bfloat16 and float16, not in {_short(workload.dtype)}"
+    for name in ("dim", "ffn_dim"):
+        if getattr(workload, name) % 8:
+            return f"'gluon' needs rows of whole 16 bytes, and {name} is {getattr(workload, name)}, not a multiple of 8"
+    version = ".".join(metadata.version("triton").split(".")[:2])
+    if version not in _GLUON:
+        return f"'gluon' was tried with Triton {', '.join(_GLUON)}, and {version} is installed"
     return None
 
 
@@ -68,5 +87,8 @@ def tokenyard_permutations() -> list[Backend]:
 
 @hookimpl
 def tokenyard_experts() -> list[Backend]:
-    """Offer the fused experts."""
-    return [Backend("triton", "tokenyard_kernels_triton.experts:TritonExperts", _PRIORITY, no_triton)]
+    """Offer the experts: for any GPU, and for Hopper."""
+    return [
+        Backend("triton", "tokenyard_kernels_triton.experts:TritonExperts", _PRIORITY, no_triton),
+        Backend("gluon", "tokenyard_kernels_triton.experts:GluonExperts", _PRIORITY + 10, no_gluon),
+    ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import ClassVar, get_args
 
 from tokenyard.errors import ConfigError
 from tokenyard.interfaces import ExpertWeights, Permutation, Plan
 from tokenyard.workload import Workload
 from torch import Tensor
 
-from tokenyard_kernels_triton.ops._experts import Save, experts_op
+from tokenyard_kernels_triton.ops._experts import Products, Save, experts_op
 
 
 class TritonExperts:
@@ -21,6 +21,8 @@ class TritonExperts:
     another word.
     """
 
+    products: ClassVar[Products] = "portable"
+
     def __init__(self, workload: Workload, permutation: Permutation, save: Save = "pre_activation"):
         if save not in get_args(Save):
             known = ", ".join(get_args(Save))
@@ -29,5 +31,11 @@ class TritonExperts:
 
     def __call__(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
-        y, _, _ = experts_op(x, *plan[:3], topk_weights, *weights, plan.top_k, self.activation, self.save)
+        y, _, _ = experts_op(x, *plan[:3], topk_weights, *weights, plan.top_k, self.activation, self.save, self.products)
         return y
+
+
+class GluonExperts(TritonExperts):
+    """The same with its products written in Gluon, for Hopper: warps that load, and warpgroups that multiply."""
+
+    products = "hopper"

@@ -1,4 +1,4 @@
-"""How large the tiles of each product are."""
+"""How large the tiles of each product are: measured on one H200 for Hopper, by rule elsewhere. Nothing tunes at run time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
 from tokenyard_kernels_triton.kernels._tiles import INTERPRETED
 
 Product = Literal["up", "down", "activation_gradient", "input_gradient", "up_gradient", "down_gradient"]
@@ -13,47 +14,63 @@ Product = Literal["up", "down", "activation_gradient", "input_gradient", "up_gra
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tile of one product: `rows` by `columns` of the output, `depth` of what is summed over at a time."""
+    """The tile of one portable product: `rows` by `columns` of the output, `depth` of what is summed over at a time."""
 
     rows: int
     columns: int  # of the output; of a gated up product, gate and up together
     depth: int
     warps: int
-    stages: int  # tiles that are loaded ahead
-    group: int = 8  # row tiles that share a column of weights while it is in cache
-    flatten: bool = False  # load the next tile's operands while this one's results are written
-    pieces: int = 1  # the epilogue takes the columns in so many pieces
+    stages: int  # slices that are loaded ahead
+    group: int = 16  # row tiles that one column of weights is used for while it is in cache
 
     def options(self) -> dict[str, Any]:
         """Return what every product's launch takes."""
+        return {"ROWS": self.rows, "DEPTH": self.depth, "num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class HopperTiling:
+    """The tile of one product on Hopper: 128 rows by `columns` of the output."""
+
+    stages: int = 3  # slices that are loaded ahead
+    chunk: int = 64  # columns that leave at a time
+    buffers: int = 1  # of so many columns
+    columns: int = 256
+    depth: int = 64
+    group: int = 32  # row tiles that one column of weights is used for while it is in cache
+
+    def options(self) -> dict[str, int]:
+        """Return what every product's launch takes."""
         return {
-            "ROWS": self.rows,
+            "COLUMNS": self.columns,
             "DEPTH": self.depth,
-            "GROUP": self.group,
-            "FLATTEN": self.flatten,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
+            "CHUNK": self.chunk,
+            "STAGES": self.stages,
+            "BUFFERS": self.buffers,
         }
 
 
-_INTERPRETER = Tiling(32, 32, 32, 4, 1, group=2, pieces=2)
+_INTERPRETER = Tiling(32, 32, 32, 4, 1, group=2)
 _FLOAT32 = Tiling(64, 64, 16, 8, 2)
-_POINTERS = Tiling(128, 128, 32, 8, 3, pieces=4)
+_NARROW = Tiling(128, 128, 32, 8, 3)
 
-_HOPPER: dict[Product, Tiling] = {
-    "up": Tiling(128, 256, 64, 8, 3),
-    "down": Tiling(128, 256, 64, 8, 3),
-    "activation_gradient": Tiling(128, 256, 64, 8, 3, pieces=4),
-    "input_gradient": Tiling(128, 256, 64, 8, 3),
-    "up_gradient": Tiling(128, 256, 64, 8, 3),
-    "down_gradient": Tiling(128, 256, 64, 8, 3),
+_HOPPER: dict[Product, HopperTiling] = {
+    "up": HopperTiling(stages=3, chunk=64),
+    "down": HopperTiling(stages=3, chunk=128, buffers=2),
+    "activation_gradient": HopperTiling(stages=3, chunk=128, buffers=2),
+    "input_gradient": HopperTiling(stages=4, chunk=64, buffers=2),
+    "up_gradient": HopperTiling(stages=4, chunk=64, buffers=2, group=16),
+    "down_gradient": HopperTiling(stages=4, chunk=64, buffers=2, group=16),
 }
 
 
-def tiling(product: Product, dtype: torch.dtype, tma: bool) -> Tiling:
-    """Return the tiles of a product in a dtype, with or without the copy engine."""
+def portable_tiling(product: Product, dtype: torch.dtype) -> Tiling:
+    """Return the tiles of a product in a dtype on any GPU."""
     if INTERPRETED.value:
         return _INTERPRETER
-    if dtype == torch.float32:
-        return _FLOAT32
-    return _HOPPER[product] if tma else _POINTERS
+    return _FLOAT32 if dtype == torch.float32 else _NARROW
+
+
+def hopper_tiling(product: Product) -> HopperTiling:
+    """Return the tiles of a product on Hopper, in bfloat16 or float16."""
+    return _HOPPER[product]

@@ -1,4 +1,4 @@
-"""The function of each activation and its slope, on float32 tiles. FUNCTIONS maps core's names to these."""
+"""The function of each activation and its slope, on float32 tiles."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ def function(z, FUNCTION: tl.constexpr):
 
 
 @triton.jit
-def slope(z, FUNCTION: tl.constexpr):
-    """Return f'(z); that of relu at 0 is 0."""
+def function_and_slope(z, FUNCTION: tl.constexpr):
+    """Return f(z) and f'(z); the slope of relu at 0 is 0."""
     if FUNCTION == "silu":
         s = _logistic(z)
-        return s * (1.0 + z * (1.0 - s))
+        return z * s, s + z * s * (1.0 - s)
     elif FUNCTION == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
+        below = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        return z * below, below + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
     elif FUNCTION == "gelu_tanh":
         s = _logistic(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        return z * s, s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     elif FUNCTION == "relu":
-        return tl.where(z > 0.0, 1.0, 0.0)
+        return tl.maximum(z, 0.0), tl.where(z > 0.0, 1.0, 0.0)
     else:
         tl.static_assert(FUNCTION == "relu_squared")
-        return 2.0 * tl.maximum(z, 0.0)
+        positive = tl.maximum(z, 0.0)
+        return positive * positive, 2.0 * positive
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tokenyard_kernels_triton.kernels._activations import function_and_slope
+from tokenyard_kernels_triton.kernels._schedule import tile_at
 from tokenyard_kernels_triton.kernels._tiles import rounded
 
 
@@ -85,6 +87,33 @@ def dot_with_rows(dy, rows, dweights, inverse, live, dim, TOP_K: tl.constexpr, C
 
 
 @triton.jit
+def differentiate(da, z, dz, weighted, dots, order, topk_weights, live, ffn_dim, dots_width, FUNCTION: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """From a row of da' [R, F], not weighted, write dz, the weighted activation w * a, and the row dot <da', a>."""
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(live):
+        w = 1.0
+        if WEIGHTED:
+            w = tl.load(topk_weights + tl.load(order + row)).to(tl.float32)
+        total = tl.zeros([COLUMNS], tl.float32)
+        for first in range(0, ffn_dim, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            mask = column < ffn_dim
+            gradient = tl.load(da + row * ffn_dim + column, mask=mask, other=0.0).to(tl.float32)
+            gate = tl.load(z + row * PARTS * ffn_dim + column, mask=mask, other=0.0).to(tl.float32)
+            a, slope = function_and_slope(gate, FUNCTION)
+            slope *= gradient * w
+            at = dz + row * PARTS * ffn_dim + column
+            if PARTS == 2:
+                up = tl.load(z + (row * 2 + 1) * ffn_dim + column, mask=mask, other=0.0).to(tl.float32)
+                tl.store(at + ffn_dim, rounded(gradient * w * a, dz.dtype.element_ty), mask=mask)
+                a, slope = a * up, slope * up
+            tl.store(at, rounded(slope, dz.dtype.element_ty), mask=mask)
+            tl.store(weighted + row * ffn_dim + column, rounded(a * w, dz.dtype.element_ty), mask=mask)
+            total += gradient * a
+        tl.store(dots + row * dots_width, tl.sum(total))
+
+
+@triton.jit
 def sum_dots(dots, dweights, inverse, live, slots, width, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
     """Write dweights [N]: the sum over each slot's row of dots [R, width]; 0 for a dropped slot."""
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
@@ -103,8 +132,7 @@ def bias_dots(dy, bias, dots, tiles, dim, dots_width, at, ROWS: tl.constexpr, CO
     """Write column `at` of dots [R, .]: the dot product of each row dy [R, D] and its expert's bias [E, D]."""
     tile = tl.program_id(0)
     if tile < tl.load(tiles):
-        entry = tiles + 1 + 3 * tile
-        expert, row, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        expert, row, end, _ = tile_at(tiles, 1, tile, ROWS)
         r = row + tl.arange(0, ROWS)
         total = tl.zeros([ROWS], tl.float32)
         for first in range(0, dim, COLUMNS):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any, Literal
 
 import torch
@@ -9,12 +11,21 @@ from tokenyard.interfaces import Plan
 from torch import Tensor
 
 from tokenyard_kernels_triton._device import on_device_of
-from tokenyard_kernels_triton.ops import _products as products
+from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
+from tokenyard_kernels_triton.ops._layout import Layout
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
 from tokenyard_kernels_triton.ops._narrow import narrow, narrow_shapes, widen
 
 Save = Literal["pre_activation", "fp8", "recompute"]
 """What a forward pass keeps of the pre-activation for its backward pass."""
+
+Products = Literal["portable", "hopper"]
+"""Who computes the products: the module ``ops._portable`` or ``ops._hopper``."""
+
+
+@functools.cache
+def _products(name: str) -> Any:
+    return importlib.import_module(f"tokenyard_kernels_triton.ops._{name}")
 
 
 @torch.library.custom_op("tokenyard_triton::experts", mutates_args=())
@@ -31,14 +42,15 @@ def experts_op(
     top_k: int,
     activation: str,
     save: str,
+    kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [T, D], what is saved of the pre-activation, and its scales."""
     plan = Plan(order, inverse, offsets, top_k)
     if order.shape[0] == 0 or x.shape[0] == 0:
         return torch.zeros_like(x), *_nothing_saved(x, up, 0, save)
-    x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
+    x, up, down = (_aligned(t) for t in (x, up, down))
     with on_device_of(x):
-        layout = products.Layout(offsets, order.shape[0])
+        layout, products = Layout(offsets, order.shape[0]), _products(kernels)
         z, a = products.up_and_activate(to_rows(x, plan), up, up_bias, layout, activation, save != "recompute")
         rows = products.times_weight(a, down, down_bias, layout, True, "down")
         del a
@@ -50,7 +62,7 @@ def experts_op(
 def _(
     x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor | None, up: Tensor, *rest: Any
 ) -> Any:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), *_nothing_saved(x, up, order.shape[0], rest[-1])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *_nothing_saved(x, up, order.shape[0], rest[-2])
 
 
 def _nothing_saved(x: Tensor, up: Tensor, rows: int, save: str) -> tuple[Tensor, Tensor]:
@@ -78,6 +90,7 @@ def experts_backward_op(
     top_k: int,
     activation: str,
     save: str,
+    kernels: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """Return the gradients of x, topk_weights, up, down, up_bias and down_bias; an empty one where none is needed."""
@@ -85,23 +98,23 @@ def experts_backward_op(
     if order.shape[0] == 0 or x.shape[0] == 0:
         return [t.new_zeros(t.shape if n else 0) for t, n in zip(likes, needs)]
     plan = Plan(order, inverse, offsets, top_k)
-    x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
+    x, up, down = (_aligned(t) for t in (x, up, down))
     grads: list[Tensor | None] = [None] * 6
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
     with on_device_of(x):
-        layout = products.Layout(offsets, order.shape[0])
-        drows = to_rows(dy, plan)
+        layout, products = Layout(offsets, order.shape[0]), _products(kernels)
+        drows = to_rows(dy.contiguous(), plan)
         if need_down_bias:
-            grads[5] = products.sum_rows(drows, layout, order, topk_weights)
+            grads[5] = sum_rows(drows, layout, order, topk_weights)
         if any(needs[:5]):
             if save == "recompute":
                 z, _ = products.up_and_activate(to_rows(x, plan), up, up_bias, layout, activation, keep_a=False)
             elif save == "fp8":
                 z = widen(z, scales, layout.live, x.dtype)
-            dz, weighted, dots = products.activation_gradient(
-                drows, down, down_bias if need_weights else None, z, order, topk_weights, layout, activation
-            )
-            del z
+            da = products.times_weight(drows, down, None, layout, False, "activation_gradient")
+            bias = down_bias if need_weights else None
+            dz, weighted, dots = differentiate(da, drows, z, bias, order, topk_weights, layout, activation)
+            del z, da
             if need_weights and topk_weights is not None:
                 grads[1] = sum_dots(dots, plan)
             if need_down:
@@ -110,7 +123,7 @@ def experts_backward_op(
             if need_up:
                 grads[2] = products.weight_gradient(dz, to_rows(x, plan), layout, "up_gradient")
             if need_up_bias:
-                grads[4] = products.sum_rows(dz, layout, order, None)
+                grads[4] = sum_rows(dz, layout, order, None)
             if need_x:
                 grads[0] = to_tokens(products.times_weight(dz, up, None, layout, False, "input_gradient"), plan, None)
     return [dy.new_empty(0) if grad is None else grad for grad in grads]
@@ -118,12 +131,18 @@ def experts_backward_op(
 
 @experts_backward_op.register_fake
 def _(dy: Tensor, x: Tensor, z: Tensor, scales: Tensor, *rest: Any) -> list[Tensor]:
-    _, _, _, topk_weights, up, down, _, _, _, _, _, needs = rest
+    _, _, _, topk_weights, up, down, _, _, _, _, _, _, needs = rest
     likes = _likes(x, topk_weights, up, down)
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0)
         for t, n in zip(likes, needs)
     ]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor that is contiguous and begins at a multiple of 16 bytes, as the copy engine needs it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _likes(x: Tensor, topk_weights: Tensor | None, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
@@ -132,12 +151,12 @@ def _likes(x: Tensor, topk_weights: Tensor | None, up: Tensor, down: Tensor) -> 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, order, inverse, offsets, topk_weights, up, down, up_bias, down_bias, top_k, activation, save = inputs
+    x, order, inverse, offsets, topk_weights, up, down, up_bias, down_bias, top_k, activation, save, kernels = inputs
     _, z, scales = output
     ctx.mark_non_differentiable(z, scales)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, z, scales, order, inverse, offsets, topk_weights, up, down, up_bias, down_bias)
-    ctx.how = (top_k, activation, save)
+    ctx.how = (top_k, activation, save, kernels)
 
 
 def _backward(ctx: Any, dy: Tensor, dz: Tensor | None, dscales: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -145,7 +164,7 @@ def _backward(ctx: Any, dy: Tensor, dz: Tensor | None, dscales: Tensor | None) -
     needs = [need[i] for i in (0, 4, 5, 6, 7, 8)]
     grads = experts_backward_op(dy.contiguous(), *ctx.saved_tensors, *ctx.how, needs)
     dx, dweights, dup, ddown, dup_bias, ddown_bias = (g if n else None for g, n in zip(grads, needs))
-    return dx, None, None, None, dweights, dup, ddown, dup_bias, ddown_bias, None, None, None
+    return dx, None, None, None, dweights, dup, ddown, dup_bias, ddown_bias, None, None, None, None
 
 
 experts_op.register_autograd(_backward, setup_context=_setup_context)

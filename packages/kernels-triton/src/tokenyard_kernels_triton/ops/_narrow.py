@@ -14,12 +14,12 @@ _ROWS = 32
 
 
 def narrow(z: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Return z [R, W] in float8 and the scales [R, W / 128] of its blocks; rows from `live` on are undefined."""
+    """Return z [R, W] in float8, as bytes, and the scales [R, W / 128] of its blocks; the tail is undefined."""
     rows, width = z.shape
     out, scales = narrow_shapes(z, rows, width)
     _narrow.narrow_rows[(ceil_div(rows, _ROWS), scales.shape[1])](
         z,
-        out,
+        out.view(_DTYPE),
         scales,
         live,
         width,
@@ -34,7 +34,7 @@ def narrow(z: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
 def narrow_shapes(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
     """Return what `narrow` returns, undefined."""
     scales = like.new_empty(rows, ceil_div(width, BLOCK), dtype=torch.float32)
-    return like.new_empty(rows, width, dtype=_DTYPE), scales
+    return like.new_empty(rows, width, dtype=torch.uint8), scales
 
 
 def widen(z: Tensor, scales: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
@@ -42,6 +42,6 @@ def widen(z: Tensor, scales: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor
     rows, width = z.shape
     out = z.new_empty(rows, width, dtype=dtype)
     _narrow.widen_rows[(ceil_div(rows, _ROWS), scales.shape[1])](
-        z, scales, out, live, width, scales.shape[1], ROWS=_ROWS, BLOCK=BLOCK
+        z.view(_DTYPE), scales, out, live, width, scales.shape[1], ROWS=_ROWS, BLOCK=BLOCK
     )
     return out

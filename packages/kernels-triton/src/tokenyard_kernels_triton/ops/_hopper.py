@@ -1,0 +1,127 @@
+"""Launching the products for Hopper; the functions are those of ``_portable``, and so is what they return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.experimental.gluon.language as gl
+from tokenyard.activations import is_gated
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tokenyard_kernels_triton._device import ceil_div, processors
+from tokenyard_kernels_triton.kernels import _hopper
+from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
+from tokenyard_kernels_triton.ops._layout import Layout
+from tokenyard_kernels_triton.tiling import HopperTiling, Product, hopper_tiling
+
+ROWS = 128  # of a tile
+_REGISTERS = 168  # of a thread, at the start: two warpgroups and the loader's share 65536
+
+
+_RAGGED_ROWS = 1 << 30  # more than a ragged matrix has
+_MANY = 0x7FFF0000
+_WRAP = 1 << 34  # times _RAGGED_ROWS, it is a multiple of 2^64
+
+
+def _ragged(rows: Tensor, parts: int, block: tuple[int, int]) -> TensorDescriptor:
+    """Describe rows [R, parts * W], for boxes of `block` rows and columns of one part that end with their expert."""
+    width, box = rows.shape[1], [1, 1, block[0], 1, block[1]]
+    shape = [_MANY, _MANY, _RAGGED_ROWS, parts, width // parts]
+    strides = [_WRAP - width, width, width, width // parts, 1]
+    return TensorDescriptor(rows, shape, strides, box, _layout(box, rows))
+
+
+def _stacked(weights: Tensor, parts: int, block: tuple[int, int]) -> TensorDescriptor:
+    """Describe weights [E, parts * M, N], for boxes of `block` rows of each part and columns."""
+    experts, rows, columns = weights.shape
+    box = [1, parts, *block]
+    split = weights.view(experts, parts, rows // parts, columns)
+    return TensorDescriptor.from_tensor(split, box, _layout(box, weights))
+
+
+def _layout(box: list[int], like: Tensor) -> gl.NVMMASharedLayout:
+    size = like.element_size()
+    return gl.NVMMASharedLayout(min(128, box[-1] * size), 8 * size, rank=len(box))
+
+
+def _options(x: Tensor, how: HopperTiling) -> dict[str, Any]:
+    return how.options() | {"PROGRAMS": processors(x.device), "num_warps": 4, "maxnreg": _REGISTERS}
+
+
+def _grid(x: Tensor, tiles: int) -> tuple[int]:
+    return (min(processors(x.device), tiles),)
+
+
+def up_and_activate(
+    x: Tensor, up: Tensor, bias: Tensor | None, layout: Layout, activation: str, keep_z: bool = True, keep_a: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
+    parts = 2 if is_gated(activation) else 1
+    width = up.shape[1]
+    ffn_dim = width // parts
+    how = hopper_tiling("up")
+    columns = how.columns // parts
+    z = x.new_empty(layout.rows if keep_z else 0, width)
+    a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
+    _hopper.up_and_activate[_grid(x, layout.bound(ROWS) * ceil_div(ffn_dim, columns))](
+        _ragged(x, 1, (64, how.depth)),
+        _stacked(up, parts, (columns, how.depth)),
+        bias,
+        _ragged(z, parts, (64, how.chunk)) if keep_z else None,
+        _ragged(a, 1, (64, how.chunk)),
+        layout.tiles(ROWS, how.group),
+        x.shape[1],
+        ffn_dim,
+        FUNCTION=FUNCTIONS.get(activation, activation),
+        PARTS=parts,
+        BIAS=bias is not None,
+        KEEP_Z=keep_z,
+        KEEP_A=keep_a,
+        **_options(x, how),
+    )
+    return z, a
+
+
+def times_weight(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, transposed: bool, product: Product
+) -> Tensor:
+    """Return rows [R, M] times each expert's weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
+    width = weight.shape[1 if transposed else 2]
+    how = hopper_tiling(product)
+    out = rows.new_empty(layout.rows, width)
+    block = (how.columns, how.depth) if transposed else (how.depth, how.columns)
+    _hopper.times_weight[_grid(rows, layout.bound(ROWS) * ceil_div(width, how.columns))](
+        _ragged(rows, 1, (64, how.depth)),
+        _stacked(weight, 1, block),
+        bias,
+        _ragged(out, 1, (64, how.chunk)),
+        layout.tiles(ROWS, how.group),
+        rows.shape[1],
+        width,
+        B_BY_DEPTH=not transposed,
+        BIAS=bias is not None,
+        **_options(rows, how),
+    )
+    return out
+
+
+def weight_gradient(left: Tensor, right: Tensor, layout: Layout, product: Product) -> Tensor:
+    """Return [E, M, N]: over each expert's rows, left [R, M] transposed times right [R, N]; zero where it has none."""
+    rows, columns = left.shape[1], right.shape[1]
+    how = hopper_tiling(product)
+    out = left.new_empty(layout.num_experts, rows, columns)
+    each = ceil_div(rows, ROWS) * ceil_div(columns, how.columns)
+    _hopper.weight_gradient[_grid(left, layout.num_experts * each)](
+        _ragged(left, 1, (how.depth, 64)),
+        _ragged(right, 1, (how.depth, how.columns)),
+        _stacked(out, 1, (64, how.chunk)),
+        layout.offsets,
+        layout.largest_first(),
+        layout.num_experts,
+        rows,
+        columns,
+        GROUP=how.group,
+        **_options(left, how),
+    )
+    return out

@@ -1,0 +1,60 @@
+"""Where the rows of a plan stand, and the tile lists that the products walk over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from tokenyard_kernels_triton._device import ceil_div, power_of_two
+from tokenyard_kernels_triton.kernels import _schedule
+
+
+@dataclass
+class Layout:
+    """The rows of a plan, and their tile lists, made once for each tile size."""
+
+    offsets: Tensor  # [E + 1]
+    rows: int  # R
+    _lists: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    by_rows: Tensor | None = None  # [E] int32: experts, those with most rows first
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def live(self) -> Tensor:
+        """[1]: how many rows there are before the tail."""
+        return self.offsets[-1:]
+
+    def bound(self, tile: int) -> int:
+        """Return how many tiles of so many rows there are at most."""
+        return ceil_div(self.rows, tile) + self.num_experts
+
+    def tiles(self, tile: int, group: int) -> Tensor:
+        """Return the list of tiles of so many rows, at most `group` in a group; see ``kernels._schedule``."""
+        if (tile, group) not in self._lists:
+            tiles = self.offsets.new_empty(1 + _schedule.FIELDS * self.bound(tile))
+            self.by_rows = self.offsets.new_empty(self.num_experts)
+            _schedule.list_tiles[(self.num_experts,)](
+                self.offsets,
+                tiles,
+                self.by_rows,
+                self.num_experts,
+                TILE=tile,
+                GROUP=group,
+                EXPERTS=power_of_two(self.num_experts),
+                CHUNK=128,
+                num_warps=1,
+            )
+            self._lists[tile, group] = tiles
+        return self._lists[tile, group]
+
+    def largest_first(self) -> Tensor:
+        """Return the experts by falling number of rows."""
+        if self.by_rows is None:
+            self.tiles(128, 32)
+        assert self.by_rows is not None
+        return self.by_rows

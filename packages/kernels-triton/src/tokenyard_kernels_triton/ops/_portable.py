@@ -1,0 +1,110 @@
+"""Launching the products of an expert layer for any GPU; every function allocates what it returns.
+
+``_hopper`` has the same three functions, for Hopper.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from tokenyard.activations import is_gated
+from torch import Tensor
+
+from tokenyard_kernels_triton._device import ceil_div, processors
+from tokenyard_kernels_triton.kernels import _portable
+from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
+from tokenyard_kernels_triton.ops._layout import Layout
+from tokenyard_kernels_triton.tiling import Product, Tiling, portable_tiling
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def up_and_activate(
+    x: Tensor, up: Tensor, bias: Tensor | None, layout: Layout, activation: str, keep_z: bool = True, keep_a: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
+    parts = 2 if is_gated(activation) else 1
+    width = up.shape[1]
+    ffn_dim = width // parts
+    z = x.new_empty(layout.rows if keep_z else 0, width)
+    a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
+    how = portable_tiling("up", x.dtype)
+    columns = how.columns // parts
+    _portable.up_and_activate[_grid(x, layout.bound(how.rows) * ceil_div(ffn_dim, columns))](
+        x,
+        up,
+        bias,
+        z,
+        a,
+        layout.tiles(how.rows, how.group),
+        x.shape[1],
+        ffn_dim,
+        FUNCTION=FUNCTIONS.get(activation, activation),
+        PARTS=parts,
+        BIAS=bias is not None,
+        KEEP_Z=keep_z,
+        KEEP_A=keep_a,
+        COLUMNS=columns,
+        **_common(x, how),
+    )
+    return z, a
+
+
+def times_weight(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, transposed: bool, product: Product
+) -> Tensor:
+    """Return rows [R, M] times each expert's weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
+    width = weight.shape[1 if transposed else 2]
+    out = rows.new_empty(layout.rows, width)
+    how = portable_tiling(product, rows.dtype)
+    _portable.times_weight[_grid(rows, layout.bound(how.rows) * ceil_div(width, how.columns))](
+        rows,
+        weight,
+        bias,
+        out,
+        layout.tiles(how.rows, how.group),
+        rows.shape[1],
+        width,
+        TRANSPOSED=transposed,
+        BIAS=bias is not None,
+        COLUMNS=how.columns,
+        **_common(rows, how),
+    )
+    return out
+
+
+def weight_gradient(left: Tensor, right: Tensor, layout: Layout, product: Product) -> Tensor:
+    """Return [E, M, N]: over each expert's rows, left [R, M] transposed times right [R, N]; zero where it has none."""
+    rows, columns = left.shape[1], right.shape[1]
+    out = left.new_empty(layout.num_experts, rows, columns)
+    how = portable_tiling(product, left.dtype)
+    each = ceil_div(rows, how.rows) * ceil_div(columns, how.columns)
+    _portable.weight_gradient[_grid(left, layout.num_experts * each)](
+        left,
+        right,
+        out,
+        layout.offsets,
+        layout.largest_first(),
+        layout.num_experts,
+        rows,
+        columns,
+        COLUMNS=how.columns,
+        GROUP=how.group,
+        **_common(left, how),
+    )
+    return out
+
+
+def _grid(x: Tensor, tiles: int) -> tuple[int]:
+    return (min(processors(x.device), tiles),)
+
+
+def _common(x: Tensor, how: Tiling) -> dict[str, Any]:
+    full = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return how.options() | {
+        "PROGRAMS": processors(x.device),
+        "PRECISION": "ieee" if full else "tf32",
+        "TYPE": _TYPES[x.dtype],
+    }
