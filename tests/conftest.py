@@ -1,7 +1,12 @@
 """What every test shares."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined: they then run on the CPU
 
 collect_ignore = ["example_plugin"]  # a project of its own; tests/core/test_example_plugin.py installs and runs it
 

@@ -27,7 +27,10 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return (difference / norm).item() if norm > 0 else (0.0 if difference == 0 else float("inf"))
 
 
-def allowed_error(plain: Tensor, oracle: Tensor) -> float:
-    """Return the relative error that a result may have: twice that of plain torch code in its dtype, plus eps."""
-    eps = torch.finfo(plain.dtype).eps * (1 + 4 / max(1, oracle.numel()) ** 0.5)  # few numbers fluctuate more
+def allowed_error(plain: Tensor, oracle: Tensor, dtype: torch.dtype | None = None) -> float:
+    """Return the relative error that a result may have: twice that of plain torch code in its dtype, plus eps.
+
+    The eps is that of `dtype`, if given: of what was computed in, where the result is kept in a wider one.
+    """
+    eps = torch.finfo(dtype or plain.dtype).eps * (1 + 4 / max(1, oracle.numel()) ** 0.5)  # few numbers fluctuate more
     return max(2 * relative_error(plain, oracle) + eps, ORACLE_ERROR)

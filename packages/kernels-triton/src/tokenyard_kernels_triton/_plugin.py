@@ -7,6 +7,7 @@ import os
 from importlib import metadata
 
 import torch
+
 from tokenyard import Backend, Workload, hookimpl
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

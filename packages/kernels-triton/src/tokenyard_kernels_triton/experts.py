@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, get_args
 
+from torch import Tensor
+
 from tokenyard.errors import ConfigError
 from tokenyard.interfaces import ExpertWeights, Permutation, Plan
 from tokenyard.workload import Workload
-from torch import Tensor
-
 from tokenyard_kernels_triton.ops._experts import Products, Save, experts_op
 
 
@@ -31,7 +31,9 @@ class TritonExperts:
 
     def __call__(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
-        y, _, _ = experts_op(x, *plan[:3], topk_weights, *weights, plan.top_k, self.activation, self.save, self.products)
+        y, _, _ = experts_op(
+            x, *plan[:3], topk_weights, *weights, plan.top_k, self.activation, self.save, self.products
+        )
         return y
 
 

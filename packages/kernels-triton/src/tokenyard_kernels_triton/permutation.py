@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tokenyard.interfaces import Plan
-from tokenyard.workload import Workload
 from torch import Tensor
 
+from tokenyard.interfaces import Plan
+from tokenyard.workload import Workload
 from tokenyard_kernels_triton.ops._permutation import permute_op, unpermute_op
 from tokenyard_kernels_triton.ops._plan import plan_op
 
@@ -19,7 +19,8 @@ class TritonPermutation:
     def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
         """Sort the slots of topk_ids [T, K] by expert, stably; dropped ones go last, into the tail."""
         slots = topk_ids.numel()
-        return Plan(*plan_op(topk_ids, num_experts, slots if rows is None else min(rows, slots)), topk_ids.shape[1])
+        order, inverse, offsets = plan_op(topk_ids, num_experts, slots if rows is None else min(rows, slots))
+        return Plan(order, inverse, offsets, topk_ids.shape[1])
 
     def permute(self, x: Tensor, plan: Plan) -> Tensor:
         """Copy tokens x [T, D] to their rows [R, D]; the tail is zero."""

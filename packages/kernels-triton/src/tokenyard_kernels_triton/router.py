@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from tokenyard.numerics import compute_dtype
-from tokenyard.routers import TopKRouter
 from torch import Tensor
 
+from tokenyard.numerics import compute_dtype
+from tokenyard.routers import TopKRouter
 from tokenyard_kernels_triton.ops._logits import logits_op
 from tokenyard_kernels_triton.ops._select import select, weigh
 

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 Request = str | Mapping[str, Any] | None
 
-EXTRAS: dict[Kind, dict[str, str]] = {"model": dict.fromkeys(("dbrx", "mixtral", "mpt_causal_lm"), "models")}
+EXTRAS: dict[Kind, dict[str, str]] = {
+    "model": dict.fromkeys(("dbrx", "mixtral", "mpt_causal_lm"), "models"),
+    "router": {"triton": "triton"},
+    "permutation": {"triton": "triton"},
+    "experts": {"triton": "triton", "gluon": "triton"},
+}
 """Which extra of the distribution `tokenyard` brings which name, for the error that misses it."""
 
 log = logging.getLogger("tokenyard")

@@ -3,8 +3,8 @@
 Each program walks over output tiles of 128 rows, 64 for each warpgroup, and COLUMNS columns. The loader runs ahead by
 STAGES slices of what is summed over, across tiles, so that the next tile's operands are there when a tile is done. The
 warpgroups do not wait for each other; where a tile's rows end before those of the second one begin, it only passes its
-slices on, so that an expert's rows cost what they would if padded to 64. Results leave by the copy engine through BUFFERS small
-buffers of each warpgroup, CHUNK columns at a time.
+slices on, so that an expert's rows cost what they would if padded to 64. Results leave by the copy engine through
+BUFFERS small buffers of each warpgroup, CHUNK columns at a time.
 
 Operands and results are tensor descriptors. Rows sorted by expert are *ragged*: a box that reaches past the last row of
 its expert reads zeros there and writes nothing. The copy engine does both by itself if the matrix is described with two
@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # as Triton 3.6 calls it
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
@@ -76,7 +77,7 @@ def _barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _accumulate(a, b, full, empty, done, steps, A_BY_DEPTH: gl.constexpr, B_BY_DEPTH: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _accumulate(a, b, full, empty, done, steps, A_BY_DEPTH: gl.constexpr, B_BY_DEPTH: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
     """Return the sum [64, COLUMNS] of the products of `steps` slices, after `done` ones.
 
     BY_DEPTH: the first dimension of a slice is what is summed over.
@@ -117,22 +118,22 @@ def _halves(tile, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _piece(tile, I: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr):
-    """Return the I-th CHUNK columns of a tile [64, COLUMNS]; nothing moves."""
+def _piece(tile, INDEX: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr):
+    """Return the INDEX-th CHUNK columns of a tile [64, COLUMNS]; nothing moves."""
     if COLUMNS == CHUNK:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
         return gl.convert_layout(tile, layout, assert_trivial=True)
     else:
         one, two = _halves(tile, COLUMNS)
         HALF: gl.constexpr = COLUMNS // 2
-        if I * CHUNK < HALF:
-            return _piece(one, I, HALF, CHUNK)
+        if INDEX * CHUNK < HALF:
+            return _piece(one, INDEX, HALF, CHUNK)
         else:
-            return _piece(two, I - HALF // CHUNK, HALF, CHUNK)
+            return _piece(two, INDEX - HALF // CHUNK, HALF, CHUNK)
 
 
 @gluon.jit
-def _load_slice(left, weight, at_left, at_weight, a, b, full, empty, done, AXIS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _load_slice(left, weight, at_left, at_weight, a, b, full, empty, done, AXIS: gl.constexpr, STAGES: gl.constexpr):
     """Load the operands of one slice: for each warpgroup a box of `left`, 64 further along AXIS, and one of weight."""
     stage = done % STAGES
     ready = full.index(stage)
@@ -150,7 +151,7 @@ def _load_slice(left, weight, at_left, at_weight, a, b, full, empty, done, AXIS:
 
 
 @gluon.jit
-def _load_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _load_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):
     """Load the slices of every tile of rows times weight."""
     left, weight, a, b, full, empty, tiles = operands
     depth, width = sizes
@@ -168,7 +169,7 @@ def _load_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.constex
 
 
 @gluon.jit
-def _load_column_tiles(operands, sizes, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _load_column_tiles(operands, sizes, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):
     """Load the slices of every tile of a weight gradient."""
     left, right, a, b, full, empty, offsets, by_rows = operands
     num_experts, rows, columns = sizes
@@ -195,7 +196,7 @@ def _biased(tile, bias, column, width, PARTS: gl.constexpr, COLUMNS: gl.constexp
 
 
 @gluon.jit
-def _multiply_up(tensors, sizes, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BIAS: gl.constexpr, KEEP_Z: gl.constexpr, KEEP_A: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):  # fmt: skip
+def _multiply_up(tensors, sizes, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BIAS: gl.constexpr, KEEP_Z: gl.constexpr, KEEP_A: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
     bias, z, a_out, a, b, full, empty, buffers, tiles = tensors
     dim, ffn_dim = sizes
     WIDTH: gl.constexpr = COLUMNS // PARTS
@@ -247,7 +248,7 @@ def up_and_activate(
     FUNCTION: gl.constexpr, PARTS: gl.constexpr, BIAS: gl.constexpr, KEEP_Z: gl.constexpr, KEEP_A: gl.constexpr,
     DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-):  # fmt: skip
+):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F]."""
     a = gl.allocate_shared_memory(x.dtype, [2 * STAGES] + x.block_type.shape, x.layout)
     b = gl.allocate_shared_memory(x.dtype, [STAGES] + weight.block_type.shape, weight.layout)
@@ -257,8 +258,8 @@ def up_and_activate(
     operands = (x, weight, a, b, full, empty, tiles)
     gl.warp_specialize(
         [
-            (_multiply_up, (tensors, sizes, FUNCTION, PARTS, BIAS, KEEP_Z, KEEP_A, 0, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),  # fmt: skip
-            (_multiply_up, (tensors, sizes, FUNCTION, PARTS, BIAS, KEEP_Z, KEEP_A, 1, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),  # fmt: skip
+            (_multiply_up, (tensors, sizes, FUNCTION, PARTS, BIAS, KEEP_Z, KEEP_A, 0, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
+            (_multiply_up, (tensors, sizes, FUNCTION, PARTS, BIAS, KEEP_Z, KEEP_A, 1, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
             (_load_row_tiles, (operands, sizes, PARTS, False, DEPTH, COLUMNS, PROGRAMS, STAGES)),
         ],
         [4, 1],
@@ -267,7 +268,7 @@ def up_and_activate(
 
 
 @gluon.jit
-def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):  # fmt: skip
+def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
     bias, out, a, b, full, empty, buffers, tiles = tensors
     depth, width = sizes
     columns = gl.cdiv(width, COLUMNS)
@@ -278,7 +279,7 @@ def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr,
         expert, first, end, n = _tile_at(tiles, columns, index)
         row = first + 64 * WARPGROUP
         if row < end:
-            total = _accumulate(a, b, full, empty, done, steps, False, B_BY_DEPTH, WARPGROUP, DEPTH, COLUMNS, STAGES)  # fmt: skip
+            total = _accumulate(a, b, full, empty, done, steps, False, B_BY_DEPTH, WARPGROUP, DEPTH, COLUMNS, STAGES)
             if BIAS:
                 total = _biased(total, bias + expert * width, n * COLUMNS, width, 1, COLUMNS)
             for i in gl.static_range(COLUMNS // CHUNK):
@@ -300,7 +301,7 @@ def times_weight(
     B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr,
     DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-):  # fmt: skip
+):
     """Write out [R, width] = left [R, depth] @ weight + bias; weight is [depth, width] if B_BY_DEPTH, else transposed."""
     a = gl.allocate_shared_memory(left.dtype, [2 * STAGES] + left.block_type.shape, left.layout)
     b = gl.allocate_shared_memory(left.dtype, [STAGES] + weight.block_type.shape, weight.layout)
@@ -310,8 +311,8 @@ def times_weight(
     operands = (left, weight, a, b, full, empty, tiles)
     gl.warp_specialize(
         [
-            (_multiply_rows, (tensors, sizes, B_BY_DEPTH, BIAS, 0, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),  # fmt: skip
-            (_multiply_rows, (tensors, sizes, B_BY_DEPTH, BIAS, 1, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),  # fmt: skip
+            (_multiply_rows, (tensors, sizes, B_BY_DEPTH, BIAS, 0, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
+            (_multiply_rows, (tensors, sizes, B_BY_DEPTH, BIAS, 1, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
             (_load_row_tiles, (operands, sizes, 1, B_BY_DEPTH, DEPTH, COLUMNS, PROGRAMS, STAGES)),
         ],
         [4, 1],
@@ -320,7 +321,7 @@ def times_weight(
 
 
 @gluon.jit
-def _multiply_columns(tensors, sizes, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):  # fmt: skip
+def _multiply_columns(tensors, sizes, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
     out, a, b, full, empty, buffers, offsets, by_rows = tensors
     num_experts, rows, columns = sizes
     m_tiles, n_tiles = gl.cdiv(rows, 128), gl.cdiv(columns, COLUMNS)
@@ -349,7 +350,7 @@ def weight_gradient(
     left, right, out, offsets, by_rows, num_experts, rows, columns,
     DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
-):  # fmt: skip
+):
     """Write out [E, rows, columns]: over each expert's rows, left [R, rows] transposed times right [R, columns]."""
     a = gl.allocate_shared_memory(left.dtype, [2 * STAGES] + left.block_type.shape, left.layout)
     b = gl.allocate_shared_memory(left.dtype, [STAGES] + right.block_type.shape, right.layout)
@@ -359,8 +360,8 @@ def weight_gradient(
     operands = (left, right, a, b, full, empty, offsets, by_rows)
     gl.warp_specialize(
         [
-            (_multiply_columns, (tensors, sizes, 0, DEPTH, COLUMNS, CHUNK, GROUP, PROGRAMS, STAGES, BUFFERS)),  # fmt: skip
-            (_multiply_columns, (tensors, sizes, 1, DEPTH, COLUMNS, CHUNK, GROUP, PROGRAMS, STAGES, BUFFERS)),  # fmt: skip
+            (_multiply_columns, (tensors, sizes, 0, DEPTH, COLUMNS, CHUNK, GROUP, PROGRAMS, STAGES, BUFFERS)),
+            (_multiply_columns, (tensors, sizes, 1, DEPTH, COLUMNS, CHUNK, GROUP, PROGRAMS, STAGES, BUFFERS)),
             (_load_column_tiles, (operands, sizes, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES)),
         ],
         [4, 1],

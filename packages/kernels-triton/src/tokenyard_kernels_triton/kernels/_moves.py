@@ -38,7 +38,7 @@ def clear_tail(rows, live, bound, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def sum_to_tokens(rows, y, inverse, topk_weights, live, dim, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTED: tl.constexpr):  # fmt: skip
+def sum_to_tokens(rows, y, inverse, topk_weights, live, dim, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTED: tl.constexpr):
     """Write y [T, D]: the sum of each token's kept rows, weighted if WEIGHTED, in float32."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -87,7 +87,7 @@ def dot_with_rows(dy, rows, dweights, inverse, live, dim, TOP_K: tl.constexpr, C
 
 
 @triton.jit
-def differentiate(da, z, dz, weighted, dots, order, topk_weights, live, ffn_dim, dots_width, FUNCTION: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def differentiate(da, z, dz, weighted, dots, order, topk_weights, live, ffn_dim, dots_width, FUNCTION: tl.constexpr, PARTS: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr):
     """From a row of da' [R, F], not weighted, write dz, the weighted activation w * a, and the row dot <da', a>."""
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(live):
@@ -145,7 +145,7 @@ def bias_dots(dy, bias, dots, tiles, dim, dots_width, at, ROWS: tl.constexpr, CO
 
 
 @triton.jit
-def sum_rows(rows, out, offsets, order, topk_weights, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def sum_rows(rows, out, offsets, order, topk_weights, width, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Write out [E, width]: the sum of each expert's rows [R, width], weighted if WEIGHTED; zero where it has none."""
     expert = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -42,7 +42,7 @@ def add_up_blocks(counts, totals, blocks, num_experts, BLOCKS: tl.constexpr, BUC
 
 
 @triton.jit
-def place_slots(ids, before, totals, order, inverse, offsets, slots, bound, num_experts, SLOTS: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr):  # fmt: skip
+def place_slots(ids, before, totals, order, inverse, offsets, slots, bound, num_experts, SLOTS: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr):
     """Write the plan: offsets [E + 1], inverse [N], and order [R] as far as `bound`, which is R, goes."""
     block = tl.program_id(0)
     position = tl.arange(0, SLOTS)
@@ -54,11 +54,12 @@ def place_slots(ids, before, totals, order, inverse, offsets, slots, bound, num_
     if block == 0:
         tl.store(offsets + e, starts, mask=e <= num_experts)
     first = starts + tl.load(before + block * (num_experts + 1) + e, mask=e <= num_experts, other=0)
-    rank = tl.zeros([SLOTS], tl.int32)
+    earlier = tl.zeros([SLOTS, CHUNK], tl.int32)  # added up over lanes at the end only
     for chunk in range(0, SLOTS, CHUNK):
         other = chunk + tl.arange(0, CHUNK)
         same = _bucket(ids, block * SLOTS + other, slots, num_experts)[None, :] == bucket[:, None]
-        rank += tl.sum((same & (other[None, :] < position[:, None])).to(tl.int32), 1)
+        earlier += (same & (other[None, :] < position[:, None])).to(tl.int32)
+    rank = tl.sum(earlier, 1)
     row = tl.gather(first, tl.minimum(bucket, EXPERTS - 1), 0) + rank
     tl.store(inverse + slot, row, mask=slot < slots)
     tl.store(order + row, slot, mask=(slot < slots) & (row < bound))

@@ -23,7 +23,7 @@ def up_and_activate(
     FUNCTION: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, KEEP_Z: tl.constexpr, KEEP_A: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
+):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F], COLUMNS of F at a time."""
     columns = tl.cdiv(ffn_dim, COLUMNS)
     for index in range(tl.program_id(0), tl.load(tiles) * columns, PROGRAMS):
@@ -63,7 +63,7 @@ def times_weight(
     TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
+):
     """Write out [R, width] = left [R, depth] @ weight [depth, width] + bias; TRANSPOSED: weight is [width, depth]."""
     columns = tl.cdiv(width, COLUMNS)
     for index in range(tl.program_id(0), tl.load(tiles) * columns, PROGRAMS):
@@ -88,7 +88,7 @@ def weight_gradient(
     left, right, out, offsets, by_rows, num_experts, rows, columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr, TYPE: tl.constexpr,
-):  # fmt: skip
+):
     """Write out [E, rows, columns]: over each expert's rows, left [R, rows] transposed times right [R, columns].
 
     The experts with most rows come first. One that has none gets exact zeros.

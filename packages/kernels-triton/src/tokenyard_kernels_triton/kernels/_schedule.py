@@ -18,7 +18,7 @@ FIELDS = 5
 def list_tiles(
     offsets, tiles, by_rows, num_experts,
     TILE: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     """Write the tiles of one expert, and its place among the experts by falling rows; a program for each expert."""
     expert = tl.program_id(0)
     e = tl.arange(0, EXPERTS)

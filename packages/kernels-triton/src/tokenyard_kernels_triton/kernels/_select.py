@@ -46,7 +46,7 @@ def select_experts(
     logits, bias, ids, tokens, num_experts, top_k, group_size, num_groups, groups_kept,
     SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, TOP_TWO: tl.constexpr,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
-):  # fmt: skip
+):
     """Write ids [T, K] of the highest scores of logits [T, E], best first, equal ones lowest id first."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     e = tl.arange(0, EXPERTS)
@@ -67,7 +67,7 @@ def select_experts(
 
 
 @triton.jit
-def _chosen(logits, ids, token, tokens, num_experts, top_k, SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr):  # fmt: skip
+def _chosen(logits, ids, token, tokens, num_experts, top_k, SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr):
     """Return (scores of the chosen experts, ids, whether kept [T, K]; all scores [T, E])."""
     e, k = tl.arange(0, EXPERTS), tl.arange(0, TOP_K)
     inside = e < num_experts
@@ -111,7 +111,7 @@ def weigh_experts(
     logits, ids, weights, tokens, num_experts, top_k, power, scale,
     SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, POWER: tl.constexpr, NORMALIZE: tl.constexpr,
     TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
-):  # fmt: skip
+):
     """Write weights [T, K] of the chosen ids; a dropped one weighs 0."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     k = tl.arange(0, TOP_K)
@@ -127,11 +127,11 @@ def weigh_experts_backward(
     dweights, logits, ids, dlogits, tokens, num_experts, top_k, power, scale,
     SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, POWER: tl.constexpr, NORMALIZE: tl.constexpr,
     TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
-):  # fmt: skip
+):
     """Write dlogits [T, E] from dweights [T, K]."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     e, k = tl.arange(0, EXPERTS), tl.arange(0, TOP_K)
-    own, chosen, kept, scores = _chosen(logits, ids, token, tokens, num_experts, top_k, SIGMOID, SELECT_FIRST, TOP_K, EXPERTS)  # fmt: skip
+    own, chosen, kept, scores = _chosen(logits, ids, token, tokens, num_experts, top_k, SIGMOID, SELECT_FIRST, TOP_K, EXPERTS)
     there = (token < tokens)[:, None] & (k < top_k)[None, :]
     given = tl.load(dweights + token[:, None] * top_k + k[None, :], mask=there, other=0.0) * scale
     if NORMALIZE:

@@ -25,14 +25,14 @@ def load_rows(source, row, end, column, width, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
-def store_rows(target, tile, row, end, part, column, width, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def store_rows(target, tile, row, end, part, column, width, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Write a tile [ROWS, COLUMNS] of a part; nothing at and past row `end`."""
     pointers, mask = row_pointers(target, row, end, part, column, width, PARTS, ROWS, COLUMNS)
     tl.store(pointers, tile, mask=mask)
 
 
 @triton.jit
-def load_weight(source, expert, row, column, rows, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def load_weight(source, expert, row, column, rows, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Read [PARTS * ROWS, COLUMNS]: the same tile of each part, `rows` by `columns`, of an expert's weight."""
     index = tl.arange(0, PARTS * ROWS)
     r, c = row + index % ROWS, column + tl.arange(0, COLUMNS)
@@ -55,13 +55,15 @@ def dot(left, right, total, PRECISION: tl.constexpr):
     """Return total + left @ right, accumulated in float32."""
     if INTERPRETED:  # which would multiply the bits of bfloat16 as integers
         left, right = left.to(tl.float32), right.to(tl.float32)
+    if PRECISION == "ieee":  # slice by slice, which errs less; by fma, since a plain sum is folded into the product
+        return tl.fma(tl.dot(left, right, input_precision=PRECISION), 1.0, total)
     return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit
 def rounded(value, TYPE: tl.constexpr):
     """Return float32 values in a narrower type, rounded to nearest even."""
-    if INTERPRETED and TYPE == tl.bfloat16:  # which would cut the last bits off
+    if INTERPRETED and tl.bfloat16 == TYPE:  # which would cut the last bits off
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = bits.to(tl.float32, bitcast=True)

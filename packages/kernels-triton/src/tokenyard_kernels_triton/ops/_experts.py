@@ -7,9 +7,9 @@ import importlib
 from typing import Any, Literal
 
 import torch
-from tokenyard.interfaces import Plan
 from torch import Tensor
 
+from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
 from tokenyard_kernels_triton.ops._layout import Layout

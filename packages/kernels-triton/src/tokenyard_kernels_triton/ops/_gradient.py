@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tokenyard.activations import is_gated
 from torch import Tensor
 
+from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _moves
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import triton.experimental.gluon.language as gl
-from tokenyard.activations import is_gated
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, processors
 from tokenyard_kernels_triton.kernels import _hopper
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
@@ -54,7 +54,13 @@ def _grid(x: Tensor, tiles: int) -> tuple[int]:
 
 
 def up_and_activate(
-    x: Tensor, up: Tensor, bias: Tensor | None, layout: Layout, activation: str, keep_z: bool = True, keep_a: bool = True
+    x: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    activation: str,
+    keep_z: bool = True,
+    keep_a: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
     parts = 2 if is_gated(activation) else 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tokenyard.interfaces import Plan
 from torch import Tensor
 
+from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _moves
 
@@ -21,9 +21,7 @@ def to_rows(x: Tensor, plan: Plan, topk_weights: Tensor | None = None, tail: boo
     if topk_weights is None:
         _moves.copy_to_rows[grid](x, rows, plan.inverse, live, dim, TOP_K=plan.top_k, COLUMNS=columns)
     else:
-        _moves.weigh_to_rows[grid](
-            x, rows, plan.inverse, topk_weights, live, dim, TOP_K=plan.top_k, COLUMNS=columns
-        )
+        _moves.weigh_to_rows[grid](x, rows, plan.inverse, topk_weights, live, dim, TOP_K=plan.top_k, COLUMNS=columns)
     if tail:
         _moves.clear_tail[(ceil_div(len(rows), 32), ceil_div(dim, 128))](
             rows, live, len(rows), dim, ROWS=32, COLUMNS=128

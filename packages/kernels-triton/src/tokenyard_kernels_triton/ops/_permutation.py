@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenyard.interfaces import Plan
 from torch import Tensor
 
+from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.ops._moves import dot_with_rows, to_rows, to_tokens
 

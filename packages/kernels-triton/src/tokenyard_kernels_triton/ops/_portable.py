@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from tokenyard.activations import is_gated
 from torch import Tensor
 
+from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, processors
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
@@ -22,7 +22,13 @@ _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 
 
 def up_and_activate(
-    x: Tensor, up: Tensor, bias: Tensor | None, layout: Layout, activation: str, keep_z: bool = True, keep_a: bool = True
+    x: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    activation: str,
+    keep_z: bool = True,
+    keep_a: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
     parts = 2 if is_gated(activation) else 1

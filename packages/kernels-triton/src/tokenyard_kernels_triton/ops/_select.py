@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenyard.workload import RoutingRule
 from torch import Tensor
 
+from tokenyard.workload import RoutingRule
 from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_two
 from tokenyard_kernels_triton.kernels import _select
 
