@@ -9,7 +9,6 @@ import functools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tokenyard.activations import up_rows
 from tokenyard.interfaces import ExpertWeights, Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
-SHAPES = {"wide": (512, 2048, 1536, 8, 2), "odd": (100, 60, 36, 6, 2)}  # T, D, F, E, K; odd: no tensor descriptors
+SHAPES = {"wide": (512, 2048, 1536, 8, 2), "odd": (100, 60, 36, 6, 2)}  # T, D, F, E, K
 
 
 class Hopper:
@@ -79,14 +78,14 @@ def usage(kernel):
     }
 
 
-def layer(shape, dtype, activation, bias, save):
+def layer(kernels, shape, dtype, activation, bias, save):
     """Run one forward and backward pass of a layer."""
-    from tokenyard_kernels_triton.experts import TritonExperts
+    from tokenyard_kernels_triton import experts as backends
     from tokenyard_kernels_triton.permutation import TritonPermutation
 
     tokens, dim, ffn_dim, experts, top_k = shape
     workload = Workload(dim, ffn_dim, experts, top_k, activation, bias=bias, dtype=dtype)
-    kernel = TritonExperts(workload, None, save=save)
+    kernel = getattr(backends, kernels)(workload, None, save=save)
     ids = torch.zeros(tokens, top_k, dtype=torch.int32)
     plan = TritonPermutation(workload).plan(ids, experts)
     rows = up_rows(activation, ffn_dim)
@@ -101,25 +100,29 @@ def layer(shape, dtype, activation, bias, save):
     y.backward(torch.zeros_like(y))
 
 
+CASES = (
+    ("GluonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
+    ("GluonExperts", "wide", torch.float16, "gelu_tanh", True, "recompute"),
+    ("TritonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
+    ("TritonExperts", "odd", torch.bfloat16, "geglu", True, "fp8"),
+    ("TritonExperts", "wide", torch.float32, "swiglu", False, "pre_activation"),
+)
+
+
 def main():
-    for module in [m for name, m in sys.modules.items() if name.startswith("tokenyard_kernels_triton")]:
-        if hasattr(module, "processors"):
-            module.processors = functools.cache(lambda device: 132)
+    import tokenyard_kernels_triton.ops._hopper as hopper
+    import tokenyard_kernels_triton.ops._portable as portable
+
+    hopper.processors = portable.processors = functools.cache(lambda device: 132)
     seen = set()
-    for name, dtype, activation, bias, save in (
-        ("wide", torch.bfloat16, "swiglu", False, "pre_activation"),
-        ("wide", torch.bfloat16, "swiglu", False, "recompute"),
-        ("wide", torch.float16, "gelu_tanh", True, "fp8"),
-        ("odd", torch.bfloat16, "geglu", True, "pre_activation"),
-        ("wide", torch.float32, "swiglu", False, "pre_activation"),
-    ):
+    for kernels, name, dtype, activation, bias, save in CASES:
         found = []
         with compiling(found):
-            layer(SHAPES[name], dtype, activation, bias, save)
+            layer(kernels, SHAPES[name], dtype, activation, bias, save)
         for kernel_name, kernel in found:
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                head = {"case": name, "dtype": str(dtype).removeprefix("torch."), "activation": activation}
+                head = {"kernels": kernels, "case": name, "dtype": str(dtype).removeprefix("torch.")}
                 print(json.dumps(head | {"kernel": kernel_name} | usage(kernel)), flush=True)
 
 

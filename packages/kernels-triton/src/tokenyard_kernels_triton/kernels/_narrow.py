@@ -22,7 +22,7 @@ def narrow_rows(z, narrow, scales, live, width, blocks, LARGEST: tl.constexpr, R
     value = tl.load(z + row[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
     highest = tl.max(tl.abs(value), 1)
     scale = tl.where(highest > 0.0, highest / LARGEST, 1.0)
-    tl.store(narrow + row[:, None] * width + column[None, :], (value / scale[:, None]).to(tl.float8e4nv), mask=mask)
+    tl.store(narrow + row[:, None] * width + column[None, :], rounded(value / scale[:, None], tl.float8e4nv), mask=mask)
     tl.store(scales + row * blocks + block, scale, mask=kept)
 
 

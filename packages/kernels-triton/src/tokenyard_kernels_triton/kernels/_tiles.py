@@ -67,4 +67,8 @@ def rounded(value, TYPE: tl.constexpr):
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = bits.to(tl.float32, bitcast=True)
+    if INTERPRETED and tl.float8e4nv == TYPE:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
+        value = bits.to(tl.float32, bitcast=True)
     return value.to(TYPE)

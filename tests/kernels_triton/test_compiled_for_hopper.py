@@ -1,0 +1,62 @@
+"""What is shipped compiles for sm_90 by the GPU machine's Triton, without spilling and onto the matrix units."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+VERSION = "3.6.0"
+PRODUCTS = ("up_and_activate", "times_weight", "weight_gradient")
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> list[dict]:
+    """Compile in a process that does not interpret, with a Triton fetched for it if another is installed."""
+    path = os.environ.get("PYTHONPATH", "")
+    if triton.__version__ != VERSION:
+        folder = tmp_path_factory.mktemp("triton")
+        fetch = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*fetch, f"triton=={VERSION}"], check=True, timeout=400)
+        path = os.pathsep.join((str(folder), path))
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    program = [sys.executable, str(Path(__file__).with_name("compile_for_hopper.py"))]
+    text = subprocess.run(program, check=True, timeout=400, env=environment, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def of(records: list[dict], **wanted) -> list[dict]:
+    return [record for record in records if all(record[key] == value for key, value in wanted.items())]
+
+
+def test_every_kernel_of_a_layer_was_compiled(records):
+    for kernels in ("GluonExperts", "TritonExperts"):
+        names = {record["kernel"] for record in of(records, kernels=kernels)}
+        assert names >= {*PRODUCTS, "copy_to_rows", "sum_to_tokens", "differentiate"} - (
+            set()
+            if kernels == "GluonExperts"
+            else {"copy_to_rows", "sum_to_tokens", "differentiate"}  # compiled before
+        )
+    assert {"count_blocks", "add_up_blocks", "place_slots", "list_tiles"} <= {r["kernel"] for r in records}
+
+
+def test_nothing_spills(records):
+    """Of even widths; odd ones, whose rows begin at odd addresses, may spill a little."""
+    assert not [record for record in of(records, case="wide") if record["spilled"]]
+
+
+def test_narrow_products_use_the_matrix_units(records):
+    """wgmma in every product in bfloat16 and float16, and never the slower mma of Ampere."""
+    narrow = [r for r in records if r["kernel"] in PRODUCTS and r["dtype"] != "float32"]
+    assert narrow
+    assert not [r for r in narrow if not r["wgmma"] or r["mma"]]
+
+
+def test_gluon_products_use_the_copy_engine(records):
+    """And 256 columns an instruction, and no more shared memory than there is."""
+    products = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in PRODUCTS]
+    assert {tuple(r["wgmma"]) for r in products} == {("m64n256k16",)}
+    assert all(r["tma"] and r["shared"] <= 232448 for r in products)

@@ -1,0 +1,85 @@
+"""What the experts keep for the backward pass, and what that costs; on the CPU by the interpreter."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from tokenyard import ConfigError, Workload
+from tokenyard.interfaces import ExpertWeights
+from tokenyard.numerics import relative_error
+
+T, D, F, E, K = 48, 64, 128, 4, 2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WORKLOAD = Workload(D, F, E, K, dtype=torch.bfloat16, device=DEVICE)
+
+
+def experts(save: str):
+    from tokenyard_kernels_triton.experts import TritonExperts
+    from tokenyard_kernels_triton.permutation import TritonPermutation
+
+    permutation = TritonPermutation(WORKLOAD)
+    return permutation, TritonExperts(WORKLOAD, permutation, save=save)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    sizes = {"x": (T, D), "up": (E, 2 * F, D), "down": (E, D, F)}
+    made = {n: torch.randn(s, device=DEVICE).mul(s[-1] ** -0.5).bfloat16().requires_grad_() for n, s in sizes.items()}
+    return made | {"weights": torch.rand(T, K, device=DEVICE).requires_grad_()}
+
+
+def run(save: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Return output and gradients, and the bytes kept besides x, the weights and the plan."""
+    permutation, kernel = experts(save)
+    given = tensors()
+    ids = torch.rand(T, E, device=DEVICE).argsort(-1)[:, :K].int()
+    plan = permutation.plan(torch.arange(T * K, device=DEVICE, dtype=torch.int32).view(T, K) % E, E)
+    known = {t.data_ptr() for t in (*given.values(), *plan[:3])}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in known:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = kernel(given["x"], plan, given["weights"], ExpertWeights(given["up"], given["down"]))
+    del ids
+    gradients = torch.autograd.grad(y, list(given.values()), torch.ones_like(y))
+    return {"y": y.detach(), **dict(zip(given, gradients))}, sum(kept.values())
+
+
+def test_pre_activation_alone_is_kept_by_default():
+    """4KF bytes a token in bfloat16, beside x's 2D."""
+    assert run("pre_activation")[1] == 4 * K * F * T
+
+
+def test_fp8_keeps_about_half():
+    kept = run("fp8")[1]
+    assert kept <= 0.52 * 4 * K * F * T
+    assert kept == 2 * K * F * T + 4 * K * T * (2 * F // 128)  # bytes and a scale for 128 of them
+
+
+def test_recompute_keeps_nothing():
+    assert run("recompute")[1] == 0
+
+
+def test_recompute_changes_no_bit():
+    """The activation is always computed from the rounded pre-activation."""
+    first, second = run("pre_activation")[0], run("recompute")[0]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_fp8_costs_a_few_percent_in_gradients_only():
+    """e4m3 has a rounding error of up to 1/16, some 2.5 % in the mean; the output does not see it."""
+    exact, narrow = run("pre_activation")[0], run("fp8")[0]
+    assert torch.equal(exact["y"], narrow["y"])
+    errors = {name: relative_error(narrow[name], exact[name]) for name in ("x", "up", "down", "weights")}
+    assert all(0 < error < 0.06 for error in errors.values()), errors
+
+
+def test_unknown_mode_is_named():
+    with pytest.raises(
+        ConfigError, match=r"backends\.experts\.save is 'fp4'; known are: pre_activation, fp8, recompute"
+    ):
+        experts("fp4")

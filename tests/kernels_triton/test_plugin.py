@@ -1,0 +1,71 @@
+"""What the package offers, where, and how it declines."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tokenyard import Workload, default_registry
+from tokenyard_kernels_triton import _plugin
+
+CUDA = {"device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16}
+
+
+def workload(**changes) -> Workload:
+    return Workload(**{"dim": 64, "ffn_dim": 128, "num_experts": 8, "top_k": 2} | CUDA | changes)
+
+
+def test_importing_it_imports_no_triton():
+    code = "import sys, tokenyard_kernels_triton, tokenyard_kernels_triton._plugin; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_everything_is_usable_on_hopper():
+    assert _plugin.no_triton(workload()) is None
+    assert _plugin.no_router(workload()) is None
+    assert _plugin.no_permutation(workload()) is None
+
+
+def test_gluon_wants_hopper_and_a_triton_it_knows(monkeypatch):
+    monkeypatch.setattr(_plugin.metadata, "version", lambda name: "3.6.0")
+    assert _plugin.no_gluon(workload()) is None
+    assert "Hopper" in _plugin.no_gluon(workload(capability=(8, 0)))
+    assert "float32" in _plugin.no_gluon(workload(dtype=torch.float32))
+    assert "ffn_dim is 132, not a multiple of 8" in _plugin.no_gluon(workload(ffn_dim=132))
+    monkeypatch.setattr(_plugin.metadata, "version", lambda name: "4.0.1")
+    assert _plugin.no_gluon(workload()).endswith("3.9, and 4.0 is installed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dtype": torch.float64}, "'triton' computes in bfloat16, float16 and float32, not in float64"),
+        ({"capability": (7, 5)}, "'triton' needs a GPU of compute capability 8.0 or later, and this is 7.5"),
+    ],
+)
+def test_what_it_cannot_do_is_said(changes, sentence):
+    assert _plugin.no_triton(workload(**changes)) == sentence
+
+
+def test_without_a_gpu_it_declines_politely(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    sentence = _plugin.no_triton(workload(device="cpu", capability=None))
+    assert sentence.startswith("'triton' computes on a GPU, and the device is 'cpu'")
+
+
+def test_without_triton_it_says_so(monkeypatch):
+    monkeypatch.setattr(_plugin.importlib.util, "find_spec", lambda name: None)
+    assert "is not installed" in _plugin.no_triton(workload())
+
+
+def test_the_interpreter_is_never_taken_by_auto():
+    chosen = default_registry().choose("experts", "auto", workload(device="cpu", capability=None))
+    assert chosen.backend.name == "cpu"
+
+
+def test_a_router_of_another_algorithm_is_left_to_others():
+    from tokenyard import RoutingRule
+
+    assert "'expert_choice'" in _plugin.no_router(workload(router=RoutingRule(algorithm="expert_choice")))
+    assert "at most 1024" in _plugin.no_router(workload(num_experts=2048))
