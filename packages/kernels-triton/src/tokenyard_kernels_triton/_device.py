@@ -20,9 +20,11 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def has_copy_engine(device: torch.device) -> bool:
-    """Say whether tensor descriptors are more than pointers here: on Hopper and later, and in the interpreter."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that one program can have; without a GPU, a Hopper's."""
+    if device.type != "cuda":
+        return 232448
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 101376))
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -23,6 +23,10 @@ class Tiling:
     stages: int  # slices that are loaded ahead
     group: int = 16  # row tiles that one column of weights is used for while it is in cache
 
+    def shared(self) -> int:
+        """Return the bytes of shared memory that the slices take, of 2 bytes a number."""
+        return 2 * self.stages * self.depth * (self.rows + self.columns)
+
     def options(self) -> dict[str, Any]:
         """Return what every product's launch takes."""
         return {"ROWS": self.rows, "DEPTH": self.depth, "num_warps": self.warps, "num_stages": self.stages}
@@ -52,7 +56,8 @@ class HopperTiling:
 
 _INTERPRETER = Tiling(32, 32, 32, 4, 1, group=2)
 _FLOAT32 = Tiling(64, 64, 16, 8, 2)
-_NARROW = Tiling(128, 128, 32, 8, 3)
+_NARROW = Tiling(128, 256, 64, 8, 3)  # 144 KiB of shared memory
+_SMALL = Tiling(128, 128, 32, 8, 3)  # 48 KiB
 
 _HOPPER: dict[Product, HopperTiling] = {
     "up": HopperTiling(stages=3, chunk=64, group=16),
@@ -64,11 +69,16 @@ _HOPPER: dict[Product, HopperTiling] = {
 }
 
 
-def portable_tiling(product: Product, dtype: torch.dtype) -> Tiling:
-    """Return the tiles of a product in a dtype on any GPU."""
+def portable_tiling(dtype: torch.dtype, shared: int, even: bool) -> Tiling:
+    """Return the tiles of products in a dtype on a GPU with so many bytes of shared memory for a program.
+
+    Rows that are not `even`, whole 16 bytes, are addressed one by one, which takes registers.
+    """
     if INTERPRETED.value:
         return _INTERPRETER
-    return _FLOAT32 if dtype == torch.float32 else _NARROW
+    if dtype == torch.float32:
+        return _FLOAT32
+    return _NARROW if even and shared >= _NARROW.shared() else _SMALL
 
 
 def hopper_tiling(product: Product) -> HopperTiling:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenyard.activations import is_gated
-from tokenyard_kernels_triton._device import ceil_div, processors
+from tokenyard_kernels_triton._device import ceil_div, processors, shared_memory
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
 from tokenyard_kernels_triton.ops._layout import Layout
@@ -36,7 +36,7 @@ def up_and_activate(
     ffn_dim = width // parts
     z = x.new_empty(layout.rows if keep_z else 0, width)
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
-    how = portable_tiling("up", x.dtype)
+    how = _tiling(x, up, a)
     columns = how.columns // parts
     _portable.up_and_activate[_grid(x, layout.bound(how.rows) * ceil_div(ffn_dim, columns))](
         x,
@@ -64,7 +64,7 @@ def times_weight(
     """Return rows [R, M] times each expert's weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
     width = weight.shape[1 if transposed else 2]
     out = rows.new_empty(layout.rows, width)
-    how = portable_tiling(product, rows.dtype)
+    how = _tiling(rows, weight)
     _portable.times_weight[_grid(rows, layout.bound(how.rows) * ceil_div(width, how.columns))](
         rows,
         weight,
@@ -85,7 +85,7 @@ def weight_gradient(left: Tensor, right: Tensor, layout: Layout, product: Produc
     """Return [E, M, N]: over each expert's rows, left [R, M] transposed times right [R, N]; zero where it has none."""
     rows, columns = left.shape[1], right.shape[1]
     out = left.new_empty(layout.num_experts, rows, columns)
-    how = portable_tiling(product, left.dtype)
+    how = _tiling(left, right)
     each = ceil_div(rows, how.rows) * ceil_div(columns, how.columns)
     _portable.weight_gradient[_grid(left, layout.num_experts * each)](
         left,
@@ -101,6 +101,12 @@ def weight_gradient(left: Tensor, right: Tensor, layout: Layout, product: Produc
         **_common(left, how),
     )
     return out
+
+
+def _tiling(*matrices: Tensor) -> Tiling:
+    first = matrices[0]
+    even = all(t.shape[-1] * t.element_size() % 16 == 0 for t in matrices)
+    return portable_tiling(first.dtype, shared_memory(first.device), even)
 
 
 def _grid(x: Tensor, tiles: int) -> tuple[int]:
