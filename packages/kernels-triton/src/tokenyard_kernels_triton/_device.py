@@ -29,7 +29,9 @@ def shared_memory(device: torch.device) -> int:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make a tensor's GPU the current one, which is where Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def power_of_two(number: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import triton.experimental.gluon.language as gl
@@ -42,7 +43,12 @@ def _stacked(weights: Tensor, parts: int, block: tuple[int, int]) -> TensorDescr
 
 def _layout(box: list[int], like: Tensor) -> gl.NVMMASharedLayout:
     size = like.element_size()
-    return gl.NVMMASharedLayout(min(128, box[-1] * size), 8 * size, rank=len(box))
+    return _shared_layout(min(128, box[-1] * size), 8 * size, len(box))
+
+
+@functools.cache  # a layout takes longer to make than a launch
+def _shared_layout(swizzle: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle, bits, rank=rank)
 
 
 def _options(x: Tensor, how: HopperTiling) -> dict[str, Any]:
