@@ -18,12 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tokenyard import Workload
+from tokenyard import RoutingRule, Workload
 from tokenyard.activations import up_rows
 from tokenyard.interfaces import ExpertWeights, Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPES = {"wide": (512, 2048, 1536, 8, 2), "odd": (100, 60, 36, 6, 2)}  # T, D, F, E, K
+SHAPES |= {"more tokens": (513, 2048, 1536, 8, 2), "one token": (1, 2048, 1536, 8, 2)}
 
 
 class Hopper:
@@ -82,9 +83,11 @@ def layer(kernels, shape, dtype, activation, bias, save):
     """Run one forward and backward pass of a layer."""
     from tokenyard_kernels_triton import experts as backends
     from tokenyard_kernels_triton.permutation import TritonPermutation
+    from tokenyard_kernels_triton.router import TritonRouter
 
     tokens, dim, ffn_dim, experts, top_k = shape
-    workload = Workload(dim, ffn_dim, experts, top_k, activation, bias=bias, dtype=dtype)
+    rule = RoutingRule(score="sigmoid", normalize=1.0, bias_update_rate=0.01, num_groups=2, groups_kept=1)
+    workload = Workload(dim, ffn_dim, experts, top_k, activation, bias=bias, dtype=dtype, router=rule)
     kernel = getattr(backends, kernels)(workload, None, save=save)
     ids = torch.zeros(tokens, top_k, dtype=torch.int32)
     plan = TritonPermutation(workload).plan(ids, experts)
@@ -95,8 +98,8 @@ def layer(kernels, shape, dtype, activation, bias, save):
 
     biases = (leaf(experts, rows), leaf(experts, dim)) if bias else (None, None)
     weights = ExpertWeights(leaf(experts, rows, dim), leaf(experts, dim, ffn_dim), *biases)
-    x, topk_weights = leaf(tokens, dim), leaf(tokens, top_k, dtype=torch.float32)
-    y = kernel(x, Plan(*plan), topk_weights, weights)
+    x, router = leaf(tokens, dim), TritonRouter(workload).to(dtype)
+    y = kernel(x, Plan(*plan), router(x).topk_weights, weights)
     y.backward(torch.zeros_like(y))
 
 
@@ -106,6 +109,8 @@ CASES = (
     ("TritonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("TritonExperts", "odd", torch.bfloat16, "geglu", True, "fp8"),
     ("TritonExperts", "wide", torch.float32, "swiglu", False, "pre_activation"),
+    ("GluonExperts", "more tokens", torch.bfloat16, "swiglu", False, "pre_activation"),  # compiles nothing anew
+    ("GluonExperts", "one token", torch.bfloat16, "swiglu", False, "pre_activation"),
 )
 
 

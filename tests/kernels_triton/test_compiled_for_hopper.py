@@ -60,3 +60,8 @@ def test_gluon_products_use_the_copy_engine(records):
     products = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in PRODUCTS]
     assert {tuple(r["wgmma"]) for r in products} == {("m64n256k16",)}
     assert all(r["tma"] and r["shared"] <= 232448 for r in products)
+
+
+def test_other_token_counts_compile_nothing(records):
+    """Odd ones, and a single token, after an even one."""
+    assert not of(records, case="more tokens") + of(records, case="one token")

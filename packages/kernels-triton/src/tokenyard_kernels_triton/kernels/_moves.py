@@ -27,7 +27,7 @@ def copy_to_rows(x, rows, inverse, live, dim, TOP_K: tl.constexpr, COLUMNS: tl.c
             tl.store(rows + row.to(tl.int64) * dim + column, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound"])
 def clear_tail(rows, live, bound, dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Write zeros to the rows [R, D] from `live` on."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -113,7 +113,7 @@ def differentiate(da, z, dz, weighted, dots, order, topk_weights, live, ffn_dim,
         tl.store(dots + row * dots_width, tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def sum_dots(dots, dweights, inverse, live, slots, width, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
     """Write dweights [N]: the sum over each slot's row of dots [R, width]; 0 for a dropped slot."""
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)

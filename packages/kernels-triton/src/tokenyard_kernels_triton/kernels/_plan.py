@@ -1,6 +1,7 @@
 """A stable sort of slots by expert in three launches: count by blocks, add up, place. No atomics, no host.
 
-Bucket E, after the experts, takes dropped slots. Within a block of slots each is compared with every other.
+Bucket E, after the experts, takes dropped slots. Within a block of slots each is compared with every other. Numbers that
+change from step to step are not specialised, here and elsewhere, or each new kind of them would compile anew.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ def _bucket(ids, slot, slots, num_experts):
     return tl.where(slot < slots, tl.minimum(value, num_experts), num_experts + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def count_blocks(ids, counts, slots, num_experts, SLOTS: tl.constexpr, BUCKETS: tl.constexpr):
     """Write counts [blocks, E + 1]: how many of a block's slots go to each bucket."""
     block = tl.program_id(0)
@@ -26,7 +27,7 @@ def count_blocks(ids, counts, slots, num_experts, SLOTS: tl.constexpr, BUCKETS: 
         tl.store(counts + block * (num_experts + 1) + e, found, mask=e <= num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def add_up_blocks(counts, totals, blocks, num_experts, BLOCKS: tl.constexpr, BUCKETS: tl.constexpr):
     """Replace counts [blocks, E + 1] by the sum over the blocks before; write totals [E + 1]."""
     e = tl.program_id(0) * BUCKETS + tl.arange(0, BUCKETS)
@@ -41,7 +42,7 @@ def add_up_blocks(counts, totals, blocks, num_experts, BLOCKS: tl.constexpr, BUC
     tl.store(totals + e, carried, mask=e <= num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "bound"])
 def place_slots(ids, before, totals, order, inverse, offsets, slots, bound, num_experts, SLOTS: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr):
     """Write the plan: offsets [E + 1], inverse [N], and order [R] as far as `bound`, which is R, goes."""
     block = tl.program_id(0)

@@ -41,7 +41,7 @@ def _keep_groups(values, column, group_size, num_groups, groups_kept, TOP_TWO: t
     return tl.where(allowed, values, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def select_experts(
     logits, bias, ids, tokens, num_experts, top_k, group_size, num_groups, groups_kept,
     SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, TOP_TWO: tl.constexpr,
@@ -106,7 +106,7 @@ def _norm(scores, power, POWER: tl.constexpr):
     return tl.maximum(total, 1.1754943508222875e-38)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def weigh_experts(
     logits, ids, weights, tokens, num_experts, top_k, power, scale,
     SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, POWER: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -122,7 +122,7 @@ def weigh_experts(
     tl.store(weights + token[:, None] * top_k + k[None, :], scores * scale, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def weigh_experts_backward(
     dweights, logits, ids, dlogits, tokens, num_experts, top_k, power, scale,
     SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, POWER: tl.constexpr, NORMALIZE: tl.constexpr,

@@ -49,6 +49,7 @@ def experts_op(
     if order.shape[0] == 0 or x.shape[0] == 0:
         return torch.zeros_like(x), *_nothing_saved(x, up, 0, save)
     x, up, down = (_aligned(t) for t in (x, up, down))
+    topk_weights, up_bias, down_bias = (_contiguous(t) for t in (topk_weights, up_bias, down_bias))
     with on_device_of(x):
         layout, products = Layout(offsets, order.shape[0]), _products(kernels)
         z, a = products.up_and_activate(to_rows(x, plan), up, up_bias, layout, activation, save != "recompute")
@@ -99,6 +100,7 @@ def experts_backward_op(
         return [t.new_zeros(t.shape if n else 0) for t, n in zip(likes, needs)]
     plan = Plan(order, inverse, offsets, top_k)
     x, up, down = (_aligned(t) for t in (x, up, down))
+    topk_weights, up_bias, down_bias = (_contiguous(t) for t in (topk_weights, up_bias, down_bias))
     grads: list[Tensor | None] = [None] * 6
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
     with on_device_of(x):
@@ -137,6 +139,10 @@ def _(dy: Tensor, x: Tensor, z: Tensor, scales: Tensor, *rest: Any) -> list[Tens
         torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0)
         for t, n in zip(likes, needs)
     ]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _aligned(tensor: Tensor) -> Tensor:

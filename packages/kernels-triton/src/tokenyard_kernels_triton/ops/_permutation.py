@@ -20,7 +20,8 @@ def permute_op(
     if order.shape[0] == 0:
         return x.new_empty(0, x.shape[1])
     with on_device_of(x):
-        return to_rows(x.contiguous(), Plan(order, inverse, offsets, top_k), topk_weights, tail=True)
+        weights = None if topk_weights is None else topk_weights.contiguous()
+        return to_rows(x.contiguous(), Plan(order, inverse, offsets, top_k), weights, tail=True)
 
 
 @permute_op.register_fake
@@ -36,7 +37,8 @@ def unpermute_op(
     if inverse.shape[0] == 0:
         return rows.new_empty(0, rows.shape[1])
     with on_device_of(rows):
-        return to_tokens(rows.contiguous(), Plan(order, inverse, offsets, top_k), topk_weights)
+        weights = None if topk_weights is None else topk_weights.contiguous()
+        return to_tokens(rows.contiguous(), Plan(order, inverse, offsets, top_k), weights)
 
 
 @unpermute_op.register_fake

@@ -9,7 +9,8 @@ from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_tw
 from tokenyard_kernels_triton.kernels import _plan
 
 _SLOTS = 256  # in a block
-_BUCKETS = 32  # that a program counts or adds up at a time
+_BUCKETS = 32  # that a program counts at a time
+_BLOCKS = 256  # whose counts are added up at a time
 
 
 @torch.library.custom_op("tokenyard_triton::plan", mutates_args=())
@@ -28,7 +29,7 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
         _plan.count_blocks[(blocks,)](ids, counts, slots, num_experts, SLOTS=_SLOTS, BUCKETS=buckets)
         few = min(8, buckets)
         _plan.add_up_blocks[(ceil_div(num_experts + 1, few),)](
-            counts, totals, blocks, num_experts, BLOCKS=min(256, power_of_two(blocks)), BUCKETS=few
+            counts, totals, blocks, num_experts, BLOCKS=_BLOCKS, BUCKETS=few
         )
         _plan.place_slots[(blocks,)](
             ids,
