@@ -1,4 +1,4 @@
-"""Keeping a pre-activation in 8-bit floating point, with a scale for every 128 columns of a row."""
+"""Numbers in fewer bits: a pre-activation in 8, with a scale for every 128 columns of a row; a float32 as two narrow ones."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def widen_rows(narrow, scales, z, live, width, blocks, ROWS: tl.constexpr, BLOCK
     value = tl.load(narrow + row[:, None] * width + column[None, :], mask=mask, other=0.0).to(tl.float32)
     scale = tl.load(scales + row * blocks + block, mask=kept, other=0.0)
     tl.store(z + row[:, None] * width + column[None, :], rounded(value * scale[:, None], z.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def split_in_two(wide, both, rows, width, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Write both [R, 2 * width]: wide [R, width] in a narrower type, and what that has left out."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    value = tl.load(wide + row[:, None] * width + column[None, :], mask=mask, other=0.0)
+    high = rounded(value, both.dtype.element_ty)
+    at = both + row[:, None] * 2 * width + column[None, :]
+    tl.store(at, high, mask=mask)
+    tl.store(at + width, rounded(value - high.to(tl.float32), both.dtype.element_ty), mask=mask)

@@ -11,10 +11,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, processors
+from tokenyard_kernels_triton.hopper_tiling import HopperTiling, Product, hopper_tiling
 from tokenyard_kernels_triton.kernels import _hopper
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
 from tokenyard_kernels_triton.ops._layout import Layout
-from tokenyard_kernels_triton.tiling import HopperTiling, Product, hopper_tiling
 
 ROWS = 128  # of a tile
 _REGISTERS = 168  # of a thread, at the start: two warpgroups and the loader's share 65536
@@ -67,12 +67,13 @@ def up_and_activate(
     activation: str,
     keep_z: bool = True,
     keep_a: bool = True,
+    how: HopperTiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
     parts = 2 if is_gated(activation) else 1
     width = up.shape[1]
     ffn_dim = width // parts
-    how = hopper_tiling("up")
+    how = how or hopper_tiling("up", x.shape[1], ffn_dim, x.device)
     columns = how.columns // parts
     z = x.new_empty(layout.rows if keep_z else 0, width)
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
@@ -96,11 +97,18 @@ def up_and_activate(
 
 
 def times_weight(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, transposed: bool, product: Product
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    transposed: bool,
+    product: Product,
+    how: HopperTiling | None = None,
 ) -> Tensor:
     """Return rows [R, M] times each expert's weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
     width = weight.shape[1 if transposed else 2]
-    how = hopper_tiling(product)
+    dim, ffn_dim = _widths(product, rows.shape[1], width)
+    how = how or hopper_tiling(product, dim, ffn_dim, rows.device)
     out = rows.new_empty(layout.rows, width)
     block = (how.columns, how.depth) if transposed else (how.depth, how.columns)
     _hopper.times_weight[_grid(rows, layout.bound(ROWS) * ceil_div(width, how.columns))](
@@ -118,10 +126,13 @@ def times_weight(
     return out
 
 
-def weight_gradient(left: Tensor, right: Tensor, layout: Layout, product: Product) -> Tensor:
+def weight_gradient(
+    left: Tensor, right: Tensor, layout: Layout, product: Product, how: HopperTiling | None = None
+) -> Tensor:
     """Return [E, M, N]: over each expert's rows, left [R, M] transposed times right [R, N]; zero where it has none."""
     rows, columns = left.shape[1], right.shape[1]
-    how = hopper_tiling(product)
+    dim, ffn_dim = _widths(product, rows, columns)
+    how = how or hopper_tiling(product, dim, ffn_dim, left.device)
     out = left.new_empty(layout.num_experts, rows, columns)
     each = ceil_div(rows, ROWS) * ceil_div(columns, how.columns)
     _hopper.weight_gradient[_grid(left, layout.num_experts * each)](
@@ -137,3 +148,8 @@ def weight_gradient(left: Tensor, right: Tensor, layout: Layout, product: Produc
         **_options(left, how),
     )
     return out
+
+
+def _widths(product: Product, one: int, two: int) -> tuple[int, int]:
+    """Return (dim, ffn_dim) of a product's two widths; gate and up together count as one width here."""
+    return (two, one) if product in ("down", "input_gradient", "up_gradient") else (one, two)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenyard_kernels_triton._device import on_device_of
+from tokenyard_kernels_triton.ops._narrow import split_in_two
+
 
 @torch.library.custom_op("tokenyard_triton::logits", mutates_args=())
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
@@ -26,9 +29,8 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 @torch.library.custom_op("tokenyard_triton::logits_backward", mutates_args=())
 def logits_backward_op(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
     """Return the gradients of x and of weight; an empty one where none is needed."""
-    high = dlogits.to(x.dtype)
-    low = (dlogits - high).to(x.dtype)
-    both = torch.cat((high, low), 1)  # [T, 2E]
+    with on_device_of(x):
+        both = split_in_two(dlogits, x.dtype)  # [T, 2E]
     dx, dweight = x.new_empty(0), x.new_empty(0)
     if needs[0]:
         dx = both @ torch.cat((weight, weight))

@@ -1,11 +1,11 @@
-"""Launching the conversion of a pre-activation to 8 bits and back."""
+"""Launching the conversion of numbers to fewer bits and back."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tokenyard_kernels_triton._device import ceil_div
+from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _narrow
 from tokenyard_kernels_triton.kernels._narrow import BLOCK
 
@@ -45,3 +45,15 @@ def widen(z: Tensor, scales: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor
         z.view(_DTYPE), scales, out, live, width, scales.shape[1], ROWS=_ROWS, BLOCK=BLOCK
     )
     return out
+
+
+def split_in_two(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [R, 2W] in a narrow dtype: float32 numbers [R, W], and beside them what rounding has left out."""
+    rows, width = wide.shape
+    both = wide.new_empty(rows, 2 * width, dtype=dtype)
+    if rows:
+        columns = min(128, power_of_two(width))
+        _narrow.split_in_two[(ceil_div(rows, _ROWS), ceil_div(width, columns))](
+            wide.contiguous(), both, rows, width, COLUMNS=columns, ROWS=_ROWS
+        )
+    return both

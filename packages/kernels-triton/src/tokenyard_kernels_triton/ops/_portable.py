@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, processors, shared_memory
+from tokenyard_kernels_triton.hopper_tiling import Product
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
 from tokenyard_kernels_triton.ops._layout import Layout
-from tokenyard_kernels_triton.tiling import Product, Tiling, portable_tiling
+from tokenyard_kernels_triton.tiling import Tiling, portable_tiling
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 

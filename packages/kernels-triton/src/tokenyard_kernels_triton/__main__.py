@@ -1,0 +1,60 @@
+"""``python -m tokenyard_kernels_triton T,D,F,E,K``: find the fastest tiles for a layer on this GPU, and keep them."""
+
+from __future__ import annotations
+
+import sys
+
+from tokenyard import Workload
+from tokenyard.errors import ConfigError
+from tokenyard_kernels_triton._plugin import no_gluon
+
+_USAGE = "usage: python -m tokenyard_kernels_triton T,D,F,E,K   (tokens, width, expert width, experts, experts a token)"
+
+
+def main(arguments: list[str]) -> int:
+    """Tune for the shape that is given; return 0, or 2 with one sentence if that cannot be."""
+    try:
+        tokens, dim, ffn_dim, num_experts, top_k = _sizes(arguments)
+        workload = _workload(dim, ffn_dim, num_experts, top_k)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if (reason := no_gluon(workload)) is not None:
+        print(f"nothing to tune: {reason}", file=sys.stderr)
+        return 2
+    _tune_and_keep(tokens, dim, ffn_dim, num_experts, top_k)
+    return 0
+
+
+def _sizes(arguments: list[str]) -> list[int]:
+    try:
+        sizes = [int(number) for number in arguments[0].split(",")]
+    except (IndexError, ValueError):
+        raise ConfigError(_USAGE) from None
+    if len(arguments) != 1 or len(sizes) != 5 or min(sizes) < 1:
+        raise ConfigError(f"{' '.join(arguments)!r} is not five whole numbers above 0, such as 32768,2048,768,128,8")
+    return sizes
+
+
+def _workload(dim: int, ffn_dim: int, num_experts: int, top_k: int) -> Workload:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Workload(dim, ffn_dim, num_experts, top_k, dtype=torch.bfloat16, device=torch.device(device))
+
+
+def _tune_and_keep(tokens: int, dim: int, ffn_dim: int, num_experts: int, top_k: int) -> None:
+    import torch
+
+    from tokenyard_kernels_triton.hopper_tiling import gpu_key, keep_tuned
+    from tokenyard_kernels_triton.tune import tune
+
+    results = tune(tokens, dim, ffn_dim, num_experts, top_k)
+    for result in results:
+        print(f"{result.product:20} {result.shipped_ms:8.3f} ms -> {result.best_ms:8.3f} ms  {result.best}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    print(f"kept in {keep_tuned(gpu_key(device), {result.bucket: result.best for result in results})}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

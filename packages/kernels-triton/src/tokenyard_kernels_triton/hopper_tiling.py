@@ -1,0 +1,130 @@
+"""How large the tiles of each product are on Hopper: from a table, or from what tuning found on this machine.
+
+The shipped table was measured on one H200. No training step ever tries tiles; ``python -m tokenyard_kernels_triton``
+does, and keeps what it finds in a file, which is read once, at the first launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+Product = Literal["up", "down", "activation_gradient", "input_gradient", "up_gradient", "down_gradient"]
+PRODUCTS: tuple[Product, ...] = get_args(Product)
+
+_SHARED = 232448  # bytes of shared memory that a program can have
+_ALIGNING = 1024  # of them, for barriers and alignment
+_FINE = 4096  # experts narrower than this are many and small
+
+log = logging.getLogger("tokenyard")
+
+
+@dataclass(frozen=True)
+class HopperTiling:
+    """The tile of one product on Hopper: 128 rows by `columns` of the output."""
+
+    stages: int = 3  # slices that are loaded ahead
+    chunk: int = 64  # columns that leave at a time
+    buffers: int = 1  # of so many columns
+    columns: int = 256
+    depth: int = 64
+    group: int = 32  # row tiles that one column of weights is used for while it is in cache
+
+    def options(self) -> dict[str, int]:
+        """Return what every product's launch takes."""
+        return {
+            "COLUMNS": self.columns,
+            "DEPTH": self.depth,
+            "CHUNK": self.chunk,
+            "STAGES": self.stages,
+            "BUFFERS": self.buffers,
+        }
+
+    def shared(self, sent: int) -> int:
+        """Return the bytes of shared memory it takes, where a warpgroup sends `sent` results of a column at a time."""
+        slices = self.stages * self.depth * (128 + self.columns)
+        return 2 * (slices + 2 * 64 * self.buffers * sent * self.chunk) + _ALIGNING
+
+    def fits(self, sent: int) -> bool:
+        """Say whether a program has that much."""
+        return self.shared(sent) <= _SHARED
+
+
+# For fine experts, and for wide ones. Products over rows share a group, and with it their tile list.
+_TABLE: dict[Product, tuple[HopperTiling, HopperTiling]] = {
+    "up": (HopperTiling(3, 64, 1, group=16), HopperTiling(3, 64, 1)),
+    "down": (HopperTiling(3, 128, 2, group=16), HopperTiling(3, 128, 2)),
+    "activation_gradient": (HopperTiling(3, 128, 2, group=16), HopperTiling(3, 128, 2)),
+    "input_gradient": (HopperTiling(4, 64, 2, group=16), HopperTiling(4, 64, 2)),
+    "up_gradient": (HopperTiling(4, 64, 2, group=16), HopperTiling(4, 64, 2, group=16)),
+    "down_gradient": (HopperTiling(4, 64, 2, group=4), HopperTiling(4, 64, 2, group=16)),
+}
+
+
+def hopper_tiling(product: Product, dim: int, ffn_dim: int, device: torch.device) -> HopperTiling:
+    """Return the tiles of a product of experts of width `ffn_dim` in a model of width `dim`, in 2-byte numbers."""
+    found = _tuned(gpu_key(device)).get(bucket(product, dim, ffn_dim))
+    return found or _TABLE[product][ffn_dim >= _FINE]
+
+
+def bucket(product: Product, dim: int, ffn_dim: int) -> str:
+    """Return what tuned tiles are filed under: the product, and both widths rounded up to a power of two."""
+    return f"{product} {1 << (dim - 1).bit_length()} {1 << (ffn_dim - 1).bit_length()}"
+
+
+@functools.cache
+def gpu_key(device: torch.device) -> str:
+    """Return which GPU and compiler tuned tiles are good for."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, Triton {metadata.version('triton')}"
+
+
+def tuned_path() -> Path:
+    """Return the file of tuned tiles: in the folder TOKENYARD_CACHE, or ~/.cache/tokenyard."""
+    return Path(os.environ.get("TOKENYARD_CACHE", "~/.cache/tokenyard")).expanduser() / "triton_tiles.json"
+
+
+def keep_tuned(gpu: str, tiles: dict[str, HopperTiling]) -> Path:
+    """Add tiles by bucket to the file, in place of older ones of the same GPU and bucket; return its path."""
+    path = tuned_path()
+    known = _read(path)
+    known[gpu] = known.get(gpu, {}) | {name: asdict(tiling) for name, tiling in tiles.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(known, indent=1))
+    new.replace(path)
+    _tuned.cache_clear()
+    return path
+
+
+@functools.cache
+def _tuned(gpu: str) -> dict[str, HopperTiling]:
+    entries = _read(tuned_path()).get(gpu, {})
+    tiles = {name: _tiling(entry) for name, entry in entries.items()}
+    return {name: tiling for name, tiling in tiles.items() if tiling is not None}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("tuned tiles in %s are left aside, since they cannot be read: %s", path, error)
+        return {}
+    return known if isinstance(known, dict) and all(isinstance(v, dict) for v in known.values()) else {}
+
+
+def _tiling(entry: object) -> HopperTiling | None:
+    names = {field.name for field in fields(HopperTiling)}
+    if not isinstance(entry, dict) or set(entry) != names or not all(type(v) is int and v > 0 for v in entry.values()):
+        return None
+    return HopperTiling(**entry)
