@@ -81,6 +81,11 @@ class ReadsDroppedTokens(TorchExperts):
         return super().__call__(x, plan, topk_weights, weights) + 0 * x.sum()
 
 
+class ReadsDroppedWeights(TorchExperts):
+    def __call__(self, x, plan, topk_weights, weights):
+        return super().__call__(x, plan, topk_weights, weights) + 0 * topk_weights.sum().to(x.dtype)
+
+
 class BreaksTheGraph(TorchExperts):
     def __call__(self, x, plan, topk_weights, weights):
         torch._dynamo.graph_break()
@@ -120,7 +125,12 @@ def routes_everywhere(kit):
         (
             ReadsDroppedTokens,
             lambda kit: kit.test_static_rows_bound(record),
-            "read a token or gradient that was dropped",
+            "read a token, weight or gradient that was dropped",
+        ),
+        (
+            ReadsDroppedWeights,
+            lambda kit: kit.test_static_rows_bound(record),
+            "read a token, weight or gradient that was dropped",
         ),
         (BreaksTheGraph, lambda kit: kit.test_compiles_whole(record), "graph_break"),
     ],

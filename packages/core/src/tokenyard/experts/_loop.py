@@ -26,8 +26,10 @@ class LoopExperts:
         x = torch.where(live, x, x.new_zeros(()))  # 0 * NaN would reach the output of a token that was dropped
         y = x.new_zeros(x.shape, dtype=wide)
         for e in range(weights.up.shape[0]):
-            chosen = (experts == e).to(wide)
-            gate = (chosen if topk_weights is None else chosen * topk_weights).sum(1, keepdim=True)
+            chosen = experts == e
+            gate = (chosen.to(wide) if topk_weights is None else torch.where(chosen, topk_weights, 0)).sum(
+                1, keepdim=True
+            )
             y = y + gate * self._expert(x, e, weights).to(wide)
         return torch.where(live, y, y.new_zeros(())).to(x.dtype)
 

@@ -79,7 +79,7 @@ class ExpertsConformance(Conformance):
         self._check(case, record_property)
 
     def test_static_rows_bound(self, record_property: Any) -> None:
-        """A bound above the real row count changes nothing, and tokens dropped altogether are not read."""
+        """A bound above the real row count changes nothing; tokens and weights that were dropped are not read."""
         ids = torch.where(torch.rand(40, 2) < 0.5, 4, random_ids(40, 4, 2)).int()
         ids[10:20] = 4
         case = self._case(ids, 4)
@@ -87,10 +87,11 @@ class ExpertsConformance(Conformance):
         with torch.no_grad():
             case.tensors["x"][10:20] = float("nan")
             case.dy[10:20] = float("nan")
+            case.tensors["topk_weights"][ids.to(case.ids.device) >= 4] = float("nan")
         kernel = self._kernel(case)
         got = self._results(case, lambda c: kernel(c, rows=int((ids < 4).sum()) + 5))
         for name, result in got.items():
-            assert result.isfinite().all(), f"{name} read a token or gradient that was dropped"
+            assert result.isfinite().all(), f"{name} read a token, weight or gradient that was dropped"
         self._judge(got, expected, record_property)
 
     def test_strided_inputs(self, record_property: Any) -> None:

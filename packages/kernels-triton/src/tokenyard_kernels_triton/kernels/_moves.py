@@ -50,8 +50,8 @@ def sum_to_tokens(rows, y, inverse, topk_weights, live, dim, TOP_K: tl.constexpr
         row = tl.load(inverse + slot)
         width = tl.where(row < kept, dim, 0)
         value = tl.load(rows + row.to(tl.int64) * dim + column, mask=column < width, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            value *= tl.load(topk_weights + slot).to(tl.float32)
+        if WEIGHTED:  # a dropped slot's weight counts for nothing, whatever it is
+            value = tl.where(column < width, value * tl.load(topk_weights + slot).to(tl.float32), 0.0)
         total += value
     tl.store(y + token * dim + column, rounded(total, y.dtype.element_ty), mask=inside)
 
