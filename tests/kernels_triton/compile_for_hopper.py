@@ -115,10 +115,11 @@ CASES = (
 
 
 def main():
+    import tokenyard_kernels_triton._device as device
     import tokenyard_kernels_triton.ops._hopper as hopper
     import tokenyard_kernels_triton.ops._portable as portable
 
-    hopper.processors = portable.processors = functools.cache(lambda device: 132)
+    device.processors = hopper.processors = portable.processors = functools.cache(lambda device: 132)
     seen = set()
     for kernels, name, dtype, activation, bias, save in CASES:
         found = []

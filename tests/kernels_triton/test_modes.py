@@ -32,7 +32,6 @@ def run(save: str) -> tuple[dict[str, torch.Tensor], int]:
     """Return output and gradients, and the bytes kept besides x, the weights and the plan."""
     permutation, kernel = experts(save)
     given = tensors()
-    ids = torch.rand(T, E, device=DEVICE).argsort(-1)[:, :K].int()
     plan = permutation.plan(torch.arange(T * K, device=DEVICE, dtype=torch.int32).view(T, K) % E, E)
     known = {t.data_ptr() for t in (*given.values(), *plan[:3])}
     kept: dict[int, int] = {}
@@ -44,7 +43,6 @@ def run(save: str) -> tuple[dict[str, torch.Tensor], int]:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         y = kernel(given["x"], plan, given["weights"], ExpertWeights(given["up"], given["down"]))
-    del ids
     gradients = torch.autograd.grad(y, list(given.values()), torch.ones_like(y))
     return {"y": y.detach(), **dict(zip(given, gradients))}, sum(kept.values())
 

@@ -24,7 +24,6 @@ def test_importing_it_imports_no_triton():
 def test_everything_is_usable_on_hopper():
     assert _plugin.no_triton(workload()) is None
     assert _plugin.no_router(workload()) is None
-    assert _plugin.no_permutation(workload()) is None
 
 
 def test_gluon_wants_hopper_and_a_triton_it_knows(monkeypatch):

@@ -11,6 +11,7 @@ from tokenyard_kernels_triton import hopper_tiling as tiles
 from tokenyard_kernels_triton.hopper_tiling import PRODUCTS, HopperTiling, bucket, hopper_tiling, keep_tuned
 
 CPU = torch.device("cpu")
+TOO_LARGE = {"stages": 9, "chunk": 64, "buffers": 1, "columns": 256, "depth": 64, "group": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ffn_dim", [768, 14336])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_shipped_tiles_fit_into_shared_memory(product, ffn_dim):
-    assert hopper_tiling(product, 2048, ffn_dim, CPU).fits(3 if product == "up" else 1)
+    assert hopper_tiling(product, 2048, ffn_dim, CPU).fits(product)
 
 
 def test_tuned_tiles_are_taken_for_their_bucket_only(cache):
@@ -53,7 +54,7 @@ def test_a_spoilt_file_is_left_aside(cache, text, caplog):
     assert ("triton_tiles.json" in caplog.text) == (text == "{")
 
 
-@pytest.mark.parametrize("entry", [{"stages": 3}, {"stages": -1}, "fast", None])
+@pytest.mark.parametrize("entry", [{"stages": 3}, {"stages": -1}, TOO_LARGE, "fast", None])
 def test_a_spoilt_entry_is_left_aside(cache, entry):
     known = {tiles.gpu_key(CPU): {bucket("down", 64, 64): entry}}
     (cache / "triton_tiles.json").write_text(json.dumps(known))
@@ -78,7 +79,7 @@ def test_tuning_takes_the_fastest_of_many_that_fit():
     assert {r.best for r in results} == {HopperTiling(4, 32, 1, group=16)}
     assert all(r.shipped_ms == 9 and r.best_ms == pytest.approx(1.42) for r in results)
     assert len(tried) == sum(len(candidates(product)) for product in PRODUCTS)
-    assert all(tiling.fits(3) for tiling in candidates("up"))
+    assert all(tiling.fits("up") for tiling in candidates("up"))
 
 
 @pytest.mark.parametrize(
@@ -101,10 +102,16 @@ def test_the_command_declines_in_one_sentence(arguments, sentence):
 
 
 @pytest.mark.gpu
-def test_tuning_runs_and_is_kept(cache):
+def test_tuning_runs_and_is_kept(cache, monkeypatch, capsys):
+    """Of few candidates, since each is compiled."""
+    from tokenyard_kernels_triton import tune
+    from tokenyard_kernels_triton.__main__ import main
+
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper")
-    command = [sys.executable, "-m", "tokenyard_kernels_triton", "512,512,512,8,2"]
-    subprocess.run(command, check=True, timeout=900)
+    few = [HopperTiling(3, 64, 1), HopperTiling(4, 32, 1)]
+    monkeypatch.setattr(tune, "candidates", lambda product: few)
+    assert main(["512,512,512,8,2"]) == 0
     (kept,) = json.loads((cache / "triton_tiles.json").read_text()).values()
     assert len(kept) == len(PRODUCTS)
+    assert "kept in" in capsys.readouterr().out

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 
+import torch
+
 from tokenyard import Workload
 from tokenyard.errors import ConfigError
+from tokenyard_kernels_triton._device import current_device
 from tokenyard_kernels_triton._plugin import no_gluon
 
 _USAGE = "usage: python -m tokenyard_kernels_triton T,D,F,E,K   (tokens, width, expert width, experts, experts a token)"
@@ -37,23 +40,17 @@ def _sizes(arguments: list[str]) -> list[int]:
 
 
 def _workload(dim: int, ffn_dim: int, num_experts: int, top_k: int) -> Workload:
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Workload(dim, ffn_dim, num_experts, top_k, dtype=torch.bfloat16, device=torch.device(device))
+    return Workload(dim, ffn_dim, num_experts, top_k, dtype=torch.bfloat16, device=current_device())
 
 
 def _tune_and_keep(tokens: int, dim: int, ffn_dim: int, num_experts: int, top_k: int) -> None:
-    import torch
-
     from tokenyard_kernels_triton.hopper_tiling import gpu_key, keep_tuned
     from tokenyard_kernels_triton.tune import tune
 
     results = tune(tokens, dim, ffn_dim, num_experts, top_k)
     for result in results:
         print(f"{result.product:20} {result.shipped_ms:8.3f} ms -> {result.best_ms:8.3f} ms  {result.best}")
-    device = torch.device("cuda", torch.cuda.current_device())
-    print(f"kept in {keep_tuned(gpu_key(device), {result.bucket: result.best for result in results})}")
+    print(f"kept in {keep_tuned(gpu_key(current_device()), {result.bucket: result.best for result in results})}")
 
 
 if __name__ == "__main__":

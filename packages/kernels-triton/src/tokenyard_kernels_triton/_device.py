@@ -19,6 +19,16 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def persistent_grid(device: torch.device, tiles: int) -> tuple[int]:
+    """Return how many programs walk over so many tiles."""
+    return (min(processors(device), tiles),)
+
+
+def current_device() -> torch.device:
+    """Return the GPU that is current, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that one program can have; without a GPU, a Hopper's."""

@@ -60,13 +60,6 @@ def no_router(workload: Workload) -> str | None:
     return no_triton(workload)
 
 
-def no_permutation(workload: Workload) -> str | None:
-    """Say why the permutation cannot be used for a workload; it moves rows of any dtype that Triton has."""
-    if workload.dtype == torch.float64:
-        return "'triton' moves bfloat16, float16 and float32, not float64"
-    return no_triton(workload)
-
-
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -83,7 +76,7 @@ def tokenyard_routers() -> list[Backend]:
 @hookimpl
 def tokenyard_permutations() -> list[Backend]:
     """Offer the plan in three launches, and its moves."""
-    return [Backend("triton", "tokenyard_kernels_triton.permutation:TritonPermutation", _PRIORITY, no_permutation)]
+    return [Backend("triton", "tokenyard_kernels_triton.permutation:TritonPermutation", _PRIORITY, no_triton)]
 
 
 @hookimpl

@@ -20,6 +20,7 @@ import torch
 Product = Literal["up", "down", "activation_gradient", "input_gradient", "up_gradient", "down_gradient"]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 
+CHUNKS = (32, 64, 128)  # columns that can leave at a time
 _SHARED = 232448  # bytes of shared memory that a program can have
 _ALIGNING = 1024  # of them, for barriers and alignment
 _FINE = 4096  # experts narrower than this are many and small
@@ -48,14 +49,16 @@ class HopperTiling:
             "BUFFERS": self.buffers,
         }
 
-    def shared(self, sent: int) -> int:
-        """Return the bytes of shared memory it takes, where a warpgroup sends `sent` results of a column at a time."""
+    def shared(self, product: Product) -> int:
+        """Return the bytes of shared memory that a product takes with it; up sends three results of a column."""
+        sent = 3 if product == "up" else 1
         slices = self.stages * self.depth * (128 + self.columns)
         return 2 * (slices + 2 * 64 * self.buffers * sent * self.chunk) + _ALIGNING
 
-    def fits(self, sent: int) -> bool:
-        """Say whether a program has that much."""
-        return self.shared(sent) <= _SHARED
+    def fits(self, product: Product) -> bool:
+        """Say whether a program can run a product with it."""
+        same = (self.columns, self.depth) == (HopperTiling.columns, HopperTiling.depth)
+        return same and self.chunk in CHUNKS and self.shared(product) <= _SHARED
 
 
 # For fine experts, and for wide ones. Products over rows share a group, and with it their tile list.
@@ -70,7 +73,7 @@ _TABLE: dict[Product, tuple[HopperTiling, HopperTiling]] = {
 
 
 def hopper_tiling(product: Product, dim: int, ffn_dim: int, device: torch.device) -> HopperTiling:
-    """Return the tiles of a product of experts of width `ffn_dim` in a model of width `dim`, in 2-byte numbers."""
+    """Return the tiles of a product between the model's width and the experts' (gate and up count together)."""
     found = _tuned(gpu_key(device)).get(bucket(product, dim, ffn_dim))
     return found or _TABLE[product][ffn_dim >= _FINE]
 
@@ -109,7 +112,7 @@ def keep_tuned(gpu: str, tiles: dict[str, HopperTiling]) -> Path:
 def _tuned(gpu: str) -> dict[str, HopperTiling]:
     entries = _read(tuned_path()).get(gpu, {})
     tiles = {name: _tiling(entry) for name, entry in entries.items()}
-    return {name: tiling for name, tiling in tiles.items() if tiling is not None}
+    return {name: t for name, t in tiles.items() if t is not None and t.fits(name.split()[0])}  # type: ignore[arg-type]
 
 
 def _read(path: Path) -> dict[str, Any]:

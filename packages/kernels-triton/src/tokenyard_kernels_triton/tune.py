@@ -10,15 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenyard_kernels_triton.hopper_tiling import PRODUCTS, HopperTiling, Product, bucket, hopper_tiling
+from tokenyard_kernels_triton._device import current_device
+from tokenyard_kernels_triton.hopper_tiling import CHUNKS, PRODUCTS, HopperTiling, Product, bucket, hopper_tiling
 from tokenyard_kernels_triton.ops import _hopper
 from tokenyard_kernels_triton.ops._layout import Layout
 
-_SENT: dict[Product, int] = {"up": 3}  # results of a column at a time: gate, up and activation; of others one
 _FLUSH_BYTES = 1 << 29  # more than L2 holds
 _WARM, _TIMED = 2, 7
 
-Launch = Callable[[HopperTiling | None], object]
+Launch = Callable[[HopperTiling], object]
 Clock = Callable[[Callable[[], object]], float]
 
 
@@ -34,19 +34,19 @@ class Result(NamedTuple):
 
 def candidates(product: Product) -> list[HopperTiling]:
     """List the tiles to try: those that fit into shared memory."""
-    sizes = combinations((3, 4), (32, 64, 128), (1, 2), (4, 16, 32))
+    sizes = combinations((3, 4), CHUNKS, (1, 2), (4, 16, 32))
     tilings = [HopperTiling(stages, chunk, buffers, group=group) for stages, chunk, buffers, group in sizes]
-    return [tiling for tiling in tilings if tiling.fits(_SENT.get(product, 1))]
+    return [tiling for tiling in tilings if tiling.fits(product)]
 
 
 def tune(tokens: int, dim: int, ffn_dim: int, num_experts: int, top_k: int, clock: Clock | None = None) -> list[Result]:
-    """Time all candidates of all products of a gated bfloat16 layer with evenly loaded experts; best ones first kept.
+    """Time all candidates of all products of a gated bfloat16 layer whose experts have equally many rows.
 
     `clock` returns the milliseconds that a call takes; by default the median of some, by CUDA events.
     """
-    launches = _launches(tokens * top_k, dim, ffn_dim, num_experts)
+    device = current_device()
+    launches = _launches(tokens * top_k, dim, ffn_dim, num_experts, device)
     timed = clock or CudaClock()
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return [_best(product, *launches[product], timed, device) for product in PRODUCTS]
 
 
@@ -57,9 +57,10 @@ def _best(product: Product, launch: Launch, dim: int, ffn_dim: int, clock: Clock
     return Result(product, bucket(product, dim, ffn_dim), shipped, times[best], best)
 
 
-def _launches(rows: int, dim: int, ffn_dim: int, experts: int) -> dict[Product, tuple[Launch, int, int]]:
+def _launches(
+    rows: int, dim: int, ffn_dim: int, experts: int, device: torch.device
+) -> dict[Product, tuple[Launch, int, int]]:
     """Return for each product how to launch it with given tiles, and its widths."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     offsets = torch.linspace(0, rows, experts + 1, device=device).int()
 
     def random(*size: int) -> Tensor:

@@ -27,10 +27,8 @@ class LoopExperts:
         y = x.new_zeros(x.shape, dtype=wide)
         for e in range(weights.up.shape[0]):
             chosen = experts == e
-            gate = (chosen.to(wide) if topk_weights is None else torch.where(chosen, topk_weights, 0)).sum(
-                1, keepdim=True
-            )
-            y = y + gate * self._expert(x, e, weights).to(wide)
+            gates = chosen.to(wide) if topk_weights is None else torch.where(chosen, topk_weights, 0)
+            y = y + gates.sum(1, keepdim=True) * self._expert(x, e, weights).to(wide)
         return torch.where(live, y, y.new_zeros(())).to(x.dtype)
 
     def _expert(self, x: Tensor, e: int, weights: ExpertWeights) -> Tensor:

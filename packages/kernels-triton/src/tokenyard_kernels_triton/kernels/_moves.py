@@ -114,17 +114,13 @@ def differentiate(da, z, dz, weighted, dots, order, topk_weights, live, ffn_dim,
 
 
 @triton.jit(do_not_specialize=["slots"])
-def sum_dots(dots, dweights, inverse, live, slots, width, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Write dweights [N]: the sum over each slot's row of dots [R, width]; 0 for a dropped slot."""
+def sum_dots(dots, dweights, inverse, live, slots, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write dweights [N]: the sum over each slot's row of dots [R, WIDTH]; 0 for a dropped slot."""
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     row = tl.load(inverse + slot, mask=slot < slots, other=0)
     kept = (slot < slots) & (row < tl.load(live))
-    total = tl.zeros([SLOTS], tl.float32)
-    for first in range(0, width, WIDTH):
-        column = first + tl.arange(0, WIDTH)
-        pointers = dots + row.to(tl.int64)[:, None] * width + column[None, :]
-        total += tl.sum(tl.load(pointers, mask=kept[:, None] & (column < width)[None, :], other=0.0), 1)
-    tl.store(dweights + slot, total, mask=slot < slots)
+    pointers = dots + row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(dweights + slot, tl.sum(tl.load(pointers, mask=kept[:, None], other=0.0), 1), mask=slot < slots)
 
 
 @triton.jit

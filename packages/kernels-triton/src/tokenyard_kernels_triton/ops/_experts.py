@@ -1,4 +1,4 @@
-"""The expert layer as one custom op and its gradient as another; both save nothing but what `Saved` says."""
+"""The expert layer as one custom op and its gradient as another; between them stands what `Save` says."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def experts_backward_op(
         if any(needs[:5]):
             if save == "recompute":
                 z, _ = products.up_and_activate(to_rows(x, plan), up, up_bias, layout, activation, keep_a=False)
-            elif save == "fp8":
+            if save == "fp8":
                 z = widen(z, scales, layout.live, x.dtype)
             da = products.times_weight(drows, down, None, layout, False, "activation_gradient")
             bias = down_bias if need_weights else None
@@ -168,7 +168,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor, dz: Tensor | None, dscales: Tensor | None) -> tuple[Tensor | None, ...]:
     need = ctx.needs_input_grad
     needs = [need[i] for i in (0, 4, 5, 6, 7, 8)]
-    grads = experts_backward_op(dy.contiguous(), *ctx.saved_tensors, *ctx.how, needs)
+    grads = experts_backward_op(dy, *ctx.saved_tensors, *ctx.how, needs)
     dx, dweights, dup, ddown, dup_bias, ddown_bias = (g if n else None for g, n in zip(grads, needs))
     return dx, None, None, None, dweights, dup, ddown, dup_bias, ddown_bias, None, None, None, None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tokenyard.activations import is_gated
-from tokenyard_kernels_triton._device import ceil_div, processors
+from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors
 from tokenyard_kernels_triton.hopper_tiling import HopperTiling, Product, hopper_tiling
 from tokenyard_kernels_triton.kernels import _hopper
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
@@ -18,8 +18,6 @@ from tokenyard_kernels_triton.ops._layout import Layout
 
 ROWS = 128  # of a tile
 _REGISTERS = 168  # of a thread, at the start: two warpgroups and the loader's share 65536
-
-
 _RAGGED_ROWS = 1 << 30  # more than a ragged matrix has
 _MANY = 0x7FFF0000
 _WRAP = 1 << 34  # times _RAGGED_ROWS, it is a multiple of 2^64
@@ -55,10 +53,6 @@ def _options(x: Tensor, how: HopperTiling) -> dict[str, Any]:
     return how.options() | {"PROGRAMS": processors(x.device), "num_warps": 4, "maxnreg": _REGISTERS}
 
 
-def _grid(x: Tensor, tiles: int) -> tuple[int]:
-    return (min(processors(x.device), tiles),)
-
-
 def up_and_activate(
     x: Tensor,
     up: Tensor,
@@ -77,7 +71,7 @@ def up_and_activate(
     columns = how.columns // parts
     z = x.new_empty(layout.rows if keep_z else 0, width)
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
-    _hopper.up_and_activate[_grid(x, layout.bound(ROWS) * ceil_div(ffn_dim, columns))](
+    _hopper.up_and_activate[persistent_grid(x.device, layout.bound(ROWS) * ceil_div(ffn_dim, columns))](
         _ragged(x, 1, (64, how.depth)),
         _stacked(up, parts, (columns, how.depth)),
         bias,
@@ -111,7 +105,7 @@ def times_weight(
     how = how or hopper_tiling(product, dim, ffn_dim, rows.device)
     out = rows.new_empty(layout.rows, width)
     block = (how.columns, how.depth) if transposed else (how.depth, how.columns)
-    _hopper.times_weight[_grid(rows, layout.bound(ROWS) * ceil_div(width, how.columns))](
+    _hopper.times_weight[persistent_grid(rows.device, layout.bound(ROWS) * ceil_div(width, how.columns))](
         _ragged(rows, 1, (64, how.depth)),
         _stacked(weight, 1, block),
         bias,
@@ -135,7 +129,7 @@ def weight_gradient(
     how = how or hopper_tiling(product, dim, ffn_dim, left.device)
     out = left.new_empty(layout.num_experts, rows, columns)
     each = ceil_div(rows, ROWS) * ceil_div(columns, how.columns)
-    _hopper.weight_gradient[_grid(left, layout.num_experts * each)](
+    _hopper.weight_gradient[persistent_grid(left.device, layout.num_experts * each)](
         _ragged(left, 1, (how.depth, 64)),
         _ragged(right, 1, (how.depth, how.columns)),
         _stacked(out, 1, (64, how.chunk)),

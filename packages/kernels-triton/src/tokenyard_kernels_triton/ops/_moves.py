@@ -60,19 +60,11 @@ def dot_with_rows(dy: Tensor, rows: Tensor, plan: Plan) -> Tensor:
 
 
 def sum_dots(dots: Tensor, plan: Plan) -> Tensor:
-    """Return [T, K] float32: the sum over each slot's row of dots [R, W]; 0 for a dropped slot."""
+    """Return [T, K] float32: the sum over each slot's row of dots [R, 1 or 2]; 0 for a dropped slot."""
     slots = plan.inverse.shape[0]
     out = dots.new_empty(slots // plan.top_k, plan.top_k)
-    width = dots.shape[1]
     _moves.sum_dots[(ceil_div(slots, 128),)](
-        dots,
-        out,
-        plan.inverse,
-        plan.offsets[-1:],
-        slots,
-        width,
-        SLOTS=128,
-        WIDTH=min(16, power_of_two(width)),
+        dots, out, plan.inverse, plan.offsets[-1:], slots, SLOTS=128, WIDTH=dots.shape[1]
     )
     return out
 

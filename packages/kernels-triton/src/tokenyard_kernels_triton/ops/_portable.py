@@ -1,6 +1,6 @@
 """Launching the products of an expert layer for any GPU; every function allocates what it returns.
 
-``_hopper`` has the same three functions, for Hopper.
+``_hopper`` has the same three functions, for Hopper, where tiles depend on the product.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenyard.activations import is_gated
-from tokenyard_kernels_triton._device import ceil_div, processors, shared_memory
+from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors, shared_memory
 from tokenyard_kernels_triton.hopper_tiling import Product
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
 from tokenyard_kernels_triton.ops._layout import Layout
-from tokenyard_kernels_triton.tiling import Tiling, portable_tiling
+from tokenyard_kernels_triton.portable_tiling import Tiling, portable_tiling
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -39,7 +39,7 @@ def up_and_activate(
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
     how = _tiling(x, up, a)
     columns = how.columns // parts
-    _portable.up_and_activate[_grid(x, layout.bound(how.rows) * ceil_div(ffn_dim, columns))](
+    _portable.up_and_activate[persistent_grid(x.device, layout.bound(how.rows) * ceil_div(ffn_dim, columns))](
         x,
         up,
         bias,
@@ -66,7 +66,7 @@ def times_weight(
     width = weight.shape[1 if transposed else 2]
     out = rows.new_empty(layout.rows, width)
     how = _tiling(rows, weight)
-    _portable.times_weight[_grid(rows, layout.bound(how.rows) * ceil_div(width, how.columns))](
+    _portable.times_weight[persistent_grid(rows.device, layout.bound(how.rows) * ceil_div(width, how.columns))](
         rows,
         weight,
         bias,
@@ -88,7 +88,7 @@ def weight_gradient(left: Tensor, right: Tensor, layout: Layout, product: Produc
     out = left.new_empty(layout.num_experts, rows, columns)
     how = _tiling(left, right)
     each = ceil_div(rows, how.rows) * ceil_div(columns, how.columns)
-    _portable.weight_gradient[_grid(left, layout.num_experts * each)](
+    _portable.weight_gradient[persistent_grid(left.device, layout.num_experts * each)](
         left,
         right,
         out,
@@ -108,10 +108,6 @@ def _tiling(*matrices: Tensor) -> Tiling:
     first = matrices[0]
     even = all(t.shape[-1] * t.element_size() % 16 == 0 for t in matrices)
     return portable_tiling(first.dtype, shared_memory(first.device), even)
-
-
-def _grid(x: Tensor, tiles: int) -> tuple[int]:
-    return (min(processors(x.device), tiles),)
 
 
 def _common(x: Tensor, how: Tiling) -> dict[str, Any]:
