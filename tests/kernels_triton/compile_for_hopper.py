@@ -24,7 +24,7 @@ from tokenyard.interfaces import ExpertWeights, Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPES = {"wide": (512, 2048, 1536, 8, 2), "odd": (100, 60, 36, 6, 2)}  # T, D, F, E, K
-SHAPES |= {"more tokens": (513, 2048, 1536, 8, 2), "one token": (1, 2048, 1536, 8, 2)}
+SHAPES |= {"narrow": (512, 2048, 768, 8, 2), "more tokens": (513, 2048, 768, 8, 2), "one token": (1, 2048, 768, 8, 2)}
 
 
 class Hopper:
@@ -76,6 +76,7 @@ def usage(kernel):
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m\d+n\d+k\d+)", ptx))),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tma": "cp.async.bulk.tensor" in ptx,
+        "collects": bool(re.search(r"cp\.async\.cg\S* \[[^]]*\], \[[^]]*\], 0x10", ptx)),
     }
 
 
@@ -105,6 +106,8 @@ def layer(kernels, shape, dtype, activation, bias, save):
 
 CASES = (
     ("GluonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
+    ("GluonExperts", "narrow", torch.bfloat16, "swiglu", False, "pre_activation"),
+    ("GluonExperts", "narrow", torch.float16, "gelu_tanh", True, "recompute"),
     ("GluonExperts", "wide", torch.float16, "gelu_tanh", True, "recompute"),
     ("TritonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("TritonExperts", "odd", torch.bfloat16, "geglu", True, "fp8"),

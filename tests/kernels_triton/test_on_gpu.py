@@ -71,6 +71,67 @@ def test_more_than_two_to_the_31_elements(backend):
     _compare_with_torch(backend, ids, dim, ffn_dim, experts)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wide_experts(backend):
+    """So wide that gluon copies rows before its products, where it collects those of narrower ones."""
+    ids = torch.randint(0, 9, (700, 2), device="cuda", dtype=torch.int32)  # 8 drops
+    _compare_with_torch(backend, ids, 328, 1416, 8)
+
+
+@pytest.mark.parametrize("dim", [64, 200, 1032])
+def test_collected_rows_give_the_same_bits_as_copied_ones(dim):
+    """In every product that takes rows of tokens; some slots are dropped, and an expert has none."""
+    from tokenyard_kernels_triton.ops import _hopper
+    from tokenyard_kernels_triton.ops._layout import Layout
+    from tokenyard_kernels_triton.ops._moves import to_rows
+    from tokenyard_kernels_triton.permutation import TritonPermutation
+
+    tokens, ffn_dim, experts, top_k = 777, 264, 9, 4
+    workload = Workload(dim, ffn_dim, experts, top_k, dtype=torch.bfloat16, device="cuda")
+    ids = torch.rand(tokens, experts - 1, device="cuda").topk(top_k).indices.int()
+    ids[::5, 0] = experts
+    plan = TritonPermutation(workload).plan(ids, experts)
+    layout, kept = Layout(plan.offsets, plan.order.shape[0]), int(plan.offsets[-1])
+
+    def random(*size):
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16)
+
+    x, up, down = random(tokens, dim), random(experts, 2 * ffn_dim, dim), random(experts, dim, ffn_dim)
+    z, a = random(layout.rows, 2 * ffn_dim), random(layout.rows, ffn_dim)
+
+    def products(rows):
+        return (
+            _hopper.up_and_activate(rows, up, None, layout, "swiglu")[0][:kept],
+            _hopper.times_weight(rows, down, None, layout, False, "activation_gradient")[:kept],
+            _hopper.weight_gradient(z, rows, layout, "up_gradient"),
+            _hopper.weight_gradient(rows, a, layout, "down_gradient"),
+        )
+
+    collected = _hopper.rows_of(x, plan, ffn_dim)
+    assert not isinstance(collected, torch.Tensor)
+    for got, want in zip(products(collected), products(to_rows(x, plan))):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_that_is_not_finite_spoils_its_own_experts_only(backend):
+    """Though rows of two experts share a slice of a weight gradient."""
+    torch.manual_seed(3)
+    moe = layer(backend, dim=128, ffn_dim=256, num_experts=8, top_k=2)
+    x = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(0, 8, (300, 1), device="cuda", dtype=torch.int32)
+    ids = torch.cat([ids, (ids + 1) % 8], 1)
+    ids[0] = torch.tensor([2, 5])
+    x[0] = float("nan")
+    y, _ = moe(x, ids)
+    up, down = torch.autograd.grad(y, [moe.experts.up, moe.experts.down], torch.randn_like(y))
+    spoiled = torch.tensor([2, 5], device="cuda")
+    for gradient in (up, down):
+        finite = gradient.isfinite().flatten(1).all(1)
+        assert not finite[spoiled].any()
+        assert finite.sum() == 6
+
+
 def _compare_with_torch(backend, ids, dim, ffn_dim, experts):
     from tokenyard.experts import TorchExperts
     from tokenyard_kernels_triton import experts as kernels

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import current_device
 from tokenyard_kernels_triton.hopper_tiling import CHUNKS, PRODUCTS, HopperTiling, Product, bucket, hopper_tiling
 from tokenyard_kernels_triton.ops import _hopper
@@ -45,7 +46,7 @@ def tune(tokens: int, dim: int, ffn_dim: int, num_experts: int, top_k: int, cloc
     `clock` returns the milliseconds that a call takes; by default the median of some, by CUDA events.
     """
     device = current_device()
-    launches = _launches(tokens * top_k, dim, ffn_dim, num_experts, device)
+    launches = _launches(tokens, top_k, dim, ffn_dim, num_experts, device)
     timed = clock or CudaClock()
     return [_best(product, *launches[product], timed, device) for product in PRODUCTS]
 
@@ -58,15 +59,18 @@ def _best(product: Product, launch: Launch, dim: int, ffn_dim: int, clock: Clock
 
 
 def _launches(
-    rows: int, dim: int, ffn_dim: int, experts: int, device: torch.device
+    tokens: int, top_k: int, dim: int, ffn_dim: int, experts: int, device: torch.device
 ) -> dict[Product, tuple[Launch, int, int]]:
     """Return for each product how to launch it with given tiles, and its widths."""
+    rows = tokens * top_k
     offsets = torch.linspace(0, rows, experts + 1, device=device).int()
+    order = torch.randperm(rows, device=device).int()
+    plan = Plan(order, order.argsort().int(), offsets, top_k)
 
     def random(*size: int) -> Tensor:
         return torch.randn(size, device=device, dtype=torch.bfloat16)
 
-    x, z, a = random(rows, dim), random(rows, 2 * ffn_dim), random(rows, ffn_dim)
+    x, z, a = _hopper.rows_of(random(tokens, dim), plan, ffn_dim), random(rows, 2 * ffn_dim), random(rows, ffn_dim)
     up, down = random(experts, 2 * ffn_dim, dim), random(experts, dim, ffn_dim)
 
     def layout() -> Layout:

@@ -7,16 +7,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from tokenyard_kernels_triton.kernels._activations import function
-from tokenyard_kernels_triton.kernels._hopper_pipeline import (
-    accumulate,
-    barriers,
+from tokenyard_kernels_triton.kernels._hopper_loads import (
+    arrivals,
+    left_slices,
     load_column_tiles,
     load_row_tiles,
-    pass_on,
-    piece,
-    ragged_at,
-    store,
+    loading_warps,
+    registers,
+    right_slices,
 )
+from tokenyard_kernels_triton.kernels._hopper_pipeline import accumulate, barriers, pass_on, piece, ragged_at, store
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 
@@ -54,7 +54,7 @@ def _activate_and_send(total, z, a_out, buffers, buffer, row, end, first, INDEX:
 
 
 @gluon.jit
-def _multiply_up(tensors, sizes, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BIAS: gl.constexpr, KEEP_Z: gl.constexpr, KEEP_A: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
+def _multiply_up(tensors, sizes, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BIAS: gl.constexpr, KEEP_Z: gl.constexpr, KEEP_A: gl.constexpr, TOP_K: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
     bias, z, a_out, a, b, full, empty, buffers, tiles = tensors
     dim, ffn_dim = sizes
     WIDTH: gl.constexpr = COLUMNS // PARTS
@@ -66,7 +66,7 @@ def _multiply_up(tensors, sizes, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BI
         expert, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
-            total = accumulate(a, b, full, empty, done, steps, False, False, WARPGROUP, DEPTH, COLUMNS, STAGES)
+            total = accumulate(a, b, full, empty, done, steps, False, False, TOP_K > 0, WARPGROUP, DEPTH, COLUMNS, STAGES)
             if BIAS:
                 total = _biased(total, bias + expert * PARTS * ffn_dim, n * WIDTH, ffn_dim, PARTS, COLUMNS)
             for i in gl.static_range(WIDTH // CHUNK):
@@ -82,31 +82,34 @@ def _multiply_up(tensors, sizes, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BI
 
 @gluon.jit
 def up_and_activate(
-    x, weight, bias, z, a_out, tiles, dim, ffn_dim,
-    FUNCTION: gl.constexpr, PARTS: gl.constexpr, BIAS: gl.constexpr, KEEP_Z: gl.constexpr, KEEP_A: gl.constexpr,
+    x, order, weight, bias, z, a_out, tiles, dim, ffn_dim,
+    TOP_K: gl.constexpr, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BIAS: gl.constexpr, KEEP_Z: gl.constexpr, KEEP_A: gl.constexpr,
     DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr,
 ):
-    """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F]."""
-    a = gl.allocate_shared_memory(x.dtype, [2 * STAGES] + x.block_type.shape, x.layout)
-    b = gl.allocate_shared_memory(x.dtype, [STAGES] + weight.block_type.shape, weight.layout)
-    sent = gl.allocate_shared_memory(x.dtype, [2 * BUFFERS * (PARTS + 1)] + a_out.block_type.shape, a_out.layout)
-    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F].
+
+    x are rows; or, with TOP_K, tokens [T, dim] whose rows are collected by their order, in the other products too.
+    """
+    a = left_slices(x, weight.dtype, TOP_K, DEPTH, STAGES)
+    b = gl.allocate_shared_memory(weight.dtype, [STAGES] + weight.block_type.shape, weight.layout)
+    sent = gl.allocate_shared_memory(weight.dtype, [2 * BUFFERS * (PARTS + 1)] + a_out.block_type.shape, a_out.layout)
+    full, empty = barriers(STAGES, arrivals(TOP_K)), barriers(STAGES, 2)
     tensors, sizes = (bias, z, a_out, a, b, full, empty, sent, tiles), (dim, ffn_dim)
-    operands = (x, weight, a, b, full, empty, tiles)
+    operands = (x, order, weight, a, b, full, empty, tiles)
     gl.warp_specialize(
         [
-            (_multiply_up, (tensors, sizes, FUNCTION, PARTS, BIAS, KEEP_Z, KEEP_A, 0, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
-            (_multiply_up, (tensors, sizes, FUNCTION, PARTS, BIAS, KEEP_Z, KEEP_A, 1, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
-            (load_row_tiles, (operands, sizes, PARTS, False, DEPTH, COLUMNS, PROGRAMS, STAGES)),
+            (_multiply_up, (tensors, sizes, FUNCTION, PARTS, BIAS, KEEP_Z, KEEP_A, TOP_K, 0, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
+            (_multiply_up, (tensors, sizes, FUNCTION, PARTS, BIAS, KEEP_Z, KEEP_A, TOP_K, 1, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
+            (load_row_tiles, (operands, sizes, PARTS, False, TOP_K, DEPTH, COLUMNS, PROGRAMS, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, loading_warps(TOP_K)],
+        registers(TOP_K),
     )
 
 
 @gluon.jit
-def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
+def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr, TOP_K: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
     bias, out, a, b, full, empty, buffers, tiles = tensors
     depth, width = sizes
     columns = gl.cdiv(width, COLUMNS)
@@ -117,7 +120,7 @@ def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr,
         expert, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
-            total = accumulate(a, b, full, empty, done, steps, False, B_BY_DEPTH, WARPGROUP, DEPTH, COLUMNS, STAGES)
+            total = accumulate(a, b, full, empty, done, steps, False, B_BY_DEPTH, TOP_K > 0, WARPGROUP, DEPTH, COLUMNS, STAGES)
             if BIAS:
                 total = _biased(total, bias + expert * width, n * COLUMNS, width, 1, COLUMNS)
             for i in gl.static_range(COLUMNS // CHUNK):
@@ -135,31 +138,31 @@ def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr,
 
 @gluon.jit
 def times_weight(
-    left, weight, bias, out, tiles, depth, width,
-    B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr,
+    left, order, weight, bias, out, tiles, depth, width,
+    TOP_K: gl.constexpr, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr,
     DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr,
 ):
     """Write out [R, width] = left [R, depth] @ weight + bias; weight is [depth, width] if B_BY_DEPTH, else transposed."""
-    a = gl.allocate_shared_memory(left.dtype, [2 * STAGES] + left.block_type.shape, left.layout)
-    b = gl.allocate_shared_memory(left.dtype, [STAGES] + weight.block_type.shape, weight.layout)
-    sent = gl.allocate_shared_memory(left.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
-    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    a = left_slices(left, weight.dtype, TOP_K, DEPTH, STAGES)
+    b = gl.allocate_shared_memory(weight.dtype, [STAGES] + weight.block_type.shape, weight.layout)
+    sent = gl.allocate_shared_memory(weight.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
+    full, empty = barriers(STAGES, arrivals(TOP_K)), barriers(STAGES, 2)
     tensors, sizes = (bias, out, a, b, full, empty, sent, tiles), (depth, width)
-    operands = (left, weight, a, b, full, empty, tiles)
+    operands = (left, order, weight, a, b, full, empty, tiles)
     gl.warp_specialize(
         [
-            (_multiply_rows, (tensors, sizes, B_BY_DEPTH, BIAS, 0, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
-            (_multiply_rows, (tensors, sizes, B_BY_DEPTH, BIAS, 1, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
-            (load_row_tiles, (operands, sizes, 1, B_BY_DEPTH, DEPTH, COLUMNS, PROGRAMS, STAGES)),
+            (_multiply_rows, (tensors, sizes, B_BY_DEPTH, BIAS, TOP_K, 0, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
+            (_multiply_rows, (tensors, sizes, B_BY_DEPTH, BIAS, TOP_K, 1, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
+            (load_row_tiles, (operands, sizes, 1, B_BY_DEPTH, TOP_K, DEPTH, COLUMNS, PROGRAMS, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, loading_warps(TOP_K)],
+        registers(TOP_K),
     )
 
 
 @gluon.jit
-def _multiply_columns(tensors, sizes, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
+def _multiply_columns(tensors, sizes, TOP_K: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
     out, a, b, full, empty, buffers, offsets, by_rows = tensors
     num_experts, rows, columns = sizes
     m_tiles, n_tiles = gl.cdiv(rows, 128), gl.cdiv(columns, COLUMNS)
@@ -171,7 +174,7 @@ def _multiply_columns(tensors, sizes, WARPGROUP: gl.constexpr, DEPTH: gl.constex
         m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
         row = m * 128 + WARPGROUP * 64
         steps = gl.cdiv(gl.load(offsets + expert + 1) - gl.load(offsets + expert), DEPTH)
-        total = accumulate(a, b, full, empty, done, steps, True, True, WARPGROUP, DEPTH, COLUMNS, STAGES)
+        total = accumulate(a, b, full, empty, done, steps, True, True, TOP_K > 0, WARPGROUP, DEPTH, COLUMNS, STAGES)
         for i in gl.static_range(COLUMNS // CHUNK):
             tma.store_wait(BUFFERS - 1)
             buffer = buffers.index(BUFFERS * WARPGROUP + sent % BUFFERS)
@@ -185,23 +188,23 @@ def _multiply_columns(tensors, sizes, WARPGROUP: gl.constexpr, DEPTH: gl.constex
 
 @gluon.jit
 def weight_gradient(
-    left, right, out, offsets, by_rows, num_experts, rows, columns,
-    DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr,
+    left, right, order, out, offsets, by_rows, num_experts, rows, columns,
+    TOP_K: gl.constexpr, COLLECT_LEFT: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
 ):
     """Write out [E, rows, columns]: over each expert's rows, left [R, rows] transposed times right [R, columns]."""
-    a = gl.allocate_shared_memory(left.dtype, [2 * STAGES] + left.block_type.shape, left.layout)
-    b = gl.allocate_shared_memory(left.dtype, [STAGES] + right.block_type.shape, right.layout)
-    sent = gl.allocate_shared_memory(left.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
-    full, empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    a = left_slices(left, out.dtype, TOP_K * COLLECT_LEFT, DEPTH, STAGES)
+    b = right_slices(right, out.dtype, TOP_K * (1 - COLLECT_LEFT), DEPTH, COLUMNS, STAGES)
+    sent = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
+    full, empty = barriers(STAGES, arrivals(TOP_K)), barriers(STAGES, 2)
     tensors, sizes = (out, a, b, full, empty, sent, offsets, by_rows), (num_experts, rows, columns)
-    operands = (left, right, a, b, full, empty, offsets, by_rows)
+    operands = (left, right, order, a, b, full, empty, offsets, by_rows)
     gl.warp_specialize(
         [
-            (_multiply_columns, (tensors, sizes, 0, DEPTH, COLUMNS, CHUNK, GROUP, PROGRAMS, STAGES, BUFFERS)),
-            (_multiply_columns, (tensors, sizes, 1, DEPTH, COLUMNS, CHUNK, GROUP, PROGRAMS, STAGES, BUFFERS)),
-            (load_column_tiles, (operands, sizes, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES)),
+            (_multiply_columns, (tensors, sizes, TOP_K, 0, DEPTH, COLUMNS, CHUNK, GROUP, PROGRAMS, STAGES, BUFFERS)),
+            (_multiply_columns, (tensors, sizes, TOP_K, 1, DEPTH, COLUMNS, CHUNK, GROUP, PROGRAMS, STAGES, BUFFERS)),
+            (load_column_tiles, (operands, sizes, TOP_K, COLLECT_LEFT, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, loading_warps(TOP_K)],
+        registers(TOP_K),
     )

@@ -16,11 +16,15 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
-
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # as Triton 3.6 calls it
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # as Triton 3.6 calls it
 store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
@@ -41,16 +45,18 @@ def barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def accumulate(a, b, full, empty, done, steps, A_BY_DEPTH: gl.constexpr, B_BY_DEPTH: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+def accumulate(a, b, full, empty, done, steps, A_BY_DEPTH: gl.constexpr, B_BY_DEPTH: gl.constexpr, COLLECTED: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
     """Return the sum [64, COLUMNS] of the products of `steps` slices, after `done` ones.
 
-    BY_DEPTH: the first dimension of a slice is what is summed over.
+    BY_DEPTH: the first dimension of a slice is what is summed over. COLLECTED: threads brought one of the operands.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     total = gl.zeros([64, COLUMNS], gl.float32, layout)
     for k in range(done, done + steps):
         stage = k % STAGES
         mbarrier.wait(full.index(stage), (k // STAGES) & 1)
+        if COLLECTED:
+            fence_async_shared()
         left, right = a.index(2 * stage + WARPGROUP), b.index(stage)
         if A_BY_DEPTH:
             left = left.reshape([DEPTH, 64]).permute([1, 0])
@@ -94,56 +100,3 @@ def piece(tile, INDEX: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr)
             return piece(one, INDEX, HALF, CHUNK)
         else:
             return piece(two, INDEX - HALF // CHUNK, HALF, CHUNK)
-
-
-@gluon.jit
-def _load_slice(left, weight, at_left, at_weight, a, b, full, empty, done, AXIS: gl.constexpr, STAGES: gl.constexpr):
-    """Load the operands of one slice: for each warpgroup a box of `left`, 64 further along AXIS, and one of weight."""
-    stage = done % STAGES
-    ready = full.index(stage)
-    mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
-    mbarrier.expect(ready, 2 * left.block_type.nbytes + weight.block_type.nbytes)
-    for half in gl.static_range(2):
-        at = at_left
-        if AXIS == 2:
-            at = [at[0], at[1], at[2] + 64 * half, at[3], at[4]]
-        else:
-            at = [at[0], at[1], at[2], at[3], at[4] + 64 * half]
-        _load(left, at, ready, a.index(2 * stage + half))
-    _load(weight, at_weight, ready, b.index(stage))
-    return done + 1
-
-
-@gluon.jit
-def load_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):
-    """Load the slices of every tile of rows times weight."""
-    left, weight, a, b, full, empty, tiles = operands
-    depth, width = sizes
-    columns = gl.cdiv(width, COLUMNS // PARTS)
-    done = 0
-    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
-        expert, row, end, n = tile_at(tiles, columns, index, 128)
-        column = n * (COLUMNS // PARTS)
-        for k in range(0, depth, DEPTH):
-            if B_BY_DEPTH:
-                at = [expert, 0, k, column]
-            else:
-                at = [expert, 0, column, k]
-            done = _load_slice(left, weight, ragged_at(row, end, 0, k), at, a, b, full, empty, done, 2, STAGES)
-
-
-@gluon.jit
-def load_column_tiles(operands, sizes, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):
-    """Load the slices of every tile of a weight gradient."""
-    left, right, a, b, full, empty, offsets, by_rows = operands
-    num_experts, rows, columns = sizes
-    m_tiles, n_tiles = gl.cdiv(rows, 128), gl.cdiv(columns, COLUMNS)
-    each = m_tiles * n_tiles
-    done = 0
-    for index in range(gl.program_id(0), num_experts * each, PROGRAMS):
-        expert = gl.load(by_rows + index // each)
-        m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
-        end = gl.load(offsets + expert + 1)
-        for k in range(gl.load(offsets + expert), end, DEPTH):
-            at, other = ragged_at(k, end, 0, m * 128), ragged_at(k, end, 0, n * COLUMNS)
-            done = _load_slice(left, right, at, other, a, b, full, empty, done, 4, STAGES)

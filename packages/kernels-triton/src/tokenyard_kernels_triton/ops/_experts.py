@@ -52,7 +52,9 @@ def experts_op(
     topk_weights, up_bias, down_bias = (_contiguous(t) for t in (topk_weights, up_bias, down_bias))
     with on_device_of(x):
         layout, products = Layout(offsets, order.shape[0]), _products(kernels)
-        z, a = products.up_and_activate(to_rows(x, plan), up, up_bias, layout, activation, save != "recompute")
+        rows = products.rows_of(x, plan, down.shape[2])
+        z, a = products.up_and_activate(rows, up, up_bias, layout, activation, save != "recompute")
+        del rows
         rows = products.times_weight(a, down, down_bias, layout, True, "down")
         del a
         y = to_tokens(rows, plan, topk_weights)
@@ -99,22 +101,25 @@ def experts_backward_op(
     if order.shape[0] == 0 or x.shape[0] == 0:
         return [t.new_zeros(t.shape if n else 0) for t, n in zip(likes, needs)]
     plan = Plan(order, inverse, offsets, top_k)
-    x, up, down = (_aligned(t) for t in (x, up, down))
+    dy, x, up, down = (_aligned(t) for t in (dy, x, up, down))
     topk_weights, up_bias, down_bias = (_contiguous(t) for t in (topk_weights, up_bias, down_bias))
     grads: list[Tensor | None] = [None] * 6
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
     with on_device_of(x):
-        layout, products = Layout(offsets, order.shape[0]), _products(kernels)
-        drows = to_rows(dy.contiguous(), plan)
+        layout, products, ffn_dim = Layout(offsets, order.shape[0]), _products(kernels), down.shape[2]
+        bias = down_bias if need_weights else None
+        copied = need_down_bias or bias is not None
+        drows = to_rows(dy, plan) if copied else products.rows_of(dy, plan, ffn_dim)
         if need_down_bias:
             grads[5] = sum_rows(drows, layout, order, topk_weights)
         if any(needs[:5]):
             if save == "recompute":
-                z, _ = products.up_and_activate(to_rows(x, plan), up, up_bias, layout, activation, keep_a=False)
+                rows = products.rows_of(x, plan, ffn_dim)
+                z, _ = products.up_and_activate(rows, up, up_bias, layout, activation, keep_a=False)
+                del rows
             if save == "fp8":
                 z = widen(z, scales, layout.live, x.dtype)
             da = products.times_weight(drows, down, None, layout, False, "activation_gradient")
-            bias = down_bias if need_weights else None
             dz, weighted, dots = differentiate(da, drows, z, bias, order, topk_weights, layout, activation)
             del z, da
             if need_weights and topk_weights is not None:
@@ -123,7 +128,7 @@ def experts_backward_op(
                 grads[3] = products.weight_gradient(drows, weighted, layout, "down_gradient")
             del drows, weighted, dots
             if need_up:
-                grads[2] = products.weight_gradient(dz, to_rows(x, plan), layout, "up_gradient")
+                grads[2] = products.weight_gradient(dz, products.rows_of(x, plan, ffn_dim), layout, "up_gradient")
             if need_up_bias:
                 grads[4] = sum_rows(dz, layout, order, None)
             if need_x:

@@ -2,59 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import triton.experimental.gluon.language as gl
+import torch
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors
 from tokenyard_kernels_triton.hopper_tiling import HopperTiling, Product, hopper_tiling
 from tokenyard_kernels_triton.kernels import _hopper
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
+from tokenyard_kernels_triton.ops._hopper_operands import Rows, operand, ragged, rows_of, stacked
 from tokenyard_kernels_triton.ops._layout import Layout
+
+__all__ = ["rows_of", "times_weight", "up_and_activate", "weight_gradient"]
 
 ROWS = 128  # of a tile
 _REGISTERS = 168  # of a thread, at the start: two warpgroups and the loader's share 65536
-_RAGGED_ROWS = 1 << 30  # more than a ragged matrix has
-_MANY = 0x7FFF0000
-_WRAP = 1 << 34  # times _RAGGED_ROWS, it is a multiple of 2^64
 
 
-def _ragged(rows: Tensor, parts: int, block: tuple[int, int]) -> TensorDescriptor:
-    """Describe rows [R, parts * W], for boxes of `block` rows and columns of one part that end with their expert."""
-    width, box = rows.shape[1], [1, 1, block[0], 1, block[1]]
-    shape = [_MANY, _MANY, _RAGGED_ROWS, parts, width // parts]
-    strides = [_WRAP - width, width, width, width // parts, 1]
-    return TensorDescriptor(rows, shape, strides, box, _layout(box, rows))
-
-
-def _stacked(weights: Tensor, parts: int, block: tuple[int, int]) -> TensorDescriptor:
-    """Describe weights [E, parts * M, N], for boxes of `block` rows of each part and columns."""
-    experts, rows, columns = weights.shape
-    box = [1, parts, *block]
-    split = weights.view(experts, parts, rows // parts, columns)
-    return TensorDescriptor.from_tensor(split, box, _layout(box, weights))
-
-
-def _layout(box: list[int], like: Tensor) -> gl.NVMMASharedLayout:
-    size = like.element_size()
-    return _shared_layout(min(128, box[-1] * size), 8 * size, len(box))
-
-
-@functools.cache  # a layout takes longer to make than a launch
-def _shared_layout(swizzle: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle, bits, rank=rank)
-
-
-def _options(x: Tensor, how: HopperTiling) -> dict[str, Any]:
-    return how.options() | {"PROGRAMS": processors(x.device), "num_warps": 4, "maxnreg": _REGISTERS}
+def _options(device: torch.device, how: HopperTiling) -> dict[str, Any]:
+    return how.options() | {"PROGRAMS": processors(device), "num_warps": 4, "maxnreg": _REGISTERS}
 
 
 def up_and_activate(
-    x: Tensor,
+    x: Rows,
     up: Tensor,
     bias: Tensor | None,
     layout: Layout,
@@ -71,27 +43,30 @@ def up_and_activate(
     columns = how.columns // parts
     z = x.new_empty(layout.rows if keep_z else 0, width)
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
+    left, order, top_k = operand(x, (64, how.depth))
     _hopper.up_and_activate[persistent_grid(x.device, layout.bound(ROWS) * ceil_div(ffn_dim, columns))](
-        _ragged(x, 1, (64, how.depth)),
-        _stacked(up, parts, (columns, how.depth)),
+        left,
+        order,
+        stacked(up, parts, (columns, how.depth)),
         bias,
-        _ragged(z, parts, (64, how.chunk)) if keep_z else None,
-        _ragged(a, 1, (64, how.chunk)),
+        ragged(z, parts, (64, how.chunk)) if keep_z else None,
+        ragged(a, 1, (64, how.chunk)),
         layout.tiles(ROWS, how.group),
         x.shape[1],
         ffn_dim,
+        TOP_K=top_k,
         FUNCTION=FUNCTIONS.get(activation, activation),
         PARTS=parts,
         BIAS=bias is not None,
         KEEP_Z=keep_z,
         KEEP_A=keep_a,
-        **_options(x, how),
+        **_options(x.device, how),
     )
     return z, a
 
 
 def times_weight(
-    rows: Tensor,
+    rows: Rows,
     weight: Tensor,
     bias: Tensor | None,
     layout: Layout,
@@ -105,41 +80,50 @@ def times_weight(
     how = how or hopper_tiling(product, dim, ffn_dim, rows.device)
     out = rows.new_empty(layout.rows, width)
     block = (how.columns, how.depth) if transposed else (how.depth, how.columns)
+    left, order, top_k = operand(rows, (64, how.depth))
     _hopper.times_weight[persistent_grid(rows.device, layout.bound(ROWS) * ceil_div(width, how.columns))](
-        _ragged(rows, 1, (64, how.depth)),
-        _stacked(weight, 1, block),
+        left,
+        order,
+        stacked(weight, 1, block),
         bias,
-        _ragged(out, 1, (64, how.chunk)),
+        ragged(out, 1, (64, how.chunk)),
         layout.tiles(ROWS, how.group),
         rows.shape[1],
         width,
+        TOP_K=top_k,
         B_BY_DEPTH=not transposed,
         BIAS=bias is not None,
-        **_options(rows, how),
+        **_options(rows.device, how),
     )
     return out
 
 
 def weight_gradient(
-    left: Tensor, right: Tensor, layout: Layout, product: Product, how: HopperTiling | None = None
+    left: Rows, right: Rows, layout: Layout, product: Product, how: HopperTiling | None = None
 ) -> Tensor:
     """Return [E, M, N]: over each expert's rows, left [R, M] transposed times right [R, N]; zero where it has none."""
     rows, columns = left.shape[1], right.shape[1]
     dim, ffn_dim = _widths(product, rows, columns)
-    how = how or hopper_tiling(product, dim, ffn_dim, left.device)
+    device = layout.offsets.device
+    how = how or hopper_tiling(product, dim, ffn_dim, device)
+    a, left_order, left_top_k = operand(left, (how.depth, 64))
+    b, right_order, right_top_k = operand(right, (how.depth, how.columns))
     out = left.new_empty(layout.num_experts, rows, columns)
     each = ceil_div(rows, ROWS) * ceil_div(columns, how.columns)
-    _hopper.weight_gradient[persistent_grid(left.device, layout.num_experts * each)](
-        _ragged(left, 1, (how.depth, 64)),
-        _ragged(right, 1, (how.depth, how.columns)),
-        _stacked(out, 1, (64, how.chunk)),
+    _hopper.weight_gradient[persistent_grid(device, layout.num_experts * each)](
+        a,
+        b,
+        right_order if left_order is None else left_order,
+        stacked(out, 1, (64, how.chunk)),
         layout.offsets,
         layout.largest_first(),
         layout.num_experts,
         rows,
         columns,
+        TOP_K=left_top_k or right_top_k,
+        COLLECT_LEFT=left_order is not None,
         GROUP=how.group,
-        **_options(left, how),
+        **_options(device, how),
     )
     return out
 

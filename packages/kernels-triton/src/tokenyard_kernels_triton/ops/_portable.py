@@ -1,6 +1,6 @@
 """Launching the products of an expert layer for any GPU; every function allocates what it returns.
 
-``_hopper`` has the same three functions, for Hopper, where tiles depend on the product.
+``_hopper`` has the same functions, for Hopper, where tiles depend on the product.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenyard.activations import is_gated
+from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors, shared_memory
 from tokenyard_kernels_triton.hopper_tiling import Product
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
 from tokenyard_kernels_triton.ops._layout import Layout
+from tokenyard_kernels_triton.ops._moves import to_rows
 from tokenyard_kernels_triton.portable_tiling import Tiling, portable_tiling
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Tensor:
+    """Return the rows of tokens [T, D] as an operand: copies [R, D], for experts of any width."""
+    return to_rows(tokens, plan)
 
 
 def up_and_activate(

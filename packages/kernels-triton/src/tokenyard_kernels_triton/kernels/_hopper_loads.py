@@ -1,0 +1,111 @@
+"""The loaders of the products for Hopper, in Gluon: the copy engine brings every slice, from one warp.
+
+With TOP_K, one operand's rows are those of tokens, TOP_K for each, and ``_hopper_collect`` loads instead.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from tokenyard_kernels_triton.kernels._hopper_collect import collect_column_tiles, collect_row_tiles
+from tokenyard_kernels_triton.kernels._hopper_pipeline import load, ragged_at
+from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
+
+
+@gluon.constexpr_function
+def loading_warps(TOP_K):
+    """Return how many warps load."""
+    return 4 if TOP_K else 1
+
+
+@gluon.constexpr_function
+def arrivals(TOP_K):
+    """Return how many arrivals complete a slice: the copy engine's, and one of every thread that copies."""
+    return 129 if TOP_K else 1
+
+
+@gluon.constexpr_function
+def registers(TOP_K):
+    """Return the registers of a thread of the second warpgroup, and of one that loads."""
+    return [216, 72] if TOP_K else [240, 24]
+
+
+@gluon.jit
+def left_slices(rows, dtype: gl.constexpr, TOP_K: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr):
+    """Allocate a left operand's slices, two for each stage: boxes of a descriptor, or [64, DEPTH] of tokens."""
+    if TOP_K:
+        layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+        return gl.allocate_shared_memory(dtype, [2 * STAGES, 64, DEPTH], layout)
+    else:
+        return gl.allocate_shared_memory(dtype, [2 * STAGES] + rows.block_type.shape, rows.layout)
+
+
+@gluon.jit
+def right_slices(rows, dtype: gl.constexpr, TOP_K: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+    """Allocate a right operand's slices, one for each stage: boxes of a descriptor, or [DEPTH, COLUMNS] of tokens."""
+    if TOP_K:
+        layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+        return gl.allocate_shared_memory(dtype, [STAGES, DEPTH, COLUMNS], layout)
+    else:
+        return gl.allocate_shared_memory(dtype, [STAGES] + rows.block_type.shape, rows.layout)
+
+
+@gluon.jit
+def load_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.constexpr, TOP_K: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):
+    """Load the slices of every tile of rows times weight."""
+    if TOP_K:
+        collect_row_tiles(operands, sizes, PARTS, B_BY_DEPTH, TOP_K, DEPTH, COLUMNS, PROGRAMS, STAGES)
+    else:
+        left, _, weight, a, b, full, empty, tiles = operands
+        depth, width = sizes
+        columns = gl.cdiv(width, COLUMNS // PARTS)
+        done = 0
+        for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
+            expert, row, end, n = tile_at(tiles, columns, index, 128)
+            column = n * (COLUMNS // PARTS)
+            for k in range(0, depth, DEPTH):
+                if B_BY_DEPTH:
+                    at = [expert, 0, k, column]
+                else:
+                    at = [expert, 0, column, k]
+                done = _load_slice(left, weight, ragged_at(row, end, 0, k), at, a, b, full, empty, done, 2, STAGES)
+
+
+@gluon.jit
+def load_column_tiles(operands, sizes, TOP_K: gl.constexpr, COLLECT_LEFT: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):
+    """Load the slices of every tile of a weight gradient."""
+    if TOP_K:
+        collect_column_tiles(operands, sizes, TOP_K, COLLECT_LEFT, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES)
+    else:
+        left, right, _, a, b, full, empty, offsets, by_rows = operands
+        num_experts, rows, columns = sizes
+        m_tiles, n_tiles = gl.cdiv(rows, 128), gl.cdiv(columns, COLUMNS)
+        each = m_tiles * n_tiles
+        done = 0
+        for index in range(gl.program_id(0), num_experts * each, PROGRAMS):
+            expert = gl.load(by_rows + index // each)
+            m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
+            end = gl.load(offsets + expert + 1)
+            for k in range(gl.load(offsets + expert), end, DEPTH):
+                at, other = ragged_at(k, end, 0, m * 128), ragged_at(k, end, 0, n * COLUMNS)
+                done = _load_slice(left, right, at, other, a, b, full, empty, done, 4, STAGES)
+
+
+@gluon.jit
+def _load_slice(left, right, at_left, at_right, a, b, full, empty, done, AXIS: gl.constexpr, STAGES: gl.constexpr):
+    """Load the operands of one slice: for each warpgroup a box of `left`, 64 further along AXIS, and one of `right`."""
+    stage = done % STAGES
+    ready = full.index(stage)
+    mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
+    mbarrier.expect(ready, 2 * left.block_type.nbytes + right.block_type.nbytes)
+    for half in gl.static_range(2):
+        at = at_left
+        if AXIS == 2:
+            at = [at[0], at[1], at[2] + 64 * half, at[3], at[4]]
+        else:
+            at = [at[0], at[1], at[2], at[3], at[4] + 64 * half]
+        load(left, at, ready, a.index(2 * stage + half))
+    load(right, at_right, ready, b.index(stage))
+    return done + 1

@@ -1,0 +1,87 @@
+"""What the products for Hopper take: descriptors for the copy engine, or tokens whose rows they collect."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tokenyard.interfaces import Plan
+from tokenyard_kernels_triton.ops._moves import to_rows
+
+_RAGGED_ROWS = 1 << 30  # more than a ragged matrix has
+_MANY = 0x7FFF0000
+_WRAP = 1 << 34  # times _RAGGED_ROWS, it is a multiple of 2^64
+_NARROW = 1280  # columns; experts up to this width collect rows: their products are too short to be worth a copy
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of tokens, sorted by expert, before anybody copied them; it has as much of a tensor as operands need."""
+
+    tokens: Tensor  # [T, D]
+    order: Tensor  # [R], of a plan
+    top_k: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, D)."""
+        return self.order.shape[0], self.tokens.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """The tokens' device."""
+        return self.tokens.device
+
+    def new_empty(self, *shape: int) -> Tensor:
+        """Return an undefined tensor of the tokens' dtype and device."""
+        return self.tokens.new_empty(shape)
+
+
+Rows = Tensor | TokenRows
+"""A left or right operand [R, D] whose rows are sorted by expert."""
+
+
+def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
+    """Return the rows of tokens [T, D] as an operand: copied, or to be collected by each product if that is faster."""
+    if ffn_dim > _NARROW:
+        return to_rows(tokens, plan)
+    return TokenRows(tokens, plan.order, plan.top_k)
+
+
+def operand(rows: Rows, block: tuple[int, int]) -> tuple[Any, Tensor | None, int]:
+    """Return what a kernel takes for `rows`: (descriptor, None, 0), or (tokens, order, top_k)."""
+    if isinstance(rows, TokenRows):
+        return rows.tokens, rows.order, rows.top_k
+    return ragged(rows, 1, block), None, 0
+
+
+def ragged(rows: Tensor, parts: int, block: tuple[int, int]) -> TensorDescriptor:
+    """Describe rows [R, parts * W], for boxes of `block` rows and columns of one part that end with their expert."""
+    width, box = rows.shape[1], [1, 1, block[0], 1, block[1]]
+    shape = [_MANY, _MANY, _RAGGED_ROWS, parts, width // parts]
+    strides = [_WRAP - width, width, width, width // parts, 1]
+    return TensorDescriptor(rows, shape, strides, box, _layout(box, rows))
+
+
+def stacked(weights: Tensor, parts: int, block: tuple[int, int]) -> TensorDescriptor:
+    """Describe weights [E, parts * M, N], for boxes of `block` rows of each part and columns."""
+    experts, rows, columns = weights.shape
+    box = [1, parts, *block]
+    split = weights.view(experts, parts, rows // parts, columns)
+    return TensorDescriptor.from_tensor(split, box, _layout(box, weights))
+
+
+def _layout(box: list[int], like: Tensor) -> gl.NVMMASharedLayout:
+    size = like.element_size()
+    return _shared_layout(min(128, box[-1] * size), 8 * size, len(box))
+
+
+@functools.cache  # a layout takes longer to make than a launch
+def _shared_layout(swizzle: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle, bits, rank=rank)
