@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from tokenyard_kernels_triton.kernels._hopper_pipeline import load, ragged_at
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # as Triton 3.6 calls it
 _BOX = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 64 rows of 64 columns, 16 bytes a thread
 
 
@@ -95,4 +96,4 @@ def _collect(x, tokens, inside, first, dim, room):
     eighths = dim // 8  # 16 bytes each; so the compiler sees that no copy is torn
     column = first + gl.arange(0, 64, gl.SliceLayout(0, _BOX))
     pointers = x + (tokens.to(gl.int64) * eighths)[:, None] * 8 + column[None, :]
-    async_copy.async_copy_global_to_shared(room, pointers, mask=inside[:, None] & (column // 8 < eighths)[None, :])
+    _copy(room, pointers, mask=inside[:, None] & (column // 8 < eighths)[None, :])
