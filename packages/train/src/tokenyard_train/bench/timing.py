@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from random import Random
 from statistics import median, quantiles
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 _FLUSH_BYTES = 1 << 29  # more than any L2 holds
-_FLUSHES = 6  # about a millisecond, in which the host runs ahead, as it does in training
+_FLUSHES = 16  # about two milliseconds, in which the host runs ahead, as it does in training
 
 
 class Clock(Protocol):
@@ -93,11 +94,16 @@ Stages = Sequence[Callable[[Any], Any]]
 
 
 def measure(works: Mapping[str, Stages], clock: Clock, repetitions: int, warmup: int = 2) -> dict[str, list[Spread]]:
-    """Time works in turns; return for each the times from its start to the end of each of its stages."""
+    """Time works in turns; return for each the times from its start to the end of each of its stages.
+
+    Each round has an order of its own: a GPU that has just worked hard runs slower, whoever comes next.
+    """
     times: dict[str, list[list[float]]] = {name: [] for name in works}
+    order, shuffled = list(works), Random(0)
     for repetition in range(warmup + repetitions):
-        for name, stages in works.items():
-            sample = _once(stages, clock)
+        shuffled.shuffle(order)
+        for name in order:
+            sample = _once(works[name], clock)
             if repetition >= warmup:
                 times[name].append(sample)
     return {name: [Spread.of(stage) for stage in zip(*samples)] for name, samples in times.items()}
