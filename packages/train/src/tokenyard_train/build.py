@@ -20,9 +20,10 @@ from tokenyard_train.checkpoint import checkpoints
 from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
-from tokenyard_train.metrics import Metrics
+from tokenyard_train.metrics import Metrics, Unwritten
 from tokenyard_train.optim import build_optimizer
 from tokenyard_train.stopwatch import Phases, untimed
+from tokenyard_train.together import is_first, on_first, started_processes
 
 _DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 
@@ -78,16 +79,17 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     if config.activation_checkpointing:
         _recompute_blocks(model)
     batches = run_batches(config, data)
-    folder = _prepare(config)
+    folder = Path(on_first(lambda: str(_prepare(config))))
+    metrics = (Metrics if is_first() else Unwritten)(folder / "metrics.jsonl")
     return Run(
         config,
-        console,
+        console if is_first() else Console(quiet=True),
         folder,
         strategy,
         model,
         build_optimizer(config.optimizer, model),
         data,
-        Metrics(folder / "metrics.jsonl"),
+        metrics,
         batches,
         flops_per_token(model, config.max_seq_len, training=True),
     )
@@ -98,6 +100,11 @@ def build_model(config: TrainConfig, allocate: bool = True) -> tuple[Any, Any]:
     model = meta_model(config)
     registry = default_registry()
     strategy = registry.choose("strategy", config.parallel.strategy).construct(device=torch.device(config.device))
+    processes, asked = started_processes(), config.parallel.strategy
+    if strategy.data[1] == 1 and processes > 1:
+        raise ConfigError(
+            f"parallel.strategy is {asked!r}, which is for one process, and {processes} were started; give fsdp or ddp"
+        )
     reason = strategy.unusable(model)
     if reason is not None:
         raise ConfigError(f"parallel.strategy: {reason}")

@@ -28,8 +28,10 @@ def train(config: Config, overrides: Overrides = None) -> None:
     """Train a model from a YAML config."""
     from tokenyard_train.config import load_config
     from tokenyard_train.run import train as run
+    from tokenyard_train.together import part
 
     run(load_config(config, overrides or []), Console())
+    part()
 
 
 @app.command()

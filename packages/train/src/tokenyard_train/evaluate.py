@@ -27,14 +27,16 @@ def evaluate(run: Run) -> dict[str, Any]:
     run.model.eval()
     rank, world = run.strategy.data
     nats = torch.zeros((), dtype=torch.float64, device=run.device)
-    for index in range(rank, len(held_out), world):
-        inputs, targets = (t.to(run.device) for t in held_out.batch(index))
+    for first in range(0, len(held_out), world):
+        index = first + rank
+        inputs, targets = (t.to(run.device) for t in held_out.batch(min(index, len(held_out) - 1)))
         with run.precision():
             logits = run.model(inputs).logits
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        nats += losses.double().sum()
+        if index < len(held_out):  # past the end a rank only takes part, so that the others' tokens find its experts
+            nats += losses.double().sum()
     total = run.strategy.reduce(nats).item()
     tokens, size = len(held_out.predicted), run.data.tokenizer.bytes_in(held_out.predicted)
     return {

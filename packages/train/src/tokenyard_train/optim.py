@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tokenyard_train.config.schema import Optimizer, Scheduler
 
@@ -18,7 +19,10 @@ def build_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.AdamW:
     initial lr.
     """
     decay = config.weight_decay / config.lr if config.name == "decoupled_adamw" else config.weight_decay
-    parameters = list(trainable(model).values())
+    groups: dict[object, list[nn.Parameter]] = {}
+    for parameter in trainable(model).values():  # torch updates no list of tensors that lie on different meshes
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    parameters = [{"params": group} for group in groups.values()]
     return torch.optim.AdamW(
         parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True
     )

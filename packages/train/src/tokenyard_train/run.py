@@ -18,6 +18,7 @@ from tokenyard_train.progress import Progress
 from tokenyard_train.report import announce, summarize
 from tokenyard_train.resume import resume, save, start_from
 from tokenyard_train.step import train_step
+from tokenyard_train.together import is_first
 from tokenyard_train.trackers import build_trackers
 
 
@@ -41,7 +42,8 @@ def train(config: TrainConfig, console: Console, callbacks: Sequence[Callback] =
     if run.batch == 0 and config.load_path is not None:
         start_from(run, config.load_path)
     settings = config.model_dump(mode="json")
-    run.metrics.trackers = build_trackers(config.loggers, run.folder, config.run_name, settings, run.batch)
+    if is_first():
+        run.metrics.trackers = build_trackers(config.loggers, run.folder, config.run_name, settings, run.batch)
     failed = True
     try:
         announce(run)
@@ -85,9 +87,10 @@ def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> N
 
 def _finish(run: Run, callbacks: Sequence[Callback]) -> RunResult:
     records = run.metrics.read()
-    loss_curve(records, run.folder / "loss.png")
-    expert_heatmap(records, run.folder / "experts.png")
-    summarize(run, records)
+    if is_first():
+        loss_curve(records, run.folder / "loss.png")
+        expert_heatmap(records, run.folder / "experts.png")
+        summarize(run, records)
     for callback in callbacks:
         callback.end(run)
     losses = [r["loss"] for r in records if r["kind"] == "train"]

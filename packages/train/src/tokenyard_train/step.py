@@ -69,10 +69,11 @@ def _accumulate(run: Run) -> tuple[Tensor, list[Balance]]:
     """Run forward and backward over this rank's microbatches; return the summed loss and Balances of the batch."""
     config = run.config
     rank, world = run.strategy.data
+    size, rows_each = config.global_train_batch_size, int(config.device_train_microbatch_size)
     with run.phase("data"):
-        batch = run.data.train.batch(run.batch, config.global_train_batch_size, rank, world).to(run.device)
+        batch = run.data.train.batch(run.batch, size, rank, world, rows_each).to(run.device)
     loss, balances = torch.zeros((), device=run.device), []
-    for rows in batch.split(int(config.device_train_microbatch_size)):
+    for rows in batch.split(rows_each):
         with run.phase("forward"), run.precision():
             output: Output = run.model(rows[:, :-1])
             nats = _token_nats(output.logits, rows[:, 1:]) / run.batch_tokens

@@ -39,8 +39,8 @@ class Experts(nn.Module):
         reset((self.up, self.down), (self.up_bias, self.down_bias))
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Return y [T, D] for tokens x [T, D]."""
-        return self.exchange(x, routing, self.compute)
+        """Return y [T, D] for tokens x [T, D]; they travel in the dtype that they are computed in."""
+        return self.exchange(x.to(compute_dtype(x)), routing, self.compute)
 
     def compute(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, rows: int | None = None) -> Tensor:
         """Compute tokens x [S, D] on the experts of this rank; ids count from its first one."""

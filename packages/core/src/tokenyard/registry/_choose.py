@@ -24,6 +24,8 @@ EXTRAS: dict[Kind, dict[str, str]] = {
     "router": {"triton": "triton"},
     "permutation": {"triton": "triton"},
     "experts": {"triton": "triton", "gluon": "triton"},
+    "exchange": {"all_to_all": "parallel", "all_to_all_tokens": "parallel"},
+    "strategy": {"fsdp": "parallel", "ddp": "parallel"},
 }
 """Which extra of the distribution `tokenyard` brings which name, for the error that misses it."""
 

@@ -13,6 +13,7 @@ from tokenyard.testing._exchange import ExchangeConformance
 from tokenyard.testing._experts import ExpertsConformance
 from tokenyard.testing._model import ModelConformance
 from tokenyard.testing._permutation import PermutationConformance
+from tokenyard.testing._ranks import Ranks, RanksError, ranks
 from tokenyard.testing._router import RouterConformance
 from tokenyard.testing._strategy import StrategyConformance
 
@@ -21,6 +22,9 @@ __all__ = [
     "ExpertsConformance",
     "ModelConformance",
     "PermutationConformance",
+    "Ranks",
+    "RanksError",
     "RouterConformance",
     "StrategyConformance",
+    "ranks",
 ]

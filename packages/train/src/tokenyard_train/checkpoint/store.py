@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from tokenyard import TokenyardError
 from tokenyard_train.checkpoint.manifest import CheckpointError, verify, write_manifest
+from tokenyard_train.together import is_first, on_first, started_processes
 
 META = "run.json"
 _NAME = re.compile(r"ba(\d+)")
@@ -56,29 +58,48 @@ def newest_good(folder: Path) -> Path | None:
 def write_checkpoint(folder: Path, name: str, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> Path:
     """Save tensors and JSON as ``folder/name``, whole or not at all, then delete all but the `keep` newest (-1: none).
 
-    Raises CheckpointError if the disk is full or cannot be written; what was saved before stays as it is.
+    Every process of a run calls it and writes its shards; the first does the rest. Raises CheckpointError, on all of
+    them, if the disk is full or cannot be written; what was saved before stays as it is.
     """
     target, unfinished = folder / name, folder / f"{_UNFINISHED}{name}"
     try:
-        clear_unfinished(folder)
-        unfinished.mkdir(parents=True)
-        _save_tensors(unfinished, tensors)
-        (unfinished / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        write_manifest(unfinished)
-        for path in (*unfinished.iterdir(), unfinished):
-            _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        unfinished.rename(target)
-        _sync(folder)
-    except (OSError, CheckpointError, CheckpointException) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        on_first(lambda: _writing(lambda: _begin(folder, unfinished)))
+        _writing(lambda: _save_tensors(unfinished, tensors))
+        on_first(lambda: _writing(lambda: _complete(unfinished, target, meta)))
+    except TokenyardError as error:
+        if is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
         before = checkpoints(folder)
         last = f"the last good checkpoint is {before[-1]}" if before else "there is no earlier one"
-        raise CheckpointError(f"checkpoint {target} could not be saved ({_cause(error)}); {last}") from None
-    for old in checkpoints(folder)[:-keep] if keep > 0 else []:
+        raise CheckpointError(f"checkpoint {target} could not be saved ({error}); {last}") from None
+    for old in checkpoints(folder)[:-keep] if keep > 0 and is_first() else []:
         shutil.rmtree(old)
     return target
+
+
+def _writing(step: Callable[[], None]) -> None:
+    """Run a step; what the file system refuses becomes a CheckpointError."""
+    try:
+        step()
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(_cause(error)) from None
+
+
+def _begin(folder: Path, unfinished: Path) -> None:
+    clear_unfinished(folder)
+    unfinished.mkdir(parents=True)
+
+
+def _complete(unfinished: Path, target: Path, meta: dict[str, Any]) -> None:
+    """Add what is not tensors, then the manifest; flush everything, and put it in its place."""
+    (unfinished / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    write_manifest(unfinished)
+    for path in (*unfinished.iterdir(), unfinished):
+        _sync(path)
+    if target.exists():
+        shutil.rmtree(target)
+    unfinished.rename(target)
+    _sync(target.parent)
 
 
 def clear_unfinished(folder: Path) -> None:
@@ -116,7 +137,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     with _quietly():
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp_save(tensors, storage_writer=writer, no_dist=True)
+        dcp_save(tensors, storage_writer=writer, no_dist=started_processes() == 1)
 
 
 def _sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tokenyard import ConfigError
 from tokenyard_train.config.data import PythonStdlib
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data.tokenizer import build_tokenizer
+from tokenyard_train.together import started_processes
 
 _AUTO_TOKENS = 16384  # of one forward pass, when the microbatch size is left to us
 _SCORED_TOKENS = 1 << 17  # of held-out text, when their number is left to us
@@ -38,13 +40,16 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 def _device(device: str) -> str:
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return _device("cuda") if torch.cuda.is_available() else "cpu"
     try:
         parsed = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device is {device!r}; give cpu, cuda or auto") from None
     if parsed.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {device!r}; give cpu, cuda or auto")
+    own = os.environ.get("LOCAL_RANK") if started_processes() > 1 else None
+    if device == "cuda" and own is not None:
+        return _device(f"cuda:{own}")
     found = torch.cuda.device_count()
     if parsed.type == "cuda" and not found:
         raise ConfigError(f"device is {device!r}, but torch finds no CUDA GPU here; give cpu or auto")
@@ -83,13 +88,20 @@ def _own_held_out(config: TrainConfig) -> PythonStdlib | None:
 
 
 def _microbatch(config: TrainConfig, length: int) -> int:
-    batch, asked = config.global_train_batch_size, config.device_train_microbatch_size
+    whole, asked, ranks = config.global_train_batch_size, config.device_train_microbatch_size, started_processes()
+    if whole % ranks:
+        closest = f"{whole // ranks * ranks or ranks} or {(whole // ranks + 1) * ranks}"
+        raise ConfigError(
+            f"global_train_batch_size is {whole}, which {ranks} processes cannot share evenly; try {closest}"
+        )
+    batch = whole // ranks
     fitting = divisors(batch)
     if asked == "auto":
         return max([n for n in fitting if n * length <= _AUTO_TOKENS], default=1)
     if batch % asked:
         near = [n for n in fitting if n < asked][-3:] + [n for n in fitting if n > asked][:3]
-        fault = f"device_train_microbatch_size is {asked}, which does not divide global_train_batch_size {batch}"
+        divided = f"global_train_batch_size {whole}" + (f" / {ranks} processes, {batch}" if ranks > 1 else "")
+        fault = f"device_train_microbatch_size is {asked}, which does not divide {divided}"
         raise ConfigError(f"{fault}; these do: {', '.join(map(str, near))}")
     return asked
 

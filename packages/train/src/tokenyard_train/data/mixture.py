@@ -39,9 +39,9 @@ class Mixture:
         name, place = self.locate(index)
         return self.streams[name][place]
 
-    def batch(self, step: int, size: int, rank: int = 0, world: int = 1) -> Tensor:
+    def batch(self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None) -> Tensor:
         """Return this rank's share [size / world, length + 1] of samples ``step * size ... (step + 1) * size``."""
-        return torch.stack([self[i] for i in ranks_share(step, size, rank, world)])
+        return torch.stack([self[i] for i in ranks_share(step, size, rank, world, microbatch)])
 
     def locate(self, index: int) -> tuple[str, int]:
         """Return the stream of sample `index`, and its number in that stream."""

@@ -43,21 +43,26 @@ class Samples:
         start = place * self.length
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
-    def batch(self, step: int, size: int, rank: int = 0, world: int = 1) -> Tensor:
+    def batch(self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None) -> Tensor:
         """Return this rank's share [size / world, length + 1] of samples ``step * size ... (step + 1) * size``.
 
-        Raises ConfigError if the ranks cannot share a batch evenly.
+        Its microbatches follow each other; see `ranks_share`.
         """
-        return torch.stack([self[i] for i in ranks_share(step, size, rank, world)])
+        return torch.stack([self[i] for i in ranks_share(step, size, rank, world, microbatch)])
 
 
-def ranks_share(step: int, size: int, rank: int, world: int) -> range:
-    """Return the samples of a step's batch that one of `world` ranks reads. Raises ConfigError for an uneven share."""
+def ranks_share(step: int, size: int, rank: int, world: int, microbatch: int | None = None) -> list[int]:
+    """Return the samples of a step's batch that one of `world` ranks reads, one microbatch after the other.
+
+    The first microbatches of all ranks are the first samples of the batch, and so on: what is computed together does
+    not depend on how many ranks there are, if `microbatch` * world does not. Raises ConfigError for an uneven share.
+    """
     if size % world:
         raise ConfigError(f"global_train_batch_size is {size}, which {world} data ranks cannot share evenly")
     share = size // world
-    first = step * size + rank * share
-    return range(first, first + share)
+    each = microbatch or share
+    firsts = (step * size + (at * world + rank * min(each, share - at)) for at in range(0, share, each))
+    return [first + i for at, first in zip(range(0, share, each), firsts) for i in range(min(each, share - at))]
 
 
 class HeldOut:

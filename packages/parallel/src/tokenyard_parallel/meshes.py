@@ -1,0 +1,64 @@
+"""The processes of a run as meshes: one for what every rank computes with, one for experts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from tokenyard import ConfigError
+
+REPLICATE, SHARD, EXPERT_PARALLEL = "replicate", "shard", "expert_parallel"
+
+
+class Sizes(NamedTuple):
+    """How many ranks hold copies of a parameter, shards of each copy, and, of experts, different ones."""
+
+    replicate: int
+    shard: int
+    expert_parallel: int = 1
+
+
+def dense_sizes(ranks: int, replicate: int) -> Sizes:
+    """Return the mesh of all parameters but the experts'. Raises ConfigError if the copies do not share the ranks."""
+    if replicate < 1 or ranks % replicate:
+        divisors = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise ConfigError(
+            f"replicate is {replicate}, which does not divide the {ranks} processes; these do: {divisors}"
+        )
+    return Sizes(replicate, ranks // replicate)
+
+
+def expert_sizes(dense: Sizes, expert_parallel: int) -> Sizes:
+    """Return the mesh of the experts: expert parallelism takes the place of shards, or, if there are none, of copies.
+
+    Raises ConfigError, with the degrees that would do, if it cannot.
+    """
+    room = dense.shard if dense.shard > 1 else dense.replicate
+    if room % expert_parallel:
+        divisors = ", ".join(str(n) for n in range(1, room + 1) if room % n == 0)
+        raise ConfigError(
+            f"expert_parallel is {expert_parallel}, which does not divide the {room} processes of a copy of the model; "
+            f"these do: {divisors}"
+        )
+    if dense.shard > 1:
+        return Sizes(dense.replicate, room // expert_parallel, expert_parallel)
+    return Sizes(room // expert_parallel, 1, expert_parallel)
+
+
+def make_mesh(sizes: Sizes, device: torch.device) -> DeviceMesh:
+    """Return the mesh of all processes, expert parallelism innermost, so that its ranks are neighbours."""
+    names = (REPLICATE, SHARD, EXPERT_PARALLEL)
+    return init_device_mesh(device.type, tuple(sizes), mesh_dim_names=names)
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the part of a mesh that FSDP lays parameters out over: its shards, and its copies if there are any."""
+    return mesh[SHARD] if mesh[REPLICATE].size() == 1 else mesh[REPLICATE, SHARD]
+
+
+def place() -> tuple[int, int]:
+    """Return this process's rank and how many there are."""
+    return dist.get_rank(), dist.get_world_size()

@@ -1,0 +1,36 @@
+"""The processes of a run: how many there are, and joining them."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+"""NVLink's multicast stays off unless the environment asks for it: a program that fails while it uses multicast can
+take a host's GPUs out of service."""
+
+
+def started_processes() -> int:
+    """Return how many processes torchrun (or whoever sets WORLD_SIZE) started for this run; 1 outside of it."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def connect(device: torch.device, timeout: timedelta | None = None) -> None:
+    """Join the processes of this run, by gloo on CPUs and NCCL on GPUs; nothing happens if they are joined already.
+
+    Outside of torchrun this process is alone. `timeout` is how long a collective may take before it fails.
+    """
+    if dist.is_initialized():
+        return
+    for name, value in _NO_MULTICAST.items():
+        os.environ.setdefault(name, value)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if started_processes() > 1 or "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]

@@ -1,0 +1,114 @@
+"""The strategies `fsdp` and `ddp`: torch's FSDP2, with the experts of each layer as a unit of their own.
+
+The loss that a rank brings is its part of a sum over all ranks, so gradients are summed, never averaged; then experts,
+whose gradients come from other ranks' tokens by the exchange, need no rule of their own. The exchange runs inside the
+experts' unit: with a collective of FSDP between the two of an exchange, ranks could wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from tokenyard import ConfigError, MoE, moe_layers
+from tokenyard_parallel.meshes import EXPERT_PARALLEL, Sizes, data_mesh, dense_sizes, expert_sizes, make_mesh, place
+from tokenyard_parallel.processes import connect, started_processes
+from tokenyard_parallel.strategies._clip import clip
+
+
+class FsdpStrategy:
+    """Shards parameters, gradients and optimizer states over all processes, or over those of each of several copies.
+
+    `replicate` is how many copies of the model there are (HSDP); `reshard_after_forward` frees a block's parameters
+    between its forward and backward pass; `timeout` is how many seconds a collective may take. Experts are shared out
+    as `expert_parallel` of the model says, by neighbouring processes. Constructing it joins the processes.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        replicate: int = 1,
+        reshard_after_forward: bool = True,
+        timeout: float = 600.0,
+    ):
+        self.device = torch.device(device)
+        self.dense = dense_sizes(started_processes(), replicate)
+        self.reshard_after_forward = reshard_after_forward
+        connect(self.device, timedelta(seconds=timeout))
+        self.data = place()
+
+    def unusable(self, model: nn.Module) -> str | None:
+        """Say why the model's experts cannot be shared out over the processes, and what would work."""
+        try:
+            self._expert_sizes(model)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def layout(self, model: nn.Module) -> nn.Module:
+        """Shard a model on the meta device, install exchanges and allocate this rank's shards, undefined."""
+        dense = data_mesh(make_mesh(self.dense, self.device))
+        layers = moe_layers(model)
+        mesh = make_mesh(self._expert_sizes(model), self.device) if layers else None
+        for moe in layers:
+            assert mesh is not None
+            self._share_out(moe, mesh)
+        for block in getattr(model, "blocks", ()):
+            self._shard(block, dense)
+        self._shard(model, dense)
+        return model.to_empty(device=self.device)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Return the sum of x over all ranks."""
+        total = x.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Scale all gradients to a global norm of at most max_norm; return the norm before."""
+        return clip(model, max_norm)
+
+    def _expert_sizes(self, model: nn.Module) -> Sizes:
+        degrees = {moe.workload.expert_parallel for moe in moe_layers(model)} or {1}
+        return expert_sizes(self.dense, max(degrees))
+
+    def _share_out(self, moe: MoE, mesh: DeviceMesh) -> None:
+        """Give this rank its experts, and the exchange the ranks that hold the others; then shard them."""
+        if moe.workload.expert_parallel > 1:
+            among = mesh[EXPERT_PARALLEL]
+            for name, parameter in list(moe.experts.named_parameters()):
+                setattr(moe.experts, name, _own(parameter, among))
+            moe.experts.exchange = moe.chosen["exchange"].construct(
+                moe.workload, moe.experts.permutation, among.get_group()
+            )
+        self._shard(moe.experts, data_mesh(mesh))
+
+    def _shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        unit: Any = fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum, and two scales would be applied
+
+
+class DdpStrategy(FsdpStrategy):
+    """Holds a copy of the model in every process; experts may be shared out among neighbouring ones.
+
+    `timeout` is how many seconds a collective may take.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0):
+        super().__init__(device, replicate=started_processes(), reshard_after_forward=False, timeout=timeout)
+
+
+def _own(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+    """Return this rank's share of experts [E, ...], on the meta device."""
+    size = (parameter.shape[0] // mesh.size(), *parameter.shape[1:])
+    local = torch.empty(size, dtype=parameter.dtype, device="meta")
+    return nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False), parameter.requires_grad)

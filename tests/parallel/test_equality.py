@@ -1,0 +1,73 @@
+"""Every layout computes what one process does: outputs, gradients, their norm, losses, trained parameters."""
+
+import functools
+from itertools import product
+
+import pytest
+import torch
+from equality import Case, Layout, on_rank, train
+
+from tokenyard.numerics import relative_error
+from tokenyard.testing import ranks
+
+EXCHANGES = (("all_to_all", 1), ("all_to_all_tokens", 1), ("all_to_all_tokens", 3))
+
+
+def _layouts():
+    for count in (2, 4):
+        degrees = [d for d in (1, 2, 4) if d <= count]
+        for (strategy, replicate), degree in product((("ddp", 1), ("fsdp", 1), ("fsdp", 2)), degrees):
+            if replicate > 1 and (count // replicate) % degree and count > replicate:
+                continue  # copies of two ranks cannot share experts among four
+            for exchange, chunks in EXCHANGES if degree > 1 else (("auto", 1),):
+                yield Layout(strategy, count, degree, exchange, replicate, chunks)
+
+
+LAYOUTS = list(_layouts())
+ROUTINGS = ("natural", "one_expert", "idle_rank", "empty_batch", "every_expert", "indivisible")
+CASES = [Case(r, a, c, f) for r, a, c, f in product(ROUTINGS, (1, 3), (False, True), (False, True))]
+
+
+@functools.cache
+def alone(case: Case) -> dict[str, torch.Tensor]:
+    return train(Layout(), case)
+
+
+def compare(layout: Layout, cases: list[Case]) -> dict[str, float]:
+    """Return the largest relative error of each kind of result over the cases."""
+    found, *norms = ranks(layout.ranks).run(on_rank, layout, cases)
+    worst: dict[str, float] = {}
+    for i, case in enumerate(cases):
+        want = alone(case)
+        assert found[i].keys() == want.keys()
+        assert {each[i] for each in norms} == {found[i]["norm"].item()}, "ranks disagree on the norm"
+        for name, value in found[i].items():
+            kind = name.split()[0]
+            worst[kind] = max(worst.get(kind, 0.0), float(relative_error(torch.from_numpy(value), want[name])))
+    return worst
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layout_equals_one_process(layout):
+    """A share of all cases each, so that together the layouts see all of them; two steps in float64."""
+    share = CASES[LAYOUTS.index(layout) % 24 :: 24]
+    worst = compare(layout, [case._replace(steps=2) for case in share])
+    assert max(worst.values()) <= 1e-12, worst
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1::7], ids=str)
+def test_in_float32(layout):
+    worst = compare(layout, [Case("natural", dtype=torch.float32), Case("indivisible", 3, dtype=torch.float32)])
+    assert max(worst.values()) <= 1e-5, worst
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_equality_matrix(layout):
+    """Every case of every layout, 50 steps each; prints the row of the table (-s)."""
+    worst = compare(layout, [case._replace(steps=50) for case in CASES])
+    single = compare(layout, [Case(r, a, dtype=torch.float32) for r, a in product(ROUTINGS, (1, 3))])
+    columns = " | ".join(f"{worst[kind]:.1e}" for kind in ("y", "grad", "norm", "auxiliary", "final"))
+    print(f"\n| {layout} | {columns} | {max(single.values()):.1e} |")
+    assert max(worst.values()) <= 1e-12, worst
+    assert max(single.values()) <= 1e-5, single
