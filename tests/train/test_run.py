@@ -105,8 +105,14 @@ def test_a_finished_run_resumed_changes_nothing(config, console):
         ({"max_duration": "0.001ep"}, "max_duration is 0.001ep, which is less than one batch of 96 tokens"),
         ({"model": {"name": "dbrxx"}}, r"model backend 'dbrxx' is unknown \(did you mean 'dbrx'\?\)"),
         ({"backends": {"experts": "tritn"}}, "experts backend 'tritn' is unknown"),
-        ({"parallel": {"strategy": "fsd"}}, "strategy backend 'fsd' is unknown; installed: single"),
-        ({"parallel": {"expert_parallel": 2}}, "no exchange backend is usable here"),
+        (
+            {"parallel": {"strategy": "fsd"}},
+            "strategy backend 'fsd' is unknown .did you mean 'fsdp'",
+        ),
+        (
+            {"parallel": {"expert_parallel": 2}},
+            "'single' keeps all experts in one process, and expert_parallel is 2",
+        ),
     ],
 )
 def test_mistakes_end_before_anything_is_written(config, console, tmp_path, changes, sentence):

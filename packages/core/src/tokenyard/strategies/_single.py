@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tokenyard.moe import moe_layers
+
 
 class SingleStrategy:
     """Keeps everything on one device."""
@@ -17,8 +19,11 @@ class SingleStrategy:
         self.device = torch.device(device)
 
     def unusable(self, model: nn.Module) -> str | None:
-        """Accept any model."""
-        return None
+        """Refuse a model whose experts are to be shared out."""
+        degree = max((moe.workload.expert_parallel for moe in moe_layers(model)), default=1)
+        if degree == 1:
+            return None
+        return f"'single' keeps all experts in one process, and expert_parallel is {degree}; give fsdp or ddp, or 1"
 
     def layout(self, model: nn.Module) -> nn.Module:
         """Allocate the model on the device; values are undefined until it is initialised or loaded."""

@@ -1,4 +1,4 @@
-"""Standard tests of exchanges, in one process: whatever moves, the result is that of computing in place."""
+"""Standard tests of exchanges, in one process and over two: the result is that of computing in place."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from tokenyard.testing import _oracle
 from tokenyard.testing._base import Conformance
 from tokenyard.testing._cases import make_case, routings
 from tokenyard.testing._experts import ROUTINGS
+from tokenyard.testing._over_ranks import exchange_on_rank
+from tokenyard.testing._ranks import ranks
 from tokenyard.workload import Workload
 
 
 class ExchangeConformance(Conformance):
-    """What every exchange must do without a process group."""
+    """What every exchange must do, without a process group and with one."""
 
     kind: ClassVar[Kind] = "exchange"
 
@@ -44,6 +46,18 @@ class ExchangeConformance(Conformance):
         y = exchange(x, routing, lambda *args: self._compute(case.weights(), *args))
         (dx,) = torch.autograd.grad(y.sum(), x)
         assert y.shape == dx.shape == (0, 8)
+
+    @pytest.mark.parametrize("shares", [[11, 10], [21, 0]], ids=["uneven", "a rank without tokens"])
+    @pytest.mark.parametrize("routing", ROUTINGS)
+    def test_equals_computing_in_place_over_two_ranks(self, routing: str, shares: list[int]) -> None:
+        """Outputs, and the gradients of x, topk_weights and the experts' weights on their rank, in float64, by gloo."""
+        offer, workload = self.offered(), Workload(8, 12, 4, 2, dtype=torch.float64, expert_parallel=2)
+        reason = offer.unusable(workload)
+        if reason is not None:
+            pytest.skip(f"{self.backend}: {reason}")
+        seed = int(torch.randint(1 << 30, ()).item())
+        for errors in ranks(2).run(exchange_on_rank, offer.path, dict(self.options), routing, shares, seed):
+            assert max(errors) < 1e-13, dict(zip(("y", "dx", "dweights", "dup", "ddown"), errors))
 
     def _workload(self) -> Workload:
         return Workload(8, 12, 4, 2, dtype=torch.float64, device=self.run_device())

@@ -1,32 +1,24 @@
-"""Standard tests of strategies, in one process."""
+"""Standard tests of strategies, in one process and over two."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import nn
 
 from tokenyard.backend import Kind
-from tokenyard.moe import MoE
 from tokenyard.numerics import relative_error
 from tokenyard.testing._base import Conformance
+from tokenyard.testing._over_ranks import Net, strategy_on_rank
+from tokenyard.testing._ranks import ranks
 from tokenyard.workload import Workload
 
 
-class _Net(nn.Module):
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.moe = MoE(Workload(8, 12, 4, 2, device=device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.moe(self.first(x))[0]
-
-
 class StrategyConformance(Conformance):
-    """What every strategy must do on one process."""
+    """What every strategy must do on one process, and one that is for several on two."""
 
     kind: ClassVar[Kind] = "strategy"
 
@@ -59,12 +51,27 @@ class StrategyConformance(Conformance):
             assert relative_error(norm, before) < 1e-5
             assert relative_error(after, before if share is None else torch.tensor(share)) < 1e-4
 
+    @pytest.mark.parametrize("expert_parallel", [1, 2])
+    def test_equals_one_process_over_two(self, expert_parallel: int) -> None:
+        """Gradients, their norm and its clipping, in float64, by gloo; each rank reads other data."""
+        seed = int(torch.randint(1 << 30, ()).item())
+        path, options = self.offered().path, dict(self.options)
+        found = ranks(2).run(strategy_on_rank, path, options, expert_parallel, seed)
+        if isinstance(found[0], str):
+            pytest.skip(f"{self.backend}: {found[0]}")
+        if found[0].data == (0, 1):
+            pytest.skip(f"{self.backend}: is for one process")
+        assert [laid.data for laid in found] == [(0, 2), (1, 2)]
+        for laid in found:
+            assert max(laid.gradients, laid.norm, laid.reduced) < 1e-12, laid
+            assert laid.clipped < 1e-5, laid  # torch adds 1e-6 to the norm that it divides by
+
     def _strategy(self) -> Any:
         return self.construct(device=self.run_device())
 
     def _laid_out(self, strategy: Any) -> nn.Module:
         with torch.device("meta"):
-            model: nn.Module = _Net(self.run_device())
+            model: nn.Module = Net(Workload(8, 12, 4, 2, device=self.run_device()))
         assert strategy.unusable(model) is None
         model = strategy.layout(model)
         for parameter in model.parameters():

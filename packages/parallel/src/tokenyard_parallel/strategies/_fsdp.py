@@ -63,6 +63,7 @@ class FsdpStrategy:
         for block in getattr(model, "blocks", ()):
             self._shard(block, dense)
         self._shard(model, dense)
+        model.register_forward_hook(_reshard_without_backward)
         return model.to_empty(device=self.device)
 
     def reduce(self, x: Tensor) -> Tensor:
@@ -105,6 +106,14 @@ class DdpStrategy(FsdpStrategy):
 
     def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0):
         super().__init__(device, replicate=started_processes(), reshard_after_forward=False, timeout=timeout)
+
+
+def _reshard_without_backward(model: nn.Module, *_: Any) -> None:
+    """After a forward pass that no backward pass follows, let nothing stay gathered: states are those of shards."""
+    if not torch.is_grad_enabled():
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
 
 def _own(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:

@@ -1,0 +1,75 @@
+"""Runs of `tokenyard train` in any layout, and digests of everything that a checkpoint holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from torch.distributed.tensor import DTensor
+
+from tokenyard_train.build import build_run
+from tokenyard_train.callbacks import Callback
+from tokenyard_train.config import read_config
+from tokenyard_train.resume import _tensors, resume
+from tokenyard_train.run import train
+
+
+class Result(NamedTuple):
+    """What a run left."""
+
+    digest: str  # of the whole model and optimizer
+    losses: list[float]
+    batch: int
+
+
+class Watch(Callback):
+    def __init__(self):
+        self.losses, self.run = [], None
+
+    def batch_end(self, run, record):
+        self.losses.append(record["loss"])
+        self.run = run
+
+
+def trained(settings: dict) -> Result:
+    """Train as settings say."""
+    watch = Watch()
+    train(read_config(settings), Console(quiet=True), [watch])
+    return Result(digest(watch.run), watch.losses, watch.run.batch)
+
+
+def loaded(settings: dict) -> Result:
+    """Build a run and load its newest checkpoint, no more."""
+    run = build_run(read_config(settings), Console(quiet=True))
+    run.batch = resume(run)
+    return Result(digest(run), [], run.batch)
+
+
+def initial(settings: dict) -> str:
+    """Return the digest of the weights that a new run starts from."""
+    return digest(build_run(read_config(settings), Console(quiet=True)))
+
+
+def refused(settings: dict) -> str:
+    """Return the sentence that a config is refused with."""
+    try:
+        build_run(read_config(settings), Console(quiet=True))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def digest(run) -> str:
+    """Return the SHA-256 of all tensors of a checkpoint of the run, each put together from its shards."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(_tensors(run).items()):
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        sha.update(name.encode() + full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
