@@ -43,6 +43,7 @@ class Case(NamedTuple):
     frozen: bool = False
     dtype: torch.dtype = torch.float64
     steps: int = 1
+    device: str = "cpu"
 
     def __str__(self):
         marks = [self.routing, f"x{self.accumulation}", "recompute" if self.recompute else "", "frozen" * self.frozen]
@@ -81,13 +82,24 @@ def build(layout: Layout, case: Case):
     top_k = EXPERTS if case.routing == "every_expert" else 2
     rule = RoutingRule(normalize=1.0)
     workload = Workload(
-        DIM, FFN, EXPERTS, top_k, bias=True, router=rule, dtype=case.dtype, expert_parallel=layout.expert_parallel
+        DIM,
+        FFN,
+        EXPERTS,
+        top_k,
+        bias=True,
+        router=rule,
+        dtype=case.dtype,
+        device=case.device,
+        expert_parallel=layout.expert_parallel,
     )
     exchange = {"name": layout.exchange, "validate": True, "chunks": layout.chunks}
-    backends = {"experts": "torch", "exchange": exchange if layout.expert_parallel > 1 else "local"}
+    backends = {
+        "experts": "torch" if case.device == "cpu" else "auto",
+        "exchange": exchange if layout.expert_parallel > 1 else "local",
+    }
     options = {"replicate": layout.replicate} if layout.replicate > 1 else {}
     chosen = default_registry().choose("strategy", {"name": layout.strategy, **options})
-    strategy = chosen.construct(device="cpu")
+    strategy = chosen.construct(device=case.device)
     with torch.device("meta"):
         model = Net(workload, backends)
     assert strategy.unusable(model) is None
@@ -170,9 +182,10 @@ def _backward(strategy, model, layout, case):
     """Run forward and backward over the microbatches of the batch; return its outputs and auxiliary loss."""
     rank, world = strategy.data
     x, ids = batch_of(case)
+    x, ids = x.to(case.device), [None if i is None else i.to(case.device) for i in ids]
     top_k = EXPERTS if case.routing == "every_expert" else 2
-    outputs, auxiliary = [], torch.zeros((), dtype=case.dtype)
-    for tokens in torch.arange(len(x)).tensor_split(case.accumulation):
+    outputs, auxiliary = [], torch.zeros((), dtype=torch.promote_types(case.dtype, torch.float32), device=case.device)
+    for tokens in torch.arange(len(x), device=case.device).tensor_split(case.accumulation):
         mine = share_of(tokens, case, rank, world)
         y, balances = model(x[mine], [None if i is None else i[mine] for i in ids])
         balances = [b._replace(counts=strategy.reduce(b.counts)) for b in balances]
@@ -180,7 +193,7 @@ def _backward(strategy, model, layout, case):
             (load_balancing_loss(balances, len(tokens), top_k) + z_loss(balances, len(tokens))) * len(tokens) / len(x)
         )
         ((y - 1).square().sum() / len(x) + 0.1 * share).backward()
-        outputs.append(strategy.reduce(torch.zeros(len(x), DIM, dtype=case.dtype).index_copy(0, mine, y.detach())))
+        outputs.append(strategy.reduce(torch.zeros_like(x).index_copy(0, mine, y.detach())))
         auxiliary += strategy.reduce(share)
     return {"y": torch.stack(outputs).sum(0), "auxiliary": auxiliary}
 
@@ -194,4 +207,4 @@ def on_rank(layout: Layout, cases: list[Case]):
     found = [train(layout, case) for case in cases]
     if dist.get_rank():
         return [each["norm"].item() for each in found]
-    return [{name: value.numpy() for name, value in each.items()} for each in found]
+    return [{name: value.double().cpu().numpy() for name, value in each.items()} for each in found]

@@ -35,7 +35,7 @@ def alone(case: Case) -> dict[str, torch.Tensor]:
 
 def compare(layout: Layout, cases: list[Case]) -> dict[str, float]:
     """Return the largest relative error of each kind of result over the cases."""
-    found, *norms = ranks(layout.ranks).run(on_rank, layout, cases)
+    found, *norms = ranks(layout.ranks, cases[0].device).run(on_rank, layout, cases)
     worst: dict[str, float] = {}
     for i, case in enumerate(cases):
         want = alone(case)
@@ -43,7 +43,7 @@ def compare(layout: Layout, cases: list[Case]) -> dict[str, float]:
         assert {each[i] for each in norms} == {found[i]["norm"].item()}, "ranks disagree on the norm"
         for name, value in found[i].items():
             kind = name.split()[0]
-            worst[kind] = max(worst.get(kind, 0.0), float(relative_error(torch.from_numpy(value), want[name])))
+            worst[kind] = max(worst.get(kind, 0.0), float(relative_error(torch.from_numpy(value), want[name].cpu())))
     return worst
 
 

@@ -1,4 +1,4 @@
-"""Several processes on one machine that run functions together, over gloo, for tests of what needs ranks.
+"""Several processes on one machine that run functions together, for tests of what needs ranks.
 
 They are started once and serve many cases, since starting them takes longer than most cases.
 """
@@ -29,9 +29,12 @@ class RanksError(RuntimeError):
 
 
 class Ranks:
-    """`size` processes in one gloo group; `timeout` is how many seconds a collective, and a case, may take."""
+    """`size` processes in one group, by gloo on the CPU, or by NCCL with a GPU each.
 
-    def __init__(self, size: int, timeout: float = 120.0):
+    `timeout` is how many seconds a collective, and a case, may take.
+    """
+
+    def __init__(self, size: int, device: str = "cpu", timeout: float = 120.0):
         self.size, self.timeout = size, timeout
         context = get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
@@ -39,7 +42,7 @@ class Ranks:
         self._ends = [ours for ours, _ in pipes]
         store = str(Path(self._folder.name) / "store")
         self._processes = [
-            context.Process(target=_serve, args=(rank, size, store, theirs, timeout), daemon=True)
+            context.Process(target=_serve, args=(rank, size, device, store, theirs, timeout), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:
@@ -73,9 +76,9 @@ class Ranks:
 
 
 @functools.cache
-def ranks(size: int) -> Ranks:
+def ranks(size: int, device: str = "cpu") -> Ranks:
     """Return the processes that all tests of so many ranks share."""
-    made = Ranks(size)
+    made = Ranks(size, device)
     atexit.register(made.close)
     return made
 
@@ -90,14 +93,18 @@ def _answer(end: Connection, seconds: float) -> tuple[bool, Any]:
     return good, said
 
 
-def _serve(rank: int, size: int, store: str, end: Connection, timeout: float) -> None:
+def _serve(rank: int, size: int, device: str, store: str, end: Connection, timeout: float) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    for name, value in {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "LOCAL_RANK": str(rank)}.items():
+        os.environ.setdefault(name, value)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
     )
     end.send((True, None))
     while True:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from tokenyard import ConfigError, MoE, moe_layers
@@ -89,10 +89,15 @@ class FsdpStrategy:
             moe.experts.exchange = moe.chosen["exchange"].construct(
                 moe.workload, moe.experts.permutation, among.get_group()
             )
-        self._shard(moe.experts, data_mesh(mesh))
+        self._shard(moe.experts, data_mesh(mesh), _gathered_as(moe))
 
-    def _shard(self, module: nn.Module, mesh: DeviceMesh) -> None:
-        unit: Any = fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
+    def _shard(self, module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> None:
+        unit: Any = fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=self.reshard_after_forward,
+            mp_policy=policy or MixedPrecisionPolicy(cast_forward_inputs=False),
+        )
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum, and two scales would be applied
@@ -106,6 +111,14 @@ class DdpStrategy(FsdpStrategy):
 
     def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0):
         super().__init__(device, replicate=started_processes(), reshard_after_forward=False, timeout=timeout)
+
+
+def _gathered_as(moe: MoE) -> MixedPrecisionPolicy:
+    """Gather experts in the dtype that they are computed in: Experts would round them to it anyway, later."""
+    stored, computed = moe.experts.up.dtype, moe.workload.dtype
+    if computed.itemsize >= stored.itemsize:
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=stored, cast_forward_inputs=False)
 
 
 def _reshard_without_backward(model: nn.Module, *_: Any) -> None:
