@@ -64,8 +64,8 @@ def test_in_float32(layout):
 @pytest.mark.full
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_equality_matrix(layout):
-    """Every case of every layout, 50 steps each; prints the row of the table (-s)."""
-    worst = compare(layout, [case._replace(steps=50) for case in CASES])
+    """Every case of every layout, and 50 steps of every routing; prints the layout's row of the table (-s)."""
+    worst = compare(layout, [*CASES, *(Case(routing, steps=50) for routing in ROUTINGS)])
     single = compare(layout, [Case(r, a, dtype=torch.float32) for r, a in product(ROUTINGS, (1, 3))])
     columns = " | ".join(f"{worst[kind]:.1e}" for kind in ("y", "grad", "norm", "auxiliary", "final"))
     print(f"\n| {layout} | {columns} | {max(single.values()):.1e} |")
