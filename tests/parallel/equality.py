@@ -162,7 +162,7 @@ def train(layout: Layout, case: Case) -> dict[str, torch.Tensor]:
     groups: dict = {}
     for parameter in (p for p in model.parameters() if p.requires_grad):
         groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": g} for g in groups.values()], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([{"params": g} for g in groups.values()], lr=3e-3, weight_decay=0.1)
     found: dict[str, torch.Tensor] = {}
     for step in range(case.steps):
         seen = _backward(strategy, model, layout, case)
