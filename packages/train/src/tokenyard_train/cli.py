@@ -35,6 +35,19 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    max_restarts: Annotated[int, typer.Option(min=0, help="How often a run that failed is taken up again.")] = 3,
+) -> None:
+    """Train by several processes on this machine, and go on from the last good checkpoint when one of them fails."""
+    from tokenyard_train.launch import launch as run
+
+    raise typer.Exit(run(config, overrides or [], nproc, max_restarts))
+
+
+@app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
     """Validate a config; print the model's size, work and memory, and the backends chosen."""
     from tokenyard_train.check import check as run
@@ -90,5 +103,8 @@ def main() -> None:
 
         if not isinstance(error, TokenyardError):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        from tokenyard_train.stopping import STOPPED, Stopped
+
+        stopped = isinstance(error, Stopped)
+        print(error if stopped else f"error: {error}", file=sys.stderr)
+        sys.exit(STOPPED if stopped else 2)

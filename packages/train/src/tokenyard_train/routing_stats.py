@@ -22,6 +22,7 @@ class Fetched(NamedTuple):
     loss: float
     grad_norm: float
     balances: list[Balance]  # one per MoE layer, summed over microbatches and ranks
+    stop: bool  # some rank was asked to stop
 
 
 class LayerRouting(NamedTuple):
@@ -35,28 +36,39 @@ class LayerRouting(NamedTuple):
     z_loss: float  # unweighted
 
 
-def fetch(loss: Tensor, grad_norm: Tensor, balances: Sequence[Balance], reduce: Callable[[Tensor], Tensor]) -> Fetched:
+def fetch(
+    loss: Tensor,
+    grad_norm: Tensor,
+    balances: Sequence[Balance],
+    reduce: Callable[[Tensor], Tensor],
+    stop: bool = False,
+) -> Fetched:
     """Bring a step's numbers to the host in one copy.
 
-    `loss`, `grad_norm` and the Balances' `counts` are sums over ranks already; `reduce` adds up the rest, in one call.
+    `loss`, `grad_norm` and the Balances' `counts` are sums over ranks already; `reduce` adds up the rest, in one call,
+    and with it whether this rank was asked to `stop`.
     """
-    packed = pack(loss, grad_norm, balances, reduce).cpu()
+    packed = pack(loss, grad_norm, balances, reduce, stop).cpu()
     sizes = [balance.counts.numel() for balance in balances]
-    values, *layers = packed.split([2, *(2 * experts + 2 for experts in sizes)])
-    return Fetched(
-        values[0].item(), values[1].item(), [_unpacked(layer, experts) for layer, experts in zip(layers, sizes)]
-    )
+    values, *layers = packed.split([3, *(2 * experts + 2 for experts in sizes)])
+    fetched = [_unpacked(layer, experts) for layer, experts in zip(layers, sizes)]
+    return Fetched(values[0].item(), values[1].item(), fetched, values[2].item() > 0)
 
 
-def pack(loss: Tensor, grad_norm: Tensor, balances: Sequence[Balance], reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return [2 + sum over layers of 2E + 2] float64, still on the device: what `fetch` copies."""
+def pack(
+    loss: Tensor,
+    grad_norm: Tensor,
+    balances: Sequence[Balance],
+    reduce: Callable[[Tensor], Tensor],
+    stop: bool = False,
+) -> Tensor:
+    """Return [3 + sum over layers of 2E + 2] float64, still on the device: what `fetch` copies."""
     known = torch.stack((loss.double(), grad_norm.to(loss.device).double()))
-    if not balances:
-        return known
     counts = [b.counts.double() for b in balances]
     rest = [torch.cat((b.prob_sum.double(), torch.stack((b.z_sum.double(), b.dropped.double())))) for b in balances]
-    sums = reduce(torch.cat(rest)).split([part.numel() for part in rest])
-    return torch.cat((known, *(part for layer in zip(counts, sums) for part in layer)))
+    rest = [torch.full((1,), float(stop), dtype=torch.float64, device=loss.device), *rest]
+    asked, *sums = reduce(torch.cat(rest)).split([part.numel() for part in rest])
+    return torch.cat((known, asked, *(part for layer in zip(counts, sums) for part in layer)))
 
 
 def _unpacked(layer: Tensor, experts: int) -> Balance:

@@ -18,6 +18,7 @@ from tokenyard_train.progress import Progress
 from tokenyard_train.report import announce, summarize
 from tokenyard_train.resume import resume, save, start_from
 from tokenyard_train.step import train_step
+from tokenyard_train.stopping import Stopped, stopping
 from tokenyard_train.together import is_first
 from tokenyard_train.trackers import build_trackers
 
@@ -48,9 +49,11 @@ def train(config: TrainConfig, console: Console, callbacks: Sequence[Callback] =
     try:
         announce(run)
         _start(run, callbacks)
-        with Progress(run) as progress:
-            while run.batch < run.batches:
+        with Progress(run) as progress, stopping(run):
+            while run.batch < run.batches and not run.stop:
                 _one_batch(run, callbacks, progress)
+        if run.batch < run.batches:
+            raise Stopped(f"stopped as asked, after batch {run.batch} of {run.batches}, which is saved in {run.folder}")
         result = _finish(run, callbacks)
         failed = False
         return result
@@ -79,7 +82,7 @@ def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> N
             callback.evaluated(run, record)
     for callback in callbacks:
         callback.batch_end(run, step)
-    if last or run.due(run.config.save_interval):
+    if last or run.stop or run.due(run.config.save_interval):
         path = save(run)
         for callback in callbacks:
             callback.saved(run, path)

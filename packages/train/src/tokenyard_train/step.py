@@ -54,7 +54,8 @@ def train_step(run: Run) -> StepResult:
     with run.phase("optimizer"):
         clipping = config.algorithms.gradient_clipping
         norm = run.strategy.clip(run.model, clipping.clipping_threshold if clipping else math.inf)
-        fetched = fetch(loss, norm, balances, run.strategy.reduce)
+        fetched = fetch(loss, norm, balances, run.strategy.reduce, run.stop)
+        run.stop = fetched.stop
         _refuse_non_finite(run, fetched)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -116,7 +117,7 @@ def _refuse_non_finite(run: Run, fetched: Fetched) -> None:
 
 
 def _result(run: Run, fetched: Fetched, lr: float) -> StepResult:
-    loss, norm, balances = fetched
+    loss, norm, balances, _ = fetched
     if not balances:
         return StepResult(loss, 0.0, 0.0, norm, lr, [], 0, [])
     tokens, convention = run.batch_tokens, run.model.auxiliary.convention
