@@ -1,12 +1,12 @@
 """Two GPUs compute what one does, over NCCL."""
 
+import layout_runs as runs
 import pytest
 import torch
 from equality import Case, Layout, train
 from test_equality import ROUTINGS, compare
 from test_training import settings  # noqa: F401 (a fixture)
 
-import runs
 from tokenyard.numerics import relative_error
 from tokenyard.testing import ranks
 

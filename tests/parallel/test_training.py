@@ -3,9 +3,9 @@
 import json
 from itertools import permutations
 
+import layout_runs as runs
 import pytest
 
-import runs
 from tokenyard.testing import ranks
 
 LAYOUTS = {
