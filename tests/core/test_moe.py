@@ -1,12 +1,15 @@
 """The MoE layer as a whole."""
 
+from importlib.metadata import distribution
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tokenyard import BackendError, ConfigError, ExpertWeights, MoE, RoutingRule, Workload, moe_layers
+from tokenyard import BackendError, ConfigError, ExpertWeights, MoE, Registry, RoutingRule, Workload, moe_layers
 from tokenyard.numerics import relative_error
+from tokenyard.registry import installed_plugins
 from tokenyard.testing._oracle import experts as oracle
 
 D, F_, E, K = 16, 24, 6, 2
@@ -133,10 +136,11 @@ def test_unknown_part_is_named():
 
 
 def test_expert_parallelism_needs_an_exchange_that_moves():
+    alone = Registry(*installed_plugins([distribution("tokenyard-core")]))
     with pytest.raises(
         BackendError, match=r"no exchange backend is usable here \(local: 'local' keeps tokens on their rank"
     ):
-        MoE(Workload(D, F_, E, K, expert_parallel=2))
+        MoE(Workload(D, F_, E, K, expert_parallel=2), registry=alone)
 
 
 def test_unknown_router_algorithm_is_nobody_s():

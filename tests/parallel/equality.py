@@ -44,6 +44,11 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     steps: int = 1
     device: str = "cpu"
+    experts: int = EXPERTS
+
+    @property
+    def top_k(self):
+        return self.experts if self.routing == "every_expert" else 2
 
     def __str__(self):
         marks = [self.routing, f"x{self.accumulation}", "recompute" if self.recompute else "", "frozen" * self.frozen]
@@ -79,13 +84,12 @@ class Net(nn.Module):
 
 def build(layout: Layout, case: Case):
     """Return the strategy, and the model laid out and initialised."""
-    top_k = EXPERTS if case.routing == "every_expert" else 2
     rule = RoutingRule(normalize=1.0)
     workload = Workload(
         DIM,
         FFN,
-        EXPERTS,
-        top_k,
+        case.experts,
+        case.top_k,
         bias=True,
         router=rule,
         dtype=case.dtype,
@@ -105,7 +109,7 @@ def build(layout: Layout, case: Case):
     assert strategy.unusable(model) is None
     for block in model.blocks if case.frozen else ():
         block.moe.experts.requires_grad_(False)
-    model = strategy.layout(model)
+    model = strategy.layout(model).to_empty(device=case.device)
     initialise(model)
     if case.recompute:
         for block in model.blocks:
@@ -138,15 +142,15 @@ def batch_of(case: Case) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     count = 37 if case.routing == "indivisible" else 24
     generator = torch.Generator().manual_seed(11)
     x = torch.randn(count, DIM, generator=generator, dtype=torch.float64).to(case.dtype)
-    top_k, experts = (EXPERTS if case.routing == "every_expert" else 2), EXPERTS
+    experts = case.experts
     if case.routing == "one_expert":
         return x, [torch.tensor([[3, 4]]).int().repeat(count, 1), torch.tensor([[0, 1]]).int().repeat(count, 1)]
     if case.routing == "idle_rank":
         experts //= 2  # the others, and their ranks, get nothing
     elif case.dtype == torch.float64:
         return x, [None, None]
-    ids = torch.rand(2, count, experts, generator=generator).topk(top_k).indices.int()  # float32 would break near ties
-    return x, list(ids)
+    scores = torch.rand(2, count, experts, generator=generator)  # float32 would break near ties of the router's own
+    return x, list(scores.topk(case.top_k).indices.int())
 
 
 def share_of(tokens: torch.Tensor, case: Case, rank: int, ranks: int) -> torch.Tensor:
@@ -183,15 +187,13 @@ def _backward(strategy, model, layout, case):
     rank, world = strategy.data
     x, ids = batch_of(case)
     x, ids = x.to(case.device), [None if i is None else i.to(case.device) for i in ids]
-    top_k = EXPERTS if case.routing == "every_expert" else 2
     outputs, auxiliary = [], torch.zeros((), dtype=torch.promote_types(case.dtype, torch.float32), device=case.device)
     for tokens in torch.arange(len(x), device=case.device).tensor_split(case.accumulation):
         mine = share_of(tokens, case, rank, world)
         y, balances = model(x[mine], [None if i is None else i[mine] for i in ids])
         balances = [b._replace(counts=strategy.reduce(b.counts)) for b in balances]
-        share = (
-            (load_balancing_loss(balances, len(tokens), top_k) + z_loss(balances, len(tokens))) * len(tokens) / len(x)
-        )
+        of_tokens = load_balancing_loss(balances, len(tokens), case.top_k) + z_loss(balances, len(tokens))
+        share = of_tokens * len(tokens) / len(x)
         ((y - 1).square().sum() / len(x) + 0.1 * share).backward()
         outputs.append(strategy.reduce(torch.zeros_like(x).index_copy(0, mine, y.detach())))
         auxiliary += strategy.reduce(share)
@@ -208,3 +210,9 @@ def on_rank(layout: Layout, cases: list[Case]):
     if dist.get_rank():
         return [each["norm"].item() for each in found]
     return [{name: value.double().cpu().numpy() for name, value in each.items()} for each in found]
+
+
+def numbers_of_experts(layout: Layout) -> int:
+    """Return how many numbers of two experts a rank holds."""
+    _, model = build(layout, Case(experts=2))
+    return sum(p.to_local().numel() for block in model.blocks for p in block.moe.experts.parameters())

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from tokenyard_train.build import build_run
 from tokenyard_train.callbacks import Callback
 from tokenyard_train.config import read_config
+from tokenyard_train.estimate import estimate
 from tokenyard_train.resume import _tensors, resume
 from tokenyard_train.run import train
 
@@ -73,3 +74,29 @@ def digest(run) -> str:
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         sha.update(name.encode() + full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def memory(settings: dict) -> tuple[int, int, dict[str, int]]:
+    """Return the bytes that this rank holds in parameters, and saves for the backward pass; and those estimated."""
+    run = build_run(read_config(settings), Console(quiet=True))
+    held = sum(_local(p).numel() * p.element_size() for p in run.model.parameters())
+    saved: dict[int, int] = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    rows = run.data.train.batch(0, run.config.global_train_batch_size, *run.strategy.data)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), run.precision():
+        output = run.model(rows[:, :-1])
+    gathered = {t.untyped_storage().data_ptr() for p in run.model.parameters() for t in [_local(p)]}
+    del output
+    return held, sum(size for place, size in saved.items() if place not in gathered), estimated(run)
+
+
+def estimated(run) -> dict[str, int]:
+    return estimate(run.config, run.model, run.strategy.describe(run.model))._asdict()
+
+
+def _local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -43,7 +43,7 @@ def test_train_then_generate(tokenyard, path, tmp_path):
 def test_check_shows_size_work_memory_and_backends(tokenyard, path):
     code, out, _ = tokenyard("check", path)
     assert code == 0
-    for part in ("active parameters", "FLOPs per token", "memory (estimate", "6 batches", "held-out text", "single"):
+    for part in ("active parameters", "FLOPs per token", "memory of a process", "6 batches", "held-out text", "single"):
         assert part in out
 
 

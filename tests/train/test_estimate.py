@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from tokenyard import Layout
 from tokenyard_train.build import build_model
 from tokenyard_train.estimate import estimate
 
 from .conftest import MODEL
 
 LARGER = MODEL | {"d_model": 64, "n_layers": 3, "ffn_config": MODEL["ffn_config"] | {"ffn_hidden_size": 96}}
+
+ALONE = Layout({}, 0)
 
 
 MODELS = [
@@ -34,28 +37,28 @@ def test_what_is_saved_for_the_backward_pass_is_within_a_tenth(build, model, pre
     rows = run.data.train.batch(0, 8)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), run.precision():
         output = run.model(rows[:, :-1])
-    memory = estimate(run.config, run.model)
+    memory = estimate(run.config, run.model, ALONE)
     assert output.logits.requires_grad
     assert memory.activations + memory.copies == pytest.approx(sum(saved.values()), rel=0.1)
 
 
 def test_state_is_exact(config):
-    _, model = build_model(config(), allocate=False)
+    _, model = build_model(config())
     count = sum(p.numel() for p in model.parameters())
-    memory = estimate(config(), model)
+    memory = estimate(config(), model, ALONE)
     assert (memory.parameters, memory.gradients, memory.optimizer, memory.copies) == (
         4 * count,
         4 * count,
         8 * count,
         0,
     )
-    assert estimate(config(precision="amp_bf16"), model).copies == 2 * count
+    assert estimate(config(precision="amp_bf16"), model, ALONE).copies == 2 * count
 
 
 def test_recomputing_saves_most_activations(config):
     changes = {"model": LARGER | {"n_layers": 20}}
-    _, model = build_model(config(**changes), allocate=False)
+    _, model = build_model(config(**changes))
     plain, recomputed = (
-        estimate(config(**changes, activation_checkpointing=flag), model).activations for flag in (False, True)
+        estimate(config(**changes, activation_checkpointing=flag), model, ALONE).activations for flag in (False, True)
     )
     assert recomputed < plain / 4

@@ -11,7 +11,7 @@ width, R rows of a plan, B sequences of S tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -118,9 +118,18 @@ class ExpertKernel(Protocol):
 class Exchange(Protocol):
     """Carries tokens to the ranks that hold their experts, has them computed there, and brings the sums back."""
 
+    received: float  # rows that come to a rank for each of its own tokens, if all experts get the same; 0 without ranks
+
     def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
         """Return y [T, D] for x [T, D]; `compute` may be called several times, on chunks."""
         ...
+
+
+class Layout(NamedTuple):
+    """What a strategy made of a model, as one rank sees it."""
+
+    meshes: Mapping[str, Mapping[str, int]]  # of which parameters: how many ranks along each dimension, outermost first
+    working_set: int  # bytes, at most, that a step holds besides this rank's parameters and gradients: gathered ones
 
 
 class Strategy(Protocol):
@@ -133,7 +142,14 @@ class Strategy(Protocol):
         ...
 
     def layout(self, model: nn.Module) -> nn.Module:
-        """Shard a model that stands on the meta device, install exchanges and allocate; values are undefined."""
+        """Shard a model that stands on the meta device, where it stays, and install exchanges.
+
+        ``to_empty(device=...)`` then allocates what this rank holds, and no more.
+        """
+        ...
+
+    def describe(self, model: nn.Module) -> Layout:
+        """Say how a model that was laid out lies, allocated or not."""
         ...
 
     def reduce(self, x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -34,3 +36,18 @@ def connect(device: torch.device, timeout: timedelta | None = None) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def imagine(count: int) -> Iterator[None]:
+    """Meanwhile, be the first of so many processes that do not exist, to see how a model would lie over them.
+
+    Collectives do nothing and give nothing sensible; the model must stay on the meta device.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it registers the backend "fake"
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -76,7 +76,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     """Build a run from a resolved config; the folder is prepared last, when nothing in the config can fail any more."""
     strategy, model = build_model(config)
     data = build_data(config)
-    model.init_weights(config.seed)
+    model.to_empty(device=torch.device(config.device)).init_weights(config.seed)
     if config.activation_checkpointing:
         _recompute_blocks(model)
     batches = run_batches(config, data)
@@ -96,8 +96,8 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     )
 
 
-def build_model(config: TrainConfig, allocate: bool = True) -> tuple[Any, Any]:
-    """Return the strategy and the model: laid out but not initialised, or still on the meta device."""
+def build_model(config: TrainConfig) -> tuple[Any, Any]:
+    """Return the strategy and the model, laid out, on the meta device."""
     model = meta_model(config)
     registry = default_registry()
     strategy = registry.choose("strategy", config.parallel.strategy).construct(device=torch.device(config.device))
@@ -109,7 +109,7 @@ def build_model(config: TrainConfig, allocate: bool = True) -> tuple[Any, Any]:
     reason = strategy.unusable(model)
     if reason is not None:
         raise ConfigError(f"parallel.strategy: {reason}")
-    return strategy, strategy.layout(model) if allocate else model
+    return strategy, strategy.layout(model)
 
 
 def meta_model(config: TrainConfig) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich import box
@@ -10,12 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenyard import Chosen, default_registry, moe_layers
+from tokenyard import Chosen, Layout, default_registry, moe_layers
 from tokenyard_models import count_parameters, flops_per_token
 from tokenyard_train.build import build_model, epoch_batches, run_batches
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, Mixture, build_data
 from tokenyard_train.estimate import estimate
+from tokenyard_train.missing import needs
 
 Rows = Iterator[tuple[str, str]]
 
@@ -25,14 +27,24 @@ def check(config: TrainConfig, console: Console) -> None:
 
     The model stands on the meta device all the while, so a large one can be checked on a small machine.
     """
-    strategy, model = build_model(config, allocate=False)
-    data = build_data(config)
+    strategy, model = build_model(config)
+    data, layout = build_data(config), strategy.describe(model)
     table = Table(show_header=False, box=box.SIMPLE_HEAD)
     _add(table, "model", _model_rows(config, model))
     _add(table, "data", _data_rows(config, data, strategy.data[1]))
-    _add(table, "memory (estimate, one device)", _memory_rows(config, model))
+    _add(table, f"layout over {_ranks(strategy.data[1])}", _layout_rows(config, layout))
+    _add(table, "memory of a process (estimate)", _memory_rows(config, model, layout))
     _add(table, f"backends ({len(moe_layers(model))} MoE layers)", _backend_rows(config, model))
     console.print(table)
+
+
+def imagined(processes: int | None) -> AbstractContextManager[None]:
+    """Meanwhile, be the first of so many processes; of those that there are, if no number is given."""
+    if processes is None:
+        return nullcontext()
+    parallel = needs("tokenyard_parallel", "--nproc", "tokenyard[parallel]")
+    context: AbstractContextManager[None] = parallel.imagine(processes)
+    return context
 
 
 def _model_rows(config: TrainConfig, model: Any) -> Rows:
@@ -57,17 +69,22 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
     yield "duration", f"{batches:,} batches, {batches / epoch:.2f} epochs, {_count(batches * tokens)} tokens"
 
 
-def _memory_rows(config: TrainConfig, model: Any) -> Rows:
-    memory = estimate(config, model)
+def _layout_rows(config: TrainConfig, layout: Layout) -> Rows:
+    yield "strategy", _reasons(default_registry().choose("strategy", config.parallel.strategy))
+    for which, sizes in layout.meshes.items():
+        yield which, " x ".join(f"{size} {dimension}" for dimension, size in sizes.items() if size > 1) or "1 process"
+
+
+def _memory_rows(config: TrainConfig, model: Any, layout: Layout) -> Rows:
+    memory = estimate(config, model, layout)
     for name, value in memory._asdict().items():
         if value:
-            yield name, _bytes(value)
+            yield name.replace("_", " "), _bytes(value)
     yield "sum", _bytes(sum(memory))
 
 
 def _backend_rows(config: TrainConfig, model: Any) -> Rows:
     layers = moe_layers(model)
-    yield "strategy", _reasons(default_registry().choose("strategy", config.parallel.strategy))
     for part, chosen in layers[0].chosen.items() if layers else ():
         yield part, _reasons(chosen)
 

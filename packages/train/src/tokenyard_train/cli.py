@@ -48,12 +48,18 @@ def launch(
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None) -> None:
-    """Validate a config; print the model's size, work and memory, and the backends chosen."""
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to lay it out over; they need not exist.")] = None,
+) -> None:
+    """Validate a config; print the model's size, work, layout and memory, and the backends chosen."""
     from tokenyard_train.check import check as run
+    from tokenyard_train.check import imagined
     from tokenyard_train.config import load_config
 
-    run(load_config(config, overrides or []), Console())
+    with imagined(nproc):
+        run(load_config(config, overrides or []), Console())
 
 
 @app.command()

@@ -13,6 +13,8 @@ from tokenyard.workload import Workload
 class LocalExchange:
     """Computes tokens on this rank's experts."""
 
+    received = 0.0
+
     def __init__(self, workload: Workload, permutation: Permutation, group: Any = None):
         pass
 

@@ -17,7 +17,7 @@ from tokenyard.workload import Workload
 class Experts(nn.Module):
     """Holds the experts' weights and computes them through an exchange; the nested unit of FSDP and expert parallelism.
 
-    A strategy may replace the weights by shards (DTensor on dimension 0) and `exchange` by one that moves tokens.
+    A strategy may replace the weights by shards (DTensor) and `exchange` by one that moves tokens.
     """
 
     up_bias: nn.Parameter | None

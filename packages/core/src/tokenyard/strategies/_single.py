@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tokenyard.interfaces import Layout
 from tokenyard.moe import moe_layers
 
 
@@ -26,8 +27,12 @@ class SingleStrategy:
         return f"'single' keeps all experts in one process, and expert_parallel is {degree}; give fsdp or ddp, or 1"
 
     def layout(self, model: nn.Module) -> nn.Module:
-        """Allocate the model on the device; values are undefined until it is initialised or loaded."""
-        return model.to_empty(device=self.device)
+        """Return the model as it is: this process holds all of it."""
+        return model
+
+    def describe(self, model: nn.Module) -> Layout:
+        """Say that there is one rank, which gathers nothing."""
+        return Layout({}, 0)
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return x: there is one data rank."""

@@ -117,7 +117,7 @@ def _laid_out(strategy: Any, expert_parallel: int, seed: int) -> nn.Module:
     """Lay out a model, and give it values that depend on the seed alone: each shard is cut from the whole."""
     with torch.device("meta"):
         model: nn.Module = Net(_workload(expert_parallel))
-    model = strategy.layout(model)
+    model = strategy.layout(model).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         whole = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4

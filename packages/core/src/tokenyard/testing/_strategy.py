@@ -74,6 +74,8 @@ class StrategyConformance(Conformance):
             model: nn.Module = Net(Workload(8, 12, 4, 2, device=self.run_device()))
         assert strategy.unusable(model) is None
         model = strategy.layout(model)
+        assert all(p.is_meta for p in model.parameters()), "layout allocated what only to_empty should"
+        model = model.to_empty(device=self.run_device())
         for parameter in model.parameters():
             nn.init.normal_(parameter)
         return model

@@ -27,6 +27,8 @@ class Sorted(NamedTuple):
 class Packing(Protocol):
     """What a row is: a slot, or a token."""
 
+    rows: float  # for each token, when all experts get the same
+
     def sort(self, topk_ids: Tensor) -> Sorted:
         """Line up the rows of topk_ids [T, K] by the rank that they go to."""
         ...
@@ -51,6 +53,7 @@ class PipelinedExchange:
             raise ConfigError(f"backends.exchange.chunks is {chunks!r}; give a whole number from 1 on")
         self.packing, self.workload, self.permutation, self.group = packing, workload, permutation, group
         self.chunks, self.validate = chunks, validate
+        self.received = packing.rows if workload.expert_parallel > 1 else 0.0
 
     def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
         """Return y [T, D] for tokens x [T, D]; ids count over all ranks here, and over this rank's in `compute`."""

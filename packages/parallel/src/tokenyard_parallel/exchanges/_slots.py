@@ -15,7 +15,7 @@ class SlotPacking:
     """Rows are slots; each has one expert."""
 
     def __init__(self, workload: Workload, permutation: Permutation):
-        self.ranks = workload.expert_parallel
+        self.ranks, self.rows = workload.expert_parallel, float(workload.top_k)
         self.each, self.permutation = workload.num_experts // self.ranks, permutation
 
     def sort(self, topk_ids: Tensor) -> Sorted:

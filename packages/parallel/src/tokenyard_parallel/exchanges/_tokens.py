@@ -6,6 +6,7 @@ other experts are is told as dropped ids.
 
 from __future__ import annotations
 
+from math import comb
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ class TokenPacking:
     def __init__(self, workload: Workload, permutation: Permutation):
         self.ranks = workload.expert_parallel
         self.each, self.permutation = workload.num_experts // self.ranks, permutation
+        experts, top_k = workload.num_experts, workload.top_k
+        nowhere = comb(experts - self.each, top_k) / comb(experts, top_k)  # how often a rank holds none of the K
+        self.rows = self.ranks * (1 - nowhere)
 
     def sort(self, topk_ids: Tensor) -> Sorted:
         """Line up tokens by the ranks that hold their experts, by the first slot of each; dropped slots stay."""

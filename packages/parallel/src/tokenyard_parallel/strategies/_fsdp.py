@@ -7,6 +7,7 @@ experts' unit: with a collective of FSDP between the two of an exchange, ranks c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -17,10 +18,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from tokenyard import ConfigError, MoE, moe_layers
-from tokenyard_parallel.meshes import EXPERT_PARALLEL, Sizes, data_mesh, dense_sizes, expert_sizes, make_mesh, place
+from tokenyard import ConfigError, Layout, MoE, moe_layers
+from tokenyard_parallel.meshes import (
+    EXPERT_PARALLEL,
+    SHARD,
+    Sizes,
+    data_mesh,
+    dense_sizes,
+    expert_sizes,
+    make_mesh,
+    place,
+)
 from tokenyard_parallel.processes import connect, started_processes
 from tokenyard_parallel.strategies._clip import clip
+from tokenyard_parallel.strategies._cut import cut_experts, refuse_uncut
+from tokenyard_parallel.strategies._describe import working_set
 
 
 class FsdpStrategy:
@@ -47,13 +59,15 @@ class FsdpStrategy:
     def unusable(self, model: nn.Module) -> str | None:
         """Say why the model's experts cannot be shared out over the processes, and what would work."""
         try:
-            self._expert_sizes(model)
+            sizes = self._expert_sizes(model)
+            for moe in moe_layers(model):
+                refuse_uncut(moe, self.dense, sizes)
         except ConfigError as error:
             return str(error)
         return None
 
     def layout(self, model: nn.Module) -> nn.Module:
-        """Shard a model on the meta device, install exchanges and allocate this rank's shards, undefined."""
+        """Shard a model on the meta device, and install exchanges."""
         dense = data_mesh(make_mesh(self.dense, self.device))
         layers = moe_layers(model)
         mesh = make_mesh(self._expert_sizes(model), self.device) if layers else None
@@ -64,7 +78,15 @@ class FsdpStrategy:
             self._shard(block, dense)
         self._shard(model, dense)
         model.register_forward_hook(_reshard_without_backward)
-        return model.to_empty(device=self.device)
+        return model
+
+    def describe(self, model: nn.Module) -> Layout:
+        """Say which ranks hold what, and how much of the model is gathered at a time."""
+        meshes = {"all but experts": self.dense, "experts": self._expert_sizes(model)}
+        if not moe_layers(model):
+            del meshes["experts"]
+        named = {which: sizes._asdict() for which, sizes in meshes.items()}
+        return Layout(named, working_set(model, self.reshard_after_forward))
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return the sum of x over all ranks."""
@@ -89,13 +111,21 @@ class FsdpStrategy:
             moe.experts.exchange = moe.chosen["exchange"].construct(
                 moe.workload, moe.experts.permutation, among.get_group()
             )
-        self._shard(moe.experts, data_mesh(mesh), _gathered_as(moe))
+        cut = cut_experts(mesh[SHARD].size())
+        self._shard(moe.experts, data_mesh(mesh), _gathered_as(moe), cut)
 
-    def _shard(self, module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> None:
+    def _shard(
+        self,
+        module: nn.Module,
+        mesh: DeviceMesh,
+        policy: MixedPrecisionPolicy | None = None,
+        cut: Callable[[nn.Parameter], Shard] | None = None,
+    ) -> None:
         unit: Any = fully_shard(
             module,
             mesh=mesh,
             reshard_after_forward=self.reshard_after_forward,
+            shard_placement_fn=cut,
             mp_policy=policy or MixedPrecisionPolicy(cast_forward_inputs=False),
         )
         assert isinstance(unit, FSDPModule)
