@@ -7,6 +7,7 @@ import os
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
@@ -14,6 +15,7 @@ from tokenyard_train.build import build_run
 from tokenyard_train.callbacks import Callback
 from tokenyard_train.config import read_config
 from tokenyard_train.estimate import estimate
+from tokenyard_train.nonfinite import NonFiniteError
 from tokenyard_train.resume import _tensors, resume
 from tokenyard_train.run import train
 
@@ -40,6 +42,48 @@ def trained(settings: dict) -> Result:
     watch = Watch()
     train(read_config(settings), Console(quiet=True), [watch])
     return Result(digest(watch.run), watch.losses, watch.run.batch)
+
+
+class Inject(Watch):
+    """Makes a number not finite, in one step and on one rank; keeps the weights' digest after every step."""
+
+    def __init__(self, rank: int, step: int, where: str, value: float):
+        super().__init__()
+        self.rank, self.step, self.where, self.value = rank, step, where, value
+        self.digests, self.missed = [], []
+
+    def start(self, run):
+        self.digests.append(digest(run))
+        if dist.get_rank() == self.rank:
+            spoilt = run.model.blocks[1].ffn.experts if self.where == "experts" else run.model
+            spoilt.register_forward_hook(lambda module, args, output: self.spoil(output) if self.due(run) else None)
+
+    def due(self, run):
+        return run.batch == self.step and run.model.training
+
+    def spoil(self, output):
+        if self.where == "loss":
+            return output._replace(logits=output.logits + self.value)
+        (output if self.where == "experts" else output.logits).register_hook(lambda grad: grad + self.value)
+        return output
+
+    def batch_end(self, run, record):
+        super().batch_end(run, record)
+        self.digests.append(digest(run))
+
+    def skipped(self, run, record):
+        self.missed.append(record["batch"])
+        self.digests.append(digest(run))
+
+
+def spoilt(settings: dict, *injection) -> tuple[list[str], list[int], str]:
+    """Train with a number that is not finite; return the steps' digests, those skipped, and what ended the run."""
+    inject, said = Inject(*injection), ""
+    try:
+        train(read_config(settings), Console(quiet=True), [inject])
+    except NonFiniteError as error:
+        said = str(error)
+    return inject.digests, inject.missed, said
 
 
 def loaded(settings: dict) -> Result:

@@ -43,12 +43,12 @@ def settings(tmp_path):
     }
 
 
-def run(function, layout, settings, tmp_path, **changes):
+def run(function, layout, settings, tmp_path, *args, **changes):
     """Run a function of `runs` on every rank of a layout; all ranks must return the same."""
     count, parallel = LAYOUTS[layout]
     sizes = {"device_train_microbatch_size": 4 // count, "device_eval_batch_size": 2}
     changed = settings | sizes | {"parallel": parallel, "save_folder": str(tmp_path / layout)} | changes
-    first, *rest = [function(changed)] if count == 1 else ranks(count).run(function, changed)
+    first, *rest = [function(changed, *args)] if count == 1 else ranks(count).run(function, changed, *args)
     assert all(other == first for other in rest), "ranks disagree"
     return first
 

@@ -1,5 +1,6 @@
 """One optimizer step: what is averaged, clipped, recomputed, refused and updated."""
 
+import json
 import math
 
 import pytest
@@ -8,7 +9,10 @@ from torch.nn import functional as F
 
 from tokenyard import moe_layers
 from tokenyard.numerics import relative_error
-from tokenyard_train.step import NonFiniteError, _accumulate, train_step
+from tokenyard_train.callbacks import Callback
+from tokenyard_train.nonfinite import NonFiniteError, Skipped
+from tokenyard_train.run import train
+from tokenyard_train.step import _accumulate, train_step
 
 from .conftest import MODEL
 
@@ -86,6 +90,48 @@ def test_a_number_that_is_not_finite_stops_before_anything_changes(build, where)
     with pytest.raises(NonFiniteError, match=rf"the {where} of batch 1 is nan; the step was not taken"):
         train_step(run)
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+
+
+def test_a_skipped_step_changes_nothing_and_the_next_is_taken(build):
+    run = build(nonfinite="skip")
+    train_step(run)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    hook = run.model.norm.register_forward_hook(lambda *args: args[-1] * math.inf)
+    result = train_step(run)
+    assert isinstance(result, Skipped)
+    assert math.isnan(result.loss)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+    assert all(p.grad is None for p in run.model.parameters())
+    hook.remove()
+    assert not isinstance(train_step(run), Skipped)
+    assert run.skipped == 0
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(config, console, tmp_path):
+    """Each has a record that any reader of JSON takes."""
+
+    class Break(Callback):
+        def start(self, run):
+            run.model.norm.register_forward_hook(lambda *args: args[-1] * math.nan if run.batch >= 2 else None)
+
+        def skipped(self, run, record):
+            seen.append(record)
+
+    seen = []
+    with pytest.raises(NonFiniteError, match="loss of batch 5 is nan, and 2 steps before it were skipped; the step"):
+        train(config(nonfinite="skip", nonfinite_limit=3), console, [Break()])
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["kind"] for r in records] == ["train", "train", "skipped", "skipped"]
+    assert records[-1] == {"kind": "skipped", "batch": 4, "loss": "nan", "grad_norm": "nan"} == seen[-1]
+
+
+def test_a_run_whose_every_step_is_skipped_ends(config, console):
+    class Break(Callback):
+        def start(self, run):
+            run.model.norm.register_forward_hook(lambda *args: args[-1] * math.nan)
+
+    result = train(config(nonfinite="skip", eval_loader=None, max_duration="3ba"), console, [Break()])
+    assert math.isnan(result.train_loss)
 
 
 def test_selection_bias_moves_once_a_step_by_the_whole_batch(build):

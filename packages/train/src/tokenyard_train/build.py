@@ -43,6 +43,7 @@ class Run:
     batches: int  # optimizer steps of the whole run
     flops_per_token: float
     batch: int = 0  # optimizer steps done
+    skipped: int = 0  # steps in a row that were not taken
     stop: bool = False  # this process was asked to stop; after a step, some process was
     phase: Phases = untimed  # around the parts of a step
 

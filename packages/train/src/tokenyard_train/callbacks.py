@@ -29,6 +29,9 @@ class Callback:
     def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         """Act after a step, with its record, and after the evaluation if one was due."""
 
+    def skipped(self, run: Run, record: Mapping[str, Any]) -> None:
+        """Act after a step that was not taken since its loss or gradient was not finite, with its record."""
+
     def evaluated(self, run: Run, record: Mapping[str, Any]) -> None:
         """Act after an evaluation, with its record."""
 

@@ -12,6 +12,7 @@ from tokenyard_train.trackers import Trackers
 
 if TYPE_CHECKING:
     from tokenyard_train.build import Run
+    from tokenyard_train.nonfinite import Skipped
     from tokenyard_train.step import StepResult
 
 TIMINGS = ("seconds", "tokens_per_s", "flops_per_s")
@@ -34,6 +35,12 @@ class Metrics:
             "tokens_per_s": round(speed),
             "flops_per_s": speed * run.flops_per_token,
         }
+        self.write(record)
+        return record
+
+    def skipped(self, run: Run, step: Skipped) -> dict[str, Any]:
+        """Write and return the record of a step that was not taken; JSON has no numbers for nan and inf."""
+        record = {"kind": "skipped", "batch": run.batch, "loss": str(step.loss), "grad_norm": str(step.grad_norm)}
         self.write(record)
         return record
 

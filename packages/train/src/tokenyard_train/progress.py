@@ -47,6 +47,12 @@ class Progress:
         if not self.run.console.is_terminal and (last or record["batch"] % self.every == 0):
             self.run.console.print(f"batch {record['batch']}/{self.run.batches}: {state}", highlight=False)
 
+    def skipped(self, record: dict[str, Any]) -> None:
+        """Show that a step was not taken."""
+        text = f"batch {record['batch']} was skipped: loss {record['loss']}, gradient norm {record['grad_norm']}"
+        self.bar.update(self.task, completed=record["batch"])
+        self.run.console.print(text, highlight=False)
+
     def evaluated(self, record: dict[str, Any]) -> None:
         """Show the record of an evaluation."""
         text = (

@@ -31,6 +31,7 @@ def save(run: Run) -> Path:
     _, steps = _optimizer_state(run)
     meta = {
         "batch": run.batch,
+        "skipped": run.skipped,
         "metrics_bytes": run.metrics.size(),
         "optimizer_steps": steps,
         "config": run.config.model_dump(mode="json"),
@@ -55,6 +56,7 @@ def resume(run: Run) -> int:
     for name, state in _state_by_name(run).items():
         state["step"].fill_(meta["optimizer_steps"][name])
     run.metrics.rewind(meta["metrics_bytes"])
+    run.skipped = int(meta.get("skipped", 0))
     return int(meta["batch"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenyard_train.build import Run, build_run
 from tokenyard_train.callbacks import Callback, build_callbacks
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.evaluate import evaluate
+from tokenyard_train.nonfinite import Skipped
 from tokenyard_train.plots import expert_heatmap, loss_curve
 from tokenyard_train.progress import Progress
 from tokenyard_train.report import announce, summarize
@@ -28,7 +30,7 @@ class RunResult(NamedTuple):
 
     folder: Path
     batches: int
-    train_loss: float  # of the last step, nats per token
+    train_loss: float  # of the last step that was taken, nats per token; nan if none was
     bits_per_byte: float | None  # of the held-out text
 
 
@@ -71,8 +73,12 @@ def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> N
     began = time.perf_counter()
     result = train_step(run)
     run.batch += 1
-    step = run.metrics.train(run, result, time.perf_counter() - began)
-    progress.update(step)
+    if isinstance(result, Skipped):
+        step = run.metrics.skipped(run, result)
+        progress.skipped(step)
+    else:
+        step = run.metrics.train(run, result, time.perf_counter() - began)
+        progress.update(step)
     last = run.batch == run.batches
     if run.data.held_out is not None and (last or run.due(run.config.eval_interval)):
         record = evaluate(run)
@@ -81,7 +87,7 @@ def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> N
         for callback in callbacks:
             callback.evaluated(run, record)
     for callback in callbacks:
-        callback.batch_end(run, step)
+        (callback.skipped if isinstance(result, Skipped) else callback.batch_end)(run, step)
     if last or run.stop or run.due(run.config.save_interval):
         path = save(run)
         for callback in callbacks:
@@ -98,4 +104,4 @@ def _finish(run: Run, callbacks: Sequence[Callback]) -> RunResult:
         callback.end(run)
     losses = [r["loss"] for r in records if r["kind"] == "train"]
     scores = [r["bits_per_byte"] for r in records if r["kind"] == "eval"]
-    return RunResult(run.folder, run.batch, losses[-1], scores[-1] if scores else None)
+    return RunResult(run.folder, run.batch, losses[-1] if losses else math.nan, scores[-1] if scores else None)

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenyard import Balance, Output, TokenyardError, load_balancing_loss, moe_layers, z_loss
+from tokenyard import Balance, Output, load_balancing_loss, moe_layers, z_loss
 from tokenyard_train.build import Run
+from tokenyard_train.nonfinite import Skipped, skipped
 from tokenyard_train.optim import learning_rate
 from tokenyard_train.routing_stats import Fetched, fetch, load_of, routing_stats
-
-
-class NonFiniteError(TokenyardError):
-    """The loss or a gradient is not a finite number; the step was not taken."""
 
 
 class StepResult(NamedTuple):
@@ -38,8 +35,8 @@ class StepResult(NamedTuple):
     routing: list[dict[str, float]]  # per MoE layer, the fields of LayerRouting
 
 
-def train_step(run: Run) -> StepResult:
-    """Take step ``run.batch``; raises NonFiniteError before anything is changed."""
+def train_step(run: Run) -> StepResult | Skipped:
+    """Take step ``run.batch``, or say that it was skipped; raises NonFiniteError before anything is changed."""
     config = run.config
     run.model.train()
     lr = learning_rate(
@@ -56,7 +53,9 @@ def train_step(run: Run) -> StepResult:
         norm = run.strategy.clip(run.model, clipping.clipping_threshold if clipping else math.inf)
         fetched = fetch(loss, norm, balances, run.strategy.reduce, run.stop)
         run.stop = fetched.stop
-        _refuse_non_finite(run, fetched)
+        if (instead := skipped(run, fetched.loss, fetched.grad_norm)) is not None:
+            run.optimizer.zero_grad(set_to_none=True)
+            return instead
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         run.optimizer.step()
@@ -105,15 +104,6 @@ def _auxiliary(run: Run, balances: list[Balance], tokens: int) -> Tensor | float
         return 0.0
     weighted = run.model.auxiliary(balances, tokens, layers[0].workload.top_k)
     return weighted * (tokens / run.batch_tokens)
-
-
-def _refuse_non_finite(run: Run, fetched: Fetched) -> None:
-    for name, value in (("loss", fetched.loss), ("gradient norm", fetched.grad_norm)):
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"the {name} of batch {run.batch + 1} is {value}; the step was not taken, and what was saved stands in "
-                f"{run.folder}; try a lower optimizer.lr, a longer scheduler.t_warmup or gradient clipping"
-            )
 
 
 def _result(run: Run, fetched: Fetched, lr: float) -> StepResult:

@@ -143,6 +143,8 @@ class TrainConfig(Strict):
     device_train_microbatch_size: Count | Literal["auto"] = "auto"  # sequences per forward; auto: up to 16,384 tokens
     precision: Literal["fp32", "amp_bf16"] = "fp32"
     activation_checkpointing: bool = False
+    nonfinite: Literal["stop", "skip"] = "stop"  # what to do with a step whose loss or gradient is not finite
+    nonfinite_limit: Count = 10  # with skip: so many such steps in a row stop the run, too
     save_folder: str | None = None  # None: runs/{run_name}
     save_interval: Duration | None = None  # None: at the end only
     save_num_checkpoints_to_keep: int = -1  # the newest ones; -1: all
