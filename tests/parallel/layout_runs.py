@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tokenyard_train.build import build_run
 from tokenyard_train.callbacks import Callback
+from tokenyard_train.checkpoint import CheckpointError, write
 from tokenyard_train.config import read_config
 from tokenyard_train.estimate import estimate
 from tokenyard_train.nonfinite import NonFiniteError
@@ -91,6 +93,30 @@ def loaded(settings: dict) -> Result:
     run = build_run(read_config(settings), Console(quiet=True))
     run.batch = resume(run)
     return Result(digest(run), [], run.batch)
+
+
+def unwritable(settings: dict, rank: int) -> str:
+    """Train while one rank's disk is full; return the sentence that ends the run."""
+    save = write.dcp_save
+
+    def full(*args, **kwargs):
+        planner = kwargs["storage_writer"]
+        if dist.get_rank() == rank:
+            planner.write_data = _no_space
+        return save(*args, **kwargs)
+
+    write.dcp_save = full
+    try:
+        train(read_config(settings), Console(quiet=True))
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        write.dcp_save = save
+    return "trained"
+
+
+def _no_space(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def initial(settings: dict) -> str:

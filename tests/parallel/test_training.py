@@ -86,6 +86,25 @@ def test_resuming_in_the_same_layout_is_bit_exact(layout, settings, tmp_path):
     assert rest.digest == whole.digest
 
 
+@pytest.mark.parametrize("layout", ["fsdp-2-ep2", "hsdp-4-ep2"])
+def test_checkpoints_written_while_training_goes_on_are_the_same(layout, settings, tmp_path):
+    """And the next run goes on from them."""
+    whole = run(runs.trained, layout, settings, tmp_path, save_folder=str(tmp_path / "whole"))
+    changes = {"save_async": True, "save_interval": "1ba"}
+    run(runs.trained, layout, settings, tmp_path, scheduler={"t_max": "4ba"}, max_duration="3ba", **changes)
+    rest = run(runs.trained, layout, settings, tmp_path, autoresume=True, **changes)
+    assert rest.losses == whole.losses[3:]
+    assert rest.digest == whole.digest
+    assert {path.name for path in (tmp_path / layout).glob("ba*")} == {"ba1", "ba2", "ba3", "ba4"}
+
+
+def test_a_checkpoint_that_one_process_cannot_write_ends_all_of_them(settings, tmp_path):
+    """With the same sentence, at the same step; the checkpoint before stands."""
+    said = run(runs.unwritable, "fsdp-2-ep2", settings, tmp_path, 1, save_async=True, max_duration="60ba")
+    assert "ba2 could not be saved" in said
+    assert "No space left on device" in said
+
+
 def reshard(source, targets, settings, tmp_path):
     saved = run(runs.trained, source, settings, tmp_path, max_duration="2ba")
     for target in targets:

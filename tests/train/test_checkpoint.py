@@ -16,8 +16,8 @@ from tokenyard_train.checkpoint import (
     newest_good,
     read_meta,
     read_tensors,
-    store,
     verify,
+    write,
     write_checkpoint,
 )
 from tokenyard_train.resume import resume, save, start_from
@@ -38,6 +38,11 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def good(folder, tensors, name="ba1", keep=-1):
     return write_checkpoint(folder, name, tensors, {"batch": 1, "note": "é"}, keep)
+
+
+def saved(run):
+    save(run)
+    return run.saver.finish()
 
 
 def test_tensors_and_json_come_back_bit_by_bit(tmp_path, tensors):
@@ -164,7 +169,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_debris(tmp_path, tens
         if how == "size limit":  # a real one: the kernel refuses to write further
             resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
         else:
-            monkeypatch.setattr(store, "dcp_save" if how == "tensors" else "write_manifest", fail)
+            monkeypatch.setattr(write, "dcp_save" if how == "tensors" else "write_manifest", fail)
         with pytest.raises(
             CheckpointError, match=rf"ba2 could not be saved \(.*\); the last good checkpoint is {before}"
         ):
@@ -200,7 +205,7 @@ class TestResuming:
         for run.batch in range(3):
             train_step(run)
         run.batch = 3
-        save(run)
+        saved(run)
         again = build(autoresume=True)
         assert resume(again) == 3
         again.batch = 3
@@ -220,19 +225,19 @@ class TestResuming:
         ],
     )
     def test_a_config_that_disagrees_is_named(self, build, changes, sentence):
-        save(build())
+        saved(build())
         with pytest.raises(CheckpointError, match=sentence):
             resume(build(autoresume=True, **changes))
 
     def test_backends_microbatch_and_duration_may_change(self, build):
-        save(build())
+        saved(build())
         changes = {"backends": {"experts": "loop"}, "device_train_microbatch_size": 1, "max_duration": "9ba"}
         assert resume(build(autoresume=True, **changes)) == 0
 
     def test_load_path_takes_weights_for_a_new_run(self, build, tmp_path):
         run = build()
         train_step(run)
-        save(run)
+        saved(run)
         for path in (run.folder, run.folder / "ba0"):
             fresh = build(seed=5, save_folder=str(tmp_path / "other"))
             start_from(fresh, str(path))
@@ -240,7 +245,7 @@ class TestResuming:
             assert not fresh.optimizer.state
 
     def test_load_path_of_another_model_is_refused(self, build, tmp_path):
-        save(build())
+        saved(build())
         other = build(model=MODEL | {"d_model": 32}, save_folder=str(tmp_path / "other"))
         with pytest.raises(CheckpointError, match=r"checkpoint .*ba0 is of another model: .*"):
             start_from(other, str(tmp_path / "run"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -49,9 +50,16 @@ def expert_sizes(dense: Sizes, expert_parallel: int) -> Sizes:
 
 
 def make_mesh(sizes: Sizes, device: torch.device) -> DeviceMesh:
-    """Return the mesh of all processes, expert parallelism innermost, so that its ranks are neighbours."""
-    names = (REPLICATE, SHARD, EXPERT_PARALLEL)
-    return init_device_mesh(device.type, tuple(sizes), mesh_dim_names=names)
+    """Return the mesh of all processes, expert parallelism innermost, so that its ranks are neighbours.
+
+    Each mesh has process groups of its own, with threads or buffers for each, so one serves all who ask for its sizes.
+    """
+    return _mesh_of(dist.group.WORLD, sizes, device.type)
+
+
+@lru_cache(maxsize=16)
+def _mesh_of(world: object, sizes: Sizes, device_type: str) -> DeviceMesh:
+    return init_device_mesh(device_type, tuple(sizes), mesh_dim_names=(REPLICATE, SHARD, EXPERT_PARALLEL))
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -22,6 +22,7 @@ from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
 from tokenyard_train.metrics import Metrics, Unwritten
 from tokenyard_train.optim import build_optimizer
+from tokenyard_train.saver import Saver
 from tokenyard_train.stopwatch import Phases, untimed
 from tokenyard_train.together import is_first, on_first, started_processes
 
@@ -40,11 +41,13 @@ class Run:
     optimizer: torch.optim.AdamW
     data: Data
     metrics: Metrics
+    saver: Saver
     batches: int  # optimizer steps of the whole run
     flops_per_token: float
     batch: int = 0  # optimizer steps done
     skipped: int = 0  # steps in a row that were not taken
     stop: bool = False  # this process was asked to stop; after a step, some process was
+    unsaved: bool = False  # some process could not write its part of a checkpoint
     phase: Phases = untimed  # around the parts of a step
 
     @property
@@ -92,6 +95,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         build_optimizer(config.optimizer, model),
         data,
         metrics,
+        Saver(folder, config.save_num_checkpoints_to_keep, config.save_async),
         batches,
         flops_per_token(model, config.max_seq_len, training=True),
     )

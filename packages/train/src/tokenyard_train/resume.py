@@ -17,7 +17,6 @@ from tokenyard_train.checkpoint import (
     newest_good,
     read_meta,
     read_tensors,
-    write_checkpoint,
 )
 from tokenyard_train.optim import trainable
 from tokenyard_train.together import on_first
@@ -26,8 +25,8 @@ _MUST_AGREE = ("model", "max_seq_len", "tokenizer", "train_loader", "global_trai
 """Keys of the config that a resumed run may not change: weights would not fit, or other samples would follow."""
 
 
-def save(run: Run) -> Path:
-    """Save model, optimizer and position as ``ba<step>`` in the run's folder."""
+def save(run: Run) -> None:
+    """Begin to save model, optimizer and position as ``ba<step>`` in the run's folder; `run.saver` finishes it."""
     _, steps = _optimizer_state(run)
     meta = {
         "batch": run.batch,
@@ -36,8 +35,7 @@ def save(run: Run) -> Path:
         "optimizer_steps": steps,
         "config": run.config.model_dump(mode="json"),
     }
-    keep = run.config.save_num_checkpoints_to_keep
-    return write_checkpoint(run.folder, f"ba{run.batch}", _tensors(run), meta, keep)
+    run.saver.save(f"ba{run.batch}", _tensors(run), meta)
 
 
 def resume(run: Run) -> int:

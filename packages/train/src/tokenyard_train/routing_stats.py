@@ -22,7 +22,7 @@ class Fetched(NamedTuple):
     loss: float
     grad_norm: float
     balances: list[Balance]  # one per MoE layer, summed over microbatches and ranks
-    stop: bool  # some rank was asked to stop
+    flags: list[bool]  # which of them some rank raised
 
 
 class LayerRouting(NamedTuple):
@@ -41,18 +41,18 @@ def fetch(
     grad_norm: Tensor,
     balances: Sequence[Balance],
     reduce: Callable[[Tensor], Tensor],
-    stop: bool = False,
+    flags: Sequence[bool] = (),
 ) -> Fetched:
     """Bring a step's numbers to the host in one copy.
 
     `loss`, `grad_norm` and the Balances' `counts` are sums over ranks already; `reduce` adds up the rest, in one call,
-    and with it whether this rank was asked to `stop`.
+    and with it the `flags` that this rank raises.
     """
-    packed = pack(loss, grad_norm, balances, reduce, stop).cpu()
+    packed = pack(loss, grad_norm, balances, reduce, flags).cpu()
     sizes = [balance.counts.numel() for balance in balances]
-    values, *layers = packed.split([3, *(2 * experts + 2 for experts in sizes)])
+    values, raised, *layers = packed.split([2, len(flags), *(2 * experts + 2 for experts in sizes)])
     fetched = [_unpacked(layer, experts) for layer, experts in zip(layers, sizes)]
-    return Fetched(values[0].item(), values[1].item(), fetched, values[2].item() > 0)
+    return Fetched(values[0].item(), values[1].item(), fetched, (raised > 0).tolist())
 
 
 def pack(
@@ -60,15 +60,15 @@ def pack(
     grad_norm: Tensor,
     balances: Sequence[Balance],
     reduce: Callable[[Tensor], Tensor],
-    stop: bool = False,
+    flags: Sequence[bool] = (),
 ) -> Tensor:
-    """Return [3 + sum over layers of 2E + 2] float64, still on the device: what `fetch` copies."""
+    """Return [2 + flags + sum over layers of 2E + 2] float64, still on the device: what `fetch` copies."""
     known = torch.stack((loss.double(), grad_norm.to(loss.device).double()))
     counts = [b.counts.double() for b in balances]
     rest = [torch.cat((b.prob_sum.double(), torch.stack((b.z_sum.double(), b.dropped.double())))) for b in balances]
-    rest = [torch.full((1,), float(stop), dtype=torch.float64, device=loss.device), *rest]
-    asked, *sums = reduce(torch.cat(rest)).split([part.numel() for part in rest])
-    return torch.cat((known, asked, *(part for layer in zip(counts, sums) for part in layer)))
+    rest = [torch.tensor(list(flags), dtype=torch.float64, device=loss.device), *rest]
+    raised, *sums = reduce(torch.cat(rest)).split([part.numel() for part in rest])
+    return torch.cat((known, raised, *(part for layer in zip(counts, sums) for part in layer)))
 
 
 def _unpacked(layer: Tensor, experts: int) -> Balance:

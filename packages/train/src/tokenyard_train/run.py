@@ -14,7 +14,7 @@ from tokenyard_train.build import Run, build_run
 from tokenyard_train.callbacks import Callback, build_callbacks
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.evaluate import evaluate
-from tokenyard_train.nonfinite import Skipped
+from tokenyard_train.nonfinite import NonFiniteError, Skipped
 from tokenyard_train.plots import expert_heatmap, loss_curve
 from tokenyard_train.progress import Progress
 from tokenyard_train.report import announce, summarize
@@ -59,6 +59,9 @@ def train(config: TrainConfig, console: Console, callbacks: Sequence[Callback] =
         result = _finish(run, callbacks)
         failed = False
         return result
+    except NonFiniteError:  # on all ranks alike, so all can wait for what is being saved
+        _finish_saving(run, callbacks)
+        raise
     finally:
         run.metrics.trackers.finish(failed)
 
@@ -88,8 +91,18 @@ def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> N
             callback.evaluated(run, record)
     for callback in callbacks:
         (callback.skipped if isinstance(result, Skipped) else callback.batch_end)(run, step)
+    if run.unsaved:
+        _finish_saving(run, callbacks)
     if last or run.stop or run.due(run.config.save_interval):
-        path = save(run)
+        _finish_saving(run, callbacks)
+        save(run)
+    if last or run.stop or not run.config.save_async:
+        _finish_saving(run, callbacks)
+
+
+def _finish_saving(run: Run, callbacks: Sequence[Callback]) -> None:
+    """Wait for the checkpoint under way, if there is one."""
+    if (path := run.saver.finish()) is not None:
         for callback in callbacks:
             callback.saved(run, path)
 

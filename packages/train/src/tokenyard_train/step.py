@@ -51,8 +51,8 @@ def train_step(run: Run) -> StepResult | Skipped:
     with run.phase("optimizer"):
         clipping = config.algorithms.gradient_clipping
         norm = run.strategy.clip(run.model, clipping.clipping_threshold if clipping else math.inf)
-        fetched = fetch(loss, norm, balances, run.strategy.reduce, run.stop)
-        run.stop = fetched.stop
+        fetched = fetch(loss, norm, balances, run.strategy.reduce, (run.stop, run.saver.failed))
+        run.stop, run.unsaved = fetched.flags
         if (instead := skipped(run, fetched.loss, fetched.grad_norm)) is not None:
             run.optimizer.zero_grad(set_to_none=True)
             return instead

@@ -23,19 +23,24 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def on_first(call: Callable[[], Any]) -> Any:
+def on_first(call: Callable[[], Any], group: Any = None) -> Any:
     """Call on the first process only; every process gets what it returned, which JSON must hold.
 
     A TokenyardError of the first process is raised on every one, so that all end with the same sentence and none waits
-    for another.
+    for another. They speak over `group`, by default that of all.
     """
     if started_processes() == 1:
         return call()
     answer = _answer(call) if is_first() else None
-    kind, value = _broadcast(answer)
+    kind, value = _broadcast(answer, group)
     if kind == "error":
         raise TokenyardError(value)
     return value
+
+
+def group_of_writers() -> Any:
+    """Return a group of all processes for tensors on the CPU, to use beside a training step; None if there is one."""
+    return dist.new_group(backend="gloo") if started_processes() > 1 else None
 
 
 def part() -> None:
@@ -51,15 +56,15 @@ def _answer(call: Callable[[], Any]) -> list[Any]:
         return ["error", str(error)]
 
 
-def _broadcast(answer: list[Any] | None) -> list[Any]:
+def _broadcast(answer: list[Any] | None, group: Any) -> list[Any]:
     """Send the first process's JSON to the others; its length goes ahead."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     text = json.dumps(answer).encode() if answer is not None else b""
     length = torch.tensor([len(text)], device=device)
-    dist.broadcast(length, 0)
+    dist.broadcast(length, 0, group)
     body = torch.tensor(list(text), dtype=torch.uint8, device=device)
     if not is_first():
         body = torch.empty(int(length.item()), dtype=torch.uint8, device=device)
-    dist.broadcast(body, 0)
+    dist.broadcast(body, 0, group)
     received: list[Any] = json.loads(bytes(body.tolist()))
     return received

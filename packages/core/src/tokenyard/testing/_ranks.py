@@ -70,14 +70,18 @@ class Ranks:
         faults = [f"rank {rank}: {said}" for rank, (good, said) in enumerate(answers) if not good]
         if faults:
             self.close()
-            ranks.cache_clear()
+            _shared.cache_clear()
             raise RanksError("\n".join(faults))
         return [said for _, said in answers]
 
 
-@functools.cache
 def ranks(size: int, device: str = "cpu") -> Ranks:
     """Return the processes that all tests of so many ranks share."""
+    return _shared(size, device)
+
+
+@functools.cache
+def _shared(size: int, device: str) -> Ranks:
     made = Ranks(size, device)
     atexit.register(made.close)
     return made

@@ -3,14 +3,13 @@
 from tokenyard_train.checkpoint.manifest import CheckpointError, verify
 from tokenyard_train.checkpoint.store import (
     checkpoints,
-    clear_unfinished,
     load_model,
     model_tensors,
     newest_good,
     read_meta,
     read_tensors,
-    write_checkpoint,
 )
+from tokenyard_train.checkpoint.write import clear_unfinished, write_checkpoint
 
 __all__ = [
     "CheckpointError",

@@ -1,0 +1,92 @@
+"""Writing a checkpoint: beside the others, flushed, and renamed when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from tokenyard import TokenyardError
+from tokenyard_train.checkpoint.manifest import CheckpointError, write_manifest
+from tokenyard_train.checkpoint.store import META, cause, checkpoints, quietly
+from tokenyard_train.together import is_first, on_first, started_processes
+
+_UNFINISHED = ".unfinished-"
+
+
+def write_checkpoint(
+    folder: Path, name: str, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int, group: Any = None
+) -> Path:
+    """Save tensors and JSON as ``folder/name``, whole or not at all, then delete all but the `keep` newest (-1: none).
+
+    Every process of a run calls it and writes its shards; the first does the rest. They speak over `group`, by default
+    that of all. Raises CheckpointError, on all of
+    them, if the disk is full or cannot be written; what was saved before stays as it is.
+    """
+    target, unfinished = folder / name, folder / f"{_UNFINISHED}{name}"
+    try:
+        on_first(lambda: _writing(lambda: _begin(folder, unfinished)), group)
+        _writing(lambda: _save_tensors(unfinished, tensors, group))
+        on_first(lambda: _writing(lambda: _complete(unfinished, target, meta)), group)
+    except TokenyardError as error:
+        if is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        before = checkpoints(folder)
+        last = f"the last good checkpoint is {before[-1]}" if before else "there is no earlier one"
+        raise CheckpointError(f"checkpoint {target} could not be saved ({error}); {last}") from None
+    for old in checkpoints(folder)[:-keep] if keep > 0 and is_first() else []:
+        shutil.rmtree(old)
+    return target
+
+
+def _writing(step: Callable[[], None]) -> None:
+    """Run a step; what the file system refuses becomes a CheckpointError."""
+    try:
+        step()
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(cause(error)) from None
+
+
+def _begin(folder: Path, unfinished: Path) -> None:
+    clear_unfinished(folder)
+    unfinished.mkdir(parents=True)
+
+
+def _complete(unfinished: Path, target: Path, meta: dict[str, Any]) -> None:
+    """Add what is not tensors, then the manifest; flush everything, and put it in its place."""
+    (unfinished / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    write_manifest(unfinished)
+    for path in (*unfinished.iterdir(), unfinished):
+        _sync(path)
+    if target.exists():
+        shutil.rmtree(target)
+    unfinished.rename(target)
+    _sync(target.parent)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Delete what a killed run left half-written."""
+    for path in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _save_tensors(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:
+    with quietly():
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp_save(tensors, storage_writer=writer, no_dist=started_processes() == 1, process_group=group)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
