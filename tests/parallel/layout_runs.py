@@ -133,8 +133,13 @@ def refused(settings: dict) -> str:
     return "accepted"
 
 
-def process_id() -> int:
-    return os.getpid()
+def refused_resume(settings: dict) -> str:
+    """Return the sentence that going on from a folder is refused with."""
+    try:
+        loaded(settings)
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
 
 
 def digest(run) -> str:

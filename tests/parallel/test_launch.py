@@ -3,52 +3,40 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import layout_runs as runs
 import pytest
-import yaml
 from safetensors.torch import load_file
-from test_training import settings  # noqa: F401 (a fixture)
+from supervised import Supervised, drawn
+from test_training import run, settings  # noqa: F401 (a fixture)
 
-BATCHES = 15
+BATCHES, INTERVAL, TIMEOUT = 60, 5, 6
+LAYOUTS = {2: "fsdp-2-ep2", 4: "hsdp-4-ep2"}
+PARALLEL = {
+    2: {"strategy": {"name": "fsdp", "timeout": TIMEOUT}, "expert_parallel": 2},
+    4: {"strategy": {"name": "fsdp", "replicate": 2, "timeout": TIMEOUT}, "expert_parallel": 2},
+}
+LENGTH = {
+    "max_duration": f"{BATCHES}ba",
+    "save_interval": f"{INTERVAL}ba",
+    "eval_interval": "20ba",
+    "save_num_checkpoints_to_keep": 3,
+}
 
 
 @pytest.fixture
 def start(settings, tmp_path):  # noqa: F811
-    """Start a supervisor of two processes for a run of that name; more settings replace those of the file."""
+    """Start a supervisor of some processes; more settings replace those of the file."""
 
-    def started(name, *options, **changes):
-        parallel = {"strategy": {"name": "fsdp", "timeout": 40}, "expert_parallel": 2}
-        length = {"max_duration": f"{BATCHES}ba", "save_interval": "3ba", "eval_interval": "10ba"}
-        run = {"parallel": parallel, "save_folder": str(tmp_path / name), "save_num_checkpoints_to_keep": 3}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(settings | length | run | changes))
-        command = [sys.executable, "-m", "tokenyard_train", "launch", "--nproc", "2", *options, str(path)]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    def started(name, nproc, *options, **changes):
+        sizes = {"device_train_microbatch_size": 4 // nproc, "device_eval_batch_size": 2, "parallel": PARALLEL[nproc]}
+        return Supervised(settings | LENGTH | sizes | {"save_folder": str(tmp_path / name)} | changes, nproc, *options)
 
     return started
 
 
-def children(process) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def steps(folder) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_text().count('"kind": "train"') if path.exists() else 0
-
-
-def wait_for(condition, process):
-    end = time.monotonic() + 120
-    while not condition() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-
-
-def state(folder):
+def left(folder: Path):
     """Return the losses of every step, and all tensors of the last checkpoint, by name."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = {line["batch"]: line["loss"] for line in lines if line["kind"] == "train"}
@@ -56,46 +44,82 @@ def state(folder):
     return losses, [{name: tensor.tolist() for name, tensor in shard.items()} for shard in shards]
 
 
-KILLS = [(1, signal.SIGKILL, 4)]
-FAULTS = [*KILLS, (0, signal.SIGSTOP, 8), (0, signal.SIGKILL, 12)]
+def survives(start, settings, tmp_path, nproc, disturbances, **changes):  # noqa: F811
+    """Disturb a run, and compare what it leaves with a run that saw nothing of it; return what each cost."""
+    run(runs.trained, LAYOUTS[nproc], settings, tmp_path, **LENGTH)
+    process = start("disturbed", nproc, "--max-restarts", str(len(disturbances)), **changes)
+    outcomes = [process.disturb(each) for each in disturbances]
+    assert process.process.wait(timeout=200) == 0, process.text()
+    assert len(process.restarts) == len(disturbances), process.text()
+    assert left(tmp_path / "disturbed") == left(tmp_path / LAYOUTS[nproc])
+    for disturbance, outcome in zip(disturbances, outcomes):
+        print(f"\n{nproc} ranks, {disturbance}: {outcome}")
+        assert outcome.redone <= INTERVAL * (2 if changes.get("save_async") else 1)
+        if disturbance.kind == "stop":
+            assert outcome.detected <= TIMEOUT + 2
+            assert f"process {disturbance.rank} hangs (it is stopped): process " in outcome.said
+            assert " waited in " in outcome.said
+        else:
+            assert f"process {disturbance.rank} ended by signal SIGKILL; restarts left: " in outcome.said
+    return outcomes
 
 
-@pytest.mark.parametrize("faults", [KILLS, pytest.param(FAULTS, marks=pytest.mark.full)], ids=["a kill", "and a hang"])
-def test_killed_and_hanging_processes_are_started_again(start, tmp_path, faults):
-    """At moments of their own; the run ends bit-identical to one that saw nothing of it."""
-    whole = start("undisturbed")
-    assert whole.wait(timeout=200) == 0, whole.stderr.read()
-    process, folder = start("disturbed"), tmp_path / "disturbed"
-    for rank, number, at in faults:
-        wait_for(lambda at=at: steps(folder) >= at, process)
-        victim = children(process)[rank]
-        os.kill(victim, number)
-        wait_for(lambda victim=victim: victim not in children(process), process)
-    code, said = process.wait(timeout=200), process.stderr.read()
-    assert code == 0, said
-    assert "process 1 ended by signal SIGKILL; restarts left: 2" in said
-    assert said.count("restarts left") == len(faults)
-    assert state(folder) == state(tmp_path / "undisturbed")
+FEW = {2: ["kill", "kill while saving", "stop"], 4: ["kill", "kill while saving", "stop"]}
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_processes_that_are_killed_or_hang_are_started_again(start, settings, tmp_path, nproc):  # noqa: F811
+    """At random moments; the run ends bit-identical to one that saw nothing of it."""
+    survives(start, settings, tmp_path, nproc, drawn(nproc, list(FEW[nproc]), nproc, BATCHES), save_async=nproc == 4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_many_faults(start, settings, tmp_path, nproc, seed):  # noqa: F811
+    """Six kills and two hangs a run, some while a checkpoint is written; prints what each cost (-s)."""
+    kinds = ["kill"] * 3 + ["kill while saving"] * 3 + ["stop"] * 2
+    disturbances = drawn(10 * seed + nproc, kinds, nproc, BATCHES)
+    survives(start, settings, tmp_path, nproc, disturbances, save_async=seed % 2 == 1)
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(start, tmp_path):
     """SIGTERM ends it with code 75, whatever the batch; what follows is what would have followed."""
-    process, folder = start("stopped"), tmp_path / "stopped"
-    wait_for(lambda: steps(folder) >= 5, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
-    said = process.stderr.read()
-    assert "stopped as asked, after batch" in said
-    done = steps(folder)
-    assert 5 <= done < BATCHES
+    first, folder = start("stopped", 2), tmp_path / "stopped"
+    assert first.wait_for(lambda: first.steps() >= 7)
+    listening = [line.split()[1] for table in ("tcp", "tcp6") for line in listeners(table, first.ranks().values())]
+    assert listening
+    assert {address.partition(":")[0] for address in listening} == {"0100007F"}, "they listen to the network"
+    first.process.send_signal(signal.SIGTERM)
+    assert first.process.wait(timeout=60) == 75
+    assert "stopped as asked, after batch" in first.text()
+    done = first.steps()
+    assert 7 <= done < BATCHES
     assert (folder / f"ba{done}" / "manifest.json").exists()
-    assert start("stopped", autoresume=True).wait(timeout=200) == 0
-    assert steps(folder) == BATCHES
+    again = start("stopped", 2, autoresume=True)
+    assert again.process.wait(timeout=200) == 0, again.text()
+    assert again.steps() == BATCHES
+
+
+def listeners(table, pids):
+    """Return the lines of /proc/net of the sockets that some processes listen at."""
+    files = [file for pid in pids for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+    inodes = {file.readlink().name for file in files}
+    lines = Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    return [line for line in lines if line.split()[3] == "0A" and f"socket:[{line.split()[9]}]" in inodes]
 
 
 def test_a_mistake_is_said_once_and_not_tried_again(start):
-    process = start("mistaken", parallel={"strategy": "single"})
-    assert process.wait(timeout=100) == 2
-    said = process.stderr.read()
-    assert "parallel.strategy is 'single', which is for one process, and 2 were started; give fsdp or ddp" in said
-    assert "restarts left" not in said
+    process = start("mistaken", 2, parallel={"strategy": "single"})
+    assert process.process.wait(timeout=100) == 2
+    sentence = "parallel.strategy is 'single', which is for one process, and 2 were started; give fsdp or ddp"
+    assert sentence in process.text()
+    assert not process.restarts
+
+
+def test_a_run_that_fails_too_often_is_given_up(start):
+    process = start("hopeless", 2, "--max-restarts", "0")
+    assert process.wait_for(lambda: process.steps() >= 1)
+    os.kill(process.ranks()[0], signal.SIGKILL)
+    assert process.process.wait(timeout=60) == 1
+    assert process.restarts[-1][1] == "process 0 ended by signal SIGKILL; restarts left: 0"

@@ -148,10 +148,10 @@ def test_a_malicious_pickle_never_runs(tmp_path, tensors, name, monkeypatch):
     (path / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(CheckpointError, match="does not belong to it"):
         verify(path)
-    from tokenyard_train.checkpoint.manifest import write_manifest
+    from tokenyard_train.checkpoint.manifest import entry_of, write_manifest
 
     (path / "manifest.json").unlink()
-    write_manifest(path)  # an attacker who can write the manifest, too
+    write_manifest(path, {p.name: entry_of(p) for p in path.iterdir()})  # an attacker who can write the manifest, too
     read_tensors(path, {name: t.clone() for name, t in tensors.items()})
     assert not (tmp_path / "exploded").exists()
 

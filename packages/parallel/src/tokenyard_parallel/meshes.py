@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tokenyard import ConfigError
 
@@ -49,12 +51,17 @@ def expert_sizes(dense: Sizes, expert_parallel: int) -> Sizes:
     return Sizes(room // expert_parallel, 1, expert_parallel)
 
 
-def make_mesh(sizes: Sizes, device: torch.device) -> DeviceMesh:
+def make_mesh(sizes: Sizes, device: torch.device, timeout: timedelta) -> DeviceMesh:
     """Return the mesh of all processes, expert parallelism innermost, so that its ranks are neighbours.
 
     Each mesh has process groups of its own, with threads or buffers for each, so one serves all who ask for its sizes.
+    `timeout` is how long a collective of any of them may take.
     """
-    return _mesh_of(dist.group.WORLD, sizes, device.type)
+    mesh = _mesh_of(dist.group.WORLD, sizes, device.type)
+    for group in mesh.get_all_groups():
+        if dist.get_backend(group) in ("gloo", "nccl"):
+            _set_pg_timeout(timeout, group)  # torch gives a mesh's groups half an hour, whatever that of all was given
+    return mesh
 
 
 @lru_cache(maxsize=16)

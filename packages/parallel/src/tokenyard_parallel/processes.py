@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +14,11 @@ import torch.distributed as dist
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink's multicast stays off unless the environment asks for it: a program that fails while it uses multicast can
 take a host's GPUs out of service."""
+
+LOOPBACK = "127.0.0.1"
+
+_TO_START = timedelta(minutes=5)
+"""How long processes wait for each other to start, which is no hang yet."""
 
 
 def started_processes() -> int:
@@ -32,10 +38,21 @@ def connect(device: torch.device, timeout: timedelta | None = None) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if started_processes() > 1 or "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    if started_processes() == 1 and "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
+    elif os.environ.get("MASTER_ADDR") == LOOPBACK and "TORCHELASTIC_RUN_ID" not in os.environ:
+        ranks = {"rank": int(os.environ["RANK"]), "world_size": started_processes()}
+        dist.init_process_group(backend, store=_loopback_store(timeout), timeout=timeout, **ranks)  # all are here now
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def _loopback_store(timeout: timedelta | None) -> dist.TCPStore:
+    """Return the store where processes of one machine meet; torch's own would listen to the whole network."""
+    first, port = os.environ["RANK"] == "0", int(os.environ["MASTER_PORT"])
+    listener = socket.create_server((LOOPBACK, port)).detach() if first else None  # the store closes it
+    patience = max(timeout or _TO_START, _TO_START)
+    return dist.TCPStore(LOOPBACK, port, started_processes(), first, patience, master_listen_fd=listener)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -108,9 +109,21 @@ def main() -> None:
         from tokenyard.errors import TokenyardError  # loads torch, so not for --help
 
         if not isinstance(error, TokenyardError):
+            _say_collective(error)
             raise
         from tokenyard_train.stopping import STOPPED, Stopped
 
         stopped = isinstance(error, Stopped)
         print(error if stopped else f"error: {error}", file=sys.stderr)
         sys.exit(STOPPED if stopped else 2)
+
+
+def _say_collective(error: Exception) -> None:
+    """End with a sentence, and code 1, if another process of the run is missed in a collective."""
+    from tokenyard_train.faults import fault_of, note
+
+    fault, rank = fault_of(error), int(os.environ.get("RANK", "0"))
+    if fault is not None:
+        note(fault, rank)
+        print(f"error: process {rank} failed in {fault.collective}: {fault.reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # threads of other groups may wait for that process, too, and would not let this one go

@@ -43,11 +43,11 @@ def resume(run: Run) -> int:
 
     Raises CheckpointError if the config disagrees with it.
     """
-    found = on_first(lambda: _newest(run))
-    if found is None:
+    on_first(lambda: clear_unfinished(run.folder))
+    newest = newest_good(run.folder) if run.config.autoresume else None
+    if newest is None:
         run.metrics.rewind(0)
         return 0
-    newest = Path(found)
     meta = read_meta(newest)
     _check_agreement(run, newest, meta["config"])
     read_tensors(newest, _tensors(run))
@@ -65,22 +65,10 @@ def start_from(run: Run, path: str) -> None:
         raise CheckpointError(
             f"load_path {path!r} does not exist; give a checkpoint such as runs/run/ba200, or its run"
         )
-    load_model(run.model, Path(on_first(lambda: _given(folder))))
-
-
-def _given(folder: Path) -> str:
-    """Return the checkpoint that a folder is, or the newest of those that it holds."""
     newest = folder if (folder / "manifest.json").exists() else newest_good(folder)
     if newest is None:
-        raise CheckpointError(f"load_path {str(folder)!r} holds no checkpoint; give a folder such as runs/run/ba200")
-    return str(newest)
-
-
-def _newest(run: Run) -> str | None:
-    """Clear what was left half-written; return the checkpoint to go on from, if the run is to be resumed."""
-    clear_unfinished(run.folder)
-    newest = newest_good(run.folder) if run.config.autoresume else None
-    return None if newest is None else str(newest)
+        raise CheckpointError(f"load_path {path!r} holds no checkpoint; give a folder such as runs/run/ba200")
+    load_model(run.model, newest)
 
 
 def _tensors(run: Run) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,21 @@ def on_first(call: Callable[[], Any], group: Any = None) -> Any:
     return value
 
 
+def share_out(call: Callable[[Any], Any], items: Sequence[Any], group: Any = None) -> list[Any]:
+    """Call on each item, on one process each; every process gets all that was returned, which JSON must hold, in order.
+
+    `items` are the same everywhere. A TokenyardError of some process, the first by rank, is raised on every one.
+    """
+    if started_processes() == 1:
+        return [call(item) for item in items]
+    rank, world = dist.get_rank(), started_processes()
+    answers = _gathered(_answer(lambda: [call(item) for item in items[rank::world]]), group)
+    for kind, value in answers:
+        if kind == "error":
+            raise TokenyardError(value)
+    return [answers[i % world][1][i // world] for i in range(len(items))]
+
+
 def group_of_writers() -> Any:
     """Return a group of all processes for tensors on the CPU, to use beside a training step; None if there is one."""
     return dist.new_group(backend="gloo") if started_processes() > 1 else None
@@ -58,13 +73,31 @@ def _answer(call: Callable[[], Any]) -> list[Any]:
 
 def _broadcast(answer: list[Any] | None, group: Any) -> list[Any]:
     """Send the first process's JSON to the others; its length goes ahead."""
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    text = json.dumps(answer).encode() if answer is not None else b""
-    length = torch.tensor([len(text)], device=device)
+    body = _bytes(answer, group) if answer is not None else torch.empty(0, dtype=torch.uint8, device=_device(group))
+    length = torch.tensor([body.numel()], device=body.device)
     dist.broadcast(length, 0, group)
-    body = torch.tensor(list(text), dtype=torch.uint8, device=device)
     if not is_first():
-        body = torch.empty(int(length.item()), dtype=torch.uint8, device=device)
+        body = body.new_empty(int(length.item()))
     dist.broadcast(body, 0, group)
     received: list[Any] = json.loads(bytes(body.tolist()))
     return received
+
+
+def _gathered(answer: list[Any], group: Any) -> list[list[Any]]:
+    """Return every process's JSON, by rank; their lengths go ahead, and all are filled up to the longest."""
+    body = _bytes(answer, group)
+    length = torch.tensor([body.numel()], device=body.device)
+    lengths = [torch.empty_like(length) for _ in range(started_processes())]
+    dist.all_gather(lengths, length, group)
+    longest = int(max(lengths))
+    bodies = [body.new_empty(longest) for _ in lengths]
+    dist.all_gather(bodies, torch.cat((body, body.new_zeros(longest - body.numel()))), group)
+    return [json.loads(bytes(b[: int(size)].tolist())) for b, size in zip(bodies, lengths)]
+
+
+def _bytes(answer: list[Any], group: Any) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(answer).encode()), dtype=torch.uint8, device=_device(group))
+
+
+def _device(group: Any) -> str:
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"

@@ -38,13 +38,13 @@ class Transfer:
         out: Tensor = _End.apply(rows, self)
         return out
 
-    def start(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    def begin_all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Start one collective."""
         out = rows.new_empty(sum(received), *rows.shape[1:])
         self.work = dist.all_to_all_single(out, rows.contiguous(), received, sent, group=self.group, async_op=True)
         return out
 
-    def wait(self) -> None:
+    def end_all_to_all(self) -> None:
         """Wait for the collective that was started; on a GPU its stream does, and not the host."""
         self.work.wait()
         self.work = None
@@ -54,12 +54,12 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
-        return transfer.start(rows, transfer.sent, transfer.received)
+        return transfer.begin_all_to_all(rows, transfer.sent, transfer.received)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         transfer = ctx.transfer
-        transfer.wait()
+        transfer.end_all_to_all()
         gradient, transfer.gradient = transfer.gradient, None
         return gradient, None
 
@@ -68,11 +68,11 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
-        transfer.wait()
+        transfer.end_all_to_all()
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
-        transfer.gradient = transfer.start(grad, transfer.received, transfer.sent)
+        transfer.gradient = transfer.begin_all_to_all(grad, transfer.received, transfer.sent)
         return grad, None  # of the shape that autograd asks for; the gradient is what `_Begin` waits for

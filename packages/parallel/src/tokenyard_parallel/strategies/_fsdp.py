@@ -53,7 +53,8 @@ class FsdpStrategy:
         self.device = torch.device(device)
         self.dense = dense_sizes(started_processes(), replicate)
         self.reshard_after_forward = reshard_after_forward
-        connect(self.device, timedelta(seconds=timeout))
+        self.timeout = timedelta(seconds=timeout)
+        connect(self.device, self.timeout)
         self.data = place()
 
     def unusable(self, model: nn.Module) -> str | None:
@@ -68,9 +69,9 @@ class FsdpStrategy:
 
     def layout(self, model: nn.Module) -> nn.Module:
         """Shard a model on the meta device, and install exchanges."""
-        dense = data_mesh(make_mesh(self.dense, self.device))
+        dense = data_mesh(make_mesh(self.dense, self.device, self.timeout))
         layers = moe_layers(model)
-        mesh = make_mesh(self._expert_sizes(model), self.device) if layers else None
+        mesh = make_mesh(self._expert_sizes(model), self.device, self.timeout) if layers else None
         for moe in layers:
             assert mesh is not None
             self._share_out(moe, mesh)

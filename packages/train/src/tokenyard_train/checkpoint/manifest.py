@@ -1,45 +1,84 @@
-"""The manifest of a checkpoint: the SHA-256 and size of every file in it, and a digest of itself."""
+"""The manifest of a checkpoint: the SHA-256 and size of every file in it, and a digest of itself.
+
+The processes of a run share out the files to hash, when they save and when they verify.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenyard import TokenyardError
+from tokenyard_train.together import on_first, share_out
 
 NAME = "manifest.json"
 _FORMAT = 1
+
+Entry = dict[str, Any]
+"""What the manifest says of a file: `bytes` and `sha256`."""
 
 
 class CheckpointError(TokenyardError):
     """A checkpoint is missing, damaged, or of another model; the sentence names it and what is wrong."""
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the manifest of all files in the folder."""
-    files = {path.name: _entry(path) for path in sorted(folder.iterdir())}
-    body = {"format": _FORMAT, "files": files}
+def entry_of(path: Path) -> Entry:
+    """Return what the manifest says of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
+    """Write the manifest of all files in the folder, by name."""
+    body = {"format": _FORMAT, "files": dict(files)}
     (folder / NAME).write_text(json.dumps(body | {"digest": _digest(body)}, indent=1), encoding="utf-8")
 
 
 def verify(folder: Path) -> None:
-    """Read every byte of a checkpoint and compare; raises CheckpointError naming the first thing that is wrong."""
-    body = _read(folder)
+    """Read every byte of a checkpoint and compare; raises CheckpointError naming the first thing that is wrong.
+
+    Every process of a run calls it, and reads some of the files.
+    """
+    if (fault := fault_in(folder)) is not None:
+        raise CheckpointError(fault)
+
+
+def fault_in(folder: Path) -> str | None:
+    """Return the first thing that is wrong with a checkpoint, on every process of a run alike; None if it is good."""
+    said, files = on_first(lambda: _listed(folder))
+    if said is not None:
+        return str(said)
+    changed = share_out(lambda item: _changed(folder, *item), sorted(files.items()))
+    return next((f"checkpoint {folder}: {name} {what}" for name, what in zip(sorted(files), changed) if what), None)
+
+
+def _listed(folder: Path) -> tuple[str | None, dict[str, Entry]]:
+    """Return what is wrong with the manifest or the names of files; or the entries."""
+    try:
+        body = _read(folder)
+    except CheckpointError as error:
+        return str(error), {}
     listed, present = set(body["files"]), {path.name for path in folder.iterdir()} - {NAME}
-    for name in sorted(listed - present):
-        raise CheckpointError(f"checkpoint {folder}: {name} is missing")
-    for name in sorted(present - listed):
-        raise CheckpointError(f"checkpoint {folder}: {name} does not belong to it; remove it if you put it there")
-    for name, entry in body["files"].items():
-        path = folder / name
+    if missing := sorted(listed - present):
+        return f"checkpoint {folder}: {missing[0]} is missing", {}
+    if strange := sorted(present - listed):
+        return f"checkpoint {folder}: {strange[0]} does not belong to it; remove it if you put it there", {}
+    return None, body["files"]
+
+
+def _changed(folder: Path, name: str, entry: Entry) -> str | None:
+    path = folder / name
+    try:
         if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"checkpoint {folder}: {name} is not a plain file")
+            return "is not a plain file"
         if path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"checkpoint {folder}: {name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-        if _entry(path) != entry:
-            raise CheckpointError(f"checkpoint {folder}: {name} was changed since it was saved (its SHA-256 differs)")
+            return f"has {path.stat().st_size} bytes, not {entry['bytes']}"
+        return None if entry_of(path) == entry else "was changed since it was saved (its SHA-256 differs)"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -59,11 +98,6 @@ def _read(folder: Path) -> dict[str, Any]:
     if not sound:
         raise CheckpointError(f"checkpoint {folder}: {NAME} was changed since it was saved")
     return dict(manifest)
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _digest(body: dict[str, Any]) -> str:

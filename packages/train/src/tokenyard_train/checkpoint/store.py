@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from tokenyard_train.checkpoint.manifest import CheckpointError, verify
+from tokenyard_train.checkpoint.manifest import CheckpointError, fault_in, verify
+from tokenyard_train.together import is_first, on_first
 
 META = "run.json"
 _NAME = re.compile(r"ba(\d+)")
@@ -33,17 +34,15 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest_good(folder: Path) -> Path | None:
     """Return the newest checkpoint that verifies, warning of every newer one that does not; None if there is none.
 
-    Raises CheckpointError if there are checkpoints and all of them are damaged.
+    Every process of a run calls it. Raises CheckpointError if there are checkpoints and all of them are damaged.
     """
-    found, faults = checkpoints(folder), []
-    for path in reversed(found):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            faults.append(str(error))
-            log.error("%s; falling back to the one before", error)
-            continue
-        return path
+    names, faults = on_first(lambda: [path.name for path in checkpoints(folder)]), []
+    for name in reversed(names):
+        if (fault := fault_in(folder / name)) is None:
+            return folder / name
+        faults.append(fault)
+        if is_first():
+            log.error("%s; falling back to the one before", fault)
     if faults:
         raise CheckpointError(f"no checkpoint in {folder} is good: {'; '.join(faults)}")
     return None

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -15,11 +15,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from tokenyard import TokenyardError
-from tokenyard_train.checkpoint.manifest import CheckpointError, write_manifest
+from tokenyard_train.checkpoint.manifest import NAME as MANIFEST
+from tokenyard_train.checkpoint.manifest import CheckpointError, Entry, entry_of, write_manifest
 from tokenyard_train.checkpoint.store import META, cause, checkpoints, quietly
-from tokenyard_train.together import is_first, on_first, started_processes
+from tokenyard_train.together import is_first, on_first, share_out, started_processes
 
 _UNFINISHED = ".unfinished-"
+
+T = TypeVar("T")
 
 
 def write_checkpoint(
@@ -27,15 +30,17 @@ def write_checkpoint(
 ) -> Path:
     """Save tensors and JSON as ``folder/name``, whole or not at all, then delete all but the `keep` newest (-1: none).
 
-    Every process of a run calls it and writes its shards; the first does the rest. They speak over `group`, by default
-    that of all. Raises CheckpointError, on all of
-    them, if the disk is full or cannot be written; what was saved before stays as it is.
+    Every process of a run calls it and writes its shards; they share out the hashing, and the first does the rest. They
+    speak over `group`, by default that of all. Raises CheckpointError, on all of them, if the disk is full or cannot be
+    written; what was saved before stays as it is.
     """
     target, unfinished = folder / name, folder / f"{_UNFINISHED}{name}"
     try:
         on_first(lambda: _writing(lambda: _begin(folder, unfinished)), group)
         _writing(lambda: _save_tensors(unfinished, tensors, group))
-        on_first(lambda: _writing(lambda: _complete(unfinished, target, meta)), group)
+        names = on_first(lambda: _writing(lambda: _add_meta(unfinished, meta)), group)
+        entries = share_out(lambda name: _writing(lambda: _flushed(unfinished / name)), names, group)
+        on_first(lambda: _writing(lambda: _complete(unfinished, target, dict(zip(names, entries)))), group)
     except TokenyardError as error:
         if is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -47,10 +52,10 @@ def write_checkpoint(
     return target
 
 
-def _writing(step: Callable[[], None]) -> None:
+def _writing(step: Callable[[], T]) -> T:
     """Run a step; what the file system refuses becomes a CheckpointError."""
     try:
-        step()
+        return step()
     except (OSError, CheckpointException) as error:
         raise CheckpointError(cause(error)) from None
 
@@ -60,11 +65,22 @@ def _begin(folder: Path, unfinished: Path) -> None:
     unfinished.mkdir(parents=True)
 
 
-def _complete(unfinished: Path, target: Path, meta: dict[str, Any]) -> None:
-    """Add what is not tensors, then the manifest; flush everything, and put it in its place."""
+def _add_meta(unfinished: Path, meta: dict[str, Any]) -> list[str]:
+    """Add what is not tensors; return the names of all files."""
     (unfinished / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    write_manifest(unfinished)
-    for path in (*unfinished.iterdir(), unfinished):
+    return sorted(path.name for path in unfinished.iterdir())
+
+
+def _flushed(path: Path) -> Entry:
+    """Bring a file to the disk, and return what the manifest says of it."""
+    _sync(path)
+    return entry_of(path)
+
+
+def _complete(unfinished: Path, target: Path, files: dict[str, Entry]) -> None:
+    """Add the manifest, and put the checkpoint in its place."""
+    write_manifest(unfinished, files)
+    for path in (unfinished / MANIFEST, unfinished):
         _sync(path)
     if target.exists():
         shutil.rmtree(target)
