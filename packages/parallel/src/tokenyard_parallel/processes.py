@@ -7,9 +7,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink's multicast stays off unless the environment asks for it: a program that fails while it uses multicast can
@@ -41,18 +43,18 @@ def connect(device: torch.device, timeout: timedelta | None = None) -> None:
     if started_processes() == 1 and "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
     elif os.environ.get("MASTER_ADDR") == LOOPBACK and "TORCHELASTIC_RUN_ID" not in os.environ:
-        ranks = {"rank": int(os.environ["RANK"]), "world_size": started_processes()}
-        dist.init_process_group(backend, store=_loopback_store(timeout), timeout=timeout, **ranks)  # all are here now
+        store, rank = _loopback_store(timeout), int(os.environ["RANK"])  # all are here now
+        dist.init_process_group(backend, store=store, rank=rank, world_size=started_processes(), timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
 
 
-def _loopback_store(timeout: timedelta | None) -> dist.TCPStore:
+def _loopback_store(timeout: timedelta | None) -> Any:
     """Return the store where processes of one machine meet; torch's own would listen to the whole network."""
     first, port = os.environ["RANK"] == "0", int(os.environ["MASTER_PORT"])
     listener = socket.create_server((LOOPBACK, port)).detach() if first else None  # the store closes it
     patience = max(timeout or _TO_START, _TO_START)
-    return dist.TCPStore(LOOPBACK, port, started_processes(), first, patience, master_listen_fd=listener)
+    return TCPStore(LOOPBACK, port, started_processes(), first, patience, master_listen_fd=listener)
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tokenyard import Compute, ConfigError, Permutation, Plan, Routing, Workload
+from tokenyard_parallel.exchanges._counts import Counts, compare_kinds, exchange_counts
 from tokenyard_parallel.exchanges._transfer import ExchangeError, Transfer
 
 
@@ -43,7 +43,7 @@ class PipelinedExchange:
 
     `chunks` are how many parts a rank's tokens travel in; `validate` compares what the ranks are about to exchange, and
     raises ExchangeError where they disagree, in place of a hang or of a crash in the collective (for debugging: it
-    takes one more collective and host wait a call).
+    takes two more collectives and host waits a call).
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class PipelinedExchange:
                 "model out by a strategy, such as fsdp"
             )
         if self.validate:
-            _compare(self.group, self.chunks, x, routing)
+            compare_kinds(self.group, self.chunks, x, routing)
         tokens, ids, weights = (t.tensor_split(self.chunks) for t in (x, routing.topk_ids, routing.topk_weights))
         sortings = [self.packing.sort(i) for i in ids]
-        counts = exchange_counts(sortings, self.group)
+        counts = self._counts(routing.topk_ids, sortings)
         trips = [Trip(self, *parts) for parts in zip(tokens, ids, weights, sortings, counts)]
         for trip in trips:
             trip.depart()
@@ -76,13 +76,10 @@ class PipelinedExchange:
             trip.compute(compute)
         return torch.cat([trip.come_home() for trip in trips])
 
-
-class Counts(NamedTuple):
-    """How many rows of a chunk go to each rank of the group and come from it, and slots that come from all."""
-
-    sent: list[int]
-    received: list[int]
-    slots: int
+    def _counts(self, topk_ids: Tensor, sortings: list[Sorted]) -> list[Counts]:
+        sent = torch.stack([torch.stack((s.plan.offsets.diff(), s.slots), 1) for s in sortings], 1)
+        kept = (topk_ids < self.workload.num_experts).sum() if self.validate else None
+        return exchange_counts(sent, self.group, kept)
 
 
 class Trip:
@@ -115,27 +112,3 @@ class Trip:
     def come_home(self) -> Tensor:
         """Return the chunk's tokens [T, D], each the sum of its rows."""
         return self.permutation.unpermute(self.back.end(self.rows), self.plan, None)
-
-
-def exchange_counts(sortings: list[Sorted], group: Any) -> list[Counts]:
-    """Tell every rank of the group how many rows and slots of each chunk come to it; one copy to the host."""
-    sent = torch.stack([torch.stack((s.plan.offsets.diff(), s.slots), 1) for s in sortings], 1)  # [ranks, chunks, 2]
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    there, here = torch.stack((sent, received)).permute(0, 2, 3, 1).tolist()  # [chunks][2][ranks] each
-    return [Counts(own[0], others[0], sum(others[1])) for own, others in zip(there, here)]
-
-
-def _compare(group: Any, chunks: int, x: Tensor, routing: Routing) -> None:
-    """Raise ExchangeError on every rank unless all of them are about to exchange the same kind of rows."""
-    names = ("tokens of width", "experts a token:", "chunks:", "bytes a number:", "bytes a weight:")
-    ids, weights = routing.topk_ids, routing.topk_weights
-    own = [x.shape[1], ids.shape[1], chunks, x.element_size(), weights.element_size()]
-    mine = torch.tensor(own, device=x.device)
-    all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(all_ranks, mine, group=group)
-    first, *rest = [ranks.tolist() for ranks in all_ranks]
-    for rank, other in enumerate(rest, 1):
-        for name, a, b in zip(names, first, other):
-            if a != b:
-                raise ExchangeError(f"rank {rank} of the exchange's group has {name} {b}, and rank 0 {a}")
