@@ -109,6 +109,8 @@ CASES = (
     ("GluonExperts", "narrow", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("GluonExperts", "narrow", torch.float16, "gelu_tanh", True, "recompute"),
     ("GluonExperts", "wide", torch.float16, "gelu_tanh", True, "recompute"),
+    ("GluonExperts", "narrow", torch.bfloat16, "geglu", True, "recompute"),
+    ("GluonExperts", "wide", torch.bfloat16, "geglu", True, "fp8"),
     ("TritonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("TritonExperts", "odd", torch.bfloat16, "geglu", True, "fp8"),
     ("TritonExperts", "wide", torch.float32, "swiglu", False, "pre_activation"),
@@ -132,6 +134,7 @@ def main():
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
                 head = {"kernels": kernels, "case": name, "dtype": str(dtype).removeprefix("torch.")}
+                head |= {"activation": activation}
                 print(json.dumps(head | {"kernel": kernel_name} | usage(kernel)), flush=True)
 
 

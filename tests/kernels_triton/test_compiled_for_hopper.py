@@ -42,8 +42,10 @@ def test_every_kernel_of_a_layer_was_compiled(records):
 
 
 def test_nothing_spills(records):
-    """Of even widths; odd ones, whose rows begin at odd addresses, may spill a little."""
-    assert not [record for record in records if record["case"] != "odd" and record["spilled"]]
+    """Odd widths, whose rows begin at odd addresses, may a little, and so may the error function of `geglu`."""
+    spilling = [record for record in records if record["spilled"]]
+    assert not [r for r in spilling if r["case"] != "odd" and r["activation"] != "geglu"]
+    assert not [r for r in spilling if r["spilled"] > 96]
 
 
 def test_narrow_products_use_the_matrix_units(records):

@@ -27,13 +27,15 @@ def test_everything_is_usable_on_hopper():
 
 
 def test_gluon_wants_hopper_and_a_triton_it_knows(monkeypatch):
-    monkeypatch.setattr(_plugin.metadata, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(_plugin, "triton_version", lambda: "3.6.0")
     assert _plugin.no_gluon(workload()) is None
     assert "Hopper" in _plugin.no_gluon(workload(capability=(8, 0)))
     assert "float32" in _plugin.no_gluon(workload(dtype=torch.float32))
     assert "ffn_dim is 132, not a multiple of 8" in _plugin.no_gluon(workload(ffn_dim=132))
-    monkeypatch.setattr(_plugin.metadata, "version", lambda name: "4.0.1")
+    monkeypatch.setattr(_plugin, "triton_version", lambda: "4.0.1")
     assert _plugin.no_gluon(workload()).endswith("3.9, and 4.0 is installed")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "Hopper" in _plugin.no_gluon(workload())
 
 
 @pytest.mark.parametrize(

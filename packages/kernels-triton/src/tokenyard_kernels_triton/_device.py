@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -42,6 +43,14 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def triton_version() -> str:
+    """Return the version of the installed Triton, under whichever name it was distributed; "unknown" if under none."""
+    for name in ("triton", "pytorch-triton", "triton-nightly"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "unknown"
 
 
 def power_of_two(number: int) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from importlib import metadata
 
 import torch
 
 from tokenyard import Backend, Workload, hookimpl
+from tokenyard_kernels_triton._device import triton_version
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GLUON = ("3.6", "3.7", "3.8", "3.9")  # Gluon is experimental: its names change between versions
@@ -38,14 +38,15 @@ def no_gluon(workload: Workload) -> str | None:
     """Say why the kernels for Hopper cannot be used for a workload."""
     if (reason := no_triton(workload)) is not None:
         return reason.replace("'triton'", "'gluon'", 1)
-    if workload.device.type != "cuda" or workload.capability is None or workload.capability[0] != 9:
+    hopper = workload.device.type == "cuda" and workload.capability is not None and workload.capability[0] == 9
+    if not hopper or torch.version.hip is not None:  # AMD counts its GPUs by such numbers, too
         return "'gluon' needs a Hopper GPU (compute capability 9.0)"
     if workload.dtype not in (torch.bfloat16, torch.float16):
         return f"'gluon' computes in bfloat16 and float16, not in {_short(workload.dtype)}"
     for name in ("dim", "ffn_dim"):
         if getattr(workload, name) % 8:
             return f"'gluon' needs rows of whole 16 bytes, and {name} is {getattr(workload, name)}, not a multiple of 8"
-    version = ".".join(metadata.version("triton").split(".")[:2])
+    version = ".".join(triton_version().split(".")[:2])
     if version not in _GLUON:
         return f"'gluon' was tried with Triton {', '.join(_GLUON)}, and {version} is installed"
     return None

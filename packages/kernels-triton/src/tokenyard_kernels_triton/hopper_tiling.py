@@ -11,11 +11,12 @@ import json
 import logging
 import os
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+
+from tokenyard_kernels_triton._device import triton_version
 
 Product = Literal["up", "down", "activation_gradient", "input_gradient", "up_gradient", "down_gradient"]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
@@ -61,7 +62,7 @@ class HopperTiling:
         return same and self.chunk in CHUNKS and self.shared(product) <= _SHARED
 
 
-# For fine experts, and for wide ones. Products over rows share a group, and with it their tile list.
+# For fine experts, and for wide ones. Products over rows that share a group share their tile list.
 _TABLE: dict[Product, tuple[HopperTiling, HopperTiling]] = {
     "up": (HopperTiling(3, 64, 1, group=16), HopperTiling(3, 64, 1)),
     "down": (HopperTiling(3, 128, 2, group=16), HopperTiling(3, 128, 2)),
@@ -73,7 +74,10 @@ _TABLE: dict[Product, tuple[HopperTiling, HopperTiling]] = {
 
 
 def hopper_tiling(product: Product, dim: int, ffn_dim: int, device: torch.device) -> HopperTiling:
-    """Return the tiles of a product between the model's width and the experts' (gate and up count together)."""
+    """Return the tiles of a product between the model's width and the experts'.
+
+    Where the gradient of the pre-activation is an operand (input_gradient, up_gradient), its width counts: gate and up.
+    """
     found = _tuned(gpu_key(device)).get(bucket(product, dim, ffn_dim))
     return found or _TABLE[product][ffn_dim >= _FINE]
 
@@ -87,7 +91,7 @@ def bucket(product: Product, dim: int, ffn_dim: int) -> str:
 def gpu_key(device: torch.device) -> str:
     """Return which GPU and compiler tuned tiles are good for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, Triton {metadata.version('triton')}"
+    return f"{name}, Triton {triton_version()}"
 
 
 def tuned_path() -> Path:

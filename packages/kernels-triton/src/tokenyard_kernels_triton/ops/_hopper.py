@@ -43,6 +43,7 @@ def up_and_activate(
     columns = how.columns // parts
     z = x.new_empty(layout.rows if keep_z else 0, width)
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
+    described = a if keep_a else a.new_empty(1, ffn_dim)  # of nothing no descriptor can be made
     left, order, top_k = operand(x, (64, how.depth))
     _hopper.up_and_activate[persistent_grid(x.device, layout.bound(ROWS) * ceil_div(ffn_dim, columns))](
         left,
@@ -50,7 +51,7 @@ def up_and_activate(
         stacked(up, parts, (columns, how.depth)),
         bias,
         ragged(z, parts, (64, how.chunk)) if keep_z else None,
-        ragged(a, 1, (64, how.chunk)),
+        ragged(described, 1, (64, how.chunk)),
         layout.tiles(ROWS, how.group),
         x.shape[1],
         ffn_dim,
