@@ -54,7 +54,7 @@ class Supervised:
 
     @property
     def restarts(self) -> list[tuple[float, str]]:
-        return [(at, line) for at, line in list(self.said) if "restarts left" in line]
+        return [(at, line) for at, line in list(self.said) if "; restart " in line]
 
     def text(self) -> str:
         return "\n".join(line for _, line in list(self.said))

@@ -1,7 +1,6 @@
 """`tokenyard launch`: processes that are killed, hang or are asked to stop, and a run that ends as if undisturbed."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -60,11 +59,11 @@ def survives(start, settings, tmp_path, nproc, disturbances, **changes):  # noqa
             assert f"process {disturbance.rank} hangs (it is stopped): process " in outcome.said
             assert " waited in " in outcome.said
         else:
-            assert f"process {disturbance.rank} ended by signal SIGKILL; restarts left: " in outcome.said
+            assert f"process {disturbance.rank} ended by signal SIGKILL; restart " in outcome.said
     return outcomes
 
 
-FEW = {2: ["kill", "kill while saving", "stop"], 4: ["kill", "kill while saving", "stop"]}
+FEW = {2: ["kill", "kill", "kill while saving", "stop"], 4: ["kill while saving", "stop"]}
 
 
 @pytest.mark.parametrize("nproc", [2, 4])
@@ -107,19 +106,3 @@ def listeners(table, pids):
     inodes = {file.readlink().name for file in files}
     lines = Path(f"/proc/net/{table}").read_text().splitlines()[1:]
     return [line for line in lines if line.split()[3] == "0A" and f"socket:[{line.split()[9]}]" in inodes]
-
-
-def test_a_mistake_is_said_once_and_not_tried_again(start):
-    process = start("mistaken", 2, parallel={"strategy": "single"})
-    assert process.process.wait(timeout=100) == 2
-    sentence = "parallel.strategy is 'single', which is for one process, and 2 were started; give fsdp or ddp"
-    assert sentence in process.text()
-    assert not process.restarts
-
-
-def test_a_run_that_fails_too_often_is_given_up(start):
-    process = start("hopeless", 2, "--max-restarts", "0")
-    assert process.wait_for(lambda: process.steps() >= 1)
-    os.kill(process.ranks()[0], signal.SIGKILL)
-    assert process.process.wait(timeout=60) == 1
-    assert process.restarts[-1][1] == "process 0 ended by signal SIGKILL; restarts left: 0"

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -31,23 +31,28 @@ def launch(config: Path, overrides: Sequence[str], nproc: int, max_restarts: int
     Processes meet on the loopback. When one fails or hangs, the others are killed, and all start anew from the last
     good checkpoint, up to `max_restarts` times. SIGTERM and SIGINT are passed on, so that the run saves and stops.
     """
-    for left in range(max_restarts, -1, -1):
+    train = [sys.executable, "-m", "tokenyard_train", "train", str(config), *overrides]
+    return supervise(lambda again: [*train, "autoresume=true"] if again else train, nproc, max_restarts)
+
+
+def supervise(command: Callable[[bool], Sequence[str]], nproc: int, max_restarts: int) -> int:
+    """Start `nproc` processes of a command, which may differ when it is started again; see `launch`."""
+    for restart in range(max_restarts + 1):
         with tempfile.TemporaryDirectory() as notes:
-            again = ["autoresume=true"] if left < max_restarts else []
-            attempt = Attempt(config, [*overrides, *again], nproc, Path(notes))
+            attempt = Attempt(command(restart > 0), nproc, Path(notes))
             code = attempt.wait()
         if code in (0, _MISTAKE, STOPPED) or attempt.asked:
             return code
-        print(f"{attempt.fault}; restarts left: {left}", file=sys.stderr, flush=True)
+        then = f"restart {restart + 1} of {max_restarts}" if restart < max_restarts else "no restart is left"
+        print(f"{attempt.fault}; {then}", file=sys.stderr, flush=True)
     return 1
 
 
 class Attempt:
     """The processes of a run, started together, and what became of them."""
 
-    def __init__(self, config: Path, overrides: Sequence[str], nproc: int, notes: Path):
+    def __init__(self, command: Sequence[str], nproc: int, notes: Path):
         port = _free_port()
-        command = [sys.executable, "-m", "tokenyard_train", "train", str(config), *overrides]
         environments = [_environment(rank, nproc, port) | {FOLDER: str(notes)} for rank in range(nproc)]
         self.processes = [  # a terminal's Ctrl-C is for the supervisor, which asks them to stop
             subprocess.Popen(command, env=environment, start_new_session=True) for environment in environments

@@ -15,7 +15,6 @@ from tokenyard_train.callbacks import Callback, build_callbacks
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.evaluate import evaluate
 from tokenyard_train.nonfinite import NonFiniteError, Skipped
-from tokenyard_train.plots import expert_heatmap, loss_curve
 from tokenyard_train.progress import Progress
 from tokenyard_train.report import announce, summarize
 from tokenyard_train.resume import resume, save, start_from
@@ -110,6 +109,8 @@ def _finish_saving(run: Run, callbacks: Sequence[Callback]) -> None:
 def _finish(run: Run, callbacks: Sequence[Callback]) -> RunResult:
     records = run.metrics.read()
     if is_first():
+        from tokenyard_train.plots import expert_heatmap, loss_curve  # a second that only the end of a run needs
+
         loss_curve(records, run.folder / "loss.png")
         expert_heatmap(records, run.folder / "experts.png")
         summarize(run, records)

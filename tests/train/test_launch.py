@@ -1,0 +1,84 @@
+"""The supervisor's verdicts, on small programs in the place of a training run: who failed, who hung, what follows."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from tokenyard_train.launch import supervise
+
+HEAD = "import json, os, signal, sys, time; rank, notes = int(os.environ['RANK']), os.environ['TOKENYARD_FAULTS']"
+NOTE = "{'collective': 'all_reduce', 'reason': 'timed out'}"
+FAILED = f"json.dump({NOTE}, open(f'{{notes}}/{{rank}}.json', 'w')); sys.exit(1)"
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def run(capfd, *lines, nproc=3, max_restarts=0):
+    """Supervise a program; return the exit code and what was said."""
+
+    def program(again):
+        return [sys.executable, "-c", "\n".join((HEAD, f"again = {again}", *lines))]
+
+    code = supervise(program, nproc, max_restarts)
+    return code, capfd.readouterr().err.strip()
+
+
+def test_all_is_well(capfd):
+    assert run(capfd, "time.sleep(0.1 * rank)") == (0, "")
+
+
+@pytest.mark.parametrize("code", [2, 75])
+def test_a_mistake_and_a_wish_are_not_tried_again(capfd, code):
+    assert run(capfd, f"sys.exit({code})", max_restarts=5) == (code, "")
+
+
+def test_a_failure_is_tried_again_and_knows_that_it_is(capfd):
+    code, said = run(capfd, "sys.exit(0 if again else 7 * (rank == 1))", max_restarts=3)
+    assert (code, said) == (0, "process 1 ended by exit code 7; restart 1 of 3")
+
+
+def test_it_gives_up(capfd):
+    code, said = run(capfd, f"{KILLED} if rank == 2 else time.sleep(60)", max_restarts=1)
+    sentence = "process 2 ended by signal SIGKILL; "
+    assert (code, said.splitlines()) == (1, [sentence + "restart 1 of 1", sentence + "no restart is left"])
+
+
+def test_who_was_killed_is_blamed_and_not_who_missed_it(capfd):
+    """Though the others end first."""
+    lines = ("if rank != 1:", f"    {FAILED}", "time.sleep(0.3)", KILLED)
+    assert run(capfd, *lines) == (1, "process 1 ended by signal SIGKILL; no restart is left")
+
+
+@pytest.mark.parametrize(("how", "state"), [("time.sleep(60)", "hangs"), ("stop", "hangs (it is stopped)")])
+def test_who_does_not_come_is_blamed_with_the_collective_that_missed_it(capfd, how, state):
+    how = "os.kill(os.getpid(), signal.SIGSTOP)" if how == "stop" else how
+    code, said = run(capfd, "if rank != 1:", f"    {FAILED}", how)
+    assert code == 1
+    assert said == f"process 1 {state}: process 0 waited in all_reduce (timed out); no restart is left" or (
+        said == f"process 1 {state}: process 2 waited in all_reduce (timed out); no restart is left"
+    )
+
+
+def test_who_is_aborted_by_nccl_only_waited(capfd):
+    lines = ("if rank != 1:", "    os.kill(os.getpid(), signal.SIGABRT)", "time.sleep(60)")
+    assert run(capfd, *lines)[1].startswith("process 1 hangs: process ")
+
+
+def test_no_process_is_left(capfd, tmp_path):
+    """The others are killed."""
+    began = time.monotonic()
+    write = f"open(f'{tmp_path}/{{rank}}', 'w').write(str(os.getpid()))"
+    run(capfd, write, "sys.exit(1) if rank == 0 else time.sleep(60)")
+    assert time.monotonic() - began < 20
+    for path in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
+
+
+def test_sigterm_is_passed_on(capfd):
+    """To all; the run's own code is returned."""
+    lines = ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))", "os.kill(os.getppid(), signal.SIGTERM)")
+    assert run(capfd, "time.sleep(0.5)", *lines, "time.sleep(60)", nproc=1, max_restarts=3) == (75, "")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
