@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from tokenyard_train.estimate import estimate
 from tokenyard_train.nonfinite import NonFiniteError
 from tokenyard_train.resume import _tensors, resume
 from tokenyard_train.run import train
+from tokenyard_train.stopping import Stopped
 
 
 class Result(NamedTuple):
@@ -93,6 +95,39 @@ def loaded(settings: dict) -> Result:
     run = build_run(read_config(settings), Console(quiet=True))
     run.batch = resume(run)
     return Result(digest(run), [], run.batch)
+
+
+class Signal(Watch):
+    """Sends SIGTERM to one rank, in the collective of a step or after it."""
+
+    def __init__(self, rank: int, step: int, where: str):
+        super().__init__()
+        self.rank, self.step, self.where = rank, step, where
+
+    def start(self, run):
+        reduce = run.strategy.reduce
+
+        def reduce_and_ask(x):
+            if run.batch == self.step and self.where == "collective" and dist.get_rank() == self.rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return reduce(x)
+
+        run.strategy.reduce = reduce_and_ask
+
+    def batch_end(self, run, record):
+        super().batch_end(run, record)
+        if run.batch == self.step and self.where == "callback" and dist.get_rank() == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def asked(settings: dict, *how) -> tuple[str, int]:
+    """Train while one rank is asked to stop; return the sentence that ends the run, and the batch it ends after."""
+    watch = Signal(*how)
+    try:
+        train(read_config(settings), Console(quiet=True), [watch])
+    except Stopped as error:
+        return str(error), watch.run.batch
+    return "trained", watch.run.batch
 
 
 def unwritable(settings: dict, rank: int) -> str:

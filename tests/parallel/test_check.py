@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from tokenyard import ConfigError
 from tokenyard.testing import ranks
 from tokenyard_parallel import imagine
+from tokenyard_parallel.strategies._cut import expert_dim
 from tokenyard_train.build import build_model, meta_model
 from tokenyard_train.check import check
 from tokenyard_train.config import load_config, read_config
@@ -131,6 +132,18 @@ REFUSED = {
 def test_impossible_layouts_are_refused_with_what_would_work(dbrx, layout, sentence):
     with imagine(layout[0]), pytest.raises(ConfigError, match=re.escape(sentence)):
         build_model(dbrx(*layout))
+
+
+EVEN = [((8, 24, 8), 4, 0), ((2, 24, 8), 4, 1), ((2, 6, 8), 4, 2), ((7, 3, 5), 4, 0)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "shards", "dim"), [*EVEN, ((16, 21504, 6144), 9, None), ((8, 3, 5), 7, None), ((2, 3, 5), 4, None)]
+)
+def test_experts_are_cut_where_no_shard_stays_empty(shape, shards, dim):
+    assert expert_dim(shape, shards) == dim
+    if dim is not None:
+        assert len(torch.empty(shape, device="meta").chunk(shards, dim)) == shards
 
 
 def test_the_working_set_is_what_is_gathered_at_a_time(dbrx):

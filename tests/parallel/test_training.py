@@ -98,6 +98,16 @@ def test_checkpoints_written_while_training_goes_on_are_the_same(layout, setting
     assert {path.name for path in (tmp_path / layout).glob("ba*")} == {"ba1", "ba2", "ba3", "ba4"}
 
 
+@pytest.mark.parametrize("where", ["collective", "callback"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_stop_together_when_one_is_asked_to(settings, tmp_path, rank, where):
+    """Whenever it hears the signal; after the same step, which is saved."""
+    said, batch = run(runs.asked, "fsdp-2-ep2", settings, tmp_path, rank, 2, where, max_duration="9ba")
+    assert batch == 3
+    assert said.startswith("stopped as asked, after batch 3 of 9, which is saved in")
+    assert (tmp_path / "fsdp-2-ep2" / "ba3" / "manifest.json").exists()
+
+
 def test_a_checkpoint_that_one_process_cannot_write_ends_all_of_them(settings, tmp_path):
     """With the same sentence, at the same step; the checkpoint before stands."""
     said = run(runs.unwritable, "fsdp-2-ep2", settings, tmp_path, 1, save_async=True, max_duration="60ba")

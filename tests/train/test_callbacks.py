@@ -46,6 +46,18 @@ def test_an_object_given_to_train_hears_everything_in_order(config, console):
     assert notes.heard == WHOLE
 
 
+@pytest.mark.parametrize("save_async", [False, True])
+def test_a_run_that_a_callback_ends_is_saved(config, console, save_async):
+    class Stop(Notes):
+        def batch_end(self, run, record):
+            if run.batch == 3:
+                run.batches = run.batch
+
+    stop = Stop()
+    train(config(max_duration="9ba", save_interval="2ba", save_async=save_async), console, callbacks=[stop])
+    assert [name for name in stop.heard if name.startswith("ba")] == ["ba2", "ba3"]
+
+
 def test_a_callback_overrides_only_what_it_cares_for(config, console):
     class Last(Callback):
         batch = 0

@@ -60,9 +60,19 @@ def test_no_pickle_is_written(tmp_path, tensors):
 
 
 def test_only_the_newest_are_kept(tmp_path, tensors):
-    for i in (1, 2, 10, 9):
+    for i in (1, 2, 9, 10):
         good(tmp_path, tensors, f"ba{i}", keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["ba9", "ba10"]
+
+
+def test_damaged_ones_that_a_run_fell_back_from_do_not_count_among_the_newest(tmp_path, tensors):
+    for i in (5, 10, 15):
+        good(tmp_path, tensors, f"ba{i}")
+    for i in (10, 15):
+        (tmp_path / f"ba{i}" / "run.json").unlink()
+    assert newest_good(tmp_path).name == "ba5"
+    good(tmp_path, tensors, "ba10", keep=1)
+    assert newest_good(tmp_path).name == "ba10"
 
 
 def corruptions():
@@ -228,6 +238,11 @@ class TestResuming:
         saved(build())
         with pytest.raises(CheckpointError, match=sentence):
             resume(build(autoresume=True, **changes))
+
+    def test_how_experts_are_shared_out_may_change_by_either_name(self, build):
+        shared = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_world_size": 1}}
+        saved(build(model=shared))
+        assert resume(build(autoresume=True)) == 0
 
     def test_backends_microbatch_and_duration_may_change(self, build):
         saved(build())

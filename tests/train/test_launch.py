@@ -6,10 +6,13 @@ import sys
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from tokenyard_train.launch import supervise
+from tokenyard_train.notes import fault_of
 
-HEAD = "import json, os, signal, sys, time; rank, notes = int(os.environ['RANK']), os.environ['TOKENYARD_FAULTS']"
+HEAD = "import json, os, signal, sys, time; rank, notes = int(os.environ['RANK']), os.environ['TOKENYARD_NOTES']"
 NOTE = "{'collective': 'all_reduce', 'reason': 'timed out'}"
 FAILED = f"json.dump({NOTE}, open(f'{{notes}}/{{rank}}.json', 'w')); sys.exit(1)"
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -18,8 +21,8 @@ KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 def run(capfd, *lines, nproc=3, max_restarts=0):
     """Supervise a program; return the exit code and what was said."""
 
-    def program(again):
-        return [sys.executable, "-c", "\n".join((HEAD, f"again = {again}", *lines))]
+    def program(began):
+        return [sys.executable, "-c", "\n".join((HEAD, f"began = {began}", *lines))]
 
     code = supervise(program, nproc, max_restarts)
     return code, capfd.readouterr().err.strip()
@@ -34,9 +37,13 @@ def test_a_mistake_and_a_wish_are_not_tried_again(capfd, code):
     assert run(capfd, f"sys.exit({code})", max_restarts=5) == (code, "")
 
 
-def test_a_failure_is_tried_again_and_knows_that_it_is(capfd):
-    code, said = run(capfd, "sys.exit(0 if again else 7 * (rank == 1))", max_restarts=3)
-    assert (code, said) == (0, "process 1 ended by exit code 7; restart 1 of 3")
+def test_a_failure_is_tried_again_and_goes_on_once_it_began(capfd):
+    """Before the run's folder is its own, another attempt starts as the first one did."""
+    lines = ("if began: sys.exit(0)", "if rank == 1: sys.exit(7)", "time.sleep(60)")
+    failed = "process 1 ended by exit code 7; "
+    assert run(capfd, *lines, max_restarts=1) == (1, f"{failed}restart 1 of 1\n{failed}no restart is left")
+    begin = "open(f'{notes}/began', 'w').close()"
+    assert run(capfd, begin, *lines, max_restarts=1) == (0, f"{failed}restart 1 of 1")
 
 
 def test_it_gives_up(capfd):
@@ -77,8 +84,43 @@ def test_no_process_is_left(capfd, tmp_path):
             os.kill(int(path.read_text()), 0)
 
 
-def test_sigterm_is_passed_on(capfd):
-    """To all; the run's own code is returned."""
-    lines = ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))", "os.kill(os.getppid(), signal.SIGTERM)")
-    assert run(capfd, "time.sleep(0.5)", *lines, "time.sleep(60)", nproc=1, max_restarts=3) == (75, "")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_what_asks_it_to_stop_is_passed_on(capfd, number):
+    """As SIGTERM; code 75 says so, whether the run was so far as to say it itself or not."""
+    ask = f"time.sleep(0.5); os.kill(os.getppid(), {int(number)}); time.sleep(60)"
+    hear = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))"
+    for lines in ((hear, ask), (ask,)):
+        assert run(capfd, *lines, nproc=1, max_restarts=3) == (75, "")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_who_is_stopped_is_blamed_and_not_who_waits_for_it(capfd):
+    stop = "os.kill(os.getpid(), signal.SIGSTOP)"
+    said = run(capfd, "if rank == 0:", f"    {FAILED}", "if rank == 1:", f"    {stop}", "time.sleep(60)")[1]
+    assert said == "process 1 hangs (it is stopped): process 0 waited in all_reduce (timed out); no restart is left"
+
+
+class TestFaults:
+    """Which exceptions mean that another process did not come."""
+
+    def fault(self, error):
+        def all_reduce():
+            raise error
+
+        try:
+            all_reduce()
+        except Exception as caught:
+            return fault_of(caught)
+
+    def test_those_of_torch_distributed_and_of_gloo(self):
+        found = self.fault(dist.DistBackendError("NCCL is gone\nat once"))
+        assert (found.collective, found.reason) == ("all_reduce", "NCCL is gone")
+        text = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4"
+        assert self.fault(RuntimeError(text)).reason == text
+
+    @pytest.mark.parametrize(
+        "error",
+        [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Split sizes doesn't match"), ValueError("gloo")],
+    )
+    def test_no_others(self, error):
+        assert self.fault(error) is None

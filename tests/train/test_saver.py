@@ -40,7 +40,7 @@ class Heard(Callback):
 
 
 def test_what_is_saved_is_what_was_when_it_was_asked_for(tmp_path, gate):
-    behind, weights = Saver(tmp_path, -1, True), {"a": torch.randn(5, 3)}
+    behind, weights = Saver(tmp_path, -1, True, torch.device("cpu")), {"a": torch.randn(5, 3)}
     for name in ("ba1", "ba2"):  # the second time in the same memory
         before = weights["a"].clone()
         behind.save(name, weights, {})

@@ -21,6 +21,7 @@ from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
 from tokenyard_train.metrics import Metrics, Unwritten
+from tokenyard_train.notes import note_began
 from tokenyard_train.optim import build_optimizer
 from tokenyard_train.saver import Saver
 from tokenyard_train.stopwatch import Phases, untimed
@@ -46,7 +47,8 @@ class Run:
     flops_per_token: float
     batch: int = 0  # optimizer steps done
     skipped: int = 0  # steps in a row that were not taken
-    stop: bool = False  # this process was asked to stop; after a step, some process was
+    asked: bool = False  # this process was asked to stop
+    stop: bool = False  # some process was, and all of them stop after this step
     unsaved: bool = False  # some process could not write its part of a checkpoint
     phase: Phases = untimed  # around the parts of a step
 
@@ -85,6 +87,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         _recompute_blocks(model)
     batches = run_batches(config, data)
     folder = Path(on_first(lambda: str(_prepare(config))))
+    note_began()
     metrics = (Metrics if is_first() else Unwritten)(folder / "metrics.jsonl")
     return Run(
         config,
@@ -95,7 +98,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         build_optimizer(config.optimizer, model),
         data,
         metrics,
-        Saver(folder, config.save_num_checkpoints_to_keep, config.save_async),
+        Saver(folder, config.save_num_checkpoints_to_keep, config.save_async, torch.device(config.device)),
         batches,
         flops_per_token(model, config.max_seq_len, training=True),
     )

@@ -19,6 +19,8 @@ from tokenyard_train.sampling import continue_text
 class Callback:
     """Something to do at certain moments of a run; a subclass overrides those that it cares for.
 
+    Each process of a run calls its own, so what changes the run (`run.batches`, say) must be decided alike by all.
+
     Given to ``train(config, console, callbacks=[...])``, or offered by an installed distribution: an entry point of the
     group ``tokenyard.callbacks`` is called with the options that a config gives under ``callbacks``.
     """

@@ -29,9 +29,14 @@ def train(config: Config, overrides: Overrides = None) -> None:
     """Train a model from a YAML config."""
     from tokenyard_train.config import load_config
     from tokenyard_train.run import train as run
+    from tokenyard_train.stopping import Stopped
     from tokenyard_train.together import part
 
-    run(load_config(config, overrides or []), Console())
+    try:
+        run(load_config(config, overrides or []), Console())
+    except Stopped:  # as all processes are
+        part()
+        raise
     part()
 
 
@@ -120,10 +125,10 @@ def main() -> None:
 
 def _say_collective(error: Exception) -> None:
     """End with a sentence, and code 1, if another process of the run is missed in a collective."""
-    from tokenyard_train.faults import fault_of, note
+    from tokenyard_train.notes import fault_of, note_fault
 
     fault, rank = fault_of(error), int(os.environ.get("RANK", "0"))
     if fault is not None:
-        note(fault, rank)
+        note_fault(fault, rank)
         print(f"error: process {rank} failed in {fault.collective}: {fault.reason}", file=sys.stderr, flush=True)
         os._exit(1)  # threads of other groups may wait for that process, too, and would not let this one go

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from tokenyard import ConfigError
 from tokenyard_train.build import build_model
 from tokenyard_train.checkpoint import model_tensors, newest_good, read_meta, read_tensors
+from tokenyard_train.config.layout_free import layout_free
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.sampling import continue_text
@@ -18,20 +18,9 @@ def generate(run_folder: Path, prompt: str, max_new_tokens: int, temperature: fl
     checkpoint = newest_good(run_folder) if run_folder.is_dir() else None
     if checkpoint is None:
         raise ConfigError(f"{run_folder} holds no checkpoint; give the folder of a run, such as runs/quickstart")
-    config = read_config(_alone(read_meta(checkpoint)["config"]) | {"device": "auto"})
+    alone = {"device": "auto", "global_train_batch_size": 1, "device_train_microbatch_size": 1}
+    config = read_config(layout_free(read_meta(checkpoint)["config"]) | alone)
     _, model = build_model(config)
     model.to_empty(device=config.device)
     read_tensors(checkpoint, model_tensors(model))
     return continue_text(model, build_tokenizer(config.tokenizer), prompt, max_new_tokens, temperature, seed)
-
-
-def _alone(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's config for this process alone, whatever the layout it was trained in."""
-    batch = {"global_train_batch_size": 1, "device_train_microbatch_size": 1}
-    return config | {"parallel": {}, "model": _without_ranks(config["model"])} | batch
-
-
-def _without_ranks(model: dict[str, Any]) -> dict[str, Any]:
-    """Drop what says how many ranks share the experts, wherever a model's config keeps it."""
-    kept = {key: value for key, value in model.items() if key != "moe_world_size"}
-    return {key: _without_ranks(value) if isinstance(value, dict) else value for key, value in kept.items()}

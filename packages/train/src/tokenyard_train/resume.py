@@ -18,6 +18,7 @@ from tokenyard_train.checkpoint import (
     read_meta,
     read_tensors,
 )
+from tokenyard_train.config.layout_free import layout_free
 from tokenyard_train.optim import trainable
 from tokenyard_train.together import on_first
 
@@ -95,7 +96,7 @@ def _state_by_name(run: Run) -> dict[str, dict[str, Tensor]]:
 
 
 def _check_agreement(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:
-    now = run.config.model_dump(mode="json")
+    saved, now = layout_free(saved), layout_free(run.config.model_dump(mode="json"))
     pairs = [(key, saved.get(key), now[key]) for key in _MUST_AGREE]
     pairs.append(("optimizer.name", saved["optimizer"]["name"], now["optimizer"]["name"]))
     for key, before, after in pairs:

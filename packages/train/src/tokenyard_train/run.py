@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from tokenyard_train.build import Run, build_run
 from tokenyard_train.callbacks import Callback, build_callbacks
+from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.evaluate import evaluate
 from tokenyard_train.nonfinite import NonFiniteError, Skipped
@@ -58,9 +60,10 @@ def train(config: TrainConfig, console: Console, callbacks: Sequence[Callback] =
         result = _finish(run, callbacks)
         failed = False
         return result
-    except NonFiniteError:  # on all ranks alike, so all can wait for what is being saved
-        _finish_saving(run, callbacks)
-        raise
+    except NonFiniteError as error:  # on all ranks alike, so all can wait for what is being saved
+        with suppress(CheckpointError):  # which would hide why the run ends
+            _finish_saving(run, callbacks)
+        raise error
     finally:
         run.metrics.trackers.finish(failed)
 
@@ -90,12 +93,18 @@ def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> N
             callback.evaluated(run, record)
     for callback in callbacks:
         (callback.skipped if isinstance(result, Skipped) else callback.batch_end)(run, step)
-    if run.unsaved:
+    _save(run, callbacks)
+
+
+def _save(run: Run, callbacks: Sequence[Callback]) -> None:
+    """Save if that is due after this step; wait for it, unless it is written while training goes on."""
+    ends = run.stop or run.batch >= run.batches  # which a callback may have changed
+    due = ends or run.due(run.config.save_interval)
+    if run.unsaved or due:
         _finish_saving(run, callbacks)
-    if last or run.stop or run.due(run.config.save_interval):
-        _finish_saving(run, callbacks)
+    if due:
         save(run)
-    if last or run.stop or not run.config.save_async:
+    if ends or not run.config.save_async:
         _finish_saving(run, callbacks)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenyard import ConfigError
 from tokenyard_train.data import Tokenizer
+from tokenyard_train.together import as_first
 
 
 def continue_text(
@@ -38,7 +39,8 @@ def sample(model: Any, ids: Tensor, tokens: int, temperature: float, seed: int, 
     rows: list[list[int]] = [[] for _ in ids]
     running = [True] * len(rows)
     for _ in range(tokens):
-        ids = _next(model(ids, cache).logits[:, -1], temperature, generator).to(ids.device)
+        chosen = _next(model(ids, cache).logits[:, -1], temperature, generator)
+        ids = as_first(chosen.to(ids.device))  # logits of ranks may differ in the last bit, and ids may not
         for i, token in enumerate(ids[:, 0].tolist()):
             running[i] = running[i] and token != end
             rows[i] += [token] if running[i] else []

@@ -6,23 +6,23 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from tokenyard_train.checkpoint import write_checkpoint
+from tokenyard_train.checkpoint.staging import stage
 from tokenyard_train.together import group_of_writers
 
 
 class Saver:
     """Writes the checkpoints of a run's folder.
 
-    With `behind` the tensors are copied into the host's memory, which is kept for the next time, and a thread writes
-    them while training goes on. Every process of a run calls the same methods in the same order.
+    With `behind` what this process holds is copied into the host's memory, and a thread writes it while training on
+    `device` goes on. Every process of a run calls the same methods in the same order.
     """
 
-    def __init__(self, folder: Path, keep: int, behind: bool):
-        self._folder, self._keep, self._behind = folder, keep, behind
-        self._stager = DefaultStager(StagingOptions(False, False, False, False)) if behind else None
+    def __init__(self, folder: Path, keep: int, behind: bool, device: torch.device):
+        self._folder, self._keep, self._behind, self._device = folder, keep, behind, device
         self._group = group_of_writers() if behind else None
         self._writing: _Writing | None = None
 
@@ -33,9 +33,10 @@ class Saver:
 
     def save(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Save tensors and JSON as a checkpoint of that name; `finish` tells when it is whole. Call that before."""
-        assert self._writing is None, "the checkpoint before is not finished"
-        copies = tensors if self._stager is None else self._stager.stage(tensors)
-        self._writing = _Writing(self._folder, name, copies, meta, self._keep, self._group)
+        if self._writing is not None:
+            raise RuntimeError("finish the checkpoint before first")
+        copies = stage(tensors) if self._behind else tensors
+        self._writing = _Writing(self._device, self._folder, name, copies, meta, self._keep, self._group)
         if self._behind:
             self._writing.start()
         else:
@@ -56,14 +57,16 @@ class Saver:
 class _Writing(Thread):
     """One checkpoint being written; a process that ends for another reason does not wait for it."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, device: torch.device, *args: Any):
         super().__init__(daemon=True)
-        self._args = args
+        self._device, self._args = device, args
         self.path: Path | None = None
         self.error: Exception | None = None
 
     def run(self) -> None:
         """Write it."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a new thread's is the first one, whose memory is another process's
         try:
             self.path = write_checkpoint(*self._args)
         except Exception as error:

@@ -51,7 +51,7 @@ def train_step(run: Run) -> StepResult | Skipped:
     with run.phase("optimizer"):
         clipping = config.algorithms.gradient_clipping
         norm = run.strategy.clip(run.model, clipping.clipping_threshold if clipping else math.inf)
-        fetched = fetch(loss, norm, balances, run.strategy.reduce, (run.stop, run.saver.failed))
+        fetched = fetch(loss, norm, balances, run.strategy.reduce, (run.asked, run.saver.failed))
         run.stop, run.unsaved = fetched.flags
         if (instead := skipped(run, fetched.loss, fetched.grad_norm)) is not None:
             run.optimizer.zero_grad(set_to_none=True)
@@ -78,11 +78,20 @@ def _accumulate(run: Run) -> tuple[Tensor, list[Balance]]:
             output: Output = run.model(rows[:, :-1])
             nats = _token_nats(output.logits, rows[:, 1:]) / run.batch_tokens
         with run.phase("backward"):
-            microbatch = [b._replace(counts=run.strategy.reduce(b.counts)) for b in output.balances]
+            microbatch = _with_all_counts(run, output.balances)
             (nats + _auxiliary(run, microbatch, rows.shape[0] * config.max_seq_len * world)).backward()
         loss += nats.detach()
         balances.append([Balance(*(t.detach() for t in b)) for b in microbatch])
     return run.strategy.reduce(loss), [_summed(layer) for layer in zip(*balances)]
+
+
+def _with_all_counts(run: Run, balances: Sequence[Balance]) -> list[Balance]:
+    """Replace the counts of this rank by those of all, of all layers by one collective."""
+    if not balances:
+        return []
+    counts = [balance.counts for balance in balances]
+    summed = run.strategy.reduce(torch.cat(counts)).split([each.numel() for each in counts])
+    return [balance._replace(counts=each) for balance, each in zip(balances, summed)]
 
 
 def _summed(balances: Sequence[Balance]) -> Balance:

@@ -27,7 +27,7 @@ def stopping(run: Run) -> Iterator[None]:
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        run.stop = True
+        run.asked = True
 
     before = signal.signal(signal.SIGTERM, ask)
     try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tokenyard import TokenyardError
 
@@ -53,9 +55,20 @@ def share_out(call: Callable[[Any], Any], items: Sequence[Any], group: Any = Non
     return [answers[i % world][1][i // world] for i in range(len(items))]
 
 
+def as_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the first process's tensor, on every one; the others' are of the same shape and dtype."""
+    if dist.is_initialized() and started_processes() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def group_of_writers() -> Any:
     """Return a group of all processes for tensors on the CPU, to use beside a training step; None if there is one."""
-    return dist.new_group(backend="gloo") if started_processes() > 1 else None
+    if started_processes() == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    _set_pg_timeout(_timeout_of_all(), group)  # torch's own default is half an hour
+    return group
 
 
 def part() -> None:
@@ -64,10 +77,19 @@ def part() -> None:
         dist.destroy_process_group()
 
 
+def _timeout_of_all() -> timedelta:
+    """Return how long a collective of all processes may take."""
+    world = dist.group.WORLD
+    assert world is not None
+    timeout: timedelta = world._get_backend(torch.device(_device(world))).options._timeout
+    return timeout
+
+
 def _answer(call: Callable[[], Any]) -> list[Any]:
+    """Return what a call returned or refused; what the file system refuses must not leave the others waiting either."""
     try:
         return ["value", call()]
-    except TokenyardError as error:
+    except (TokenyardError, OSError) as error:
         return ["error", str(error)]
 
 

@@ -6,7 +6,6 @@ They are started once and serve many cases, since starting them takes longer tha
 from __future__ import annotations
 
 import atexit
-import functools
 import importlib
 import importlib.util
 import os
@@ -14,7 +13,7 @@ import pickle
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 _START = 120.0  # seconds that the processes have to start and meet
+_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
 
 class RanksError(RuntimeError):
@@ -35,7 +35,7 @@ class Ranks:
     """
 
     def __init__(self, size: int, device: str = "cpu", timeout: float = 120.0):
-        self.size, self.timeout = size, timeout
+        self.size, self.timeout, self.closed = size, timeout, False
         context = get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(size)]
@@ -45,8 +45,9 @@ class Ranks:
             context.Process(target=_serve, args=(rank, size, device, store, theirs, timeout), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
-        for process in self._processes:
+        for process, (_, theirs) in zip(self._processes, pipes):
             process.start()
+            theirs.close()  # so that its death is heard here
         self._collect(_START)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -70,20 +71,21 @@ class Ranks:
         faults = [f"rank {rank}: {said}" for rank, (good, said) in enumerate(answers) if not good]
         if faults:
             self.close()
-            _shared.cache_clear()
+            self.closed = True
             raise RanksError("\n".join(faults))
         return [said for _, said in answers]
 
 
+_SHARED: dict[tuple[int, str], Ranks] = {}
+"""Processes take seconds to start, so the tests of a session have them in common."""
+
+
 def ranks(size: int, device: str = "cpu") -> Ranks:
     """Return the processes that all tests of so many ranks share."""
-    return _shared(size, device)
-
-
-@functools.cache
-def _shared(size: int, device: str) -> Ranks:
-    made = Ranks(size, device)
-    atexit.register(made.close)
+    made = _SHARED.get((size, device))
+    if made is None or made.closed:
+        made = _SHARED[size, device] = Ranks(size, device)
+        atexit.register(made.close)
     return made
 
 
@@ -92,7 +94,7 @@ def _answer(end: Connection, seconds: float) -> tuple[bool, Any]:
         return False, f"no answer in {seconds:.0f} s"
     try:
         good, said = end.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         return False, "died"
     return good, said
 
@@ -102,7 +104,7 @@ def _serve(rank: int, size: int, device: str, store: str, end: Connection, timeo
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    for name, value in {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "LOCAL_RANK": str(rank)}.items():
+    for name, value in (_NO_MULTICAST | {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank)}).items():
         os.environ.setdefault(name, value)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -136,6 +138,3 @@ def _load(module: str, path: str, name: str) -> Callable[..., Any]:
             spec.loader.exec_module(sys.modules[module])
     function: Callable[..., Any] = getattr(sys.modules[module], name)
     return function
-
-
-__all__: Sequence[str] = ["Ranks", "RanksError", "ranks"]

@@ -17,11 +17,14 @@ from tokenyard_parallel.meshes import Sizes, expert_sizes
 
 
 def expert_dim(shape: Sequence[int], shards: int) -> int | None:
-    """Return the dimension of packed experts [E, ...] that is cut into `shards`; None if it would leave some empty."""
+    """Return the dimension of packed experts [E, ...] that is cut into `shards`; None if that would leave one empty.
+
+    The first that `shards` divide; else experts, if the last shard gets some: torch gives each the same, rounded up.
+    """
     even = [dim for dim, size in enumerate(shape) if size % shards == 0]
     if even:
         return even[0]
-    return 0 if shards < shape[0] else None
+    return 0 if -(-shape[0] // shards) * (shards - 1) < shape[0] else None
 
 
 def cut_experts(shards: int) -> Callable[[nn.Parameter], Shard]:
@@ -29,7 +32,8 @@ def cut_experts(shards: int) -> Callable[[nn.Parameter], Shard]:
 
     def place(parameter: nn.Parameter) -> Shard:
         dim = expert_dim(local(parameter).shape, shards)
-        assert dim is not None, "the strategy is unusable for this model"
+        if dim is None:
+            raise ConfigError(f"experts {list(parameter.shape)} cannot be cut into {shards} shards; see `unusable`")
         return Shard(dim)
 
     return place

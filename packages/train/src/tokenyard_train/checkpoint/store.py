@@ -59,8 +59,10 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     try:
         with quietly():
             dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    except (OSError, CheckpointException) as error:
+    except CheckpointException as error:
         raise CheckpointError(f"checkpoint {checkpoint} is of another model: {cause(error)}") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {cause(error)}") from None
 
 
 def load_model(model: nn.Module, checkpoint: Path) -> None:

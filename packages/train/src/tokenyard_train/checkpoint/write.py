@@ -47,8 +47,7 @@ def write_checkpoint(
         before = checkpoints(folder)
         last = f"the last good checkpoint is {before[-1]}" if before else "there is no earlier one"
         raise CheckpointError(f"checkpoint {target} could not be saved ({error}); {last}") from None
-    for old in checkpoints(folder)[:-keep] if keep > 0 and is_first() else []:
-        shutil.rmtree(old)
+    on_first(lambda: _writing(lambda: _prune(folder, target, keep)), group)
     return target
 
 
@@ -86,6 +85,17 @@ def _complete(unfinished: Path, target: Path, files: dict[str, Entry]) -> None:
         shutil.rmtree(target)
     unfinished.rename(target)
     _sync(target.parent)
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints; of those, later ones than the newest do not count.
+
+    Later ones are damaged, or this run would have gone on from them.
+    """
+    known = checkpoints(folder)
+    earlier = known[: known.index(newest) + 1]
+    for old in earlier[:-keep] if keep > 0 else []:
+        shutil.rmtree(old)
 
 
 def clear_unfinished(folder: Path) -> None:
