@@ -1,5 +1,7 @@
 """What the experts keep for the backward pass, and what that costs; on the CPU by the interpreter."""
 
+import functools
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -28,6 +30,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return made | {"weights": torch.rand(T, K, device=DEVICE).requires_grad_()}
 
 
+@functools.cache  # the interpreter takes seconds
 def run(save: str) -> tuple[dict[str, torch.Tensor], int]:
     """Return output and gradients, and the bytes kept besides x, the weights and the plan."""
     permutation, kernel = experts(save)

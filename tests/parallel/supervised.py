@@ -109,4 +109,8 @@ def drawn(seed: int, kinds: list[str], ranks: int, batches: int) -> list[Disturb
     draw = random.Random(seed)
     at = sorted(draw.sample(range(2, batches - 3), len(kinds)))
     draw.shuffle(kinds)
-    return [Disturbance(kind, draw.randrange(ranks), batch, draw.random() * 0.1) for kind, batch in zip(kinds, at)]
+    within = {"kill while saving": 0.02}  # seconds
+    return [
+        Disturbance(kind, draw.randrange(ranks), batch, draw.random() * within.get(kind, 0.1))
+        for kind, batch in zip(kinds, at)
+    ]
