@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import signal
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
+from tokenyard_train.bench.commands import run_train
 from tokenyard_train.build import build_run
 from tokenyard_train.callbacks import Callback
 from tokenyard_train.checkpoint import CheckpointError, write
@@ -95,6 +97,12 @@ def loaded(settings: dict) -> Result:
     run = build_run(read_config(settings), Console(quiet=True))
     run.batch = resume(run)
     return Result(digest(run), [], run.batch)
+
+
+def benched(path: str, out: str, overrides: list[str]) -> list[str]:
+    """Measure training as a file says; return what this rank wrote."""
+    run_train(Console(quiet=True), Path(out) / str(dist.get_rank()), Path(path), overrides, "none", 2, None)
+    return sorted(p.name for p in (Path(out) / str(dist.get_rank())).glob("*"))
 
 
 class Signal(Watch):

@@ -124,6 +124,8 @@ REFUSED = {
     (12, 8, 1): "expert_parallel is 8, which does not divide the 12 processes of a copy of the model; these do: 1, 2",
     (4096, 1, 1): "experts.up [16, 21504, 6144] cannot be cut into 4096 equal shards along any dimension; "
     "expert_parallel 2, 4, 8, 16 would do",
+    (100, 2, 1): "experts.up [8, 21504, 6144] cannot be cut into 50 equal shards along any dimension; "
+    "replicate 25, 50, 100 would do",
     (64, 1, 3): "replicate is 3, which does not divide the 64 processes; these do: 1, 2, 4",
 }
 

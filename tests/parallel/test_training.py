@@ -2,6 +2,7 @@
 
 import json
 from itertools import permutations
+from pathlib import Path
 
 import layout_runs as runs
 import pytest
@@ -96,6 +97,21 @@ def test_checkpoints_written_while_training_goes_on_are_the_same(layout, setting
     assert rest.losses == whole.losses[3:]
     assert rest.digest == whole.digest
     assert {path.name for path in (tmp_path / layout).glob("ba*")} == {"ba1", "ba2", "ba3", "ba4"}
+
+
+@pytest.mark.parametrize("file", ["qwen3-30b-4-layers", "dbrx-1-layer"])
+def test_training_over_ranks_is_measured(settings, tmp_path, file):
+    """The shapes that are measured on GPUs, cut down; the first process writes the result."""
+    sizes = {"dbrx-1-layer": ["model.size=tiny"], "qwen3-30b-4-layers": ["model.size=tiny", "model.hidden_size=64"]}
+    shared = ["model.num_local_experts=8", "model.num_experts_per_tok=2"] if file.startswith("qwen") else []
+    small = [*sizes[file], *shared, "max_seq_len=32", "device=cpu"]
+    small += ["parallel.strategy=fsdp", "parallel.expert_parallel=2"]
+    small += [f"train_loader={json.dumps(settings['train_loader'])}", "device_train_microbatch_size=2"]
+    path = str(Path(__file__).parents[2] / "examples" / "bench" / f"{file}.yaml")
+    assert ranks(2).run(runs.benched, path, str(tmp_path), small) == [["train.json"], []]
+    found = json.loads((tmp_path / "0" / "train.json").read_text())
+    assert found["records"][0]["processes"] == 2
+    assert found["config"]["parallel"]["expert_parallel"] == 2
 
 
 @pytest.mark.parametrize("where", ["collective", "callback"])

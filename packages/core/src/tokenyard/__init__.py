@@ -24,6 +24,7 @@ from tokenyard.interfaces import (
 )
 from tokenyard.losses import AuxiliaryLoss, load_balancing_loss, z_loss
 from tokenyard.moe import MoE, moe_layers
+from tokenyard.processes import started_processes
 from tokenyard.registry import Chosen, Registry, default_registry
 from tokenyard.workload import RoutingRule, Workload
 
@@ -64,6 +65,7 @@ __all__ = [
     "is_gated",
     "load_balancing_loss",
     "moe_layers",
+    "started_processes",
     "up_rows",
     "z_loss",
 ]

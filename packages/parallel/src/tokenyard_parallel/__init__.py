@@ -5,6 +5,6 @@ that do not exist, to see how a model would lie over them.
 """
 
 from tokenyard_parallel.__about__ import __version__
-from tokenyard_parallel.processes import connect, imagine, started_processes
+from tokenyard_parallel.processes import connect, imagine
 
-__all__ = ["__version__", "connect", "imagine", "started_processes"]
+__all__ = ["__version__", "connect", "imagine"]

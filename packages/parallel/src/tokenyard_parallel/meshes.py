@@ -24,13 +24,16 @@ class Sizes(NamedTuple):
     expert_parallel: int = 1
 
 
+def divisors(number: int) -> list[int]:
+    """List the divisors of a number, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def dense_sizes(ranks: int, replicate: int) -> Sizes:
     """Return the mesh of all parameters but the experts'. Raises ConfigError if the copies do not share the ranks."""
     if replicate < 1 or ranks % replicate:
-        divisors = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-        raise ConfigError(
-            f"replicate is {replicate}, which does not divide the {ranks} processes; these do: {divisors}"
-        )
+        fitting = ", ".join(map(str, divisors(ranks)))
+        raise ConfigError(f"replicate is {replicate}, which does not divide the {ranks} processes; these do: {fitting}")
     return Sizes(replicate, ranks // replicate)
 
 
@@ -41,10 +44,10 @@ def expert_sizes(dense: Sizes, expert_parallel: int) -> Sizes:
     """
     room = dense.shard if dense.shard > 1 else dense.replicate
     if room % expert_parallel:
-        divisors = ", ".join(str(n) for n in range(1, room + 1) if room % n == 0)
+        fitting = ", ".join(map(str, divisors(room)))
         raise ConfigError(
             f"expert_parallel is {expert_parallel}, which does not divide the {room} processes of a copy of the model; "
-            f"these do: {divisors}"
+            f"these do: {fitting}"
         )
     if dense.shard > 1:
         return Sizes(dense.replicate, room // expert_parallel, expert_parallel)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from tokenyard import started_processes
+
 _NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink's multicast stays off unless the environment asks for it: a program that fails while it uses multicast can
 take a host's GPUs out of service."""
@@ -21,11 +23,6 @@ LOOPBACK = "127.0.0.1"
 
 _TO_START = timedelta(minutes=5)
 """How long processes wait for each other to start, which is no hang yet."""
-
-
-def started_processes() -> int:
-    """Return how many processes torchrun (or whoever sets WORLD_SIZE) started for this run; 1 outside of it."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def connect(device: torch.device, timeout: timedelta | None = None) -> None:

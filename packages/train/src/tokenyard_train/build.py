@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 
-from tokenyard import ConfigError, default_registry
+from tokenyard import ConfigError, default_registry, started_processes
 from tokenyard_models import flops_per_token
 from tokenyard_train.checkpoint import checkpoints
 from tokenyard_train.config.duration import Span
@@ -25,7 +25,7 @@ from tokenyard_train.notes import note_began
 from tokenyard_train.optim import build_optimizer
 from tokenyard_train.saver import Saver
 from tokenyard_train.stopwatch import Phases, untimed
-from tokenyard_train.together import is_first, on_first, started_processes
+from tokenyard_train.together import is_first, on_first
 
 _DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,12 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from tokenyard import TokenyardError
-
-
-def started_processes() -> int:
-    """Return how many processes torchrun (or whoever sets WORLD_SIZE) started for this run; 1 outside of it."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+from tokenyard import TokenyardError, started_processes
 
 
 def is_first() -> bool:

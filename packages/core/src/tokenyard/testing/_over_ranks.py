@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from tokenyard.backend import Backend
 from tokenyard.interfaces import ExpertWeights, Routing
-from tokenyard.moe import MoE
+from tokenyard.moe import MoE, moe_layers
 from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.strategies import SingleStrategy
@@ -77,21 +77,26 @@ class Laid(NamedTuple):
     held: int  # numbers that this rank holds
 
 
-def strategy_on_rank(path: str, options: Mapping[str, Any], expert_parallel: int, seed: int) -> Laid | str:
-    """Lay a model out, run this rank's share of a batch, clip; or return why the strategy is unusable."""
+def strategy_on_rank(path: str, options: Mapping[str, Any], expert_parallel: int, case: str, seed: int) -> Laid | str:
+    """Lay a model out, run this rank's share of a batch, clip; or return why the strategy is unusable.
+
+    `case` is "even", "idle" (the last rank has no tokens) or "frozen" (experts are not trained).
+    """
     torch.manual_seed(seed)
     strategy = Backend("under test", path).load()(device="cpu", **options)
     rank, ranks = strategy.data
     tokens = torch.randn(12, DIM, dtype=torch.float64)
-    alone = _laid_out(SingleStrategy(), 1, seed)
+    alone = _laid_out(SingleStrategy(), 1, case, seed)
     with torch.device("meta"):
         reason = strategy.unusable(Net(_workload(expert_parallel)))
     if reason is not None:
         return str(reason)
-    model = _laid_out(strategy, expert_parallel, seed)
+    model = _laid_out(strategy, expert_parallel, case, seed)
     held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
     alone(tokens).square().sum().backward()
-    model(tokens.tensor_split(ranks)[rank]).square().sum().backward()
+    busy = ranks - (case == "idle" and ranks > 1)
+    shares = (*tokens.tensor_split(busy), tokens[:0])
+    model(shares[rank]).square().sum().backward()
     pairs = list(zip(_gradients(model), _gradients(alone)))
     want = torch.cat([b.flatten() for _, b in pairs]).norm()
     errors = [float(relative_error(a, b)) for a, b in pairs]
@@ -113,10 +118,12 @@ def _workload(expert_parallel: int) -> Workload:
     return Workload(DIM, 12, EXPERTS, 2, dtype=torch.float64, expert_parallel=expert_parallel)
 
 
-def _laid_out(strategy: Any, expert_parallel: int, seed: int) -> nn.Module:
+def _laid_out(strategy: Any, expert_parallel: int, case: str, seed: int) -> nn.Module:
     """Lay out a model, and give it values that depend on the seed alone: each shard is cut from the whole."""
     with torch.device("meta"):
         model: nn.Module = Net(_workload(expert_parallel))
+    for moe in moe_layers(model) if case == "frozen" else ():
+        moe.experts.requires_grad_(False)
     model = strategy.layout(model).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

@@ -51,12 +51,13 @@ class StrategyConformance(Conformance):
             assert relative_error(norm, before) < 1e-5
             assert relative_error(after, before if share is None else torch.tensor(share)) < 1e-4
 
+    @pytest.mark.parametrize("case", ["even", "idle", "frozen"])
     @pytest.mark.parametrize("expert_parallel", [1, 2])
-    def test_equals_one_process_over_two(self, expert_parallel: int) -> None:
-        """Gradients, their norm and its clipping, in float64, by gloo; each rank reads other data."""
+    def test_equals_one_process_over_two(self, expert_parallel: int, case: str) -> None:
+        """Gradients, their norm and its clipping, in float64, by gloo; each rank reads other data, or none."""
         seed = int(torch.randint(1 << 30, ()).item())
         path, options = self.offered().path, dict(self.options)
-        found = ranks(2).run(strategy_on_rank, path, options, expert_parallel, seed)
+        found = ranks(2).run(strategy_on_rank, path, options, expert_parallel, case, seed)
         if isinstance(found[0], str):
             pytest.skip(f"{self.backend}: {found[0]}")
         if found[0].data == (0, 1):

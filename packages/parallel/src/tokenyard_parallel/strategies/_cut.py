@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from tokenyard import ConfigError, MoE
-from tokenyard_parallel.meshes import Sizes, expert_sizes
+from tokenyard_parallel.meshes import Sizes, dense_sizes, divisors, expert_sizes
 
 
 def expert_dim(shape: Sequence[int], shards: int) -> int | None:
@@ -45,16 +45,27 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def refuse_uncut(moe: MoE, dense: Sizes, experts: Sizes) -> None:
-    """Raise ConfigError if some rank would hold nothing of a parameter of the experts, with the degrees that would do.
+    """Raise ConfigError if some rank would hold nothing of a parameter of the experts, saying what would do.
 
     `dense` and `experts` are the meshes of all other parameters, and of the experts.
     """
     if (name := _uncut(moe, experts)) is None:
         return
-    degrees = [d for d in range(1, moe.workload.num_experts + 1) if moe.workload.num_experts % d == 0]
-    fitting = [d for d in degrees if dense.shard % d == 0 and _uncut(moe, expert_sizes(dense, d)) is None]
-    would = f"expert_parallel {', '.join(map(str, fitting))} would do" if fitting else "raise replicate"
-    raise ConfigError(f"{name} cannot be cut into {experts.shard} equal shards along any dimension; {would}")
+    degrees = [d for d in divisors(moe.workload.num_experts) if _fits(moe, dense, d)]
+    ranks, degree = dense.replicate * dense.shard, experts.expert_parallel
+    copies = [r for r in divisors(ranks) if _fits(moe, dense_sizes(ranks, r), degree)]
+    what, values = ("expert_parallel", degrees) if degrees else ("replicate", copies)
+    raise ConfigError(
+        f"{name} cannot be cut into {experts.shard} equal shards along any dimension; {what} "
+        f"{', '.join(map(str, values))} would do"
+    )
+
+
+def _fits(moe: MoE, dense: Sizes, expert_parallel: int) -> bool:
+    try:
+        return _uncut(moe, expert_sizes(dense, expert_parallel)) is None
+    except ConfigError:
+        return False
 
 
 def _uncut(moe: MoE, sizes: Sizes) -> str | None:

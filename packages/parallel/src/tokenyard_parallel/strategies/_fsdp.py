@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from tokenyard import ConfigError, Layout, MoE, moe_layers
+from tokenyard import ConfigError, Layout, MoE, moe_layers, started_processes
 from tokenyard_parallel.meshes import (
     EXPERT_PARALLEL,
     SHARD,
@@ -29,7 +29,7 @@ from tokenyard_parallel.meshes import (
     make_mesh,
     place,
 )
-from tokenyard_parallel.processes import connect, started_processes
+from tokenyard_parallel.processes import connect
 from tokenyard_parallel.strategies._clip import clip
 from tokenyard_parallel.strategies._cut import cut_experts, refuse_uncut
 from tokenyard_parallel.strategies._describe import working_set

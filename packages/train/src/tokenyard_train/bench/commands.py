@@ -23,6 +23,7 @@ from tokenyard_train.bench.table import print_layers
 from tokenyard_train.bench.train import bench_train, print_train
 from tokenyard_train.bench.train_peer import IMPLEMENTATIONS
 from tokenyard_train.config import load_config
+from tokenyard_train.together import is_first
 
 
 def run_layer(console: Console, out: Path, *options: Any) -> None:
@@ -82,11 +83,13 @@ def run_train(
         torch.set_num_threads(threads)
     resolved = load_config(config, overrides)
     names = {"none": [], "both": list(IMPLEMENTATIONS)}.get(peers, peers.split(","))
-    records = bench_train(resolved, names, steps, console)
+    records = bench_train(resolved, names, steps, console if is_first() else Console(quiet=True))
+    if not is_first():
+        return
     print_train(records, console)
     machine = describe_machine(torch.device(resolved.device))
     settings = resolved.model_dump(
-        mode="json", include={"model", "max_seq_len", "global_train_batch_size", "precision"}
+        mode="json", include={"model", "max_seq_len", "global_train_batch_size", "precision", "parallel", "backends"}
     )
     path = write_results(out, "train", {"kind": "train", "machine": machine, "config": settings, "records": records})
     console.print(f"wrote {path}", highlight=False)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, started_processes
 from tokenyard.errors import did_you_mean
 from tokenyard_train.bench.memory import peak_bytes
 from tokenyard_train.bench.timing import Clock, Spread, Stages, clock_for
@@ -28,12 +28,15 @@ OURS = "tokenyard"
 def bench_train(config: TrainConfig, peers: Sequence[str], steps: int, console: Console) -> list[Record]:
     """Train some steps of a resolved config, each followed by the peers' step on the same batch; nothing is kept.
 
-    Raises ConfigError for an unknown peer, or one that has no model of this size.
+    Under torchrun all processes do, and return the same but for their own times. Raises ConfigError for an unknown
+    peer, one that has no model of this size, or any beside several processes.
     """
     for name in peers:
         if name not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
             raise ConfigError(f"--peers {name!r} is unknown{did_you_mean(name, IMPLEMENTATIONS)}; known are: {known}")
+    if peers and started_processes() > 1:
+        raise ConfigError("--peers run in one process; give --peers none under torchrun")
     with tempfile.TemporaryDirectory() as folder:
         run = build_run(config.model_copy(update={"save_folder": folder, "autoresume": False}), console)
         others = {name: MixtralPeer(run, IMPLEMENTATIONS[name]) for name in peers}
@@ -83,6 +86,7 @@ def _record(run: Run, name: str, times: list[float], loss: float) -> Record:
     speed = 1e3 * run.batch_tokens / step.median
     return {
         "contestant": name,
+        "processes": started_processes(),
         "step_ms": step._asdict(),
         "tokens_per_s": round(speed, 1),
         "flops_per_s": speed * run.flops_per_token,
@@ -101,7 +105,8 @@ def _parameters(model: Any) -> int:
 
 def print_train(records: Sequence[Record], console: Console) -> None:
     """Print speed and memory of each contestant, and our shares of time."""
-    table = Table("", "step ms", "tokens/s", "GFLOP/s", "peak MiB", "parameters", "ours / theirs", title_justify="left")
+    columns = ("step ms", "tokens/s", "of a process", "its GFLOP/s", "peak MiB", "parameters", "ours / theirs")
+    table = Table("", *columns, title_justify="left")
     ours = records[0]
     for record in records:
         ratio = ours["tokens_per_s"] / record["tokens_per_s"]
@@ -109,7 +114,8 @@ def print_train(records: Sequence[Record], console: Console) -> None:
             record["contestant"],
             f"{record['step_ms']['median']:.1f}",
             f"{record['tokens_per_s']:,.0f}",
-            f"{record['flops_per_s'] / 1e9:.1f}",
+            f"{record['tokens_per_s'] / record['processes']:,.0f}",
+            f"{record['flops_per_s'] / record['processes'] / 1e9:.1f}",
             f"{record['peak_bytes'] / 2**20:.0f}",
             f"{record['parameters']:,}",
             "" if record is ours else f"{ratio:.2f}x",

@@ -14,11 +14,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from tokenyard import TokenyardError
+from tokenyard import TokenyardError, started_processes
 from tokenyard_train.checkpoint.manifest import NAME as MANIFEST
 from tokenyard_train.checkpoint.manifest import CheckpointError, Entry, entry_of, write_manifest
 from tokenyard_train.checkpoint.store import META, cause, checkpoints, quietly
-from tokenyard_train.together import is_first, on_first, share_out, started_processes
+from tokenyard_train.together import is_first, on_first, share_out
 
 _UNFINISHED = ".unfinished-"
 

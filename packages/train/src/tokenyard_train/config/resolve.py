@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, started_processes
 from tokenyard_train.config.data import PythonStdlib
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data.tokenizer import build_tokenizer
-from tokenyard_train.together import started_processes
 
 _AUTO_TOKENS = 16384  # of one forward pass, when the microbatch size is left to us
 _SCORED_TOKENS = 1 << 17  # of held-out text, when their number is left to us
