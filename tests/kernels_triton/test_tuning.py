@@ -1,13 +1,12 @@
 """Tiles on Hopper: the shipped table, the file of tuned ones, and the command that fills it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from tokenyard_kernels_triton import hopper_tiling as tiles
+from tokenyard_kernels_triton.__main__ import main
 from tokenyard_kernels_triton.hopper_tiling import PRODUCTS, HopperTiling, bucket, hopper_tiling, keep_tuned
 
 CPU = torch.device("cpu")
@@ -91,21 +90,19 @@ def test_tuning_takes_the_fastest_of_many_that_fit():
         (["64,64,64,4,2"], "nothing to tune: 'gluon'"),
     ],
 )
-def test_the_command_declines_in_one_sentence(arguments, sentence):
+def test_the_command_declines_in_one_sentence(arguments, sentence, capsys):
     if torch.cuda.is_available() and sentence.startswith("nothing"):
         pytest.skip("a GPU may be tuned")
-    command = [sys.executable, "-m", "tokenyard_kernels_triton", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.startswith(sentence), done.stderr
-    assert done.stderr.count("\n") == 1
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(sentence), said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.gpu
 def test_tuning_runs_and_is_kept(cache, monkeypatch, capsys):
     """Of few candidates, since each is compiled."""
     from tokenyard_kernels_triton import tune
-    from tokenyard_kernels_triton.__main__ import main
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for Hopper")

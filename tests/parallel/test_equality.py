@@ -92,8 +92,10 @@ def test_in_float32(layout):
 @pytest.mark.full
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_equality_matrix(layout):
-    """Every case of every layout, and 50 steps of every routing; prints the layout's row of the table (-s)."""
-    worst = compare(layout, [*CASES, *(Case(routing, steps=50) for routing in ROUTINGS)])
+    """Every case of a layout, and 50 steps of every routing, plain and not; prints its row of the table (-s)."""
+    plain = [Case(routing, steps=50) for routing in ROUTINGS]
+    mixed = [Case(routing, 3, True, i % 2 == 1, steps=50) for i, routing in enumerate(ROUTINGS)]
+    worst = compare(layout, [*CASES, *plain, *mixed])
     single = compare(layout, [Case(r, a, dtype=torch.float32) for r, a in product(ROUTINGS, (1, 3))])
     columns = " | ".join(f"{worst[kind]:.1e}" for kind in ("y", "grad", "norm", "auxiliary", "final"))
     print(f"\n| {layout} | {columns} | {max(single.values()):.1e} |")

@@ -84,16 +84,19 @@ def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> N
     else:
         step = run.metrics.train(run, result, time.perf_counter() - began)
         progress.update(step)
-    last = run.batch == run.batches
-    if run.data.held_out is not None and (last or run.due(run.config.eval_interval)):
-        record = evaluate(run)
-        run.metrics.write(record)
-        progress.evaluated(record)
-        for callback in callbacks:
-            callback.evaluated(run, record)
+    if run.data.held_out is not None and (run.batch == run.batches or run.due(run.config.eval_interval)):
+        _evaluate(run, callbacks, progress)
     for callback in callbacks:
         (callback.skipped if isinstance(result, Skipped) else callback.batch_end)(run, step)
     _save(run, callbacks)
+
+
+def _evaluate(run: Run, callbacks: Sequence[Callback], progress: Progress) -> None:
+    record = evaluate(run)
+    run.metrics.write(record)
+    progress.evaluated(record)
+    for callback in callbacks:
+        callback.evaluated(run, record)
 
 
 def _save(run: Run, callbacks: Sequence[Callback]) -> None:

@@ -70,11 +70,10 @@ class FsdpStrategy:
     def layout(self, model: nn.Module) -> nn.Module:
         """Shard a model on the meta device, and install exchanges."""
         dense = data_mesh(make_mesh(self.dense, self.device, self.timeout))
-        layers = moe_layers(model)
-        mesh = make_mesh(self._expert_sizes(model), self.device, self.timeout) if layers else None
-        for moe in layers:
-            assert mesh is not None
-            self._share_out(moe, mesh)
+        if layers := moe_layers(model):
+            mesh = make_mesh(self._expert_sizes(model), self.device, self.timeout)
+            for moe in layers:
+                self._share_out(moe, mesh)
         for block in getattr(model, "blocks", ()):
             self._shard(block, dense)
         self._shard(model, dense)
