@@ -14,6 +14,14 @@ collect_ignore = ["example_plugin"]  # a project of its own; tests/core/test_exa
 _GPUS = {"gpu": 1, "multigpu": 2}
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker of pytest-xdist have all tests of several processes, which they share."""
+    for item in items:
+        if "parallel" in item.path.parts or "over_two" in item.name:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked `gpu` or `multigpu` where there are fewer GPUs than it needs."""
     for mark, needed in _GPUS.items():

@@ -43,7 +43,7 @@ def left(folder: Path):
     return losses, [{name: tensor.tolist() for name, tensor in shard.items()} for shard in shards]
 
 
-def survives(start, settings, tmp_path, nproc, disturbances, **changes):  # noqa: F811
+def survives(start, settings, tmp_path, nproc, disturbances, patience, **changes):  # noqa: F811
     """Disturb a run, and compare what it leaves with a run that saw nothing of it; return what each cost."""
     run(runs.trained, LAYOUTS[nproc], settings, tmp_path, **LENGTH)
     process = start("disturbed", nproc, "--max-restarts", str(len(disturbances)), **changes)
@@ -55,7 +55,7 @@ def survives(start, settings, tmp_path, nproc, disturbances, **changes):  # noqa
         print(f"\n{nproc} ranks, {disturbance}: {outcome}")
         assert outcome.redone <= INTERVAL * (2 if changes.get("save_async") else 1)
         if disturbance.kind == "stop":
-            assert outcome.detected <= TIMEOUT + 2
+            assert outcome.detected <= TIMEOUT + patience
             assert f"process {disturbance.rank} hangs (it is stopped): process " in outcome.said
             assert " waited in " in outcome.said
         else:
@@ -66,7 +66,7 @@ def survives(start, settings, tmp_path, nproc, disturbances, **changes):  # noqa
 def test_processes_that_are_killed_or_hang_are_started_again(start, settings, tmp_path):  # noqa: F811
     """At random moments; the run ends bit-identical to one that saw nothing of it."""
     kinds = ["kill", "kill", "kill while saving", "kill while saving", "stop", "stop"]
-    survives(start, settings, tmp_path, 2, drawn(2, kinds, 2, BATCHES))
+    survives(start, settings, tmp_path, 2, drawn(2, kinds, 2, BATCHES), patience=10)  # other tests run beside it
 
 
 @pytest.mark.full
@@ -76,7 +76,7 @@ def test_many_faults(start, settings, tmp_path, nproc, seed):  # noqa: F811
     """Six kills and two hangs a run, some while a checkpoint is written; prints what each cost (-s)."""
     kinds = ["kill"] * 3 + ["kill while saving"] * 3 + ["stop"] * 2
     disturbances = drawn(10 * seed + nproc, kinds, nproc, BATCHES)
-    survives(start, settings, tmp_path, nproc, disturbances, save_async=seed % 2 == 1)
+    survives(start, settings, tmp_path, nproc, disturbances, patience=2, save_async=seed % 2 == 1)
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(start, settings, tmp_path):  # noqa: F811

@@ -194,10 +194,14 @@ def test_training_reads_the_folder_as_it_reads_the_text(tmp_path, config, text):
 def test_the_commands_say_what_a_folder_holds(tmp_path, text):
     run = CliRunner().invoke
     folder = str(tmp_path / "p")
-    assert "2 documents" in run(app, ["data", "pack", folder, str(text), "--workers", "1"]).output
-    assert "tokenizer    bytes" in run(app, ["data", "info", folder]).output
-    said = run(app, ["data", "verify", folder]).output.split()  # however long the folder's name makes the lines
-    assert "tokens are as they were packed" in " ".join(said)
+
+    def said(*arguments):
+        """In one line, however long the folder's name makes them."""
+        return " ".join(run(app, ["data", *arguments]).output.split())
+
+    assert "2 documents" in said("pack", folder, str(text), "--workers", "1")
+    assert "tokenizer bytes" in said("info", folder)
+    assert "tokens are as they were packed" in said("verify", folder)
     assert run(app, ["data", "pack", folder, str(text), "--overwrite", "--workers", "1"]).exit_code == 0
     (tmp_path / "p" / "mine").touch()
     with pytest.raises(ConfigError, match=r"--overwrite deletes a packed folder, and .* holds something else: mine"):
