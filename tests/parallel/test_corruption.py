@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import disturbed_runs
 import layout_runs as runs
 import pytest
 from test_training import run, settings  # noqa: F401 (a fixture)
@@ -153,5 +154,5 @@ def test_the_last_good_one_is_loaded(saved, settings, tmp_path, layout):  # noqa
 def test_all_damaged_ends_every_process_with_the_same_sentence(saved, settings, tmp_path):  # noqa: F811
     for folder in saved.glob("ba*"):
         (Path(folder) / "run.json").unlink()
-    said = run(runs.refused_resume, "fsdp-2-ep2", settings, tmp_path, autoresume=True, save_folder=str(saved))
+    said = run(disturbed_runs.refused_resume, "fsdp-2-ep2", settings, tmp_path, autoresume=True, save_folder=str(saved))
     assert f"no checkpoint in {saved} is good" in said

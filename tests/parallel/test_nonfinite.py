@@ -3,7 +3,7 @@
 import math
 import random
 
-import layout_runs as runs
+import disturbed_runs
 import pytest
 from test_training import LAYOUTS, run, settings  # noqa: F401 (a fixture)
 
@@ -26,7 +26,7 @@ INJECTIONS = [pytest.param(*x, marks=[pytest.mark.full] * (i >= ALWAYS)) for i, 
 @pytest.mark.parametrize(("layout", "rank", "where", "value", "policy"), INJECTIONS)
 def test_all_ranks_decide_alike_and_keep_their_weights(settings, tmp_path, layout, rank, where, value, policy):  # noqa: F811
     changes = {"nonfinite": policy, "max_duration": f"{STEPS}ba"}
-    digests, missed, said = run(runs.spoilt, layout, settings, tmp_path, rank, STEP, where, value, **changes)
+    digests, missed, said = run(disturbed_runs.spoilt, layout, settings, tmp_path, rank, STEP, where, value, **changes)
     if policy == "stop":
         assert f"of batch {STEP + 1} is " in said
         assert len(set(digests)) == len(digests) == STEP + 1

@@ -4,6 +4,7 @@ import json
 from itertools import permutations
 from pathlib import Path
 
+import disturbed_runs
 import layout_runs as runs
 import pytest
 
@@ -118,7 +119,7 @@ def test_training_over_ranks_is_measured(settings, tmp_path, file):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_stop_together_when_one_is_asked_to(settings, tmp_path, rank, where):
     """Whenever it hears the signal; after the same step, which is saved."""
-    said, batch = run(runs.asked, "fsdp-2-ep2", settings, tmp_path, rank, 2, where, max_duration="9ba")
+    said, batch = run(disturbed_runs.asked, "fsdp-2-ep2", settings, tmp_path, rank, 2, where, max_duration="9ba")
     assert batch == 3
     assert said.startswith("stopped as asked, after batch 3 of 9, which is saved in")
     assert (tmp_path / "fsdp-2-ep2" / "ba3" / "manifest.json").exists()
@@ -126,7 +127,7 @@ def test_all_stop_together_when_one_is_asked_to(settings, tmp_path, rank, where)
 
 def test_a_checkpoint_that_one_process_cannot_write_ends_all_of_them(settings, tmp_path):
     """With the same sentence, at the same step; the checkpoint before stands."""
-    said = run(runs.unwritable, "fsdp-2-ep2", settings, tmp_path, 1, save_async=True, max_duration="60ba")
+    said = run(disturbed_runs.unwritable, "fsdp-2-ep2", settings, tmp_path, 1, save_async=True, max_duration="60ba")
     assert "ba2 could not be saved" in said
     assert "No space left on device" in said
 
