@@ -23,8 +23,14 @@ from tokenyard.activations import up_rows
 from tokenyard.interfaces import ExpertWeights, Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
-SHAPES = {"wide": (512, 2048, 1536, 8, 2), "odd": (100, 60, 36, 6, 2)}  # T, D, F, E, K
-SHAPES |= {"narrow": (512, 2048, 768, 8, 2), "more tokens": (513, 2048, 768, 8, 2), "one token": (1, 2048, 768, 8, 2)}
+SHAPES = {  # T, D, F, E, K
+    "widest": (512, 2048, 4096, 8, 2),
+    "wide": (512, 2048, 1536, 8, 2),
+    "narrow": (512, 2048, 768, 8, 2),
+    "odd": (100, 60, 36, 6, 2),
+    "more tokens": (513, 2048, 768, 8, 2),
+    "one token": (1, 2048, 768, 8, 2),
+}
 
 
 class Hopper:
@@ -102,10 +108,18 @@ def layer(kernels, shape, dtype, activation, bias, save):
     x, router = leaf(tokens, dim), TritonRouter(workload).to(dtype)
     y = kernel(x, Plan(*plan), router(x).topk_weights, weights)
     y.backward(torch.zeros_like(y))
+    move(TritonPermutation(workload), x, Plan(*plan), router(x).topk_weights)
+
+
+def move(permutation, x, plan, weights):
+    """Carry tokens to rows and back by themselves, as an exchange does, with the gradients of both."""
+    y = permutation.unpermute(permutation.permute(x, plan), plan, weights)
+    y.backward(torch.zeros_like(y))
 
 
 CASES = (
     ("GluonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
+    ("GluonExperts", "widest", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("GluonExperts", "narrow", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("GluonExperts", "narrow", torch.float16, "gelu_tanh", True, "recompute"),
     ("GluonExperts", "wide", torch.float16, "gelu_tanh", True, "recompute"),

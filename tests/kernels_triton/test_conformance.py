@@ -40,6 +40,21 @@ class TestGluonExperts(ExpertsConformance):
 
 
 @pytest.mark.gpu
+class TestGluonExpertsFp8(ExpertsConformance):
+    backend = "gluon"
+    options = {"save": "fp8"}
+    quantised = True
+    tile = 128
+
+
+@pytest.mark.gpu
+class TestGluonExpertsRecompute(ExpertsConformance):
+    backend = "gluon"
+    options = {"save": "recompute"}
+    tile = 128
+
+
+@pytest.mark.gpu
 class TestGluonExpertsOfManySlices(ExpertsConformance):
     backend = "gluon"
     tile = 128

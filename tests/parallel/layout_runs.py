@@ -84,6 +84,7 @@ def memory(settings: dict) -> tuple[int, int, dict[str, int]]:
     """Return the bytes that this rank holds in parameters, and saves for the backward pass; and those estimated."""
     run = build_run(read_config(settings), Console(quiet=True))
     held = sum(_local(p).numel() * p.element_size() for p in run.model.parameters())
+    foretold = estimated(run)
     saved: dict[int, int] = {}
 
     def note(t: torch.Tensor) -> torch.Tensor:
@@ -95,7 +96,7 @@ def memory(settings: dict) -> tuple[int, int, dict[str, int]]:
         output = run.model(rows[:, :-1])
     gathered = {t.untyped_storage().data_ptr() for p in run.model.parameters() for t in [_local(p)]}
     del output
-    return held, sum(size for place, size in saved.items() if place not in gathered), estimated(run)
+    return held, sum(size for place, size in saved.items() if place not in gathered), foretold
 
 
 def estimated(run) -> dict[str, int]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
-from itertools import product
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 _EMBEDDING_STD = 0.02
+_THREADS = min(8, os.cpu_count() or 1)
+_SHARE = 1024  # rows that a thread draws at a time
 _INTO_RESIDUAL = ("attention.out.weight", "ffn.experts.down", "ffn.shared.down", "ffn.down")
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what activation checkpointing and compilation put in names
 
@@ -47,18 +50,28 @@ def draw_rows(
     `first` is the index in the whole parameter of the block's first element (default: all zeros).
     """
     whole, first = tuple(whole) or tuple(local.shape), tuple(first) or (0,) * local.dim()
-    generator = torch.Generator()
-    row = torch.empty(whole[-1], dtype=torch.float32, device="cpu")
-    part = row[first[-1] : first[-1] + local.shape[-1]]
-    rows = torch.empty(local.shape, dtype=torch.float32, device="cpu")
-    for index in product(*(range(n) for n in local.shape[:-1])):
-        position = 0
-        for i, start, size in zip(index, first, whole):
-            position = position * size + start + i
-        generator.manual_seed(_row_seed(seed, name, position))
-        row.normal_(0, std, generator=generator)
-        rows[index] = part
-    local.copy_(rows)
+    positions = _positions(local.shape, whole, first)
+    rows = torch.empty(len(positions), local.shape[-1], dtype=torch.float32, device="cpu")
+    columns = slice(first[-1], first[-1] + local.shape[-1])
+
+    def draw(part: slice) -> None:
+        generator, row = torch.Generator(), torch.empty(whole[-1], dtype=torch.float32, device="cpu")
+        for position, wanted in zip(positions[part], rows[part].unbind()):
+            generator.manual_seed(_row_seed(seed, name, position))
+            row.normal_(0, std, generator=generator)
+            wanted.copy_(row[columns])
+
+    with ThreadPoolExecutor(_THREADS) as pool:  # torch lets go of the interpreter while it draws
+        list(pool.map(draw, (slice(begin, begin + _SHARE) for begin in range(0, len(positions), _SHARE))))
+    local.copy_(rows.view(local.shape))
+
+
+def _positions(block: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> list[int]:
+    """Return the index, among all rows of a parameter, of each row of a block of it."""
+    positions = torch.zeros((), dtype=torch.int64, device="cpu")
+    for count, size, start in zip(block[:-1], whole, first):
+        positions = positions.unsqueeze(-1) * size + torch.arange(start, start + count, device="cpu")
+    return positions.flatten().tolist()
 
 
 def _local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:

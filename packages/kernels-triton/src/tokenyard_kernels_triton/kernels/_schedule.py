@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FIELDS = 5
+FIELDS = tl.constexpr(5)
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def list_tiles(
     for chunk in range(0, own, CHUNK):
         i = chunk + tl.arange(0, CHUNK)
         before = i // size * size
-        entry = tiles + 1 + 5 * (first + i)
+        entry = tiles + 1 + FIELDS * (first + i)
         tl.store(entry, tl.full([CHUNK], 0, tl.int32) + expert, mask=i < own)
         tl.store(entry + 1, start + before * TILE, mask=i < own)
         tl.store(entry + 2, tl.full([CHUNK], 0, tl.int32) + end, mask=i < own)
@@ -47,9 +47,21 @@ def list_tiles(
 
 
 @triton.jit
+def share_of(total, PROGRAMS: tl.constexpr):
+    """Return the first of the output tiles that a program computes, and where they end; every PROGRAMS-th is its own.
+
+    PROGRAMS run at once; of more, the first PROGRAMS have the first part of all tiles, the next ones the next.
+    """
+    turns = tl.num_programs(0) // PROGRAMS
+    part = tl.cdiv(tl.cdiv(total, PROGRAMS), turns) * PROGRAMS
+    begin = tl.program_id(0) // PROGRAMS * part
+    return begin + tl.program_id(0) % PROGRAMS, tl.minimum(begin + part, total)
+
+
+@triton.jit
 def tile_at(tiles, columns, index, TILE: tl.constexpr):
     """Return (expert, row, end, column tile) of the index-th output tile."""
-    entry = tiles + 1 + 5 * (index // columns)
+    entry = tiles + 1 + FIELDS * (index // columns)
     first, size = tl.load(entry + 3), tl.load(entry + 4)
     place = index - first * columns
     return tl.load(entry), tl.load(entry + 1) + place % size * TILE, tl.load(entry + 2), place // size

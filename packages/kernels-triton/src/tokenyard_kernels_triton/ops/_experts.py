@@ -120,13 +120,14 @@ def experts_backward_op(
             if save == "fp8":
                 z = widen(z, scales, layout.live, x.dtype)
             da = products.times_weight(drows, down, None, layout, False, "activation_gradient")
-            dz, weighted, dots = differentiate(da, drows, z, bias, order, topk_weights, layout, activation)
+            rows = drows if copied else None
+            dz, weighted, dots = differentiate(da, rows, z, bias, order, topk_weights, layout, activation)
             del z, da
             if need_weights and topk_weights is not None:
                 grads[1] = sum_dots(dots, plan)
             if need_down:
                 grads[3] = products.weight_gradient(drows, weighted, layout, "down_gradient")
-            del drows, weighted, dots
+            del rows, drows, weighted, dots
             if need_up:
                 grads[2] = products.weight_gradient(dz, products.rows_of(x, plan, ffn_dim), layout, "up_gradient")
             if need_up_bias:

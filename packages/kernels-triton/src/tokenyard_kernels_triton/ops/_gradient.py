@@ -14,7 +14,7 @@ from tokenyard_kernels_triton.ops._layout import Layout
 
 def differentiate(
     da: Tensor,
-    dy: Tensor,
+    dy: Tensor | None,
     z: Tensor,
     down_bias: Tensor | None,
     order: Tensor,
@@ -24,7 +24,7 @@ def differentiate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, .] that sum to a row's gate gradient.
 
-    da' = dy @ down [R, F] is not weighted. One pass over da' and z.
+    da' = dy @ down [R, F] is not weighted. One pass over da' and z. The rows dy [R, D] are needed for a bias alone.
     """
     ffn_dim = da.shape[1]
     dz, weighted = torch.empty_like(z), torch.empty_like(da)
@@ -46,7 +46,7 @@ def differentiate(
         WEIGHTED=topk_weights is not None,
         COLUMNS=min(2048, power_of_two(ffn_dim)),
     )
-    if down_bias is not None:
+    if dy is not None and down_bias is not None:
         dim = dy.shape[1]
         _moves.bias_dots[(layout.bound(64),)](
             dy, down_bias, dots, layout.tiles(64, 16), dim, width, 1, ROWS=64, COLUMNS=32

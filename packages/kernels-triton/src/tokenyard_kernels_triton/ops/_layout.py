@@ -36,7 +36,7 @@ class Layout:
     def tiles(self, tile: int, group: int) -> Tensor:
         """Return the list of tiles of so many rows, at most `group` in a group; see ``kernels._schedule``."""
         if (tile, group) not in self._lists:
-            tiles = self.offsets.new_empty(1 + _schedule.FIELDS * self.bound(tile))
+            tiles = self.offsets.new_empty(1 + _schedule.FIELDS.value * self.bound(tile))
             self.by_rows = self.offsets.new_empty(self.num_experts)
             _schedule.list_tiles[(self.num_experts,)](
                 self.offsets,

@@ -33,14 +33,16 @@ from tokenyard_parallel.processes import connect
 from tokenyard_parallel.strategies._clip import clip
 from tokenyard_parallel.strategies._cut import cut_experts, refuse_uncut
 from tokenyard_parallel.strategies._describe import working_set
+from tokenyard_parallel.strategies._prefetch import gather_ahead
 
 
 class FsdpStrategy:
     """Shards parameters, gradients and optimizer states over all processes, or over those of each of several copies.
 
-    `replicate` is how many copies of the model there are (HSDP); `reshard_after_forward` frees a block's parameters
-    between its forward and backward pass; `timeout` is how many seconds a collective may take. Experts are shared out
-    as `expert_parallel` of the model says, by neighbouring processes. Constructing it joins the processes.
+    `replicate` is how many copies of the model there are (HSDP); `reshard_after_forward` frees the parameters of every
+    block but the last between its forward and backward pass; `timeout` is how many seconds a collective may take.
+    Experts are shared out as `expert_parallel` of the model says, by neighbouring processes. Constructing it joins the
+    processes.
     """
 
     def __init__(
@@ -70,13 +72,16 @@ class FsdpStrategy:
     def layout(self, model: nn.Module) -> nn.Module:
         """Shard a model on the meta device, and install exchanges."""
         dense = data_mesh(make_mesh(self.dense, self.device, self.timeout))
+        blocks = list(getattr(model, "blocks", ()))
+        last = set(blocks[-1].modules()) if blocks else set()  # needed again at once, so it stays gathered
         if layers := moe_layers(model):
             mesh = make_mesh(self._expert_sizes(model), self.device, self.timeout)
             for moe in layers:
-                self._share_out(moe, mesh)
-        for block in getattr(model, "blocks", ()):
-            self._shard(block, dense)
-        self._shard(model, dense)
+                self._share_out(moe, mesh, moe not in last)
+        for block in blocks:
+            self._shard(block, dense, block not in last)
+        self._shard(model, dense, False)
+        gather_ahead(model, blocks)
         model.register_forward_hook(_reshard_without_backward)
         return model
 
@@ -102,7 +107,7 @@ class FsdpStrategy:
         degrees = {moe.workload.expert_parallel for moe in moe_layers(model)} or {1}
         return expert_sizes(self.dense, max(degrees))
 
-    def _share_out(self, moe: MoE, mesh: DeviceMesh) -> None:
+    def _share_out(self, moe: MoE, mesh: DeviceMesh, reshard: bool) -> None:
         """Give this rank its experts, and the exchange the ranks that hold the others; then shard them."""
         if moe.workload.expert_parallel > 1:
             among = mesh[EXPERT_PARALLEL]
@@ -112,19 +117,20 @@ class FsdpStrategy:
                 moe.workload, moe.experts.permutation, among.get_group()
             )
         cut = cut_experts(mesh[SHARD].size())
-        self._shard(moe.experts, data_mesh(mesh), _gathered_as(moe), cut)
+        self._shard(moe.experts, data_mesh(mesh), reshard, _gathered_as(moe), cut)
 
     def _shard(
         self,
         module: nn.Module,
         mesh: DeviceMesh,
+        reshard: bool,
         policy: MixedPrecisionPolicy | None = None,
         cut: Callable[[nn.Parameter], Shard] | None = None,
     ) -> None:
         unit: Any = fully_shard(
             module,
             mesh=mesh,
-            reshard_after_forward=self.reshard_after_forward,
+            reshard_after_forward=reshard and self.reshard_after_forward,
             shard_placement_fn=cut,
             mp_policy=policy or MixedPrecisionPolicy(cast_forward_inputs=False),
         )

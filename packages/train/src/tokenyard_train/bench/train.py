@@ -11,6 +11,7 @@ from rich.table import Table
 
 from tokenyard import ConfigError, started_processes
 from tokenyard.errors import did_you_mean
+from tokenyard_train.bench.launches import trace
 from tokenyard_train.bench.memory import peak_bytes
 from tokenyard_train.bench.timing import Clock, Spread, Stages, clock_for
 from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
@@ -22,6 +23,8 @@ from tokenyard_train.stopwatch import Stopwatch
 Record = dict[str, Any]
 
 _WARMUP = 2
+_SHOWN = 24  # kernels of a step
+_COLLECTIVES = "nccl"  # how the names of their kernels begin
 OURS = "tokenyard"
 
 
@@ -40,7 +43,7 @@ def bench_train(config: TrainConfig, peers: Sequence[str], steps: int, console: 
     with tempfile.TemporaryDirectory() as folder:
         run = build_run(config.model_copy(update={"save_folder": folder, "autoresume": False}), console)
         others = {name: MixtralPeer(run, IMPLEMENTATIONS[name]) for name in peers}
-        console.print(f"{steps} steps of {run.batch_tokens:,} tokens on {config.device} ...", style="dim")
+        run.console.print(f"{steps} steps of {run.batch_tokens:,} tokens on {config.device} ...", style="dim")
         return _measured(run, others, steps)
 
 
@@ -65,9 +68,19 @@ def _measured(run: Run, peers: dict[str, MixtralPeer], steps: int) -> list[Recor
     return [
         _record(run, name, times[name], losses[name])
         | {"parameters": _parameters(models[name]), "peak_bytes": peak_bytes(_stages(work), run.device)}
-        | ({"shares": shares} if name == OURS else {})
+        | ({"shares": shares} | _launched(run, work) if name == OURS else {})
         for name, work in works.items()
     ]
+
+
+def _launched(run: Run, work: Callable[[], Any]) -> Record:
+    """Return the kernels of one more step, and the milliseconds of those that are collectives, by name.
+
+    A collective's time includes that in which it waits for other ranks.
+    """
+    seen = trace(_stages(work), run.device).kernels
+    collectives = {k.name: round(k.milliseconds, 3) for k in seen if k.name.startswith(_COLLECTIVES)}
+    return {"kernels": [kernel._asdict() for kernel in seen[:_SHOWN]], "collectives_ms": collectives}
 
 
 def _stages(work: Callable[[], Any]) -> Stages:
@@ -123,3 +136,6 @@ def print_train(records: Sequence[Record], console: Console) -> None:
     console.print(table)
     shares = ", ".join(f"{phase} {100 * share:.1f} %" for phase, share in ours["shares"].items())
     console.print(f"where our step's time goes: {shares}", highlight=False)
+    for name, milliseconds in ours["collectives_ms"].items():
+        share = 100 * milliseconds / ours["step_ms"]["median"]
+        console.print(f"{name}: {milliseconds:.1f} ms, {share:.1f} % of a step, beside other work", highlight=False)
