@@ -1,8 +1,8 @@
 """Initial weights that do not depend on the layout.
 
-Every row of a matrix (of the packed experts, every output row of every expert) is drawn by a generator of its own,
-seeded by a hash of (seed, parameter name, row index). A rank that holds some rows draws those and no others, and the
-model is the same whatever the number of ranks.
+The rows of a matrix (of the packed experts, the output rows of every expert) are drawn in stripes of some tens of
+thousands of numbers, each by a generator of its own, seeded by a hash of (seed, parameter name, stripe). A rank that
+holds some rows draws their stripes and no others, and the model is the same whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 _EMBEDDING_STD = 0.02
 _THREADS = min(8, os.cpu_count() or 1)
-_SHARE = 1024  # rows that a thread draws at a time
+_STRIPE = 1 << 15  # numbers that a generator draws; of more, torch would share out the copying over threads of its own
 _INTO_RESIDUAL = ("attention.out.weight", "ffn.experts.down", "ffn.shared.down", "ffn.down")
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what activation checkpointing and compilation put in names
 
@@ -50,28 +50,31 @@ def draw_rows(
     `first` is the index in the whole parameter of the block's first element (default: all zeros).
     """
     whole, first = tuple(whole) or tuple(local.shape), tuple(first) or (0,) * local.dim()
+    total, width = math.prod(whole[:-1]), whole[-1]
     positions = _positions(local.shape, whole, first)
-    rows = torch.empty(len(positions), local.shape[-1], dtype=torch.float32, device="cpu")
     columns = slice(first[-1], first[-1] + local.shape[-1])
+    height = max(1, _STRIPE // width)
+    rows = torch.empty(len(positions), local.shape[-1], dtype=torch.float32, device="cpu")
 
-    def draw(part: slice) -> None:
-        generator, row = torch.Generator(), torch.empty(whole[-1], dtype=torch.float32, device="cpu")
-        for position, wanted in zip(positions[part], rows[part].unbind()):
-            generator.manual_seed(_row_seed(seed, name, position))
-            row.normal_(0, std, generator=generator)
-            wanted.copy_(row[columns])
+    def draw(stripe: int, wanted: Tensor, out: Tensor) -> None:
+        generator = torch.Generator().manual_seed(_stripe_seed(seed, name, stripe))
+        begin = stripe * height
+        drawn = torch.empty(min(height, total - begin), width, dtype=torch.float32, device="cpu")
+        out.copy_(drawn.normal_(0, std, generator=generator)[wanted - begin, columns])
 
+    stripes, counts = torch.unique_consecutive(positions // height, return_counts=True)
+    shares = counts.tolist()
     with ThreadPoolExecutor(_THREADS) as pool:  # torch lets go of the interpreter while it draws
-        list(pool.map(draw, (slice(begin, begin + _SHARE) for begin in range(0, len(positions), _SHARE))))
+        list(pool.map(draw, stripes.tolist(), positions.split(shares), rows.split(shares)))
     local.copy_(rows.view(local.shape))
 
 
-def _positions(block: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> list[int]:
-    """Return the index, among all rows of a parameter, of each row of a block of it."""
+def _positions(block: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> Tensor:
+    """Return the index, among all rows of a parameter, of each row of a block of it, ascending."""
     positions = torch.zeros((), dtype=torch.int64, device="cpu")
     for count, size, start in zip(block[:-1], whole, first):
         positions = positions.unsqueeze(-1) * size + torch.arange(start, start + count, device="cpu")
-    return positions.flatten().tolist()
+    return positions.flatten()
 
 
 def _local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -88,8 +91,8 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _row_seed(seed: int, name: str, row: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{name}/{row}".encode(), digest_size=8).digest()
+def _stripe_seed(seed: int, name: str, stripe: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}/{stripe}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
