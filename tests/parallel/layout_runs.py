@@ -18,6 +18,7 @@ from tokenyard_train.config import read_config
 from tokenyard_train.estimate import estimate
 from tokenyard_train.resume import _tensors, resume
 from tokenyard_train.run import train
+from tokenyard_train.step import train_step
 
 
 class Result(NamedTuple):
@@ -55,6 +56,20 @@ def benched(path: str, out: str, overrides: list[str]) -> list[str]:
     """Measure training as a file says; return what this rank wrote."""
     run_train(Console(quiet=True), Path(out) / str(dist.get_rank()), Path(path), overrides, "none", 2, None)
     return sorted(p.name for p in (Path(out) / str(dist.get_rank())).glob("*"))
+
+
+def gradients(settings: dict) -> dict[str, list[float]]:
+    """Return the experts' gradients of the first step, each put together from its shards."""
+    run, found = build_run(read_config(settings), Console(quiet=True)), {}
+
+    def note(*_) -> None:
+        for name, p in run.model.named_parameters():
+            if ".experts." in name:
+                found[name] = (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).flatten().tolist()
+
+    run.optimizer.register_step_pre_hook(note)
+    train_step(run)
+    return found
 
 
 def initial(settings: dict) -> str:

@@ -156,7 +156,7 @@ def test_the_working_set_is_what_is_gathered_at_a_time(dbrx):
         found = strategy.describe(model).working_set
     experts = block["experts"] // 8
     assert found == 4 * block["outside"] + 2 * (4 * block["dense"] + 2 * experts) + max(
-        (2 + 4) * experts, (4 + 4) * block["outside"]
+        (2 + 2) * experts, (4 + 4) * block["outside"]
     )
 
 

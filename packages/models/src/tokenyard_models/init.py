@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 
 _EMBEDDING_STD = 0.02
 _THREADS = min(8, os.cpu_count() or 1)
-_STRIPE = 1 << 15  # numbers that a generator draws; of more, torch would share out the copying over threads of its own
+_STRIPE = 1 << 16  # numbers that a generator draws
+_SHARE = 32  # stripes that a thread draws at a time
 _INTO_RESIDUAL = ("attention.out.weight", "ffn.experts.down", "ffn.shared.down", "ffn.down")
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what activation checkpointing and compilation put in names
 
@@ -51,21 +52,27 @@ def draw_rows(
     """
     whole, first = tuple(whole) or tuple(local.shape), tuple(first) or (0,) * local.dim()
     total, width = math.prod(whole[:-1]), whole[-1]
-    positions = _positions(local.shape, whole, first)
-    columns = slice(first[-1], first[-1] + local.shape[-1])
     height = max(1, _STRIPE // width)
+    columns = slice(first[-1], first[-1] + local.shape[-1])
+    positions = _positions(local.shape, whole, first)
     rows = torch.empty(len(positions), local.shape[-1], dtype=torch.float32, device="cpu")
 
-    def draw(stripe: int, wanted: Tensor, out: Tensor) -> None:
-        generator = torch.Generator().manual_seed(_stripe_seed(seed, name, stripe))
-        begin = stripe * height
-        drawn = torch.empty(min(height, total - begin), width, dtype=torch.float32, device="cpu")
-        out.copy_(drawn.normal_(0, std, generator=generator)[wanted - begin, columns])
+    def draw(stripes: list[tuple[int, Tensor, Tensor]]) -> None:
+        generator, room = torch.Generator(), torch.empty(height, width, dtype=torch.float32, device="cpu")
+        for stripe, wanted, out in stripes:
+            generator.manual_seed(_stripe_seed(seed, name, stripe))
+            begin = stripe * height
+            stands = room[: total - begin]
+            if out.shape == stands.shape:
+                out.normal_(0, std, generator=generator)
+            else:
+                out.copy_(stands.normal_(0, std, generator=generator)[wanted - begin, columns])
 
-    stripes, counts = torch.unique_consecutive(positions // height, return_counts=True)
+    numbers, counts = torch.unique_consecutive(positions // height, return_counts=True)
     shares = counts.tolist()
+    stripes = list(zip(numbers.tolist(), positions.split(shares), rows.split(shares)))
     with ThreadPoolExecutor(_THREADS) as pool:  # torch lets go of the interpreter while it draws
-        list(pool.map(draw, stripes.tolist(), positions.split(shares), rows.split(shares)))
+        list(pool.map(draw, (stripes[begin : begin + _SHARE] for begin in range(0, len(stripes), _SHARE))))
     local.copy_(rows.view(local.shape))
 
 

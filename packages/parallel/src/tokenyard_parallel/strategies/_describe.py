@@ -19,7 +19,7 @@ def working_set(model: nn.Module, reshard_after_forward: bool) -> int:
     """Return the bytes that a step holds at most of gathered parameters, and of gradients not yet scattered.
 
     What is not in a block is gathered all the while. Of the blocks, two are at a time, or all if they are kept from the
-    forward to the backward pass. One unit's gradients stand whole, as computed and once more to be summed.
+    forward to the backward pass. One unit's gradients stand whole twice, in the dtype that they are computed in.
     """
     units = [_Unit(module, model) for module in model.modules() if isinstance(module, FSDPModule)]
     within = [_block_of(unit.module, getattr(model, "blocks", ())) for unit in units]
@@ -42,9 +42,7 @@ class _Unit:
         computed = {p: moe.workload.dtype for moe in moe_layers(model) for p in moe.experts.parameters()}
         self.gathered = sum(_numbers(p) * _narrower(p.dtype, computed.get(p)).itemsize for p in own)
         trained = [p for p in own if p.requires_grad]
-        self.gradients = sum(
-            _numbers(p) * (_narrower(p.dtype, computed.get(p)).itemsize + p.dtype.itemsize) for p in trained
-        )
+        self.gradients = sum(2 * _numbers(p) * _narrower(p.dtype, computed.get(p)).itemsize for p in trained)
 
 
 def _block_of(module: nn.Module, blocks: Iterable[nn.Module]) -> int | None:

@@ -34,6 +34,7 @@ from tokenyard_parallel.strategies._clip import clip
 from tokenyard_parallel.strategies._cut import cut_experts, refuse_uncut
 from tokenyard_parallel.strategies._describe import working_set
 from tokenyard_parallel.strategies._prefetch import gather_ahead
+from tokenyard_parallel.strategies._sum import WideSum
 
 
 class FsdpStrategy:
@@ -116,8 +117,12 @@ class FsdpStrategy:
             moe.experts.exchange = moe.chosen["exchange"].construct(
                 moe.workload, moe.experts.permutation, among.get_group()
             )
-        cut = cut_experts(mesh[SHARD].size())
-        self._shard(moe.experts, data_mesh(mesh), reshard, _gathered_as(moe), cut)
+        shards, stored, computed = mesh[SHARD].size(), moe.experts.up.dtype, moe.workload.dtype
+        narrow = computed.itemsize < stored.itemsize  # Experts would round its weights to that anyway, later
+        policy = MixedPrecisionPolicy(computed, computed, cast_forward_inputs=False) if narrow else None
+        unit = self._shard(moe.experts, data_mesh(mesh), reshard, policy, cut_experts(shards))
+        if narrow:
+            unit.set_custom_reduce_scatter(WideSum(shards, stored))
 
     def _shard(
         self,
@@ -126,7 +131,7 @@ class FsdpStrategy:
         reshard: bool,
         policy: MixedPrecisionPolicy | None = None,
         cut: Callable[[nn.Parameter], Shard] | None = None,
-    ) -> None:
+    ) -> Any:
         unit: Any = fully_shard(
             module,
             mesh=mesh,
@@ -135,8 +140,10 @@ class FsdpStrategy:
             mp_policy=policy or MixedPrecisionPolicy(cast_forward_inputs=False),
         )
         assert isinstance(unit, FSDPModule)
-        unit.set_gradient_divide_factor(1.0)
+        if mesh.size() > 1:  # else there is nothing to divide, and torch would copy the gradients to divide them by 1
+            unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum, and two scales would be applied
+        return unit
 
 
 class DdpStrategy(FsdpStrategy):
@@ -147,14 +154,6 @@ class DdpStrategy(FsdpStrategy):
 
     def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0):
         super().__init__(device, replicate=started_processes(), reshard_after_forward=False, timeout=timeout)
-
-
-def _gathered_as(moe: MoE) -> MixedPrecisionPolicy:
-    """Gather experts in the dtype that they are computed in: Experts would round them to it anyway, later."""
-    stored, computed = moe.experts.up.dtype, moe.workload.dtype
-    if computed.itemsize >= stored.itemsize:
-        return MixedPrecisionPolicy(cast_forward_inputs=False)
-    return MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=stored, cast_forward_inputs=False)
 
 
 def _reshard_without_backward(model: nn.Module, *_: Any) -> None:

@@ -55,3 +55,8 @@ def _cpu_peak(stages: Stages) -> int:
             standing += event.nbytes()
             peak = max(peak, standing)
     return peak
+
+
+def allocation_retries(device: torch.device) -> int:
+    """Return how often so far the GPU's memory was so full that torch gave back what it kept, which takes long."""
+    return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else 0

@@ -12,7 +12,7 @@ from rich.table import Table
 from tokenyard import ConfigError, started_processes
 from tokenyard.errors import did_you_mean
 from tokenyard_train.bench.launches import trace
-from tokenyard_train.bench.memory import peak_bytes
+from tokenyard_train.bench.memory import allocation_retries, peak_bytes
 from tokenyard_train.bench.timing import Clock, Spread, Stages, clock_for
 from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
 from tokenyard_train.build import Run, build_run
@@ -63,12 +63,13 @@ def _measured(run: Run, peers: dict[str, MixtralPeer], steps: int) -> list[Recor
             if step >= _WARMUP:
                 times[name].append(milliseconds)
         run.batch += 1
+    retries = allocation_retries(run.device)
     shares = _shares(watch.totals(lambda a, b: clock.between([a, b])[0]), sum(times[OURS]))
     models = {OURS: run.model, **{name: peer.model for name, peer in peers.items()}}
     return [
         _record(run, name, times[name], losses[name])
         | {"parameters": _parameters(models[name]), "peak_bytes": peak_bytes(_stages(work), run.device)}
-        | ({"shares": shares} | _launched(run, work) if name == OURS else {})
+        | ({"shares": shares, "allocation_retries": retries} | _launched(run, work) if name == OURS else {})
         for name, work in works.items()
     ]
 
@@ -136,6 +137,8 @@ def print_train(records: Sequence[Record], console: Console) -> None:
     console.print(table)
     shares = ", ".join(f"{phase} {100 * share:.1f} %" for phase, share in ours["shares"].items())
     console.print(f"where our step's time goes: {shares}", highlight=False)
+    if retries := ours["allocation_retries"]:
+        console.print(f"memory was full {retries} times; PYTORCH_ALLOC_CONF=expandable_segments:True may help")
     for name, milliseconds in ours["collectives_ms"].items():
         share = 100 * milliseconds / ours["step_ms"]["median"]
         console.print(f"{name}: {milliseconds:.1f} ms, {share:.1f} % of a step, beside other work", highlight=False)
