@@ -9,7 +9,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from tokenyard import ConfigError, Workload
 from tokenyard.interfaces import ExpertWeights
 from tokenyard.numerics import relative_error
-from tokenyard_kernels_triton import _device
 
 T, D, F, E, K = 48, 64, 128, 4, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,16 +77,6 @@ def test_fp8_costs_a_few_percent_in_gradients_only():
     assert torch.equal(exact["y"], narrow["y"])
     errors = {name: relative_error(narrow[name], exact[name]) for name in ("x", "up", "down", "weights")}
     assert all(0 < error < 0.06 for error in errors.values()), errors
-
-
-def test_programs_in_turns_give_the_same_bits(monkeypatch):
-    """As where a collective holds some multiprocessors; one turn here has two programs, and several tiles each."""
-    first = run("pre_activation")[0]
-    monkeypatch.setattr(_device, "_TURNS", 3)
-    monkeypatch.setattr(_device, "_TILES_A_TURN", 1)
-    assert _device.persistent_grid(torch.device(DEVICE), 10**6)[0] == 3 * _device.processors(torch.device(DEVICE))
-    second = run.__wrapped__("pre_activation")[0]
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_unknown_mode_is_named():

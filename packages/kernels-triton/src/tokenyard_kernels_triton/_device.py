@@ -9,8 +9,6 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-_TURNS = 1
-_TILES_A_TURN = 8  # of a program, at least
 _INTERPRETED_PROGRAMS = 2  # enough that a loop over tiles has several to do
 
 
@@ -23,11 +21,8 @@ def processors(device: torch.device) -> int:
 
 
 def persistent_grid(device: torch.device, tiles: int) -> tuple[int]:
-    """Return how many programs walk over so many tiles: all that run at once, in as many turns as pay.
-
-    Where a collective holds some of the multiprocessors, the others so take over more of the programs.
-    """
-    return (processors(device) * max(1, min(_TURNS, tiles // (processors(device) * _TILES_A_TURN))),)
+    """Return how many programs walk over so many tiles."""
+    return (min(processors(device), tiles),)
 
 
 def current_device() -> torch.device:

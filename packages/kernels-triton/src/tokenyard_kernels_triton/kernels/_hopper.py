@@ -17,7 +17,7 @@ from tokenyard_kernels_triton.kernels._hopper_loads import (
     right_slices,
 )
 from tokenyard_kernels_triton.kernels._hopper_pipeline import accumulate, barriers, pass_on, piece, ragged_at, store
-from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, share_of, tile_at
+from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 
 @gluon.jit
@@ -62,8 +62,7 @@ def _multiply_up(tensors, sizes, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BI
     steps = gl.cdiv(dim, DEPTH)
     done = 0
     sent = 0
-    begin, stop = share_of(gl.load(tiles) * columns, PROGRAMS)
-    for index in range(begin, stop, PROGRAMS):
+    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
         expert, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
@@ -117,8 +116,7 @@ def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr,
     steps = gl.cdiv(depth, DEPTH)
     done = 0
     sent = 0
-    begin, stop = share_of(gl.load(tiles) * columns, PROGRAMS)
-    for index in range(begin, stop, PROGRAMS):
+    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
         expert, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
@@ -171,8 +169,7 @@ def _multiply_columns(tensors, sizes, TOP_K: gl.constexpr, WARPGROUP: gl.constex
     each = m_tiles * n_tiles
     done = 0
     sent = 0
-    begin, stop = share_of(num_experts * each, PROGRAMS)
-    for index in range(begin, stop, PROGRAMS):
+    for index in range(gl.program_id(0), num_experts * each, PROGRAMS):
         expert = gl.load(by_rows + index // each)
         m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
         row = m * 128 + WARPGROUP * 64

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tokenyard_kernels_triton.kernels._hopper_pipeline import load, ragged_at
-from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, share_of, tile_at
+from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # as Triton 3.6 calls it
 _BOX = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 64 rows of 64 columns, 16 bytes a thread
@@ -27,8 +27,7 @@ def collect_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.const
     depth, width = sizes
     columns = gl.cdiv(width, COLUMNS // PARTS)
     done = 0
-    begin, stop = share_of(gl.load(tiles) * columns, PROGRAMS)
-    for index in range(begin, stop, PROGRAMS):
+    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
         expert, row, end, n = tile_at(tiles, columns, index, 128)
         column = n * (COLUMNS // PARTS)
         upper, in_upper = _tokens_at(order, row, end, TOP_K)
@@ -57,8 +56,7 @@ def collect_column_tiles(operands, sizes, TOP_K: gl.constexpr, COLLECT_LEFT: gl.
     m_tiles, n_tiles = gl.cdiv(rows, 128), gl.cdiv(columns, COLUMNS)
     each = m_tiles * n_tiles
     done = 0
-    begin, stop = share_of(num_experts * each, PROGRAMS)
-    for index in range(begin, stop, PROGRAMS):
+    for index in range(gl.program_id(0), num_experts * each, PROGRAMS):
         expert = gl.load(by_rows + index // each)
         m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
         first, end = gl.load(offsets + expert), gl.load(offsets + expert + 1)

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tokenyard_kernels_triton.kernels._hopper_collect import collect_column_tiles, collect_row_tiles
 from tokenyard_kernels_triton.kernels._hopper_pipeline import load, ragged_at
-from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, share_of, tile_at
+from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 
 @gluon.constexpr_function
@@ -62,8 +62,7 @@ def load_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.constexp
         depth, width = sizes
         columns = gl.cdiv(width, COLUMNS // PARTS)
         done = 0
-        begin, stop = share_of(gl.load(tiles) * columns, PROGRAMS)
-        for index in range(begin, stop, PROGRAMS):
+        for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
             expert, row, end, n = tile_at(tiles, columns, index, 128)
             column = n * (COLUMNS // PARTS)
             for k in range(0, depth, DEPTH):
@@ -85,8 +84,7 @@ def load_column_tiles(operands, sizes, TOP_K: gl.constexpr, COLLECT_LEFT: gl.con
         m_tiles, n_tiles = gl.cdiv(rows, 128), gl.cdiv(columns, COLUMNS)
         each = m_tiles * n_tiles
         done = 0
-        begin, stop = share_of(num_experts * each, PROGRAMS)
-        for index in range(begin, stop, PROGRAMS):
+        for index in range(gl.program_id(0), num_experts * each, PROGRAMS):
             expert = gl.load(by_rows + index // each)
             m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
             end = gl.load(offsets + expert + 1)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from tokenyard_kernels_triton.kernels._activations import function
-from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, share_of, tile_at
+from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 from tokenyard_kernels_triton.kernels._tiles import dot, load_rows, load_weight, rounded, store_rows, store_weight
 
 
@@ -26,8 +26,7 @@ def up_and_activate(
 ):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F], COLUMNS of F at a time."""
     columns = tl.cdiv(ffn_dim, COLUMNS)
-    begin, stop = share_of(tl.load(tiles) * columns, PROGRAMS)
-    for index in range(begin, stop, PROGRAMS):
+    for index in range(tl.program_id(0), tl.load(tiles) * columns, PROGRAMS):
         expert, row, end, n = tile_at(tiles, columns, index, ROWS)
         column = n * COLUMNS
         total = tl.zeros([ROWS, PARTS * COLUMNS], tl.float32)
@@ -67,8 +66,7 @@ def times_weight(
 ):
     """Write out [R, width] = left [R, depth] @ weight [depth, width] + bias; TRANSPOSED: weight is [width, depth]."""
     columns = tl.cdiv(width, COLUMNS)
-    begin, stop = share_of(tl.load(tiles) * columns, PROGRAMS)
-    for index in range(begin, stop, PROGRAMS):
+    for index in range(tl.program_id(0), tl.load(tiles) * columns, PROGRAMS):
         expert, row, end, n = tile_at(tiles, columns, index, ROWS)
         column = n * COLUMNS
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -97,8 +95,7 @@ def weight_gradient(
     """
     m_tiles, n_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     each = m_tiles * n_tiles
-    begin, stop = share_of(num_experts * each, PROGRAMS)
-    for index in range(begin, stop, PROGRAMS):
+    for index in range(tl.program_id(0), num_experts * each, PROGRAMS):
         expert = tl.load(by_rows + index // each)
         m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
         start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)

@@ -47,18 +47,6 @@ def list_tiles(
 
 
 @triton.jit
-def share_of(total, PROGRAMS: tl.constexpr):
-    """Return the first of the output tiles that a program computes, and where they end; every PROGRAMS-th is its own.
-
-    PROGRAMS run at once; of more, the first PROGRAMS have the first part of all tiles, the next ones the next.
-    """
-    turns = tl.num_programs(0) // PROGRAMS
-    part = tl.cdiv(tl.cdiv(total, PROGRAMS), turns) * PROGRAMS
-    begin = tl.program_id(0) // PROGRAMS * part
-    return begin + tl.program_id(0) % PROGRAMS, tl.minimum(begin + part, total)
-
-
-@triton.jit
 def tile_at(tiles, columns, index, TILE: tl.constexpr):
     """Return (expert, row, end, column tile) of the index-th output tile."""
     entry = tiles + 1 + FIELDS * (index // columns)
