@@ -5,9 +5,12 @@ from tokenyard_models.cache import Cache
 from tokenyard_models.config import MoEConfig, TransformerConfig
 from tokenyard_models.count import Size, count_parameters, flops_per_token
 from tokenyard_models.dbrx import Dbrx
+from tokenyard_models.hf import WeightsError, from_hf, to_hf
 from tokenyard_models.init import draw_rows, initialize
 from tokenyard_models.mixtral import Mixtral
 from tokenyard_models.mpt import Mpt
+from tokenyard_models.olmoe import Olmoe
+from tokenyard_models.qwen3_moe import Qwen3Moe
 from tokenyard_models.schema import Strict, parse
 from tokenyard_models.transformer import Block, Transformer
 
@@ -18,14 +21,19 @@ __all__ = [
     "Mixtral",
     "MoEConfig",
     "Mpt",
+    "Olmoe",
+    "Qwen3Moe",
     "Size",
     "Strict",
     "Transformer",
     "TransformerConfig",
+    "WeightsError",
     "__version__",
     "count_parameters",
     "draw_rows",
     "flops_per_token",
+    "from_hf",
     "initialize",
     "parse",
+    "to_hf",
 ]

@@ -11,5 +11,7 @@ def tokenyard_models() -> list[Backend]:
     return [
         Backend("dbrx", "tokenyard_models.dbrx:Dbrx"),
         Backend("mixtral", "tokenyard_models.mixtral:Mixtral"),
+        Backend("olmoe", "tokenyard_models.olmoe:Olmoe"),
+        Backend("qwen3_moe", "tokenyard_models.qwen3_moe:Qwen3Moe"),
         Backend("mpt_causal_lm", "tokenyard_models.mpt:Mpt"),
     ]

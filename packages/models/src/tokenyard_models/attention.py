@@ -11,7 +11,7 @@ from tokenyard_models.config import TransformerConfig
 
 
 class Attention(nn.Module):
-    """Causal self-attention: one fused projection, clipped if asked, rotated, and a scaled dot product.
+    """Causal self-attention: one fused projection, normalised and clipped if asked, rotated, a scaled dot product.
 
     Ainslie et al. 2023 (grouped queries, arXiv 2305.13245); Su et al. 2021 (RoPE, arXiv 2104.09864, rotated by halves).
     """
@@ -23,10 +23,11 @@ class Attention(nn.Module):
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = nn.Linear(config.dim, width, bias=config.bias)
         self.out = nn.Linear(config.heads * config.head_dim, config.dim, bias=config.bias)
+        self.q_norm, self.k_norm = (_norm(config, heads) for heads in (config.heads, config.kv_heads))
 
     def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Attend from x [B, S, D] at positions [S] to itself and to what the cache holds."""
-        qkv = self.qkv(x)
+        qkv = self._normed(self.qkv(x))
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads + 2 kv_heads, S, head_dim]
@@ -40,6 +41,21 @@ class Attention(nn.Module):
         mask = positions.unsqueeze(1) >= torch.arange(k.shape[2], device=x.device) if before else None  # [S, keys]
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before, enable_gqa=self.heads != self.kv_heads)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def _normed(self, qkv: Tensor) -> Tensor:
+        """Normalise the queries and keys among qkv [B, S, (heads + 2 kv_heads) head_dim]."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        sizes = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = qkv.split(sizes, dim=-1)
+        q, k = (norm(t.unflatten(-1, (-1, *norm.normalized_shape))) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+        return torch.cat((q.flatten(-2).to(v.dtype), k.flatten(-2).to(v.dtype), v), dim=-1)
+
+
+def _norm(config: TransformerConfig, heads: int) -> nn.RMSNorm | None:
+    if config.qk_norm is None:
+        return None
+    return nn.RMSNorm(config.head_dim * (heads if config.qk_norm == "all" else 1), eps=config.norm_eps)
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:

@@ -43,6 +43,7 @@ class TransformerConfig:
     norm: Literal["layer", "rms"] = "rms"
     norm_eps: float = 1e-5
     rope_theta: float | None = 10000.0  # None: learned positions
+    qk_norm: Literal["head", "all"] | None = None  # RMSNorm of queries and keys: of each head, or of all together
     clip_qkv: float | None = None
     tied_head: bool = False
     auxiliary: AuxiliaryLoss = field(default_factory=AuxiliaryLoss)

@@ -12,25 +12,26 @@ from pydantic import Field
 
 from tokenyard_models.config import TransformerConfig, check_divides
 from tokenyard_models.ffn import ActivationName, FfnConfig, merged
-from tokenyard_models.schema import Strict, only, parse
+from tokenyard_models.rope import RopeParameters
+from tokenyard_models.schema import HOUSEKEEPING, Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
 
 class DbrxAttention(Strict):
     """Grouped-query attention."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(["attn_impl", "model_type"])
+    ignored: ClassVar[frozenset[str]] = HOUSEKEEPING | {"attn_impl"}
 
     kv_n_heads: int = Field(8, ge=1)
     clip_qkv: float | None = Field(8.0, gt=0)
-    rope_theta: float = Field(500000.0, gt=0)
+    rope_theta: float | None = Field(None, gt=0)  # 500,000, unless rope_parameters say otherwise
     attn_pdrop: Annotated[float, only(0, "dropout")] = 0.0
 
 
 class DbrxFfn(FfnConfig):
     """DBRX's experts."""
 
-    ignored: ClassVar[frozenset[str]] = FfnConfig.ignored | {"model_type"}
+    ignored: ClassVar[frozenset[str]] = FfnConfig.ignored | HOUSEKEEPING | {"hidden_size"}
 
     ffn_type: Literal["mb_dmoe", "mb_moe", "torch_dmoe"] = "mb_dmoe"
     ffn_hidden_size: int = Field(10752, ge=1)
@@ -45,24 +46,7 @@ class DbrxFfn(FfnConfig):
 class DbrxConfig(Strict):
     """DBRX's sizes: the published ones (`size: full`, 131.6 B parameters) or a tiny model's, and other keys."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(
-        [
-            "model_type",
-            "architectures",
-            "init_device",
-            "use_cache",
-            "initializer_range",
-            "output_router_logits",
-            "router_aux_loss_coef",
-            "torch_dtype",
-            "dtype",
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-            "transformers_version",
-            "auto_map",
-        ]
-    )
+    ignored: ClassVar[frozenset[str]] = HOUSEKEEPING | {"init_device", "num_key_value_heads", "router_aux_loss_coef"}
 
     size: Literal["full", "tiny"] = "full"
     d_model: int = Field(6144, ge=1)
@@ -71,12 +55,14 @@ class DbrxConfig(Strict):
     max_seq_len: int = Field(32768, ge=1)
     vocab_size: int = Field(100352, ge=1)
     attn_config: DbrxAttention = DbrxAttention()
+    rope_parameters: RopeParameters | None = None  # transformers 5's; attn_config.rope_theta comes before it
     ffn_config: DbrxFfn = DbrxFfn()
     tie_word_embeddings: bool = False
     resid_pdrop: Annotated[float, only(0, "dropout")] = 0.0
     emb_pdrop: Annotated[float, only(0, "dropout")] = 0.0
 
 
+THETA = 500000.0
 TINY: dict[str, Any] = {
     "d_model": 128,
     "n_heads": 4,
@@ -107,7 +93,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         dense_ffn_dim=ffn.ffn_hidden_size,
         dense_activation=ffn.activation(),
         norm="layer",
-        rope_theta=attention.rope_theta,
+        rope_theta=attention.rope_theta or (read.rope_parameters.rope_theta if read.rope_parameters else THETA),
         clip_qkv=attention.clip_qkv,
         tied_head=read.tie_word_embeddings,
         auxiliary=ffn.auxiliary(),
@@ -121,6 +107,7 @@ class Dbrx(Transformer):
     `config` is a `model:` section; the other arguments are Transformer's.
     """
 
+    definition = "dbrx"
     schema: ClassVar[type[Strict]] = DbrxConfig
     resolve = staticmethod(resolve)
 

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from tokenyard_models.sharding import own_part
 
 _EMBEDDING_STD = 0.02
 _THREADS = min(8, os.cpu_count() or 1)
@@ -33,11 +34,11 @@ def initialize(model: nn.Module, seed: int, layers: int) -> None:
     each rank fills its own shard.
     """
     for name, parameter in model.named_parameters():
-        name = _unwrapped(name)
+        name = unwrapped(name)
         if parameter.dim() == 1 or name.endswith("_bias"):
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         else:
-            local, first = _local(parameter)
+            local, first = own_part(parameter)
             draw_rows(local, seed, name, _std(name, parameter.shape, layers), parameter.shape, first)
     for buffer in model.buffers():
         buffer.zero_()
@@ -84,15 +85,8 @@ def _positions(block: Sequence[int], whole: Sequence[int], first: Sequence[int])
     return positions.flatten()
 
 
-def _local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return what this rank holds of a parameter, and the index of its first element in the whole."""
-    if not isinstance(parameter, DTensor):
-        return parameter, (0,) * parameter.dim()
-    (chunk,) = parameter.__create_chunk_list__()  # how torch's checkpoints ask a shard where it lies
-    return parameter.to_local(), tuple(chunk.offsets)
-
-
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """Return a parameter's name without what activation checkpointing and compilation put into it."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name

@@ -12,28 +12,15 @@ from pydantic import Field
 
 from tokenyard import AuxiliaryLoss, RoutingRule
 from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
-from tokenyard_models.schema import Strict, only, parse
+from tokenyard_models.rope import Rope
+from tokenyard_models.schema import HOUSEKEEPING, Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
 
-class MixtralConfig(Strict):
+class MixtralConfig(Rope):
     """Mixtral's sizes: 8x7B's (`size: full`, 46.7 B parameters) or a tiny model's, and what is given besides."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(
-        [
-            "model_type",
-            "architectures",
-            "use_cache",
-            "initializer_range",
-            "output_router_logits",
-            "torch_dtype",
-            "dtype",
-            "transformers_version",
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-        ]
-    )
+    ignored: ClassVar[frozenset[str]] = HOUSEKEEPING
 
     size: Literal["full", "tiny"] = "full"
     vocab_size: int = Field(32000, ge=1)
@@ -92,7 +79,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         head_dim=read.head_dim or read.hidden_size // heads,
         moe=MoEConfig(read.intermediate_size, experts, top_k, rule=rule),
         norm_eps=read.rms_norm_eps,
-        rope_theta=read.rope_theta,
+        rope_theta=read.theta,
         tied_head=read.tie_word_embeddings,
         auxiliary=AuxiliaryLoss(read.router_aux_loss_coef, read.moe_zloss_weight, read.moe_loss_convention),
         expert_parallel=read.moe_world_size,
@@ -105,6 +92,7 @@ class Mixtral(Transformer):
     `config` is a `model:` section; the other arguments are Transformer's.
     """
 
+    definition = "mixtral"
     schema: ClassVar[type[Strict]] = MixtralConfig
     resolve = staticmethod(resolve)
 

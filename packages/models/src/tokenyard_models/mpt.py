@@ -154,6 +154,7 @@ def _kv_heads(read: MptConfig) -> int:
 class Mpt(Transformer):
     """LLM Foundry's causal language model. `config` is a `model:` section; the other arguments are Transformer's."""
 
+    definition = "mpt_causal_lm"
     schema: ClassVar[type[Strict]] = MptConfig
     resolve = staticmethod(resolve)
 

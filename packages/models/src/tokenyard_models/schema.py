@@ -13,6 +13,33 @@ from tokenyard_models.faults import sections, sentences, tag_of
 
 log = logging.getLogger("tokenyard")
 
+HOUSEKEEPING = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
+)
+"""Keys of a published config.json that say nothing of what a model computes."""
+
 
 class Strict(BaseModel):
     """A section of a config: immutable, and closed to keys that it does not declare.

@@ -54,6 +54,8 @@ class Transformer(nn.Module):
     experts; left out, as many as the config itself asks for, or one.
     """
 
+    definition = "transformer"  # the name that configs use, of those that have one
+
     def __init__(
         self,
         config: TransformerConfig,

@@ -13,7 +13,7 @@ from tokenyard import ConfigError
 from tokenyard_train.baselines import ngram_baselines
 from tokenyard_train.build import Run
 from tokenyard_train.config.schema import CALLBACKS, Callbacks, GenerateCallback
-from tokenyard_train.sampling import continue_text
+from tokenyard_train.sampling import continue_texts
 
 
 class Callback:
@@ -95,8 +95,8 @@ class Generate(Callback):
         c = self.config
         for prompt in c.prompts:
             with run.precision():
-                text = continue_text(
-                    run.model, run.data.tokenizer, prompt, c.max_new_tokens, c.temperature, run.config.seed
+                (text,) = continue_texts(
+                    run.model, run.data.tokenizer, [prompt], c.max_new_tokens, c.temperature, run.config.seed
                 )
             run.console.rule(f"batch {run.batch}: a sample")
             run.console.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}", highlight=False)

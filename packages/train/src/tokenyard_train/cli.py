@@ -78,16 +78,34 @@ def backends() -> None:
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    model: Annotated[Path, typer.Argument(help="The folder of a run, a checkpoint, or a Hugging Face folder.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; several go together.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(min=0)] = 17,
+    tokenizer: Annotated[str | None, typer.Option(help="A name or path in place of the model's own.")] = None,
 ) -> None:
-    """Continue a prompt with the model of a run."""
-    from tokenyard_train.generate import generate as continuation
+    """Continue prompts with a trained model."""
+    from tokenyard_train.generate import generate as continuations
 
-    print(prompt + continuation(run, prompt, max_new_tokens, temperature, seed))
+    prompts = prompt or [""]
+    for text, rest in zip(prompts, continuations(model, prompts, max_new_tokens, temperature, seed, tokenizer)):
+        print(text + rest)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The folder of a run, a checkpoint, or a Hugging Face folder.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    to: Annotated[str, typer.Option(help="hf or tokenyard")] = "hf",
+    dtype: Annotated[str | None, typer.Option(help="Of hf's weights: float32, bfloat16 or float16.")] = None,
+    fused: Annotated[bool, typer.Option("--fused", help="One tensor for all experts of a layer.")] = False,
+    like: Annotated[Path | None, typer.Option(help="A folder whose tokenizer and token ids go along.")] = None,
+) -> None:
+    """Write a model in another form."""
+    from tokenyard_train.convert import convert as run
+
+    run(source, target, to, dtype, fused, like)
 
 
 def _version(asked: bool) -> None:

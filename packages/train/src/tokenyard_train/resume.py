@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenyard_models.hf import Folder, load_weights
 from tokenyard_train.build import Run
 from tokenyard_train.checkpoint import (
     CheckpointError,
@@ -19,6 +20,7 @@ from tokenyard_train.checkpoint import (
     read_tensors,
 )
 from tokenyard_train.config.layout_free import layout_free
+from tokenyard_train.config.published import HF
 from tokenyard_train.optim import trainable
 from tokenyard_train.together import on_first
 
@@ -60,7 +62,10 @@ def resume(run: Run) -> int:
 
 
 def start_from(run: Run, path: str) -> None:
-    """Take the weights of a checkpoint folder (or a run's newest) for a new run. Raises CheckpointError."""
+    """Take the weights of a checkpoint folder (or a run's newest, or hf://folder). Raises TokenyardError."""
+    if path.startswith(HF):
+        load_weights(run.model, Folder(path.removeprefix(HF)))
+        return
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenyard import BackendError, ConfigError, default_registry
 from tokenyard_models.schema import parse, warn_ignored, without_ignored
 from tokenyard_train.config.foundry import INSTEAD
+from tokenyard_train.config.published import with_published_model
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
 
@@ -33,7 +34,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
 def read_config(data: Mapping[str, Any]) -> TrainConfig:
     """Check a config that is already a mapping, and fill in what it leaves open. Raises ConfigError."""
     ignored: list[str] = []
-    kept = without_ignored(TrainConfig, data, "", ignored)
+    kept = without_ignored(TrainConfig, with_published_model(data), "", ignored)
     kept = _without_ignored_by_model(kept, ignored)
     warn_ignored(ignored)
     _refuse_foundry_s(kept)

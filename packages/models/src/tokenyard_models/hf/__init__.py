@@ -1,0 +1,7 @@
+"""Weights of Hugging Face folders, in and out; transformers is not needed here, and proves it in the tests."""
+
+from tokenyard_models.hf._folder import Folder, WeightsError
+from tokenyard_models.hf._load import from_hf, load_weights, model_section
+from tokenyard_models.hf._save import to_hf
+
+__all__ = ["Folder", "WeightsError", "from_hf", "load_weights", "model_section", "to_hf"]

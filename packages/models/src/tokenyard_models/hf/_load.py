@@ -1,0 +1,140 @@
+"""Reading a Hugging Face folder into a model: tensor by tensor, and of a sharded model only what this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenyard import Registry, default_registry
+from tokenyard.errors import did_you_mean
+from tokenyard_models.hf._families import FAMILIES, Family
+from tokenyard_models.hf._folder import Folder, WeightsError
+from tokenyard_models.hf._pieces import Piece, slices
+from tokenyard_models.init import unwrapped
+from tokenyard_models.schema import without_ignored
+from tokenyard_models.sharding import own_part
+from tokenyard_models.transformer import Transformer
+
+_COMPUTED = ("rotary_emb.inv_freq",)  # what older files hold, though it follows from config.json
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def from_hf(
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    registry: Registry | None = None,
+    **placement: Any,
+) -> Any:
+    """Return the model of a Hugging Face folder (mixtral, dbrx, qwen3_moe or olmoe), with its weights.
+
+    `dtype` is that of the parameters; left out, the one that config.json tells. `placement` is the rest that
+    Transformer takes, such as `backends`. Raises WeightsError for a folder that is not whole, or of another
+    architecture, and ConfigError for a feature that is not supported; each names it.
+    """
+    folder = Folder(path)
+    name, section = model_section(folder)
+    told = folder.config.get("dtype") or folder.config.get("torch_dtype")
+    dtype = dtype or _DTYPES.get(str(told), torch.float32)
+    chosen = (registry or default_registry()).choose("model", name)
+    placement |= {"device": device, "dtype": dtype, "compute_dtype": dtype, "registry": registry}
+    with torch.device("meta"):
+        model = chosen.construct(section, **placement)
+    model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()
+    load_weights(model, folder)
+    return model
+
+
+def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
+    """Return a folder's model as a config's `model:` section tells it: its name, and its keys.
+
+    Raises WeightsError for an architecture that is not known here.
+    """
+    family = _family(folder)
+    keys = {family.renamed.get(key, key): value for key, value in folder.config.items()}
+    return family.model, without_ignored(family.schema, _filled(family.defaults, keys), "model", [])
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Folder) -> None:
+    """Fill a model's parameters from a folder; of one that is sharded, each rank reads its shards.
+
+    Raises WeightsError for a tensor that is missing, left over, or of another shape, before anything is filled.
+    """
+    parameters = {unwrapped(name): p for name, p in model.named_parameters()}
+    wanted = _wanted(model, folder, {name: tuple(p.shape) for name, p in parameters.items()})
+    _check(folder, wanted)
+    for name in folder.files:
+        reader = folder.reader(name)
+        for key in folder.files[name]:
+            for ours, piece in wanted.get(key, []):
+                _fill(parameters[ours], piece, reader)
+
+
+def _fill(parameter: Tensor, piece: Piece, reader: Any) -> None:
+    local, first = own_part(parameter)
+    part = piece.within(tuple((f, f + n) for f, n in zip(first, local.shape)))
+    if part is not None:
+        read = part.turned(reader.read(part.key, slices(part.theirs)))
+        place = local[slices(tuple((a - f, b - f) for (a, b), f in zip(part.ours, first)))]
+        place.copy_(read.reshape(place.shape))
+
+
+def _wanted(model: Any, folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[tuple[str, Piece]]]:
+    family = _family(folder)
+    if not isinstance(model, Transformer) or model.definition != family.model:
+        other = getattr(model, "definition", type(model).__name__)
+        raise WeightsError(f"{folder.path} holds a {family.model}, and the model is {other}")
+    fused = bool(family.marks_fused) and any(key.endswith(family.marks_fused) for key in folder.keys)
+    wanted: dict[str, list[tuple[str, Piece]]] = {}
+    for name, piece in family.pieces(model.config, shapes, fused):
+        wanted.setdefault(piece.key, []).append((name, piece))
+    covered = {name for found in wanted.values() for name, _ in found}
+    if uncovered := sorted(set(shapes) - covered):
+        raise WeightsError(f"the model's {uncovered[0]} has no place in a {family.model} folder")
+    return wanted
+
+
+def _check(folder: Folder, wanted: Mapping[str, list[tuple[str, Piece]]]) -> None:
+    left_over = {key for key in folder.keys - wanted.keys() if not key.endswith(_COMPUTED)}
+    if "head.weight" not in {name for found in wanted.values() for name, _ in found}:
+        left_over.discard("lm_head.weight")  # which some folders hold though it is the embedding
+    if missing := sorted(wanted.keys() - folder.keys):
+        raise WeightsError(f"{folder.path} lacks {missing[0]}{_and_others(missing)}")
+    if left_over:
+        extra = sorted(left_over)
+        raise WeightsError(f"{folder.path} holds {extra[0]}{_and_others(extra)}, which the model has no use for")
+    for name, keys in folder.files.items():
+        file = folder.reader(name).file
+        for key in keys:
+            if key in wanted:
+                folder.check(key, wanted[key][0][1].shape, file, name)
+
+
+def _and_others(names: list[str]) -> str:
+    return f" and {len(names) - 1} others" if len(names) > 1 else ""
+
+
+def _family(folder: Folder) -> Family:
+    kind = folder.config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        hint = did_you_mean(kind, FAMILIES) if isinstance(kind, str) else ""
+        raise WeightsError(f"{folder.path / 'config.json'} has model_type {kind!r}{hint}; known are: {known}")
+    return FAMILIES[kind]
+
+
+def _filled(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was given, and defaults for what was not, section by section."""
+    result = dict(given)
+    for key, value in defaults.items():
+        below = given.get(key, {} if isinstance(value, Mapping) else value)
+        result[key] = _filled(value, below) if isinstance(value, Mapping) and isinstance(below, Mapping) else below
+    return result
