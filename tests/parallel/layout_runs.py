@@ -11,12 +11,13 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
+from tokenyard_models.hf._folder import Reader
 from tokenyard_train.bench.commands import run_train
 from tokenyard_train.build import build_run
 from tokenyard_train.callbacks import Callback
 from tokenyard_train.config import read_config
 from tokenyard_train.estimate import estimate
-from tokenyard_train.resume import _tensors, resume
+from tokenyard_train.resume import _tensors, resume, start_from
 from tokenyard_train.run import train
 from tokenyard_train.step import train_step
 
@@ -50,6 +51,33 @@ def loaded(settings: dict) -> Result:
     run = build_run(read_config(settings), Console(quiet=True))
     run.batch = resume(run)
     return Result(digest(run), [], run.batch)
+
+
+class Read(NamedTuple):
+    """What a rank read of a Hugging Face folder."""
+
+    digest: str  # of the whole model and optimizer
+    total: int  # bytes
+    largest: int  # bytes that it read at a time
+    held: int  # bytes of its parameters
+
+
+def started(settings: dict) -> Read:
+    """Build a run that starts from a Hugging Face folder, and take its weights."""
+    sizes, read = [], Reader.read
+
+    def noted(reader: Reader, key: str, box: tuple[slice, ...]) -> torch.Tensor:
+        tensor = read(reader, key, box)
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    run = build_run(read_config(settings), Console(quiet=True))
+    Reader.read = noted
+    try:
+        start_from(run, settings["load_path"])
+    finally:
+        Reader.read = read
+    return Read(digest(run), sum(sizes), max(sizes), sum(_local(p).nbytes for p in run.model.parameters()))
 
 
 def benched(path: str, out: str, overrides: list[str]) -> list[str]:

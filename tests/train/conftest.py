@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tokenyard_train import cli
 from tokenyard_train.build import Run, build_run
 from tokenyard_train.config import TrainConfig, read_config
 
@@ -59,3 +61,17 @@ def console() -> Console:
 def build(config: Callable[..., TrainConfig], console: Console) -> Callable[..., Run]:
     """Build a run of the config, ready for its first step."""
     return lambda **changes: build_run(config(**changes), console)
+
+
+@pytest.fixture
+def tokenyard(monkeypatch, capsys):
+    """Run the command in this process; return (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tokenyard", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run

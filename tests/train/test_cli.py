@@ -12,20 +12,6 @@ from tokenyard_train.check import _reasons
 
 
 @pytest.fixture
-def tokenyard(monkeypatch, capsys):
-    """Run the command in this process; return (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tokenyard", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def path(settings, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))

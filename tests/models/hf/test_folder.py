@@ -1,0 +1,248 @@
+"""A folder that is not whole, not safe or not of the model is answered by one sentence."""
+
+import json
+import pickle
+import re
+
+import pytest
+import torch
+from hf_models import dbrx, made, mixtral, qwen3_moe
+from safetensors.torch import load_file, save_file
+
+from tokenyard import ConfigError
+from tokenyard_models import Mixtral, Mpt, WeightsError, from_hf, to_hf
+from tokenyard_models.hf import Folder, load_weights
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A Mixtral in several files."""
+    folder = tmp_path_factory.mktemp("published") / "model"
+    made(mixtral()).save_pretrained(folder, max_shard_size="8KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy to spoil."""
+    for path in original.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def first_file(folder):
+    return min(folder.glob("*.safetensors"))
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def index(folder):
+    return folder / "model.safetensors.index.json"
+
+
+def truncated(folder):
+    path = first_file(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+    return rf"{path.name} is not a whole safetensors file \(.*\); copy it anew"
+
+
+def header_larger_than_the_file(folder):
+    path = first_file(folder)
+    path.write_bytes((1 << 40).to_bytes(8, "little") + path.read_bytes()[8:])
+    return rf"{path.name} is not a whole safetensors file \(.*\); copy it anew"
+
+
+def file_that_is_missing(folder):
+    path = first_file(folder)
+    path.unlink()
+    return rf"{path.name} does not exist, and the folder's index names it"
+
+
+def tensor_that_the_index_leaves_out(folder):
+    edit(index(folder), lambda content: content["weight_map"].pop("model.layers.1.input_layernorm.weight"))
+    return r"does not list model\.layers\.1\.input_layernorm\.weight, which is in model-0.*"
+
+
+def tensor_that_the_index_invents(folder):
+    edit(index(folder), lambda content: content["weight_map"].update({"x": first_file(folder).name}))
+    return r"lacks x, which model\.safetensors\.index\.json says is there"
+
+
+def path_out_of_the_folder(folder):
+    edit(index(folder), lambda content: content["weight_map"].update({"x": "../model.safetensors"}))
+    return r"sends x to '\.\./model\.safetensors', which is no safetensors file in the folder"
+
+
+def index_of_nothing(folder):
+    index(folder).write_text("{}")
+    return "has no weight_map"
+
+
+def index_that_is_no_json(folder):
+    index(folder).write_text("{")
+    return "is not JSON"
+
+
+def change_tensors(folder, change):
+    """Put all tensors into one file, changed."""
+    tensors = {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def missing_tensor(folder):
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.0.block_sparse_moe.experts.3.w2.weight"))
+    return r"lacks model\.layers\.0\.block_sparse_moe\.experts\.3\.w2\.weight$"
+
+
+def tensors_too_many(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"model.a": torch.zeros(2), "model.b": torch.zeros(2)}))
+    return r"holds model\.a and 1 others, which the model has no use for"
+
+
+def shape_of_another_model(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(23)}))
+    return r"model\.norm\.weight in .*model\.safetensors is \[23\], and config\.json makes it \[24\]"
+
+
+def quantised_weights(folder):
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(24, dtype=torch.int8)}))
+    return r"model\.norm\.weight in .* is I8; weights are read in F64, F32, F16, BF16, and quantised ones not at all"
+
+
+def pickles(folder):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    return r"has weights as pickles \(pytorch_model\.bin\), which can run code when they are read; convert them"
+
+
+def no_weights(folder):
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    return r"holds neither model\.safetensors\.index\.json nor model\.safetensors"
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+    return r"config\.json does not exist; give a folder that holds config\.json"
+
+
+def another_architecture(folder):
+    edit(folder / "config.json", lambda content: content.update(model_type="mixtrel"))
+    return r"has model_type 'mixtrel' \(did you mean 'mixtral'\?\); known are: mixtral, qwen3_moe, olmoe, dbrx"
+
+
+def yarn(folder):
+    edit(folder / "config.json", lambda content: content["rope_parameters"].update(rope_type="yarn"))
+    return r"model\.rope_parameters\.rope_type .*another kind of rotary positions is not supported"
+
+
+def sliding_window(folder):
+    edit(folder / "config.json", lambda content: content.update(sliding_window=4096))
+    return r"model\.sliding_window .*sliding-window attention is not supported"
+
+
+def key_that_is_not_known(folder):
+    edit(folder / "config.json", lambda content: content.update(moe_latent_size=64))
+    return r"model\.moe_latent_size is not a known key"
+
+
+SPOILT = (truncated, header_larger_than_the_file, file_that_is_missing, tensor_that_the_index_leaves_out)
+SPOILT += (tensor_that_the_index_invents, path_out_of_the_folder, index_of_nothing, index_that_is_no_json)
+SPOILT += (missing_tensor, tensors_too_many, shape_of_another_model, quantised_weights, pickles, no_weights, no_config)
+SPOILT += (another_architecture, yarn, sliding_window, key_that_is_not_known)
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle ran",)
+
+
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
+def test_a_spoilt_folder_is_answered_by_one_sentence(folder, spoil):
+    sentence = spoil(folder)
+    with pytest.raises((WeightsError, ConfigError), match=sentence) as raised:
+        from_hf(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_nothing_is_filled_from_a_folder_of_another_size(folder):
+    missing_tensor(folder)
+    model = from_hf_sized(folder)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(WeightsError):
+        load_weights(model, Folder(folder))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def from_hf_sized(folder):
+    sizes = json.loads((folder / "config.json").read_text())
+    return Mixtral({key: sizes[key] for key in sizes if key.startswith(("num_", "hidden_size", "interm", "vocab"))})
+
+
+def test_a_model_of_another_family(folder):
+    with pytest.raises(WeightsError, match="holds a mixtral, and the model is mpt_causal_lm"):
+        load_weights(Mpt({"size": "tiny"}), Folder(folder))
+
+
+def test_older_names_of_keys(folder):
+    """rope_theta by itself, torch_dtype, and the frequencies that old files hold."""
+
+    def older(content):
+        content["rope_theta"] = content.pop("rope_parameters")["rope_theta"]
+        content["torch_dtype"] = content.pop("dtype")
+
+    edit(folder / "config.json", older)
+    change_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}))
+    assert from_hf(folder).config.rope_theta == 1e6
+
+
+def test_keys_that_dbrx_s_config_leaves_out_mean_what_transformers_takes(tmp_path):
+    made(dbrx(kv_n_heads=1)).save_pretrained(tmp_path / "model")
+    edit(tmp_path / "model" / "config.json", lambda content: content["attn_config"].pop("kv_n_heads", None))
+    assert from_hf(tmp_path / "model").config.kv_heads == 1
+
+
+def test_the_number_of_experts_under_either_name(tmp_path):
+    made(qwen3_moe()).save_pretrained(tmp_path / "model")
+
+    def renamed(content):
+        content["num_experts"] = content.pop("num_local_experts", None) or content["num_experts"]
+
+    edit(tmp_path / "model" / "config.json", renamed)
+    assert from_hf(tmp_path / "model").config.moe.num_experts == 6
+
+
+def test_writing_refuses_what_it_cannot(original, tmp_path):
+    model = from_hf(original)
+    with pytest.raises(WeightsError, match=re.escape(f"{tmp_path} exists already; give the name of a new folder")):
+        to_hf(model, tmp_path)
+    with pytest.raises(WeightsError, match="a mpt_causal_lm has no Hugging Face form here; these have: mixtral, qwen3"):
+        to_hf(Mpt({"size": "tiny"}), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_half_written_is_left(original, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tokenyard_models.hf._save.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        to_hf(from_hf(original), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tokenizer_goes_along(original, tmp_path, folder):
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    to_hf(from_hf(original), tmp_path / "new", like=folder)
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "new" / name).read_text() == (folder / name).read_text()

@@ -1,0 +1,120 @@
+"""From a Hugging Face folder to another by two commands, and text from both; transformers reads what comes out."""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from tokenyard import ConfigError
+from tokenyard_models import WeightsError, from_hf
+from tokenyard_train.config import read_config
+from tokenyard_train.generate import generate
+from tokenyard_train.run import train
+from tokenyard_train.sampling import sample
+from tokenyard_train.trained import load_trained
+
+SIZES = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 257}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A tiny Mixtral of transformers', for bytes."""
+    torch.manual_seed(4)
+    folder = tmp_path_factory.mktemp("published") / "mixtral"
+    config = MixtralConfig(**SIZES, max_position_embeddings=128, eos_token_id=256, initializer_range=0.2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tuning(settings, published):
+    """Fine-tuning it; the config does not say what model it is."""
+    changes = {"load_path": f"hf://{published}", "max_duration": "12ba", "optimizer": {"name": "adamw", "lr": 0.003}}
+    return {key: value for key, value in (settings | changes).items() if key != "model"}
+
+
+def nats(folder, text):
+    """Return transformers' loss on the training text."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([list((text / "a.txt").read_bytes()[:960])]).view(-1, 96)
+    with torch.no_grad():
+        return F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def test_fine_tuning_from_folder_to_folder(tokenyard, tuning, published, text, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tuning))
+    code, _, errors = tokenyard("train", str(tmp_path / "config.yaml"))
+    assert (code, errors) == (0, "")
+    code, _, errors = tokenyard("convert", str(tmp_path / "run"), str(tmp_path / "tuned"))
+    assert (code, errors) == (0, "")
+    assert nats(tmp_path / "tuned", text) < nats(published, text) - 0.5
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert tuned.config.max_position_embeddings == 128
+    assert tuned.config.eos_token_id == 256
+
+
+def test_a_run_starts_from_exactly_these_weights(tuning, published, tmp_path):
+    train(read_config(tuning | {"max_duration": "1ba", "optimizer": {"name": "adamw", "lr": 1e-30}}), Console(quiet=True))
+    found, want = load_trained(tmp_path / "run").model, from_hf(published)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), want.parameters(), strict=True))
+
+
+def test_the_model_may_be_changed_but_not_exchanged(tuning, published):
+    config = read_config(tuning | {"model": {"moe_zloss_weight": 0.01}})
+    assert (config.model["name"], config.model["hidden_size"], config.model["moe_zloss_weight"]) == ("mixtral", 32, 0.01)
+    with pytest.raises(ConfigError, match=r"model\.name is 'dbrx' but load_path 'hf://.*' holds a mixtral; drop the name"):
+        read_config(tuning | {"model": {"name": "dbrx"}})
+    with pytest.raises(WeightsError, match="is no folder; give one that holds config.json"):
+        read_config(tuning | {"load_path": f"hf://{published}x"})
+
+
+def test_greedy_text_is_that_of_transformers(published):
+    """64 tokens after prompts of different lengths, all together and each by itself."""
+    prompts = [list(text) for text in (b"3 times 7 is", b"x", b"and one more")]
+    theirs = AutoModelForCausalLM.from_pretrained(published)
+    options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = [theirs.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
+    ours = from_hf(published)
+    assert sample(ours, prompts, 64, 0.0, 1, set()) == want
+    assert [sample(ours, [p], 64, 0.0, 1, set())[0] for p in prompts] == want
+
+
+def test_text_ends_before_any_of_the_ids_that_end_it(published):
+    ours, prompt = from_hf(published), list(b"3 times")
+    (whole,) = sample(ours, [prompt], 20, 0.0, 1, set())
+    stop = whole[7]
+    assert sample(ours, [prompt], 20, 0.0, 1, {stop, 300}) == [whole[: whole.index(stop)]]
+
+
+def test_generate_reads_folders_with_the_tokenizer_that_is_told(tokenyard, published):
+    one, two = generate(published, ["3 times", "x"], 9, 0.0, 1, tokenizer="bytes")
+    arguments = ["--prompt", "3 times", "--prompt", "x", "--max-new-tokens", "9", "--temperature", "0"]
+    code, out, errors = tokenyard("generate", str(published), *arguments, "--tokenizer", "bytes")
+    assert (code, out, errors) == (0, f"3 times{one}\nx{two}\n", "")
+
+
+def test_a_folder_as_a_run_that_has_taken_no_step(tokenyard, published, tmp_path):
+    code, _, errors = tokenyard("convert", str(published), str(tmp_path / "run"), "--to", "tokenyard")
+    assert (code, errors) == (0, "")
+    assert generate(tmp_path / "run", ["x"], 9, 0.0, 1) == generate(published, ["x"], 9, 0.0, 1, tokenizer="bytes")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--to", "hff"], "--to is 'hff' (did you mean 'hf'?); known are: hf, tokenyard"),
+        (["--dtype", "float8"], "--dtype is 'float8'"),
+    ],
+)
+def test_convert_refuses_what_it_does_not_know(tokenyard, published, tmp_path, arguments, sentence):
+    code, _, errors = tokenyard("convert", str(published), str(tmp_path / "new"), *arguments)
+    assert code == 2
+    assert errors.startswith(f"error: {sentence}")
+    assert not (tmp_path / "new").exists()
