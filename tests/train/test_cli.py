@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from tokenyard import Backend, Chosen
-from tokenyard_train import cli
 from tokenyard_train.check import _reasons
 
 

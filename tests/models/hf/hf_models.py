@@ -1,6 +1,7 @@
 """Small models made and saved by transformers."""
 
 import os
+from copy import deepcopy
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -58,7 +59,7 @@ MODELS = {
 def made(config):
     """Return a model with weights large enough that nothing is near to a tie."""
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(config, **eager(config))
+    model = AutoModelForCausalLM.from_config(deepcopy(config), **eager(config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (1 if parameter.dim() == 1 else 0))  # norms

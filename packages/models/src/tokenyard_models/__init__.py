@@ -6,6 +6,7 @@ from tokenyard_models.config import MoEConfig, TransformerConfig
 from tokenyard_models.count import Size, count_parameters, flops_per_token
 from tokenyard_models.dbrx import Dbrx
 from tokenyard_models.hf import WeightsError, from_hf, to_hf
+from tokenyard_models.hf.inside import use_in_transformers
 from tokenyard_models.init import draw_rows, initialize
 from tokenyard_models.mixtral import Mixtral
 from tokenyard_models.mpt import Mpt
@@ -36,4 +37,5 @@ __all__ = [
     "initialize",
     "parse",
     "to_hf",
+    "use_in_transformers",
 ]

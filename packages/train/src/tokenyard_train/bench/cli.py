@@ -56,7 +56,7 @@ def layer(
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML config.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value in place of the config's")] = None,
-    peers: Annotated[str, typer.Option(help="transformers-eager, transformers-grouped_mm, both, or none.")] = "none",
+    peers: Annotated[str, typer.Option(help="transformers-eager, -grouped_mm, both, -tokenyard, or none.")] = "none",
     steps: Annotated[int, typer.Option(min=3)] = 20,
     threads: Threads = None,
     out: Out = Path("bench"),

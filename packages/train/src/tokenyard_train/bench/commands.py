@@ -21,7 +21,7 @@ from tokenyard_train.bench.plot import efficiency_bars
 from tokenyard_train.bench.shapes import parse_shapes
 from tokenyard_train.bench.table import print_layers
 from tokenyard_train.bench.train import bench_train, print_train
-from tokenyard_train.bench.train_peer import IMPLEMENTATIONS
+from tokenyard_train.bench.train_peer import BOTH
 from tokenyard_train.config import load_config
 from tokenyard_train.together import is_first
 
@@ -82,7 +82,7 @@ def run_train(
     if threads is not None:
         torch.set_num_threads(threads)
     resolved = load_config(config, overrides)
-    names = {"none": [], "both": list(IMPLEMENTATIONS)}.get(peers, peers.split(","))
+    names = {"none": [], "both": list(BOTH)}.get(peers, peers.split(","))
     records = bench_train(resolved, names, steps, console if is_first() else Console(quiet=True))
     if not is_first():
         return

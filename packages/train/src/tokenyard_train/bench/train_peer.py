@@ -9,12 +9,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenyard import ConfigError
-from tokenyard_models import TransformerConfig
+from tokenyard_models import TransformerConfig, use_in_transformers
 from tokenyard_train.build import Run
 from tokenyard_train.optim import build_optimizer
 
-IMPLEMENTATIONS = {"transformers-eager": "eager", "transformers-grouped_mm": "grouped_mm"}
-"""Which of transformers' expert implementations each peer uses."""
+IMPLEMENTATIONS = {
+    "transformers-eager": "eager",
+    "transformers-grouped_mm": "grouped_mm",
+    "transformers-tokenyard": "tokenyard",
+}
+"""Which of transformers' expert implementations each peer uses; the last is ours, inside transformers."""
+BOTH = ("transformers-eager", "transformers-grouped_mm")
+"""Transformers' own."""
 
 
 class MixtralPeer:
@@ -51,6 +57,8 @@ def _build(size: TransformerConfig, implementation: str) -> Any:
         from transformers import MixtralConfig, MixtralForCausalLM
     except ImportError:
         raise ConfigError('--peers needs transformers; pip install "transformers>=5.14"') from None
+    if implementation == "tokenyard":
+        use_in_transformers()
     if size.moe is None or size.moe.activation != "swiglu" or size.rope_theta is None or size.dense_layers:
         raise ConfigError("--peers compares with Mixtral, which has swiglu experts in every layer and rotary positions")
     config = MixtralConfig(

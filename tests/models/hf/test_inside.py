@@ -1,0 +1,161 @@
+"""Our experts inside transformers' models compute what transformers' own do."""
+
+import logging
+import sys
+
+import pytest
+import torch
+from hf_models import MODELS, VOCABULARY, made
+from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers.integrations.moe import use_experts_implementation
+from transformers.monkey_patching import clear_patch_mapping
+
+from tokenyard import ConfigError
+from tokenyard.numerics import relative_error
+from tokenyard_models import use_in_transformers
+from tokenyard_models.hf import inside
+
+DBRX = tuple(name for name in MODELS if name.startswith("dbrx"))
+LEAST = 1e-5
+
+
+@pytest.fixture
+def registered():
+    """Nothing is left of it for other tests."""
+    use_in_transformers()
+    yield
+    clear_patch_mapping()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Every model as transformers saves it, and its logits and gradients by transformers' eager experts."""
+    found = {}
+    for name, config in MODELS.items():
+        model, folder = made(config), tmp_path_factory.mktemp("published") / "model"
+        model.save_pretrained(folder)
+        found[name] = (folder, *results(model))
+    return found
+
+
+def results(model):
+    torch.manual_seed(2)
+    ids = torch.randint(1, VOCABULARY, (2, 40))
+    logits = model(ids).logits
+    (logits * torch.randn(logits.shape)).sum().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def same(model, logits, gradients):
+    found, ours = results(model)
+    assert relative_error(found, logits) < LEAST
+    assert ours.keys() == gradients.keys()
+    for name in ours:
+        assert relative_error(ours[name], gradients[name]) < LEAST, name
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in DBRX])
+def test_logits_and_gradients(registered, folders, name):
+    folder, logits, gradients = folders[name]
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="tokenyard")
+    assert model.config._experts_implementation == "tokenyard"
+    same(model, logits, gradients)
+
+
+@pytest.mark.parametrize("name", DBRX)
+def test_dbrx_gets_them_by_its_class(registered, folders, name):
+    folder, logits, gradients = folders[name]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model.transformer.blocks[0].ffn.experts).__name__ == "TokenyardDbrxExperts"
+    same(model, logits, gradients)
+
+
+def test_grouped_mm_computes_the_same(registered, folders):
+    folder, *want = folders["mixtral"]
+    same(AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm"), *want)
+
+
+def test_generating(registered, folders):
+    """And by a model that is switched while it lives."""
+    model = AutoModelForCausalLM.from_pretrained(folders["mixtral"][0], experts_implementation="eager")
+    prompt, options = torch.tensor([[5, 6, 7]]), {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    want = model.generate(prompt, **options)
+    model.set_experts_implementation("tokenyard")
+    assert torch.equal(model.generate(prompt, **options), want)
+
+
+def experts(has_gate, has_bias, is_transposed):
+    """Return experts of transformers' kind."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.act_fn = torch.nn.SiLU()
+            rows, (e, d, f) = (2 if has_gate else 1) * 12, (4, 8, 12)
+            sizes = {"gate_up_proj" if has_gate else "up_proj": (e, rows, d), "down_proj": (e, d, f)}
+            for name, size in sizes.items():
+                weight = torch.randn(size)
+                self.register_parameter(name, torch.nn.Parameter(weight.mT.contiguous() if is_transposed else weight))
+                if has_bias:
+                    self.register_parameter(f"{name}_bias", torch.nn.Parameter(torch.randn(size[:2])))
+
+        def forward(self, *_):
+            raise AssertionError("eager was not to run")
+
+    made_by = use_experts_implementation(has_gate=has_gate, has_bias=has_bias, is_transposed=is_transposed)
+    return made_by(Experts)(type("Config", (), {"_experts_implementation": "tokenyard"})())
+
+
+def by_hand(module, x, ids, weights):
+    """Read it token by token; an id of 4 is nobody's."""
+    y = torch.zeros_like(x)
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    for t, k in ((t, k) for t in range(len(x)) for k in range(ids.shape[1]) if ids[t, k] < 4):
+        e = ids[t, k]
+        one, two = (w[e].mT if module.is_transposed else w[e] for w in (up, module.down_proj))
+        z = one @ x[t]
+        if module.has_bias:
+            z = z + (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias)[e]
+        a = torch.nn.functional.silu(z[:12]) * (z[12:] if module.has_gate else 1)
+        out = two @ a + (module.down_proj_bias[e] if module.has_bias else 0)
+        y[t] = y[t] + weights[t, k] * out
+    return y
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_gate", [False, True])
+def test_every_form_of_weights_and_ids_of_nobody(registered, has_gate, has_bias, is_transposed):
+    torch.manual_seed(1)
+    module, x = experts(has_gate, has_bias, is_transposed), torch.randn(9, 8)
+    ids, weights = torch.rand(9, 5).topk(3).indices, torch.rand(9, 3, requires_grad=True)
+    assert (ids == 4).any()
+    leaves = [*module.parameters(), weights]
+    got, want = module(x, ids, weights), by_hand(module, x, ids, weights)
+    assert relative_error(got, want) < LEAST
+    dy = torch.randn(9, 8)
+    for one, two in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy)):
+        assert relative_error(one, two) < LEAST
+
+
+def test_a_model_with_a_gate_of_its_own_goes_on_by_itself(registered, caplog):
+    """And says so once, for all its layers."""
+    inside._say_once.cache_clear()
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = GptOssConfig(**sizes, num_key_value_heads=1, head_dim=16, num_local_experts=4, vocab_size=VOCABULARY)
+    config.eos_token_id = config.pad_token_id = 3
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    ids = torch.randint(0, VOCABULARY, (2, 9))
+    want = model(ids).logits
+    model.set_experts_implementation("tokenyard")
+    with caplog.at_level(logging.WARNING, logger="tokenyard"):
+        assert torch.equal(model(ids).logits, want)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("GptOssExperts is computed by transformers' own eager implementation: it combines gate")
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+    with pytest.raises(ConfigError, match=r"transformers 5\.14 or later is needed .*; pip install"):
+        use_in_transformers()
