@@ -8,7 +8,7 @@ import torch
 from hf_models import MODELS, VOCABULARY, made
 from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.moe import use_experts_implementation
-from transformers.monkey_patching import clear_patch_mapping
+from transformers.models.dbrx import modeling_dbrx
 
 from tokenyard import ConfigError
 from tokenyard.numerics import relative_error
@@ -20,11 +20,11 @@ LEAST = 1e-5
 
 
 @pytest.fixture
-def registered():
-    """Nothing is left of it for other tests."""
+def registered(monkeypatch):
+    """Nothing is left of DBRX's for other tests."""
+    monkeypatch.setattr(modeling_dbrx, "DbrxExperts", modeling_dbrx.DbrxExperts)
     use_in_transformers()
-    yield
-    clear_patch_mapping()
+    use_in_transformers()  # changes nothing
 
 
 @pytest.fixture(scope="module")

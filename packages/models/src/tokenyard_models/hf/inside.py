@@ -17,6 +17,7 @@ from tokenyard import ConfigError, Workload, default_registry
 from tokenyard.interfaces import ExpertKernel, ExpertWeights, Permutation
 
 NAME = "tokenyard"
+_DBRX = "TokenyardDbrxExperts"
 _ACTIVATIONS = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -42,13 +43,13 @@ def use_in_transformers() -> None:
     """
     try:
         from transformers.integrations.moe import ExpertsInterface
-        from transformers.models.dbrx.modeling_dbrx import DbrxExperts
-        from transformers.monkey_patching import register_patch_mapping
+        from transformers.models.dbrx import modeling_dbrx
     except ImportError as error:
         raise ConfigError(f'transformers 5.14 or later is needed ({error}); pip install "transformers>=5.14"') from None
     ExpertsInterface.register(NAME, compute_experts)
-    ours = type("TokenyardDbrxExperts", (DbrxExperts,), {"forward": _dbrx})
-    register_patch_mapping({"DbrxExperts": ours}, overwrite=True)
+    theirs = modeling_dbrx.DbrxExperts
+    if theirs.__name__ != _DBRX:  # transformers' own way to exchange a class imports all of its models
+        modeling_dbrx.DbrxExperts = type(_DBRX, (theirs,), {"forward": _dbrx})
 
 
 def compute_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
