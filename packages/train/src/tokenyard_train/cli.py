@@ -108,6 +108,21 @@ def convert(
     run(source, target, to, dtype, fused, like)
 
 
+@app.command()
+def routing(
+    model: Annotated[Path, typer.Argument(help="The folder of a run, a checkpoint, or a Hugging Face folder.")],
+    data: Annotated[Path, typer.Option(help="A file of text (.txt, .jsonl, .parquet, ...), or a folder of .txt.")],
+    tokens: Annotated[int, typer.Option(min=1, help="How many to route at most.")] = 1 << 17,
+    text_key: Annotated[str, typer.Option(help="The column of .jsonl and .parquet.")] = "text",
+    tokenizer: Annotated[str | None, typer.Option(help="A name or path in place of the model's own.")] = None,
+    out: Annotated[Path, typer.Option(help="Where routing.json and routing.png go.")] = Path("routing"),
+) -> None:
+    """Tell how a model routes a text: each layer's load, dead experts, and which experts go together."""
+    from tokenyard_train.routing_report import report
+
+    report(model, data, tokens, text_key, tokenizer, out, Console())
+
+
 def _version(asked: bool) -> None:
     if asked:
         from tokenyard_train import __version__

@@ -54,12 +54,13 @@ def expert_heatmap(records: Records, path: Path) -> None:
             axes.text(0.5, 0.5, "this model has no experts", ha="center", va="center", transform=axes.transAxes)
     else:
         loads = loads * loads.shape[2]
-        _draw_heat(figure, heat, loads[-_LAST:].mean(0))
+        draw_heat(figure, heat, loads[-_LAST:].mean(0))
         _draw_course(course, [r["batch"] for r in train], loads.max(2))
     save_figure(figure, path)
 
 
-def _draw_heat(figure: Figure, axes: Axes, load: NDArray[np.float64]) -> None:
+def draw_heat(figure: Figure, axes: Axes, load: NDArray[np.float64]) -> None:
+    """Draw loads [layers, experts], as multiples of a layer's mean."""
     image = axes.imshow(load, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
     axes.grid(False)
     for axis, size, room in ((axes.xaxis, load.shape[1], 20), (axes.yaxis, load.shape[0], 40)):

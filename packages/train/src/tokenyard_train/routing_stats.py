@@ -80,7 +80,7 @@ def routing_stats(balances: Sequence[Balance], tokens: int, top_k: int, conventi
     """Return each layer's statistics over a step of `tokens` tokens, from Balances on the host."""
     return [
         LayerRouting(
-            entropy=_normalised_entropy(load := load_of(balance)),
+            entropy=normalised_entropy(load := load_of(balance)),
             busiest=max(load) * len(load),
             idle=load.count(0.0),
             dropped=(balance.dropped / balance.counts.sum()).item(),
@@ -96,7 +96,8 @@ def load_of(balance: Balance) -> list[float]:
     return [float(share) for share in (balance.counts / balance.counts.sum()).tolist()]
 
 
-def _normalised_entropy(load: Sequence[float]) -> float:
+def normalised_entropy(load: Sequence[float]) -> float:
+    """Return the entropy of shares over that of a uniform load: 1 when all are the same, 0 when one has all."""
     if len(load) == 1:
         return 1.0
     return -sum(share * math.log(share) for share in load if share) / math.log(len(load))
