@@ -110,7 +110,7 @@ def test_a_folder_as_a_run_that_has_taken_no_step(tokenyard, published, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--to", "hff"], "--to is 'hff' (did you mean 'hf'?); known are: hf, tokenyard"),
+        (["--to", "hff"], "--to is 'hff' (did you mean 'hf'?); known are: hf, tokenyard, megablocks"),
         (["--dtype", "float8"], "--dtype is 'float8'"),
     ],
 )

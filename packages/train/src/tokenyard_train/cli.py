@@ -97,7 +97,7 @@ def generate(
 def convert(
     source: Annotated[Path, typer.Argument(help="The folder of a run, a checkpoint, or a Hugging Face folder.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    to: Annotated[str, typer.Option(help="hf or tokenyard")] = "hf",
+    to: Annotated[str, typer.Option(help="hf, tokenyard or megablocks")] = "hf",
     dtype: Annotated[str | None, typer.Option(help="Of hf's weights: float32, bfloat16 or float16.")] = None,
     fused: Annotated[bool, typer.Option("--fused", help="One tensor for all experts of a layer.")] = False,
     like: Annotated[Path | None, typer.Option(help="A folder whose tokenizer and token ids go along.")] = None,

@@ -10,13 +10,13 @@ import torch
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
 from tokenyard_models import from_hf, to_hf
-from tokenyard_models.hf import Folder, model_section
+from tokenyard_models.hf import Folder, model_section, to_megablocks
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
 from tokenyard_train.config.load import read_config
 from tokenyard_train.trained import load_trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FORMS = ("hf", "tokenyard")
+_FORMS = ("hf", "tokenyard", "megablocks")
 
 
 def convert(source: Path, target: Path, to: str, dtype: str | None, fused: bool, like: Path | None) -> None:
@@ -34,8 +34,11 @@ def convert(source: Path, target: Path, to: str, dtype: str | None, fused: bool,
     if to == "tokenyard":
         _to_run(source, target)
         return
-    found = load_trained(source)
-    to_hf(found.model, target, like=like or found.source, dtype=None if dtype is None else DTYPES[dtype], fused=fused)
+    found, stored = load_trained(source), None if dtype is None else DTYPES[dtype]
+    if to == "megablocks":
+        to_megablocks(found.model, target, dtype=stored)
+    else:
+        to_hf(found.model, target, like=like or found.source, dtype=stored, fused=fused)
 
 
 def _to_run(source: Path, target: Path) -> None:

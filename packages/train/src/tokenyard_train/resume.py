@@ -24,7 +24,16 @@ from tokenyard_train.config.published import HF
 from tokenyard_train.optim import trainable
 from tokenyard_train.together import on_first
 
-_MUST_AGREE = ("model", "max_seq_len", "tokenizer", "train_loader", "global_train_batch_size", "seed", "precision")
+_MUST_AGREE = (
+    "model",
+    "max_seq_len",
+    "tokenizer",
+    "train_loader",
+    "global_train_batch_size",
+    "seed",
+    "precision",
+    "frozen",
+)
 """Keys of the config that a resumed run may not change: weights would not fit, or other samples would follow."""
 
 
@@ -101,7 +110,8 @@ def _state_by_name(run: Run) -> dict[str, dict[str, Tensor]]:
 
 
 def _check_agreement(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:
-    saved, now = layout_free(saved), layout_free(run.config.model_dump(mode="json"))
+    saved = {"frozen": []} | layout_free(saved)  # which older ones do not say
+    now = layout_free(run.config.model_dump(mode="json"))
     pairs = [(key, saved.get(key), now[key]) for key in _MUST_AGREE]
     pairs.append(("optimizer.name", saved["optimizer"]["name"], now["optimizer"]["name"]))
     for key, before, after in pairs:

@@ -2,6 +2,7 @@
 
 from tokenyard_models.hf._folder import Folder, WeightsError
 from tokenyard_models.hf._load import from_hf, load_weights, model_section
+from tokenyard_models.hf._megablocks import to_megablocks
 from tokenyard_models.hf._save import to_hf
 
-__all__ = ["Folder", "WeightsError", "from_hf", "load_weights", "model_section", "to_hf"]
+__all__ = ["Folder", "WeightsError", "from_hf", "load_weights", "model_section", "to_hf", "to_megablocks"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,14 +45,21 @@ class Family:
         self, config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]], fused: bool
     ) -> Iterator[tuple[str, Piece]]:
         """Return (our name, piece) for every parameter among `shapes` that the table knows."""
-        instead = {ours: entry for entry in self.fused if fused for ours in [entry[0]]}
-        for ours, theirs, operation in (instead.get(entry[0], entry) for entry in self.table):
-            for layer in range(config.layers) if "{layer}" in ours else [0]:
-                name = ours.replace("{layer}", str(layer))
-                if name in shapes:
-                    keys = [key.replace("{layer}", str(layer)) for key in theirs]
-                    for piece in operation(keys, shapes[name], config):
-                        yield name, piece
+        instead = {entry[0]: entry for entry in self.fused} if fused else {}
+        return pieces_of([instead.get(entry[0], entry) for entry in self.table], config, shapes)
+
+
+def pieces_of(
+    table: Iterable[Entry], config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Piece]]:
+    """Return (our name, piece) for every parameter among `shapes` that a table knows."""
+    for ours, theirs, operation in table:
+        for layer in range(config.layers) if "{layer}" in ours else [0]:
+            name = ours.replace("{layer}", str(layer))
+            if name in shapes:
+                keys = [key.replace("{layer}", str(layer)) for key in theirs]
+                for piece in operation(keys, shapes[name], config):
+                    yield name, piece
 
 
 def _at(layer: str, *names: str) -> tuple[str, ...]:
@@ -110,6 +117,28 @@ _DBRX: tuple[Entry, ...] = (
     ("norm.weight", ("transformer.norm_f.weight",), same),
     ("head.weight", ("lm_head.weight",), same),
 )
+
+_OF_BLOCKS = (
+    ("norm_1", "norm_1"),
+    ("attention.qkv", "attn.Wqkv"),
+    ("attention.q_norm", "attn.q_ln"),
+    ("attention.k_norm", "attn.k_ln"),
+    ("attention.out", "attn.out_proj"),
+    ("norm_2", "norm_2"),
+)
+MEGABLOCKS: tuple[Entry, ...] = (
+    ("embed.weight", ("transformer.wte.weight",), same),
+    ("positions.weight", ("transformer.wpe.weight",), same),
+    *((_BLOCK + ours + p, _at(_THEIRS, theirs + p), same) for ours, theirs in _OF_BLOCKS for p in (".weight", ".bias")),
+    (_ROUTER, _at(_THEIRS, "ffn.router.layer.weight"), same),
+    (_UP, _at(_THEIRS + "ffn.experts.mlp.", "w1", "v1"), stacked),
+    (_DOWN, _at(_THEIRS + "ffn.experts.mlp.", "w2"), stacked_transposed),
+    (_BLOCK + "ffn.bias", _at(_THEIRS, "ffn.experts.bias"), same),
+    ("norm.weight", ("transformer.norm_f.weight",), same),
+    ("norm.bias", ("transformer.norm_f.bias",), same),
+    ("head.weight", ("lm_head.weight",), same),
+)
+"""The names that LLM Foundry gives to a model with MegaBlocks' experts."""
 
 FAMILIES: Mapping[str, Family] = {
     "mixtral": Family("mixtral", MixtralConfig, _MIXTRAL, published.mixtral, _FUSED, _MARKS_FUSED),

@@ -88,10 +88,11 @@ def by_expert(keys: Sequence[str], shape: tuple[int, ...], config: TransformerCo
 
 
 def stacked(keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig) -> Iterator[Piece]:
-    """Tensors [E F, D] of all experts, one expert below the other (MegaBlocks' w1 and v1)."""
-    experts, height, width = shape[0], shape[1] // len(keys), shape[2]
+    """Tensors [E F, D] of all experts, one expert below the other (MegaBlocks' w1 and, of gated experts, v1)."""
+    experts, width = shape[0], shape[2]
+    height = config.moe.ffn_dim if config.moe is not None else shape[1]
     for e in range(experts):
-        for i, key in enumerate(keys):
+        for i, key in enumerate(keys[: shape[1] // height]):
             ours = ((e, e + 1), (i * height, (i + 1) * height), (0, width))
             yield Piece(key, (experts * height, width), ours, ((e * height, (e + 1) * height), (0, width)))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,31 +59,44 @@ def to_hf(
         raise WeightsError(f"{path} exists already; give the name of a new folder")
     family = _family(model, fused)
     parameters = {unwrapped(name): p for name, p in model.named_parameters()}
-    layout = _layout(family, model, parameters, fused)
+    config: Any = model.config
+    layout = layout_of(family.model, family.pieces(config, shapes_of(parameters), fused), parameters)
+    with new_folder(path) as folder:
+        write_weights(folder, layout, parameters, dtype, shard_bytes)
+        _write_config(folder, family.publish(config), like, dtype or next(iter(parameters.values())).dtype)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to write into, which has the name `path` when all is written, and is gone if that fails."""
     unfinished = path.with_name(path.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        _write_weights(unfinished, layout, parameters, dtype, shard_bytes)
-        _write_config(unfinished, family.publish(model.config), like, dtype or next(iter(parameters.values())).dtype)  # type: ignore[arg-type]
+        yield unfinished
         unfinished.rename(path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
+def shapes_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of each parameter."""
+    return {name: tuple(p.shape) for name, p in parameters.items()}
+
+
 Layout = dict[str, list[tuple[str, Piece]]]
 """For each tensor of the folder, in order, what it is made of."""
 
 
-def _layout(family: Family, model: Any, parameters: Mapping[str, Tensor], fused: bool) -> Layout:
+def layout_of(form: str, pieces: Iterable[tuple[str, Piece]], parameters: Mapping[str, Tensor]) -> Layout:
+    """Gather pieces by the tensor that they belong to. Raises WeightsError for a parameter that has no place."""
     layout: Layout = {}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    for name, piece in family.pieces(model.config, shapes, fused):
+    for name, piece in pieces:
         layout.setdefault(piece.key, []).append((name, piece))
     covered = {name for found in layout.values() for name, _ in found}
-    if uncovered := sorted(set(shapes) - covered):
-        raise WeightsError(f"the model's {uncovered[0]} has no place in a {family.model} folder")
+    if uncovered := sorted(set(parameters) - covered):
+        raise WeightsError(f"the model's {uncovered[0]} has no place in a {form} folder")
     return layout
 
 
@@ -97,9 +111,10 @@ def _family(model: nn.Module, fused: bool) -> Family:
     return found[0]
 
 
-def _write_weights(
+def write_weights(
     folder: Path, layout: Layout, parameters: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int
 ) -> None:
+    """Write tensors in shards of at most so many bytes, each put together from pieces of parameters, and an index."""
     width = {name: (dtype or p.dtype).itemsize for name, p in parameters.items()}
     shards = list(_shards({key: _numel(found) * width[found[0][0]] for key, found in layout.items()}, shard_bytes))
     weight_map: dict[str, str] = {}

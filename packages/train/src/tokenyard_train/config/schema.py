@@ -150,6 +150,7 @@ class TrainConfig(Strict):
     save_num_checkpoints_to_keep: int = -1  # the newest ones; -1: all
     save_async: bool = False  # write checkpoints while training goes on, from a copy in the host's memory
     save_overwrite: bool = False  # delete a run that already stands in save_folder
+    frozen: list[str] = []  # patterns of names of parameters that are not trained, such as blocks.*.ffn.experts.*
     load_path: str | None = None  # a checkpoint, or hf:// and a Hugging Face folder, that a new run starts from
     autoresume: bool = False  # go on with the newest good checkpoint in save_folder, if there is one
     console_log_interval: Duration = Span(1, "ba")
