@@ -96,7 +96,8 @@ def test_what_asks_it_to_stop_is_passed_on(capfd, number):
 
 def test_who_is_stopped_is_blamed_and_not_who_waits_for_it(capfd):
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
-    said = run(capfd, "if rank == 0:", f"    {FAILED}", "if rank == 1:", f"    {stop}", "time.sleep(60)")[1]
+    late = "    time.sleep(2)"  # so that the other is stopped by then, however busy the machine is
+    said = run(capfd, "if rank == 0:", late, f"    {FAILED}", "if rank == 1:", f"    {stop}", "time.sleep(60)")[1]
     assert said == "process 1 hangs (it is stopped): process 0 waited in all_reduce (timed out); no restart is left"
 
 
