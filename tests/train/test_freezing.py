@@ -1,5 +1,7 @@
 """What is frozen stays as it is, bit by bit, and everything else is trained."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from rich.console import Console
@@ -10,6 +12,7 @@ from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.config import read_config
 from tokenyard_train.run import train
 from tokenyard_train.step import train_step
+from tokenyard_train.trained import load_trained
 
 
 def stepped(settings):
@@ -48,7 +51,33 @@ def test_a_frozen_run_goes_on_and_another_freezing_is_refused(settings):
         train(read_config(frozen | {"frozen": ["*up"]}), Console(quiet=True))
 
 
+@pytest.mark.parametrize(("also", "more"), [([], 0), (["*norm*", "*router*"], 2 + 2 * 2 + 1)], ids=str)
+def test_adapters_alone_are_trained_with_what_is_named_besides(settings, also, more):
+    """Two layers with four matrices each; five norms and two routers."""
+    run, before, with_gradient = stepped(settings | {"lora": {"rank": 2, "train_also": also}})
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    assert with_gradient == trained
+    assert sum(".adapter." in name for name in trained) == 2 * 4
+    assert len(trained) == 2 * 4 + more
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
+
+
+def test_a_run_with_adapters_starts_from_one_without_and_goes_on(settings, tmp_path):
+    train(read_config(settings | {"max_duration": "2ba"}), Console(quiet=True))
+    tuned = settings | {"lora": {"rank": 2}, "load_path": settings["save_folder"], "save_folder": str(tmp_path / "b")}
+    tuned |= {"save_interval": "2ba", "autoresume": True}
+    train(read_config(tuned | {"max_duration": "2ba"}), Console(quiet=True))
+    train(read_config(tuned), Console(quiet=True))
+    folders = (Path(settings["save_folder"]), tmp_path / "b")
+    base, found = (dict(load_trained(folder).model.named_parameters()) for folder in folders)
+    assert all(torch.equal(value, found[name]) for name, value in base.items())
+    assert any(value.any() for name, value in found.items() if name.endswith("adapter.up_b"))
+
+
 def test_mistakes(settings):
+    with pytest.raises(ConfigError, match=r"lora\.train_also: 'norms' matches no parameter"):
+        build_run(read_config(settings | {"lora": {"train_also": ["norms"]}}), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"frozen: 'head\.weigth' matches no parameter \(did you mean 'head\.weight'"):
         build_run(read_config(settings | {"frozen": ["head.weigth"]}), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"frozen: '\*' leave nothing to train"):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from tokenyard import ConfigError
+from tokenyard.numerics import relative_error
 from tokenyard_models import WeightsError, from_hf
 from tokenyard_train.config import read_config
 from tokenyard_train.generate import generate
@@ -58,6 +59,17 @@ def test_fine_tuning_from_folder_to_folder(tokenyard, tuning, published, text, t
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert tuned.config.max_position_embeddings == 128
     assert tuned.config.eos_token_id == 256
+
+
+def test_adapters_are_merged_where_a_folder_is_written(tokenyard, tuning, published, text, tmp_path):
+    lora = {"rank": 4, "train_also": ["*norm*"]}
+    train(read_config(tuning | {"lora": lora, "optimizer": {"name": "adamw", "lr": 0.01}}), Console(quiet=True))
+    code, _, errors = tokenyard("convert", str(tmp_path / "run"), str(tmp_path / "tuned"))
+    assert (code, errors) == (0, "")
+    assert nats(tmp_path / "tuned", text) < nats(published, text) - 0.3
+    ids = torch.randint(0, 257, (2, 20))
+    want = load_trained(tmp_path / "run").model(ids).logits
+    assert relative_error(from_hf(tmp_path / "tuned")(ids).logits, want) < 1e-5
 
 
 def test_a_run_starts_from_exactly_these_weights(tuning, published, tmp_path):

@@ -22,6 +22,7 @@ from tokenyard.interfaces import (
     Routing,
     Strategy,
 )
+from tokenyard.lora import LoraAdapter, add_lora, merge_lora
 from tokenyard.losses import AuxiliaryLoss, load_balancing_loss, z_loss
 from tokenyard.moe import MoE, moe_layers
 from tokenyard.processes import started_processes
@@ -46,6 +47,7 @@ __all__ = [
     "GroupedExperts",
     "Kind",
     "Layout",
+    "LoraAdapter",
     "MoE",
     "Model",
     "Output",
@@ -60,10 +62,12 @@ __all__ = [
     "Workload",
     "__version__",
     "activate",
+    "add_lora",
     "default_registry",
     "hookimpl",
     "is_gated",
     "load_balancing_loss",
+    "merge_lora",
     "moe_layers",
     "started_processes",
     "up_rows",

@@ -23,19 +23,20 @@ _THREADS = min(8, os.cpu_count() or 1)
 _STRIPE = 1 << 16  # numbers that a generator draws
 _SHARE = 32  # stripes that a thread draws at a time
 _INTO_RESIDUAL = ("attention.out.weight", "ffn.experts.down", "ffn.shared.down", "ffn.down")
+_ZERO = ("_bias", "adapter.up_b", "adapter.down_b")  # besides vectors that are no norm's
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what activation checkpointing and compilation put in names
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, layers: int) -> None:
-    """Fill all parameters: matrices N(0, 1/fan in), embeddings N(0, 0.02^2), norms 1, biases 0; buffers 0.
+    """Fill all parameters: matrices N(0, 1/fan in), embeddings N(0, 0.02^2), norms 1, biases 0, B of adapters 0.
 
-    What writes into the residual stream is scaled by 1/sqrt(2 layers), as in GPT-2. Of a sharded parameter (DTensor)
-    each rank fills its own shard.
+    Buffers are 0. What writes into the residual stream is scaled by 1/sqrt(2 layers), as in GPT-2. Of a sharded
+    parameter (DTensor) each rank fills its own shard.
     """
     for name, parameter in model.named_parameters():
         name = unwrapped(name)
-        if parameter.dim() == 1 or name.endswith("_bias"):
+        if parameter.dim() == 1 or name.endswith(_ZERO):
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         else:
             local, first = own_part(parameter)

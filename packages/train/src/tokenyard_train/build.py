@@ -20,7 +20,7 @@ from tokenyard_train.checkpoint import checkpoints
 from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
-from tokenyard_train.freezing import freeze
+from tokenyard_train.freezing import adapt, freeze
 from tokenyard_train.metrics import Metrics, Unwritten
 from tokenyard_train.notes import note_began
 from tokenyard_train.optim import build_optimizer
@@ -108,6 +108,8 @@ def build_run(config: TrainConfig, console: Console) -> Run:
 def build_model(config: TrainConfig) -> tuple[Any, Any]:
     """Return the strategy and the model, laid out, on the meta device."""
     model = meta_model(config)
+    if config.lora is not None:
+        adapt(model, config.lora)
     freeze(model, config.frozen)
     registry = default_registry()
     strategy = registry.choose("strategy", config.parallel.strategy).construct(device=torch.device(config.device))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, merge_lora
 from tokenyard.errors import did_you_mean
 from tokenyard_models import from_hf, to_hf
 from tokenyard_models.hf import Folder, model_section, to_megablocks
@@ -35,6 +35,7 @@ def convert(source: Path, target: Path, to: str, dtype: str | None, fused: bool,
         _to_run(source, target)
         return
     found, stored = load_trained(source), None if dtype is None else DTYPES[dtype]
+    merge_lora(found.model)
     if to == "megablocks":
         to_megablocks(found.model, target, dtype=stored)
     else:

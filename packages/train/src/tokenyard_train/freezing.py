@@ -1,14 +1,16 @@
-"""Parameters that are not trained."""
+"""Parameters that are not trained, and adapters that are instead."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, add_lora
 from tokenyard.errors import did_you_mean
+from tokenyard_train.config.schema import Lora
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -16,14 +18,29 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
     Raises ConfigError for a pattern that matches none, or if nothing is left to train.
     """
+    for parameter in _matching(model, patterns, "frozen"):
+        parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"frozen: {', '.join(map(repr, patterns))} leave nothing to train")
+
+
+def adapt(model: nn.Module, lora: Lora) -> None:
+    """Give a model's experts adapters, and let those alone be trained, with what `train_also` names.
+
+    Raises ConfigError for a model without experts, or a pattern that matches nothing.
+    """
+    with torch.device("meta"):
+        add_lora(model, lora.rank, lora.alpha, lora.targets)
+    for parameter in _matching(model, lora.train_also, "lora.train_also"):
+        parameter.requires_grad_(True)
+
+
+def _matching(model: nn.Module, patterns: Sequence[str], key: str) -> Iterator[nn.Parameter]:
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         found = [name for name in parameters if fnmatchcase(name, pattern)]
         if not found:
             hint = did_you_mean(pattern, parameters)
             known = f"{', '.join(list(parameters)[:4])}, ..."
-            raise ConfigError(f"frozen: {pattern!r} matches no parameter{hint}; their names are {known}")
-        for name in found:
-            parameters[name].requires_grad_(False)
-    if not any(p.requires_grad for p in parameters.values()):
-        raise ConfigError(f"frozen: {', '.join(map(repr, patterns))} leave nothing to train")
+            raise ConfigError(f"{key}: {pattern!r} matches no parameter{hint}; their names are {known}")
+        yield from (parameters[name] for name in found)

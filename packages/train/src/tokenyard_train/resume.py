@@ -33,6 +33,7 @@ _MUST_AGREE = (
     "seed",
     "precision",
     "frozen",
+    "lora",
 )
 """Keys of the config that a resumed run may not change: weights would not fit, or other samples would follow."""
 
@@ -83,7 +84,8 @@ def start_from(run: Run, path: str) -> None:
     newest = folder if (folder / "manifest.json").exists() else newest_good(folder)
     if newest is None:
         raise CheckpointError(f"load_path {path!r} holds no checkpoint; give a folder such as runs/run/ba200")
-    load_model(run.model, newest)
+    fresh = () if read_meta(newest)["config"].get("lora") else (".adapter.",)  # adapters that the checkpoint lacks
+    load_model(run.model, newest, fresh)
 
 
 def _tensors(run: Run) -> dict[str, Tensor]:
@@ -110,7 +112,7 @@ def _state_by_name(run: Run) -> dict[str, dict[str, Tensor]]:
 
 
 def _check_agreement(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:
-    saved = {"frozen": []} | layout_free(saved)  # which older ones do not say
+    saved = {"frozen": [], "lora": None} | layout_free(saved)  # which older ones do not say
     now = layout_free(run.config.model_dump(mode="json"))
     pairs = [(key, saved.get(key), now[key]) for key in _MUST_AGREE]
     pairs.append(("optimizer.name", saved["optimizer"]["name"], now["optimizer"]["name"]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tokenyard.activations import up_rows
 from tokenyard.errors import ConfigError
+from tokenyard.experts._weights import local_weight
 from tokenyard.initial import reset
 from tokenyard.interfaces import Exchange, ExpertKernel, ExpertWeights, Permutation, Routing
 from tokenyard.numerics import compute_dtype
@@ -22,10 +22,12 @@ class Experts(nn.Module):
 
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
+    adapter: nn.Module | None  # takes ExpertWeights and returns those that are computed with; see ``tokenyard.lora``
 
     def __init__(self, workload: Workload, permutation: Permutation, kernel: ExpertKernel, exchange: Exchange):
         super().__init__()
         self.permutation, self.kernel, self.exchange = permutation, kernel, exchange
+        self.adapter = None
         experts, dim, ffn_dim = workload.num_experts, workload.dim, workload.ffn_dim
         rows = up_rows(workload.activation, ffn_dim)
         self.up = nn.Parameter(torch.empty(experts, rows, dim))
@@ -45,8 +47,10 @@ class Experts(nn.Module):
     def compute(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, rows: int | None = None) -> Tensor:
         """Compute tokens x [S, D] on the experts of this rank; ids count from its first one."""
         dtype = compute_dtype(x)
-        up_bias, down_bias = (None if b is None else _local(b, dtype) for b in (self.up_bias, self.down_bias))
-        weights = ExpertWeights(_local(self.up, dtype), _local(self.down, dtype), up_bias, down_bias)
+        up_bias, down_bias = (None if b is None else local_weight(b, dtype) for b in (self.up_bias, self.down_bias))
+        weights = ExpertWeights(local_weight(self.up, dtype), local_weight(self.down, dtype), up_bias, down_bias)
+        if self.adapter is not None:
+            weights = self.adapter(weights)
         x = x.to(dtype)
         if weights.up.dtype != dtype:
             raise ConfigError(
@@ -54,8 +58,3 @@ class Experts(nn.Module):
             )
         plan = self.permutation.plan(topk_ids, weights.up.shape[0], rows)
         return self.kernel(x, plan, topk_weights, weights)
-
-
-def _local(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    return local.to(dtype) if torch.is_autocast_enabled(local.device.type) else local

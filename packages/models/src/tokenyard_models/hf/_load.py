@@ -64,11 +64,11 @@ def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Folder) -> None:
-    """Fill a model's parameters from a folder; of one that is sharded, each rank reads its shards.
+    """Fill a model's parameters, but for adapters, from a folder; of one that is sharded, each rank reads its shards.
 
     Raises WeightsError for a tensor that is missing, left over, or of another shape, before anything is filled.
     """
-    parameters = {unwrapped(name): p for name, p in model.named_parameters()}
+    parameters = {unwrapped(name): p for name, p in model.named_parameters() if ".adapter." not in name}
     wanted = _wanted(model, folder, {name: tuple(p.shape) for name, p in parameters.items()})
     _check(folder, wanted)
     for name in folder.files:

@@ -112,8 +112,9 @@ class FsdpStrategy:
         """Give this rank its experts, and the exchange the ranks that hold the others; then shard them."""
         if moe.workload.expert_parallel > 1:
             among = mesh[EXPERT_PARALLEL]
-            for name, parameter in list(moe.experts.named_parameters()):
-                setattr(moe.experts, name, _own(parameter, among))
+            for module in moe.experts.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, _own(parameter, among))
             moe.experts.exchange = moe.chosen["exchange"].construct(
                 moe.workload, moe.experts.permutation, among.get_group()
             )

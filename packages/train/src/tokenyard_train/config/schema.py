@@ -102,6 +102,15 @@ class Callbacks(Strict):
         return self
 
 
+class Lora(Strict):
+    """Adapters of the experts' weights, W + alpha / rank * B A; what else is trained, `train_also` says."""
+
+    rank: Count = 8
+    alpha: float = Field(16.0, gt=0)
+    targets: list[Literal["up", "down"]] = Field(["up", "down"], min_length=1)
+    train_also: list[str] = []  # patterns of names of parameters, such as *norm*
+
+
 class Backends(Strict):
     """Who computes each piece: a backend's name, "auto", or a mapping with `name` and its options."""
 
@@ -150,6 +159,7 @@ class TrainConfig(Strict):
     save_num_checkpoints_to_keep: int = -1  # the newest ones; -1: all
     save_async: bool = False  # write checkpoints while training goes on, from a copy in the host's memory
     save_overwrite: bool = False  # delete a run that already stands in save_folder
+    lora: Lora | None = None  # adapters of the experts, which alone are trained
     frozen: list[str] = []  # patterns of names of parameters that are not trained, such as blocks.*.ffn.experts.*
     load_path: str | None = None  # a checkpoint, or hf:// and a Hugging Face folder, that a new run starts from
     autoresume: bool = False  # go on with the newest good checkpoint in save_folder, if there is one
