@@ -52,6 +52,22 @@ def test_logits_and_all_gradients_are_those_of_transformers(saved):
     assert seen >= parameters.keys() | held.keys()
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family in MODELS])
+@torch.no_grad()
+def test_greedy_text_is_the_same(family, tmp_path):
+    """64 tokens, ours through its cache."""
+    theirs = made(MODELS[family])
+    theirs.save_pretrained(tmp_path / "model")
+    ours, prompt = from_hf(tmp_path / "model"), tokens()[:, :9]
+    options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    cache, ids, found = ours.new_cache(3, 9 + 64), prompt, [prompt]
+    for _ in range(64):
+        ids = ours(ids, cache).logits[:, -1].argmax(-1, keepdim=True)
+        found.append(ids)
+    assert torch.equal(torch.cat(found, 1), want)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_is_written_is_what_transformers_reads(saved, tmp_path, fused):
     """In shards of a few kilobytes, with an index; the token ids go along."""
