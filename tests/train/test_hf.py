@@ -9,6 +9,9 @@ import torch
 import yaml
 from rich.console import Console
 from torch.nn import functional as F
+
+pytest.importorskip("transformers", minversion="5.14")
+
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from tokenyard import ConfigError

@@ -5,7 +5,11 @@ from copy import deepcopy
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import pytest
 import torch
+
+pytest.importorskip("transformers", minversion="5.14")
+
 from transformers import AutoModelForCausalLM, DbrxConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.utils.logging import disable_progress_bar
 
