@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tokenyard.numerics import relative_error
 from tokenyard_models import from_hf, to_hf
 from tokenyard_models.hf import Folder, load_weights
-from tokenyard_models.hf._families import FAMILIES
+from tokenyard_models.hf._families import FAMILIES, layout_of
 from tokenyard_models.hf._pieces import slices
 
 
@@ -43,8 +43,9 @@ def test_logits_and_all_gradients_are_those_of_transformers(saved):
     (want * weights).sum().backward()
     (got * weights).sum().backward()
     held, parameters = dict(theirs.named_parameters()), dict(ours.named_parameters())
-    shapes, seen = {name: tuple(p.shape) for name, p in parameters.items()}, set()
-    for name, piece in FAMILIES[theirs.config.model_type].pieces(ours.config, shapes, fused=True):
+    family, seen = FAMILIES[theirs.config.model_type], set()
+    layout = layout_of(family.model, family.entries(fused=True), ours.config, parameters)
+    for name, piece in (made_of for found in layout.values() for made_of in found):
         got = piece.turned(parameters[name].grad[slices(piece.ours)])
         want = held[piece.key].grad[slices(piece.theirs)]
         assert relative_error(got.reshape(want.shape), want) < 1e-5, name

@@ -10,7 +10,7 @@ from hf_models import dbrx, made, mixtral, qwen3_moe
 from safetensors.torch import load_file, save_file
 
 from tokenyard import ConfigError
-from tokenyard_models import Mixtral, Mpt, WeightsError, from_hf, to_hf
+from tokenyard_models import Dbrx, Mixtral, Mpt, WeightsError, from_hf, to_hf
 from tokenyard_models.hf import Folder, load_weights
 
 
@@ -227,6 +227,21 @@ def test_writing_refuses_what_it_cannot(original, tmp_path):
         to_hf(model, tmp_path)
     with pytest.raises(WeightsError, match="a mpt_causal_lm has no Hugging Face form here; these have: mixtral, qwen3"):
         to_hf(Mpt({"size": "tiny"}), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"moe_score_function": "sigmoid"}, "moe.rule.score is 'sigmoid', only 'softmax'"),
+        ({"ffn_act_fn": {"name": "gelu"}}, "moe.activation is 'geglu', only 'swiglu'"),
+        ({"moe_weight_scale": 2.0}, "moe.rule.scale is 2.0, only 1.0"),
+    ],
+)
+def test_what_a_config_json_cannot_say_is_not_written(tmp_path, keys, sentence):
+    model = Dbrx({"size": "tiny", "ffn_config": keys})
+    with pytest.raises(WeightsError, match=re.escape(f"a dbrx folder cannot say that {sentence}")):
+        to_hf(model, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 

@@ -84,8 +84,7 @@ def start_from(run: Run, path: str) -> None:
     newest = folder if (folder / "manifest.json").exists() else newest_good(folder)
     if newest is None:
         raise CheckpointError(f"load_path {path!r} holds no checkpoint; give a folder such as runs/run/ba200")
-    fresh = () if read_meta(newest)["config"].get("lora") else (".adapter.",)  # adapters that the checkpoint lacks
-    load_model(run.model, newest, fresh)
+    load_model(run.model, newest)
 
 
 def _tensors(run: Run) -> dict[str, Tensor]:

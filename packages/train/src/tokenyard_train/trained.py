@@ -11,7 +11,7 @@ import torch
 from tokenyard import ConfigError
 from tokenyard_models import from_hf
 from tokenyard_train.build import build_model
-from tokenyard_train.checkpoint import model_tensors, newest_good, read_meta, read_tensors
+from tokenyard_train.checkpoint import model_tensors, newest_good, read_meta, read_tensors, verify
 from tokenyard_train.config.data import Tokenizer as TokenizerConfig
 from tokenyard_train.config.layout_free import layout_free
 from tokenyard_train.config.load import read_config
@@ -37,7 +37,10 @@ def _published(path: Path) -> Trained:
 
 
 def _run(path: Path) -> Trained:
-    checkpoint = path if (path / "manifest.json").exists() else newest_good(path) if path.is_dir() else None
+    checkpoint = newest_good(path) if path.is_dir() else None
+    if (path / "manifest.json").exists():
+        verify(path)
+        checkpoint = path
     if checkpoint is None:
         raise ConfigError(
             f"{path} holds no checkpoint; give the folder of a run, such as runs/quickstart, or one from Hugging Face"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.dbrx import DbrxConfig
+from tokenyard_models.dbrx import Dbrx
 from tokenyard_models.hf import _published as published
+from tokenyard_models.hf._folder import WeightsError
 from tokenyard_models.hf._pieces import (
     Operation,
     Piece,
@@ -19,10 +22,10 @@ from tokenyard_models.hf._pieces import (
     stacked,
     stacked_transposed,
 )
-from tokenyard_models.mixtral import MixtralConfig
-from tokenyard_models.olmoe import OlmoeConfig
-from tokenyard_models.qwen3_moe import Qwen3MoeConfig
-from tokenyard_models.schema import Strict
+from tokenyard_models.mixtral import Mixtral
+from tokenyard_models.olmoe import Olmoe
+from tokenyard_models.qwen3_moe import Qwen3Moe
+from tokenyard_models.schema import without_ignored
 
 Entry = tuple[str, tuple[str, ...], Operation]
 """(our name, the names in the file, how they are put together); {layer} and {expert} are counted."""
@@ -32,8 +35,7 @@ Entry = tuple[str, tuple[str, ...], Operation]
 class Family:
     """One architecture of Hugging Face's."""
 
-    model: str  # our name of it
-    schema: type[Strict]  # of its config.json
+    definition: type[Any]  # ours, of its models
     table: tuple[Entry, ...]  # as published: a tensor for each expert
     publish: Callable[[TransformerConfig], dict[str, Any]]
     fused: tuple[Entry, ...] = ()  # entries in place of some: one tensor for all experts
@@ -41,25 +43,51 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what a config.json means that leaves them out
     renamed: Mapping[str, str] = field(default_factory=dict)  # keys of config.json that some versions call otherwise
 
-    def pieces(
-        self, config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]], fused: bool
-    ) -> Iterator[tuple[str, Piece]]:
-        """Return (our name, piece) for every parameter among `shapes` that the table knows."""
+    @property
+    def model(self) -> str:
+        """Our name of it."""
+        name: str = self.definition.definition
+        return name
+
+    def entries(self, fused: bool) -> list[Entry]:
+        """Return the table, of a folder in either form."""
         instead = {entry[0]: entry for entry in self.fused} if fused else {}
-        return pieces_of([instead.get(entry[0], entry) for entry in self.table], config, shapes)
+        return [instead.get(entry[0], entry) for entry in self.table]
+
+    def section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a config.json as a config's `model:` section."""
+        keys = {self.renamed.get(key, key): value for key, value in config.items()}
+        return without_ignored(self.definition.schema, _filled(self.defaults, keys), "model", [])
 
 
-def pieces_of(
-    table: Iterable[Entry], config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Piece]]:
-    """Return (our name, piece) for every parameter among `shapes` that a table knows."""
+Layout = dict[str, list[tuple[str, Piece]]]
+"""For each tensor of a folder, in order, what it is made of: (our name, piece)."""
+
+
+def layout_of(form: str, table: Iterable[Entry], config: TransformerConfig, parameters: Mapping[str, Tensor]) -> Layout:
+    """Say what each tensor of a folder is made of. Raises WeightsError for a parameter that has no place in it."""
+    layout: Layout = {}
+    covered: set[str] = set()
     for ours, theirs, operation in table:
         for layer in range(config.layers) if "{layer}" in ours else [0]:
             name = ours.replace("{layer}", str(layer))
-            if name in shapes:
+            if name in parameters:
                 keys = [key.replace("{layer}", str(layer)) for key in theirs]
-                for piece in operation(keys, shapes[name], config):
-                    yield name, piece
+                for piece in operation(keys, tuple(parameters[name].shape), config):
+                    layout.setdefault(piece.key, []).append((name, piece))
+                covered.add(name)
+    if uncovered := sorted(parameters.keys() - covered):
+        raise WeightsError(f"the model's {uncovered[0]} has no place in a {form} folder")
+    return layout
+
+
+def _filled(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was given, and defaults for what was not, section by section."""
+    result = dict(given)
+    for key, value in defaults.items():
+        below = given.get(key, {} if isinstance(value, Mapping) else value)
+        result[key] = _filled(value, below) if isinstance(value, Mapping) and isinstance(below, Mapping) else below
+    return result
 
 
 def _at(layer: str, *names: str) -> tuple[str, ...]:
@@ -141,17 +169,16 @@ MEGABLOCKS: tuple[Entry, ...] = (
 """The names that LLM Foundry gives to a model with MegaBlocks' experts."""
 
 FAMILIES: Mapping[str, Family] = {
-    "mixtral": Family("mixtral", MixtralConfig, _MIXTRAL, published.mixtral, _FUSED, _MARKS_FUSED),
+    "mixtral": Family(Mixtral, _MIXTRAL, published.mixtral, _FUSED, _MARKS_FUSED),
     "qwen3_moe": Family(
-        "qwen3_moe",
-        Qwen3MoeConfig,
+        Qwen3Moe,
         _QWEN,
         published.qwen3_moe,
         _FUSED,
         _MARKS_FUSED,
         renamed={"num_local_experts": "num_experts"},  # since transformers 5.24
     ),
-    "olmoe": Family("olmoe", OlmoeConfig, _QWEN, published.olmoe, _FUSED, _MARKS_FUSED),
-    "dbrx": Family("dbrx", DbrxConfig, _DBRX, published.dbrx, defaults=published.DBRX_DEFAULTS),
+    "olmoe": Family(Olmoe, _QWEN, published.olmoe, _FUSED, _MARKS_FUSED),
+    "dbrx": Family(Dbrx, _DBRX, published.dbrx, defaults=published.DBRX_DEFAULTS),
 }
 """By `model_type` of config.json."""

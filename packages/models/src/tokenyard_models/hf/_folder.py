@@ -6,8 +6,7 @@ Nothing in it is run, and nothing outside of it is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,7 @@ class Folder:
         if (self.path / INDEX).exists():
             return self._indexed(read_json(self.path / INDEX).get("weight_map"))
         if (self.path / SINGLE).exists():
-            with _opened(self.path / SINGLE) as file:
-                return {SINGLE: list(file.keys())}
+            return {SINGLE: list(_open(self.path / SINGLE).keys())}
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
         if pickles:
             raise WeightsError(
@@ -69,8 +67,7 @@ class Folder:
         return found
 
     def _compare(self, name: str, keys: list[str]) -> None:
-        with _opened(self.path / name) as file:
-            there = set(file.keys())
+        there = set(_open(self.path / name).keys())
         if missing := sorted(set(keys) - there):
             raise WeightsError(f"{self.path / name} lacks {missing[0]}, which {INDEX} says is there")
         if extra := sorted(there - set(keys)):
@@ -109,11 +106,6 @@ class Reader:
             raise WeightsError(f"{key} in {self.path} cannot be read: {error}") from None
         self._read += tensor.nbytes
         return tensor
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    yield _open(path)
 
 
 def _open(path: Path) -> Any:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from tokenyard import Registry, default_registry
 from tokenyard.errors import did_you_mean
-from tokenyard_models.hf._families import FAMILIES, Family
+from tokenyard_models.hf._families import FAMILIES, Family, Layout, layout_of
 from tokenyard_models.hf._folder import Folder, WeightsError
 from tokenyard_models.hf._pieces import Piece, slices
 from tokenyard_models.init import unwrapped
-from tokenyard_models.schema import without_ignored
 from tokenyard_models.sharding import own_part
 from tokenyard_models.transformer import Transformer
 
@@ -58,8 +57,7 @@ def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
     Raises WeightsError for an architecture that is not known here.
     """
     family = _family(folder)
-    keys = {family.renamed.get(key, key): value for key, value in folder.config.items()}
-    return family.model, without_ignored(family.schema, _filled(family.defaults, keys), "model", [])
+    return family.model, family.section(folder.config)
 
 
 @torch.no_grad()
@@ -69,7 +67,7 @@ def load_weights(model: nn.Module, folder: Folder) -> None:
     Raises WeightsError for a tensor that is missing, left over, or of another shape, before anything is filled.
     """
     parameters = {unwrapped(name): p for name, p in model.named_parameters() if ".adapter." not in name}
-    wanted = _wanted(model, folder, {name: tuple(p.shape) for name, p in parameters.items()})
+    wanted = _wanted(model, folder, parameters)
     _check(folder, wanted)
     for name in folder.files:
         reader = folder.reader(name)
@@ -87,22 +85,16 @@ def _fill(parameter: Tensor, piece: Piece, reader: Any) -> None:
         place.copy_(read.reshape(place.shape))
 
 
-def _wanted(model: Any, folder: Folder, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[tuple[str, Piece]]]:
+def _wanted(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) -> Layout:
     family = _family(folder)
     if not isinstance(model, Transformer) or model.definition != family.model:
         other = getattr(model, "definition", type(model).__name__)
         raise WeightsError(f"{folder.path} holds a {family.model}, and the model is {other}")
     fused = bool(family.marks_fused) and any(key.endswith(family.marks_fused) for key in folder.keys)
-    wanted: dict[str, list[tuple[str, Piece]]] = {}
-    for name, piece in family.pieces(model.config, shapes, fused):
-        wanted.setdefault(piece.key, []).append((name, piece))
-    covered = {name for found in wanted.values() for name, _ in found}
-    if uncovered := sorted(set(shapes) - covered):
-        raise WeightsError(f"the model's {uncovered[0]} has no place in a {family.model} folder")
-    return wanted
+    return layout_of(family.model, family.entries(fused), model.config, parameters)
 
 
-def _check(folder: Folder, wanted: Mapping[str, list[tuple[str, Piece]]]) -> None:
+def _check(folder: Folder, wanted: Layout) -> None:
     left_over = {key for key in folder.keys - wanted.keys() if not key.endswith(_COMPUTED)}
     if "head.weight" not in {name for found in wanted.values() for name, _ in found}:
         left_over.discard("lm_head.weight")  # which some folders hold though it is the embedding
@@ -129,12 +121,3 @@ def _family(folder: Folder) -> Family:
         hint = did_you_mean(kind, FAMILIES) if isinstance(kind, str) else ""
         raise WeightsError(f"{folder.path / 'config.json'} has model_type {kind!r}{hint}; known are: {known}")
     return FAMILIES[kind]
-
-
-def _filled(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was given, and defaults for what was not, section by section."""
-    result = dict(given)
-    for key, value in defaults.items():
-        below = given.get(key, {} if isinstance(value, Mapping) else value)
-        result[key] = _filled(value, below) if isinstance(value, Mapping) and isinstance(below, Mapping) else below
-    return result

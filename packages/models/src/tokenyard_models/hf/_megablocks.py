@@ -11,9 +11,9 @@ from torch import nn
 
 from tokenyard import ConfigError, is_gated
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.hf._families import MEGABLOCKS, pieces_of
+from tokenyard_models.hf._families import MEGABLOCKS, layout_of
 from tokenyard_models.hf._folder import WeightsError
-from tokenyard_models.hf._save import SHARD_BYTES, layout_of, new_folder, shapes_of, write_weights
+from tokenyard_models.hf._save import SHARD_BYTES, new_folder, write_weights
 from tokenyard_models.init import unwrapped
 
 ARGUMENTS = "megablocks.json"
@@ -35,7 +35,7 @@ def to_megablocks(
     parameters = {unwrapped(name): p for name, p in model.named_parameters()}
     config: Any = model.config
     arguments = _arguments(config)
-    layout = layout_of("MegaBlocks", pieces_of(MEGABLOCKS, config, shapes_of(parameters)), parameters)
+    layout = layout_of("MegaBlocks", MEGABLOCKS, config, parameters)
     with new_folder(path) as folder:
         write_weights(folder, layout, parameters, dtype, shard_bytes)
         (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")

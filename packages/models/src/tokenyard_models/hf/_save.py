@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tokenyard_models.hf._families import FAMILIES, Family
+from tokenyard_models.config import TransformerConfig
+from tokenyard_models.hf._families import FAMILIES, Family, Layout, layout_of
 from tokenyard_models.hf._folder import CONFIG, INDEX, SINGLE, WeightsError, read_json
 from tokenyard_models.hf._pieces import Piece, slices
 from tokenyard_models.init import unwrapped
 from tokenyard_models.transformer import Transformer
 
 SHARD_BYTES = 5 * 10**9
+_OF_TRAINING = ("auxiliary", "expert_parallel", "moe.forced_balance", "dense_ffn_dim", "moe.rule.jitter")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BESIDE = (
     "generation_config.json",
@@ -60,10 +63,12 @@ def to_hf(
     family = _family(model, fused)
     parameters = {unwrapped(name): p for name, p in model.named_parameters()}
     config: Any = model.config
-    layout = layout_of(family.model, family.pieces(config, shapes_of(parameters), fused), parameters)
+    layout = layout_of(family.model, family.entries(fused), config, parameters)
+    published = family.publish(config)
+    _check_published(family, config, published)
     with new_folder(path) as folder:
         write_weights(folder, layout, parameters, dtype, shard_bytes)
-        _write_config(folder, family.publish(config), like, dtype or next(iter(parameters.values())).dtype)
+        _write_config(folder, published, like, dtype or next(iter(parameters.values())).dtype)
 
 
 @contextmanager
@@ -80,26 +85,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def shapes_of(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the whole shape of each parameter."""
-    return {name: tuple(p.shape) for name, p in parameters.items()}
-
-
-Layout = dict[str, list[tuple[str, Piece]]]
-"""For each tensor of the folder, in order, what it is made of."""
-
-
-def layout_of(form: str, pieces: Iterable[tuple[str, Piece]], parameters: Mapping[str, Tensor]) -> Layout:
-    """Gather pieces by the tensor that they belong to. Raises WeightsError for a parameter that has no place."""
-    layout: Layout = {}
-    for name, piece in pieces:
-        layout.setdefault(piece.key, []).append((name, piece))
-    covered = {name for found in layout.values() for name, _ in found}
-    if uncovered := sorted(set(parameters) - covered):
-        raise WeightsError(f"the model's {uncovered[0]} has no place in a {form} folder")
-    return layout
-
-
 def _family(model: nn.Module, fused: bool) -> Family:
     definition = getattr(model, "definition", None)
     found = [family for family in FAMILIES.values() if family.model == definition]
@@ -109,6 +94,24 @@ def _family(model: nn.Module, fused: bool) -> Family:
     if fused and not found[0].fused:
         raise WeightsError(f"{definition} has no fused form: its folder holds one tensor for all experts anyway")
     return found[0]
+
+
+def _check_published(family: Family, config: TransformerConfig, published: Mapping[str, Any]) -> None:
+    """Raise WeightsError for what a config.json of the family cannot say of the model: whoever reads it would err."""
+    told, meant = (_computed(asdict(c)) for c in (family.definition.resolve(family.section(published)), config))
+    for name, value in meant.items():
+        if told.get(name) != value:
+            raise WeightsError(f"a {family.model} folder cannot say that {name} is {value!r}, only {told.get(name)!r}")
+
+
+def _computed(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return, by name, what decides what a model computes; not how it is trained."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = where + key
+        if not name.startswith(_OF_TRAINING):
+            found |= _computed(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def write_weights(

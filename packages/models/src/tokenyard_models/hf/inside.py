@@ -75,7 +75,12 @@ def _dbrx(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     w1, v1, w2 = (getattr(module.mlp, name).view(shape) for name in ("w1", "v1", "w2"))
     x = hidden_states.reshape(-1, module.hidden_size)
     weights = ExpertWeights(torch.cat((w1, v1), 1), w2.transpose(1, 2))
-    activation = _GATED[_ACTIVATIONS[type(module.mlp.activation_fn).__name__]]
+    name = type(module.mlp.activation_fn).__name__
+    activation = _GATED.get(_ACTIVATIONS.get(name, ""))
+    if activation is None:
+        _say_once(_DBRX, f"its activation is {name}")
+        own: Tensor = super(type(module), module).forward(hidden_states, top_k_index, top_k_weights)
+        return own
     y = _compute(weights, activation, x, top_k_index, top_k_weights)
     return y.view(hidden_states.shape[0], -1, module.hidden_size)
 

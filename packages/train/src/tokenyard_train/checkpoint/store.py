@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,13 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {cause(error)}") from None
 
 
-def load_model(model: nn.Module, checkpoint: Path, without: Collection[str] = ()) -> None:
-    """Verify a checkpoint, and fill the model's tensors from it but for names that have one of `without` in them."""
+def load_model(model: nn.Module, checkpoint: Path) -> None:
+    """Verify a checkpoint and fill the model's tensors from it; adapters, if it was trained with some."""
     verify(checkpoint)
     tensors = model_tensors(model)
-    read_tensors(checkpoint, {n: t for n, t in tensors.items() if not any(part in n for part in without)})
+    if not read_meta(checkpoint)["config"].get("lora"):
+        tensors = {name: tensor for name, tensor in tensors.items() if ".adapter." not in name}
+    read_tensors(checkpoint, tensors)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
