@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tokenyard_models.config import TransformerConfig, check_divides
 from tokenyard_models.ffn import ActivationName, FfnConfig, merged
-from tokenyard_models.rope import RopeParameters
+from tokenyard_models.published import RopeParameters
 from tokenyard_models.schema import HOUSEKEEPING, Strict, only, parse
 from tokenyard_models.transformer import Transformer
 

@@ -6,23 +6,20 @@ Keys are those of its published config.json.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from tokenyard import AuxiliaryLoss, RoutingRule
+from tokenyard import RoutingRule
 from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
-from tokenyard_models.rope import Rope
-from tokenyard_models.schema import HOUSEKEEPING, Strict, only, parse
+from tokenyard_models.published import Published
+from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
 
-class MixtralConfig(Rope):
+class MixtralConfig(Published):
     """Mixtral's sizes: 8x7B's (`size: full`, 46.7 B parameters) or a tiny model's, and what is given besides."""
 
-    ignored: ClassVar[frozenset[str]] = HOUSEKEEPING
-
-    size: Literal["full", "tiny"] = "full"
     vocab_size: int = Field(32000, ge=1)
     hidden_size: int = Field(4096, ge=1)
     intermediate_size: int = Field(14336, ge=1)
@@ -31,20 +28,13 @@ class MixtralConfig(Rope):
     num_key_value_heads: int = Field(8, ge=1)
     head_dim: int | None = Field(None, ge=1)
     max_position_embeddings: int = Field(32768, ge=1)
-    max_seq_len: int | None = Field(None, ge=1)  # in place of max_position_embeddings
-    hidden_act: Literal["silu"] = "silu"
     rms_norm_eps: float = Field(1e-5, gt=0)
     rope_theta: float = Field(1e6, gt=0)
     sliding_window: Annotated[int | None, only(None, "sliding-window attention")] = None
-    attention_dropout: Annotated[float, only(0, "dropout")] = 0.0
     num_local_experts: int = Field(8, ge=1)
     num_experts_per_tok: int = Field(2, ge=1)
     router_aux_loss_coef: float = Field(0.02, ge=0)
     router_jitter_noise: float = Field(0.0, ge=0, lt=1)
-    moe_world_size: int | None = Field(None, ge=1)
-    moe_zloss_weight: float = Field(0.0, ge=0)
-    moe_loss_convention: Literal["megablocks", "hf"] = "hf"
-    tie_word_embeddings: bool = False
 
 
 TINY: dict[str, Any] = {
@@ -71,7 +61,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     rule = RoutingRule(normalize=1, jitter=read.router_jitter_noise)
     return TransformerConfig(
         vocab_size=read.vocab_size,
-        max_seq_len=read.max_seq_len or read.max_position_embeddings,
+        max_seq_len=read.length,
         dim=read.hidden_size,
         layers=read.num_hidden_layers,
         heads=heads,
@@ -81,7 +71,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         norm_eps=read.rms_norm_eps,
         rope_theta=read.theta,
         tied_head=read.tie_word_embeddings,
-        auxiliary=AuxiliaryLoss(read.router_aux_loss_coef, read.moe_zloss_weight, read.moe_loss_convention),
+        auxiliary=read.auxiliary(),
         expert_parallel=read.moe_world_size,
     )
 

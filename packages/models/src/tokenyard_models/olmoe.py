@@ -6,45 +6,32 @@ Keys are those of its published config.json.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from tokenyard import AuxiliaryLoss, RoutingRule
+from tokenyard import RoutingRule
 from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
-from tokenyard_models.rope import Rope
-from tokenyard_models.schema import HOUSEKEEPING, Strict, only, parse
+from tokenyard_models.published import Published
+from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
 
-class OlmoeConfig(Rope):
+class OlmoeConfig(Published):
     """Its sizes: 1B-7B's (`size: full`, 6.9 B parameters) or a tiny model's, and what is given besides."""
 
-    ignored: ClassVar[frozenset[str]] = HOUSEKEEPING
-
-    size: Literal["full", "tiny"] = "full"
     vocab_size: int = Field(50304, ge=1)
     hidden_size: int = Field(2048, ge=1)
     intermediate_size: int = Field(1024, ge=1)
     num_hidden_layers: int = Field(16, ge=1)
     num_attention_heads: int = Field(16, ge=1)
     num_key_value_heads: int | None = Field(None, ge=1)  # as many as num_attention_heads
-    max_position_embeddings: int = Field(4096, ge=1)
-    max_seq_len: int | None = Field(None, ge=1)  # in place of max_position_embeddings
-    hidden_act: Literal["silu"] = "silu"
     rms_norm_eps: float = Field(1e-5, gt=0)
-    rope_theta: float = Field(10000.0, gt=0)
     clip_qkv: float | None = Field(None, gt=0)
     attention_bias: Annotated[bool, only(False, "a bias in attention")] = False
-    attention_dropout: Annotated[float, only(0, "dropout")] = 0.0
     num_experts: int = Field(64, ge=1)
     num_experts_per_tok: int = Field(8, ge=1)
     norm_topk_prob: bool = False
-    router_aux_loss_coef: float = Field(0.01, ge=0)
-    moe_world_size: int | None = Field(None, ge=1)
-    moe_zloss_weight: float = Field(0.0, ge=0)
-    moe_loss_convention: Literal["megablocks", "hf"] = "hf"
-    tie_word_embeddings: bool = False
 
 
 TINY: dict[str, Any] = {
@@ -70,7 +57,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     rule = RoutingRule(normalize=1 if read.norm_topk_prob else None)
     return TransformerConfig(
         vocab_size=read.vocab_size,
-        max_seq_len=read.max_seq_len or read.max_position_embeddings,
+        max_seq_len=read.length,
         dim=read.hidden_size,
         layers=read.num_hidden_layers,
         heads=heads,
@@ -82,7 +69,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         qk_norm="all",
         clip_qkv=read.clip_qkv,
         tied_head=read.tie_word_embeddings,
-        auxiliary=AuxiliaryLoss(read.router_aux_loss_coef, read.moe_zloss_weight, read.moe_loss_convention),
+        auxiliary=read.auxiliary(),
         expert_parallel=read.moe_world_size,
     )
 

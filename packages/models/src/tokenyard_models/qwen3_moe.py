@@ -6,23 +6,22 @@ Keys are those of its published config.json.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from tokenyard import AuxiliaryLoss, RoutingRule
+from tokenyard import RoutingRule
 from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
-from tokenyard_models.rope import Rope
-from tokenyard_models.schema import HOUSEKEEPING, Strict, only, parse
+from tokenyard_models.published import Published
+from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
 
-class Qwen3MoeConfig(Rope):
+class Qwen3MoeConfig(Published):
     """Its sizes: 30B-A3B's (`size: full`, 30.5 B parameters) or a tiny model's, and what is given besides."""
 
-    ignored: ClassVar[frozenset[str]] = HOUSEKEEPING | {"max_window_layers"}
+    ignored: ClassVar[frozenset[str]] = Published.ignored | {"max_window_layers"}
 
-    size: Literal["full", "tiny"] = "full"
     vocab_size: int = Field(151936, ge=1)
     hidden_size: int = Field(2048, ge=1)
     intermediate_size: int = Field(6144, ge=1)  # of layers without experts
@@ -32,12 +31,9 @@ class Qwen3MoeConfig(Rope):
     num_key_value_heads: int = Field(4, ge=1)
     head_dim: int | None = Field(128, ge=1)
     max_position_embeddings: int = Field(40960, ge=1)
-    max_seq_len: int | None = Field(None, ge=1)  # in place of max_position_embeddings
-    hidden_act: Literal["silu"] = "silu"
     rms_norm_eps: float = Field(1e-6, gt=0)
     rope_theta: float = Field(1e6, gt=0)
     attention_bias: Annotated[bool, only(False, "a bias in attention")] = False
-    attention_dropout: Annotated[float, only(0, "dropout")] = 0.0
     use_sliding_window: Annotated[bool, only(False, "sliding-window attention")] = False
     sliding_window: int | None = None  # means something only with use_sliding_window
     num_experts: int = Field(128, ge=1)
@@ -46,10 +42,6 @@ class Qwen3MoeConfig(Rope):
     decoder_sparse_step: int = Field(1, ge=1)  # every so many layers there are experts
     mlp_only_layers: list[int] = []  # layers without experts
     router_aux_loss_coef: float = Field(0.001, ge=0)
-    moe_world_size: int | None = Field(None, ge=1)
-    moe_zloss_weight: float = Field(0.0, ge=0)
-    moe_loss_convention: Literal["megablocks", "hf"] = "hf"
-    tie_word_embeddings: bool = False
 
 
 TINY: dict[str, Any] = {
@@ -81,7 +73,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     rule = RoutingRule(normalize=1 if read.norm_topk_prob else None)
     return TransformerConfig(
         vocab_size=read.vocab_size,
-        max_seq_len=read.max_seq_len or read.max_position_embeddings,
+        max_seq_len=read.length,
         dim=read.hidden_size,
         layers=read.num_hidden_layers,
         heads=heads,
@@ -94,7 +86,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         rope_theta=read.theta,
         qk_norm="head",
         tied_head=read.tie_word_embeddings,
-        auxiliary=AuxiliaryLoss(read.router_aux_loss_coef, read.moe_zloss_weight, read.moe_loss_convention),
+        auxiliary=read.auxiliary(),
         expert_parallel=read.moe_world_size,
     )
 
