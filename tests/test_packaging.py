@@ -44,6 +44,17 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def requirements(name: str) -> list[str]:
+    """Return what a distribution requires; of a package here, what its file says, since an installed copy may be older."""
+    folder = ROOT / "packages" / name.removeprefix("tokenyard-")
+    if folder in PACKAGES:
+        return project(folder)["dependencies"]
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:  # not needed on this platform
+        return []
+
+
 def closure(name: str, extra: str = "") -> set[str]:
     """Return a distribution and all that its requirements bring."""
     found, todo = set(), [normalized(name)]
@@ -52,11 +63,7 @@ def closure(name: str, extra: str = "") -> set[str]:
         if current in found:
             continue
         found.add(current)
-        try:
-            requires = metadata.requires(current) or []
-        except metadata.PackageNotFoundError:  # not needed on this platform
-            continue
-        wanted = (Requirement(text) for text in requires)
+        wanted = (Requirement(text) for text in requirements(current))
         todo += [normalized(r.name) for r in wanted if r.marker is None or r.marker.evaluate({"extra": extra})]
     return found
 

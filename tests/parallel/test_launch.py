@@ -56,7 +56,7 @@ def survives(start, settings, tmp_path, nproc, disturbances, patience, **changes
         assert outcome.redone <= INTERVAL * (2 if changes.get("save_async") else 1)
         if disturbance.kind == "stop":
             assert outcome.detected <= TIMEOUT + patience
-            assert f"process {disturbance.rank} hangs (it is stopped): process " in outcome.said
+            assert f"process {disturbance.rank} hangs (it is stopped): process " in outcome.said, process.text()
             assert " waited in " in outcome.said
         else:
             assert f"process {disturbance.rank} ended by signal SIGKILL; restart " in outcome.said
