@@ -45,7 +45,7 @@ def normalized(name: str) -> str:
 
 
 def requirements(name: str) -> list[str]:
-    """Return what a distribution requires; of a package here, what its file says, since an installed copy may be older."""
+    """Return what a distribution requires; of a package here by its file, since an installed copy may be older."""
     folder = ROOT / "packages" / name.removeprefix("tokenyard-")
     if folder in PACKAGES:
         return project(folder)["dependencies"]

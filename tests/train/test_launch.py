@@ -118,6 +118,8 @@ class TestFaults:
         assert (found.collective, found.reason) == ("all_reduce", "NCCL is gone")
         text = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4"
         assert self.fault(RuntimeError(text)).reason == text
+        beside = "Application timeout caused pair closure"  # what was on its way when another call timed out
+        assert self.fault(RuntimeError(beside)).reason == beside
 
     @pytest.mark.parametrize(
         "error",

@@ -15,6 +15,7 @@ FOLDER = "TOKENYARD_NOTES"
 """The environment variable that names the folder for them."""
 
 _BEGAN = "began"
+_GLOO = ("gloo", "Application timeout caused pair closure")  # as it says of what waited beside a call that timed out
 
 
 class Fault(NamedTuple):
@@ -26,8 +27,8 @@ class Fault(NamedTuple):
 
 def fault_of(error: BaseException) -> Fault | None:
     """Return the collective in which an exception missed another process; None if it has another cause."""
-    gone = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    if not gone:
+    of_gloo = isinstance(error, RuntimeError) and any(text in str(error) for text in _GLOO)
+    if not of_gloo and not isinstance(error, dist.DistError):
         return None
     *callers, (_, function) = _calls(error.__traceback__)
     ours = [f"{module}.{name}" for module, name in callers if module.startswith("tokenyard")]
