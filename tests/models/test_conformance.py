@@ -13,6 +13,26 @@ class TestMixtral(ModelConformance):
     config = {"size": "tiny", "hidden_size": 32, "vocab_size": 61, "intermediate_size": 24}
 
 
+class TestLlama(ModelConformance):
+    backend = "llama"
+    config = {"size": "tiny", "hidden_size": 32, "vocab_size": 61, "intermediate_size": 24}
+
+
+class TestQwen3(ModelConformance):
+    backend = "qwen3"
+    config = {"size": "tiny", "hidden_size": 32, "vocab_size": 61, "intermediate_size": 24, "head_dim": 8}
+
+
+class TestQwen3Moe(ModelConformance):
+    backend = "qwen3_moe"
+    config = {"size": "tiny", "hidden_size": 32, "vocab_size": 61, "moe_intermediate_size": 24, "mlp_only_layers": [0]}
+
+
+class TestOlmoe(ModelConformance):
+    backend = "olmoe"
+    config = {"size": "tiny", "hidden_size": 32, "vocab_size": 61, "intermediate_size": 24}
+
+
 class TestMptWithExperts(ModelConformance):
     backend = "mpt_causal_lm"
     config = {

@@ -10,7 +10,16 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.14")
 
-from transformers import AutoModelForCausalLM, DbrxConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
@@ -46,7 +55,28 @@ def dbrx(kv_n_heads=2, clip_qkv=0.02, theta=5000.0, **changes):
     return DbrxConfig(**sizes, attn_config=attention, ffn_config=experts, rope_parameters=rope, **changes)
 
 
-MODELS = {
+DENSE_SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def llama(**changes):
+    return LlamaConfig(**LLAMA | DENSE_SIZES | changes)
+
+
+def mistral(**changes):
+    return MistralConfig(**LLAMA | DENSE_SIZES | {"num_key_value_heads": 2, "sliding_window": None} | changes)
+
+
+def qwen3(**changes):
+    return Qwen3Config(**LLAMA | DENSE_SIZES | {"num_key_value_heads": 2, "head_dim": 8} | changes)
+
+
+DENSE = {
+    "llama": llama(),
+    "llama of odd sizes, tied": llama(hidden_size=20, head_dim=6, intermediate_size=7, tie_word_embeddings=True),
+    "mistral": mistral(),
+    "qwen3": qwen3(),
+}
+MODELS = DENSE | {
     "mixtral": mixtral(),
     "mixtral of odd sizes": mixtral(hidden_size=15, head_dim=6, intermediate_size=7, num_local_experts=3),
     "mixtral of one head, tied": mixtral(num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True),
@@ -80,8 +110,8 @@ def made(config):
 
 
 def eager(config):
-    """torch's grouped products refuse odd widths; DBRX has no such choice."""
-    return {} if config.model_type == "dbrx" else {"experts_implementation": "eager"}
+    """torch's grouped products refuse odd widths; DBRX has no such choice, and dense models no experts."""
+    return {} if config.model_type in ("dbrx", *DENSE) else {"experts_implementation": "eager"}
 
 
 def loaded(folder, config):

@@ -5,12 +5,14 @@ from tokenyard_models.cache import Cache
 from tokenyard_models.config import MoEConfig, TransformerConfig
 from tokenyard_models.count import Size, count_parameters, flops_per_token
 from tokenyard_models.dbrx import Dbrx
-from tokenyard_models.hf import WeightsError, from_hf, to_hf
+from tokenyard_models.hf import Upcycling, WeightsError, from_hf, to_hf, upcycle
 from tokenyard_models.hf.inside import use_in_transformers
 from tokenyard_models.init import draw_rows, initialize
+from tokenyard_models.llama import Llama
 from tokenyard_models.mixtral import Mixtral
 from tokenyard_models.mpt import Mpt
 from tokenyard_models.olmoe import Olmoe
+from tokenyard_models.qwen3 import Qwen3
 from tokenyard_models.qwen3_moe import Qwen3Moe
 from tokenyard_models.schema import Strict, parse
 from tokenyard_models.transformer import Block, Transformer
@@ -19,15 +21,18 @@ __all__ = [
     "Block",
     "Cache",
     "Dbrx",
+    "Llama",
     "Mixtral",
     "MoEConfig",
     "Mpt",
     "Olmoe",
+    "Qwen3",
     "Qwen3Moe",
     "Size",
     "Strict",
     "Transformer",
     "TransformerConfig",
+    "Upcycling",
     "WeightsError",
     "__version__",
     "count_parameters",
@@ -37,5 +42,6 @@ __all__ = [
     "initialize",
     "parse",
     "to_hf",
+    "upcycle",
     "use_in_transformers",
 ]

@@ -12,12 +12,12 @@ from pydantic import Field
 
 from tokenyard import RoutingRule
 from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
-from tokenyard_models.published import Published
+from tokenyard_models.published import PublishedMoE
 from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
 
-class MixtralConfig(Published):
+class MixtralConfig(PublishedMoE):
     """Mixtral's sizes: 8x7B's (`size: full`, 46.7 B parameters) or a tiny model's, and what is given besides."""
 
     vocab_size: int = Field(32000, ge=1)

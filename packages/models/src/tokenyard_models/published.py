@@ -32,7 +32,7 @@ class Rope(Strict):
 
 
 class Published(Rope):
-    """What the config.json files of Mixtral, Qwen3-MoE and OLMoE have in common, and ours for what they do not have."""
+    """What the config.json files of Llama's relatives have in common, and ours for what they do not have."""
 
     ignored: ClassVar[frozenset[str]] = HOUSEKEEPING
 
@@ -41,16 +41,21 @@ class Published(Rope):
     max_seq_len: int | None = Field(None, ge=1)  # in place of max_position_embeddings
     hidden_act: Literal["silu"] = "silu"
     attention_dropout: Annotated[float, only(0, "dropout")] = 0.0
-    router_aux_loss_coef: float = Field(0.01, ge=0)
-    moe_world_size: int | None = Field(None, ge=1)
-    moe_zloss_weight: float = Field(0.0, ge=0)
-    moe_loss_convention: Literal["megablocks", "hf"] = "hf"
     tie_word_embeddings: bool = False
 
     @property
     def length(self) -> int:
         """Return how many positions there are."""
         return self.max_seq_len or self.max_position_embeddings
+
+
+class PublishedMoE(Published):
+    """What those of them with experts have in common: Mixtral, Qwen3-MoE and OLMoE."""
+
+    router_aux_loss_coef: float = Field(0.01, ge=0)
+    moe_world_size: int | None = Field(None, ge=1)
+    moe_zloss_weight: float = Field(0.0, ge=0)
+    moe_loss_convention: Literal["megablocks", "hf"] = "hf"
 
     def auxiliary(self) -> AuxiliaryLoss:
         """Return the losses of the routers."""

@@ -12,15 +12,15 @@ from pydantic import Field
 
 from tokenyard import RoutingRule
 from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
-from tokenyard_models.published import Published
+from tokenyard_models.published import PublishedMoE
 from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
 
-class Qwen3MoeConfig(Published):
+class Qwen3MoeConfig(PublishedMoE):
     """Its sizes: 30B-A3B's (`size: full`, 30.5 B parameters) or a tiny model's, and what is given besides."""
 
-    ignored: ClassVar[frozenset[str]] = Published.ignored | {"max_window_layers"}
+    ignored: ClassVar[frozenset[str]] = PublishedMoE.ignored | {"max_window_layers"}
 
     vocab_size: int = Field(151936, ge=1)
     hidden_size: int = Field(2048, ge=1)

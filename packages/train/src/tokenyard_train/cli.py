@@ -13,10 +13,12 @@ from rich.console import Console
 
 from tokenyard_train.bench.cli import app as bench
 from tokenyard_train.data_cli import app as data
+from tokenyard_train.models_cli import app as models
 
 app = typer.Typer(name="tokenyard", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench)
 app.add_typer(data)
+app.add_typer(models)
 
 Config = Annotated[Path, typer.Argument(help="A YAML config.")]
 Overrides = Annotated[
@@ -74,53 +76,6 @@ def backends() -> None:
     from tokenyard.__main__ import main as table
 
     raise typer.Exit(table())
-
-
-@app.command()
-def generate(
-    model: Annotated[Path, typer.Argument(help="The folder of a run, a checkpoint, or a Hugging Face folder.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; several go together.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0)] = 17,
-    tokenizer: Annotated[str | None, typer.Option(help="A name or path in place of the model's own.")] = None,
-) -> None:
-    """Continue prompts with a trained model."""
-    from tokenyard_train.generate import generate as continuations
-
-    prompts = prompt or [""]
-    for text, rest in zip(prompts, continuations(model, prompts, max_new_tokens, temperature, seed, tokenizer)):
-        print(text + rest)
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="The folder of a run, a checkpoint, or a Hugging Face folder.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    to: Annotated[str, typer.Option(help="hf, tokenyard or megablocks")] = "hf",
-    dtype: Annotated[str | None, typer.Option(help="Of hf's weights: float32, bfloat16 or float16.")] = None,
-    fused: Annotated[bool, typer.Option("--fused", help="One tensor for all experts of a layer.")] = False,
-    like: Annotated[Path | None, typer.Option(help="A folder whose tokenizer and token ids go along.")] = None,
-) -> None:
-    """Write a model in another form."""
-    from tokenyard_train.convert import convert as run
-
-    run(source, target, to, dtype, fused, like)
-
-
-@app.command()
-def routing(
-    model: Annotated[Path, typer.Argument(help="The folder of a run, a checkpoint, or a Hugging Face folder.")],
-    data: Annotated[Path, typer.Option(help="A file of text (.txt, .jsonl, .parquet, ...), or a folder of .txt.")],
-    tokens: Annotated[int, typer.Option(min=1, help="How many to route at most.")] = 1 << 17,
-    text_key: Annotated[str, typer.Option(help="The column of .jsonl and .parquet.")] = "text",
-    tokenizer: Annotated[str | None, typer.Option(help="A name or path in place of the model's own.")] = None,
-    out: Annotated[Path, typer.Option(help="Where routing.json and routing.png go.")] = Path("routing"),
-) -> None:
-    """Tell how a model routes a text: each layer's load, dead experts, and which experts go together."""
-    from tokenyard_train.routing_report import report
-
-    report(model, data, tokens, text_key, tokenizer, out, Console())
 
 
 def _version(asked: bool) -> None:

@@ -4,5 +4,16 @@ from tokenyard_models.hf._folder import Folder, WeightsError
 from tokenyard_models.hf._load import from_hf, load_weights, model_section
 from tokenyard_models.hf._megablocks import to_megablocks
 from tokenyard_models.hf._save import to_hf
+from tokenyard_models.hf._upcycle import Upcycling, upcycle
 
-__all__ = ["Folder", "WeightsError", "from_hf", "load_weights", "model_section", "to_hf", "to_megablocks"]
+__all__ = [
+    "Folder",
+    "Upcycling",
+    "WeightsError",
+    "from_hf",
+    "load_weights",
+    "model_section",
+    "to_hf",
+    "to_megablocks",
+    "upcycle",
+]

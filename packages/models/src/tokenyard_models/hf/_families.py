@@ -22,8 +22,10 @@ from tokenyard_models.hf._pieces import (
     stacked,
     stacked_transposed,
 )
+from tokenyard_models.llama import Llama
 from tokenyard_models.mixtral import Mixtral
 from tokenyard_models.olmoe import Olmoe
+from tokenyard_models.qwen3 import Qwen3
 from tokenyard_models.qwen3_moe import Qwen3Moe
 from tokenyard_models.schema import without_ignored
 
@@ -42,6 +44,7 @@ class Family:
     marks_fused: str = ""  # a name that only the fused form has
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what a config.json means that leaves them out
     renamed: Mapping[str, str] = field(default_factory=dict)  # keys of config.json that some versions call otherwise
+    upcycled: str = ""  # of a dense family, the one that it is with experts
 
     @property
     def model(self) -> str:
@@ -124,13 +127,16 @@ _MIXTRAL = (
     (_UP, _at(_LAYER + "block_sparse_moe.experts.{expert}.", "w1.weight", "w3.weight"), by_expert),
     (_DOWN, _at(_LAYER + "block_sparse_moe.experts.{expert}.", "w2.weight"), by_expert),
 )
-_QWEN = (
+_DENSE: tuple[Entry, ...] = (
     *_LLAMA,
+    (_BLOCK + "ffn.up", _at(_LAYER + "mlp.", "gate_proj.weight", "up_proj.weight"), below),
+    (_BLOCK + "ffn.down", _at(_LAYER, "mlp.down_proj.weight"), same),
+)
+_QWEN = (
+    *_DENSE,
     (_ROUTER, _at(_LAYER, "mlp.gate.weight"), same),
     (_UP, _at(_LAYER + "mlp.experts.{expert}.", "gate_proj.weight", "up_proj.weight"), by_expert),
     (_DOWN, _at(_LAYER + "mlp.experts.{expert}.", "down_proj.weight"), by_expert),
-    (_BLOCK + "ffn.up", _at(_LAYER + "mlp.", "gate_proj.weight", "up_proj.weight"), below),
-    (_BLOCK + "ffn.down", _at(_LAYER, "mlp.down_proj.weight"), same),
 )
 _THEIRS = "transformer.blocks.{layer}."
 _DBRX: tuple[Entry, ...] = (
@@ -180,5 +186,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "olmoe": Family(Olmoe, _QWEN, published.olmoe, _FUSED, _MARKS_FUSED),
     "dbrx": Family(Dbrx, _DBRX, published.dbrx, defaults=published.DBRX_DEFAULTS),
+    "llama": Family(Llama, _DENSE, published.llama, defaults=published.LLAMA_DEFAULTS, upcycled="mixtral"),
+    "mistral": Family(Llama, _DENSE, published.llama, defaults=published.MISTRAL_DEFAULTS, upcycled="mixtral"),
+    "qwen3": Family(Qwen3, _DENSE, published.qwen3, defaults=published.QWEN3_DEFAULTS, upcycled="qwen3_moe"),
 }
 """By `model_type` of config.json."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenyard import Registry, default_registry
 from tokenyard.errors import did_you_mean
 from tokenyard_models.hf._families import FAMILIES, Family, Layout, layout_of
-from tokenyard_models.hf._folder import Folder, WeightsError
+from tokenyard_models.hf._folder import Folder, Reader, WeightsError
 from tokenyard_models.hf._pieces import Piece, slices
 from tokenyard_models.init import unwrapped
 from tokenyard_models.sharding import own_part
@@ -30,7 +30,7 @@ def from_hf(
     registry: Registry | None = None,
     **placement: Any,
 ) -> Any:
-    """Return the model of a Hugging Face folder (mixtral, dbrx, qwen3_moe or olmoe), with its weights.
+    """Return the model of a Hugging Face folder of one of FAMILIES, with its weights.
 
     `dtype` is that of the parameters; left out, the one that config.json tells. `placement` is the rest that
     Transformer takes, such as `backends`. Raises WeightsError for a folder that is not whole, or of another
@@ -38,8 +38,7 @@ def from_hf(
     """
     folder = Folder(path)
     name, section = model_section(folder)
-    told = folder.config.get("dtype") or folder.config.get("torch_dtype")
-    dtype = dtype or _DTYPES.get(str(told), torch.float32)
+    dtype = dtype or dtype_of(folder)
     chosen = (registry or default_registry()).choose("model", name)
     placement |= {"device": device, "dtype": dtype, "compute_dtype": dtype, "registry": registry}
     with torch.device("meta"):
@@ -56,8 +55,14 @@ def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
 
     Raises WeightsError for an architecture that is not known here.
     """
-    family = _family(folder)
+    family = family_of(folder)
     return family.model, family.section(folder.config)
+
+
+def dtype_of(folder: Folder) -> torch.dtype:
+    """Return the dtype of the weights that config.json tells; float32 if it tells none."""
+    told = folder.config.get("dtype") or folder.config.get("torch_dtype")
+    return _DTYPES.get(str(told), torch.float32)
 
 
 @torch.no_grad()
@@ -67,16 +72,16 @@ def load_weights(model: nn.Module, folder: Folder) -> None:
     Raises WeightsError for a tensor that is missing, left over, or of another shape, before anything is filled.
     """
     parameters = {unwrapped(name): p for name, p in model.named_parameters() if ".adapter." not in name}
-    wanted = _wanted(model, folder, parameters)
-    _check(folder, wanted)
+    wanted = checked_layout(model, folder, parameters)
     for name in folder.files:
         reader = folder.reader(name)
         for key in folder.files[name]:
             for ours, piece in wanted.get(key, []):
-                _fill(parameters[ours], piece, reader)
+                fill(parameters[ours], piece, reader)
 
 
-def _fill(parameter: Tensor, piece: Piece, reader: Any) -> None:
+def fill(parameter: Tensor, piece: Piece, reader: Reader) -> None:
+    """Read a piece of a parameter, of one that is sharded the part that this rank holds."""
     local, first = own_part(parameter)
     part = piece.within(tuple((f, f + n) for f, n in zip(first, local.shape)))
     if part is not None:
@@ -85,13 +90,16 @@ def _fill(parameter: Tensor, piece: Piece, reader: Any) -> None:
         place.copy_(read.reshape(place.shape))
 
 
-def _wanted(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) -> Layout:
-    family = _family(folder)
+def checked_layout(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) -> Layout:
+    """Say what each tensor of a folder is of a model. Raises WeightsError unless it holds just those of the model."""
+    family = family_of(folder)
     if not isinstance(model, Transformer) or model.definition != family.model:
         other = getattr(model, "definition", type(model).__name__)
         raise WeightsError(f"{folder.path} holds a {family.model}, and the model is {other}")
     fused = bool(family.marks_fused) and any(key.endswith(family.marks_fused) for key in folder.keys)
-    return layout_of(family.model, family.entries(fused), model.config, parameters)
+    wanted = layout_of(family.model, family.entries(fused), model.config, parameters)
+    _check(folder, wanted)
+    return wanted
 
 
 def _check(folder: Folder, wanted: Layout) -> None:
@@ -114,7 +122,8 @@ def _and_others(names: list[str]) -> str:
     return f" and {len(names) - 1} others" if len(names) > 1 else ""
 
 
-def _family(folder: Folder) -> Family:
+def family_of(folder: Folder) -> Family:
+    """Return a folder's family. Raises WeightsError for an architecture that is not known here."""
     kind = folder.config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)

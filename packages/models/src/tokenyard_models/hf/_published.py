@@ -13,46 +13,96 @@ DBRX_DEFAULTS: dict[str, Any] = {
 }
 """What transformers takes for keys that a DBRX config.json leaves out, where that differs from the published sizes."""
 
+LLAMA_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+MISTRAL_DEFAULTS: dict[str, Any] = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+}
+QWEN3_DEFAULTS: dict[str, Any] = {
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+}
+"""Those of Llama's, Mistral's and Qwen3's."""
 
-def mixtral(config: TransformerConfig) -> dict[str, Any]:
-    """Return Mixtral's keys."""
-    moe = _moe(config)
-    return _llama(config, "MixtralForCausalLM", "mixtral") | {
-        "intermediate_size": moe.ffn_dim,
+
+def llama(config: TransformerConfig) -> dict[str, Any]:
+    """Return Llama's keys."""
+    return _llama(config, "LlamaForCausalLM", "llama") | {
+        "intermediate_size": config.dense_ffn_dim or 4 * config.dim,
         "head_dim": config.head_dim,
-        "num_local_experts": moe.num_experts,
-        "router_jitter_noise": moe.rule.jitter,
-        "sliding_window": None,
+        "attention_bias": False,
+        "mlp_bias": False,
     }
 
 
-def qwen3_moe(config: TransformerConfig) -> dict[str, Any]:
-    """Return Qwen3-MoE's keys."""
-    moe = _moe(config)
-    return _llama(config, "Qwen3MoeForCausalLM", "qwen3_moe") | {
+def qwen3(config: TransformerConfig) -> dict[str, Any]:
+    """Return Qwen3's keys."""
+    return _llama(config, "Qwen3ForCausalLM", "qwen3") | {
         "intermediate_size": config.dense_ffn_dim or 4 * config.dim,
-        "moe_intermediate_size": moe.ffn_dim,
         "head_dim": config.head_dim,
-        "num_experts": moe.num_experts,
-        "norm_topk_prob": moe.rule.normalize is not None,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": sorted(config.dense_layers),
         "attention_bias": False,
         "use_sliding_window": False,
         "sliding_window": None,
     }
 
 
+def mixtral(config: TransformerConfig) -> dict[str, Any]:
+    """Return Mixtral's keys."""
+    moe = _moe(config)
+    return (
+        _llama(config, "MixtralForCausalLM", "mixtral")
+        | _routed(config, moe)
+        | {
+            "intermediate_size": moe.ffn_dim,
+            "head_dim": config.head_dim,
+            "num_local_experts": moe.num_experts,
+            "router_jitter_noise": moe.rule.jitter,
+            "sliding_window": None,
+        }
+    )
+
+
+def qwen3_moe(config: TransformerConfig) -> dict[str, Any]:
+    """Return Qwen3-MoE's keys."""
+    moe = _moe(config)
+    return (
+        _llama(config, "Qwen3MoeForCausalLM", "qwen3_moe")
+        | _routed(config, moe)
+        | {
+            "intermediate_size": config.dense_ffn_dim or 4 * config.dim,
+            "moe_intermediate_size": moe.ffn_dim,
+            "head_dim": config.head_dim,
+            "num_experts": moe.num_experts,
+            "norm_topk_prob": moe.rule.normalize is not None,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": sorted(config.dense_layers),
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
+        }
+    )
+
+
 def olmoe(config: TransformerConfig) -> dict[str, Any]:
     """Return OLMoE's keys."""
     moe = _moe(config)
-    return _llama(config, "OlmoeForCausalLM", "olmoe") | {
-        "intermediate_size": moe.ffn_dim,
-        "num_experts": moe.num_experts,
-        "norm_topk_prob": moe.rule.normalize is not None,
-        "clip_qkv": config.clip_qkv,
-        "attention_bias": False,
-    }
+    return (
+        _llama(config, "OlmoeForCausalLM", "olmoe")
+        | _routed(config, moe)
+        | {
+            "intermediate_size": moe.ffn_dim,
+            "num_experts": moe.num_experts,
+            "norm_topk_prob": moe.rule.normalize is not None,
+            "clip_qkv": config.clip_qkv,
+            "attention_bias": False,
+        }
+    )
 
 
 def dbrx(config: TransformerConfig) -> dict[str, Any]:
@@ -92,19 +142,21 @@ def _llama(config: TransformerConfig, architecture: str, model_type: str) -> dic
         "hidden_size": config.dim,
         "max_position_embeddings": config.max_seq_len,
         "num_attention_heads": config.heads,
-        "num_experts_per_tok": _moe(config).top_k,
         "num_hidden_layers": config.layers,
         "num_key_value_heads": config.kv_heads,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,  # for transformers before 5
-        "router_aux_loss_coef": config.auxiliary.balance_weight,
         "tie_word_embeddings": config.tied_head,
         "vocab_size": config.vocab_size,
     }
 
 
+def _routed(config: TransformerConfig, moe: MoEConfig) -> dict[str, Any]:
+    return {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": config.auxiliary.balance_weight}
+
+
 def _moe(config: TransformerConfig) -> MoEConfig:
     if config.moe is None:
-        raise ConfigError("the model has no experts; Hugging Face folders are written of models with experts")
+        raise ConfigError("the model has no experts, and its family's folders are of models with experts")
     return config.moe

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.hf._families import FAMILIES, Family, Layout, layout_of
-from tokenyard_models.hf._folder import CONFIG, INDEX, SINGLE, WeightsError, read_json
-from tokenyard_models.hf._pieces import Piece, slices
+from tokenyard_models.hf._families import FAMILIES, Family, layout_of
+from tokenyard_models.hf._folder import CONFIG, WeightsError, read_json
+from tokenyard_models.hf._write import SHARD_BYTES, dtypes, new_folder, whole, write_weights
 from tokenyard_models.init import unwrapped
 from tokenyard_models.transformer import Transformer
 
-SHARD_BYTES = 5 * 10**9
 _OF_TRAINING = ("auxiliary", "expert_parallel", "moe.forced_balance", "dense_ffn_dim", "moe.rule.jitter")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BESIDE = (
@@ -64,44 +61,31 @@ def to_hf(
     parameters = {unwrapped(name): p for name, p in model.named_parameters()}
     config: Any = model.config
     layout = layout_of(family.model, family.entries(fused), config, parameters)
-    published = family.publish(config)
-    _check_published(family, config, published)
+    published = config_json(family, config)
     with new_folder(path) as folder:
-        write_weights(folder, layout, parameters, dtype, shard_bytes)
-        _write_config(folder, published, like, dtype or next(iter(parameters.values())).dtype)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Give a folder to write into, which has the name `path` when all is written, and is gone if that fails."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        write_weights(folder, layout, partial(whole, parameters), dtypes(parameters, dtype), shard_bytes)
+        write_config(folder, published, like, dtype or next(iter(parameters.values())).dtype)
 
 
 def _family(model: nn.Module, fused: bool) -> Family:
     definition = getattr(model, "definition", None)
     found = [family for family in FAMILIES.values() if family.model == definition]
     if not isinstance(model, Transformer) or not found:
-        known = ", ".join(family.model for family in FAMILIES.values())
+        known = ", ".join(dict.fromkeys(family.model for family in FAMILIES.values()))
         raise WeightsError(f"a {definition or type(model).__name__} has no Hugging Face form here; these have: {known}")
     if fused and not found[0].fused:
-        raise WeightsError(f"{definition} has no fused form: its folder holds one tensor for all experts anyway")
+        raise WeightsError(f"{definition} has no fused form, with one tensor for all experts in place of many; drop it")
     return found[0]
 
 
-def _check_published(family: Family, config: TransformerConfig, published: Mapping[str, Any]) -> None:
-    """Raise WeightsError for what a config.json of the family cannot say of the model: whoever reads it would err."""
+def config_json(family: Family, config: TransformerConfig) -> dict[str, Any]:
+    """Return a model's config.json. Raises WeightsError for what it cannot say: whoever reads it would err."""
+    published = family.publish(config)
     told, meant = (_computed(asdict(c)) for c in (family.definition.resolve(family.section(published)), config))
     for name, value in meant.items():
         if told.get(name) != value:
             raise WeightsError(f"a {family.model} folder cannot say that {name} is {value!r}, only {told.get(name)!r}")
+    return published
 
 
 def _computed(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -114,67 +98,8 @@ def _computed(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return found
 
 
-def write_weights(
-    folder: Path, layout: Layout, parameters: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int
-) -> None:
-    """Write tensors in shards of at most so many bytes, each put together from pieces of parameters, and an index."""
-    width = {name: (dtype or p.dtype).itemsize for name, p in parameters.items()}
-    shards = list(_shards({key: _numel(found) * width[found[0][0]] for key, found in layout.items()}, shard_bytes))
-    weight_map: dict[str, str] = {}
-    whole = _Whole(parameters)
-    total = 0
-    for number, keys in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {key: _tensor(layout[key], whole, dtype) for key in keys}
-        save_file(tensors, folder / name, {"format": "pt"})
-        total += sum(t.nbytes for t in tensors.values())
-        weight_map |= dict.fromkeys(keys, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _shards(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    """Share tensors out, in order, over files of at most so many bytes (or of one tensor that has more)."""
-    keys: list[str] = []
-    filled = 0
-    for key, size in sizes.items():
-        if keys and filled + size > most:
-            yield keys
-            keys, filled = [], 0
-        keys.append(key)
-        filled += size
-    yield keys
-
-
-class _Whole:
-    """Gives parameters as wholes, and keeps the last one, since its pieces come one after another."""
-
-    def __init__(self, parameters: Mapping[str, Tensor]):
-        self.parameters, self.name, self.tensor = parameters, "", torch.empty(0)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name != self.name:
-            parameter = self.parameters[name]
-            self.tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-            self.name = name
-        return self.tensor
-
-
-def _tensor(found: list[tuple[str, Piece]], whole: _Whole, dtype: torch.dtype | None) -> Tensor:
-    first = whole[found[0][0]]
-    out = torch.empty(found[0][1].shape, dtype=dtype or first.dtype, device="cpu")
-    for name, piece in found:
-        place = out[slices(piece.theirs)]
-        place.copy_(piece.turned(whole[name][slices(piece.ours)]).reshape(place.shape))
-    return out
-
-
-def _numel(found: list[tuple[str, Piece]]) -> int:
-    return torch.Size(found[0][1].shape).numel()
-
-
-def _write_config(folder: Path, config: dict[str, Any], like: Path | str | None, dtype: torch.dtype) -> None:
+def write_config(folder: Path, config: dict[str, Any], like: Path | str | None, dtype: torch.dtype) -> None:
+    """Write config.json and generation_config.json, with the token ids of `like`, and copy its tokenizer."""
     if like is not None:
         theirs = read_json(Path(like) / CONFIG) if (Path(like) / CONFIG).exists() else {}
         config = {key: theirs[key] for key in _TOKENS if key in theirs} | config

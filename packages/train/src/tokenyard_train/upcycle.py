@@ -1,0 +1,32 @@
+"""From a dense model's folder to one of a model with experts, with a word on what it then computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from tokenyard_models import Upcycling, count_parameters
+from tokenyard_models import upcycle as upcycled
+
+
+def upcycle(
+    source: Path, target: Path, experts: int, top_k: int, granularity: int, seed: int, console: Console
+) -> None:
+    """Write the folder; say how large the model is, and whether it computes what the dense one does.
+
+    Raises TokenyardError, and then nothing is written.
+    """
+    how = Upcycling(experts, top_k, granularity, seed)
+    model = upcycled(source, target, how)
+    size = count_parameters(model)
+    sizes = f"{size.total:,} parameters, {size.active:,} of them active"
+    console.print(f"wrote {target}: {model.definition}, {sizes}", highlight=False, soft_wrap=True)
+    console.print(_function(how, source), highlight=False, soft_wrap=True)
+
+
+def _function(how: Upcycling, source: Path) -> str:
+    if how.keeps_function:
+        return f"it computes what {source} does, up to rounding"
+    slices = f"tokens take {how.top_k} slices, and {how.granularity} make a layer"
+    return f"it does not compute what {source} does: {slices}; it would if --top-k were a multiple of --granularity"
