@@ -84,8 +84,8 @@ class Upcycling:
 def upcycle(source: Path | str, target: Path | str, how: Upcycling, *, shard_bytes: int = SHARD_BYTES) -> Transformer:
     """Write a dense model's Hugging Face folder as one with experts: llama and mistral as mixtral, qwen3 as qwen3_moe.
 
-    One layer's experts and a shard are in memory at a time. Returns the new model on the meta device, without weights.
-    The folder must not exist; it does when all is written. Raises WeightsError for a folder that is not whole or not
+    One layer's experts and a shard, as tensors and as bytes, are in memory at a time. Returns the new model on the meta
+    device, without weights. The folder must not exist; it does when all is written. Raises WeightsError for a folder that is not whole or not
     dense, ConfigError for numbers that do not go together.
     """
     target = Path(target)
