@@ -85,8 +85,8 @@ def upcycle(source: Path | str, target: Path | str, how: Upcycling, *, shard_byt
     """Write a dense model's Hugging Face folder as one with experts: llama and mistral as mixtral, qwen3 as qwen3_moe.
 
     One layer's experts and a shard, as tensors and as bytes, are in memory at a time. Returns the new model on the meta
-    device, without weights. The folder must not exist; it does when all is written. Raises WeightsError for a folder that is not whole or not
-    dense, ConfigError for numbers that do not go together.
+    device, without weights. The folder must not exist; it does when all is written. Raises WeightsError for a folder
+    that is not whole or not dense, ConfigError for numbers that do not go together.
     """
     target = Path(target)
     if target.exists():

@@ -1,0 +1,44 @@
+"""``python -m tokenyard_kernels_cuda [ARCHITECTURE]``: compile every kernel ahead, and say how long each took."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+from tokenyard import TokenyardError
+from tokenyard_kernels_cuda.sources import sources
+from tokenyard_kernels_cuda.toolchain import architecture_of, cache_folder, cubin_of
+
+_USAGE = "usage: python -m tokenyard_kernels_cuda [ARCHITECTURE]   (such as sm_90a; left out, that of this GPU)"
+
+
+def main(arguments: list[str]) -> int:
+    """Compile for the architecture given, or for this GPU; return 0, or 2 with one sentence if that cannot be."""
+    if len(arguments) > 1:
+        print(_USAGE, file=sys.stderr)
+        return 2
+    if not arguments and not torch.cuda.is_available():
+        print("there is no GPU here to compile for; give an architecture, such as sm_90a", file=sys.stderr)
+        return 2
+    architecture = arguments[0] if arguments else architecture_of(torch.cuda.get_device_capability())
+    try:
+        _compile_all(architecture)
+    except TokenyardError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _compile_all(architecture: str) -> None:
+    began = time.perf_counter()
+    for source in sources():
+        start = time.perf_counter()
+        size = len(cubin_of(source, architecture))
+        print(f"{source!s:40} {architecture} {size:8,} bytes {1000 * (time.perf_counter() - start):7.1f} ms")
+    print(f"{time.perf_counter() - began:.2f} s; kept in {cache_folder()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""Router logits of narrow operands: one product, accumulated and returned in float32.
+
+The gradient that comes back is float32. It is split into the sum of two narrow numbers, so that both products of the
+backward pass run on the matrix units as well, and lose some 2^-16 of it instead of 2^-8.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenyard_kernels_cuda.ops._moves import ELEMENTS
+from tokenyard_kernels_cuda.ops._sizes import ceil_div
+from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
+
+_THREADS = 256
+
+NARROW = (torch.bfloat16, torch.float16)
+"""The dtypes whose products these are."""
+
+
+@cache
+def split_kernel(dtype: torch.dtype) -> Kernel:
+    """Return the kernel that splits float32 into two numbers of a narrow dtype."""
+    source = Source("split.cu", (("ELEMENT", ELEMENTS[dtype]),))
+    return Kernel(source, "split_in_two", wide=Array(torch.float32), both=Array(dtype), rows=Int(), width=Int())
+
+
+@torch.library.custom_op("tokenyard_cuda::logits", mutates_args=())
+def logits_op(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x [T, D] times weight.T [D, E] in float32."""
+    return _wide_product(x, weight.t())
+
+
+@logits_op.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("tokenyard_cuda::logits_backward", mutates_args=())
+def logits_backward_op(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+    """Return the gradients of x and of weight; an empty one where none is needed."""
+    both = _split(dlogits.contiguous(), x.dtype)  # [T, 2E]
+    dx, dweight = x.new_empty(0), x.new_empty(0)
+    if needs[0]:
+        dx = both @ torch.cat((weight, weight))
+    if needs[1]:
+        dweight = _wide_product(both.t(), x).view(2, *weight.shape).sum(0).to(weight.dtype)
+    return [dx, dweight]
+
+
+@logits_backward_op.register_fake
+def _(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+    return [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((x, weight), needs)]
+
+
+def _split(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    rows, width = wide.shape
+    both = wide.new_empty(rows, 2 * width, dtype=dtype)
+    if rows:
+        split_kernel(dtype)((ceil_div(rows * width, _THREADS), 1), _THREADS, wide, both, rows, width)
+    return both
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply narrow matrices into float32; a CPU, where kernels are emulated, has no product for that."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad)
+    grads = logits_backward_op(dlogits, *ctx.saved_tensors, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs))
+
+
+logits_op.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,29 @@
+"""The `cuda` router: core's top-k router whose scores, selection and weights are one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenyard.numerics import compute_dtype
+from tokenyard.routers import TopKRouter
+from tokenyard_kernels_cuda.ops._logits import NARROW, logits_op
+from tokenyard_kernels_cuda.ops._route import route, weigh
+
+
+class CudaRouter(TopKRouter):
+    """Scores tokens by one matrix and selects the K best experts, as ``workload.router`` says."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return x [T, D] times the router's weight, in float32: [T, E]."""
+        narrow = compute_dtype(x)
+        if narrow not in NARROW:
+            return super().logits(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return logits_op(x.to(narrow), self.weight.to(narrow))
+
+    def choose(self, logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return ids and weights [T, K]; given ids are only weighted."""
+        if topk_ids is None:
+            return route(logits, self.selection_bias, self.top_k, self.rule)
+        return topk_ids, weigh(logits, topk_ids, self.rule)

@@ -1,0 +1,22 @@
+"""From CUDA C++ in this package to a launch: source -> cubin (by NVRTC, or from disk) -> library -> kernel."""
+
+from tokenyard_kernels_cuda.toolchain._cache import cache_folder, cubin_of
+from tokenyard_kernels_cuda.toolchain._compile import CompileError, architecture_of, compile_cubin
+from tokenyard_kernels_cuda.toolchain._driver import DriverError
+from tokenyard_kernels_cuda.toolchain._kernel import Array, Float, Int, Kernel, Parameters
+from tokenyard_kernels_cuda.toolchain._source import Source
+
+__all__ = [
+    "Array",
+    "CompileError",
+    "DriverError",
+    "Float",
+    "Int",
+    "Kernel",
+    "Parameters",
+    "Source",
+    "architecture_of",
+    "cache_folder",
+    "compile_cubin",
+    "cubin_of",
+]

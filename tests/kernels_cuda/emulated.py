@@ -1,0 +1,80 @@
+"""The kernels of this package on a CPU: the same sources, compiled by a C++ compiler against ``emulator.h``."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from itertools import count
+from pathlib import Path
+
+from tokenyard import Backend, Workload
+from tokenyard.registry import Registry
+from tokenyard.registry._discover import Plugin
+from tokenyard_kernels_cuda import _plugin
+from tokenyard_kernels_cuda.toolchain import Source
+from tokenyard_kernels_cuda.toolchain._source import headers
+
+COMPILER = shutil.which("g++")
+_FAULTS = {1: "threads wait for each other in vain", 2: "writes past its shared memory"}
+_INSTRUCTION = re.compile(r'asm\("(\S+) %0, %1;" : "=\w"\((.+?)\) : "\w"\((.+?)\)\);')
+_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
+_seeds = count(1)
+
+
+def launch(source, name, device, grid, threads, shared, arguments):
+    """Run a kernel, in the place of the driver's launch."""
+    values = [kind(value) for value, kind in zip(*arguments)]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    code = getattr(_library(source), f"run_{name}")(*grid[:2], threads, shared, next(_seeds), pointers)
+    assert not code, f"{name} of {source} {_FAULTS[code]}"
+
+
+@cache
+def _library(source: Source) -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="tokenyard-emulated-"))
+    for name, text in (headers() | {source.name: source.text()}).items():
+        (folder / name).write_text(_in_cpp(text))
+    kernels = re.findall(r"__global__ void (\w+)\(", source.text())
+    glue = "\n".join(f"RUN({name})" for name in kernels)
+    (folder / "all.cc").write_text(f'#include "emulator.h"\n#include "{source.name}"\n{glue}\n')
+    options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}", *source.options()]
+    subprocess.run([COMPILER, *options, "-o", "all.so", "all.cc"], cwd=folder, check=True, timeout=120)
+    return ctypes.CDLL(str(folder / "all.so"))
+
+
+def _in_cpp(text: str) -> str:
+    text = _SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory());", text)
+    return _INSTRUCTION.sub(lambda m: f"emulator::{m[1].replace('.', '_')}({m[2]}, {m[3]});", text)
+
+
+def _usable(reason):
+    """Return the backend's own reasons but for the device, which is a GPU in its eyes."""
+
+    def unusable(workload: Workload) -> str | None:
+        options = {name: getattr(workload, name) for name in ("num_experts", "top_k", "router", "dtype")}
+        gpu = Workload(workload.dim, workload.ffn_dim, device="cuda", capability=(9, 0), **options)
+        return reason(gpu)
+
+    return unusable
+
+
+class _Offers:
+    @staticmethod
+    @_plugin.hookimpl
+    def tokenyard_routers():
+        return [Backend("cuda", "tokenyard_kernels_cuda.router:CudaRouter", 0, _usable(_plugin.no_router))]
+
+    @staticmethod
+    @_plugin.hookimpl
+    def tokenyard_permutations():
+        path = "tokenyard_kernels_cuda.permutation:CudaPermutation"
+        return [Backend("cuda", path, 0, _usable(_plugin.no_permutation))]
+
+
+def registry() -> Registry:
+    """Return a registry in which the backends are usable on a CPU."""
+    return Registry([Plugin(_Offers, "tokenyard-kernels-cuda", "emulated")])

@@ -1,0 +1,108 @@
+"""The kernels pass core's kit on a CPU: the same CUDA sources, emulated, threads in any order."""
+
+from dataclasses import replace
+
+import emulated
+import pytest
+import torch
+
+from tokenyard import RoutingRule, Workload
+from tokenyard.numerics import relative_error
+from tokenyard.permutations import TorchPermutation
+from tokenyard.testing import PermutationConformance, RouterConformance
+from tokenyard.testing import _router_oracle as oracle
+from tokenyard_kernels_cuda.ops._plan import MOST_EXPERTS
+from tokenyard_kernels_cuda.ops._route import route
+from tokenyard_kernels_cuda.permutation import CudaPermutation
+
+pytestmark = [pytest.mark.usefixtures("emulation"), pytest.mark.xdist_group("emulated")]
+
+
+class TestPermutation(PermutationConformance):
+    backend = "cuda"
+    device = "cpu"
+
+    def registry(self):
+        return emulated.registry()
+
+
+class TestPermutationOfOddRows(TestPermutation):
+    dim = 15
+
+
+class TestRouter(RouterConformance):
+    backend = "cuda"
+    device = "cpu"
+
+    def registry(self):
+        return emulated.registry()
+
+
+class TestRouterOfManyExperts(TestRouter):
+    num_experts, top_k = 72, 9
+
+
+def cuda_permutation(dtype=torch.float32):
+    return CudaPermutation(Workload(8, 8, 2, 1, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"),
+    [(3000, 16, 4), (1, 1, 1), (1024, 4, 1), (2049, 128, 8), (700, 1500, 3), (900, MOST_EXPERTS, 2)],
+)
+def test_plans_of_many_blocks(tokens, experts, top_k):
+    """As core's, exactly: blocks add up what others counted, and the more experts, the fewer warps."""
+    ids = torch.randint(0, experts + 1, (tokens, top_k), dtype=torch.int32)
+    rows = int((ids < experts).sum())
+    got, want = (p.plan(ids, experts, rows) for p in (cuda_permutation(), TorchPermutation(None)))
+    assert torch.equal(got.offsets, want.offsets)
+    assert torch.equal(got.order, want.order)
+    kept = want.inverse < rows
+    assert torch.equal(got.inverse[kept], want.inverse[kept])
+    assert (got.inverse[~kept] >= rows).all()
+    assert torch.equal(got.inverse.sort().values, torch.arange(ids.numel(), dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [2056, 2051])
+def test_wide_rows(dim, dtype):
+    """A row of more than a block's threads, whole packs or not, and x as a part of another tensor."""
+    ids = torch.randint(0, 9, (5, 3), dtype=torch.int32)  # 8 drops
+    x = torch.randn(5 * dim + 1, dtype=dtype)[1:].view(5, dim).requires_grad_()
+    weights = torch.rand(5, 3).requires_grad_()
+    dy = torch.randn(5, dim, dtype=dtype)
+
+    def there_and_back(permutation):
+        plan = permutation.plan(ids, 8)
+        y = permutation.unpermute(permutation.permute(x, plan), plan, weights)
+        return y, *torch.autograd.grad(y, (x, weights), dy)
+
+    for got, want in zip(there_and_back(cuda_permutation(dtype)), there_and_back(TorchPermutation(None))):
+        assert relative_error(got, want) < 3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(33, 33), (1000, 5), (1024, 1024)])
+def test_routes_to_many_experts(experts, top_k):
+    """Up to all of them, which leaves room for fewer warps."""
+    rule = RoutingRule(normalize=1.5, num_groups=experts if top_k == experts else 1, groups_kept=1)
+    rule = replace(rule, groups_kept=rule.num_groups)
+    logits = torch.randn(3, experts).round(decimals=1)  # some are equal
+    ids, weights = route(logits, None, top_k, rule)
+    assert ids.tolist() == oracle.select(logits, None, rule, top_k)
+    assert relative_error(weights, oracle.weigh(logits.double(), ids.long(), rule)) < 1e-6
+
+
+def test_zeros_of_either_sign_are_equal():
+    logits = torch.tensor([[0.0, -0.0, 0.0, -1.0], [-0.0, 0.0, -1.0, -0.0]])
+    ids, _ = route(logits, None, 3, RoutingRule(select_first=True))
+    assert ids.tolist() == [[0, 1, 2], [0, 1, 3]]
+
+
+def test_one_group_is_kept():
+    """Of equal ones the first."""
+    rule = RoutingRule(select_first=True, num_groups=6, groups_kept=1)
+    logits = torch.randn(64, 12)
+    logits[0] = torch.tensor([1.0, 0.0] * 6)
+    ids, _ = route(logits, None, 2, rule)
+    assert ids.tolist() == oracle.select(logits, None, rule, 2)
+    assert ids[0].tolist() == [0, 1]
