@@ -48,6 +48,24 @@ def test_kernels_prints_every_piece_and_what_the_profiler_saw(bench):
     assert "gaps" in printed
 
 
+def test_routing_prints_every_work_beside_a_copy(bench):
+    options = ("--dtype", "fp32", "--repetitions", 3, "--backends", "torch,cuda")
+    out, printed = bench("routing", "--shape", "64,16,24,4,2", *options)
+    records = json.loads((out / "routing.json").read_text())["records"]
+    timed = {r["work"]: r for r in records if r["note"] is None}
+    moves = ["permute", "permute backward", "unpermute", "unpermute backward"]
+    assert list(timed) == ["plan", *moves, "router", "router backward", "choose", "choose backward"]
+    assert timed["permute"]["bytes"] == 4 * (64 * 16 + 64 * 2 * 16)  # x once, and each of its rows
+    assert {r["backend"] for r in timed.values()} == {"torch"}
+    assert "share of its bandwidth" in printed
+    assert "permutation cuda: 'cuda' computes on a GPU" in printed
+
+
+def test_routing_of_an_unknown_backend(bench):
+    with pytest.raises(ConfigError, match=r"--backends 'troch' is unknown \(did you mean 'torch'\?\); installed: "):
+        bench("routing", "--shape", "64,16,24,4,2", "--backends", "troch")
+
+
 @pytest.fixture
 def config(settings, tmp_path):
     """A small config as a file; with rotary swiglu experts in every layer, as Mixtral has them."""

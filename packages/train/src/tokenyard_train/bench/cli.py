@@ -92,6 +92,26 @@ def kernels(
 
 
 @app.command()
+def routing(
+    shape: Shapes = ["all"],  # noqa: B006
+    backends: Annotated[str, typer.Option(help="Permutations and routers, comma-separated, or all.")] = "all",
+    dtype: Dtypes = ["bf16"],  # noqa: B006
+    routing: Routings = ["natural"],  # noqa: B006
+    device: Device = "auto",
+    repetitions: Repetitions = 20,
+    threads: Threads = None,
+    seed: int = 0,
+    out: Out = Path("bench"),
+) -> None:
+    """Time routers, plans and moves of rows, forward and backward, by every backend, beside copies of as many bytes."""
+    from tokenyard_train.bench.commands import run_routing
+
+    run_routing(
+        wide_console(), out, shape, dtype, routing, device, threads, backends, "none", "swiglu", repetitions, seed
+    )
+
+
+@app.command()
 def compare(
     before: Annotated[Path, typer.Argument(help="A JSON that tokenyard bench wrote.")],
     after: Annotated[Path, typer.Argument(help="A later one of the same kind.")],

@@ -18,6 +18,7 @@ from tokenyard_train.bench.kernels import bench_kernels, print_kernels
 from tokenyard_train.bench.layer import LayerBench, bench_layer
 from tokenyard_train.bench.machine import describe_machine
 from tokenyard_train.bench.plot import efficiency_bars
+from tokenyard_train.bench.routing import bench_routing, print_routing
 from tokenyard_train.bench.shapes import parse_shapes
 from tokenyard_train.bench.table import print_layers
 from tokenyard_train.bench.train import bench_train, print_train
@@ -47,6 +48,18 @@ def run_kernels(console: Console, out: Path, *options: Any) -> None:
     print_kernels(records, console)
     content = {"kind": "kernels", "machine": describe_machine(bench.device), "records": records}
     console.print(f"wrote {write_results(out, 'kernels', content)}", highlight=False)
+
+
+def run_routing(console: Console, out: Path, *options: Any) -> None:
+    """Measure routers and permutations; print the table and write ``routing.json``. Raises ConfigError."""
+    bench = _layer_bench(*options)
+    machine = describe_machine(bench.device)
+    records: list[dict[str, Any]] = []
+    for found in bench_routing(bench, console):
+        records += found
+        path = write_results(out, "routing", {"kind": "routing", "machine": machine, "records": records})
+        print_routing(found, console)
+    console.print(f"wrote {path}", highlight=False)
 
 
 def run_compare(console: Console, before: Path, after: Path) -> None:

@@ -62,9 +62,10 @@ def _times(records: Sequence[Record]) -> Iterator[tuple[str, Spread]]:
 
 def _name(record: Record, key: str) -> str:
     shape = record.get("shape", {}).get("name")
-    who = next(record[name] for name in ("contestant", "piece", "layer") if name in record)
+    who = next(record[name] for name in ("contestant", "piece", "layer", "work") if name in record)
     part = {"forward_ms": "forward", "step_ms": "step", "ms": ""}[key]
-    return ", ".join(str(word) for word in (shape, record.get("dtype"), record.get("routing"), who, part) if word)
+    words = (shape, record.get("dtype"), record.get("routing"), who, record.get("backend"), part)
+    return ", ".join(str(word) for word in words if word)
 
 
 def _change(what: str, before: Spread, after: Spread) -> Change:
