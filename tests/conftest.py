@@ -8,6 +8,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined: they then run on the CPU
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and what they start, would wait for each other's threads
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 collect_ignore = ["example_plugin"]  # a project of its own; tests/core/test_example_plugin.py installs and runs it
 
 
