@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tokenyard import default_registry
+from tokenyard.backend import KINDS
+from tokenyard.registry._choose import EXTRAS
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
 IMPORT = {path.name: next(p.name for p in (path / "src").iterdir() if p.is_dir()) for path in PACKAGES}
@@ -108,6 +112,14 @@ def test_one_extra_for_each_package_and_one_for_all():
     named = {extra: {text.split("{")[0] for text in texts} for extra, texts in extras.items()}
     others = {path.name for path in PACKAGES} - {"core"}
     assert named == {extra(name): ours(name) for name in others} | {"all": {f"tokenyard-{name}" for name in others}}
+
+
+def test_the_error_of_a_missing_backend_names_the_extra_that_brings_it():
+    """Core knows the names that other packages offer, and no others."""
+    for kind in KINDS:
+        offers = [o for o in default_registry().offers(kind) if o.distribution.startswith("tokenyard-")]
+        brought = {o.backend.name: extra(o.distribution.removeprefix("tokenyard-")) for o in offers}
+        assert EXTRAS[kind] == {name: by for name, by in brought.items() if by != "core"}, kind
 
 
 @pytest.mark.parametrize("path", PACKAGES, ids=lambda path: path.name)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 Request = str | Mapping[str, Any] | None
 
 EXTRAS: dict[Kind, dict[str, str]] = {
-    "model": dict.fromkeys(("dbrx", "mixtral", "mpt_causal_lm"), "models"),
-    "router": {"triton": "triton"},
-    "permutation": {"triton": "triton"},
+    "model": dict.fromkeys(("dbrx", "llama", "mixtral", "mpt_causal_lm", "olmoe", "qwen3", "qwen3_moe"), "models"),
+    "router": {"triton": "triton", "cuda": "cuda"},
+    "permutation": {"triton": "triton", "cuda": "cuda"},
     "experts": {"triton": "triton", "gluon": "triton"},
     "exchange": {"all_to_all": "parallel", "all_to_all_tokens": "parallel"},
     "strategy": {"fsdp": "parallel", "ddp": "parallel"},
