@@ -11,6 +11,7 @@ from tokenyard.errors import BackendError
 from tokenyard.workload import Workload
 
 Kind = Literal["router", "permutation", "experts", "exchange", "strategy", "model"]
+"""What a backend is an implementation of."""
 
 KINDS: tuple[Kind, ...] = ("router", "permutation", "experts", "exchange", "strategy", "model")
 """What can be replaced by a plugin; each has the hook ``tokenyard_<kind>s`` (``tokenyard_experts``)."""

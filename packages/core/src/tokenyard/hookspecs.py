@@ -8,6 +8,7 @@ from tokenyard.backend import Backend
 
 hookspec = pluggy.HookspecMarker("tokenyard")
 hookimpl = pluggy.HookimplMarker("tokenyard")
+"""Marks a function of a plugin as the implementation of the hook of its name."""
 
 
 @hookspec

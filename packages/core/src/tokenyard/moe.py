@@ -23,7 +23,7 @@ _PARTS: tuple[Kind, ...] = ("router", "permutation", "experts", "exchange")
 class MoE(nn.Module):
     """A dropless Mixture-of-Experts layer whose parts are backends, chosen once, here.
 
-    y = experts(x) [+ shared(x)] [+ bias], where `shared_dim` is the width of a shared expert; with
+    ``y = experts(x) [+ shared(x)] [+ bias]``, where `shared_dim` is the width of a shared expert; with
     `shared_weighted_sum` the sum is K/(K+1) of the experts and 1/(K+1) of the shared one. `output_bias` adds one bias
     [D] to every token (MegaBlocks'). `backends` maps router, permutation, experts and exchange to a name, "auto" or a
     mapping with `name` and options. `group` is the process group of expert parallelism.

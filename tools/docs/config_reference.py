@@ -1,0 +1,111 @@
+"""The reference of all config keys, as Markdown, from the models that read them.
+
+What a key means is the comment beside it in the source, and what a section is for its docstring: there is no second
+place to forget.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from tokenyard import default_registry
+from tokenyard_models.schema import Strict
+from tokenyard_train.config.duration import Span
+from tokenyard_train.config.schema import TrainConfig
+
+_FIELD = re.compile(r"^    (\w+): [^#]*?(?:  # (.*))?$", re.MULTILINE)
+
+
+def training_reference() -> str:
+    """Return the keys of a training config, section by section."""
+    return "\n".join(_section(TrainConfig, "", 2))
+
+
+def model_reference() -> str:
+    """Return the keys of each model's `model:` section."""
+    lines: list[str] = []
+    for offer in sorted(default_registry().offers("model"), key=lambda offer: offer.backend.name):
+        definition: Any = offer.backend.load()
+        lines += [f"## `model.name: {offer.backend.name}`", ""]
+        lines += _section(definition.schema, "model", 3, titled=False)
+    return "\n".join(lines)
+
+
+def keys(section: type[Strict], where: str) -> Iterator[str]:
+    """Give every key by its path."""
+    for name, field in section.model_fields.items():
+        path = f"{where}.{name}" if where else name
+        yield path
+        for below in _sections(field.annotation):
+            yield from keys(below, path)
+
+
+def _section(section: type[Strict], where: str, level: int, titled: bool = True) -> Iterator[str]:
+    if titled and where:
+        yield from (f"{'#' * level} `{where}`", "")
+    yield from (inspect.getdoc(section) or "", "", "| key | type | default | meaning |", "|---|---|---|---|")
+    meanings = _meanings(section)
+    below: list[tuple[str, type[Strict]]] = []
+    for name, field in section.model_fields.items():
+        path = f"{where}.{name}" if where else name
+        yield f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_escaped(meanings.get(name, ''))} |"
+        below += [(path, inner) for inner in _sections(field.annotation)]
+    yield ""
+    for path, inner in below:
+        yield from _section(inner, path, level)
+
+
+def _meanings(section: type[Strict]) -> dict[str, str]:
+    """Return the comment beside each key, of the section and of those that it extends."""
+    found: dict[str, str] = {}
+    for cls in reversed(section.__mro__):
+        if issubclass(cls, Strict) and cls is not Strict:
+            for name, comment in _FIELD.findall(inspect.getsource(cls)):
+                found[name] = comment or found.get(name, "")
+    return found
+
+
+def _sections(annotation: Any) -> list[type[Strict]]:
+    if inspect.isclass(annotation) and issubclass(annotation, Strict):
+        return [annotation]
+    return [inner for part in get_args(annotation) for inner in _sections(part)]
+
+
+def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_type(part) for part in get_args(annotation) if part is not type(None)))
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if _sections(annotation):
+        return "section" if inspect.isclass(annotation) else "sections by name"
+    if get_origin(annotation) in (list, tuple, dict):
+        return {list: "list of ", tuple: "list of ", dict: "mapping to "}[get_origin(annotation)] + _type(
+            get_args(annotation)[-1]
+        )
+    return {Span: "duration", str: "text", int: "integer", float: "number", bool: "true, false"}.get(
+        annotation, "anything"
+    )
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None or value is PydanticUndefined:
+        return "none"
+    if isinstance(value, Strict):
+        return "its own"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
