@@ -12,6 +12,7 @@ import config_reference
 import tokenyard
 import tokenyard_models
 from tokenyard import hookspecs, testing
+from tokenyard_models.ffn import FfnConfig
 from tokenyard_train.config.schema import TrainConfig
 
 
@@ -37,6 +38,13 @@ def test_every_key_is_in_the_reference(site):
     page = (site / "configuration" / "index.html").read_text()
     for key in config_reference.keys(TrainConfig, ""):
         assert f"<code>{key.rpartition('.')[2]}</code>" in page, key
+
+
+def test_every_key_has_a_meaning():
+    """The comment beside it in the source; a section has its docstring."""
+    for section in (TrainConfig, FfnConfig):
+        for name, meaning in config_reference.meanings(section):
+            assert meaning, f"{name} has no comment in {section.__module__}"
 
 
 def test_no_page_loads_anything_from_elsewhere(site):

@@ -47,6 +47,17 @@ def keys(section: type[Strict], where: str) -> Iterator[str]:
             yield from keys(below, path)
 
 
+def meanings(section: type[Strict], where: str = "") -> Iterator[tuple[str, str]]:
+    """Give every key by its path with what it means; of a key that is a section, what that is for."""
+    own = _meanings(section)
+    for name, field in section.model_fields.items():
+        path = f"{where}.{name}" if where else name
+        below = _sections(field.annotation)
+        yield path, own.get(name) or " ".join(inspect.getdoc(inner) or "" for inner in below)
+        for inner in below:
+            yield from meanings(inner, path)
+
+
 def _section(section: type[Strict], where: str, level: int, titled: bool = True) -> Iterator[str]:
     if titled and where:
         yield from (f"{'#' * level} `{where}`", "")

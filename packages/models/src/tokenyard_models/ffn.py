@@ -22,11 +22,14 @@ _POINTWISE = {
 _OF_EXPERTS = ("moe_", "shared_expert", "uniform_expert", "dense_layers")
 
 
+FfnType = Literal["mptmlp", "mptglu", "mb_dmoe", "mb_moe", "torch_dmoe"]
+
+
 class ActivationName(Strict):
     """An activation by its name in torch.nn.functional; gated when the layer is (silu becomes SwiGLU)."""
 
-    name: Literal["silu", "gelu", "relu", "gelu_tanh", "relu_squared"]
-    approximate: Literal["none", "tanh"] = "none"
+    name: Literal["silu", "gelu", "relu", "gelu_tanh", "relu_squared"]  # the function
+    approximate: Literal["none", "tanh"] = "none"  # of gelu
 
 
 class FfnConfig(Strict):
@@ -55,30 +58,30 @@ class FfnConfig(Strict):
         ]
     )
 
-    ffn_type: Literal["mptmlp", "mptglu", "mb_dmoe", "mb_moe", "torch_dmoe"] = "mptmlp"
+    ffn_type: FfnType = "mptmlp"  # dense, or experts; mb_moe has a capacity
     ffn_hidden_size: int | None = Field(None, ge=1)  # F
     ffn_act_fn: ActivationName | None = None
-    mlp_type: Literal["mlp", "glu"] = "mlp"
-    moe_num_experts: int = Field(1, ge=1)
-    moe_top_k: int = Field(1, ge=1)
+    mlp_type: Literal["mlp", "glu"] = "mlp"  # glu: gated
+    moe_num_experts: int = Field(1, ge=1)  # E
+    moe_top_k: int = Field(1, ge=1)  # K
     moe_world_size: int | None = Field(None, ge=1)  # ranks that share the experts
-    moe_loss_weight: float = Field(0.1, ge=0)
-    moe_zloss_weight: float = Field(0.0, ge=0)
-    moe_loss_convention: Literal["megablocks", "hf"] = "megablocks"
-    moe_jitter_eps: float | None = Field(None, ge=0, lt=1)
+    moe_loss_weight: float = Field(0.1, ge=0)  # of the load-balancing loss
+    moe_zloss_weight: float = Field(0.0, ge=0)  # of the z-loss
+    moe_loss_convention: Literal["megablocks", "hf"] = "megablocks"  # by which the load-balancing loss is scaled
+    moe_jitter_eps: float | None = Field(None, ge=0, lt=1)  # in training the router's input varies by as much
     moe_normalize_expert_weights: float | None = Field(None, gt=0)  # p of the norm
     moe_capacity_factor: float = Field(1.0, ge=0)  # of mb_moe; 0 drops nothing
-    uniform_expert_assignment: bool = False
-    shared_expert: bool = False
-    shared_expert_hidden_size: int | None = Field(None, ge=1)
-    shared_expert_weighted_sum: bool = False
-    moe_score_function: Literal["softmax", "sigmoid"] = "softmax"
-    moe_select_first: bool = False
-    moe_weight_scale: float = Field(1.0, gt=0)
-    moe_bias_update_rate: float = Field(0.0, ge=0)
-    moe_num_groups: int = Field(1, ge=1)
-    moe_groups_kept: int = Field(1, ge=1)
-    moe_group_score: Literal["max", "top2"] = "max"
+    uniform_expert_assignment: bool = False  # experts in turn, for benchmarks
+    shared_expert: bool = False  # one expert more, for all tokens
+    shared_expert_hidden_size: int | None = Field(None, ge=1)  # its width; F if not given
+    shared_expert_weighted_sum: bool = False  # K / (K + 1) of the experts and 1 / (K + 1) of it
+    moe_score_function: Literal["softmax", "sigmoid"] = "softmax"  # of the logits
+    moe_select_first: bool = False  # softmax over the K selected logits only
+    moe_weight_scale: float = Field(1.0, gt=0)  # multiplies the weights last
+    moe_bias_update_rate: float = Field(0.0, ge=0)  # above 0: a selection bias, moved so after each step
+    moe_num_groups: int = Field(1, ge=1)  # experts stand in so many groups
+    moe_groups_kept: int = Field(1, ge=1)  # a token chooses from its best ones
+    moe_group_score: Literal["max", "top2"] = "max"  # of the best expert, or the sum of the best two
     dense_layers: list[int] = []  # layers without experts
 
     @property

@@ -15,11 +15,11 @@ class TiktokenKwargs(Strict):
 
     ignored: ClassVar[frozenset[str]] = foundry.TOKENIZER_KWARGS
 
-    encoding_name: str | None = None
-    model_name: str | None = None
-    file: str | None = None
-    pattern: str | None = None
-    special_tokens: dict[str, int] = {}
+    encoding_name: str | None = None  # such as cl100k_base
+    model_name: str | None = None  # the encoding of a model, such as gpt-4
+    file: str | None = None  # of ranks, as tiktoken writes them
+    pattern: str | None = None  # splits text before ranks are used; with file
+    special_tokens: dict[str, int] = {}  # ids by text; with file
 
 
 class Tokenizer(Strict):
@@ -35,7 +35,7 @@ class StdlibDataset(Strict):
 
     ignored: ClassVar[frozenset[str]] = foundry.DATASET | {"split"}
 
-    shuffle: bool = True
+    shuffle: bool = True  # samples, anew in each epoch
 
 
 class PythonStdlib(Strict):
@@ -43,7 +43,7 @@ class PythonStdlib(Strict):
 
     ignored: ClassVar[frozenset[str]] = foundry.LOADER
 
-    name: Literal["python_stdlib"]
+    name: Literal["python_stdlib"]  # this one
     dataset: StdlibDataset = StdlibDataset()
 
 
@@ -85,7 +85,7 @@ class TextDataset(Source):
     """One source, or several streams mixed by weight."""
 
     streams: dict[str, Stream] | None = None
-    shuffle: bool = True
+    shuffle: bool = True  # samples, anew in each epoch
 
     @model_validator(mode="after")
     def _one_place(self) -> TextDataset:
@@ -105,7 +105,7 @@ class Text(Strict):
 
     ignored: ClassVar[frozenset[str]] = foundry.LOADER
 
-    name: Literal["text"]
+    name: Literal["text"]  # this one
     dataset: TextDataset
 
 

@@ -27,7 +27,7 @@ class MlflowLogger(Strict):
     experiment_name: str | None = None  # None: tokenyard
     run_name: str | None = None  # None: the config's
     tracking_uri: str | None = None  # None: mlruns beside save_folder
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = {}  # of the run
 
 
 class WandbLogger(Strict):
@@ -35,12 +35,12 @@ class WandbLogger(Strict):
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGER
 
-    project: str | None = None
-    group: str | None = None
+    project: str | None = None  # where the run is filed
+    group: str | None = None  # of runs
     name: str | None = None  # None: the config's run_name
-    entity: str | None = None
-    tags: list[str] = []
-    mode: Literal["offline", "online"] = "offline"
+    entity: str | None = None  # user or team
+    tags: list[str] = []  # of the run
+    mode: Literal["offline", "online"] = "offline"  # offline writes files only
 
 
 class Loggers(Strict):

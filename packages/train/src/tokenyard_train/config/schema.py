@@ -38,27 +38,30 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Optimizer(Strict):
     """AdamW. `decoupled_adamw` (Composer's) scales weight decay by lr / initial lr, `adamw` (torch's) by lr."""
 
-    name: Literal["decoupled_adamw", "adamw"] = "decoupled_adamw"
-    lr: float = Field(6e-4, gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    name: Literal["decoupled_adamw", "adamw"] = "decoupled_adamw"  # which of the two
+    lr: float = Field(6e-4, gt=0)  # the highest learning rate
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay of the means of gradients and of their squares
+    eps: float = Field(1e-8, gt=0)  # added to the root of the second mean
+    weight_decay: float = Field(0.0, ge=0)  # share of a weight that is taken away in a step
+
+
+Schedule = Literal["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"]
 
 
 class Scheduler(Strict):
     """How the learning rate changes: linear warm-up, then towards alpha_f of its peak at t_max."""
 
-    name: Literal["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"] = "cosine_with_warmup"
-    t_warmup: Duration = Span(0, "ba")
-    t_max: Duration = Span(1, "dur")
-    alpha_f: float = Field(0.0, ge=0, le=1)
+    name: Schedule = "cosine_with_warmup"  # the shape after warm-up
+    t_warmup: Duration = Span(0, "ba")  # length of the warm-up
+    t_max: Duration = Span(1, "dur")  # where alpha_f is reached
+    alpha_f: float = Field(0.0, ge=0, le=1)  # the last learning rate, as a share of the highest
 
 
 class GradientClipping(Strict):
     """Scale all gradients together when their global norm passes the threshold."""
 
-    clipping_type: Literal["norm"] = "norm"
-    clipping_threshold: float = Field(1.0, gt=0)
+    clipping_type: Literal["norm"] = "norm"  # by one norm over all parameters
+    clipping_threshold: float = Field(1.0, gt=0)  # the highest norm that is left as it is
 
 
 class Algorithms(Strict):
@@ -74,10 +77,10 @@ class NgramBaselines(Strict):
 class GenerateCallback(Strict):
     """Continue prompts with the model being trained, at the end and every `interval`."""
 
-    prompts: list[str] = ["def "]
-    interval: Duration | None = None
-    max_new_tokens: Count = 200
-    temperature: float = Field(0.8, ge=0)
+    prompts: list[str] = ["def "]  # texts to continue
+    interval: Duration | None = None  # how often, besides at the end
+    max_new_tokens: Count = 200  # of each continuation
+    temperature: float = Field(0.8, ge=0)  # 0 takes the likeliest token
 
 
 class Callbacks(Strict):
@@ -105,25 +108,25 @@ class Callbacks(Strict):
 class Lora(Strict):
     """Adapters of the experts' weights, W + alpha / rank * B A; what else is trained, `train_also` says."""
 
-    rank: Count = 8
-    alpha: float = Field(16.0, gt=0)
-    targets: list[Literal["up", "down"]] = Field(["up", "down"], min_length=1)
+    rank: Count = 8  # rows of A, columns of B
+    alpha: float = Field(16.0, gt=0)  # the adapters count alpha / rank
+    targets: list[Literal["up", "down"]] = Field(["up", "down"], min_length=1)  # weights that get adapters
     train_also: list[str] = []  # patterns of names of parameters, such as *norm*
 
 
 class Backends(Strict):
     """Who computes each piece: a backend's name, "auto", or a mapping with `name` and its options."""
 
-    router: BackendChoice = "auto"
-    permutation: BackendChoice = "auto"
-    experts: BackendChoice = "auto"
-    exchange: BackendChoice = "auto"
+    router: BackendChoice = "auto"  # chooses experts
+    permutation: BackendChoice = "auto"  # lines slots up by expert
+    experts: BackendChoice = "auto"  # computes the experts
+    exchange: BackendChoice = "auto"  # carries tokens between ranks
 
 
 class Parallel(Strict):
     """How the model is laid out over devices."""
 
-    strategy: BackendChoice = "single"
+    strategy: BackendChoice = "single"  # single, ddp or fsdp, or a mapping with options
     expert_parallel: Count | None = None  # ranks that share the experts; model.ffn_config.moe_world_size says the same
 
 
@@ -133,10 +136,10 @@ class TrainConfig(Strict):
     ignored: ClassVar[frozenset[str]] = foundry.TOP
 
     variables: dict[str, Any] = {}  # for ${variables.x} in the same file
-    run_name: RunName = "run"
-    seed: int = Field(17, ge=0, lt=2**63)
+    run_name: RunName = "run"  # names the folder of the run
+    seed: int = Field(17, ge=0, lt=2**63)  # of initial weights, shuffling and sampling
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
-    max_seq_len: Count = 1024
+    max_seq_len: Count = 1024  # tokens of a sample; goes into the model
     model: dict[str, Any]  # `name`, and what that model's own config declares
     tokenizer: Tokenizer = Tokenizer()
     train_loader: Loader
@@ -144,14 +147,14 @@ class TrainConfig(Strict):
     optimizer: Optimizer = Optimizer()
     scheduler: Scheduler = Scheduler()
     algorithms: Algorithms = Algorithms()
-    max_duration: Duration
+    max_duration: Duration  # length of the run
     eval_interval: Duration | None = None  # None: at the end only
     eval_subset_num_batches: int | None = None  # of held-out text to score; -1: all; None: some 130,000 tokens
     device_eval_batch_size: Count | None = None  # None: device_train_microbatch_size
     global_train_batch_size: Count  # sequences per optimizer step, over all ranks
     device_train_microbatch_size: Count | Literal["auto"] = "auto"  # sequences per forward; auto: up to 16,384 tokens
-    precision: Literal["fp32", "amp_bf16"] = "fp32"
-    activation_checkpointing: bool = False
+    precision: Literal["fp32", "amp_bf16"] = "fp32"  # amp_bf16: float32 weights, bfloat16 products
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass
     nonfinite: Literal["stop", "skip"] = "stop"  # what to do with a step whose loss or gradient is not finite
     nonfinite_limit: Count = 10  # with skip: so many such steps in a row stop the run, too
     save_folder: str | None = None  # None: runs/{run_name}
@@ -163,7 +166,7 @@ class TrainConfig(Strict):
     frozen: list[str] = []  # patterns of names of parameters that are not trained, such as blocks.*.ffn.experts.*
     load_path: str | None = None  # a checkpoint, or hf:// and a Hugging Face folder, that a new run starts from
     autoresume: bool = False  # go on with the newest good checkpoint in save_folder, if there is one
-    console_log_interval: Duration = Span(1, "ba")
+    console_log_interval: Duration = Span(1, "ba")  # how often a line is printed where there is no terminal
     callbacks: Callbacks = Callbacks()
     loggers: Loggers = Loggers()
     backends: Backends = Backends()
