@@ -60,17 +60,27 @@ def meanings(section: type[Strict], where: str = "") -> Iterator[tuple[str, str]
 
 def _section(section: type[Strict], where: str, level: int, titled: bool = True) -> Iterator[str]:
     if titled and where:
-        yield from (f"{'#' * level} `{where}`", "")
+        yield from (f"{'#' * level} {_title(section, where)}", "")
     yield from (inspect.getdoc(section) or "", "", "| key | type | default | meaning |", "|---|---|---|---|")
-    meanings = _meanings(section)
-    below: list[tuple[str, type[Strict]]] = []
+    own = _meanings(section)
+    below: dict[type[Strict], str] = {}
     for name, field in section.model_fields.items():
         path = f"{where}.{name}" if where else name
-        yield f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_escaped(meanings.get(name, ''))} |"
-        below += [(path, inner) for inner in _sections(field.annotation)]
+        inner = _sections(field.annotation)
+        shown = [below[other] for other in inner if other in below]  # the same sections under another key
+        meaning = own.get(name) or (f"as `{shown[0]}`" if shown else "see below" if inner else "")
+        yield f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_escaped(meaning)} |"
+        below |= {other: path for other in inner if other not in below}
     yield ""
-    for path, inner in below:
+    for inner, path in below.items():
         yield from _section(inner, path, level)
+
+
+def _title(section: type[Strict], where: str) -> str:
+    """Return a heading: the path, and of sections that are told apart by their name, that."""
+    name = section.model_fields.get("name")
+    variant = get_args(name.annotation) if name is not None and get_origin(name.annotation) is Literal else ()
+    return f"`{where}`, `name: {variant[0]}`" if len(variant) == 1 else f"`{where}`"
 
 
 def _meanings(section: type[Strict]) -> dict[str, str]:
