@@ -11,6 +11,7 @@ from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import PermutationConformance, RouterConformance
 from tokenyard.testing import _router_oracle as oracle
+from tokenyard.testing._compare import assert_close
 from tokenyard_kernels_cuda.ops._plan import MOST_EXPERTS
 from tokenyard_kernels_cuda.ops._route import route
 from tokenyard_kernels_cuda.permutation import CudaPermutation
@@ -68,17 +69,18 @@ def test_plans_of_many_blocks(tokens, experts, top_k):
 def test_wide_rows(dim, dtype):
     """A row of more than a block's threads, whole packs or not, and x as a part of another tensor."""
     ids = torch.randint(0, 9, (5, 3), dtype=torch.int32)  # 8 drops
-    x = torch.randn(5 * dim + 1, dtype=dtype)[1:].view(5, dim).requires_grad_()
-    weights = torch.rand(5, 3).requires_grad_()
-    dy = torch.randn(5, dim, dtype=dtype)
+    x, dy = torch.randn(5 * dim + 1, dtype=dtype)[1:].view(5, dim), torch.randn(5, dim, dtype=dtype)
+    weights = torch.rand(5, 3)
 
-    def there_and_back(permutation):
+    def there_and_back(permutation, dtype):
+        x_, w = x.to(dtype).requires_grad_(), weights.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
         plan = permutation.plan(ids, 8)
-        y = permutation.unpermute(permutation.permute(x, plan), plan, weights)
-        return y, *torch.autograd.grad(y, (x, weights), dy)
+        y = permutation.unpermute(permutation.permute(x_, plan), plan, w)
+        dx, dw = torch.autograd.grad(y, (x_, w), dy.to(dtype))
+        return {"y": y, "d x": dx, "d weights": dw}
 
-    for got, want in zip(there_and_back(cuda_permutation(dtype)), there_and_back(TorchPermutation(None))):
-        assert relative_error(got, want) < 3 * torch.finfo(dtype).eps
+    plain, exact = (there_and_back(TorchPermutation(None), d) for d in (dtype, torch.float64))
+    assert_close(there_and_back(cuda_permutation(dtype), dtype), plain, exact)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(33, 33), (1000, 5), (1024, 1024)])

@@ -192,7 +192,7 @@ class TestLaunching:
         (first, second) = launched
         assert first[:2] + first[3:6] == (SPLIT, "f", (5, 2, 1), 64, 16)
         assert first[6][0] == (x.data_ptr(), y.data_ptr(), 3, 0.5)
-        assert second[6][0] == (x.data_ptr(), None, 3, 0.5)
+        assert second[6][0] == (x.data_ptr(), 0, 3, 0.5)
 
     @pytest.mark.parametrize(
         ("changes", "sentence"),

@@ -37,10 +37,10 @@ class Array:
     optional: bool = False
     ctype = ctypes.c_void_p
 
-    def value(self, argument: Any) -> int | None:
+    def value(self, argument: Any) -> int:
         """Return the address."""
         if argument is None and self.optional:
-            return None
+            return 0
         if not isinstance(argument, Tensor) or argument.dtype != self.dtype:
             given = argument.dtype if isinstance(argument, Tensor) else type(argument).__name__
             raise TypeError(f"is {given}, and must be a tensor of {self.dtype}")
