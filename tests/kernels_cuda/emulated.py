@@ -41,9 +41,22 @@ def _library(source: Source) -> ctypes.CDLL:
     kernels = re.findall(r"__global__ void (\w+)\(", source.text())
     glue = "\n".join(f"RUN({name})" for name in kernels)
     (folder / "all.cc").write_text(f'#include "emulator.h"\n#include "{source.name}"\n{glue}\n')
-    options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}", *source.options()]
-    subprocess.run([COMPILER, *options, "-o", "all.so", "all.cc"], cwd=folder, check=True, timeout=120)
+    _compile(folder, "all.so", "all.cc", "-shared", f"-I{_emulator()}", *source.options())
     return ctypes.CDLL(str(folder / "all.so"))
+
+
+@cache
+def _emulator() -> Path:
+    """Return a folder with the emulator, compiled ahead: it takes longer than a kernel."""
+    folder = Path(tempfile.mkdtemp(prefix="tokenyard-emulator-"))
+    shutil.copy(Path(__file__).with_name("emulator.h"), folder)
+    _compile(folder, "emulator.h.gch", "emulator.h", "-x", "c++-header")
+    return folder
+
+
+def _compile(folder: Path, to: str, what: str, *options: str) -> None:
+    how = ["-std=c++17", "-O1", "-w", "-fPIC"]
+    subprocess.run([COMPILER, *how, *options, "-o", to, what], cwd=folder, check=True, timeout=120)
 
 
 def _in_cpp(text: str) -> str:
