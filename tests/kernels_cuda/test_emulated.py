@@ -27,6 +27,7 @@ class TestPermutation(PermutationConformance):
         return emulated.registry()
 
 
+@pytest.mark.full
 class TestPermutationOfOddRows(TestPermutation):
     dim = 15
 
@@ -39,6 +40,7 @@ class TestRouter(RouterConformance):
         return emulated.registry()
 
 
+@pytest.mark.full
 class TestRouterOfManyExperts(TestRouter):
     num_experts, top_k = 72, 9
 

@@ -65,7 +65,7 @@ def survives(start, settings, tmp_path, nproc, disturbances, patience, **changes
 
 def test_processes_that_are_killed_or_hang_are_started_again(start, settings, tmp_path):  # noqa: F811
     """At random moments; the run ends bit-identical to one that saw nothing of it."""
-    kinds = ["kill", "kill while saving", "kill while saving", "stop"]
+    kinds = ["kill", "kill while saving", "stop"]
     survives(start, settings, tmp_path, 2, drawn(2, kinds, 2, BATCHES), patience=10)  # other tests run beside it
 
 
