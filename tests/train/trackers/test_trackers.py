@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 
 import pytest
 
@@ -110,14 +111,28 @@ def test_a_wandb_run_is_written_offline(run, tmp_path, monkeypatch):
     records_pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     records = run({"wandb": {"project": "yard"}})
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    want = {batch: r["loss"] for batch, r in of(records, "train").items()}
+    end = time.monotonic() + 60
+    while (losses := wandb_losses(path, records_pb)) != want and time.monotonic() < end:
+        time.sleep(0.2)  # a process of wandb's own writes the file, and may be behind
+    assert losses == want
+
+
+def wandb_losses(path, records_pb):
+    """Return the losses that a file of wandb's holds by now, by batch."""
+    from google.protobuf.message import DecodeError
+
     losses = {}
     for data in leveldb_records(path.read_bytes()):
         record = records_pb.Record()
-        record.ParseFromString(data)
+        try:
+            record.ParseFromString(data)
+        except DecodeError:  # the last one is not whole yet
+            break
         values = {i.nested_key[0] if i.nested_key else i.key: i.value_json for i in record.history.item}
         if "train/loss" in values:
             losses[record.history.step.num] = json.loads(values["train/loss"])
-    assert losses == {batch: r["loss"] for batch, r in of(records, "train").items()}
+    return losses
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow", "wandb"])
