@@ -153,3 +153,33 @@ class TestMistakes:
         _, folder = dense(llama())
         with pytest.raises(WeightsError, match="exists already; give the name of a new folder"):
             upcycle(folder, folder, COPIED)
+
+
+@pytest.mark.parametrize("beside", [500000.0, 10000.0])
+@torch.no_grad()
+def test_rope_parameters_without_a_base_take_the_one_beside_them(dense, beside):
+    """As transformers reads them."""
+    _, folder = dense(llama())
+    path = folder / "config.json"
+    told = json.loads(path.read_text()) | {"rope_theta": beside, "rope_parameters": {"rope_type": "default"}}
+    path.write_text(json.dumps(told))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert from_hf(folder).config.rope_theta == beside
+    assert relative_error(from_hf(folder)(tokens()).logits, theirs(tokens()).logits) < 1e-6
+
+
+class TestTargets:
+    """What cannot be made is said, and nothing of the user's is lost."""
+
+    def test_a_folder_of_that_name_unfinished(self, dense, tmp_path):
+        _, folder = dense(llama())
+        (tmp_path / "moe.unfinished").mkdir()
+        (tmp_path / "moe.unfinished" / "mine").touch()
+        with pytest.raises(WeightsError, match=r"moe.unfinished is left of a write that was cut off, or yours"):
+            upcycle(folder, tmp_path / "moe", COPIED)
+        assert (tmp_path / "moe.unfinished" / "mine").exists()
+
+    def test_below_a_file(self, dense):
+        _, folder = dense(llama())
+        with pytest.raises(WeightsError, match="cannot be made: Not a directory; give the name of a new folder"):
+            upcycle(folder, folder / "config.json" / "x", COPIED)

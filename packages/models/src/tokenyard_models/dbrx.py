@@ -80,6 +80,8 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     ffn, attention = read.ffn_config, read.attn_config
     check_divides("model.n_heads", read.n_heads, "d_model", read.d_model)
     check_divides("model.attn_config.kv_n_heads", attention.kv_n_heads, "n_heads", read.n_heads)
+    rope = read.rope_parameters
+    usual = THETA if rope is None else rope.rope_theta or 10000.0  # transformers' own
     return TransformerConfig(
         vocab_size=read.vocab_size,
         max_seq_len=read.max_seq_len,
@@ -93,7 +95,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         dense_ffn_dim=ffn.ffn_hidden_size,
         dense_activation=ffn.activation(),
         norm="layer",
-        rope_theta=attention.rope_theta or (read.rope_parameters.rope_theta if read.rope_parameters else THETA),
+        rope_theta=attention.rope_theta or usual,
         clip_qkv=attention.clip_qkv,
         tied_head=read.tie_word_embeddings,
         auxiliary=ffn.auxiliary(),

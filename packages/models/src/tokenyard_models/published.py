@@ -14,7 +14,7 @@ class RopeParameters(Strict):
     """transformers 5's section for rotary positions; of its kinds, the plain one."""
 
     rope_type: Annotated[str, only("default", "another kind of rotary positions")] = "default"
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: float | None = Field(None, gt=0)  # if not given, the rope_theta beside this section
     partial_rotary_factor: Annotated[float, only(1.0, "rotating a part of each head")] = 1.0
 
 
@@ -28,7 +28,7 @@ class Rope(Strict):
     @property
     def theta(self) -> float:
         """Return the base of the rotations' frequencies."""
-        return self.rope_theta if self.rope_parameters is None else self.rope_parameters.rope_theta
+        return (self.rope_parameters and self.rope_parameters.rope_theta) or self.rope_theta
 
 
 class Published(Rope):

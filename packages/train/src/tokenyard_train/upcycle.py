@@ -9,6 +9,8 @@ from rich.console import Console
 from tokenyard_models import Upcycling, count_parameters
 from tokenyard_models import upcycle as upcycled
 
+_TIES = "where router logits are float32, as here; in 16 bits, groups of equal logits may mix their slices"
+
 
 def upcycle(
     source: Path, target: Path, experts: int, top_k: int, granularity: int, seed: int, console: Console
@@ -21,12 +23,13 @@ def upcycle(
     model = upcycled(source, target, how)
     size = count_parameters(model)
     sizes = f"{size.total:,} parameters, {size.active:,} of them active"
-    console.print(f"wrote {target}: {model.definition}, {sizes}", highlight=False, soft_wrap=True)
-    console.print(_function(how, source), highlight=False, soft_wrap=True)
+    console.print(f"wrote {target}: {model.definition}, {sizes}", highlight=False, markup=False, soft_wrap=True)
+    console.print(_function(how, source), highlight=False, markup=False, soft_wrap=True)
 
 
 def _function(how: Upcycling, source: Path) -> str:
     if how.keeps_function:
-        return f"it computes what {source} does, up to rounding"
+        rounding = "up to rounding" if how.granularity == 1 else f"up to rounding, {_TIES}"
+        return f"it computes what {source} does, {rounding}"
     slices = f"tokens take {how.top_k} slices, and {how.granularity} make a layer"
     return f"it does not compute what {source} does: {slices}; it would if --top-k were a multiple of --granularity"

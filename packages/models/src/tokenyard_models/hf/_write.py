@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tokenyard_models.hf._families import Layout
-from tokenyard_models.hf._folder import INDEX, SINGLE
+from tokenyard_models.hf._folder import INDEX, SINGLE, WeightsError
 from tokenyard_models.hf._pieces import Piece, slices
 
 SHARD_BYTES = 5 * 10**9
@@ -23,10 +23,17 @@ SHARD_BYTES = 5 * 10**9
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a folder to write into, which has the name `path` when all is written, and is gone if that fails."""
+    """Give a folder to write into, which has the name `path` when all is written, and is gone if that fails.
+
+    Raises WeightsError where it cannot be made.
+    """
     unfinished = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    if unfinished.exists():
+        raise WeightsError(f"{unfinished} is left of a write that was cut off, or yours; remove it")
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be made: {error.strerror}; give the name of a new folder") from None
     try:
         yield unfinished
         unfinished.rename(path)
