@@ -30,6 +30,7 @@ def notes(monkeypatch):
     noted("cuCtxSetCurrent", OK)
     noted("cuLibraryLoadData", OK, driver.CUlibrary(3))
     noted("cuLibraryGetKernel", OK, driver.CUkernel(4))
+    noted("cuKernelGetFunction", OK, driver.CUfunction(5))
     noted("cuLaunchKernel", OK)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=99))
@@ -51,10 +52,10 @@ def test_a_kernel_is_loaded_once_and_launched_on_torch_s_stream(notes):
     launch()
     launch()
     names = [call[0] for call in called]
-    assert names.count("cuLibraryLoadData") == names.count("cuLibraryGetKernel") == 1
+    assert names.count("cuLibraryLoadData") == names.count("cuKernelGetFunction") == 1
     assert names.count("cuLaunchKernel") == 2
     _, function, *sizes, shared, stream, arguments, _ = next(c for c in called if c[0] == "cuLaunchKernel")
-    assert (int(function), sizes, shared, int(stream)) == (4, [5, 2, 1, 64, 1, 1], 16, 99)
+    assert (int(function), sizes, shared, int(stream)) == (5, [5, 2, 1, 64, 1, 1], 16, 99)
     assert arguments == ARGUMENTS
     assert next(call[1] for call in called if call[0] == "cuLibraryLoadData") == b"sm_90a"
 
@@ -72,6 +73,7 @@ def test_a_thread_without_a_context_gets_torch_s(notes):
     [
         ("cuLaunchKernel", r"the CUDA driver refuses to launch split_in_two \(CUDA_ERROR_INVALID_VALUE\)"),
         ("cuLibraryLoadData", r"to load split.cu \(ELEMENT=bf16\), compiled for sm_90a, \(CUDA_ERROR_INVALID_VALUE\)"),
+        ("cuKernelGetFunction", r"to load split_in_two of split.cu \(ELEMENT=bf16\) \(CUDA_ERROR_INVALID_VALUE\)"),
         ("cuLibraryGetKernel", r"to find split_in_two in split.cu \(ELEMENT=bf16\) \(CUDA_ERROR_INVALID_VALUE\)"),
     ],
 )

@@ -1,9 +1,11 @@
 """What only a GPU shows: core's kit on the kernels as they are, graphs, streams, threads, sizes, times."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -13,6 +15,7 @@ from tokenyard import MoE, RoutingRule, Workload
 from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import PermutationConformance, RouterConformance
+from tokenyard_train.bench.timing import clock_for, measure
 
 pytestmark = pytest.mark.gpu
 
@@ -204,17 +207,26 @@ def test_first_use_in_a_new_process(tmp_path):
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k", "most"), [(32768, 128, 8, 40), (8192, 16, 4, 20)])
 def test_the_time_of_a_plan(tokens, experts, top_k, most):
-    """In microseconds; the median of 50 after L2 was overwritten."""
+    """In microseconds, as the benchmark measures it: L2 overwritten, the host ahead as in training."""
     ids = torch.rand(tokens, experts, device="cuda").topk(top_k).indices.int()
-    moved, flush = permutation(), torch.empty(1 << 29, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(60):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        moved.plan(ids, experts)
-        end.record()
-        end.synchronize()
-        times.append(1000 * begin.elapsed_time(end))
-    print(f"\nT {tokens}, E {experts}, K {top_k}: {median(times[10:]):.1f} microseconds")
-    assert median(times[10:]) < most
+    moved = permutation()
+    works = {"plan": ((lambda _: moved.plan(ids, experts)),)}
+    spread = measure(works, clock_for(ids.device), repetitions=20)["plan"][0]
+    print(f"\nT {tokens}, E {experts}, K {top_k}: {1000 * spread.median:.1f} microseconds")
+    assert 1000 * spread.median < most
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool, tmp_path):
+    """On small, odd shapes; each tensor is an allocation of its own, so that what lies behind it is no other tensor."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer, of the CUDA toolkit, is not installed")
+    script = Path(__file__).parent / "small_shapes.py"
+    quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []  # cuda.bindings asks what the driver lacks
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *quiet, sys.executable, str(script)]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    print(f"\n{tool}: {done.stdout.splitlines()[-1]}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all kernels ran" in done.stdout

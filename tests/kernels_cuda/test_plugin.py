@@ -28,8 +28,14 @@ assert not [name for name in set(sys.modules) - before if name.partition(".")[0]
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_everything_is_usable_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(_plugin, "_installed", lambda name: True)
+@pytest.fixture
+def installed(monkeypatch):
+    """torch for CUDA 13, and cuda-bindings of it."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_plugin, "_version", lambda name: "13.0.3")
+
+
+def test_everything_is_usable_on_a_gpu(installed):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert _plugin.no_permutation(workload(dtype=dtype, capability=(8, 0))) is None
         assert _plugin.no_router(workload(dtype=dtype, num_experts=1024)) is None
@@ -43,16 +49,24 @@ def test_everything_is_usable_on_a_gpu(monkeypatch):
         ({"capability": (7, 5)}, "'cuda' needs a GPU of compute capability 8.0 or later, and this is 7.5"),
     ],
 )
-def test_what_it_cannot_do_is_said(monkeypatch, changes, sentence):
-    monkeypatch.setattr(_plugin, "_installed", lambda name: True)
+def test_what_it_cannot_do_is_said(installed, changes, sentence):
     assert _plugin.no_permutation(workload(**changes)) == sentence
     assert _plugin.no_router(workload(**changes)) == sentence
 
 
 def test_without_cuda_bindings_it_says_what_would_bring_it(monkeypatch):
-    monkeypatch.setattr(_plugin, "_installed", lambda name: False)
+    monkeypatch.setattr(_plugin, "_version", lambda name: None)
     assert _plugin.no_permutation(workload()).startswith("'cuda' needs cuda-bindings, which comes with torch's CUDA")
     assert _plugin.no_router(workload()).endswith("pip install cuda-bindings")
+
+
+def test_bindings_of_another_cuda_than_torch_s_are_refused(installed, monkeypatch):
+    """They would look for a compiler that torch did not bring."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert _plugin.no_router(workload()) == (
+        "'cuda' needs cuda-bindings for CUDA 12.8, as torch is built for it, and 13.0.3 is installed; "
+        'pip install "cuda-bindings==12.*"'
+    )
 
 
 def test_on_amd_s_gpus_it_says_whose_it_is_for(monkeypatch):
@@ -72,7 +86,8 @@ def test_a_router_of_another_algorithm_is_left_to_others():
     assert "'expert_choice'" in _plugin.no_router(workload(router=RoutingRule(algorithm="expert_choice")))
 
 
-def test_auto_leaves_it_to_those_who_ask():
-    for kind in ("permutation", "router"):
-        for place in (workload(), workload(device="cpu", capability=None)):
-            assert default_registry().choose(kind, "auto", place).backend.name != "cuda"
+@pytest.mark.parametrize("kind", ["permutation", "router"])
+def test_auto_takes_it_on_a_gpu_and_nowhere_else(installed, kind):
+    registry = default_registry()
+    assert registry.choose(kind, "auto", workload()).backend.name == "cuda"
+    assert registry.choose(kind, "auto", workload(device="cpu", capability=None)).backend.name != "cuda"

@@ -1,5 +1,6 @@
 """Our experts inside transformers' models compute what transformers' own do."""
 
+import copy
 import logging
 import sys
 
@@ -136,6 +137,23 @@ def test_every_form_of_weights_and_ids_of_nobody(registered, has_gate, has_bias,
     dy = torch.randn(9, 8)
     for one, two in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy)):
         assert relative_error(one, two) < LEAST
+
+
+def test_autocast_is_followed(registered):
+    """Weights in float32 under autocast give, bit by bit, what they give as bfloat16; their gradients are float32."""
+    torch.manual_seed(1)
+    module, x, ids = experts(True, True, False), torch.randn(9, 8), torch.rand(9, 5).topk(3).indices
+    weights, dy = torch.rand(9, 3), torch.randn(9, 8)
+    narrow = copy.deepcopy(module).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(x, ids, weights)
+    want = narrow(x.bfloat16(), ids, weights)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want.float())
+    found = torch.autograd.grad(got, list(module.parameters()), dy)
+    for one, two in zip(found, torch.autograd.grad(want, list(narrow.parameters()), dy.bfloat16())):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, two.float())
 
 
 def test_a_model_with_a_gate_of_its_own_goes_on_by_itself(registered, caplog):

@@ -86,10 +86,11 @@ def test_train_shows_where_a_step_goes(bench, config, settings, tmp_path):
 
 def test_train_beside_transformers_has_the_same_size_and_learns_alike(bench, config):
     pytest.importorskip("transformers")
-    out, _ = bench("train", config, "--steps", 3, "--peers", "both")
+    out, _ = bench("train", config, "--steps", 3, "--peers", "both", "--peer-dtype", "bf16")
     records = json.loads((out / "train.json").read_text())["records"]
     assert [r["contestant"] for r in records] == ["tokenyard", "transformers-eager", "transformers-grouped_mm"]
     assert len({r["parameters"] for r in records}) == 1
+    assert [r["weights"] for r in records] == ["float32", "bfloat16", "bfloat16"]
     for record in records:
         assert 3 < record["loss"] < 7  # nats per token of 257 ids, after a few steps
 

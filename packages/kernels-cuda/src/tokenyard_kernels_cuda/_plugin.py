@@ -9,7 +9,7 @@ import torch
 from tokenyard import Backend, Workload, hookimpl
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_PRIORITY = -1  # by name only, until they have been measured on a GPU
+_PRIORITY = 30  # before Triton's: faster wherever they were measured (docs/benchmarks)
 
 
 def no_cuda(workload: Workload) -> str | None:
@@ -18,8 +18,8 @@ def no_cuda(workload: Workload) -> str | None:
         return "'cuda' is for NVIDIA's GPUs, and this torch is built for AMD's"
     if workload.device.type != "cuda":
         return f"'cuda' computes on a GPU, and the device is {workload.device.type!r}"
-    if not _installed("cuda-bindings"):
-        return "'cuda' needs cuda-bindings, which comes with torch's CUDA builds for Linux; pip install cuda-bindings"
+    if (reason := _no_bindings()) is not None:
+        return reason
     if workload.capability is not None and workload.capability < (8, 0):
         major, minor = workload.capability
         return f"'cuda' needs a GPU of compute capability 8.0 or later, and this is {major}.{minor}"
@@ -46,12 +46,26 @@ def _too_many(workload: Workload, most: int, does: str) -> str | None:
     return f"'cuda' {does} at most {most} experts, and num_experts is {workload.num_experts}"
 
 
-def _installed(distribution: str) -> bool:
+def _no_bindings() -> str | None:
+    """Say why compiler and driver cannot be reached; cuda-bindings looks for those of its own CUDA release."""
+    found, theirs = _version("cuda-bindings"), torch.version.cuda
+    if found is None:
+        return "'cuda' needs cuda-bindings, which comes with torch's CUDA builds for Linux; pip install cuda-bindings"
+    if theirs is not None and _major(found) != _major(theirs):
+        need = f"'cuda' needs cuda-bindings for CUDA {theirs}, as torch is built for it"
+        return f'{need}, and {found} is installed; pip install "cuda-bindings=={_major(theirs)}.*"'
+    return None
+
+
+def _major(version: str) -> str:
+    return version.partition(".")[0]
+
+
+def _version(distribution: str) -> str | None:
     try:
-        metadata.version(distribution)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 @hookimpl

@@ -88,6 +88,7 @@ __device__ inline void keep_groups(unsigned (&rank)[LANE_EXPERTS], unsigned* wor
       if (worth[g] == highest) lowest = g;
     }
     const unsigned taken = __reduce_min_sync(ALL, lowest);
+    __syncwarp();
     if (lane_id() == 0) worth[taken] = 0;
     __syncwarp();
   }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenyard_kernels_cuda.ops._moves import ELEMENTS
+from tokenyard_kernels_cuda.ops._operator import operator
 from tokenyard_kernels_cuda.ops._sizes import ceil_div
 from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
 
@@ -29,18 +30,18 @@ def split_kernel(dtype: torch.dtype) -> Kernel:
     return Kernel(source, "split_in_two", wide=Array(torch.float32), both=Array(dtype), rows=Int(), width=Int())
 
 
-@torch.library.custom_op("tokenyard_cuda::logits", mutates_args=())
+@operator("logits")
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [T, D] times weight.T [D, E] in float32."""
     return _wide_product(x, weight.t())
 
 
-@logits_op.register_fake
+@torch.library.register_fake(logits_op)
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("tokenyard_cuda::logits_backward", mutates_args=())
+@operator("logits_backward")
 def logits_backward_op(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
     """Return the gradients of x and of weight; an empty one where none is needed."""
     both = _split(dlogits.contiguous(), x.dtype)  # [T, 2E]
@@ -52,7 +53,7 @@ def logits_backward_op(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[b
     return [dx, dweight]
 
 
-@logits_backward_op.register_fake
+@torch.library.register_fake(logits_backward_op)
 def _(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
     return [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((x, weight), needs)]
 
@@ -82,4 +83,4 @@ def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(grads, needs))
 
 
-logits_op.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(logits_op, _backward, setup_context=_save)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_cuda.ops._moves import to_rows, to_tokens, to_tokens_backward
+from tokenyard_kernels_cuda.ops._operator import operator
 
 
-@torch.library.custom_op("tokenyard_cuda::permute", mutates_args=())
+@operator("permute")
 def permute_op(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     """Copy tokens x [T, D] to rows [R, D]; the tail is zero."""
     if order.shape[0] == 0:
@@ -19,12 +20,12 @@ def permute_op(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k
     return to_rows(x.contiguous(), Plan(order, inverse, offsets, top_k))
 
 
-@permute_op.register_fake
+@torch.library.register_fake(permute_op)
 def _(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     return x.new_empty(order.shape[0], x.shape[1])
 
 
-@torch.library.custom_op("tokenyard_cuda::unpermute", mutates_args=())
+@operator("unpermute")
 def unpermute_op(
     rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
 ) -> Tensor:
@@ -35,12 +36,12 @@ def unpermute_op(
     return to_tokens(rows.contiguous(), Plan(order, inverse, offsets, top_k), weights)
 
 
-@unpermute_op.register_fake
+@torch.library.register_fake(unpermute_op)
 def _(rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
 
 
-@torch.library.custom_op("tokenyard_cuda::unpermute_backward", mutates_args=())
+@operator("unpermute_backward")
 def unpermute_backward_op(
     dy: Tensor,
     rows: Tensor | None,
@@ -62,7 +63,7 @@ def unpermute_backward_op(
     return [empty if gradient is None else gradient for gradient, empty in zip(gradients, nothing)]
 
 
-@unpermute_backward_op.register_fake
+@torch.library.register_fake(unpermute_backward_op)
 def _(
     dy: Tensor,
     rows: Tensor | None,
@@ -98,5 +99,5 @@ def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return drows if want_rows else None, dweights if want_weights else None, None, None, None, None
 
 
-permute_op.register_autograd(_permute_backward, setup_context=_save_plan)
-unpermute_op.register_autograd(_unpermute_backward, setup_context=_save_rows)
+torch.library.register_autograd(permute_op, _permute_backward, setup_context=_save_plan)
+torch.library.register_autograd(unpermute_op, _unpermute_backward, setup_context=_save_rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenyard_kernels_cuda.ops._operator import operator
 from tokenyard_kernels_cuda.ops._sizes import SHARED, WARP, ceil_div, fitting_warps, round_up
 from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
 
@@ -27,15 +28,15 @@ PLACE = Kernel(
 KERNELS = (COUNT, PLACE)
 
 _BLOCKS = 128  # at most: each adds up the counts of all
-_SLOTS = 1024  # of a block, at least
-_WARPS = 32  # of a block that places slots, unless there are so many experts that their counters need too much room
-_THREADS = 512  # of a block that counts
+_SLOTS = 512  # of a block, at least
+_WARPS = 16  # of a block that places slots, unless there are so many experts that their counters need too much room
+_THREADS = 1024  # of a block that counts
 
 MOST_EXPERTS = SHARED // 4 // 3 - 1
 """Of each, a block has three counters in shared memory even if it is one warp."""
 
 
-@torch.library.custom_op("tokenyard_cuda::plan", mutates_args=())
+@operator("plan")
 def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return order [rows], inverse [N] and offsets [E + 1] of topk_ids [T, K]."""
     slots, buckets = topk_ids.numel(), num_experts + 1
@@ -53,7 +54,7 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
     return order, inverse, offsets
 
 
-@plan_op.register_fake
+@torch.library.register_fake(plan_op)
 def _(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(topk_ids, num_experts, rows)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenyard.workload import RoutingRule
+from tokenyard_kernels_cuda.ops._operator import operator
 from tokenyard_kernels_cuda.ops._sizes import WARP, ceil_div, fitting_warps
 from tokenyard_kernels_cuda.toolchain import Array, Float, Int, Kernel, Parameters, Source
 
@@ -44,7 +45,7 @@ def routes(experts: int) -> Routes:
     )
 
 
-@torch.library.custom_op("tokenyard_cuda::route", mutates_args=())
+@operator("route")
 def route_op(
     logits: Tensor,
     bias: Tensor | None,
@@ -65,13 +66,13 @@ def route_op(
     return ids, weights
 
 
-@route_op.register_fake
+@torch.library.register_fake(route_op)
 def _(logits: Tensor, bias: Tensor | None, top_k: int, *rule: Any) -> tuple[Tensor, Tensor]:
     ids = logits.new_empty(logits.shape[0], top_k, dtype=torch.int32)
     return ids, logits.new_empty(logits.shape[0], top_k)
 
 
-@torch.library.custom_op("tokenyard_cuda::weigh", mutates_args=())
+@operator("weigh")
 def weigh_op(logits: Tensor, ids: Tensor, score: int, power: float, scale: float) -> Tensor:
     """Return the weights [T, K] float32 of given ids [T, K] int32, by logits [T, E]; a dropped one weighs 0."""
     weights = logits.new_empty(ids.shape)
@@ -80,7 +81,7 @@ def weigh_op(logits: Tensor, ids: Tensor, score: int, power: float, scale: float
     return weights
 
 
-@weigh_op.register_fake
+@torch.library.register_fake(weigh_op)
 def _(logits: Tensor, ids: Tensor, *rule: Any) -> Tensor:
     return logits.new_empty(ids.shape)
 
@@ -95,7 +96,7 @@ def _route(logits: Tensor, bias: Tensor | None, given: Tensor | None, ids: Tenso
     routes(experts).route((ceil_div(tokens, warps), 1), warps * WARP, *arguments, shared=4 * warps * words)
 
 
-@torch.library.custom_op("tokenyard_cuda::weights_backward", mutates_args=())
+@operator("weights_backward")
 def weights_backward_op(
     dweights: Tensor, logits: Tensor, ids: Tensor, score: int, power: float, scale: float
 ) -> Tensor:
@@ -112,7 +113,7 @@ def weights_backward_op(
     return dlogits
 
 
-@weights_backward_op.register_fake
+@torch.library.register_fake(weights_backward_op)
 def _(dweights: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -137,8 +138,8 @@ def _weigh_backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
     return weights_backward_op(dweights, *ctx.saved_tensors, *ctx.rule), *(None,) * 4
 
 
-route_op.register_autograd(_route_backward, setup_context=_save_route)
-weigh_op.register_autograd(_weigh_backward, setup_context=_save_weigh)
+torch.library.register_autograd(route_op, _route_backward, setup_context=_save_route)
+torch.library.register_autograd(weigh_op, _weigh_backward, setup_context=_save_weigh)
 
 
 def route(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) -> tuple[Tensor, Tensor]:

@@ -43,11 +43,11 @@ def launch(
 
 @cache
 def function(source: Source, name: str, device: int) -> Any:
-    """Return a kernel on a GPU. Raises CompileError and DriverError."""
+    """Return a kernel on a GPU whose context is this thread's. Raises CompileError and DriverError."""
     from cuda.bindings import driver
 
     kernel = checked(driver.cuLibraryGetKernel(_library(source, device), name.encode()), f"to find {name} in {source}")
-    return driver.CUfunction(int(kernel))
+    return checked(driver.cuKernelGetFunction(kernel), f"to load {name} of {source}")
 
 
 @cache

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenyard import ConfigError, Workload, default_registry
 from tokenyard.interfaces import ExpertKernel, ExpertWeights, Permutation
+from tokenyard.numerics import compute_dtype
 
 NAME = "tokenyard"
 _DBRX = "TokenyardDbrxExperts"
@@ -88,13 +89,14 @@ def _dbrx(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
 def _compute(weights: ExpertWeights, activation: str, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     experts, dim, ffn_dim = weights.down.shape
     bias = weights.up_bias is not None
-    dtype = weights.up.dtype
+    dtype = compute_dtype(weights.up)  # autocast's, which transformers' eager experts follow too
     permutation, kernel = _chosen(
         Workload(dim, ffn_dim, experts, ids.shape[1], activation, bias=bias, dtype=dtype, device=x.device)
     )
     plan = permutation.plan(ids.to(torch.int32), experts)
     wide = topk_weights.to(torch.promote_types(dtype, torch.float32))
-    return kernel(x.to(dtype), plan, wide, weights).to(x.dtype)
+    narrow = ExpertWeights(*(None if weight is None else weight.to(dtype) for weight in weights))
+    return kernel(x.to(dtype), plan, wide, narrow).to(x.dtype)
 
 
 @functools.lru_cache(maxsize=64)

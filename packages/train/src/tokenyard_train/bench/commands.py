@@ -22,7 +22,7 @@ from tokenyard_train.bench.routing import bench_routing, print_routing
 from tokenyard_train.bench.shapes import parse_shapes
 from tokenyard_train.bench.table import print_layers
 from tokenyard_train.bench.train import bench_train, print_train
-from tokenyard_train.bench.train_peer import BOTH
+from tokenyard_train.bench.train_peer import BOTH, PEER_DTYPES
 from tokenyard_train.config import load_config
 from tokenyard_train.together import is_first
 
@@ -88,15 +88,18 @@ def run_train(
     config: Path,
     overrides: Sequence[str],
     peers: str,
+    peer_dtype: str,
     steps: int,
     threads: int | None,
 ) -> None:
     """Measure training; print the table and write ``train.json``. Raises ConfigError."""
     if threads is not None:
         torch.set_num_threads(threads)
+    one_of("--peer-dtype", [peer_dtype], PEER_DTYPES)
     resolved = load_config(config, overrides)
     names = {"none": [], "both": list(BOTH)}.get(peers, peers.split(","))
-    records = bench_train(resolved, names, steps, console if is_first() else Console(quiet=True))
+    dtype = PEER_DTYPES[peer_dtype]
+    records = bench_train(resolved, names, dtype, steps, console if is_first() else Console(quiet=True))
     if not is_first():
         return
     print_train(records, console)

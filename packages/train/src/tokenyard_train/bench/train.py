@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +29,9 @@ _COLLECTIVES = "nccl"  # how the names of their kernels begin
 OURS = "tokenyard"
 
 
-def bench_train(config: TrainConfig, peers: Sequence[str], steps: int, console: Console) -> list[Record]:
+def bench_train(
+    config: TrainConfig, peers: Sequence[str], peer_dtype: torch.dtype, steps: int, console: Console
+) -> list[Record]:
     """Train some steps of a resolved config, each followed by the peers' step on the same batch; nothing is kept.
 
     Under torchrun all processes do, and return the same but for their own times. Raises ConfigError for an unknown
@@ -42,7 +45,7 @@ def bench_train(config: TrainConfig, peers: Sequence[str], steps: int, console: 
         raise ConfigError("--peers run in one process; give --peers none under torchrun")
     with tempfile.TemporaryDirectory() as folder:
         run = build_run(config.model_copy(update={"save_folder": folder, "autoresume": False}), console)
-        others = {name: MixtralPeer(run, IMPLEMENTATIONS[name]) for name in peers}
+        others = {name: MixtralPeer(run, IMPLEMENTATIONS[name], peer_dtype) for name in peers}
         run.console.print(f"{steps} steps of {run.batch_tokens:,} tokens on {config.device} ...", style="dim")
         return _measured(run, others, steps)
 
@@ -68,8 +71,9 @@ def _measured(run: Run, peers: dict[str, MixtralPeer], steps: int) -> list[Recor
     models = {OURS: run.model, **{name: peer.model for name, peer in peers.items()}}
     return [
         _record(run, name, times[name], losses[name])
-        | {"parameters": _parameters(models[name]), "peak_bytes": peak_bytes(_stages(work), run.device)}
-        | ({"shares": shares, "allocation_retries": retries} | _launched(run, work) if name == OURS else {})
+        | {"parameters": _parameters(models[name]), "weights": _dtype(models[name])}
+        | {"peak_bytes": peak_bytes(_stages(work), run.device), **_launched(run, work)}
+        | ({"shares": shares, "allocation_retries": retries} if name == OURS else {})
         for name, work in works.items()
     ]
 
@@ -117,10 +121,14 @@ def _parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def _dtype(model: Any) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
 def print_train(records: Sequence[Record], console: Console) -> None:
     """Print speed and memory of each contestant, and our shares of time."""
-    columns = ("step ms", "tokens/s", "of a process", "its GFLOP/s", "peak MiB", "parameters", "ours / theirs")
-    table = Table("", *columns, title_justify="left")
+    columns = ("step ms", "tokens/s", "of a process", "its GFLOP/s", "peak MiB", "parameters", "weights")
+    table = Table("", *columns, "ours / theirs", title_justify="left")
     ours = records[0]
     for record in records:
         ratio = ours["tokens_per_s"] / record["tokens_per_s"]
@@ -132,6 +140,7 @@ def print_train(records: Sequence[Record], console: Console) -> None:
             f"{record['flops_per_s'] / record['processes'] / 1e9:.1f}",
             f"{record['peak_bytes'] / 2**20:.0f}",
             f"{record['parameters']:,}",
+            record["weights"],
             "" if record is ours else f"{ratio:.2f}x",
         )
     console.print(table)

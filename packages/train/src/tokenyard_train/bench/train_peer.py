@@ -19,16 +19,21 @@ IMPLEMENTATIONS = {
     "transformers-tokenyard": "tokenyard",
 }
 """Which of transformers' expert implementations each peer uses; the last is ours, inside transformers."""
+PEER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What their weights may be."""
 BOTH = ("transformers-eager", "transformers-grouped_mm")
 """Transformers' own."""
 
 
 class MixtralPeer:
-    """A MixtralForCausalLM with a run's sizes. Raises ConfigError where Mixtral has no such model."""
+    """A MixtralForCausalLM with a run's sizes, its weights of a dtype.
 
-    def __init__(self, run: Run, implementation: str):
+    Raises ConfigError where Mixtral has no such model.
+    """
+
+    def __init__(self, run: Run, implementation: str, dtype: torch.dtype):
         self.run = run
-        self.model = _build(run.model.config, implementation).to(run.device)
+        self.model = _build(run.model.config, implementation).to(run.device, dtype)
         self.optimizer = build_optimizer(run.config.optimizer, self.model)
 
     def step(self) -> float:
