@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenyard import ConfigError
-from tokenyard_models import Dbrx, Mixtral, Mpt
+from tokenyard_models import Dbrx, Llama, Mixtral, Mpt
 from tokenyard_models.dbrx import resolve as dbrx
 from tokenyard_models.mixtral import resolve as mixtral
 from tokenyard_models.mpt import resolve as mpt
@@ -164,6 +164,18 @@ def test_capacity_0_drops_nothing_as_in_megablocks():
     assert mpt({"ffn_config": ffn}).moe.rule.capacity_factor is None
 
 
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"backends": {"experts": "loop", "router": "auto"}}, "backends.experts is 'loop', and the model has no"),
+        ({"expert_parallel": 2}, "parallel.expert_parallel is 2, and the model has no experts; leave it out"),
+    ],
+)
+def test_a_dense_model_has_nothing_for_what_is_asked_of_experts(asked, sentence):
+    with torch.device("meta"), pytest.raises(ConfigError, match=sentence):
+        Llama({"size": "tiny"}, **asked)
+
+
 def test_some_layers_may_be_dense():
     model = Dbrx({"size": "tiny", "ffn_config": {"dense_layers": [0]}})
     output = model(torch.randint(0, 257, (1, 5)))
@@ -203,7 +215,7 @@ def test_keys_that_mean_nothing_here_are_named_in_one_warning(caplog):
         (mpt, {"n_layers": 0}, "model.n_layers is 0; give a number at least 1"),
         (mpt, {"expansion_ratio": 1.0001}, r"model.expansion_ratio: d_model 2048 \* expansion_ratio 1.0001 is .*whole"),
         (mpt, {"attn_config": {"alibi": True}}, "model.attn_config.alibi is True: ALiBi is not supported"),
-        (mpt, {"resid_pdrop": 0.1}, "model.resid_pdrop is 0.1: dropout is not supported; leave the key out, or say 0"),
+        (mpt, {"resid_pdrop": 0.1}, "model.resid_pdrop is 0.1: dropout is not supported; say 0, where the"),
         (mpt, {"learned_pos_emb": False}, "learned_pos_emb and model.attn_config.rope are both false"),
         (mpt, {"attn_config": {"kv_n_heads": 4}}, "kv_n_heads is 4, but multihead_attention has 16"),
         (mpt, {"attn_config": {"attn_type": "grouped_query_attention"}}, "kv_n_heads is missing"),
@@ -246,7 +258,7 @@ def test_keys_that_mean_nothing_here_are_named_in_one_warning(caplog):
         ),
         (dbrx, {"ffn_config": {"dense_layers": [40]}}, "dense_layers names layer 40; there are layers 0 to 39"),
         (dbrx, {"size": "huge"}, "model.size is 'huge'; give 'full' or 'tiny'"),
-        (mixtral, {"sliding_window": 4096}, "model.sliding_window is 4096: sliding-window attention is not supported"),
+        (mixtral, {"sliding_window": 4096}, "model.sliding_window is 4096, and there are 32768 positions;"),
         (mixtral, {"num_attention_heads": 7}, "num_attention_heads is 7, which does not divide hidden_size 4096"),
         (mixtral, {"num_key_value_heads": 5}, "num_key_value_heads is 5, which does not divide num_attention_heads 32"),
         (mixtral, {"num_experts_per_tok": 9}, "model.num_experts_per_tok is 9 but num_local_experts is 8"),

@@ -29,7 +29,7 @@ def dense(tmp_path_factory):
 
 def test_upcycled_trained_and_exported(tokenyard, settings, dense, tmp_path):
     """Experts begin as copies of one layer and its slices, and training tells them apart."""
-    shape = ("--experts", "8", "--top-k", "4", "--granularity", "2")
+    shape = ("--num-experts", "8", "--top-k", "4", "--granularity", "2")
     code, said, errors = tokenyard("upcycle", str(dense), str(tmp_path / "moe"), *shape)
     assert (code, errors) == (0, "")
     assert f"it computes what {dense} does, up to rounding" in said
@@ -49,13 +49,22 @@ def test_upcycled_trained_and_exported(tokenyard, settings, dense, tmp_path):
 
 
 def test_it_says_when_the_function_is_not_kept(tokenyard, dense, tmp_path):
-    shape = ("--experts", "8", "--top-k", "3", "--granularity", "8")
+    shape = ("--num-experts", "8", "--top-k", "3", "--granularity", "8")
     said = tokenyard("upcycle", str(dense), str(tmp_path / "moe"), *shape)[1]
     assert "does not compute what" in said
     assert "tokens take 3 slices, and 8 make a layer" in said
 
 
+def test_a_run_is_to_be_converted_first(tokenyard, settings, dense, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings | {"max_duration": "1ba"}))
+    tokenyard("train", str(tmp_path / "config.yaml"))
+    run = tmp_path / "run"
+    code, _, errors = tokenyard("upcycle", str(run), str(tmp_path / "moe"), "--num-experts", "2", "--top-k", "1")
+    assert code == 2
+    assert f"{run} is a run's; first write it as a folder: tokenyard convert {run} FOLDER --to hf" in errors
+
+
 def test_a_mistake_is_one_sentence(tokenyard, dense, tmp_path):
-    code, _, errors = tokenyard("upcycle", str(dense), str(tmp_path / "moe"), "--experts", "2", "--top-k", "3")
+    code, _, errors = tokenyard("upcycle", str(dense), str(tmp_path / "moe"), "--num-experts", "2", "--top-k", "3")
     assert (code, errors) == (2, "error: top_k is 3 but num_experts is 2; choose from 1 to 2\n")
     assert not (tmp_path / "moe").exists()

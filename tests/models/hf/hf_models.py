@@ -70,8 +70,11 @@ def qwen3(**changes):
     return Qwen3Config(**LLAMA | DENSE_SIZES | {"num_key_value_heads": 2, "head_dim": 8} | changes)
 
 
+STRETCHED = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0}
+STRETCHED["original_max_position_embeddings"] = 24
 DENSE = {
     "llama": llama(),
+    "llama with stretched positions": llama(rope_parameters=STRETCHED),
     "llama of odd sizes, tied": llama(hidden_size=20, head_dim=6, intermediate_size=7, tie_word_embeddings=True),
     "mistral": mistral(),
     "qwen3": qwen3(),

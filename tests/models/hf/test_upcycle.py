@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hf_models import DENSE, VOCABULARY, llama, made, mistral, mixtral
+from hf_models import DENSE, VOCABULARY, llama, made, mixtral
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -133,12 +133,6 @@ class TestMistakes:
         _, folder = dense(mixtral())
         said = self.refused(folder, tmp_path / "moe", COPIED, WeightsError)
         assert said == f"{folder} holds a mixtral, which has experts; upcycled are: llama, mistral, qwen3"
-
-    def test_a_sliding_window(self, dense, tmp_path):
-        """What the dense model asks for and is not here is refused as ever."""
-        _, folder = dense(mistral(sliding_window=8))
-        said = self.refused(folder, tmp_path / "moe", COPIED, ConfigError)
-        assert said.startswith("model.sliding_window is 8: sliding-window attention is not supported")
 
     def test_a_tensor_that_is_missing(self, dense, tmp_path):
         """Before anything is written."""

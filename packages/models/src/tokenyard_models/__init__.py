@@ -5,7 +5,7 @@ from tokenyard_models.cache import Cache
 from tokenyard_models.config import MoEConfig, TransformerConfig
 from tokenyard_models.count import Size, count_parameters, flops_per_token
 from tokenyard_models.dbrx import Dbrx
-from tokenyard_models.hf import Upcycling, WeightsError, from_hf, to_hf, upcycle
+from tokenyard_models.hf import WeightsError, from_hf, to_hf, upcycle
 from tokenyard_models.hf.inside import use_in_transformers
 from tokenyard_models.init import draw_rows, initialize
 from tokenyard_models.llama import Llama
@@ -14,8 +14,10 @@ from tokenyard_models.mpt import Mpt
 from tokenyard_models.olmoe import Olmoe
 from tokenyard_models.qwen3 import Qwen3
 from tokenyard_models.qwen3_moe import Qwen3Moe
+from tokenyard_models.rotary import RopeScaling
 from tokenyard_models.schema import Strict, parse
 from tokenyard_models.transformer import Block, Transformer
+from tokenyard_models.upcycling import Upcycling
 
 __all__ = [
     "Block",
@@ -28,6 +30,7 @@ __all__ = [
     "Olmoe",
     "Qwen3",
     "Qwen3Moe",
+    "RopeScaling",
     "Size",
     "Strict",
     "Transformer",

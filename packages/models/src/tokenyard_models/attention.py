@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions."""
+"""Grouped-query attention."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from torch.nn import functional as F
 
 from tokenyard_models.cache import LayerCache
 from tokenyard_models.config import TransformerConfig
+from tokenyard_models.rotary import rotate
 
 
 class Attention(nn.Module):
     """Causal self-attention: one fused projection, normalised and clipped if asked, rotated, a scaled dot product.
 
-    Ainslie et al. 2023 (grouped queries, arXiv 2305.13245); Su et al. 2021 (RoPE, arXiv 2104.09864, rotated by halves).
+    Ainslie et al. 2023 (grouped queries, arXiv 2305.13245).
     """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.clip, self.theta = config.clip_qkv, config.rope_theta
+        self.clip, self.theta, self.scaling = config.clip_qkv, config.rope_theta, config.rope_scaling
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = nn.Linear(config.dim, width, bias=config.bias)
         self.out = nn.Linear(config.heads * config.head_dim, config.dim, bias=config.bias)
@@ -33,7 +34,7 @@ class Attention(nn.Module):
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads + 2 kv_heads, S, head_dim]
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.theta is not None:
-            qk = rotate(qk, positions, self.theta)
+            qk = rotate(qk, positions, self.theta, self.scaling)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
         before = 0 if cache is None else cache.length
         if cache is not None:
@@ -56,14 +57,3 @@ def _norm(config: TransformerConfig, heads: int) -> nn.RMSNorm | None:
     if config.qk_norm is None:
         return None
     return nn.RMSNorm(config.head_dim * (heads if config.qk_norm == "all" else 1), eps=config.norm_eps)
-
-
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotate x [B, H, S, head_dim] by its positions [S]; angles in float32 at least."""
-    half = x.shape[-1] // 2
-    wide = torch.promote_types(x.dtype, torch.float32)
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-    angles = positions.to(wide).unsqueeze(1) * frequencies  # [S, head_dim / 2]
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenyard import AuxiliaryLoss, ConfigError, RoutingRule
+from tokenyard_models.rotary import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,17 @@ class TransformerConfig:
     norm: Literal["layer", "rms"] = "rms"
     norm_eps: float = 1e-5
     rope_theta: float | None = 10000.0  # None: learned positions
+    rope_scaling: RopeScaling | None = None
     qk_norm: Literal["head", "all"] | None = None  # RMSNorm of queries and keys: of each head, or of all together
     clip_qkv: float | None = None
     tied_head: bool = False
     auxiliary: AuxiliaryLoss = field(default_factory=AuxiliaryLoss)
     expert_parallel: int | None = None  # asked for by the config itself (moe_world_size)
+
+    @property
+    def dense_width(self) -> int:
+        """Return F of the layers without experts."""
+        return self.dense_ffn_dim or 4 * self.dim
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_seq_len", "dim", "layers", "heads", "kv_heads", "head_dim"):

@@ -96,6 +96,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         dense_activation=ffn.activation(),
         norm="layer",
         rope_theta=attention.rope_theta or usual,
+        rope_scaling=None if rope is None else rope.scaling,
         clip_qkv=attention.clip_qkv,
         tied_head=read.tie_word_embeddings,
         auxiliary=ffn.auxiliary(),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from tokenyard_models.config import TransformerConfig, check_divides
-from tokenyard_models.published import Published
+from tokenyard_models.published import Published, check_window
 from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
@@ -19,7 +19,7 @@ from tokenyard_models.transformer import Transformer
 class LlamaConfig(Published):
     """Its sizes: Llama 2's 7B (`size: full`, 6.7 B parameters) or a tiny model's, and what is given besides."""
 
-    ignored: ClassVar[frozenset[str]] = Published.ignored | {"pretraining_tp"}
+    ignored: ClassVar[frozenset[str]] = Published.ignored | {"is_llama_config", "max_sequence_length", "pretraining_tp"}
 
     vocab_size: int = Field(32000, ge=1)
     hidden_size: int = Field(4096, ge=1)
@@ -31,7 +31,7 @@ class LlamaConfig(Published):
     rms_norm_eps: float = Field(1e-5, gt=0)
     attention_bias: Annotated[bool, only(False, "a bias in attention")] = False
     mlp_bias: Annotated[bool, only(False, "a bias in the feed-forward layers")] = False
-    sliding_window: Annotated[int | None, only(None, "sliding-window attention")] = None
+    sliding_window: int | None = Field(None, ge=1)  # of no less than there are positions, so that it is none
 
 
 TINY: dict[str, Any] = {
@@ -48,6 +48,7 @@ TINY: dict[str, Any] = {
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
     read = parse(LlamaConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model")
+    check_window(read.sliding_window, read.length)
     heads = read.num_attention_heads
     if read.head_dim is None:
         check_divides("model.num_attention_heads", heads, "hidden_size", read.hidden_size)
@@ -65,6 +66,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         dense_ffn_dim=read.intermediate_size,
         norm_eps=read.rms_norm_eps,
         rope_theta=read.theta,
+        rope_scaling=read.scaling,
         tied_head=read.tie_word_embeddings,
     )
 

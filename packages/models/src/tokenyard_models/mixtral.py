@@ -6,14 +6,14 @@ Keys are those of its published config.json.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from tokenyard import RoutingRule
 from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
-from tokenyard_models.published import PublishedMoE
-from tokenyard_models.schema import Strict, only, parse
+from tokenyard_models.published import PublishedMoE, check_window
+from tokenyard_models.schema import Strict, parse
 from tokenyard_models.transformer import Transformer
 
 
@@ -30,7 +30,7 @@ class MixtralConfig(PublishedMoE):
     max_position_embeddings: int = Field(32768, ge=1)
     rms_norm_eps: float = Field(1e-5, gt=0)
     rope_theta: float = Field(1e6, gt=0)
-    sliding_window: Annotated[int | None, only(None, "sliding-window attention")] = None
+    sliding_window: int | None = Field(None, ge=1)  # of no less than there are positions, so that it is none
     num_local_experts: int = Field(8, ge=1)
     num_experts_per_tok: int = Field(2, ge=1)
     router_aux_loss_coef: float = Field(0.02, ge=0)
@@ -52,6 +52,7 @@ TINY: dict[str, Any] = {
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
     read = parse(MixtralConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model")
+    check_window(read.sliding_window, read.length)
     heads = read.num_attention_heads
     if read.head_dim is None:
         check_divides("model.num_attention_heads", heads, "hidden_size", read.hidden_size)
@@ -70,6 +71,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         moe=MoEConfig(read.intermediate_size, experts, top_k, rule=rule),
         norm_eps=read.rms_norm_eps,
         rope_theta=read.theta,
+        rope_scaling=read.scaling,
         tied_head=read.tie_word_embeddings,
         auxiliary=read.auxiliary(),
         expert_parallel=read.moe_world_size,

@@ -66,6 +66,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         moe=MoEConfig(read.intermediate_size, read.num_experts, read.num_experts_per_tok, rule=rule),
         norm_eps=read.rms_norm_eps,
         rope_theta=read.theta,
+        rope_scaling=read.scaling,
         qk_norm="all",
         clip_qkv=read.clip_qkv,
         tied_head=read.tie_word_embeddings,

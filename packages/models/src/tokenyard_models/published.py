@@ -2,33 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import fields
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from tokenyard import AuxiliaryLoss
+from tokenyard import AuxiliaryLoss, ConfigError
+from tokenyard_models.rotary import RopeScaling
 from tokenyard_models.schema import HOUSEKEEPING, Strict, only
 
 
 class RopeParameters(Strict):
-    """transformers 5's section for rotary positions; of its kinds, the plain one."""
+    """transformers' section for rotary positions; of its kinds, the plain one and Llama 3.1's."""
 
-    rope_type: Annotated[str, only("default", "another kind of rotary positions")] = "default"
+    rope_type: Literal["default", "llama3"] | None = None  # default, if `type` is not given either
+    type: Literal["default", "llama3"] | None = None  # rope_type, as older versions call it
     rope_theta: float | None = Field(None, gt=0)  # if not given, the rope_theta beside this section
     partial_rotary_factor: Annotated[float, only(1.0, "rotating a part of each head")] = 1.0
+    factor: float | None = Field(None, ge=1)  # this and those below are llama3's, which needs all of them
+    low_freq_factor: float | None = Field(None, gt=0)
+    high_freq_factor: float | None = Field(None, gt=0)
+    original_max_position_embeddings: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.rope_type or self.type) == "llama3":
+            missing = [field.name for field in fields(RopeScaling) if getattr(self, field.name) is None]
+            if missing:
+                raise ValueError(f"rope_type llama3 needs {' and '.join(missing)} too")
+        return self
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """Return how the rotations are stretched."""
+        if (self.rope_type or self.type) != "llama3":
+            return None
+        return RopeScaling(**{field.name: getattr(self, field.name) for field in fields(RopeScaling)})
 
 
 class Rope(Strict):
-    """The keys that say how positions are rotated; `rope_parameters` comes before `rope_theta`."""
+    """The keys that say how positions are rotated; the sections come before `rope_theta`."""
 
     rope_theta: float = Field(10000.0, gt=0)
     rope_parameters: RopeParameters | None = None
-    rope_scaling: Annotated[Any, only(None, "scaling rotary positions")] = None
+    rope_scaling: RopeParameters | None = None  # rope_parameters, as it is called before transformers 5
+    rope_interleaved: Annotated[bool, only(False, "rotating neighbours")] = False
 
     @property
     def theta(self) -> float:
         """Return the base of the rotations' frequencies."""
-        return (self.rope_parameters and self.rope_parameters.rope_theta) or self.rope_theta
+        return next((s.rope_theta for s in self._sections if s.rope_theta), self.rope_theta)
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """Return how the rotations are stretched."""
+        return next((s.scaling for s in self._sections if s.scaling), None)
+
+    @property
+    def _sections(self) -> list[RopeParameters]:
+        return [section for section in (self.rope_parameters, self.rope_scaling) if section is not None]
 
 
 class Published(Rope):
@@ -47,6 +79,15 @@ class Published(Rope):
     def length(self) -> int:
         """Return how many positions there are."""
         return self.max_seq_len or self.max_position_embeddings
+
+
+def check_window(window: int | None, length: int) -> None:
+    """Raise ConfigError for a window of attention that is shorter than the text: each token is to see all before it."""
+    if window is not None and window < length:
+        raise ConfigError(
+            f"model.sliding_window is {window}, and there are {length} positions; attention within windows is not "
+            f"supported: give a max_seq_len of at most {window}, where a window is the whole text"
+        )
 
 
 class PublishedMoE(Published):

@@ -67,6 +67,7 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         dense_ffn_dim=read.intermediate_size,
         norm_eps=read.rms_norm_eps,
         rope_theta=read.theta,
+        rope_scaling=read.scaling,
         qk_norm="head",
         tied_head=read.tie_word_embeddings,
     )

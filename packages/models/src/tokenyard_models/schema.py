@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
@@ -56,7 +57,8 @@ def only(value: Any, feature: str) -> AfterValidator:
 
     def check(given: Any) -> Any:
         if given != value:
-            raise ValueError(f"{feature} is not supported; leave the key out, or say {value}")
+            said = json.dumps(value)  # as YAML has it, too
+            raise ValueError(f"{feature} is not supported; say {said}, where the weights allow it")
         return given
 
     return AfterValidator(check)

@@ -68,6 +68,8 @@ class Transformer(nn.Module):
         registry: Registry | None = None,
     ):
         super().__init__()
+        if config.moe is None:
+            _no_experts(backends or {}, expert_parallel or config.expert_parallel)
         self.config, self.auxiliary = config, config.auxiliary
         self.expert_parallel = _expert_parallel(config, expert_parallel)
         workload = _workload(config, torch.device(device), compute_dtype, self.expert_parallel)
@@ -143,7 +145,7 @@ def _ffn(
 ) -> MoE | FeedForward:
     moe = config.moe
     if moe is None or workload is None or layer in config.dense_layers:
-        return FeedForward(config.dim, config.dense_ffn_dim or 4 * config.dim, config.dense_activation, config.bias)
+        return FeedForward(config.dim, config.dense_width, config.dense_activation, config.bias)
     return MoE(
         workload,
         backends=backends,
@@ -152,6 +154,15 @@ def _ffn(
         output_bias=moe.output_bias,
         registry=registry,
     )
+
+
+def _no_experts(backends: Mapping[str, Request], expert_parallel: int | None) -> None:
+    """Raise ConfigError for what is asked of experts."""
+    asked: dict[str, object] = {f"backends.{kind}": request for kind, request in backends.items()}
+    asked["parallel.expert_parallel"] = None if expert_parallel == 1 else expert_parallel
+    for key, value in asked.items():
+        if value not in (None, "auto"):
+            raise ConfigError(f"{key} is {value!r}, and the model has no experts; leave it out")
 
 
 def _expert_parallel(config: TransformerConfig, asked: int | None) -> int:

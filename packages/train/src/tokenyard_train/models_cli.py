@@ -47,7 +47,7 @@ def convert(
 def upcycle(
     source: Annotated[Path, typer.Argument(help="The Hugging Face folder of a dense model: llama, mistral or qwen3.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    experts: Annotated[int, typer.Option(min=1, help="Experts of a layer.")],
+    num_experts: Annotated[int, typer.Option(min=1, help="Experts of a layer.")],
     top_k: Annotated[int, typer.Option(min=1, help="Experts of a token.")],
     granularity: Annotated[
         int, typer.Option(min=1, help="Slices of a layer, an expert each; 1 copies it, as many as experts split it.")
@@ -57,7 +57,7 @@ def upcycle(
     """Make a model with experts of a dense one: each expert is a copy, or a slice, of the feed-forward layer."""
     from tokenyard_train.upcycle import upcycle as run
 
-    run(source, target, experts, top_k, granularity, seed, Console())
+    run(source, target, num_experts, top_k, granularity, seed, Console())
 
 
 @app.command()

@@ -52,7 +52,7 @@ def report(
 
     routing_plot(layers, written.with_suffix(".png"))
     _print(layers, len(ids), console)
-    console.print(f"wrote {written} and {written.with_suffix('.png')}", highlight=False)
+    console.print(f"wrote {written} and {written.with_suffix('.png')}", highlight=False, markup=False)
     return layers
 
 

@@ -6,20 +6,24 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tokenyard import ConfigError
 from tokenyard_models import Upcycling, count_parameters
 from tokenyard_models import upcycle as upcycled
+from tokenyard_train.checkpoint import checkpoints
 
 _TIES = "where router logits are float32, as here; in 16 bits, groups of equal logits may mix their slices"
 
 
 def upcycle(
-    source: Path, target: Path, experts: int, top_k: int, granularity: int, seed: int, console: Console
+    source: Path, target: Path, num_experts: int, top_k: int, granularity: int, seed: int, console: Console
 ) -> None:
     """Write the folder; say how large the model is, and whether it computes what the dense one does.
 
     Raises TokenyardError, and then nothing is written.
     """
-    how = Upcycling(experts, top_k, granularity, seed)
+    how = Upcycling(num_experts, top_k, granularity, seed)
+    if checkpoints(source) or (source / "manifest.json").exists():
+        raise ConfigError(f"{source} is a run's; first write it as a folder: tokenyard convert {source} FOLDER --to hf")
     model = upcycled(source, target, how)
     size = count_parameters(model)
     sizes = f"{size.total:,} parameters, {size.active:,} of them active"

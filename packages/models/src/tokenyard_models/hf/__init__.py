@@ -1,14 +1,14 @@
 """Weights of Hugging Face folders, in and out; transformers is not needed here, and proves it in the tests."""
 
 from tokenyard_models.hf._folder import Folder, WeightsError
-from tokenyard_models.hf._load import from_hf, load_weights, model_section
+from tokenyard_models.hf._load import from_hf, load_weights
 from tokenyard_models.hf._megablocks import to_megablocks
 from tokenyard_models.hf._save import to_hf
-from tokenyard_models.hf._upcycle import Upcycling, upcycle
+from tokenyard_models.hf._told import model_section
+from tokenyard_models.hf._upcycle import upcycle
 
 __all__ = [
     "Folder",
-    "Upcycling",
     "WeightsError",
     "from_hf",
     "load_weights",

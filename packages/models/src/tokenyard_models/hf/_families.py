@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.dbrx import Dbrx
 from tokenyard_models.hf import _published as published
+from tokenyard_models.hf._defaults import DEFAULTS
 from tokenyard_models.hf._folder import WeightsError
 from tokenyard_models.hf._pieces import (
     Operation,
@@ -42,7 +43,6 @@ class Family:
     publish: Callable[[TransformerConfig], dict[str, Any]]
     fused: tuple[Entry, ...] = ()  # entries in place of some: one tensor for all experts
     marks_fused: str = ""  # a name that only the fused form has
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # what a config.json means that leaves them out
     renamed: Mapping[str, str] = field(default_factory=dict)  # keys of config.json that some versions call otherwise
     upcycled: str = ""  # of a dense family, the one that it is with experts
 
@@ -60,7 +60,8 @@ class Family:
     def section(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a config.json as a config's `model:` section."""
         keys = {self.renamed.get(key, key): value for key, value in config.items()}
-        return without_ignored(self.definition.schema, _filled(self.defaults, keys), "model", [])
+        filled = _filled(DEFAULTS[config["model_type"]], keys)
+        return without_ignored(self.definition.schema, filled, "model", [])
 
 
 Layout = dict[str, list[tuple[str, Piece]]]
@@ -185,9 +186,9 @@ FAMILIES: Mapping[str, Family] = {
         renamed={"num_local_experts": "num_experts"},  # since transformers 5.24
     ),
     "olmoe": Family(Olmoe, _QWEN, published.olmoe, _FUSED, _MARKS_FUSED),
-    "dbrx": Family(Dbrx, _DBRX, published.dbrx, defaults=published.DBRX_DEFAULTS),
-    "llama": Family(Llama, _DENSE, published.llama, defaults=published.LLAMA_DEFAULTS, upcycled="mixtral"),
-    "mistral": Family(Llama, _DENSE, published.llama, defaults=published.MISTRAL_DEFAULTS, upcycled="mixtral"),
-    "qwen3": Family(Qwen3, _DENSE, published.qwen3, defaults=published.QWEN3_DEFAULTS, upcycled="qwen3_moe"),
+    "dbrx": Family(Dbrx, _DBRX, published.dbrx),
+    "llama": Family(Llama, _DENSE, published.llama, upcycled="mixtral"),
+    "mistral": Family(Llama, _DENSE, published.llama, upcycled="mixtral"),
+    "qwen3": Family(Qwen3, _DENSE, published.qwen3, upcycled="qwen3_moe"),
 }
 """By `model_type` of config.json."""

@@ -85,6 +85,12 @@ class Folder:
                 "quantised ones not at all"
             )
 
+    def stored_dtype(self) -> str:
+        """Return the dtype of the first tensor, by safetensors' name of it."""
+        name, keys = next(iter(self.files.items()))
+        dtype: str = self.reader(name).file.get_slice(keys[0]).get_dtype()
+        return dtype
+
     def reader(self, name: str) -> Reader:
         """Return what reads boxes of tensors from a file."""
         return Reader(self.path / name)

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenyard import Registry, default_registry
-from tokenyard.errors import did_you_mean
-from tokenyard_models.hf._families import FAMILIES, Family, Layout, layout_of
+from tokenyard_models.hf._families import Layout, layout_of
 from tokenyard_models.hf._folder import Folder, Reader, WeightsError
 from tokenyard_models.hf._pieces import Piece, slices
+from tokenyard_models.hf._told import dtype_of, family_of, model_section
 from tokenyard_models.init import unwrapped
 from tokenyard_models.sharding import own_part
 from tokenyard_models.transformer import Transformer
 
 _COMPUTED = ("rotary_emb.inv_freq",)  # what older files hold, though it follows from config.json
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def from_hf(
@@ -48,21 +47,6 @@ def from_hf(
         buffer.zero_()
     load_weights(model, folder)
     return model
-
-
-def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
-    """Return a folder's model as a config's `model:` section tells it: its name, and its keys.
-
-    Raises WeightsError for an architecture that is not known here.
-    """
-    family = family_of(folder)
-    return family.model, family.section(folder.config)
-
-
-def dtype_of(folder: Folder) -> torch.dtype:
-    """Return the dtype of the weights that config.json tells; float32 if it tells none."""
-    told = folder.config.get("dtype") or folder.config.get("torch_dtype")
-    return _DTYPES.get(str(told), torch.float32)
 
 
 @torch.no_grad()
@@ -120,13 +104,3 @@ def _check(folder: Folder, wanted: Layout) -> None:
 
 def _and_others(names: list[str]) -> str:
     return f" and {len(names) - 1} others" if len(names) > 1 else ""
-
-
-def family_of(folder: Folder) -> Family:
-    """Return a folder's family. Raises WeightsError for an architecture that is not known here."""
-    kind = folder.config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        hint = did_you_mean(kind, FAMILIES) if isinstance(kind, str) else ""
-        raise WeightsError(f"{folder.path / 'config.json'} has model_type {kind!r}{hint}; known are: {known}")
-    return FAMILIES[kind]

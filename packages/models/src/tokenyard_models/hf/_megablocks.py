@@ -14,7 +14,7 @@ from tokenyard import ConfigError, is_gated
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.hf._families import MEGABLOCKS, layout_of
 from tokenyard_models.hf._folder import WeightsError
-from tokenyard_models.hf._write import SHARD_BYTES, dtypes, new_folder, whole, write_weights
+from tokenyard_models.hf._write import SHARD_BYTES, dtypes, gathered, new_folder, write_weights
 from tokenyard_models.init import unwrapped
 
 ARGUMENTS = "megablocks.json"
@@ -38,7 +38,7 @@ def to_megablocks(
     arguments = _arguments(config)
     layout = layout_of("MegaBlocks", MEGABLOCKS, config, parameters)
     with new_folder(path) as folder:
-        write_weights(folder, layout, partial(whole, parameters), dtypes(parameters, dtype), shard_bytes)
+        write_weights(folder, layout, partial(gathered, parameters), dtypes(parameters, dtype), shard_bytes)
         (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from tokenyard import ConfigError
 from tokenyard_models.config import MoEConfig, TransformerConfig
 
-DBRX_DEFAULTS: dict[str, Any] = {
-    "attn_config": {"kv_n_heads": 1, "clip_qkv": None},
-    "ffn_config": {"mlp_type": "glu", "moe_loss_weight": 0.01, "moe_normalize_expert_weights": 1.0},
-}
-"""What transformers takes for keys that a DBRX config.json leaves out, where that differs from the published sizes."""
-
-LLAMA_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-MISTRAL_DEFAULTS: dict[str, Any] = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-6,
-    "sliding_window": 4096,
-}
-QWEN3_DEFAULTS: dict[str, Any] = {
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "rope_theta": 10000.0,
-}
-"""Those of Llama's, Mistral's and Qwen3's."""
-
 
 def llama(config: TransformerConfig) -> dict[str, Any]:
     """Return Llama's keys."""
     return _llama(config, "LlamaForCausalLM", "llama") | {
-        "intermediate_size": config.dense_ffn_dim or 4 * config.dim,
+        "intermediate_size": config.dense_width,
         "head_dim": config.head_dim,
         "attention_bias": False,
         "mlp_bias": False,
@@ -44,7 +22,7 @@ def llama(config: TransformerConfig) -> dict[str, Any]:
 def qwen3(config: TransformerConfig) -> dict[str, Any]:
     """Return Qwen3's keys."""
     return _llama(config, "Qwen3ForCausalLM", "qwen3") | {
-        "intermediate_size": config.dense_ffn_dim or 4 * config.dim,
+        "intermediate_size": config.dense_width,
         "head_dim": config.head_dim,
         "attention_bias": False,
         "use_sliding_window": False,
@@ -75,7 +53,7 @@ def qwen3_moe(config: TransformerConfig) -> dict[str, Any]:
         _llama(config, "Qwen3MoeForCausalLM", "qwen3_moe")
         | _routed(config, moe)
         | {
-            "intermediate_size": config.dense_ffn_dim or 4 * config.dim,
+            "intermediate_size": config.dense_width,
             "moe_intermediate_size": moe.ffn_dim,
             "head_dim": config.head_dim,
             "num_experts": moe.num_experts,
@@ -127,7 +105,7 @@ def dbrx(config: TransformerConfig) -> dict[str, Any]:
             "moe_loss_weight": config.auxiliary.balance_weight,
             "moe_normalize_expert_weights": moe.rule.normalize,
         },
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": _rope(config),
         "router_aux_loss_coef": config.auxiliary.balance_weight,
         "tie_word_embeddings": config.tied_head,
     }
@@ -145,11 +123,17 @@ def _llama(config: TransformerConfig, architecture: str, model_type: str) -> dic
         "num_hidden_layers": config.layers,
         "num_key_value_heads": config.kv_heads,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # for transformers before 5
+        "rope_parameters": _rope(config),
+        "rope_theta": config.rope_theta,  # this and rope_scaling are for transformers before 5
         "tie_word_embeddings": config.tied_head,
         "vocab_size": config.vocab_size,
-    }
+    } | ({"rope_scaling": _rope(config)} if config.rope_scaling else {})
+
+
+def _rope(config: TransformerConfig) -> dict[str, Any]:
+    if config.rope_scaling is None:
+        return {"rope_type": "default", "rope_theta": config.rope_theta}
+    return {"rope_type": "llama3", "rope_theta": config.rope_theta, **asdict(config.rope_scaling)}
 
 
 def _routed(config: TransformerConfig, moe: MoEConfig) -> dict[str, Any]:

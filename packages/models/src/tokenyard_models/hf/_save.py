@@ -16,7 +16,7 @@ from torch import nn
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.hf._families import FAMILIES, Family, layout_of
 from tokenyard_models.hf._folder import CONFIG, WeightsError, read_json
-from tokenyard_models.hf._write import SHARD_BYTES, dtypes, new_folder, whole, write_weights
+from tokenyard_models.hf._write import SHARD_BYTES, dtypes, gathered, new_folder, write_weights
 from tokenyard_models.init import unwrapped
 from tokenyard_models.transformer import Transformer
 
@@ -63,7 +63,7 @@ def to_hf(
     layout = layout_of(family.model, family.entries(fused), config, parameters)
     published = config_json(family, config)
     with new_folder(path) as folder:
-        write_weights(folder, layout, partial(whole, parameters), dtypes(parameters, dtype), shard_bytes)
+        write_weights(folder, layout, partial(gathered, parameters), dtypes(parameters, dtype), shard_bytes)
         write_config(folder, published, like, dtype or next(iter(parameters.values())).dtype)
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -42,7 +41,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def whole(parameters: Mapping[str, Tensor], name: str) -> Tensor:
+def gathered(parameters: Mapping[str, Tensor], name: str) -> Tensor:
     """Return a parameter as a whole, of one that is sharded, too."""
     parameter = parameters[name]
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
@@ -68,7 +67,7 @@ def write_weights(
     sizes = {key: _numel(found) * dtypes[found[0][0]].itemsize for key, found in layout.items()}
     shards = list(_shards(sizes, shard_bytes))
     weight_map: dict[str, str] = {}
-    last = lru_cache(maxsize=1)(parameter)
+    last = _Last(parameter)
     total = 0
     for number, keys in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -79,6 +78,19 @@ def write_weights(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+class _Last:
+    """Gives parameters by our names; the last one is kept until another is asked for."""
+
+    def __init__(self, parameter: Callable[[str], Tensor]):
+        self._parameter, self._name, self._value = parameter, "", torch.empty(0)
+
+    def __call__(self, name: str) -> Tensor:
+        if name != self._name:
+            self._value = torch.empty(0)  # before the next one is made
+            self._name, self._value = name, self._parameter(name)
+        return self._value
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
