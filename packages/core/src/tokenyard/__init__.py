@@ -3,6 +3,7 @@
 from tokenyard.__about__ import __version__
 from tokenyard.activations import ACTIVATIONS, activate, is_gated, up_rows
 from tokenyard.backend import KINDS, Backend, Kind
+from tokenyard.cache import cache_folder
 from tokenyard.errors import BackendError, ConfigError, TokenyardError
 from tokenyard.experts import Experts, GroupedExperts
 from tokenyard.feed_forward import FeedForward
@@ -63,6 +64,7 @@ __all__ = [
     "__version__",
     "activate",
     "add_lora",
+    "cache_folder",
     "default_registry",
     "hookimpl",
     "is_gated",

@@ -9,7 +9,7 @@ import torch
 
 from tokenyard import TokenyardError
 from tokenyard_kernels_cuda.sources import sources
-from tokenyard_kernels_cuda.toolchain import architecture_of, cache_folder, cubin_of
+from tokenyard_kernels_cuda.toolchain import architecture_of, cubin_folder, cubin_of
 
 _USAGE = "usage: python -m tokenyard_kernels_cuda [ARCHITECTURE]   (such as sm_90a; left out, that of this GPU)"
 
@@ -37,7 +37,7 @@ def _compile_all(architecture: str) -> None:
         start = time.perf_counter()
         size = len(cubin_of(source, architecture))
         print(f"{source!s:40} {architecture} {size:8,} bytes {1000 * (time.perf_counter() - start):7.1f} ms")
-    print(f"{time.perf_counter() - began:.2f} s; kept in {cache_folder()}")
+    print(f"{time.perf_counter() - began:.2f} s; kept in {cubin_folder()}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from tokenyard import cache_folder
 from tokenyard_kernels_triton._device import triton_version
 
 Product = Literal["up", "down", "activation_gradient", "input_gradient", "up_gradient", "down_gradient"]
@@ -95,8 +96,8 @@ def gpu_key(device: torch.device) -> str:
 
 
 def tuned_path() -> Path:
-    """Return the file of tuned tiles: in the folder TOKENYARD_CACHE, or ~/.cache/tokenyard."""
-    return Path(os.environ.get("TOKENYARD_CACHE", "~/.cache/tokenyard")).expanduser() / "triton_tiles.json"
+    """Return the file of tuned tiles."""
+    return cache_folder() / "triton_tiles.json"
 
 
 def keep_tuned(gpu: str, tiles: dict[str, HopperTiling]) -> Path:
@@ -122,7 +123,7 @@ def _tuned(gpu: str) -> dict[str, HopperTiling]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         log.warning("tuned tiles in %s are left aside, since they cannot be read: %s", path, error)

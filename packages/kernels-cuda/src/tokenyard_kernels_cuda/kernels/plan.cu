@@ -6,8 +6,8 @@
 // are added to in any order, which makes no difference to whole numbers.
 #include "warp.cuh"
 
-// Dropped slots fall into one more bucket, after those of the experts.
-__device__ inline int bucket_of(int id, int experts) { return min(id, experts); }
+// Dropped slots fall into one more bucket, after those of the experts; so do ids below 0, which are large unsigned.
+__device__ inline int bucket_of(unsigned id, unsigned experts) { return static_cast<int>(min(id, experts)); }
 
 // counts [gridDim, experts + 1]: how many of each block's slots fall into each bucket.
 extern "C" __global__ void count_slots(

@@ -1,6 +1,6 @@
 """From CUDA C++ in this package to a launch: source -> cubin (by NVRTC, or from disk) -> library -> kernel."""
 
-from tokenyard_kernels_cuda.toolchain._cache import cache_folder, cubin_of
+from tokenyard_kernels_cuda.toolchain._cache import cubin_folder, cubin_of
 from tokenyard_kernels_cuda.toolchain._compile import CompileError, architecture_of, compile_cubin
 from tokenyard_kernels_cuda.toolchain._driver import DriverError
 from tokenyard_kernels_cuda.toolchain._kernel import Array, Float, Int, Kernel, Parameters
@@ -16,7 +16,7 @@ __all__ = [
     "Parameters",
     "Source",
     "architecture_of",
-    "cache_folder",
     "compile_cubin",
+    "cubin_folder",
     "cubin_of",
 ]

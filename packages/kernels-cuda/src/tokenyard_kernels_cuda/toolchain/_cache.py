@@ -12,6 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from tokenyard import cache_folder
 from tokenyard_kernels_cuda.toolchain._compile import compile_cubin, compiler_version, options_for
 from tokenyard_kernels_cuda.toolchain._source import Source, headers
 
@@ -20,9 +21,9 @@ _DIGEST = hashlib.sha256().digest_size
 _warned: set[Path] = set()
 
 
-def cache_folder() -> Path:
-    """Return where the entries lie: in the folder ``TOKENYARD_CACHE``, or ``~/.cache/tokenyard``."""
-    return Path(os.environ.get("TOKENYARD_CACHE", "~/.cache/tokenyard")).expanduser() / "cubins"
+def cubin_folder() -> Path:
+    """Return where the entries lie."""
+    return cache_folder() / "cubins"
 
 
 def cubin_of(source: Source, architecture: str) -> bytes:
@@ -30,7 +31,7 @@ def cubin_of(source: Source, architecture: str) -> bytes:
 
     Where the folder cannot be written, a warning says so once, and each process compiles for itself.
     """
-    path = cache_folder() / f"{_key(source, architecture)}.cubin"
+    path = cubin_folder() / f"{_key(source, architecture)}.cubin"
     cubin = _read(path)
     if cubin is None:
         cubin = compile_cubin(source, architecture)
