@@ -25,6 +25,7 @@ from tokenyard.interfaces import ExpertWeights, Plan
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPES = {  # T, D, F, E, K
     "widest": (512, 2048, 4096, 8, 2),
+    "widest on an H100": (512, 2048, 4096, 8, 2),
     "wide": (512, 2048, 1536, 8, 2),
     "narrow": (512, 2048, 768, 8, 2),
     "odd": (100, 60, 36, 6, 2),
@@ -120,6 +121,7 @@ def move(permutation, x, plan, weights):
 CASES = (
     ("GluonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("GluonExperts", "widest", torch.bfloat16, "swiglu", False, "pre_activation"),
+    ("GluonExperts", "widest on an H100", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("GluonExperts", "narrow", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("GluonExperts", "narrow", torch.float16, "gelu_tanh", True, "recompute"),
     ("GluonExperts", "wide", torch.float16, "gelu_tanh", True, "recompute"),
@@ -135,13 +137,15 @@ CASES = (
 
 def main():
     import tokenyard_kernels_triton._device as device
+    import tokenyard_kernels_triton.hopper_tiling as tiling
     import tokenyard_kernels_triton.ops._hopper as hopper
     import tokenyard_kernels_triton.ops._portable as portable
 
     device.processors = hopper.processors = portable.processors = functools.cache(lambda device: 132)
-    seen = set()
+    seen, gpu_key = set(), tiling.gpu_key
     for kernels, name, dtype, activation, bias, save in CASES:
         found = []
+        tiling.gpu_key = (lambda _: "NVIDIA H100") if name.endswith("H100") else gpu_key
         with compiling(found):
             layer(kernels, SHAPES[name], dtype, activation, bias, save)
         for kernel_name, kernel in found:

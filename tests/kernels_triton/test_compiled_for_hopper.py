@@ -42,6 +42,11 @@ def test_every_kernel_of_a_layer_was_compiled(records):
     assert {record["kernel"] for record in records} >= plan | router | rest | moves
 
 
+def test_an_h100_has_a_kernel_of_its_own(records):
+    """Of the three that multiply rows by weights; all else is what the table of the H200 gives."""
+    assert [record["kernel"] for record in of(records, case="widest on an H100")] == ["times_weight"]
+
+
 def test_nothing_spills(records):
     """Odd widths, whose rows begin at odd addresses, may a little, and so may the error function of `geglu`."""
     spilling = [record for record in records if record["spilled"]]

@@ -28,6 +28,18 @@ def test_shipped_tiles_fit_into_shared_memory(product, ffn_dim):
     assert hopper_tiling(product, 2048, ffn_dim, CPU).fits(product)
 
 
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_an_h100_has_tiles_of_its_own_for_wide_experts(product, monkeypatch):
+    """For one product; they fit, too."""
+    usual = hopper_tiling(product, 2048, 14336, CPU)
+    fine = hopper_tiling(product, 2048, 768, CPU)
+    monkeypatch.setattr(tiles, "gpu_key", lambda device: "NVIDIA H100 80GB HBM3, Triton 3.6.0")
+    found = hopper_tiling(product, 2048, 14336, CPU)
+    assert found.fits(product)
+    assert (found == usual) == (product != "input_gradient")
+    assert hopper_tiling(product, 2048, 768, CPU) == fine
+
+
 def test_tuned_tiles_are_taken_for_their_bucket_only(cache):
     mine = HopperTiling(3, 32, 1, group=7)
     path = keep_tuned(tiles.gpu_key(CPU), {bucket("down", 2048, 768): mine})

@@ -82,7 +82,7 @@ def started(settings: dict) -> Read:
 
 def benched(path: str, out: str, overrides: list[str]) -> list[str]:
     """Measure training as a file says; return what this rank wrote."""
-    run_train(Console(quiet=True), Path(out) / str(dist.get_rank()), Path(path), overrides, "none", 2, None)
+    run_train(Console(quiet=True), Path(out) / str(dist.get_rank()), Path(path), overrides, "none", "fp32", 2, None)
     return sorted(p.name for p in (Path(out) / str(dist.get_rank())).glob("*"))
 
 

@@ -1,7 +1,7 @@
 """How large the tiles of each product are on Hopper: from a table, or from what tuning found on this machine.
 
-The shipped table was measured on one H200. No training step ever tries tiles; ``python -m tokenyard_kernels_triton``
-does, and keeps what it finds in a file, which is read once, at the first launch.
+The shipped table was measured on one H200, and what differs on an H100 there. No training step ever tries tiles;
+``python -m tokenyard_kernels_triton`` does, and keeps what it finds in a file, which is read once, at the first launch.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ _TABLE: dict[Product, tuple[HopperTiling, HopperTiling]] = {
     "up_gradient": (HopperTiling(4, 64, 2, group=16), HopperTiling(4, 64, 2, group=16)),
     "down_gradient": (HopperTiling(4, 64, 2, group=4), HopperTiling(4, 64, 2, group=16)),
 }
+# Wide experts on an H100, whose memory is slower: within a layer, not alone, the table's takes up to half as long again.
+_WIDE_ON_H100: dict[Product, HopperTiling] = {"input_gradient": HopperTiling(3, 32, 1, group=16)}
 
 
 def hopper_tiling(product: Product, dim: int, ffn_dim: int, device: torch.device) -> HopperTiling:
@@ -79,8 +81,13 @@ def hopper_tiling(product: Product, dim: int, ffn_dim: int, device: torch.device
 
     Where the gradient of the pre-activation is an operand (input_gradient, up_gradient), its width counts: gate and up.
     """
-    found = _tuned(gpu_key(device)).get(bucket(product, dim, ffn_dim))
-    return found or _TABLE[product][ffn_dim >= _FINE]
+    gpu = gpu_key(device)
+    return _tuned(gpu).get(bucket(product, dim, ffn_dim)) or _shipped(gpu, product, ffn_dim >= _FINE)
+
+
+def _shipped(gpu: str, product: Product, wide: bool) -> HopperTiling:
+    other = _WIDE_ON_H100.get(product) if wide and "H100" in gpu else None
+    return other or _TABLE[product][wide]
 
 
 def bucket(product: Product, dim: int, ffn_dim: int) -> str:
