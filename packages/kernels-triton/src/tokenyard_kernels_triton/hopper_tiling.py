@@ -72,7 +72,7 @@ _TABLE: dict[Product, tuple[HopperTiling, HopperTiling]] = {
     "up_gradient": (HopperTiling(4, 64, 2, group=16), HopperTiling(4, 64, 2, group=16)),
     "down_gradient": (HopperTiling(4, 64, 2, group=4), HopperTiling(4, 64, 2, group=16)),
 }
-# Wide experts on an H100, whose memory is slower: within a layer, not alone, the table's takes up to half as long again.
+# Wide experts on an H100, whose memory is slower: in a layer, not alone, the tile above takes up to half as long again.
 _WIDE_ON_H100: dict[Product, HopperTiling] = {"input_gradient": HopperTiling(3, 32, 1, group=16)}
 
 
