@@ -36,8 +36,7 @@ def run_layer(console: Console, out: Path, *options: Any) -> None:
         records += found  # written case by case, so that hours of measuring are not lost to the last one
         path = write_results(out, "layer", {"kind": "layer", "machine": machine, "records": records})
         print_layers(found, console)
-    title = f"One MoE layer, forward and backward: {machine['device']}, torch {machine['versions']['torch']}"
-    efficiency_bars(records, title, path.with_suffix(".png"))
+    efficiency_bars(records, machine, path.with_suffix(".png"))
     console.print(f"wrote {path} and {path.with_suffix('.png')}", highlight=False)
 
 

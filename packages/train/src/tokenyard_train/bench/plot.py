@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ _PEERS = ("#8a8f98", "#a9adb5", "#c3c6cc", "#d9dbdf")
 _OURS = (BLUE, "#6f9bd6", "#a4c1e8", ORANGE)
 
 
-def efficiency_bars(records: Sequence[Record], title: str, path: Path) -> None:
+def efficiency_bars(records: Sequence[Record], machine: Mapping[str, Any], path: Path) -> None:
     """Draw dense time over layer time, forward and backward: a panel for each dtype and routing; peers are grey."""
     timed = [r for r in records if r["note"] is None and r["group"] != "dense"]
     panels = list(dict.fromkeys((r["dtype"], r["routing"]) for r in timed))
@@ -30,6 +30,7 @@ def efficiency_bars(records: Sequence[Record], title: str, path: Path) -> None:
     for i, (dtype, routing) in enumerate(panels):
         axes = make_axes(figure, grid[i], f"{dtype}, {routing} routing", "", "dense / layer time")
         _panel(axes, [r for r in timed if (r["dtype"], r["routing"]) == (dtype, routing)], shapes, colours)
+    title = f"One MoE layer, forward and backward\n{machine['device']}, torch {machine['versions']['torch']}"
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontweight="bold")
     if panels:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
