@@ -10,6 +10,7 @@ import pytest
 import typer
 import yaml
 from blocks import PAGES, ROOT, blocks, named
+from shell import CONFIG, PATH, lines
 
 from tokenyard_train.cli import app
 from tokenyard_train.config import read_config
@@ -90,6 +91,16 @@ def plugin(tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
     subprocess.run([*pip, str(site), str(root)], check=True, timeout=120)
     return root, site
+
+
+@pytest.mark.full
+def test_the_tutorial_s_commands_run(plugin, tmp_path):
+    """Those after the kit, which use the plugin; what they train is small."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"train_loader": {"name": "python_stdlib"}}))
+    console = [block for block in blocks(PLUGIN) if block.language == "console"][-1]
+    for line in lines(console):
+        environment = os.environ | {"PATH": PATH, "PYTHONPATH": str(plugin[1])}
+        subprocess.run(line, shell=True, check=True, timeout=300, cwd=tmp_path, env=environment)
 
 
 def test_the_tutorial_s_plugin_passes_the_kit(plugin, tmp_path):

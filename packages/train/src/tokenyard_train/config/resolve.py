@@ -89,7 +89,7 @@ def _own_held_out(config: TrainConfig) -> PythonStdlib | None:
 def _microbatch(config: TrainConfig, length: int) -> int:
     whole, asked, ranks = config.global_train_batch_size, config.device_train_microbatch_size, started_processes()
     if whole % ranks:
-        closest = f"{whole // ranks * ranks or ranks} or {(whole // ranks + 1) * ranks}"
+        closest = " or ".join(str(n * ranks) for n in (whole // ranks, whole // ranks + 1) if n)
         raise ConfigError(
             f"global_train_batch_size is {whole}, which {ranks} processes cannot share evenly; try {closest}"
         )

@@ -1,0 +1,44 @@
+"""Runs what a page's consoles show: the `tokenyard` command in this process, anything else by a shell."""
+
+import glob
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenyard_train import cli
+
+CONFIG = {
+    "model": {"name": "mixtral", "size": "tiny"},
+    "train_loader": {"name": "text", "dataset": {"path": "my-texts"}},
+    "global_train_batch_size": 64,
+    "max_seq_len": 64,
+    "max_duration": "2ba",
+    "device": "cpu",
+}
+"""What a page's config.yaml is, where it shows none."""
+
+PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+
+
+def lines(block):
+    """Return the commands of a console, without what they print."""
+    return [line.removeprefix("$ ") for line in block.text.splitlines() if line.startswith("$ ")]
+
+
+def run(line, monkeypatch):
+    """Run a line in the current folder; it must succeed."""
+    words = shlex.split(line, comments=True)
+    with monkeypatch.context() as patch:
+        while "=" in words[0]:
+            patch.setenv(*words.pop(0).split("=", 1))
+        if words[0] != "tokenyard" or words[1] == "launch":
+            subprocess.run(line, shell=True, check=True, timeout=600, env=os.environ | {"PATH": PATH})
+            return
+        patch.setattr(sys, "argv", [word for pattern in words for word in glob.glob(pattern) or [pattern]])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert not ended.value.code, line

@@ -1,0 +1,54 @@
+"""Every command that the site and the READMEs show runs, or the page says why it is not run here."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from blocks import PAGES, ROOT, blocks, named
+from shell import CONFIG, lines, run
+
+PLUGIN = ROOT / "docs" / "plugin.md"  # which has a test of its own
+LONG = ("--shape cpu", "--peers", "launch")  # what takes more than a few seconds
+
+
+def consoles():
+    """Give every console that is to run, those that take long marked so."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "console" and block.why_not is None and page != PLUGIN:
+                marks = [pytest.mark.full] if any(word in block.text for word in LONG) else []
+                yield pytest.param(block, id=f"{named(page)}:{block.line}", marks=marks)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with what the pages assume: the clone's examples, a config, texts, a tokenizer, a trained run."""
+    folder = tmp_path_factory.mktemp("workshop")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "my-texts").mkdir()
+    (folder / "my-texts" / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    (folder / "sources").mkdir()
+    rows = (json.dumps({"text": f"the number {i}"}) + "\n" for i in range(50))
+    zstandard = pytest.importorskip("zstandard")
+    (folder / "sources" / "numbers.jsonl.zst").write_bytes(zstandard.compress("".join(rows).encode()))
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "number": 1, "?": 2, "<|endoftext|>": 3}, "?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (folder / "path" / "to").mkdir(parents=True)
+    words.save(str(folder / "path" / "to" / "tokenizer.json"))
+    (folder / "path" / "to" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("tokenyard train config.yaml run_name=quickstart", patch)
+    return folder
+
+
+@pytest.mark.parametrize("block", list(consoles()))
+def test_commands_run(block, workshop, tmp_path, monkeypatch):
+    """One after another, in a folder of their own."""
+    shutil.copytree(workshop, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for line in lines(block):
+        run(line, monkeypatch)
