@@ -1,4 +1,4 @@
-"""``hatch run release``: build every wheel, install them into a bare environment, and train and upcycle with them there.
+"""``hatch run release``: build every wheel, install them into a bare environment, and train with them there.
 
 Nothing is published. What it needs besides hatch is an index of packages, for torch and the rest.
 """
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def build() -> list[Path]:
-    """Build the wheels anew, so that they ask for each other by version and not for folders of this clone; return them."""
+    """Build the wheels anew, and return them; they ask for each other by version, not for folders of this clone."""
     for old in DIST.glob("*.whl"):
         old.unlink()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
