@@ -1,6 +1,7 @@
 """Backends are found, chosen and refused as a user would expect, with sentences that help."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -61,6 +62,15 @@ def test_a_model_that_is_not_installed_names_the_extra():
         BackendError, match=r"'dbrx' is unknown; installed: none; pip install \"tokenyard\[models\]\" brings"
     ):
         alone.choose("model", "dbrx")
+
+
+def test_auto_that_finds_none_names_the_extra_that_would_bring_some():
+    alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
+    with pytest.raises(BackendError) as refused:
+        alone.choose("exchange", "auto", replace(WORKLOAD, expert_parallel=2))
+    assert str(refused.value).endswith(
+        "and expert_parallel is 2); pip install \"tokenyard[parallel]\" brings 'all_to_all' and 'all_to_all_tokens'"
+    )
 
 
 def test_a_named_backend_is_never_replaced(offer, registry):

@@ -105,7 +105,8 @@ def _auto(
             return Chosen(kind, offer.backend, options, passed_over)
         passed_over[offer.backend.name] = reason
     reasons = "; ".join([f"{n}: {r}" for n, r in passed_over.items()] + [p.reason for p in problems])
-    raise BackendError(f"no {kind} backend is usable here ({reasons or 'none is installed'})")
+    sentence = f"no {kind} backend is usable here ({reasons or 'none is installed'})"
+    raise BackendError(sentence + _brought(kind, [n for n in EXTRAS.get(kind, {}) if n not in passed_over]))
 
 
 def why_not(offer: Offer, workload: Workload | None) -> str | None:
@@ -121,10 +122,17 @@ def why_not(offer: Offer, workload: Workload | None) -> str | None:
 def _unknown(kind: Kind, name: str, offers: Sequence[Offer], problems: Sequence[Problem]) -> str:
     names = [o.backend.name for o in offers]
     sentence = f"{kind} backend {name!r} is unknown{did_you_mean(name, names)}; installed: {', '.join(names) or 'none'}"
-    extra = EXTRAS.get(kind, {}).get(name)
-    if extra is not None:
-        sentence += f'; pip install "tokenyard[{extra}]" brings {name!r}'
+    sentence += _brought(kind, [name] if name in EXTRAS.get(kind, {}) else [])
     return sentence + "".join(f"; {p.reason}" for p in problems)
+
+
+def _brought(kind: Kind, names: Sequence[str]) -> str:
+    """Say which extras bring backends that are not installed."""
+    by_extra: dict[str, list[str]] = {}
+    for name in names:
+        by_extra.setdefault(EXTRAS[kind][name], []).append(repr(name))
+    said = (f'; pip install "tokenyard[{extra}]" brings {" and ".join(found)}' for extra, found in by_extra.items())
+    return "".join(said)
 
 
 @functools.cache
