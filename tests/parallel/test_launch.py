@@ -88,7 +88,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(start, settings, tm
     assert {address.partition(":")[0] for address in listening} == {"0100007F"}, "they listen to the network"
     first.process.send_signal(signal.SIGTERM)
     assert first.process.wait(timeout=60) == 75
-    assert "stopped as asked, after batch" in first.text()
+    assert first.text().count("stopped as asked, after batch") == 1
     done = first.steps()
     assert 7 <= done < BATCHES
     assert (folder / f"ba{done}" / "manifest.json").exists()

@@ -106,16 +106,23 @@ def main() -> None:
             raise
         from tokenyard_train.stopping import STOPPED, Stopped
 
-        stopped = isinstance(error, Stopped)
-        print(error if stopped else f"error: {error}", file=sys.stderr)
-        sys.exit(STOPPED if stopped else 2)
+        if isinstance(error, Stopped):
+            if _rank() == 0:  # all processes are, alike
+                print(error, file=sys.stderr)
+            sys.exit(STOPPED)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _say_collective(error: Exception) -> None:
     """End with a sentence, and code 1, if another process of the run is missed in a collective."""
     from tokenyard_train.notes import fault_of, note_fault
 
-    fault, rank = fault_of(error), int(os.environ.get("RANK", "0"))
+    fault, rank = fault_of(error), _rank()
     if fault is not None:
         note_fault(fault, rank)
         print(f"error: process {rank} failed in {fault.collective}: {fault.reason}", file=sys.stderr, flush=True)
