@@ -13,7 +13,7 @@ from tokenyard.testing import PermutationConformance, RouterConformance
 from tokenyard.testing import _router_oracle as oracle
 from tokenyard.testing._compare import assert_close
 from tokenyard_kernels_cuda.ops._plan import MOST_EXPERTS
-from tokenyard_kernels_cuda.ops._route import route
+from tokenyard_kernels_cuda.ops._route import route, weigh
 from tokenyard_kernels_cuda.permutation import CudaPermutation
 
 pytestmark = [pytest.mark.usefixtures("emulation"), pytest.mark.xdist_group("emulated")]
@@ -70,6 +70,7 @@ def test_plans_of_many_blocks(tokens, experts, top_k):
 @pytest.mark.parametrize("dim", [2056, 2051])
 def test_wide_rows(dim, dtype):
     """A row of more than a block's threads, whole packs or not, and x as a part of another tensor."""
+    torch.manual_seed(1)  # in float32 a lane's 65 products, added one by one, come near to what is allowed
     ids = torch.randint(0, 9, (5, 3), dtype=torch.int32)  # 8 drops
     x, dy = torch.randn(5 * dim + 1, dtype=dtype)[1:].view(5, dim), torch.randn(5, dim, dtype=dtype)
     weights = torch.rand(5, 3)
@@ -110,3 +111,45 @@ def test_one_group_is_kept():
     ids, _ = route(logits, None, 2, rule)
     assert ids.tolist() == oracle.select(logits, None, rule, 2)
     assert ids[0].tolist() == [0, 1]
+
+
+def test_gradients_say_that_they_cannot_be_differentiated_again():
+    """A wrong number would be worse: what computes them has no gradient of its own."""
+    rows, weights = torch.randn(12, 8, requires_grad=True), torch.rand(6, 2, requires_grad=True)
+    moved = CudaPermutation(None)
+    y = moved.unpermute(rows, moved.plan(torch.rand(6, 4).topk(2).indices, 4), weights)
+    torch.autograd.grad(y.sum(), (rows, weights), retain_graph=True)
+    with pytest.raises(RuntimeError, match="gradients of 'cuda' cannot be differentiated"):
+        torch.autograd.grad(y.sum(), (rows, weights), create_graph=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 3, 2)])
+def test_ids_that_are_not_of_these_tokens_are_refused(shape):
+    with pytest.raises(ValueError, match=r"topk_ids is \[.*\], and there are 12 tokens; give ids \[T, K\]"):
+        weigh(torch.randn(12, 8), torch.zeros(shape, dtype=torch.int32), RoutingRule())
+
+
+def test_a_plan_of_other_tokens_is_refused():
+    moved = CudaPermutation(None)
+    plan = moved.plan(torch.zeros(6, 2, dtype=torch.int32), 4)
+    with pytest.raises(ValueError, match="x has 5 tokens and the plan 12 slots; there must be 2 a token"):
+        moved.permute(torch.randn(5, 8), plan)
+
+
+def test_what_is_not_a_number_stays_so():
+    logits = torch.tensor([[1.0, float("nan"), 3.0, 0.0]])
+    ids = torch.tensor([[1, 2]], dtype=torch.int32)
+    assert weigh(logits, ids, RoutingRule(select_first=True)).isnan().all()
+
+
+def test_ids_below_0_are_nobody_s():
+    logits = torch.randn(3, 8)
+    found = weigh(logits, torch.tensor([[-1, 2]] * 3), RoutingRule())
+    assert (found[:, 0] == 0).all()
+
+
+def test_a_selection_bias_may_have_been_cast():
+    """By model.to(bfloat16)."""
+    bias = torch.tensor([0.0, 0.0, 5.0, 0.0])
+    ids = [route(torch.zeros(3, 4), b, 1, RoutingRule())[0] for b in (bias, bias.bfloat16())]
+    assert torch.equal(*ids)

@@ -12,6 +12,11 @@ struct Scores {
   float highest, total;    // of the softmax
 };
 
+// What is not a number stays so; fmaxf would make LEAST of it.
+__device__ inline float at_least(float norm) { return norm < LEAST ? LEAST : norm; }
+
+__device__ inline bool is_expert(int id, int experts) { return id >= 0 && id < experts; }
+
 __device__ inline int expert_at(int j) { return j * WARP + lane_id(); }
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -103,7 +108,7 @@ __device__ inline void score_chosen(const float* logits, const int* chosen, floa
                                     int top_k, int score) {
   float highest = minus_infinity(), total = 0.0f;
   for (int k = lane_id(); k < top_k; k += WARP) {
-    const bool kept = chosen[k] < experts;
+    const bool kept = is_expert(chosen[k], experts);
     const float logit = kept ? logits[chosen[k]] : minus_infinity();
     highest = fmaxf(highest, logit);
     if (score != SOFTMAX_OF_SELECTED) {
@@ -113,11 +118,11 @@ __device__ inline void score_chosen(const float* logits, const int* chosen, floa
   if (score == SOFTMAX_OF_SELECTED) {
     highest = warp_max(highest);
     for (int k = lane_id(); k < top_k; k += WARP) {
-      own[k] = chosen[k] < experts ? expf(logits[chosen[k]] - highest) : 0.0f;
+      own[k] = is_expert(chosen[k], experts) ? expf(logits[chosen[k]] - highest) : 0.0f;
       total += own[k];
     }
     total = warp_sum(total);
-    for (int k = lane_id(); k < top_k; k += WARP) own[k] /= fmaxf(total, LEAST);
+    for (int k = lane_id(); k < top_k; k += WARP) own[k] /= at_least(total);
   }
   __syncwarp();
 }
@@ -128,7 +133,7 @@ __device__ inline float norm_of(const float* own, int top_k, float power) {
     sum += power == 1.0f ? own[k] : power == 2.0f ? own[k] * own[k] : powf(own[k], power);
   }
   sum = warp_sum(sum);
-  return fmaxf(power == 1.0f ? sum : power == 2.0f ? sqrtf(sum) : powf(sum, 1.0f / power), LEAST);
+  return at_least(power == 1.0f ? sum : power == 2.0f ? sqrtf(sum) : powf(sum, 1.0f / power));
 }
 
 // ids and weights [tokens, top_k]. If `given` [tokens, top_k] is not null, those ids are only weighted.
@@ -203,7 +208,7 @@ extern "C" __global__ void route_backward(
   if (power > 0.0f) through_norm(given, own, top_k, power);
   float mean = 0.0f;
   for (int k = lane_id(); k < top_k; k += WARP) {
-    if (chosen[k] >= experts) given[k] = 0.0f;
+    if (!is_expert(chosen[k], experts)) given[k] = 0.0f;
     mean += given[k] * own[k];
   }
   mean = warp_sum(mean);

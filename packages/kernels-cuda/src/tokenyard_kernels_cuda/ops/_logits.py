@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenyard_kernels_cuda.ops._moves import ELEMENTS
-from tokenyard_kernels_cuda.ops._operator import operator
+from tokenyard_kernels_cuda.ops._operator import only_once, operator
 from tokenyard_kernels_cuda.ops._sizes import ceil_div
 from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
 
@@ -78,6 +78,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
+    only_once()
     needs = list(ctx.needs_input_grad)
     grads = logits_backward_op(dlogits, *ctx.saved_tensors, needs)
     return tuple(g if need else None for g, need in zip(grads, needs))

@@ -11,7 +11,7 @@ import torch
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Make the decorated function, which must not change or return what it is given, the op ``tokenyard_cuda::<name>``.
 
-    ``torch.library.custom_op`` does so too, but its first call imports the compiler, 1 to 3 seconds of a process that
+    ``torch.library.custom_op`` does so, too, but its first call imports the compiler, 1 to 3 seconds of a process that
     may need none of it, and each later call costs the host some microseconds more.
     """
 
@@ -23,3 +23,9 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
         return getattr(torch.ops.tokenyard_cuda, name).default
 
     return register
+
+
+def only_once() -> None:
+    """Refuse, in a backward pass, to be differentiated again: the kernels of gradients have no gradients themselves."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("gradients of 'cuda' cannot be differentiated (create_graph=True); those of 'torch' can")

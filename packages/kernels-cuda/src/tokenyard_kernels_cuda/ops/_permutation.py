@@ -9,12 +9,15 @@ from torch import Tensor
 
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_cuda.ops._moves import to_rows, to_tokens, to_tokens_backward
-from tokenyard_kernels_cuda.ops._operator import operator
+from tokenyard_kernels_cuda.ops._operator import only_once, operator
 
 
 @operator("permute")
 def permute_op(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     """Copy tokens x [T, D] to rows [R, D]; the tail is zero."""
+    if inverse.shape[0] != x.shape[0] * top_k:
+        slots = inverse.shape[0]
+        raise ValueError(f"x has {x.shape[0]} tokens and the plan {slots} slots; there must be {top_k} a token")
     if order.shape[0] == 0:
         return x.new_empty(0, x.shape[1])
     return to_rows(x.contiguous(), Plan(order, inverse, offsets, top_k))
@@ -93,6 +96,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    only_once()
     rows, weights, *plan = ctx.saved_tensors
     want_rows, want_weights = ctx.needs_input_grad[:2]
     drows, dweights = unpermute_backward_op(dy, rows, weights, *plan, ctx.top_k, want_rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenyard.workload import RoutingRule
-from tokenyard_kernels_cuda.ops._operator import operator
+from tokenyard_kernels_cuda.ops._operator import only_once, operator
 from tokenyard_kernels_cuda.ops._sizes import WARP, ceil_div, fitting_warps
 from tokenyard_kernels_cuda.toolchain import Array, Float, Int, Kernel, Parameters, Source
 
@@ -126,6 +126,7 @@ def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _route_backward(ctx: Any, _: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
+    only_once()
     return weights_backward_op(dweights, *ctx.saved_tensors, *ctx.rule), *(None,) * 8
 
 
@@ -135,6 +136,7 @@ def _save_weigh(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _weigh_backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
+    only_once()
     return weights_backward_op(dweights, *ctx.saved_tensors, *ctx.rule), *(None,) * 4
 
 
@@ -144,6 +146,7 @@ torch.library.register_autograd(weigh_op, _weigh_backward, setup_context=_save_w
 
 def route(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) -> tuple[Tensor, Tensor]:
     """Return the ids and weights [T, K] that a rule selects by logits [T, E]; weights are differentiable."""
+    bias = None if bias is None else bias.float().contiguous()
     groups = (rule.num_groups, rule.groups_kept, rule.group_score == "top2")
     ids, weights = route_op(logits, bias, top_k, *_weighing(rule), *groups)
     return ids, weights
@@ -151,6 +154,8 @@ def route(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) ->
 
 def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
     """Return the weights [T, K] of given ids, differentiable in logits."""
+    if ids.dim() != 2 or ids.shape[0] != logits.shape[0]:
+        raise ValueError(f"topk_ids is {list(ids.shape)}, and there are {logits.shape[0]} tokens; give ids [T, K]")
     weights: Tensor = weigh_op(logits, ids.int(), *_weighing(rule))
     return weights
 
