@@ -1,6 +1,7 @@
 """Every command that the site and the READMEs show runs, or the page says why it is not run here."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -23,32 +24,48 @@ def consoles():
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder with what the pages assume: the clone's examples, a config, texts, a tokenizer, a trained run."""
+    """A folder with what the pages assume: the clone's examples, a config, texts, a trained run."""
     folder = tmp_path_factory.mktemp("workshop")
     shutil.copytree(ROOT / "examples", folder / "examples")
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "my-texts").mkdir()
     (folder / "my-texts" / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
-    (folder / "sources").mkdir()
-    rows = (json.dumps({"text": f"the number {i}"}) + "\n" for i in range(50))
-    zstandard = pytest.importorskip("zstandard")
-    (folder / "sources" / "numbers.jsonl.zst").write_bytes(zstandard.compress("".join(rows).encode()))
-    tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "number": 1, "?": 2, "<|endoftext|>": 3}, "?"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    (folder / "path" / "to").mkdir(parents=True)
-    words.save(str(folder / "path" / "to" / "tokenizer.json"))
-    (folder / "path" / "to" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run("tokenyard train config.yaml run_name=quickstart", patch)
     return folder
 
 
+def add_sources(folder):
+    """Add what is to be packed, and a tokenizer."""
+    zstandard, tokenizers = pytest.importorskip("zstandard"), pytest.importorskip("tokenizers")
+    (folder / "sources").mkdir()
+    rows = (json.dumps({"text": f"the number {i}"}) + "\n" for i in range(50))
+    (folder / "sources" / "numbers.jsonl.zst").write_bytes(zstandard.compress("".join(rows).encode()))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "number": 1, "?": 2, "<|endoftext|>": 3}, "?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (folder / "path" / "to").mkdir(parents=True)
+    words.save(str(folder / "path" / "to" / "tokenizer.json"))
+    (folder / "path" / "to" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+
+
 @pytest.mark.parametrize("block", list(consoles()))
 def test_commands_run(block, workshop, tmp_path, monkeypatch):
     """One after another, in a folder of their own."""
     shutil.copytree(workshop, tmp_path, dirs_exist_ok=True)
+    if "sources/" in block.text:
+        add_sources(tmp_path)
     monkeypatch.chdir(tmp_path)
     for line in lines(block):
         run(line, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands_stand_where_they_are_found(page):
+    """Behind a `$`, in blocks called `console`, and nowhere else."""
+    found = blocks(page)
+    shown = [lines(block) for block in found if block.language == "console"]
+    assert all(shown)
+    behind = re.findall(r"^\s*\$ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert behind == [line for console in shown for line in console]
+    assert not [block.line for block in found if block.language in ("bash", "sh", "shell", "zsh")]

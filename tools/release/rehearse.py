@@ -10,10 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import tomllib
 import venv
 from importlib.metadata import version
 from pathlib import Path
+
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 DIST = ROOT / "dist"
@@ -40,11 +41,19 @@ def build() -> list[Path]:
     """Build the wheels anew, and return them; they ask for each other by version, not for folders of this clone."""
     for old in DIST.glob("*.whl"):
         old.unlink()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    major, minor, *_ = map(int, project["version"].split("."))
-    environment = os.environ | {"TOKENYARD_PIN": f">={major}.{minor},<{major}.{minor + 1}"}
+    environment = os.environ | {"TOKENYARD_PIN": f">={earliest()}"}
     subprocess.run(["hatch", "build", "--all", "-t", "wheel"], cwd=ROOT, env=environment, check=True)
     return sorted(DIST.glob("*.whl"))
+
+
+def earliest() -> Version:
+    """Return the earliest version among the packages, each of which has its own.
+
+    `tokenyard` asks for that or a later one of all of them. What goes with what, they say themselves: each bounds the
+    core, and the packages, that it was written for.
+    """
+    abouts = (path.read_text(encoding="utf-8") for path in ROOT.glob("packages/*/src/*/__about__.py"))
+    return min(Version(text.split('__version__ = "')[1].split('"')[0]) for text in abouts)
 
 
 def install(wheels: list[Path], folder: Path) -> Path:
@@ -62,6 +71,7 @@ def smoke(bin: Path, folder: Path) -> None:
     (folder / "config.yaml").write_text(json.dumps(CONFIG))  # JSON is YAML, too
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     for words in (
+        ["--help"],
         ["--version"],
         ["backends"],
         ["check", "config.yaml"],
