@@ -6,11 +6,12 @@ import logging
 
 import pytest
 import torch
-from hf_models import STRETCHED, dbrx, llama, made, mistral, mixtral, olmoe, qwen3, qwen3_moe
+from hf_models import STRETCHED, dbrx, llama, loaded, made, mistral, mixtral, olmoe, qwen3, qwen3_moe
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenyard import ConfigError
+from tokenyard.numerics import relative_error
 from tokenyard_models import WeightsError, from_hf
 from tokenyard_models.hf._families import FAMILIES
 
@@ -75,7 +76,7 @@ def test_rotations_of_another_kind(section, sentence):
         read(llama().to_dict() | {"rope_scaling": section})
 
 
-def test_harmless_keys_of_the_first_llamas(caplog):
+def test_harmless_keys_of_the_first_llamas():
     told = llama().to_dict()
     harmless = {"is_llama_config": True, "max_sequence_length": 2048, "pretraining_tp": 1, "rope_interleaved": False}
     assert read(told | harmless) == read(told)
@@ -93,13 +94,14 @@ def test_a_folder_in_the_form_of_older_versions(folder):
 
 def test_windows_shorter_than_the_text_are_left_out_with_a_word(folder, caplog):
     """Up to the length of a window they change nothing, and the model takes no longer text."""
-    model = folder(mistral(sliding_window=8, max_position_embeddings=96))
+    config = mistral(sliding_window=8, max_position_embeddings=96)
+    model, ids = folder(config), torch.arange(9).unsqueeze(0)
     with caplog.at_level(logging.WARNING, "tokenyard"):
         found = from_hf(model)
     assert f"{model} attends within windows of 8 tokens, which is not supported" in caplog.text
-    found(torch.ones(1, 8, dtype=torch.long))
+    assert relative_error(found(ids[:, :8]).logits, loaded(model, config)(ids[:, :8]).logits) < 1e-5
     with pytest.raises(ConfigError, match="9 tokens were given to a model whose max_seq_len is 8"):
-        found(torch.ones(1, 9, dtype=torch.long))
+        found(ids)
 
 
 def test_a_window_that_someone_asks_for_is_refused():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,18 +26,23 @@ class RopeParameters(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.rope_type or self.type) == "llama3":
-            missing = [field.name for field in fields(RopeScaling) if getattr(self, field.name) is None]
-            if missing:
-                raise ValueError(f"rope_type llama3 needs {' and '.join(missing)} too")
+        missing = [name for name, value in self._stretching.items() if value is None]
+        if self._stretches and missing:
+            raise ValueError(f"rope_type llama3 needs {' and '.join(missing)} too")
         return self
 
     @property
     def scaling(self) -> RopeScaling | None:
         """Return how the rotations are stretched."""
-        if (self.rope_type or self.type) != "llama3":
-            return None
-        return RopeScaling(**{field.name: getattr(self, field.name) for field in fields(RopeScaling)})
+        return RopeScaling(**self._stretching) if self._stretches else None
+
+    @property
+    def _stretches(self) -> bool:
+        return (self.rope_type or self.type) == "llama3"
+
+    @property
+    def _stretching(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(RopeScaling)}
 
 
 class Rope(Strict):

@@ -95,7 +95,7 @@ def _compute(weights: ExpertWeights, activation: str, x: Tensor, ids: Tensor, to
     )
     plan = permutation.plan(ids.to(torch.int32), experts)
     wide = topk_weights.to(torch.promote_types(dtype, torch.float32))
-    up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in (weights.up_bias, weights.down_bias))
+    up_bias, down_bias = (None if b is None else b.to(dtype) for b in (weights.up_bias, weights.down_bias))
     narrow = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), up_bias, down_bias)
     return kernel(x.to(dtype), plan, wide, narrow).to(x.dtype)
 
