@@ -142,6 +142,7 @@ def test_wheels_build_and_hold_what_they_should(tmp_path):
         (found,) = metadata.Distribution.discover(name=f"tokenyard-{path.name}", path=[str(wheel)])
         files = {str(file) for file in found.files}
         assert f"{IMPORT[path.name]}/py.typed" in files
+        assert [file for file in files if file.endswith("/LICENSE")]
         assert not [file for file in files if "test_" in file]
 
 

@@ -10,6 +10,8 @@ from tokenyard import cache_folder
 def test_it_is_where_the_environment_says_or_at_home(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENYARD_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
+    monkeypatch.setenv("TOKENYARD_CACHE", "")
+    assert cache_folder() == Path.home() / ".cache" / "tokenyard"
     monkeypatch.delenv("TOKENYARD_CACHE")
     assert cache_folder() == Path.home() / ".cache" / "tokenyard"
 

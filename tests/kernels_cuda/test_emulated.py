@@ -12,6 +12,7 @@ from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import PermutationConformance, RouterConformance
 from tokenyard.testing import _router_oracle as oracle
 from tokenyard.testing._compare import assert_close
+from tokenyard_kernels_cuda.ops._logits import logits_backward_op, logits_op
 from tokenyard_kernels_cuda.ops._plan import MOST_EXPERTS
 from tokenyard_kernels_cuda.ops._route import route, weigh
 from tokenyard_kernels_cuda.permutation import CudaPermutation
@@ -134,6 +135,12 @@ def test_a_plan_of_other_tokens_is_refused():
     plan = moved.plan(torch.zeros(6, 2, dtype=torch.int32), 4)
     with pytest.raises(ValueError, match="x has 5 tokens and the plan 12 slots; there must be 2 a token"):
         moved.permute(torch.randn(5, 8), plan)
+
+
+def test_logits_of_rows_that_lie_crosswise_are_as_their_fakes_say():
+    x, weight = torch.randn(8, 12).bfloat16().t().requires_grad_(), torch.randn(4, 8).bfloat16().requires_grad_()
+    torch.library.opcheck(logits_op, (x, weight))
+    torch.library.opcheck(logits_backward_op, (torch.randn(12, 4), x.detach(), weight.detach(), [True, True]))
 
 
 def test_what_is_not_a_number_stays_so():

@@ -12,6 +12,6 @@ def cache_folder() -> Path:
     It need not exist, nor be writable: for a user without a home it is a path that never is.
     """
     try:
-        return Path(os.environ.get("TOKENYARD_CACHE", "~/.cache/tokenyard")).expanduser()
+        return Path(os.environ.get("TOKENYARD_CACHE") or "~/.cache/tokenyard").expanduser()
     except RuntimeError:  # there is no such home
         return Path(os.devnull, "tokenyard")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -56,8 +57,8 @@ class RoutingRule:
                 raise ConfigError(f"router {name} is {getattr(self, name)}; it must not be negative")
         for name in ("normalize", "capacity_factor"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"router {name} is {value}; give a number above 0, or leave it out")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"router {name} is {value}; give a finite number above 0, or leave it out")
         groups, kept = self.num_groups, self.groups_kept
         if not 1 <= kept <= groups:
             raise ConfigError(f"router groups_kept is {kept}; choose from 1 to num_groups, {groups}")
