@@ -1,5 +1,6 @@
 """The `tokenyard` command as a user meets it."""
 
+import os
 import subprocess
 import sys
 
@@ -81,3 +82,24 @@ def test_help_and_version_do_not_load_torch():
     for option, part in (("--help", "generate"), ("--version", "tokenyard-train 0.1.0")):
         run = subprocess.run([sys.executable, "-c", code.format(option)], check=True, capture_output=True, text=True)
         assert part in run.stdout
+
+
+def test_one_of_several_processes_is_not_taken_down():
+    """It ends with its code, and with all that was said and registered; what is left then goes with the process."""
+    code = (
+        "import atexit, os, sys\n"
+        "from tokenyard_train.cli import main\n"
+        "atexit.register(print, 'at exit')\n"
+        "class Left:\n"
+        "    def __del__(self, write=os.write):\n"
+        "        write(1, b'taken down')\n"
+        "left = Left()\n"
+        "sys.argv = ['tokenyard', 'check', 'nowhere.yaml']\n"
+        "main()\n"
+    )
+    for processes, said in (("1", "at exit\ntaken down"), ("2", "at exit\n")):
+        environment = os.environ | {"WORLD_SIZE": processes, "RANK": "0"}
+        command = [sys.executable, "-c", code]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert (ended.returncode, ended.stdout) == (2, said)
+        assert "nowhere.yaml" in ended.stderr

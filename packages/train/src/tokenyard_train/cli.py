@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -95,6 +96,27 @@ def options(
 
 def main() -> None:
     """Run the command; a user's mistake ends in one sentence on stderr and exit code 2."""
+    try:
+        _run()
+    except SystemExit as ended:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(ended.code, int | None):
+            _leave(ended.code or 0)
+        raise
+
+
+def _leave(code: int) -> NoReturn:
+    """End one of several processes without taking Python down, but for what `atexit` was given.
+
+    A thread of gloo's may still hold the tensor of the last collective. Where it lets go of it after Python has begun
+    to take itself down, it cannot have the interpreter's lock any more, and the whole process aborts.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         app()
