@@ -71,7 +71,6 @@ def test_plans_of_many_blocks(tokens, experts, top_k):
 @pytest.mark.parametrize("dim", [2056, 2051])
 def test_wide_rows(dim, dtype):
     """A row of more than a block's threads, whole packs or not, and x as a part of another tensor."""
-    torch.manual_seed(1)  # in float32 a lane's 65 products, added one by one, come near to what is allowed
     ids = torch.randint(0, 9, (5, 3), dtype=torch.int32)  # 8 drops
     x, dy = torch.randn(5 * dim + 1, dtype=dtype)[1:].view(5, dim), torch.randn(5, dim, dtype=dtype)
     weights = torch.rand(5, 3)

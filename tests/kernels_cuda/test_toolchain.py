@@ -91,7 +91,7 @@ class TestCompiling:
 
     @pytest.mark.parametrize(
         ("capability", "architecture"),
-        [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90a"), ((10, 3), "sm_100"), ((12, 0), "sm_120")],
+        [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90a"), ((10, 3), "sm_100"), ((12, 1), "sm_120")],
     )
     def test_what_to_compile_for(self, capability, architecture):
         assert architecture_of(capability) == architecture
@@ -237,6 +237,7 @@ class TestCommand:
         [
             ([], "there is no GPU here to compile for; give an architecture, such as sm_90a"),
             (["sm_80", "sm_90a"], "usage: "),
+            (["--help"], "usage: "),
             (["hopper"], "does not compile for hopper"),
         ],
     )

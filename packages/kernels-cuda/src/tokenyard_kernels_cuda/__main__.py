@@ -16,7 +16,7 @@ _USAGE = "usage: python -m tokenyard_kernels_cuda [ARCHITECTURE]   (such as sm_9
 
 def main(arguments: list[str]) -> int:
     """Compile for the architecture given, or for this GPU; return 0, or 2 with one sentence if that cannot be."""
-    if len(arguments) > 1:
+    if len(arguments) > 1 or any(given.startswith("-") for given in arguments):
         print(_USAGE, file=sys.stderr)
         return 2
     if not arguments and not torch.cuda.is_available():

@@ -76,7 +76,7 @@ extern "C" __global__ void to_tokens_backward(
     const ELEMENT* __restrict__ dy, const ELEMENT* __restrict__ rows, const float* __restrict__ weights,
     const int* __restrict__ inverse, const int* __restrict__ live, ELEMENT* __restrict__ drows,
     float* __restrict__ dweights, int slots, int vectors, int bound, int top_k) {
-  const int warps = blockDim.x / WARP, moving = (slots + warps - 1) / warps, kept = min(*live, bound);
+  const int warps = blockDim.x / WARP, moving = slots / warps + (slots % warps > 0), kept = min(*live, bound);
   if (static_cast<int>(blockIdx.x) >= moving) {
     if (drows) clear_tail(drows, kept, bound, moving, vectors, threadIdx.x, blockDim.x);
     return;
@@ -84,7 +84,7 @@ extern "C" __global__ void to_tokens_backward(
   const long long slot = static_cast<long long>(blockIdx.x) * warps + warp_id();
   if (slot >= slots) return;
   const int row = inverse[slot];
-  float total = 0.0f;
+  float sums[4] = {};  // added to in turn: the shorter a chain of additions, the smaller its error
   if (row < kept) {
     const float weight = weights ? weights[slot] : 1.0f;
 #pragma unroll 4
@@ -92,8 +92,10 @@ extern "C" __global__ void to_tokens_backward(
       const Vector gradient = load(at(dy, slot / top_k, vectors, v));
       if (dweights) {
         const Vector own = load(at(rows, row, vectors, v));
+        float sum = sums[0];
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) total += widened(gradient.at[i]) * widened(own.at[i]);
+        for (int i = 0; i < VECTOR; ++i) sum += widened(gradient.at[i]) * widened(own.at[i]);
+        sums[0] = sums[1], sums[1] = sums[2], sums[2] = sums[3], sums[3] = sum;
       }
       if (drows) {
         Vector weighted;
@@ -104,7 +106,7 @@ extern "C" __global__ void to_tokens_backward(
     }
   }
   if (dweights) {
-    total = warp_sum(total);
+    const float total = warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     if (lane_id() == 0) dweights[slot] = total;
   }
 }

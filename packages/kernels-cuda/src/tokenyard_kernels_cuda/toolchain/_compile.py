@@ -8,7 +8,8 @@ from typing import Any
 from tokenyard import TokenyardError
 from tokenyard_kernels_cuda.toolchain._source import Source, headers
 
-_FAMILIES = {8: "sm_80", 9: "sm_90a", 10: "sm_100"}  # a cubin runs on later GPUs of its family; Hopper's own with "a"
+_FAMILIES = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}
+"""A cubin runs on later GPUs of its family; Hopper's own with "a"."""
 _PLACE = re.compile(r"^(?P<file>[\w.]+)\((?P<line>\d+)\): (?:catastrophic )?error", re.MULTILINE)
 
 
