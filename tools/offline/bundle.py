@@ -81,7 +81,7 @@ def _fetch(needed: dict[str, str], wheels: Path, options: argparse.Namespace) ->
 def _copy(folder: Path) -> None:
     shutil.copy(Path(__file__).with_name("run.py"), folder)
     shutil.copy(ROOT / "pyproject.toml", folder)  # pytest's settings
-    unwanted = shutil.ignore_patterns("__pycache__")
+    unwanted = shutil.ignore_patterns("__pycache__", "docs")  # the tests of pages need the pages
     for name in ("tests", "examples", "packages"):  # some tests read the sources
         shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
 
