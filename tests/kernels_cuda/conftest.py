@@ -23,3 +23,10 @@ def emulation(compiled_kernels, monkeypatch):
     import emulated
 
     monkeypatch.setattr("tokenyard_kernels_cuda.toolchain._driver.launch", emulated.launch)
+
+
+@pytest.fixture
+def cubins(tmp_path, monkeypatch):
+    """Keep what is compiled in a folder of the test's own; return that."""
+    monkeypatch.setenv("TOKENYARD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "cubins"

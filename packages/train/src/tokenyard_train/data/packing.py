@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from tokenyard import ConfigError, TokenyardError
 from tokenyard_train.config.data import Tokenizer as TokenizerConfig
+from tokenyard_train.data.encoding import Encoded, chunks, encoded
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import (
     BLOCK_BYTES,
@@ -29,14 +28,6 @@ from tokenyard_train.data.tokens import (
 
 JOURNAL = "journal.jsonl"
 CHUNK_BYTES = 4 << 20  # of text; documents are never split
-
-
-class Packed(NamedTuple):
-    """What a chunk of documents became."""
-
-    ids: bytes  # each document's ids and the end id
-    ends: list[int]  # where each document ends, in ids, from the start of the chunk
-    text_bytes: int
 
 
 class Counts(NamedTuple):
@@ -68,64 +59,12 @@ def pack(
         folder.mkdir(parents=True, exist_ok=True)
         done = _begin(folder, settings, ids_dtype(built.vocab_size).itemsize)
         progress(done)
-        done = _append(folder, _packed(chunks(documents()), tokenizer, workers, done.chunks), done, built, progress)
+        text = chunks(documents(), CHUNK_BYTES)
+        done = _append(folder, encoded(text, tokenizer, workers, done.chunks), done, built, progress)
         _finish(folder, settings, done, built)
     except OSError as error:
         raise TokenyardError(f"{folder} cannot be written: {error.strerror}; what is packed so far stays") from None
     return done
-
-
-def chunks(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Cut documents into lists of at least CHUNK_BYTES of text each, the last one excepted."""
-    chunk: list[bytes] = []
-    size = 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document)
-        if size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def encode_chunk(tokenizer: Tokenizer, documents: list[bytes]) -> Packed:
-    """Tokenize a chunk."""
-    dtype = ids_dtype(tokenizer.vocab_size)
-    end = np.array([tokenizer.end], dtype=dtype)
-    parts = [part for document in documents for part in (tokenizer.encode(document).astype(dtype, copy=False), end)]
-    lengths = [len(parts[i]) + 1 for i in range(0, len(parts), 2)]
-    return Packed(np.concatenate(parts).tobytes(), np.cumsum(lengths).tolist(), sum(map(len, documents)))
-
-
-def _packed(work: Iterator[list[bytes]], config: TokenizerConfig, workers: int, skip: int) -> Iterator[Packed]:
-    """Tokenize the chunks after the first `skip`, in order, by so many processes; few are in memory at a time."""
-    for _ in zip(range(skip), work):
-        pass
-    if workers == 1:
-        tokenizer = build_tokenizer(config)
-        yield from (encode_chunk(tokenizer, chunk) for chunk in work)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (config,)) as pool:
-        waiting: list[Future[Packed]] = []
-        for chunk in work:
-            waiting.append(pool.submit(_work, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
-
-
-_worker: list[Tokenizer] = []  # of a worker process, which has nothing else to keep it in
-
-
-def _start_worker(config: TokenizerConfig) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker.append(build_tokenizer(config))
-
-
-def _work(documents: list[bytes]) -> Packed:
-    return encode_chunk(_worker[0], documents)
 
 
 def _begin(folder: Path, settings: dict[str, Any], itemsize: int) -> Counts:
@@ -155,7 +94,7 @@ def _whole_lines(journal: Path) -> list[str]:
 
 
 def _append(
-    folder: Path, packed: Iterator[Packed], done: Counts, tokenizer: Tokenizer, progress: Callable[[Counts], None]
+    folder: Path, parts: Iterator[Encoded], done: Counts, tokenizer: Tokenizer, progress: Callable[[Counts], None]
 ) -> Counts:
     itemsize = ids_dtype(tokenizer.vocab_size).itemsize
     with (
@@ -163,7 +102,7 @@ def _append(
         (folder / DOCUMENTS).open("ab") as documents,
         (folder / JOURNAL).open("a", encoding="utf-8") as journal,
     ):
-        for part in packed:
+        for part in parts:
             tokens.write(part.ids)
             documents.write((np.array(part.ends, dtype="<u8") + np.uint64(done.tokens)).tobytes())
             done = Counts(

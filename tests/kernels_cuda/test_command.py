@@ -1,0 +1,33 @@
+"""`python -m tokenyard_kernels_cuda` compiles ahead."""
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+from given import SPLIT
+
+from tokenyard_kernels_cuda import __main__ as command
+
+
+def test_it_compiles_all_and_says_where(capsys, cubins, monkeypatch):
+    monkeypatch.setattr(command, "sources", lambda: [SPLIT])
+    assert command.main(["sm_90a"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{SPLIT} ")
+    assert f"kept in {cubins}" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "there is no GPU here to compile for; give an architecture, such as sm_90a"),
+        (["sm_80", "sm_90a"], "usage: "),
+        (["--help"], "usage: "),
+        (["hopper"], "does not compile for hopper"),
+    ],
+)
+def test_a_mistake_is_said(capsys, monkeypatch, arguments, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main(arguments) == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""Compiling on a machine without a GPU, since NVRTC needs none."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+from given import SPLIT, Given
+
+from tokenyard_kernels_cuda.sources import kernels, sources
+from tokenyard_kernels_cuda.toolchain import (
+    Array,
+    CompileError,
+    _compile,
+    _source,
+    architecture_of,
+    compile_cubin,
+    cubin_of,
+)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+def test_every_kernel_for_every_architecture(architecture):
+    def compiled(source):
+        cubin = compile_cubin(source, architecture)
+        wanted = [kernel.name for kernel in kernels() if kernel.source == source]
+        return cubin.startswith(b"\x7fELF") and all(f".text.{name}\0".encode() in cubin for name in wanted)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(compiled, sources()))
+
+
+def test_every_file_is_a_source():
+    files = {file.name for file in _source._FOLDER.iterdir() if file.name.endswith(".cu")}
+    assert files == {source.name for source in sources()}
+
+
+def test_every_kernel_of_a_file_has_its_parameters():
+    """As many, in this order, by these names, and pointers where an array is."""
+    for kernel in kernels():
+        text = kernel.source.text().partition(f"void {kernel.name}(")[2].partition(")")[0]
+        declared = {part.split()[-1]: "*" in part for part in text.split(",")}
+        assert list(declared) == list(kernel.parameters), kernel.name
+        for name, parameter in kernel.parameters.items():
+            assert declared[name] == isinstance(parameter, Array), (kernel.name, name)
+
+
+def test_the_fault_is_shown_with_its_line():
+    source = Given("wrong.cu", content='// one\nextern "C" __global__ void f() {\n  int x = y;\n}\n')
+    with pytest.raises(CompileError) as caught:
+        compile_cubin(source, "sm_80")
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("wrong.cu does not compile for sm_80 by NVRTC 1")
+    assert 'wrong.cu(3): error: identifier "y" is undefined' in lines
+    assert lines[-1] == "line 3 of wrong.cu: int x = y;"
+
+
+def test_a_fault_in_a_header_is_shown_there(monkeypatch):
+    monkeypatch.setattr(_compile, "headers", lambda: {"own.cuh": "// one\n#error here\n"})
+    with pytest.raises(CompileError, match=r"line 2 of own.cuh: #error here"):
+        compile_cubin(Given("uses.cu", content='#include "own.cuh"\n'), "sm_80")
+
+
+def test_an_architecture_that_does_not_exist():
+    with pytest.raises(CompileError, match=r"does not compile for sm_7[\s\S]*invalid value for --gpu-architecture"):
+        compile_cubin(SPLIT, "sm_7")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90a"), ((10, 3), "sm_100"), ((12, 1), "sm_120")],
+)
+def test_what_to_compile_for(capability, architecture):
+    assert architecture_of(capability) == architecture
+
+
+def test_without_nvrtc_it_says_so(monkeypatch):
+    def missing():
+        raise RuntimeError("libnvrtc.so: not found")
+
+    monkeypatch.setattr("cuda.bindings.nvrtc.nvrtcVersion", missing)
+    with pytest.raises(CompileError, match=r"NVRTC is not found .*; pip install nvidia-cuda-nvrtc"):
+        cubin_of(SPLIT, "sm_80")
