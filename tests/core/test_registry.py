@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from tokenyard import BackendError, ConfigError, Registry, Workload, _builtin
+from tokenyard import BackendError, ConfigError, Registry, Workload, __version__, _builtin
 from tokenyard.registry import Plugin, _choose
 
 WORKLOAD = Workload(8, 8, 4, 2)
@@ -117,7 +117,7 @@ def test_a_plugin_for_another_core_is_not_imported(install, registry):
     install("old-experts", "raise SystemExit('imported')", requires="tokenyard-core<0.1")
     (problem,) = [p for p in registry().problems if p.distribution == "old-experts"]
     assert problem.reason.startswith(
-        "old-experts 1.0 was written for tokenyard-core <0.1, but 0.1.0 is installed; install"
+        f"old-experts 1.0 was written for tokenyard-core <0.1, but {__version__} is installed; install"
     )
 
 

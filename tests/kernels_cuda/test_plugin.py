@@ -86,6 +86,12 @@ def test_a_router_of_another_algorithm_is_left_to_others():
     assert "'expert_choice'" in _plugin.no_router(workload(router=RoutingRule(algorithm="expert_choice")))
 
 
+def test_a_score_that_a_later_core_may_have_is_left_to_others():
+    rule = RoutingRule()
+    object.__setattr__(rule, "score", "softplus")
+    assert "softmax, sigmoid, not 'softplus'" in _plugin.no_router(workload(router=rule))
+
+
 @pytest.mark.parametrize("kind", ["permutation", "router"])
 def test_auto_takes_it_on_a_gpu_and_nowhere_else(installed, kind):
     registry = default_registry()

@@ -70,3 +70,11 @@ def test_a_router_of_another_algorithm_is_left_to_others():
 
     assert "'expert_choice'" in _plugin.no_router(workload(router=RoutingRule(algorithm="expert_choice")))
     assert "at most 1024" in _plugin.no_router(workload(num_experts=2048))
+
+
+def test_a_score_that_a_later_core_may_have_is_left_to_others():
+    from tokenyard import RoutingRule
+
+    rule = RoutingRule()
+    object.__setattr__(rule, "score", "softplus")
+    assert "softmax, sigmoid, not 'softplus'" in _plugin.no_router(workload(router=rule))

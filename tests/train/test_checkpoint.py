@@ -20,10 +20,7 @@ from tokenyard_train.checkpoint import (
     write,
     write_checkpoint,
 )
-from tokenyard_train.resume import resume, save, start_from
-from tokenyard_train.step import train_step
-
-from .conftest import MODEL
+from tokenyard_train.resume import resume
 
 
 @pytest.fixture
@@ -38,11 +35,6 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def good(folder, tensors, name="ba1", keep=-1):
     return write_checkpoint(folder, name, tensors, {"batch": 1, "note": "é"}, keep)
-
-
-def saved(run):
-    save(run)
-    return run.saver.finish()
 
 
 def test_tensors_and_json_come_back_bit_by_bit(tmp_path, tensors):
@@ -204,70 +196,3 @@ def test_all_damaged_is_an_error_that_names_each(tmp_path, tensors):
         CheckpointError, match=r"no checkpoint in .* is good: .*ba2: run.json is missing; .*ba1: run.json"
     ):
         newest_good(tmp_path)
-
-
-class TestResuming:
-    def test_autoresume_without_a_checkpoint_starts_anew(self, build):
-        assert resume(build(autoresume=True)) == 0
-
-    def test_state_and_position_come_back(self, build):
-        run = build()
-        for run.batch in range(3):
-            train_step(run)
-        run.batch = 3
-        saved(run)
-        again = build(autoresume=True)
-        assert resume(again) == 3
-        again.batch = 3
-        assert train_step(again) == train_step(run)
-        for a, b in zip(run.model.parameters(), again.model.parameters()):
-            assert torch.equal(a, b)
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                assert torch.equal(run.optimizer.state[a][key], again.optimizer.state[b][key])
-
-    @pytest.mark.parametrize(
-        ("changes", "sentence"),
-        [
-            ({"model": MODEL | {"n_layers": 3}}, "model.n_layers is 3, but checkpoint .*ba0 was made with None"),
-            ({"seed": 5}, "seed is 5, but checkpoint .* was made with 17; set it back"),
-            ({"global_train_batch_size": 8}, "global_train_batch_size is 8, but .* was made with 4"),
-            ({"optimizer": {"name": "adamw"}}, "optimizer.name is 'adamw', but .* was made with 'decoupled_adamw'"),
-        ],
-    )
-    def test_a_config_that_disagrees_is_named(self, build, changes, sentence):
-        saved(build())
-        with pytest.raises(CheckpointError, match=sentence):
-            resume(build(autoresume=True, **changes))
-
-    def test_how_experts_are_shared_out_may_change_by_either_name(self, build):
-        shared = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_world_size": 1}}
-        saved(build(model=shared))
-        assert resume(build(autoresume=True)) == 0
-
-    def test_backends_microbatch_and_duration_may_change(self, build):
-        saved(build())
-        changes = {"backends": {"experts": "loop"}, "device_train_microbatch_size": 1, "max_duration": "9ba"}
-        assert resume(build(autoresume=True, **changes)) == 0
-
-    def test_load_path_takes_weights_for_a_new_run(self, build, tmp_path):
-        run = build()
-        train_step(run)
-        saved(run)
-        for path in (run.folder, run.folder / "ba0"):
-            fresh = build(seed=5, save_folder=str(tmp_path / "other"))
-            start_from(fresh, str(path))
-            assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), fresh.model.parameters()))
-            assert not fresh.optimizer.state
-
-    def test_load_path_of_another_model_is_refused(self, build, tmp_path):
-        saved(build())
-        other = build(model=MODEL | {"d_model": 32}, save_folder=str(tmp_path / "other"))
-        with pytest.raises(CheckpointError, match=r"checkpoint .*ba0 is of another model: .*"):
-            start_from(other, str(tmp_path / "run"))
-
-    @pytest.mark.parametrize(
-        ("path", "sentence"), [("nowhere", "'.*nowhere' does not exist"), ("text", "holds no checkpoint")]
-    )
-    def test_load_path_without_a_checkpoint(self, build, tmp_path, path, sentence):
-        with pytest.raises(CheckpointError, match=sentence):
-            start_from(build(), str(tmp_path / path))

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tokenyard import Backend, Chosen
+from tokenyard_train import __version__
 from tokenyard_train.check import _reasons
 
 
@@ -79,7 +80,7 @@ def test_help_and_version_do_not_load_torch():
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules"
     )
-    for option, part in (("--help", "generate"), ("--version", "tokenyard-train 0.1.0")):
+    for option, part in (("--help", "generate"), ("--version", f"tokenyard-train {__version__}")):
         run = subprocess.run([sys.executable, "-c", code.format(option)], check=True, capture_output=True, text=True)
         assert part in run.stdout
 

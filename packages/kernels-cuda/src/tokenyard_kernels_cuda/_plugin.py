@@ -8,6 +8,7 @@ import torch
 
 from tokenyard import Backend, Workload, hookimpl
 
+_SCORES = ("softmax", "sigmoid")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PRIORITY = 30  # before Triton's: faster wherever they were measured (docs/benchmarks)
 
@@ -37,6 +38,8 @@ def no_router(workload: Workload) -> str | None:
     """Say why the router cannot be used for a workload."""
     if workload.router.algorithm != "topk":
         return f"'cuda' computes the router algorithm 'topk', not {workload.router.algorithm!r}"
+    if workload.router.score not in _SCORES:  # as a later core may have
+        return f"'cuda' computes the router scores {', '.join(_SCORES)}, not {workload.router.score!r}"
     return _too_many(workload, 1024, "routes to") or no_cuda(workload)
 
 

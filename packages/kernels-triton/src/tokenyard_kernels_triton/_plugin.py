@@ -10,6 +10,7 @@ import torch
 from tokenyard import Backend, Workload, hookimpl
 from tokenyard_kernels_triton._device import triton_version
 
+_SCORES = ("softmax", "sigmoid")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GLUON = ("3.6", "3.7", "3.8", "3.9")  # Gluon is experimental: its names change between versions
 _FAST, _LAST = 20, -20  # before core's backends on a GPU, behind all of them in the interpreter
@@ -56,6 +57,8 @@ def no_router(workload: Workload) -> str | None:
     """Say why the router cannot be used for a workload."""
     if workload.router.algorithm != "topk":
         return f"'triton' computes the router algorithm 'topk', not {workload.router.algorithm!r}"
+    if workload.router.score not in _SCORES:  # as a later core may have
+        return f"'triton' computes the router scores {', '.join(_SCORES)}, not {workload.router.score!r}"
     if workload.num_experts > 1024:
         return f"'triton' routes to at most 1024 experts, and num_experts is {workload.num_experts}"
     return no_triton(workload)

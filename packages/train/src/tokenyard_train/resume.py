@@ -111,20 +111,25 @@ def _state_by_name(run: Run) -> dict[str, dict[str, Tensor]]:
 
 
 def _check_agreement(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:
-    saved = {"frozen": [], "lora": None} | layout_free(saved)  # which older ones do not say
-    now = layout_free(run.config.model_dump(mode="json"))
-    pairs = [(key, saved.get(key), now[key]) for key in _MUST_AGREE]
-    pairs.append(("optimizer.name", saved["optimizer"]["name"], now["optimizer"]["name"]))
-    for key, before, after in pairs:
-        for path, old, new in _differences(key, before, after):
-            raise CheckpointError(
-                f"{path} is {new!r}, but checkpoint {checkpoint} was made with {old!r}; set it back, or choose "
-                "another run_name for a new run"
-            )
+    now = _to_agree(run.config.model_dump(mode="json"))
+    given = _to_agree(run.config.model_dump(mode="json", exclude_defaults=True))
+    for path, old, new in _differences(_to_agree(saved), now, given):
+        raise CheckpointError(
+            f"{path} is {new!r}, but checkpoint {checkpoint} was made with {old!r}; set it back, or choose "
+            "another run_name for a new run"
+        )
 
 
-def _differences(key: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+def _to_agree(config: dict[str, Any]) -> dict[str, Any]:
+    agreeing = {key: value for key, value in layout_free(config).items() if key in _MUST_AGREE}
+    return agreeing | {"optimizer": {"name": config.get("optimizer", {}).get("name")}}
+
+
+def _differences(before: Any, after: Any, given: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Return where two configs differ. A key that is newer than the first means its default there, so it counts only
+    if it stands in `given`: the second without its defaults."""
     if isinstance(before, dict) and isinstance(after, dict):
-        keys = sorted(set(before) | set(after))
-        return [d for k in keys for d in _differences(f"{key}.{k}", before.get(k), after.get(k))]
-    return [] if before == after else [(key, before, after)]
+        keys = sorted(before.keys() | (after.keys() & given.keys()))
+        inside = [(before.get(k), after.get(k), given.get(k, {}), f"{path}.{k}".lstrip(".")) for k in keys]
+        return [found for arguments in inside for found in _differences(*arguments)]
+    return [] if before == after else [(path, before, after)]

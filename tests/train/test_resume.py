@@ -1,0 +1,108 @@
+"""A run that goes on is the run that stopped; what would make it another is refused."""
+
+import pytest
+import torch
+
+from tokenyard_train import resume as module
+from tokenyard_train.checkpoint import CheckpointError, read_meta
+from tokenyard_train.resume import resume, save, start_from
+from tokenyard_train.step import train_step
+
+from .conftest import MODEL
+
+
+def saved(run):
+    save(run)
+    return run.saver.finish()
+
+
+def test_autoresume_without_a_checkpoint_starts_anew(build):
+    assert resume(build(autoresume=True)) == 0
+
+
+def test_state_and_position_come_back(build):
+    run = build()
+    for run.batch in range(3):
+        train_step(run)
+    run.batch = 3
+    saved(run)
+    again = build(autoresume=True)
+    assert resume(again) == 3
+    again.batch = 3
+    assert train_step(again) == train_step(run)
+    for a, b in zip(run.model.parameters(), again.model.parameters()):
+        assert torch.equal(a, b)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(run.optimizer.state[a][key], again.optimizer.state[b][key])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": MODEL | {"n_layers": 3}}, "model.n_layers is 3, but checkpoint .*ba0 was made with None"),
+        ({"seed": 5}, "seed is 5, but checkpoint .* was made with 17; set it back"),
+        ({"global_train_batch_size": 8}, "global_train_batch_size is 8, but .* was made with 4"),
+        ({"optimizer": {"name": "adamw"}}, "optimizer.name is 'adamw', but .* was made with 'decoupled_adamw'"),
+    ],
+)
+def test_a_config_that_disagrees_is_named(build, changes, sentence):
+    saved(build())
+    with pytest.raises(CheckpointError, match=sentence):
+        resume(build(autoresume=True, **changes))
+
+
+@pytest.fixture
+def older(monkeypatch):
+    """Checkpoints of a version that had fewer keys, of a run and of its text."""
+
+    def without_new_keys(folder):
+        meta = read_meta(folder)
+        del meta["config"]["lora"], meta["config"]["train_loader"]["dataset"]["suffixes"]
+        return meta
+
+    monkeypatch.setattr(module, "read_meta", without_new_keys)
+
+
+def test_a_key_that_is_newer_than_the_checkpoint_stands_for_its_default(build, older):
+    saved(build())
+    assert resume(build(autoresume=True)) == 0
+    with pytest.raises(CheckpointError, match=r"lora is \{.*\}, but checkpoint .*ba0 was made with None"):
+        resume(build(autoresume=True, lora={"rank": 2}))
+
+
+def test_how_experts_are_shared_out_may_change_by_either_name(build):
+    shared = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_world_size": 1}}
+    saved(build(model=shared))
+    assert resume(build(autoresume=True)) == 0
+
+
+def test_backends_microbatch_and_duration_may_change(build):
+    saved(build())
+    changes = {"backends": {"experts": "loop"}, "device_train_microbatch_size": 1, "max_duration": "9ba"}
+    assert resume(build(autoresume=True, **changes)) == 0
+
+
+def test_load_path_takes_weights_for_a_new_run(build, tmp_path):
+    run = build()
+    train_step(run)
+    saved(run)
+    for path in (run.folder, run.folder / "ba0"):
+        fresh = build(seed=5, save_folder=str(tmp_path / "other"))
+        start_from(fresh, str(path))
+        assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), fresh.model.parameters()))
+        assert not fresh.optimizer.state
+
+
+def test_load_path_of_another_model_is_refused(build, tmp_path):
+    saved(build())
+    other = build(model=MODEL | {"d_model": 32}, save_folder=str(tmp_path / "other"))
+    with pytest.raises(CheckpointError, match=r"checkpoint .*ba0 is of another model: .*"):
+        start_from(other, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"), [("nowhere", "'.*nowhere' does not exist"), ("text", "holds no checkpoint")]
+)
+def test_load_path_without_a_checkpoint(build, tmp_path, path, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        start_from(build(), str(tmp_path / path))
