@@ -95,6 +95,15 @@ class TopKRouter(nn.Module):
         else:
             weights = scores.gather(1, ids) * kept
         if self.rule.normalize is not None:
-            norm = torch.linalg.vector_norm(weights, ord=self.rule.normalize, dim=-1, keepdim=True)
-            weights = weights / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+            weights = weights / _norm(weights, self.rule.normalize)
         return weights * self.rule.scale if self.rule.scale != 1 else weights
+
+
+def _norm(weights: Tensor, power: float) -> Tensor:
+    """Return the p-norm [T, 1] of weights [T, K], above 0. The highest is taken out first: powers may underflow."""
+    tiny = torch.finfo(weights.dtype).tiny
+    if power == 1:
+        return weights.sum(-1, keepdim=True).clamp_min(tiny)
+    highest = weights.detach().amax(-1, keepdim=True).clamp_min(tiny)
+    norm: Tensor = highest * torch.linalg.vector_norm(weights / highest, ord=power, dim=-1, keepdim=True)
+    return norm.clamp_min(tiny)

@@ -71,6 +71,21 @@ class RouterConformance(Conformance):
         chosen = torch.where(ids > self.num_experts, ids - self.num_experts - 1, ids)
         assert chosen.tolist() == [list(range(self.top_k))] * 5
 
+    @pytest.mark.parametrize("power", [1, 1.5, 2])
+    def test_norms_of_small_weights(self, power: float) -> None:
+        """Sigmoids of logits around -55, whose squares are no float32 any more, are normalised all the same."""
+        rule = RoutingRule(score="sigmoid", normalize=power)
+        router, x = self._router(rule, torch.float32), self._tokens(9, torch.float32)
+        with torch.no_grad():
+            router.weight.uniform_(-1.0, -0.9)
+            x.uniform_(53 / self.dim, 60 / self.dim)
+        gradients = [torch.randn(9, n, device=x.device) for n in (self.top_k, self.num_experts)]
+        routing = router(x)
+        got, ids = _results(routing, x, router.weight, gradients), routing.topk_ids.long()
+        exact = _plain(x.detach(), router.weight.detach(), ids, rule, gradients, torch.float64)
+        for name, result in got.items():
+            assert relative_error(result, exact[name]) < 1e-5, name
+
     def test_no_tokens(self) -> None:
         """T = 0 gives an empty routing and zero sums."""
         router = self._router(RoutingRule(normalize=1), torch.float32)

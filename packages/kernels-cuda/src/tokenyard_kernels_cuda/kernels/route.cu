@@ -127,13 +127,24 @@ __device__ inline void score_chosen(const float* logits, const int* chosen, floa
   __syncwarp();
 }
 
-__device__ inline float norm_of(const float* own, int top_k, float power) {
+__device__ inline float sum_of(const float* own, int top_k) {
   float sum = 0.0f;
+  for (int k = lane_id(); k < top_k; k += WARP) sum += own[k];
+  return warp_sum(sum);
+}
+
+// The highest is taken out first: powers may underflow.
+__device__ inline float norm_of(const float* own, int top_k, float power) {
+  if (power == 1.0f) return at_least(sum_of(own, top_k));
+  float highest = 0.0f, sum = 0.0f;
+  for (int k = lane_id(); k < top_k; k += WARP) highest = fmaxf(highest, own[k]);
+  highest = at_least(warp_max(highest));
   for (int k = lane_id(); k < top_k; k += WARP) {
-    sum += power == 1.0f ? own[k] : power == 2.0f ? own[k] * own[k] : powf(own[k], power);
+    const float part = own[k] / highest;
+    sum += power == 2.0f ? part * part : powf(part, power);
   }
   sum = warp_sum(sum);
-  return at_least(power == 1.0f ? sum : power == 2.0f ? sqrtf(sum) : powf(sum, 1.0f / power));
+  return at_least(highest * (power == 2.0f ? sqrtf(sum) : powf(sum, 1.0f / power)));
 }
 
 // ids and weights [tokens, top_k]. If `given` [tokens, top_k] is not null, those ids are only weighted.

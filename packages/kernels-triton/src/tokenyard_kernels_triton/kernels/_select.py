@@ -94,16 +94,20 @@ def _chosen(logits, ids, token, tokens, num_experts, top_k, SIGMOID: tl.constexp
 
 @triton.jit
 def _norm(scores, power, POWER: tl.constexpr):
-    """Return the p-norm [T, 1] of non-negative scores."""
+    """Return the p-norm [T, 1] of non-negative scores. The highest is taken out first: powers may underflow."""
     if POWER == 1:
-        total = tl.sum(scores, 1)
-    elif POWER == 2:
-        total = tl.sqrt(tl.sum(scores * scores, 1))
+        norm = tl.sum(scores, 1)
     else:
-        powers = tl.where(scores > 0.0, tl.exp(power * tl.log(tl.where(scores > 0.0, scores, 1.0))), 0.0)
-        total = tl.sum(powers, 1)
-        total = tl.where(total > 0.0, tl.exp(tl.log(tl.where(total > 0.0, total, 1.0)) / power), 0.0)
-    return tl.maximum(total, 1.1754943508222875e-38)[:, None]
+        highest = tl.max(scores, 1)
+        highest = tl.where(highest > 0.0, highest, 1.0)
+        scores = scores / highest[:, None]
+        if POWER == 2:
+            norm = highest * tl.sqrt(tl.sum(scores * scores, 1))
+        else:
+            powers = tl.where(scores > 0.0, tl.exp(power * tl.log(tl.where(scores > 0.0, scores, 1.0))), 0.0)
+            total = tl.sum(powers, 1)
+            norm = tl.where(total > 0.0, highest * tl.exp(tl.log(tl.where(total > 0.0, total, 1.0)) / power), 0.0)
+    return tl.maximum(norm, 1.1754943508222875e-38)[:, None]
 
 
 @triton.jit(do_not_specialize=["tokens"])
