@@ -92,6 +92,16 @@ class BreaksTheGraph(TorchExperts):
         return super().__call__(x, plan, topk_weights, weights)
 
 
+class DetachedGates(TorchExperts):
+    def __call__(self, x, plan, topk_weights, weights):
+        return super().__call__(x, plan, topk_weights.detach(), weights)
+
+
+class Detached(TorchExperts):
+    def __call__(self, x, plan, topk_weights, weights):
+        return super().__call__(x, plan, topk_weights, weights).detach()
+
+
 def conformance(kernel: type) -> ExpertsConformance:
     class Kit(ExpertsConformance):
         backend = "torch"
@@ -133,6 +143,8 @@ def routes_everywhere(kit):
             "read a token, weight or gradient that was dropped",
         ),
         (BreaksTheGraph, lambda kit: kit.test_compiles_whole(record), "graph_break"),
+        (DetachedGates, matches_oracle, "no gradient reaches topk_weights; is it used, and not detached?"),
+        (Detached, matches_oracle, "y is cut off from everything that requires a gradient"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -184,6 +196,43 @@ def test_an_unusable_backend_is_skipped_with_its_own_sentence():
 
     with pytest.raises(pytest.skip.Exception, match="lunar: 'lunar' needs a moon"):
         Kit().test_inputs_are_not_mutated()
+
+
+class WithoutBiases(BreaksTheGraph):
+    """A kernel that declines biases."""
+
+    @staticmethod
+    def no_biases(workload):
+        return "'plain' has no biases" if workload.bias else None
+
+
+class TestABackendWithoutBiases:
+    """It is tried on all that is not about biases."""
+
+    class Kit(ExpertsConformance):
+        backend = "plain"
+
+        def registry(self):
+            class Offer:
+                @staticmethod
+                @hookimpl
+                def tokenyard_experts():
+                    return [Backend("plain", f"{__name__}:WithoutBiases", unusable=WithoutBiases.no_biases)]
+
+            return Registry([Plugin(Offer, "plain", "1.0")])
+
+        def construct(self, *args, workload=None):
+            assert not workload.bias
+            return WithoutBiases(*args)
+
+    def test_a_fault_is_found(self):
+        with pytest.raises(Exception, match="graph_break"):
+            self.Kit().test_compiles_whole(record)
+
+    def test_what_is_about_biases_is_skipped(self):
+        self.Kit().test_one_gradient_alone("up", record)
+        with pytest.raises(pytest.skip.Exception, match="plain: 'plain' has no biases"):
+            self.Kit().test_one_gradient_alone("up_bias", record)
 
 
 def test_a_backend_that_is_not_installed_fails_with_the_registry_s_sentence():

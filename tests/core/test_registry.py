@@ -28,6 +28,9 @@ def test_the_environment_comes_before_config_and_config_before_auto(offer, regis
     assert registry().choose("experts", "loop", WORKLOAD).backend.name == "loop"
     monkeypatch.setenv("TOKENYARD_EXPERTS", "torch")
     assert registry().choose("experts", "loop", WORKLOAD).backend.name == "torch"
+    monkeypatch.setenv("TOKENYARD_EXPERTS", "trch")
+    with pytest.raises(BackendError, match=r"'trch' is unknown .* \(TOKENYARD_EXPERTS asks for it\)$"):
+        registry().choose("experts", "loop", WORKLOAD)
 
 
 def test_options_in_config_reach_the_constructor_of_the_named_backend_only(registry, monkeypatch):

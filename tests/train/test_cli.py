@@ -85,6 +85,15 @@ def test_help_and_version_do_not_load_torch():
         assert part in run.stdout
 
 
+def test_a_run_goes_on_when_its_reader_goes_away(path, tmp_path):
+    command = [sys.executable, "-m", "tokenyard_train", "train", path, "max_duration=3ba"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        started.stdout.close()
+        said = started.stderr.read()
+    assert (started.returncode, said) == (0, b"")
+    assert (tmp_path / "run" / "ba3").is_dir()
+
+
 def test_one_of_several_processes_is_not_taken_down():
     """It ends with its code, and with all that was said and registered; what is left then goes with the process."""
     code = (

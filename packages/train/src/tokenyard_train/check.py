@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tokenyard import Chosen, Layout, default_registry, moe_layers
 from tokenyard_models import count_parameters, flops_per_token
-from tokenyard_train.build import build_model, epoch_batches, run_batches
+from tokenyard_train.build import build_model, run_batches
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, Mixture, build_data
 from tokenyard_train.estimate import estimate
@@ -58,7 +58,8 @@ def _model_rows(config: TrainConfig, model: Any) -> Rows:
 
 def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
     samples, tokens = config.global_train_batch_size, config.global_train_batch_size * config.max_seq_len
-    epoch, batches = epoch_batches(config, data), run_batches(config, data)
+    batches = run_batches(config, data)
+    epochs = batches * samples / len(data.train)
     scored = f"{len(data.held_out.predicted):,} tokens are scored" if data.held_out is not None else "none"
     streams = data.train.streams.values() if isinstance(data.train, Mixture) else [data.train]
     tokens_read = sum(len(stream.tokens) for stream in streams)
@@ -66,7 +67,7 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
     yield "held-out text", scored
     yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
     yield "forward pass", f"{config.device_train_microbatch_size} samples"
-    yield "duration", f"{batches:,} batches, {batches / epoch:.2f} epochs, {_count(batches * tokens)} tokens"
+    yield "duration", f"{batches:,} batches, {epochs:.2f} epochs, {_count(batches * tokens)} tokens"
 
 
 def _layout_rows(config: TrainConfig, layout: Layout) -> Rows:

@@ -31,12 +31,13 @@ Overrides = Annotated[
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a model from a YAML config."""
     from tokenyard_train.config import load_config
+    from tokenyard_train.console import RunConsole
     from tokenyard_train.run import train as run
     from tokenyard_train.stopping import Stopped
     from tokenyard_train.together import part
 
     try:
-        run(load_config(config, overrides or []), Console())
+        run(load_config(config, overrides or []), RunConsole())
     except Stopped:  # as all processes are
         part()
         raise
@@ -132,7 +133,7 @@ def _run() -> None:
             if _rank() == 0:  # all processes are, alike
                 print(error, file=sys.stderr)
             sys.exit(STOPPED)
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # at once, since other processes may write, too
         sys.exit(2)
 
 

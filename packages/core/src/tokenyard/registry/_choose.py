@@ -64,8 +64,18 @@ def parse_request(kind: Kind, request: Request) -> tuple[str, dict[str, Any]]:
         name, options = request or "auto", {}
     if not isinstance(name, str):
         raise ConfigError(f"backends.{kind} is {request!r}; give a name, or a mapping with `name` and options")
-    override = os.environ.get(f"TOKENYARD_{kind.upper()}")
+    override = overridden(kind)
     return (override, {}) if override and override != name else (name, options)
+
+
+def variable(kind: Kind) -> str:
+    """Return the name of the environment's variable that goes before a config's backend of a kind."""
+    return f"TOKENYARD_{kind.upper()}"
+
+
+def overridden(kind: Kind) -> str | None:
+    """Return the backend that the environment asks for, if it does."""
+    return os.environ.get(variable(kind))
 
 
 def choose(

@@ -11,7 +11,7 @@ import pluggy
 from tokenyard import hookspecs
 from tokenyard.backend import KINDS, Backend, Kind
 from tokenyard.errors import BackendError
-from tokenyard.registry._choose import Chosen, Request, choose, parse_request
+from tokenyard.registry._choose import Chosen, Request, choose, overridden, parse_request, variable
 from tokenyard.registry._discover import Plugin, Problem, installed_plugins
 from tokenyard.workload import Workload
 
@@ -55,7 +55,12 @@ class Registry:
         takes the usable one of highest priority. Raises BackendError with what was asked, why not and what would work.
         """
         name, options = parse_request(kind, request)
-        return choose(kind, name, options, self.offers(kind), self.problems, workload)
+        try:
+            return choose(kind, name, options, self.offers(kind), self.problems, workload)
+        except BackendError as error:
+            if name != overridden(kind):
+                raise
+            raise BackendError(f"{error} ({variable(kind)} asks for it)") from None
 
     def _add(self, plugin: Plugin) -> None:
         manager = pluggy.PluginManager("tokenyard")

@@ -76,8 +76,10 @@ class HfTokenizer:
 def _find(path: Path) -> Path:
     found = path / "tokenizer.json" if path.is_dir() else path
     if not found.is_file():
+        what = ", a folder without a tokenizer.json" if path.is_dir() else ""
         raise ConfigError(
-            f"tokenizer.name is {str(path)!r}; give bytes, tiktoken, or the path of a tokenizer.json or its folder"
+            f"tokenizer.name is {str(path)!r}{what}; give bytes, tiktoken, or the path of a tokenizer.json or its "
+            "folder (to generate and routing as --tokenizer)"
         )
     return found
 
