@@ -99,7 +99,7 @@ def test_it_runs_on_torch_s_current_stream():
     x, ids = torch.ones(4096, 512, device="cuda"), torch.zeros(4096, 1, dtype=torch.int32, device="cuda")
     moved, stream = permutation(), torch.cuda.Stream()
     plan = moved.plan(ids, 1)
-    moved.permute(x, plan)  # by now the kernels are compiled
+    moved.permute(x.mul_(1), plan)  # by now all kernels are loaded, ours and torch's: loading waits for the GPU
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
