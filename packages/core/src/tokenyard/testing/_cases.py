@@ -1,4 +1,4 @@
-"""The inputs that expert kernels are tried on."""
+"""The inputs that expert kernels are tried on, and how they are called."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from tokenyard.activations import up_rows
-from tokenyard.interfaces import ExpertWeights, logits_dtype
+from tokenyard.interfaces import ExpertWeights, Plan, logits_dtype
+from tokenyard.permutations import TorchPermutation
 from tokenyard.workload import Workload
+
+ROUTINGS = ("natural", "all to one expert", "empty experts", "some dropped", "all dropped")
+"""The names of `routings`."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,30 @@ class Case:
 
     def weights(self) -> ExpertWeights:
         """Return the experts' weights among the tensors."""
-        return ExpertWeights(*(self.tensors.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
+        return _expert_weights(self.tensors)
 
     def to(self, dtype: torch.dtype) -> Case:
         """Return the same case in another dtype, with fresh leaves."""
         tensors = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.tensors.items()}
         return replace(self, tensors=tensors, dy=self.dy.to(dtype))
+
+
+class Call:
+    """A kernel together with the plan it needs, callable on a case."""
+
+    def __init__(self, kernel: Any, permutation: TorchPermutation, workload: Workload):
+        self.kernel, self.permutation, self.num_experts = kernel, permutation, workload.num_experts
+
+    def __call__(self, case: Case, rows: int | None = None) -> Tensor:
+        return self.call(case.tensors, case.ids, rows)
+
+    def call(self, tensors: dict[str, Tensor], ids: Tensor, rows: int | None = None) -> Tensor:
+        plan: Plan = self.permutation.plan(ids, self.num_experts, rows)
+        return self.kernel(tensors["x"], plan, tensors.get("topk_weights"), _expert_weights(tensors))
+
+
+def _expert_weights(tensors: dict[str, Tensor]) -> ExpertWeights:
+    return ExpertWeights(*(tensors.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
 
 
 def make_case(workload: Workload, ids: Tensor) -> Case:

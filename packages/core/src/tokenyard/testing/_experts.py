@@ -12,17 +12,16 @@ from torch import Tensor
 
 from tokenyard.activations import ACTIVATIONS
 from tokenyard.backend import Kind
-from tokenyard.interfaces import ExpertWeights, Plan
+from tokenyard.interfaces import ExpertWeights
 from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import _oracle
 from tokenyard.testing._base import Conformance
-from tokenyard.testing._cases import Case, make_case, random_ids, routings
+from tokenyard.testing._cases import ROUTINGS, Call, Case, make_case, random_ids, routings
 from tokenyard.testing._compare import CustomOps, assert_close, fresh, poisoned_memory
 from tokenyard.workload import Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ROUTINGS = ("natural", "all to one expert", "empty experts", "some dropped", "all dropped")
 
 
 class ExpertsConformance(Conformance):
@@ -163,9 +162,9 @@ class ExpertsConformance(Conformance):
                 return candidate
         return workload
 
-    def _kernel(self, case: Case) -> _Call:
+    def _kernel(self, case: Case) -> Call:
         permutation = TorchPermutation(case.workload)
-        return _Call(self.construct(case.workload, permutation, workload=case.workload), permutation, case.workload)
+        return Call(self.construct(case.workload, permutation, workload=case.workload), permutation, case.workload)
 
     def _oracle(self, case: Case) -> Tensor:
         return _oracle.experts(
@@ -197,18 +196,3 @@ class ExpertsConformance(Conformance):
             record_property(f"error of {name}", relative_error(got[name], want))
         if not self.quantised:
             assert_close(got, plain, oracle, got["y"].dtype)
-
-
-class _Call:
-    """A kernel together with the plan it needs, callable on a case."""
-
-    def __init__(self, kernel: Any, permutation: TorchPermutation, workload: Workload):
-        self.kernel, self.permutation, self.num_experts = kernel, permutation, workload.num_experts
-
-    def __call__(self, case: Case, rows: int | None = None) -> Tensor:
-        return self.call(case.tensors, case.ids, rows)
-
-    def call(self, tensors: dict[str, Tensor], ids: Tensor, rows: int | None = None) -> Tensor:
-        plan: Plan = self.permutation.plan(ids, self.num_experts, rows)
-        weights = ExpertWeights(*(tensors.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
-        return self.kernel(tensors["x"], plan, tensors.get("topk_weights"), weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenyard.backend import Kind
-from tokenyard.interfaces import Routing, logits_dtype
+from tokenyard.interfaces import logits_dtype
 from tokenyard.numerics import relative_error
 from tokenyard.testing import _router_oracle as oracle
 from tokenyard.testing._base import Conformance
@@ -51,12 +51,12 @@ class RouterConformance(Conformance):
         ]
         with poisoned_memory():
             routing = router(x)
-            got = _results(routing, x, weight, gradients)
+            got = oracle.results(routing, x, weight, gradients)
         chosen = oracle.select(routing.logits.detach(), bias, rule, self.top_k)
         assert routing.topk_ids.dtype == torch.int32
         assert routing.topk_ids.tolist() == oracle.within_capacity(chosen, rule, self.num_experts)
-        ids = torch.tensor(chosen, device=x.device)
-        plain, exact = (_plain(x.detach(), weight.detach(), ids, rule, gradients, d) for d in (dtype, torch.float64))
+        given = x.detach(), weight.detach(), torch.tensor(chosen, device=x.device), rule, gradients
+        plain, exact = (oracle.plain(*given, d) for d in (dtype, torch.float64))
         assert_close(got, plain, exact)
 
     @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
@@ -81,8 +81,8 @@ class RouterConformance(Conformance):
             x.uniform_(53 / self.dim, 60 / self.dim)
         gradients = [torch.randn(9, n, device=x.device) for n in (self.top_k, self.num_experts)]
         routing = router(x)
-        got, ids = _results(routing, x, router.weight, gradients), routing.topk_ids.long()
-        exact = _plain(x.detach(), router.weight.detach(), ids, rule, gradients, torch.float64)
+        got, ids = oracle.results(routing, x, router.weight, gradients), routing.topk_ids.long()
+        exact = oracle.plain(x.detach(), router.weight.detach(), ids, rule, gradients, torch.float64)
         for name, result in got.items():
             assert relative_error(result, exact[name]) < 1e-5, name
 
@@ -193,18 +193,3 @@ class RouterConformance(Conformance):
 
     def _tokens(self, count: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(count, self.dim, dtype=dtype, device=self.run_device()).requires_grad_()
-
-
-def _results(routing: Routing, x: Tensor, weight: Tensor, gradients: list[Tensor]) -> dict[str, Tensor]:
-    outputs = [routing.topk_weights, routing.logits]
-    dx, dweight = torch.autograd.grad(outputs, [x, weight], gradients)
-    return {"topk_weights": outputs[0].detach(), "logits": outputs[1].detach(), "d x": dx, "d weight": dweight}
-
-
-def _plain(
-    x: Tensor, weight: Tensor, ids: Tensor, rule: RoutingRule, gradients: list[Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    x, weight = (t.to(dtype).requires_grad_() for t in (x, weight))
-    logits = x.to(logits_dtype(dtype)) @ weight.to(logits_dtype(dtype)).T
-    routing = Routing(ids, oracle.weigh(logits, ids, rule), logits)
-    return _results(routing, x, weight, [g.to(logits_dtype(dtype)) for g in gradients])

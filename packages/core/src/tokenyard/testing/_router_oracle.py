@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenyard.interfaces import Routing, logits_dtype
 from tokenyard.workload import RoutingRule
 
 
@@ -41,6 +42,23 @@ def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
     if rule.normalize is not None:
         weights = weights / (weights**rule.normalize).sum(1, keepdim=True) ** (1 / rule.normalize)
     return weights * rule.scale
+
+
+def results(routing: Routing, x: Tensor, weight: Tensor, gradients: list[Tensor]) -> dict[str, Tensor]:
+    """Return weights and logits of a routing, and the gradients of x and weight by those of both."""
+    outputs = [routing.topk_weights, routing.logits]
+    dx, dweight = torch.autograd.grad(outputs, [x, weight], gradients)
+    return {"topk_weights": outputs[0].detach(), "logits": outputs[1].detach(), "d x": dx, "d weight": dweight}
+
+
+def plain(
+    x: Tensor, weight: Tensor, ids: Tensor, rule: RoutingRule, gradients: list[Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the results of chosen experts, computed by plain torch code in a dtype."""
+    x, weight = (t.to(dtype).requires_grad_() for t in (x, weight))
+    logits = x.to(logits_dtype(dtype)) @ weight.to(logits_dtype(dtype)).T
+    routing = Routing(ids, weigh(logits, ids, rule), logits)
+    return results(routing, x, weight, [g.to(logits_dtype(dtype)) for g in gradients])
 
 
 def _select_one(row: list[float], rule: RoutingRule, top_k: int) -> list[int]:
