@@ -20,7 +20,7 @@ from tokenyard_kernels_cuda.toolchain import (
 )
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100", "sm_120"])
 def test_every_kernel_for_every_architecture(architecture):
     def compiled(source):
         cubin = compile_cubin(source, architecture)
