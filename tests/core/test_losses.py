@@ -70,7 +70,7 @@ def test_balances_add_up_over_microbatches():
 
 
 def test_the_gradient_pushes_tokens_from_busy_experts_to_idle_ones():
-    moe = MoE(Workload(8, 8, 4, 1), dtype=torch.float64)
+    moe = MoE(Workload(8, 8, 4, 1, dtype=torch.float64), dtype=torch.float64)
     _, routing = moe(torch.randn(256, 8, dtype=torch.float64))
     logits = routing.logits.detach().requires_grad_()
     balance = moe.router.balance(routing._replace(logits=logits))

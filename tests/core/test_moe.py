@@ -150,10 +150,30 @@ def test_unknown_router_algorithm_is_nobody_s():
         layer(RoutingRule(algorithm="expert_choice"))
 
 
-def test_mismatched_dtypes_are_named():
+def test_another_dtype_than_the_backends_were_chosen_for_is_refused():
     moe = MoE(Workload(D, F_, E, K))
-    with pytest.raises(ConfigError, match=r"x is torch.bfloat16 but the experts' weights are torch.float32"):
+    with pytest.raises(BackendError, match="chosen for float32 on cpu, but x would be computed in bfloat16 on cpu"):
         moe(torch.randn(3, D, dtype=torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(BackendError, match="computed in bfloat16"):
+        moe(torch.randn(3, D))
+    narrow = MoE(Workload(D, F_, E, K, dtype=torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert narrow(torch.randn(3, D))[0].isfinite().all()
+    with pytest.raises(BackendError, match="chosen for bfloat16 on cpu, but x would be computed in float32 on cpu"):
+        narrow(torch.randn(3, D))
+
+
+def test_another_device_than_the_backends_were_chosen_for_is_refused():
+    workload = Workload(D, F_, E, K, device="cuda", capability=(9, 0))
+    with pytest.raises(BackendError, match="chosen for float32 on cuda:0, but x would be computed in float32 on cpu"):
+        workload.check_input(torch.randn(3, D))
+    workload.check_input(torch.randn(3, D, device="meta"))
+
+
+def test_weights_of_another_dtype_are_named():
+    moe = MoE(Workload(D, F_, E, K), dtype=torch.float64)
+    with pytest.raises(ConfigError, match=r"x is torch.float32 but the experts' weights are torch.float64"):
+        moe.experts(torch.randn(3, D), moe.router(torch.randn(3, D, dtype=torch.float64)))
 
 
 def test_shared_width_out_of_range():

@@ -56,7 +56,9 @@ def test_autocast_is_near_float64():
     model.init_weights(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = model(given)
-    exact = copy.deepcopy(model).double()(given)
+    wide = Dbrx(config, compute_dtype=torch.float64, dtype=torch.float64)
+    wide.load_state_dict(model.state_dict())
+    exact = wide(given)
     assert relative_error(low.logits, exact.logits) < 4 * torch.finfo(torch.bfloat16).eps
     low.logits.float().mean().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())

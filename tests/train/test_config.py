@@ -179,7 +179,7 @@ def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
             "is 3, which does not divide global_train_batch_size 8; these do: 1, 2, 4, 8",
         ),
         ("run_name: ../elsewhere", "run_name is '../elsewhere': it names a folder, so give letters, digits"),
-        ("device: tpu", "device is 'tpu'; give cpu, cuda or auto"),
+        ("device: tpu", "device is 'tpu'; give cpu, cuda, cuda:N or auto"),
         ("model: {name: dbrx, vocab_size: 99}", "model.vocab_size is 99 but the tokenizer has 257 ids"),
         ("model: {max_seq_len: 8}", "model.name is missing"),
         ("model: {name: dbrx, max_seq_len: 8}\nmax_seq_len: 16", "max_seq_len is 16 but model.max_seq_len only 8"),

@@ -106,7 +106,7 @@ def test_compare_of_a_file_with_itself_finds_nothing(bench):
     [
         (["layer", "--dtype", "fp23"], r"--dtype 'fp23' is unknown \(did you mean 'fp32'\?\); known are: bf16"),
         (["layer", "--routing", "zip"], r"--routing 'zip' is unknown \(did you mean 'zipf'\?\)"),
-        (["layer", "--device", "tpu"], r"--device is 'tpu'; give cpu, cuda or auto"),
+        (["layer", "--device", "tpu"], r"--device is 'tpu'; give cpu, cuda, cuda:N or auto"),
         (["layer", "--shape", "8,8,8,4,2", "--backends", "tritn"], r"'tritn' is unknown .did you mean 'triton'"),
         (["layer", "--shape", "8,8,8,4,2", "--peers", "x"], r"--peers 'x' is unknown; known are: grouped_mm"),
         (["layer", "--shape", "8,8,8,2,4"], r"top_k is 4 but num_experts is 2"),

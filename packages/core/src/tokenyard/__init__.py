@@ -4,6 +4,7 @@ from tokenyard.__about__ import __version__
 from tokenyard.activations import ACTIVATIONS, activate, is_gated, up_rows
 from tokenyard.backend import KINDS, Backend, Kind
 from tokenyard.cache import cache_folder
+from tokenyard.devices import resolve_device
 from tokenyard.errors import BackendError, ConfigError, TokenyardError
 from tokenyard.experts import Experts, GroupedExperts
 from tokenyard.feed_forward import FeedForward
@@ -71,6 +72,7 @@ __all__ = [
     "load_balancing_loss",
     "merge_lora",
     "moe_layers",
+    "resolve_device",
     "started_processes",
     "up_rows",
     "z_loss",

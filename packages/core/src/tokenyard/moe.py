@@ -61,7 +61,11 @@ class MoE(nn.Module):
         self._shares = (k / (k + 1), 1 / (k + 1)) if shared_weighted_sum else (1.0, 1.0)
 
     def forward(self, x: Tensor, topk_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Return y, shaped like x [..., D], and the Routing of its T tokens; topk_ids [T, K] override the selection."""
+        """Return y, shaped like x [..., D], and the Routing of its T tokens; topk_ids [T, K] override the selection.
+
+        Raises BackendError for an x of another dtype or device than the workload's.
+        """
+        self.workload.check_input(x)
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.router(tokens, topk_ids)
         y = self.experts(tokens, routing)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenyard.backend import KINDS
+from tokenyard.devices import resolve_device
 from tokenyard.registry import Registry
 from tokenyard.registry._choose import why_not
 from tokenyard.workload import Workload
@@ -25,14 +26,14 @@ class Row:
 
 def sample_workload() -> Workload:
     """Return an ordinary layer on this machine's device, by which the table judges: bfloat16 on a GPU, else float32."""
-    gpu = torch.cuda.is_available()
+    device = resolve_device("auto")
     return Workload(
         dim=1024,
         ffn_dim=1024,
         num_experts=16,
         top_k=4,
-        dtype=torch.bfloat16 if gpu else torch.float32,
-        device=torch.device("cuda" if gpu else "cpu"),
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        device=device,
     )
 
 

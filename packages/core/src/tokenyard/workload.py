@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from tokenyard.activations import ACTIVATIONS
-from tokenyard.errors import ConfigError, did_you_mean
+from tokenyard.devices import with_index
+from tokenyard.errors import BackendError, ConfigError, did_you_mean
+from tokenyard.numerics import compute_dtype
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -76,7 +79,7 @@ class Workload:
     bias: bool = False  # up_bias and down_bias in every expert
     router: RoutingRule = RoutingRule()
     dtype: torch.dtype = torch.float32  # what the experts compute in
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # a GPU's always has an index
     capability: tuple[int, int] | None = None  # the CUDA compute capability; asked of the device if not given
     expert_parallel: int = 1  # ranks that share the experts
 
@@ -97,6 +100,26 @@ class Workload:
             raise ConfigError(f"top_k is {self.top_k} but the groups kept hold {kept} experts; keep more groups")
         if self.router.group_score == "top2" and groups > 1 and experts // groups < 2:
             raise ConfigError(f"router group_score 'top2' needs 2 experts in a group; num_groups {groups} leaves one")
-        object.__setattr__(self, "device", torch.device(self.device))
+        object.__setattr__(self, "device", with_index(self.device))
         if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise BackendError if tokens x would be computed in another dtype or on another device than this one's.
+
+        Backends are chosen for one dtype and one device, and need not support any other. On the meta device, where
+        nothing is computed, every dtype and device is accepted.
+        """
+        if x.device.type == "meta":
+            return
+        dtype = compute_dtype(x)
+        if dtype == self.dtype and x.device == self.device:
+            return
+        raise BackendError(
+            f"the MoE layer's backends were chosen for {_short(self.dtype)} on {self.device}, but x would be "
+            f"computed in {_short(dtype)} on {x.device}; move or cast x, use autocast, or build the layer for that"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

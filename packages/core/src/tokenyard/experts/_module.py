@@ -26,6 +26,7 @@ class Experts(nn.Module):
 
     def __init__(self, workload: Workload, permutation: Permutation, kernel: ExpertKernel, exchange: Exchange):
         super().__init__()
+        self.workload = workload
         self.permutation, self.kernel, self.exchange = permutation, kernel, exchange
         self.adapter = None
         experts, dim, ffn_dim = workload.num_experts, workload.dim, workload.ffn_dim
@@ -46,6 +47,7 @@ class Experts(nn.Module):
 
     def compute(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, rows: int | None = None) -> Tensor:
         """Compute tokens x [S, D] on the experts of this rank; ids count from its first one."""
+        self.workload.check_input(x)
         dtype = compute_dtype(x)
         up_bias, down_bias = (None if b is None else local_weight(b, dtype) for b in (self.up_bias, self.down_bias))
         weights = ExpertWeights(local_weight(self.up, dtype), local_weight(self.down, dtype), up_bias, down_bias)

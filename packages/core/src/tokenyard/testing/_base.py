@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tokenyard.backend import Backend, Kind
+from tokenyard.devices import resolve_device
 from tokenyard.errors import BackendError
 from tokenyard.registry import Registry, default_registry
 from tokenyard.workload import Workload
@@ -39,9 +40,7 @@ class Conformance:
 
     def run_device(self) -> torch.device:
         """Return the device that the tests run on."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return resolve_device(self.device)
 
     def construct(self, *args: Any, workload: Workload | None = None, **kwargs: Any) -> Any:
         """Construct the backend, or skip with its own sentence if it is unusable for the workload."""

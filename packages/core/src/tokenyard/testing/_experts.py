@@ -16,15 +16,15 @@ from tokenyard.interfaces import ExpertWeights
 from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import _oracle
-from tokenyard.testing._base import Conformance
 from tokenyard.testing._cases import ROUTINGS, Call, Case, make_case, random_ids, routings
 from tokenyard.testing._compare import CustomOps, assert_close, fresh, poisoned_memory
+from tokenyard.testing._in_layer import LayerPartConformance
 from tokenyard.workload import Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class ExpertsConformance(Conformance):
+class ExpertsConformance(LayerPartConformance):
     """What every expert kernel must do. `tile` is the kernel's row tile: token counts around it are tried.
 
     A quantised kernel sets `quantised`: its errors are then recorded as test properties instead of judged.

@@ -11,16 +11,16 @@ from torch import Tensor
 from tokenyard.backend import Kind
 from tokenyard.interfaces import Plan, logits_dtype
 from tokenyard.numerics import relative_error
-from tokenyard.testing._base import Conformance
 from tokenyard.testing._cases import ROUTINGS, random_ids, routings
 from tokenyard.testing._compare import CustomOps, assert_close, fresh, poisoned_memory
+from tokenyard.testing._in_layer import LayerPartConformance
 from tokenyard.workload import Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 E = 5
 
 
-class PermutationConformance(Conformance):
+class PermutationConformance(LayerPartConformance):
     """What every permutation must do: exact plans, and moves whose gradients are each other."""
 
     kind: ClassVar[Kind] = "permutation"

@@ -12,8 +12,8 @@ from tokenyard.backend import Kind
 from tokenyard.interfaces import logits_dtype
 from tokenyard.numerics import relative_error
 from tokenyard.testing import _router_oracle as oracle
-from tokenyard.testing._base import Conformance
 from tokenyard.testing._compare import assert_close, poisoned_memory
+from tokenyard.testing._in_layer import LayerPartConformance
 from tokenyard.workload import RoutingRule, Workload
 
 RULES = {
@@ -32,7 +32,7 @@ RULES = {
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class RouterConformance(Conformance):
+class RouterConformance(LayerPartConformance):
     """What every router must do that computes the algorithm 'topk'."""
 
     kind: ClassVar[Kind] = "router"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, resolve_device
 from tokenyard.errors import did_you_mean
 from tokenyard_train.bench.case import DTYPES, ROUTINGS
 from tokenyard_train.bench.compare import compare, print_changes
@@ -112,13 +112,10 @@ def run_train(
 
 def find_device(name: str, threads: int | None = None) -> torch.device:
     """Return the device that an option names, and set a CPU's threads. Raises ConfigError."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device is {name!r}; give cpu, cuda or auto")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is 'cuda', but torch finds no CUDA GPU here; give cpu or auto")
+    device = resolve_device(name, "--device")
     if threads is not None:
         torch.set_num_threads(threads)
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return device
 
 
 def one_of(option: str, given: Sequence[str], known: Collection[str]) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
-import torch
-
-from tokenyard import ConfigError, started_processes
+from tokenyard import ConfigError, resolve_device, started_processes
 from tokenyard_train.config.data import PythonStdlib
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data.tokenizer import build_tokenizer
@@ -25,7 +22,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     folder = config.save_folder or "runs/{run_name}"
     return config.model_copy(
         update={
-            "device": _device(config.device),
+            "device": str(resolve_device(config.device)),
             "max_seq_len": length,
             "model": _model(config, length),
             "eval_loader": config.eval_loader or _own_held_out(config),
@@ -35,26 +32,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
             "device_eval_batch_size": scored,
         }
     )
-
-
-def _device(device: str) -> str:
-    if device == "auto":
-        return _device("cuda") if torch.cuda.is_available() else "cpu"
-    try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"device is {device!r}; give cpu, cuda or auto") from None
-    if parsed.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {device!r}; give cpu, cuda or auto")
-    own = os.environ.get("LOCAL_RANK") if started_processes() > 1 else None
-    if device == "cuda" and own is not None:
-        return _device(f"cuda:{own}")
-    found = torch.cuda.device_count()
-    if parsed.type == "cuda" and not found:
-        raise ConfigError(f"device is {device!r}, but torch finds no CUDA GPU here; give cpu or auto")
-    if parsed.type == "cuda" and (parsed.index or 0) >= found:
-        raise ConfigError(f"device is {device!r}, but torch finds {found} CUDA GPUs here; count from cuda:0")
-    return device
 
 
 def _max_seq_len(config: TrainConfig) -> int:

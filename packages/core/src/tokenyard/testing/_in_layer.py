@@ -1,0 +1,53 @@
+"""Standard tests of the parts of an MoE layer that are about the layer's own checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tokenyard.errors import BackendError
+from tokenyard.moe import MoE
+from tokenyard.testing._base import Conformance
+from tokenyard.workload import Workload
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_D, _F, _E, _K = 32, 48, 4, 2
+
+
+class LayerPartConformance(Conformance):
+    """What holds for every router, permutation and expert kernel inside ``tokenyard.MoE``."""
+
+    def test_other_dtype_is_refused(self) -> None:
+        """A layer called in another dtype than its workload's raises one sentence and never reaches the backend.
+
+        If this test fails, something between ``MoE`` and the backend casts or catches what it should not.
+        """
+        layer, workload = self._layer()
+        other = next(dtype for dtype in _DTYPES if dtype != workload.dtype)
+        self._refused(layer, torch.randn(5, workload.dim, dtype=other, device=workload.device), str(other)[6:])
+
+    def test_other_device_is_refused(self) -> None:
+        """A layer called on another device than its workload's raises one sentence."""
+        layer, workload = self._layer()
+        if not torch.cuda.is_available():
+            pytest.skip("needs a second device, and torch finds no CUDA GPU here")
+        other = torch.device("cuda:0" if workload.device.type == "cpu" else "cpu")
+        self._refused(layer, torch.randn(5, workload.dim, dtype=workload.dtype, device=other), str(other))
+
+    def _layer(self) -> tuple[MoE, Workload]:
+        """Return a layer with the backend under test, in the first dtype that it supports."""
+        reasons = []
+        for dtype in _DTYPES:
+            workload = Workload(_D, _F, _E, _K, dtype=dtype, device=self.run_device())
+            reason = self.offered().unusable(workload)
+            if reason is None:
+                chosen: dict[str, Any] = {self.kind: {"name": self.backend, **self.options}}
+                return MoE(workload, backends=chosen, registry=self.registry(), dtype=dtype), workload
+            reasons.append(reason)
+        return pytest.skip(f"{self.backend}: {reasons[0]}")
+
+    def _refused(self, layer: MoE, x: torch.Tensor, named: str) -> None:
+        with pytest.raises(BackendError, match=named):
+            layer(x)
