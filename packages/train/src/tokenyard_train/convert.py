@@ -13,7 +13,7 @@ from tokenyard_models import from_hf, to_hf
 from tokenyard_models.hf import Folder, model_section, to_megablocks
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
 from tokenyard_train.config.load import read_config
-from tokenyard_train.trained import load_trained
+from tokenyard_train.trained import load_weights_only
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMS = ("hf", "tokenyard", "megablocks")
@@ -34,7 +34,7 @@ def convert(source: Path, target: Path, to: str, dtype: str | None, fused: bool,
     if to == "tokenyard":
         _to_run(source, target)
         return
-    found, stored = load_trained(source), None if dtype is None else DTYPES[dtype]
+    found, stored = load_weights_only(source), None if dtype is None else DTYPES[dtype]
     merge_lora(found.model)
     if to == "megablocks":
         to_megablocks(found.model, target, dtype=stored)

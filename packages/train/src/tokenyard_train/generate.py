@@ -18,11 +18,15 @@ def generate(
     temperature: float,
     seed: int,
     tokenizer: str | None = None,
+    device: str = "auto",
+    precision: str | None = None,
 ) -> list[str]:
     """Return how the model of a run, or of a Hugging Face folder, continues each prompt.
 
-    `tokenizer` is a name or path in place of the model's own. Raises TokenyardError.
+    `tokenizer` is a name or path in place of the model's own; `device` and `precision` are those of `load_trained`.
+    Raises TokenyardError.
     """
-    found = load_trained(path)
+    found = load_trained(path, device, precision)
     reads = build_tokenizer(found.tokenizer if tokenizer is None else Tokenizer(name=tokenizer))
-    return continue_texts(found.model, reads, prompts, max_new_tokens, temperature, seed, found.stops)
+    with found.computing():
+        return continue_texts(found.model, reads, prompts, max_new_tokens, temperature, seed, found.stops)

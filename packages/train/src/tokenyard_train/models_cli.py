@@ -10,6 +10,11 @@ from rich.console import Console
 
 app = typer.Typer()
 
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32 or amp_bf16; default: that of the training, or of a folder's weights.")
+]
+
 
 @app.command()
 def generate(
@@ -19,13 +24,16 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(min=0)] = 17,
     tokenizer: Annotated[str | None, typer.Option(help="A name or path in place of the model's own.")] = None,
+    device: Device = "auto",
+    precision: Precision = None,
 ) -> None:
     """Continue prompts with a trained model."""
     from tokenyard_train.generate import generate as continuations
 
     prompts = prompt or [""]
-    for text, rest in zip(prompts, continuations(model, prompts, max_new_tokens, temperature, seed, tokenizer)):
-        print(text + rest)
+    texts = continuations(model, prompts, max_new_tokens, temperature, seed, tokenizer, device, precision)
+    for prompt_text, text in zip(prompts, texts):
+        print(prompt_text + text)
 
 
 @app.command()
@@ -68,8 +76,10 @@ def routing(
     text_key: Annotated[str, typer.Option(help="The column of .jsonl and .parquet.")] = "text",
     tokenizer: Annotated[str | None, typer.Option(help="A name or path in place of the model's own.")] = None,
     out: Annotated[Path, typer.Option(help="Where routing.json and routing.png go.")] = Path("routing"),
+    device: Device = "auto",
+    precision: Precision = None,
 ) -> None:
     """Tell how a model routes a text: each layer's load, dead experts, and which experts go together."""
     from tokenyard_train.routing_report import report
 
-    report(model, data, tokens, text_key, tokenizer, out, Console())
+    report(model, data, tokens, text_key, tokenizer, out, Console(), device, precision)

@@ -33,18 +33,28 @@ class LayerReport(NamedTuple):
 
 
 def report(
-    path: Path, data: Path, tokens: int, text_key: str, tokenizer: str | None, out: Path, console: Console
+    path: Path,
+    data: Path,
+    tokens: int,
+    text_key: str,
+    tokenizer: str | None,
+    out: Path,
+    console: Console,
+    device: str = "auto",
+    precision: str | None = None,
 ) -> list[LayerReport]:
     """Route a text by the model at `path`; print a table, and write ``routing.json`` and ``routing.png`` to `out`.
 
-    `data` is a file of text, or a folder of .txt files. Raises TokenyardError.
+    `data` is a file of text, or a folder of .txt files; `device` and `precision` are those of `load_trained`. Raises
+    TokenyardError.
     """
-    found = load_trained(path)
+    found = load_trained(path, device, precision)
     if not moe_layers(found.model):
         raise ConfigError(f"the model in {path} has no experts; give one that has")
     reads = build_tokenizer(found.tokenizer if tokenizer is None else TokenizerConfig(name=tokenizer))
     ids = _ids(data, text_key, reads, tokens)
-    layers = route(found.model, ids)
+    with found.computing():
+        layers = route(found.model, ids)
     records = [layer._asdict() for layer in layers]
     content = {"kind": "routing", "model": str(path), "data": str(data), "tokens": len(ids), "records": records}
     written = write_results(out, "routing", content)

@@ -25,13 +25,15 @@ def from_hf(
     path: Path | str,
     *,
     dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     registry: Registry | None = None,
     **placement: Any,
 ) -> Any:
     """Return the model of a Hugging Face folder of one of FAMILIES, with its weights.
 
-    `dtype` is that of the parameters; left out, the one that config.json tells. `placement` is the rest that
+    `dtype` is that of the parameters; left out, the one that config.json tells. `compute_dtype` is what the experts
+    compute in, by default `dtype`: give another one to use the model under autocast. `placement` is the rest that
     Transformer takes, such as `backends`. Raises WeightsError for a folder that is not whole, or of another
     architecture, and ConfigError for a feature that is not supported; each names it.
     """
@@ -39,7 +41,7 @@ def from_hf(
     name, section = model_section(folder)
     dtype = dtype or dtype_of(folder)
     chosen = (registry or default_registry()).choose("model", name)
-    placement |= {"device": device, "dtype": dtype, "compute_dtype": dtype, "registry": registry}
+    placement |= {"device": device, "dtype": dtype, "compute_dtype": compute_dtype or dtype, "registry": registry}
     with torch.device("meta"):
         model = chosen.construct(section, **placement)
     model.to_empty(device=device)

@@ -1,0 +1,28 @@
+"""The precisions that a config offers, and computing in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tokenyard import ConfigError
+from tokenyard.errors import did_you_mean
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
+"""Precision -> the dtype of matmuls. Weights are float32 in both."""
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Compute in a precision: autocast to bfloat16 for ``amp_bf16``, nothing for any other."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "amp_bf16"):
+        yield
+
+
+def check_precision(precision: str, option: str) -> None:
+    """Raise ConfigError, naming the option, for a precision that is not offered."""
+    if precision not in COMPUTE_DTYPES:
+        known = ", ".join(COMPUTE_DTYPES)
+        raise ConfigError(f"{option} is {precision!r}{did_you_mean(precision, COMPUTE_DTYPES)}; known are: {known}")

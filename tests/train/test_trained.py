@@ -1,0 +1,58 @@
+"""A model that stands on disk computes in the precision that it was trained in, or in one that is asked for."""
+
+import pytest
+import torch
+
+from tokenyard import ConfigError, moe_layers
+from tokenyard_models import to_hf
+from tokenyard_train.run import train
+from tokenyard_train.trained import load_trained, load_weights_only
+
+
+@pytest.fixture
+def run(config, console):
+    """The folder of a run in mixed precision."""
+    return train(config(precision="amp_bf16", max_duration="1ba"), console).folder
+
+
+def dtype_of_experts(trained):
+    """The dtype that the experts of a model are called in, seen by their kernel."""
+    seen = []
+    experts = moe_layers(trained.model)[0].experts
+    kernel = experts.kernel
+    experts.kernel = lambda x, *rest: seen.append(x.dtype) or kernel(x, *rest)
+    with torch.no_grad(), trained.computing():
+        assert trained.model(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype"), [(None, torch.bfloat16), ("amp_bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_a_run_computes_as_it_was_trained(run, asked, dtype):
+    assert dtype_of_experts(load_trained(run, "cpu", asked)) == dtype
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asked", [None, "amp_bf16", "fp32"])
+def test_a_folder_computes_in_the_dtype_of_its_weights(run, tmp_path, stored, asked):
+    to_hf(load_weights_only(run).model, tmp_path / "hf", dtype=stored)
+    want = {None: stored, "amp_bf16": torch.bfloat16, "fp32": torch.float32}[asked]
+    assert dtype_of_experts(load_trained(tmp_path / "hf", "cpu", asked)) == want
+
+
+def test_an_unknown_precision_or_device_is_named(run):
+    with pytest.raises(ConfigError, match="--precision is 'bf16' .did you mean 'amp_bf16'..; known are: fp32, amp_bf16"):
+        load_trained(run, precision="bf16")
+    with pytest.raises(ConfigError, match="--device is 'tpu'; give cpu, cuda, cuda:N or auto"):
+        load_trained(run, "tpu")
+
+
+def test_the_options_reach_the_commands(tokenyard, run, text, tmp_path):
+    generate = ("generate", str(run), "--prompt", "1 times", "--max-new-tokens", "3", "--precision")
+    code, out, _ = tokenyard(*generate, "fp32")
+    assert (code, out[:7]) == (0, "1 times")
+    assert tokenyard(*generate, "fp64")[0] == 2
+    routing = ("routing", str(run), "--data", str(text), "--out", str(tmp_path / "out"), "--precision", "amp_bf16")
+    assert tokenyard(*routing, "--device", "cpu")[0] == 0
+    assert "--device is 'tpu'" in tokenyard(*routing, "--device", "tpu")[2]
