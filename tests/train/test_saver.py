@@ -84,3 +84,17 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(confi
     with pytest.raises(CheckpointError, match=sentence):
         train(config(save_async=True, save_interval="2ba", max_duration="60ba"), console, [Heard(at=4, call=spoil)])
     assert records(tmp_path / "run")[-1]["batch"] < 60
+
+
+def test_whatever_goes_wrong_in_the_thread_ends_the_run(config, console, monkeypatch):
+    """Not only what writing may raise: a device that cannot be set, too, and a thread that just ends."""
+
+    def lost(*args):
+        raise ValueError("Expected a torch.device with a specified index")
+
+    monkeypatch.setattr(saver, "write_checkpoint", lost)
+    with pytest.raises(ValueError, match="with a specified index"):
+        train(config(save_async=True), console)
+    monkeypatch.setattr(saver._Writing, "run", lambda self: None)
+    with pytest.raises(RuntimeError, match="without a checkpoint and without an error"):
+        train(config(save_async=True, save_overwrite=True), console)

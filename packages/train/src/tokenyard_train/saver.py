@@ -51,6 +51,8 @@ class Saver:
             writing.join()
         if writing.error is not None:
             raise writing.error
+        if writing.path is None:
+            raise RuntimeError("the thread that writes checkpoints ended without a checkpoint and without an error")
         return writing.path
 
 
@@ -61,13 +63,13 @@ class _Writing(Thread):
         super().__init__(daemon=True)
         self._device, self._args = device, args
         self.path: Path | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Write it."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # a new thread's is the first one, whose memory is another process's
+        """Write it. Whatever goes wrong is kept for `Saver.finish`, which raises it in the training thread."""
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread starts on cuda:0, which another rank may use
             self.path = write_checkpoint(*self._args)
-        except Exception as error:
+        except BaseException as error:
             self.error = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tokenyard import TokenyardError, started_processes
+
+log = logging.getLogger("tokenyard")
 
 
 def is_first() -> bool:
@@ -80,11 +83,14 @@ def _timeout_of_all() -> timedelta:
 
 
 def _answer(call: Callable[[], Any]) -> list[Any]:
-    """Return what a call returned or refused; what the file system refuses must not leave the others waiting either."""
+    """Return what a call returned or raised; no exception of one rank may leave the others waiting."""
     try:
         return ["value", call()]
     except (TokenyardError, OSError) as error:
         return ["error", str(error)]
+    except Exception as error:
+        log.error("rank %d failed", dist.get_rank(), exc_info=error)
+        return ["error", f"rank {dist.get_rank()} failed: {error!r}"]
 
 
 def _broadcast(answer: list[Any] | None, group: Any) -> list[Any]:
