@@ -10,14 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from tokenyard import ConfigError
-from tokenyard_train.checkpoint import read_meta
+from tokenyard_train import Callback, stopping
+from tokenyard_train.checkpoint import CheckpointError, read_meta
 from tokenyard_train.generate import generate
 from tokenyard_train.metrics import TIMINGS
 from tokenyard_train.run import train
+from tokenyard_train.stopping import Stopped
 
 from .conftest import MODEL
 
@@ -55,8 +59,6 @@ def test_a_run_leaves_metrics_checkpoints_pictures_and_a_summary(config, console
 
 
 def test_what_a_run_prints(config, capsys):
-    from rich.console import Console
-
     train(config(**WHOLE), Console(width=140))
     printed = capsys.readouterr().out
     for part in (
@@ -174,3 +176,76 @@ class TestKilled:
         ends = [tmp_path / name / f"ba{self.BATCHES}" for name in ("killed", "undisturbed")]
         assert tensors(ends[0]) == tensors(ends[1])
         assert read_meta(ends[0])["optimizer_steps"] == read_meta(ends[1])["optimizer_steps"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_a_run_after_the_step_with_what_it_has_done_saved(config, console, number):
+    """A launcher may pass on what the rank got itself; that is one request."""
+
+    class Ask(Callback):
+        def batch_end(self, run, record):
+            if run.batch == 2:
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match="after batch 3 of 6, which is saved"):
+        train(config(), console, [Ask()])
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_request_ends_a_run_at_once(config, console, monkeypatch):
+    ended = []
+    monkeypatch.setattr(stopping, "_SAME_REQUEST", 0.005)
+    monkeypatch.setattr(stopping.signal, "raise_signal", ended.append)
+
+    class Ask(Callback):
+        def batch_end(self, run, record):
+            if run.batch == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(config(), console, [Ask()])
+    assert ended == [signal.SIGTERM]
+
+
+def test_a_run_is_called_trained_only_when_its_last_checkpoint_verifies(config, capsys):
+    class Spoil(Callback):
+        def saved(self, run, checkpoint):
+            shard = next(checkpoint.glob("*.safetensors"))
+            shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+
+    with pytest.raises(CheckpointError, match="was changed since it was saved"):
+        train(config(), Console(width=140), [Spoil()])
+    assert "trained for" not in capsys.readouterr().out
+
+
+def test_equal_runs_are_asked_of_torch_only_while_training(config, console):
+    """`deterministic_mode` is Composer's name for it."""
+
+    class Look(Callback):
+        def batch_end(self, run, record):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+    train(config(deterministic_mode=True), console, [Look()])
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_cannot_be_repeated_is_refused_by_name(config, console, monkeypatch):
+    """kthvalue has a gradient by atomics on a GPU; on a CPU its words are torch's, raised by hand."""
+
+    class Atomics(Callback):
+        def batch_end(self, run, record):
+            raise RuntimeError(
+                "kthvalue CUDA does not have a deterministic implementation, but you set "
+                "'torch.use_deterministic_algorithms(True)'."
+            )
+
+    with pytest.raises(ConfigError, match="no deterministic implementation of kthvalue CUDA here; change what uses it"):
+        train(config(deterministic=True), console, [Atomics()])
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG is ':0:0'; unset it, or give :4096:8"):
+        train(config(deterministic=True), console)

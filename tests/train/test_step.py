@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ NO_AUXILIARY = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_loss_weight": 
 
 def gradients(run) -> dict[str, torch.Tensor]:
     run.model.double()
+    for moe in moe_layers(run.model):
+        moe.workload = moe.experts.workload = replace(moe.workload, dtype=torch.float64)
     run.model.train()
     _accumulate(run)
     return {name: p.grad for name, p in run.model.named_parameters()}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,10 @@ from tokenyard_train.freezing import adapt, freeze
 from tokenyard_train.metrics import Metrics, Unwritten
 from tokenyard_train.notes import note_began
 from tokenyard_train.optim import build_optimizer
+from tokenyard_train.precision import COMPUTE_DTYPES, computing_in
 from tokenyard_train.saver import Saver
 from tokenyard_train.stopwatch import Phases, untimed
 from tokenyard_train.together import is_first, on_first
-
-_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 
 
 @dataclass
@@ -71,16 +69,15 @@ class Run:
         """Say whether the step just done ends an interval."""
         return interval is not None and self.batch % max(1, self.span(interval)) == 0
 
-    @contextmanager
-    def precision(self) -> Iterator[None]:
+    def precision(self) -> AbstractContextManager[None]:
         """Compute as `precision` says."""
-        enabled = self.config.precision == "amp_bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
-            yield
+        return computing_in(self.config.precision, self.device)
 
 
 def build_run(config: TrainConfig, console: Console) -> Run:
     """Build a run from a resolved config; the folder is prepared last, when nothing in the config can fail any more."""
+    if config.device.startswith("cuda"):
+        torch.cuda.set_device(config.device)
     strategy, model = build_model(config)
     data = build_data(config)
     model.to_empty(device=torch.device(config.device)).init_weights(config.seed)
@@ -133,7 +130,7 @@ def meta_model(config: TrainConfig) -> Any:
             options,
             backends=config.backends.model_dump(),
             device=torch.device(config.device),
-            compute_dtype=_DTYPES[config.precision],
+            compute_dtype=COMPUTE_DTYPES[config.precision],
             expert_parallel=config.parallel.expert_parallel,
         )
 

@@ -19,13 +19,12 @@ from pathlib import Path
 from types import FrameType
 
 from tokenyard_train.notes import FOLDER, noted_began
-from tokenyard_train.stopping import STOPPED
+from tokenyard_train.stopping import SIGNALS, STOPPED
 from tokenyard_train.verdict import verdict
 
 _MISTAKE = 2  # of the config or the machine: another attempt would end alike
 _POLL = 0.05  # seconds
 _GRACE = 1.0  # seconds that the others have, after one has ended, to end too
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def launch(config: Path, overrides: Sequence[str], nproc: int, max_restarts: int) -> int:
@@ -99,7 +98,7 @@ class Attempt:
     @contextmanager
     def _passing_on(self) -> Iterator[None]:
         """Meanwhile, pass on what asks the supervisor to stop."""
-        before = {number: signal.signal(number, self._pass_on) for number in _PASSED_ON}
+        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         try:
             yield
         finally:

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from tokenyard_train.build import Run, build_run
 from tokenyard_train.callbacks import Callback, build_callbacks
-from tokenyard_train.checkpoint import CheckpointError
+from tokenyard_train.checkpoint import CheckpointError, verify
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.deterministic import deterministic
 from tokenyard_train.evaluate import evaluate
 from tokenyard_train.nonfinite import NonFiniteError, Skipped
 from tokenyard_train.progress import Progress
@@ -40,7 +41,11 @@ def train(config: TrainConfig, console: Console, callbacks: Sequence[Callback] =
 
     Raises TokenyardError for a mistake in the config, before anything is written.
     """
-    callbacks = [*build_callbacks(config.callbacks), *callbacks]
+    with deterministic(config.deterministic):
+        return _train(config, console, [*build_callbacks(config.callbacks), *callbacks])
+
+
+def _train(config: TrainConfig, console: Console, callbacks: Sequence[Callback]) -> RunResult:
     run = build_run(config, console)
     run.batch = resume(run)
     if run.batch == 0 and config.load_path is not None:
@@ -119,6 +124,7 @@ def _finish_saving(run: Run, callbacks: Sequence[Callback]) -> None:
 
 
 def _finish(run: Run, callbacks: Sequence[Callback]) -> RunResult:
+    verify(run.folder / f"ba{run.batch}")  # the run is called trained only with its result on disk
     records = run.metrics.read()
     if is_first():
         from tokenyard_train.plots import expert_heatmap, loss_curve  # a second that only the end of a run needs

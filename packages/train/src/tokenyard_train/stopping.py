@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,18 +21,33 @@ class Stopped(TokenyardError):
     """A run ended before its time, as it was asked to; what it had done is saved."""
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that ask a run to stop: a scheduler's, Ctrl-C, and a terminal that was closed."""
+
+_SAME_REQUEST = 2.0
+"""Seconds in which further signals belong to the first: launchers pass on what a rank also gets itself."""
+
+
 @contextmanager
 def stopping(run: Run) -> Iterator[None]:
-    """Meanwhile, let SIGTERM to any process of a run end it after the step that is under way."""
+    """Let a signal of SIGNALS, sent to any rank, stop the run after the current step; a second one ends it at once."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears signals
+        yield  # Python delivers signals to the main thread only
         return
 
+    first = math.inf
+
     def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        first = min(first, time.monotonic())
+        if time.monotonic() - first > _SAME_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         run.asked = True
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

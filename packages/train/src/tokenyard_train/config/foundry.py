@@ -163,3 +163,7 @@ INSTEAD = {
     "callbacks.generate_callback.batch_size": "leave it out; prompts are continued one by one",
 }
 """Keys of LLM Foundry, or its older spellings, and what to say here."""
+
+
+RENAMED = {"deterministic_mode": "deterministic"}
+"""At the top of the file: keys of Composer that mean the same here under another name."""

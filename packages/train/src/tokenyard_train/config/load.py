@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokenyard import BackendError, ConfigError, default_registry
 from tokenyard_models.schema import parse, warn_ignored, without_ignored
-from tokenyard_train.config.foundry import INSTEAD
+from tokenyard_train.config.foundry import INSTEAD, RENAMED
 from tokenyard_train.config.published import with_published_model
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
@@ -34,7 +34,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
 def read_config(data: Mapping[str, Any]) -> TrainConfig:
     """Check a config that is already a mapping, and fill in what it leaves open. Raises ConfigError."""
     ignored: list[str] = []
-    kept = without_ignored(TrainConfig, with_published_model(data), "", ignored)
+    kept = without_ignored(TrainConfig, with_published_model(_renamed(data)), "", ignored)
     kept = _without_ignored_by_model(kept, ignored)
     warn_ignored(ignored)
     _refuse_foundry_s(kept)
@@ -103,6 +103,19 @@ def _refuse_aliases_and_depth(text: str) -> None:
             raise ConfigError(f"it is nested deeper than {_MAX_DEPTH} levels")
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(f"the YAML alias *{event.anchor} is not supported; write ${{key}} instead")
+
+
+def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Put our key in place of another name for it. Raises ConfigError if both are given and disagree."""
+    renamed = dict(data)
+    for theirs, ours in RENAMED.items():
+        if theirs not in renamed:
+            continue
+        value = renamed.pop(theirs)
+        if ours in renamed and renamed[ours] != value:
+            raise ConfigError(f"{theirs} is {value!r} and {ours} is {renamed[ours]!r}; they mean the same, set one")
+        renamed[ours] = value
+    return renamed
 
 
 def _refuse_foundry_s(data: Mapping[str, Any], where: str = "") -> None:

@@ -154,6 +154,7 @@ class TrainConfig(Strict):
     global_train_batch_size: Count  # sequences per optimizer step, over all ranks
     device_train_microbatch_size: Count | Literal["auto"] = "auto"  # sequences per forward; auto: up to 16,384 tokens
     precision: Literal["fp32", "amp_bf16"] = "fp32"  # amp_bf16: float32 weights, bfloat16 products
+    deterministic: bool = False  # equal runs end bit-identical; what cannot repeat is refused by name
     activation_checkpointing: bool = False  # recompute blocks in the backward pass
     nonfinite: Literal["stop", "skip"] = "stop"  # what to do with a step whose loss or gradient is not finite
     nonfinite_limit: Count = 10  # with skip: so many such steps in a row stop the run, too
