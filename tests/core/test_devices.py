@@ -16,7 +16,8 @@ def two_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "card"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")]
+    ("name", "card"),
+    [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
 )
 def test_every_name_becomes_one_card(two_gpus, name, card):
     assert str(resolve_device(name)) == card

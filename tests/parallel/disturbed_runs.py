@@ -10,7 +10,7 @@ import torch.distributed as dist
 from layout_runs import Watch, digest, loaded
 from rich.console import Console
 
-from tokenyard_train.checkpoint import CheckpointError, write
+from tokenyard_train.checkpoint import CheckpointError, dcp
 from tokenyard_train.config import read_config
 from tokenyard_train.nonfinite import NonFiniteError
 from tokenyard_train.run import train
@@ -94,7 +94,7 @@ def asked(settings: dict, *how) -> tuple[str, int]:
 
 def unwritable(settings: dict, rank: int) -> str:
     """Train while one rank's disk is full; return the sentence that ends the run."""
-    save = write.dcp_save
+    save = dcp.save
 
     def full(*args, **kwargs):
         planner = kwargs["storage_writer"]
@@ -102,13 +102,13 @@ def unwritable(settings: dict, rank: int) -> str:
             planner.write_data = _no_space
         return save(*args, **kwargs)
 
-    write.dcp_save = full
+    dcp.save = full
     try:
         train(read_config(settings), Console(quiet=True))
     except CheckpointError as error:
         return str(error)
     finally:
-        write.dcp_save = save
+        dcp.save = save
     return "trained"
 
 

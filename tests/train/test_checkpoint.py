@@ -13,6 +13,7 @@ import torch
 from tokenyard_train.checkpoint import (
     CheckpointError,
     checkpoints,
+    dcp,
     newest_good,
     read_meta,
     read_tensors,
@@ -171,7 +172,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_debris(tmp_path, tens
         if how == "size limit":  # a real one: the kernel refuses to write further
             resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
         else:
-            monkeypatch.setattr(write, "dcp_save" if how == "tensors" else "write_manifest", fail)
+            monkeypatch.setattr(*((dcp, "save") if how == "tensors" else (write, "write_manifest")), fail)
         with pytest.raises(
             CheckpointError, match=rf"ba2 could not be saved \(.*\); the last good checkpoint is {before}"
         ):

@@ -54,3 +54,20 @@ def test_frozen_parameters_are_left_alone():
     model[0].requires_grad_(False)
     (group,) = build_optimizer(Optimizer(), model).param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in model[1].parameters()]
+
+
+def test_it_is_torch_s_fused_adamw_bit_for_bit():
+    """A parameter without a gradient stays as it is."""
+    ours, theirs = nn.Linear(7, 5), nn.Linear(7, 5)
+    theirs.load_state_dict(ours.state_dict())
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    one = build_optimizer(Optimizer(name="adamw", **options), ours)
+    other = torch.optim.AdamW(theirs.parameters(), **options, fused=True)
+    for step in range(5):
+        gradient = torch.randn(5, 7)
+        for model in (ours, theirs):
+            model.weight.grad = gradient.clone()
+            model.bias.grad = gradient.sum(1) if step % 2 else None
+        one.step()
+        other.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))

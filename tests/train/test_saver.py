@@ -72,13 +72,13 @@ def test_a_run_leaves_the_same_files_whether_it_waits_or_not(config, console, tm
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(config, console, monkeypatch, tmp_path):
-    from tokenyard_train.checkpoint import write
+    from tokenyard_train.checkpoint import dcp
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def spoil():
-        monkeypatch.setattr(write, "dcp_save", lambda *args, **kwargs: full())
+        monkeypatch.setattr(dcp, "save", lambda *args, **kwargs: full())
 
     sentence = r"ba4 could not be saved \(.*No space left.*\); the last good checkpoint is .*ba2"
     with pytest.raises(CheckpointError, match=sentence):

@@ -11,13 +11,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tokenyard.errors import ConfigError
 from tokenyard.experts import Experts
 from tokenyard.experts._weights import local_weight
 from tokenyard.interfaces import ExpertWeights
 from tokenyard.moe import moe_layers
+from tokenyard.sharded import is_sharded
 
 LoraTarget = Literal["up", "down"]
 """Which of an expert's matrices."""
@@ -78,7 +78,7 @@ def merge_lora(model: nn.Module) -> None:
         experts, adapter = moe.experts, moe.experts.adapter
         if not isinstance(adapter, LoraAdapter):
             continue
-        if isinstance(experts.up, DTensor):
+        if is_sharded(experts.up):
             raise ConfigError("a sharded model's adapters cannot be merged; load it in one process first")
         for target in filter(adapter.has, get_args(LoraTarget)):
             weight: Tensor = getattr(experts, target)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tokenyard.errors import ConfigError
 from tokenyard.interfaces import ExpertWeights, Permutation, Plan
 from tokenyard.workload import Workload
-from tokenyard_kernels_triton.ops._experts import Products, Save, experts_op
+from tokenyard_kernels_triton.ops._experts import Products, Save, experts
 
 
 class TritonExperts:
@@ -31,10 +31,7 @@ class TritonExperts:
 
     def __call__(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
-        y, _, _ = experts_op(
-            x, *plan[:3], topk_weights, *weights, plan.top_k, self.activation, self.save, self.products
-        )
-        return y
+        return experts(x, plan, topk_weights, weights, self.activation, save=self.save, kernels=self.products)
 
 
 class GluonExperts(TritonExperts):

@@ -75,8 +75,8 @@ class Transformer(nn.Module):
         workload = _workload(config, torch.device(device), compute_dtype, self.expert_parallel)
         meta = torch.get_default_device().type == "meta"
         with torch.device("meta" if meta else device):
-            self.embed = nn.Embedding(config.vocab_size, config.dim)
-            self.positions = nn.Embedding(config.max_seq_len, config.dim) if config.rope_theta is None else None
+            self.embed = _embedding(config.vocab_size, config.dim)
+            self.positions = _embedding(config.max_seq_len, config.dim) if config.rope_theta is None else None
             ffns = (_ffn(config, layer, workload, backends, registry) for layer in range(config.layers))
             self.blocks = nn.ModuleList(Block(config, ffn) for ffn in ffns)
             self.norm = _norm(config)
@@ -109,6 +109,14 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Give every parameter and buffer its initial value, the same in every layout."""
         initialize(self, seed, self.config.layers)
+
+
+def _embedding(rows: int, dim: int) -> nn.Embedding:
+    """Return an embedding; on the meta device, where nn.Embedding's own draw would import the compiler, undrawn."""
+    weight = torch.empty(rows, dim)
+    if not weight.is_meta:
+        nn.init.normal_(weight)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 def _norm(config: TransformerConfig) -> nn.Module:

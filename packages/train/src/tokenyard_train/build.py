@@ -14,6 +14,7 @@ from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 
 from tokenyard import ConfigError, default_registry, started_processes
+from tokenyard.sharded import allocate
 from tokenyard_models import flops_per_token
 from tokenyard_train.checkpoint import checkpoints
 from tokenyard_train.config.duration import Span
@@ -22,7 +23,7 @@ from tokenyard_train.data import Data, build_data
 from tokenyard_train.freezing import adapt, freeze
 from tokenyard_train.metrics import Metrics, Unwritten
 from tokenyard_train.notes import note_began
-from tokenyard_train.optim import build_optimizer
+from tokenyard_train.optim import AdamW, build_optimizer
 from tokenyard_train.precision import COMPUTE_DTYPES, computing_in
 from tokenyard_train.saver import Saver
 from tokenyard_train.stopwatch import Phases, untimed
@@ -38,7 +39,7 @@ class Run:
     folder: Path
     strategy: Any
     model: Any
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     data: Data
     metrics: Metrics
     saver: Saver
@@ -80,7 +81,8 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         torch.cuda.set_device(config.device)
     strategy, model = build_model(config)
     data = build_data(config)
-    model.to_empty(device=torch.device(config.device)).init_weights(config.seed)
+    allocate(model, config.device)
+    model.init_weights(config.seed)
     if config.activation_checkpointing:
         _recompute_blocks(model)
     batches = run_batches(config, data)

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tokenyard import FeedForward, Layout, MoE, is_gated, moe_layers
+from tokenyard.sharded import is_sharded, local_part
 from tokenyard_models import TransformerConfig
 from tokenyard_train.config.schema import TrainConfig
 
@@ -62,12 +62,12 @@ def estimate(config: TrainConfig, model: Any, layout: Layout) -> Memory:
 
 def _numbers(parameters: Iterable[nn.Parameter]) -> int:
     """Count the numbers that this rank holds."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+    return sum(local_part(p).numel() for p in parameters)
 
 
 def _copied(model: nn.Module) -> int:
     """Count the numbers of the weights that autocast copies: not of sharded experts, which are gathered narrow."""
-    gathered: set[Tensor] = {p for m in moe_layers(model) for p in m.experts.parameters() if isinstance(p, DTensor)}
+    gathered: set[Tensor] = {p for m in moe_layers(model) for p in m.experts.parameters() if is_sharded(p)}
     return sum(p.numel() for p in model.parameters() if p not in gathered)
 
 

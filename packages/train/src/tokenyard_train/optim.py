@@ -5,13 +5,53 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
+from tokenyard.sharded import is_sharded
 from tokenyard_train.config.schema import Optimizer, Scheduler
+from tokenyard_train.torch_private import keep_compiler_out_of_optimizers
 
 
-def build_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, bit for bit, whose step does not import the compiler. Parameters have one dtype."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            states = [self.moments(parameter) for parameter in parameters]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the step count and moments of a parameter, zero where no step has been taken."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def build_optimizer(config: Optimizer, model: nn.Module) -> AdamW:
     """Return AdamW over all trainable parameters, all of them decayed as Composer does.
 
     `decoupled_adamw` (Loshchilov and Hutter 2017, arXiv 1711.05101, as in Composer) shrinks weights by
@@ -21,11 +61,10 @@ def build_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.AdamW:
     decay = config.weight_decay / config.lr if config.name == "decoupled_adamw" else config.weight_decay
     groups: dict[object, list[nn.Parameter]] = {}
     for parameter in trainable(model).values():  # torch updates no list of tensors that lie on different meshes
-        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+        groups.setdefault(parameter.device_mesh if is_sharded(parameter) else None, []).append(parameter)
     parameters = [{"params": group} for group in groups.values()]
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True
-    )
+    keep_compiler_out_of_optimizers()
+    return AdamW(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True)
 
 
 def learning_rate(config: Scheduler, peak: float, batch: int, warmup: int, end: int) -> float:

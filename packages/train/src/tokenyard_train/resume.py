@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenyard_models.hf import Folder, load_weights
@@ -102,12 +101,7 @@ def _optimizer_state(run: Run) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 def _state_by_name(run: Run) -> dict[str, dict[str, Tensor]]:
     """Return AdamW's state of each parameter, making it where no step has been taken."""
-    for parameter in trainable(run.model).values():
-        state = run.optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    return {name: run.optimizer.state[parameter] for name, parameter in trainable(run.model).items()}
+    return {name: run.optimizer.moments(parameter) for name, parameter in trainable(run.model).items()}
 
 
 def _check_agreement(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:

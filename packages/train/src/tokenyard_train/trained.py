@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenyard import ConfigError, resolve_device
+from tokenyard.sharded import allocate
 from tokenyard_models import from_hf
 from tokenyard_train.build import build_model
 from tokenyard_train.checkpoint import model_tensors, newest_good, read_meta, read_tensors, verify
@@ -76,7 +77,7 @@ def _run(path: Path, changes: dict[str, Any]) -> Trained:
     meta = read_meta(checkpoint)
     config = read_config(layout_free(meta["config"]) | alone | changes)
     _, model = build_model(config)
-    model.to_empty(device=config.device)
+    allocate(model, config.device)
     read_tensors(checkpoint, model_tensors(model))
     began = (meta["config"].get("load_path") or "").removeprefix("hf://")
     source = Path(began) if began and (Path(began) / "config.json").exists() else None

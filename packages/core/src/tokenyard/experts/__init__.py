@@ -4,7 +4,20 @@ from tokenyard.experts._cpu import CpuExperts
 from tokenyard.experts._grouped import GroupedExperts
 from tokenyard.experts._loop import LoopExperts
 from tokenyard.experts._module import Experts
+from tokenyard.experts._op import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
 from tokenyard.experts._products import rows_outer, rows_times
 from tokenyard.experts._torch import TorchExperts
 
-__all__ = ["CpuExperts", "Experts", "GroupedExperts", "LoopExperts", "TorchExperts", "rows_outer", "rows_times"]
+__all__ = [
+    "CpuExperts",
+    "ExpertGradients",
+    "ExpertNeeds",
+    "Experts",
+    "ExpertsCall",
+    "GroupedExperts",
+    "LoopExperts",
+    "TorchExperts",
+    "register_experts_op",
+    "rows_outer",
+    "rows_times",
+]

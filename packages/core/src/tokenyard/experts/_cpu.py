@@ -6,14 +6,13 @@ token's output is a plain sum of rows, which ``F.embedding_bag`` gathers and add
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from tokenyard.activations import activate
-from tokenyard.experts._cpu_backward import cpu_experts_backward_op
+from tokenyard.experts._cpu_backward import cpu_backward
 from tokenyard.experts._cpu_rows import lay_out, rows_bound, rows_to_fill, sum_by_token, weighted
+from tokenyard.experts._op import ExpertsCall, register_experts_op
 from tokenyard.interfaces import ExpertWeights, Permutation, Plan
 from tokenyard.workload import Workload
 
@@ -26,27 +25,15 @@ class CpuExperts:
 
     def __call__(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
-        y, _ = cpu_experts_op(x, *plan[:3], topk_weights, *weights, plan.top_k, self.activation)
-        return y
+        return _experts(x, plan, topk_weights, weights, self.activation)
 
 
-@torch.library.custom_op("tokenyard::cpu_experts", mutates_args=(), device_types="cpu")
-def cpu_experts_op(
-    x: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    topk_weights: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    top_k: int,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
+def _forward(call: ExpertsCall) -> tuple[Tensor, Tensor]:
     """Return y [T, D] and the pre-activation z [rows of the layout, 2F or F]."""
-    layout = lay_out(Plan(order, inverse, offsets, top_k), topk_weights, x.dtype)
-    z, rows = x.new_empty(layout.rows, up.shape[1]), rows_to_fill(layout, x.shape[1], x.dtype)
+    x, plan, topk_weights, (up, down, up_bias, down_bias), activation = call
+    layout = lay_out(plan, topk_weights, x.dtype)
+    z = x.new_empty(layout.rows, up.shape[1])
+    rows = rows_to_fill(layout, x.shape[1], x.dtype)
     for e, a, b in layout.segments:
         torch.mm(x.index_select(0, layout.tokens[a:b]), up[e].T, out=z[a:b])
         if up_bias is not None:
@@ -58,26 +45,9 @@ def cpu_experts_op(
     return sum_by_token(rows, layout), z
 
 
-@cpu_experts_op.register_fake
-def _(
-    x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor | None, up: Tensor, *rest: Any
-) -> Any:
-    return x.new_empty(x.shape), x.new_empty(rows_bound(order.shape[0], up.shape[0], x.dtype), up.shape[1])
+def _saved(call: ExpertsCall) -> tuple[Tensor]:
+    up = call.weights.up
+    return (call.x.new_empty(rows_bound(call.plan.order.shape[0], up.shape[0], call.x.dtype), up.shape[1]),)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, order, inverse, offsets, topk_weights, up, down, _, down_bias, top_k, activation = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or z, which nothing else reads, gets a gradient of zeros, written out
-    ctx.save_for_backward(x, output[1], order, inverse, offsets, topk_weights, up, down, down_bias)
-    ctx.top_k, ctx.activation = top_k, activation
-
-
-def _backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5, 6, 7, 8)]
-    grads = cpu_experts_backward_op(dy, *ctx.saved_tensors, ctx.top_k, ctx.activation, needs)
-    dx, dweights, dup, ddown, dup_bias, ddown_bias = (g if n else None for g, n in zip(grads, needs))
-    return dx, None, None, None, dweights, dup, ddown, dup_bias, ddown_bias, None, None
-
-
-cpu_experts_op.register_autograd(_backward, setup_context=_setup_context)
+_experts = register_experts_op("tokenyard::cpu_experts", _forward, cpu_backward, _saved, device="cpu")

@@ -3,60 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenyard.activations import activate_with_pullback
 from tokenyard.experts._cpu_rows import Layout, lay_out, rows_to_fill, sum_by_token, weighted
-from tokenyard.interfaces import Plan, logits_dtype
+from tokenyard.experts._op import ExpertGradients, ExpertNeeds, ExpertsCall
+from tokenyard.interfaces import logits_dtype
 
-_NAMES = ("x", "topk_weights", "up", "down", "up_bias", "down_bias")
 
-
-@torch.library.custom_op("tokenyard::cpu_experts_backward", mutates_args=(), device_types="cpu")
-def cpu_experts_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    order: Tensor,
-    inverse: Tensor,
-    offsets: Tensor,
-    topk_weights: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    down_bias: Tensor | None,
-    top_k: int,
-    activation: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Return the gradients of x, topk_weights, up, down, up_bias and down_bias; an empty one where none is needed."""
-    layout = lay_out(Plan(order, inverse, offsets, top_k), topk_weights, x.dtype)
+def cpu_backward(dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: ExpertNeeds) -> ExpertGradients:
+    """Return the gradients that are needed; `saved` is the pre-activation z."""
+    x, plan, topk_weights, (up, down, _, down_bias), activation = call
+    layout = lay_out(plan, topk_weights, x.dtype)
     grads = _unwritten(x, layout, up, down, needs)
-    backward = _Backward(dy, x, z, layout, up, down, down_bias, activation, grads)
+    backward = _Backward(dy, x, saved[0], layout, up, down, down_bias, activation, grads)
     for e, a, b in layout.segments:
         backward.expert(e, a, b)
-    for e in (offsets.diff() == 0).nonzero().flatten().tolist():
+    for e in (plan.offsets.diff() == 0).nonzero().flatten().tolist():
         for name in grads.keys() & {"up", "down", "up_bias", "down_bias"}:
             grads[name][e] = 0
     if "x" in grads:
         grads["x"] = sum_by_token(grads["x"], layout)
     if "topk_weights" in grads:
         grads["topk_weights"] = grads["topk_weights"][:, 0][layout.slots]
-    return [grads.get(name, dy.new_empty(0)) for name in _NAMES]
+    return ExpertGradients(**grads)
 
 
-@cpu_experts_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, z: Tensor, *rest: Any) -> list[Tensor]:
-    _, _, _, topk_weights, up, down, _, _, _, needs = rest
-    weights = x if topk_weights is None else topk_weights
-    shapes = (x.shape, weights.shape, up.shape, down.shape, up.shape[:2], down.shape[:2])
-    likes = (x, weights, up, down, up, down)
-    return [like.new_empty(shape if need else 0) for like, shape, need in zip(likes, shapes, needs)]
-
-
-def _unwritten(x: Tensor, layout: Layout, up: Tensor, down: Tensor, needs: list[bool]) -> dict[str, Tensor]:
+def _unwritten(x: Tensor, layout: Layout, up: Tensor, down: Tensor, needs: ExpertNeeds) -> dict[str, Tensor]:
     """Return where the gradients that are needed go: those of x and topk_weights by row."""
     made = {
         "x": lambda: rows_to_fill(layout, x.shape[1], x.dtype),
@@ -66,7 +41,7 @@ def _unwritten(x: Tensor, layout: Layout, up: Tensor, down: Tensor, needs: list[
         "up_bias": lambda: up.new_empty(up.shape[:2]),
         "down_bias": lambda: down.new_empty(down.shape[:2]),
     }
-    return {name: made[name]() for name, need in zip(_NAMES, needs) if need}
+    return {name: made[name]() for name, need in needs._asdict().items() if need}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenyard.interfaces import Plan
+from tokenyard.operators import operator
 from tokenyard.permutations._moves import kept_slots, rows_to_slots, slots_to_rows, to_rows, to_tokens
 from tokenyard.workload import Workload
 
@@ -38,18 +39,18 @@ class TorchPermutation:
         return unpermute_op(rows, topk_weights, *plan)
 
 
-@torch.library.custom_op("tokenyard::permute", mutates_args=())
+@operator("tokenyard::permute")
 def permute_op(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     """Copy tokens x [T, D] to rows [R, D]."""
     return to_rows(x, Plan(order, inverse, offsets, top_k))
 
 
-@permute_op.register_fake
+@torch.library.register_fake(permute_op)
 def _(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     return x.new_empty(order.shape[0], x.shape[1])
 
 
-@torch.library.custom_op("tokenyard::unpermute", mutates_args=())
+@operator("tokenyard::unpermute")
 def unpermute_op(
     rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
 ) -> Tensor:
@@ -57,7 +58,7 @@ def unpermute_op(
     return to_tokens(rows, Plan(order, inverse, offsets, top_k), topk_weights)
 
 
-@unpermute_op.register_fake
+@torch.library.register_fake(unpermute_op)
 def _(rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
 
@@ -90,5 +91,5 @@ def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return drows, dweights, None, None, None, None
 
 
-permute_op.register_autograd(_permute_backward, setup_context=_save_plan)
-unpermute_op.register_autograd(_unpermute_backward, setup_context=_save_rows)
+torch.library.register_autograd(permute_op, _permute_backward, setup_context=_save_plan)
+torch.library.register_autograd(unpermute_op, _unpermute_backward, setup_context=_save_rows)

@@ -7,13 +7,28 @@ from typing import Any
 import pytest
 import torch
 
+from tokenyard.backend import Kind
 from tokenyard.errors import BackendError
 from tokenyard.moe import MoE
+from tokenyard.registry import Chosen, Registry, Request, default_registry
 from tokenyard.testing._base import Conformance
 from tokenyard.workload import Workload
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _D, _F, _E, _K = 32, 48, 4, 2
+
+
+class _WithTheRest(Registry):
+    """The registry under test for its own kind, and the installed backends for all others."""
+
+    def __init__(self, own: Registry, kind: Kind):
+        super().__init__(())
+        self._own, self._kind = own, kind
+
+    def choose(self, kind: Kind, request: Request = None, workload: Workload | None = None) -> Chosen:
+        """Choose from the registry of that kind."""
+        registry = self._own if kind == self._kind else default_registry()
+        return registry.choose(kind, request, workload)
 
 
 class LayerPartConformance(Conformance):
@@ -44,7 +59,8 @@ class LayerPartConformance(Conformance):
             reason = self.offered().unusable(workload)
             if reason is None:
                 chosen: dict[str, Any] = {self.kind: {"name": self.backend, **self.options}}
-                return MoE(workload, backends=chosen, registry=self.registry(), dtype=dtype), workload
+                registry = _WithTheRest(self.registry(), self.kind)
+                return MoE(workload, backends=chosen, registry=registry, dtype=dtype), workload
             reasons.append(reason)
         return pytest.skip(f"{self.backend}: {reasons[0]}")
 

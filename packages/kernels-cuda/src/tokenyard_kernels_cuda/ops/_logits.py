@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard_kernels_cuda.ops._moves import ELEMENTS
-from tokenyard_kernels_cuda.ops._operator import only_once, operator
 from tokenyard_kernels_cuda.ops._sizes import ceil_div
 from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
 
@@ -31,7 +31,7 @@ def split_kernel(dtype: torch.dtype) -> Kernel:
     return Kernel(source, "split_in_two", wide=Array(torch.float32), both=Array(dtype), rows=Int(), width=Int())
 
 
-@operator("logits")
+@operator("tokenyard_cuda::logits")
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [T, D] times weight.T [D, E] in float32."""
     return _wide_product(x, weight.t())
@@ -42,7 +42,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
-@operator("logits_backward")
+@operator("tokenyard_cuda::logits_backward")
 def logits_backward_op(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
     """Return the gradients of x and of weight; an empty one where none is needed."""
     both = _split(dlogits.contiguous(), x.dtype)  # [T, 2E]
@@ -79,7 +79,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
-    only_once()
+    refuse_second_derivative("cuda")
     needs = list(ctx.needs_input_grad)
     grads = logits_backward_op(dlogits, *ctx.saved_tensors, needs)
     return tuple(g if need else None for g, need in zip(grads, needs))

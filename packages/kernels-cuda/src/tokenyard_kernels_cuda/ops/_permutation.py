@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tokenyard.interfaces import Plan
+from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard_kernels_cuda.ops._moves import to_rows, to_tokens, to_tokens_backward
-from tokenyard_kernels_cuda.ops._operator import only_once, operator
 
 
-@operator("permute")
+@operator("tokenyard_cuda::permute")
 def permute_op(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     """Copy tokens x [T, D] to rows [R, D]; the tail is zero."""
     if inverse.shape[0] != x.shape[0] * top_k:
@@ -28,7 +28,7 @@ def _(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) ->
     return x.new_empty(order.shape[0], x.shape[1])
 
 
-@operator("unpermute")
+@operator("tokenyard_cuda::unpermute")
 def unpermute_op(
     rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
 ) -> Tensor:
@@ -44,7 +44,7 @@ def _(rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor,
     return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
 
 
-@operator("unpermute_backward")
+@operator("tokenyard_cuda::unpermute_backward")
 def unpermute_backward_op(
     dy: Tensor,
     rows: Tensor | None,
@@ -96,7 +96,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    only_once()
+    refuse_second_derivative("cuda")
     rows, weights, *plan = ctx.saved_tensors
     want_rows, want_weights = ctx.needs_input_grad[:2]
     drows, dweights = unpermute_backward_op(dy, rows, weights, *plan, ctx.top_k, want_rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenyard_kernels_cuda.ops._operator import operator
+from tokenyard.operators import operator
 from tokenyard_kernels_cuda.ops._sizes import SHARED, WARP, ceil_div, fitting_warps, round_up
 from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
 
@@ -36,7 +36,7 @@ MOST_EXPERTS = SHARED // 4 // 3 - 1
 """Of each, a block has three counters in shared memory even if it is one warp."""
 
 
-@operator("plan")
+@operator("tokenyard_cuda::plan")
 def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return order [rows], inverse [N] and offsets [E + 1] of topk_ids [T, K]."""
     slots, buckets = topk_ids.numel(), num_experts + 1

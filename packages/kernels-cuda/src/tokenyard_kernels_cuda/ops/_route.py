@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard.workload import RoutingRule
-from tokenyard_kernels_cuda.ops._operator import only_once, operator
 from tokenyard_kernels_cuda.ops._sizes import WARP, ceil_div, fitting_warps
 from tokenyard_kernels_cuda.toolchain import Array, Float, Int, Kernel, Parameters, Source
 
@@ -45,7 +45,7 @@ def routes(experts: int) -> Routes:
     )
 
 
-@operator("route")
+@operator("tokenyard_cuda::route")
 def route_op(
     logits: Tensor,
     bias: Tensor | None,
@@ -72,7 +72,7 @@ def _(logits: Tensor, bias: Tensor | None, top_k: int, *rule: Any) -> tuple[Tens
     return ids, logits.new_empty(logits.shape[0], top_k)
 
 
-@operator("weigh")
+@operator("tokenyard_cuda::weigh")
 def weigh_op(logits: Tensor, ids: Tensor, score: int, power: float, scale: float) -> Tensor:
     """Return the weights [T, K] float32 of given ids [T, K] int32, by logits [T, E]; a dropped one weighs 0."""
     weights = logits.new_empty(ids.shape)
@@ -96,7 +96,7 @@ def _route(logits: Tensor, bias: Tensor | None, given: Tensor | None, ids: Tenso
     routes(experts).route((ceil_div(tokens, warps), 1), warps * WARP, *arguments, shared=4 * warps * words)
 
 
-@operator("weights_backward")
+@operator("tokenyard_cuda::weights_backward")
 def weights_backward_op(
     dweights: Tensor, logits: Tensor, ids: Tensor, score: int, power: float, scale: float
 ) -> Tensor:
@@ -126,7 +126,7 @@ def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _route_backward(ctx: Any, _: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
-    only_once()
+    refuse_second_derivative("cuda")
     return weights_backward_op(dweights, *ctx.saved_tensors, *ctx.rule), *(None,) * 8
 
 
@@ -136,7 +136,7 @@ def _save_weigh(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _weigh_backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
-    only_once()
+    refuse_second_derivative("cuda")
     return weights_backward_op(dweights, *ctx.saved_tensors, *ctx.rule), *(None,) * 4
 
 

@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.ops._narrow import split_in_two
 
 
-@torch.library.custom_op("tokenyard_triton::logits", mutates_args=())
+@operator("tokenyard_triton::logits")
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [T, D] times weight.T [D, E] in float32."""
     return _wide_product(x, weight.t())
 
 
-@logits_op.register_fake
+@torch.library.register_fake(logits_op)
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("tokenyard_triton::logits_backward", mutates_args=())
+@operator("tokenyard_triton::logits_backward")
 def logits_backward_op(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
     """Return the gradients of x and of weight; an empty one where none is needed."""
     with on_device_of(x):
@@ -40,7 +41,7 @@ def logits_backward_op(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[b
     return [dx, dweight]
 
 
-@logits_backward_op.register_fake
+@torch.library.register_fake(logits_backward_op)
 def _(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
     return [t.new_empty(t.shape if need else 0) for t, need in zip((x, weight), needs)]
 
@@ -57,9 +58,10 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("triton")
     needs = list(ctx.needs_input_grad)
     grads = logits_backward_op(dlogits, *ctx.saved_tensors, needs)
     return tuple(g if need else None for g, need in zip(grads, needs))
 
 
-logits_op.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(logits_op, _backward, setup_context=_save)

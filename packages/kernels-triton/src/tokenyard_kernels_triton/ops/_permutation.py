@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from tokenyard.interfaces import Plan
+from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.ops._moves import dot_with_rows, to_rows, to_tokens
 
 
-@torch.library.custom_op("tokenyard_triton::permute", mutates_args=())
+@operator("tokenyard_triton::permute")
 def permute_op(
     x: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
 ) -> Tensor:
@@ -24,12 +25,12 @@ def permute_op(
         return to_rows(x.contiguous(), Plan(order, inverse, offsets, top_k), weights, tail=True)
 
 
-@permute_op.register_fake
+@torch.library.register_fake(permute_op)
 def _(x: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     return x.new_empty(order.shape[0], x.shape[1])
 
 
-@torch.library.custom_op("tokenyard_triton::unpermute", mutates_args=())
+@operator("tokenyard_triton::unpermute")
 def unpermute_op(
     rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
 ) -> Tensor:
@@ -41,12 +42,12 @@ def unpermute_op(
         return to_tokens(rows.contiguous(), Plan(order, inverse, offsets, top_k), weights)
 
 
-@unpermute_op.register_fake
+@torch.library.register_fake(unpermute_op)
 def _(rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
 
 
-@torch.library.custom_op("tokenyard_triton::unpermute_weights_backward", mutates_args=())
+@operator("tokenyard_triton::unpermute_weights_backward")
 def weights_backward_op(
     dy: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
 ) -> Tensor:
@@ -57,7 +58,7 @@ def weights_backward_op(
         return dot_with_rows(dy.contiguous(), rows.contiguous(), Plan(order, inverse, offsets, top_k))
 
 
-@weights_backward_op.register_fake
+@torch.library.register_fake(weights_backward_op)
 def _(dy: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     return dy.new_empty(dy.shape[0], top_k, dtype=torch.float32)
 
@@ -77,6 +78,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("triton")
     rows, weights, *plan = ctx.saved_tensors
     need_rows, need_weights = ctx.needs_input_grad[:2]
     drows = permute_op(dy, weights, *plan, ctx.top_k) if need_rows else None
@@ -84,5 +86,5 @@ def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return drows, dweights, None, None, None, None
 
 
-permute_op.register_autograd(_permute_backward, setup_context=_save_plan)
-unpermute_op.register_autograd(_unpermute_backward, setup_context=_save_rows)
+torch.library.register_autograd(permute_op, _permute_backward, setup_context=_save_plan)
+torch.library.register_autograd(unpermute_op, _unpermute_backward, setup_context=_save_rows)

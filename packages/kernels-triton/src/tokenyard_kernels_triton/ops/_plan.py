@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenyard.operators import operator
 from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_two
 from tokenyard_kernels_triton.kernels import _plan
 
@@ -13,7 +14,7 @@ _BUCKETS = 32  # that a program counts at a time
 _BLOCKS = 256  # whose counts are added up at a time
 
 
-@torch.library.custom_op("tokenyard_triton::plan", mutates_args=())
+@operator("tokenyard_triton::plan")
 def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return order [rows], inverse [N] and offsets [E + 1] of topk_ids [T, K]."""
     slots = topk_ids.numel()
@@ -48,7 +49,7 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
     return order, inverse, offsets
 
 
-@plan_op.register_fake
+@torch.library.register_fake(plan_op)
 def _(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(topk_ids, num_experts, rows)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard.workload import RoutingRule
 from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_two
 from tokenyard_kernels_triton.kernels import _select
@@ -14,7 +15,7 @@ from tokenyard_kernels_triton.kernels import _select
 _ENTRIES = 4096  # of [T, E] that one program holds
 
 
-@torch.library.custom_op("tokenyard_triton::select_experts", mutates_args=())
+@operator("tokenyard_triton::select_experts")
 def select_op(
     logits: Tensor,
     bias: Tensor | None,
@@ -50,12 +51,12 @@ def select_op(
     return ids
 
 
-@select_op.register_fake
+@torch.library.register_fake(select_op)
 def _(logits: Tensor, bias: Tensor | None, top_k: int, *rule: Any) -> Tensor:
     return logits.new_empty(logits.shape[0], top_k, dtype=torch.int32)
 
 
-@torch.library.custom_op("tokenyard_triton::weigh_experts", mutates_args=())
+@operator("tokenyard_triton::weigh_experts")
 def weigh_op(
     logits: Tensor, ids: Tensor, sigmoid: bool, select_first: bool, normalize: float | None, scale: float
 ) -> Tensor:
@@ -77,12 +78,12 @@ def weigh_op(
     return weights
 
 
-@weigh_op.register_fake
+@torch.library.register_fake(weigh_op)
 def _(logits: Tensor, ids: Tensor, *rule: Any) -> Tensor:
     return logits.new_empty(ids.shape)
 
 
-@torch.library.custom_op("tokenyard_triton::weigh_experts_backward", mutates_args=())
+@operator("tokenyard_triton::weigh_experts_backward")
 def weigh_backward_op(
     dweights: Tensor,
     logits: Tensor,
@@ -111,7 +112,7 @@ def weigh_backward_op(
     return dlogits
 
 
-@weigh_backward_op.register_fake
+@torch.library.register_fake(weigh_backward_op)
 def _(dweights: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -141,10 +142,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("triton")
     return weigh_backward_op(dweights, *ctx.saved_tensors, *ctx.rule), None, None, None, None, None
 
 
-weigh_op.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(weigh_op, _backward, setup_context=_save)
 
 
 def select(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) -> Tensor:

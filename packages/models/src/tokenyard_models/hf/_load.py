@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenyard import Registry, default_registry
+from tokenyard.sharded import allocate
 from tokenyard_models.hf._families import Layout, layout_of
 from tokenyard_models.hf._folder import Folder, Reader, WeightsError
 from tokenyard_models.hf._pieces import Piece, slices
@@ -44,7 +45,7 @@ def from_hf(
     placement |= {"device": device, "dtype": dtype, "compute_dtype": compute_dtype or dtype, "registry": registry}
     with torch.device("meta"):
         model = chosen.construct(section, **placement)
-    model.to_empty(device=device)
+    allocate(model, device)
     for buffer in model.buffers():
         buffer.zero_()
     load_weights(model, folder)

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from tokenyard.sharded import is_sharded
 from tokenyard_models.hf._families import Layout
 from tokenyard_models.hf._folder import INDEX, SINGLE, WeightsError
 from tokenyard_models.hf._pieces import Piece, slices
@@ -44,7 +44,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def gathered(parameters: Mapping[str, Tensor], name: str) -> Tensor:
     """Return a parameter as a whole, of one that is sharded, too."""
     parameter = parameters[name]
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+    return parameter.full_tensor() if is_sharded(parameter) else parameter.detach()
 
 
 def dtypes(parameters: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from tokenyard.sharded import is_sharded
 
 
 class Staged(Tensor):
@@ -28,7 +29,7 @@ def stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _staged(name: str, tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor.detach().to("cpu", copy=True)
     copy = tensor.to_local().detach().to("cpu", copy=True).as_subclass(Staged)
     copy._items = tensor.__create_write_items__(name, tensor)

@@ -5,16 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from tokenyard_train.checkpoint.manifest import CheckpointError, fault_in, verify
 from tokenyard_train.together import is_first, on_first
@@ -56,13 +50,9 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Fill tensors in place from a verified checkpoint; raises CheckpointError for a name or shape that it lacks."""
-    try:
-        with quietly():
-            dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    except CheckpointException as error:
-        raise CheckpointError(f"checkpoint {checkpoint} is of another model: {cause(error)}") from None
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {cause(error)}") from None
+    from tokenyard_train.checkpoint.dcp import read_into
+
+    read_into(checkpoint, tensors)
 
 
 def load_model(model: nn.Module, checkpoint: Path) -> None:
@@ -77,18 +67,3 @@ def load_model(model: nn.Module, checkpoint: Path) -> None:
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's state under the names it has in checkpoints."""
     return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
-
-
-def cause(error: BaseException) -> str:
-    """Return the first thing that went wrong, in one line; DCP gathers what each rank said."""
-    failures = getattr(error, "failures", None)
-    inner = next(iter(failures.values()))[0] if failures else error
-    return " ".join(str(inner).split())
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Silence DCP's remark that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

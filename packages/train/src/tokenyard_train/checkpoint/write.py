@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from tokenyard import TokenyardError, started_processes
+from tokenyard import TokenyardError
 from tokenyard_train.checkpoint.manifest import NAME as MANIFEST
 from tokenyard_train.checkpoint.manifest import CheckpointError, Entry, entry_of, write_manifest
-from tokenyard_train.checkpoint.store import META, cause, checkpoints, quietly
+from tokenyard_train.checkpoint.store import META, checkpoints
 from tokenyard_train.together import is_first, on_first, share_out
 
 _UNFINISHED = ".unfinished-"
@@ -55,8 +52,8 @@ def _writing(step: Callable[[], T]) -> T:
     """Run a step; what the file system refuses becomes a CheckpointError."""
     try:
         return step()
-    except (OSError, CheckpointException) as error:
-        raise CheckpointError(cause(error)) from None
+    except OSError as error:
+        raise CheckpointError(" ".join(str(error).split())) from None
 
 
 def _begin(folder: Path, unfinished: Path) -> None:
@@ -105,9 +102,9 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def _save_tensors(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:
-    with quietly():
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp_save(tensors, storage_writer=writer, no_dist=started_processes() == 1, process_group=group)
+    from tokenyard_train.checkpoint import dcp
+
+    dcp.write_tensors(folder, tensors, group)
 
 
 def _sync(path: Path) -> None:
