@@ -118,6 +118,26 @@ def move(permutation, x, plan, weights):
     y.backward(torch.zeros_like(y))
 
 
+def not_prepared():
+    """Return the names of kernels that a layer launches, and that `prepare` of its parts has not compiled."""
+    from tokenyard_kernels_triton.experts import GluonExperts
+    from tokenyard_kernels_triton.permutation import TritonPermutation
+    from tokenyard_kernels_triton.router import TritonRouter
+
+    tokens, dim, ffn_dim, experts, top_k = SHAPES["narrow"]
+    rule = RoutingRule(score="sigmoid", normalize=1.0, bias_update_rate=0.01, num_groups=2, groups_kept=1)
+    workload = Workload(dim, ffn_dim, experts, top_k, dtype=torch.bfloat16, router=rule)
+    ahead, launched = [], []
+    with compiling(ahead):
+        router = TritonRouter(workload).bfloat16()
+        for part in (GluonExperts(workload, None), router, TritonPermutation(workload)):
+            part.prepare(tokens)
+    with compiling(launched):
+        layer("GluonExperts", SHAPES["narrow"], torch.bfloat16, "swiglu", False, "pre_activation")
+    hashes = {(kernel.result() if hasattr(kernel, "result") else kernel).hash for _, kernel in ahead}
+    return sorted({name for name, kernel in launched if kernel.hash not in hashes})
+
+
 CASES = (
     ("GluonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("GluonExperts", "widest", torch.bfloat16, "swiglu", False, "pre_activation"),
@@ -154,6 +174,8 @@ def main():
                 head = {"kernels": kernels, "case": name, "dtype": str(dtype).removeprefix("torch.")}
                 head |= {"activation": activation}
                 print(json.dumps(head | {"kernel": kernel_name} | usage(kernel)), flush=True)
+    tiling.gpu_key = gpu_key
+    print(json.dumps({"not prepared": not_prepared()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +75,18 @@ class MoE(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(x.shape), routing
+
+    def prepare(self, tokens: int) -> None:
+        """Compile, in parallel, the kernels that a forward and backward pass over `tokens` tokens launches.
+
+        A backend compiles its own in an optional method ``prepare(tokens)``. One without it compiles, if it has
+        anything to compile, when it is first called.
+        """
+        parts = (self.router, self.experts.permutation, self.experts.kernel)
+        methods = [part.prepare for part in parts if hasattr(part, "prepare")]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            for prepared in [pool.submit(method, tokens) for method in methods]:
+                prepared.result()
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

@@ -6,15 +6,23 @@ from torch import Tensor
 
 from tokenyard.interfaces import Plan
 from tokenyard.workload import Workload
+from tokenyard_kernels_cuda.ops._moves import ELEMENTS, moves, vectors_of
 from tokenyard_kernels_cuda.ops._permutation import permute_op, unpermute_op
-from tokenyard_kernels_cuda.ops._plan import plan_op
+from tokenyard_kernels_cuda.ops._plan import KERNELS, plan_op
+from tokenyard_kernels_cuda.toolchain import compile_kernels
 
 
 class CudaPermutation:
     """Plans and moves by CUDA kernels; repeatable bit by bit."""
 
     def __init__(self, workload: Workload):
-        pass
+        self.workload = workload
+
+    def prepare(self, tokens: int) -> None:
+        """Compile the kernels, in parallel."""
+        dtype = self.workload.dtype
+        moving = moves(dtype, vectors_of(dtype)[0])[1:] if dtype in ELEMENTS else ()
+        compile_kernels([*KERNELS, *moving], self.workload.device)
 
     def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
         """Sort the slots of topk_ids [T, K] by expert, stably; dropped ones go last, into the tail."""

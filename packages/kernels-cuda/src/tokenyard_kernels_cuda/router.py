@@ -7,12 +7,26 @@ from torch import Tensor
 
 from tokenyard.numerics import compute_dtype
 from tokenyard.routers import TopKRouter
-from tokenyard_kernels_cuda.ops._logits import NARROW, logits_op
-from tokenyard_kernels_cuda.ops._route import route, weigh
+from tokenyard.workload import Workload
+from tokenyard_kernels_cuda.ops._logits import NARROW, logits_op, split_kernel
+from tokenyard_kernels_cuda.ops._route import route, routes, weigh
+from tokenyard_kernels_cuda.toolchain import compile_kernels
 
 
 class CudaRouter(TopKRouter):
     """Scores tokens by one matrix and selects the K best experts, as ``workload.router`` says."""
+
+    def __init__(self, workload: Workload):
+        super().__init__(workload)
+        self.workload = workload
+
+    def prepare(self, tokens: int) -> None:
+        """Compile the kernels, in parallel."""
+        dtype = self.workload.dtype
+        kernels = list(routes(self.num_experts))
+        if dtype in NARROW:
+            kernels.append(split_kernel(dtype))
+        compile_kernels(kernels, self.workload.device)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return x [T, D] times the router's weight, in float32: [T, E]."""

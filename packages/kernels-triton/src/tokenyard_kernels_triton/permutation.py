@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from tokenyard.interfaces import Plan
+from tokenyard.interfaces import Plan, logits_dtype
 from tokenyard.workload import Workload
-from tokenyard_kernels_triton.ops._permutation import permute_op, unpermute_op
+from tokenyard_kernels_triton.launching import compiling
+from tokenyard_kernels_triton.ops._permutation import permute_op, unpermute_op, weights_backward_op
 from tokenyard_kernels_triton.ops._plan import plan_op
 
 
@@ -14,7 +16,20 @@ class TritonPermutation:
     """Plans and moves by Triton kernels; repeatable, without atomics."""
 
     def __init__(self, workload: Workload):
-        pass
+        self.workload = workload
+
+    def prepare(self, tokens: int) -> None:
+        """Compile the kernels for so many tokens, in parallel."""
+        w = self.workload
+        ids = torch.empty(tokens, w.top_k, dtype=torch.int32, device=w.device)
+        x = torch.empty(tokens, w.dim, dtype=w.dtype, device=w.device)
+        topk_weights = torch.empty(tokens, w.top_k, dtype=logits_dtype(w.dtype), device=w.device)
+        with compiling():
+            plan = self.plan(ids, w.num_experts // w.expert_parallel)
+            for weights in (None, topk_weights):
+                rows = permute_op(x, weights, *plan)
+                unpermute_op(rows, weights, *plan)
+            weights_backward_op(x, rows, *plan)
 
     def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
         """Sort the slots of topk_ids [T, K] by expert, stably; dropped ones go last, into the tail."""

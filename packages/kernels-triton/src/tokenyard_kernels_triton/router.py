@@ -7,14 +7,21 @@ from torch import Tensor
 
 from tokenyard.numerics import compute_dtype
 from tokenyard.routers import TopKRouter
+from tokenyard.workload import Workload
+from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops._logits import logits_op
-from tokenyard_kernels_triton.ops._select import select, weigh
+from tokenyard_kernels_triton.ops._narrow import split_in_two
+from tokenyard_kernels_triton.ops._select import select, weigh, weigh_gradient
 
 _NARROW = (torch.bfloat16, torch.float16)
 
 
 class TritonRouter(TopKRouter):
     """Scores tokens by one matrix and selects the K best experts, as ``workload.router`` says."""
+
+    def __init__(self, workload: Workload):
+        super().__init__(workload)
+        self.workload = workload
 
     def logits(self, x: Tensor) -> Tensor:
         """Return x [T, D] times the router's weight, in float32: [T, E]."""
@@ -28,3 +35,14 @@ class TritonRouter(TopKRouter):
         """Return ids and weights [T, K]; given ids are only weighted."""
         ids = select(logits, self.selection_bias, self.top_k, self.rule) if topk_ids is None else topk_ids
         return ids, weigh(logits, ids, self.rule)
+
+    def prepare(self, tokens: int) -> None:
+        """Compile the kernels for so many tokens, in parallel."""
+        device, dtype = self.workload.device, self.workload.dtype
+        logits = torch.empty(tokens, self.num_experts, device=device)
+        bias = None if self.selection_bias is None else torch.empty_like(self.selection_bias, device=device)
+        with compiling():
+            ids = select(logits, bias, self.top_k, self.rule)
+            weigh_gradient(weigh(logits, ids, self.rule), logits, ids, self.rule)
+            if dtype in _NARROW:
+                split_in_two(logits, dtype)

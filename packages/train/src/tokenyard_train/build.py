@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 
-from tokenyard import ConfigError, default_registry, started_processes
+from tokenyard import ConfigError, default_registry, moe_layers, started_processes
 from tokenyard.sharded import allocate
 from tokenyard_models import flops_per_token
 from tokenyard_train.checkpoint import checkpoints
@@ -81,6 +81,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         torch.cuda.set_device(config.device)
     strategy, model = build_model(config)
     data = build_data(config)
+    _prepare_kernels(config, model)
     allocate(model, config.device)
     model.init_weights(config.seed)
     if config.activation_checkpointing:
@@ -149,6 +150,13 @@ def run_batches(config: TrainConfig, data: Data) -> int:
 def epoch_batches(config: TrainConfig, data: Data) -> int:
     """Return the optimizer steps of one epoch; what does not fill a last one is seen first in the next epoch."""
     return max(1, len(data.train) // config.global_train_batch_size)
+
+
+def _prepare_kernels(config: TrainConfig, model: Any) -> None:
+    """Compile what the first step will launch. All MoE layers of a model launch the same kernels."""
+    layers = moe_layers(model)
+    if layers and config.device.startswith("cuda"):
+        layers[0].prepare(int(config.device_train_microbatch_size) * config.max_seq_len)
 
 
 def _recompute_blocks(model: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -48,6 +50,24 @@ def function(source: Source, name: str, device: int) -> Any:
 
     kernel = checked(driver.cuLibraryGetKernel(_library(source, device), name.encode()), f"to find {name} in {source}")
     return checked(driver.cuKernelGetFunction(kernel), f"to load {name} of {source}")
+
+
+def load(sources: Iterable[Source], device: int) -> None:
+    """Compile sources that were never compiled before, in parallel, and load them on a GPU.
+
+    Raises CompileError and DriverError.
+    """
+    with ThreadPoolExecutor() as pool:
+        for loaded in [pool.submit(_load, source, device) for source in sources]:
+            loaded.result()
+
+
+def _load(source: Source, device: int) -> None:
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        _give_context(driver, device)
+        _library(source, device)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,3 +108,8 @@ class Kernel:
             except TypeError as fault:
                 raise TypeError(f"{self.name}: {name} {fault}") from None
         return tuple(values)
+
+
+def compile_kernels(kernels: Iterable[Kernel], device: torch.device) -> None:
+    """Compile kernels that were never compiled before, in parallel, and load them on a GPU."""
+    _driver.load(dict.fromkeys(kernel.source for kernel in kernels), device.index)

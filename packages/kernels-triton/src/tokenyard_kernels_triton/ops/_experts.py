@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenyard.experts import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
 from tokenyard.interfaces import ExpertWeights, Plan
 from tokenyard_kernels_triton._device import on_device_of
+from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
 from tokenyard_kernels_triton.ops._layout import Layout
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
@@ -156,6 +157,14 @@ def _pre_activation(call: ExpertsCall, layout: Layout, saved: list[Tensor], save
         up, up_bias = call.weights.up, call.weights.up_bias
         z, _ = matmuls.up_and_activate(rows, up, up_bias, layout, call.activation, keep_a=False)
     return z
+
+
+def compile_experts(call: ExpertsCall, save: str, kernels: str) -> None:
+    """Compile what a forward and a backward pass launch, for a call whose tensors may hold anything."""
+    with compiling():
+        y, *saved = _forward(call, save, kernels)
+        needs = ExpertNeeds(True, call.topk_weights is not None, True, True, *(b is not None for b in call.weights[2:]))
+        _backward(y, call, saved, needs, save, kernels)
 
 
 def _is_empty(call: ExpertsCall) -> bool:

@@ -9,6 +9,7 @@ from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _moves
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
+from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._layout import Layout
 
 
@@ -30,7 +31,7 @@ def differentiate(
     dz, weighted = torch.empty_like(z), torch.empty_like(da)
     width = 1 if down_bias is None else 2
     dots = da.new_empty(layout.rows, width, dtype=torch.float32)
-    _moves.differentiate[(layout.rows,)](
+    launch(_moves.differentiate, (layout.rows,))(
         da,
         z,
         dz,
@@ -48,7 +49,7 @@ def differentiate(
     )
     if dy is not None and down_bias is not None:
         dim = dy.shape[1]
-        _moves.bias_dots[(layout.bound(64),)](
+        launch(_moves.bias_dots, (layout.bound(64),))(
             dy, down_bias, dots, layout.tiles(64, 16), dim, width, 1, ROWS=64, COLUMNS=32
         )
     return dz, weighted, dots
@@ -57,7 +58,7 @@ def differentiate(
 def sum_rows(rows: Tensor, layout: Layout, order: Tensor, topk_weights: Tensor | None) -> Tensor:
     """Return [E, W]: the sum of each expert's rows [R, W], weighted if weights are given; zero where it has none."""
     out = rows.new_empty(layout.num_experts, rows.shape[1])
-    _moves.sum_rows[(layout.num_experts, ceil_div(rows.shape[1], 64))](
+    launch(_moves.sum_rows, (layout.num_experts, ceil_div(rows.shape[1], 64)))(
         rows,
         out,
         layout.offsets,

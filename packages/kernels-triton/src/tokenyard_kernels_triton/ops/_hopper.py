@@ -12,6 +12,7 @@ from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processo
 from tokenyard_kernels_triton.hopper_tiling import HopperTiling, Product, hopper_tiling
 from tokenyard_kernels_triton.kernels import _hopper
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
+from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._hopper_operands import Rows, operand, ragged, rows_of, stacked
 from tokenyard_kernels_triton.ops._layout import Layout
 
@@ -45,7 +46,7 @@ def up_and_activate(
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
     described = a if keep_a else a.new_empty(1, ffn_dim)  # of nothing no descriptor can be made
     left, order, top_k = operand(x, (64, how.depth))
-    _hopper.up_and_activate[persistent_grid(x.device, layout.bound(ROWS) * ceil_div(ffn_dim, columns))](
+    launch(_hopper.up_and_activate, persistent_grid(x.device, layout.bound(ROWS) * ceil_div(ffn_dim, columns)))(
         left,
         order,
         stacked(up, parts, (columns, how.depth)),
@@ -82,7 +83,7 @@ def times_weight(
     out = rows.new_empty(layout.rows, width)
     block = (how.columns, how.depth) if transposed else (how.depth, how.columns)
     left, order, top_k = operand(rows, (64, how.depth))
-    _hopper.times_weight[persistent_grid(rows.device, layout.bound(ROWS) * ceil_div(width, how.columns))](
+    launch(_hopper.times_weight, persistent_grid(rows.device, layout.bound(ROWS) * ceil_div(width, how.columns)))(
         left,
         order,
         stacked(weight, 1, block),
@@ -111,7 +112,7 @@ def weight_gradient(
     b, right_order, right_top_k = operand(right, (how.depth, how.columns))
     out = left.new_empty(layout.num_experts, rows, columns)
     each = ceil_div(rows, ROWS) * ceil_div(columns, how.columns)
-    _hopper.weight_gradient[persistent_grid(device, layout.num_experts * each)](
+    launch(_hopper.weight_gradient, persistent_grid(device, layout.num_experts * each))(
         a,
         b,
         right_order if left_order is None else left_order,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _schedule
+from tokenyard_kernels_triton.launching import launch
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Layout:
         if (tile, group) not in self._lists:
             tiles = self.offsets.new_empty(1 + _schedule.FIELDS.value * self.bound(tile))
             self.by_rows = self.offsets.new_empty(self.num_experts)
-            _schedule.list_tiles[(self.num_experts,)](
+            launch(_schedule.list_tiles, (self.num_experts,))(
                 self.offsets,
                 tiles,
                 self.by_rows,

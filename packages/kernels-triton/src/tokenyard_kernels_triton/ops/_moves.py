@@ -8,6 +8,7 @@ from torch import Tensor
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _moves
+from tokenyard_kernels_triton.launching import launch
 
 _COLUMNS = 2048  # that one program moves at most
 
@@ -19,11 +20,13 @@ def to_rows(x: Tensor, plan: Plan, topk_weights: Tensor | None = None, tail: boo
     columns = _columns(dim)
     grid, live = (tokens, ceil_div(dim, columns)), plan.offsets[-1:]
     if topk_weights is None:
-        _moves.copy_to_rows[grid](x, rows, plan.inverse, live, dim, TOP_K=plan.top_k, COLUMNS=columns)
+        launch(_moves.copy_to_rows, grid)(x, rows, plan.inverse, live, dim, TOP_K=plan.top_k, COLUMNS=columns)
     else:
-        _moves.weigh_to_rows[grid](x, rows, plan.inverse, topk_weights, live, dim, TOP_K=plan.top_k, COLUMNS=columns)
+        launch(_moves.weigh_to_rows, grid)(
+            x, rows, plan.inverse, topk_weights, live, dim, TOP_K=plan.top_k, COLUMNS=columns
+        )
     if tail:
-        _moves.clear_tail[(ceil_div(len(rows), 32), ceil_div(dim, 128))](
+        launch(_moves.clear_tail, (ceil_div(len(rows), 32), ceil_div(dim, 128)))(
             rows, live, len(rows), dim, ROWS=32, COLUMNS=128
         )
     return rows
@@ -35,7 +38,7 @@ def to_tokens(rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
     tokens = plan.inverse.shape[0] // plan.top_k
     y = rows.new_empty(tokens, dim)
     columns = _columns(dim)
-    _moves.sum_to_tokens[(tokens, ceil_div(dim, columns))](
+    launch(_moves.sum_to_tokens, (tokens, ceil_div(dim, columns)))(
         rows,
         y,
         plan.inverse,
@@ -53,7 +56,7 @@ def dot_with_rows(dy: Tensor, rows: Tensor, plan: Plan) -> Tensor:
     """Return [T, K] float32: the dot product of dy [T, D] and each of a token's rows; 0 for a dropped slot."""
     tokens, dim = dy.shape
     out = dy.new_empty(tokens, plan.top_k, dtype=torch.float32)
-    _moves.dot_with_rows[(tokens * plan.top_k,)](
+    launch(_moves.dot_with_rows, (tokens * plan.top_k,))(
         dy, rows, out, plan.inverse, plan.offsets[-1:], dim, TOP_K=plan.top_k, COLUMNS=_columns(dim)
     )
     return out
@@ -63,7 +66,7 @@ def sum_dots(dots: Tensor, plan: Plan) -> Tensor:
     """Return [T, K] float32: the sum over each slot's row of dots [R, 1 or 2]; 0 for a dropped slot."""
     slots = plan.inverse.shape[0]
     out = dots.new_empty(slots // plan.top_k, plan.top_k)
-    _moves.sum_dots[(ceil_div(slots, 128),)](
+    launch(_moves.sum_dots, (ceil_div(slots, 128),))(
         dots, out, plan.inverse, plan.offsets[-1:], slots, SLOTS=128, WIDTH=dots.shape[1]
     )
     return out

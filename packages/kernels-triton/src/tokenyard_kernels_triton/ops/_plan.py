@@ -8,6 +8,7 @@ from torch import Tensor
 from tokenyard.operators import operator
 from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_two
 from tokenyard_kernels_triton.kernels import _plan
+from tokenyard_kernels_triton.launching import launch
 
 _SLOTS = 256  # in a block
 _BUCKETS = 32  # that a program counts at a time
@@ -27,12 +28,12 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
     ids = topk_ids.contiguous()
     buckets = min(_BUCKETS, power_of_two(num_experts + 1))
     with on_device_of(ids):
-        _plan.count_blocks[(blocks,)](ids, counts, slots, num_experts, SLOTS=_SLOTS, BUCKETS=buckets)
+        launch(_plan.count_blocks, (blocks,))(ids, counts, slots, num_experts, SLOTS=_SLOTS, BUCKETS=buckets)
         few = min(8, buckets)
-        _plan.add_up_blocks[(ceil_div(num_experts + 1, few),)](
+        launch(_plan.add_up_blocks, (ceil_div(num_experts + 1, few),))(
             counts, totals, blocks, num_experts, BLOCKS=_BLOCKS, BUCKETS=few
         )
-        _plan.place_slots[(blocks,)](
+        launch(_plan.place_slots, (blocks,))(
             ids,
             counts,
             totals,

@@ -17,6 +17,7 @@ from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processo
 from tokenyard_kernels_triton.hopper_tiling import Product
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
+from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._layout import Layout
 from tokenyard_kernels_triton.ops._moves import to_rows
 from tokenyard_kernels_triton.portable_tiling import Tiling, portable_tiling
@@ -46,7 +47,7 @@ def up_and_activate(
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
     how = _tiling(x, up, a)
     columns = how.columns // parts
-    _portable.up_and_activate[persistent_grid(x.device, layout.bound(how.rows) * ceil_div(ffn_dim, columns))](
+    launch(_portable.up_and_activate, persistent_grid(x.device, layout.bound(how.rows) * ceil_div(ffn_dim, columns)))(
         x,
         up,
         bias,
@@ -73,7 +74,7 @@ def times_weight(
     width = weight.shape[1 if transposed else 2]
     out = rows.new_empty(layout.rows, width)
     how = _tiling(rows, weight)
-    _portable.times_weight[persistent_grid(rows.device, layout.bound(how.rows) * ceil_div(width, how.columns))](
+    launch(_portable.times_weight, persistent_grid(rows.device, layout.bound(how.rows) * ceil_div(width, how.columns)))(
         rows,
         weight,
         bias,
@@ -95,7 +96,7 @@ def weight_gradient(left: Tensor, right: Tensor, layout: Layout, product: Produc
     out = left.new_empty(layout.num_experts, rows, columns)
     how = _tiling(left, right)
     each = ceil_div(rows, how.rows) * ceil_div(columns, how.columns)
-    _portable.weight_gradient[persistent_grid(left.device, layout.num_experts * each)](
+    launch(_portable.weight_gradient, persistent_grid(left.device, layout.num_experts * each))(
         left,
         right,
         out,

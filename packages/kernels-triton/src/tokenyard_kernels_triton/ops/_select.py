@@ -11,6 +11,7 @@ from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard.workload import RoutingRule
 from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_two
 from tokenyard_kernels_triton.kernels import _select
+from tokenyard_kernels_triton.launching import launch
 
 _ENTRIES = 4096  # of [T, E] that one program holds
 
@@ -31,7 +32,7 @@ def select_op(
     ids = logits.new_empty(tokens, top_k, dtype=torch.int32)
     if tokens:
         with on_device_of(logits):
-            _select.select_experts[_grid(tokens, experts)](
+            launch(_select.select_experts, _grid(tokens, experts))(
                 logits.contiguous(),
                 bias,
                 ids,
@@ -64,7 +65,7 @@ def weigh_op(
     weights = logits.new_empty(ids.shape)
     if ids.shape[0]:
         with on_device_of(logits):
-            _select.weigh_experts[_grid(*logits.shape)](
+            launch(_select.weigh_experts, _grid(*logits.shape))(
                 logits.contiguous(),
                 ids.contiguous(),
                 weights,
@@ -97,7 +98,7 @@ def weigh_backward_op(
     dlogits = logits.new_empty(logits.shape)
     if ids.shape[0]:
         with on_device_of(logits):
-            _select.weigh_experts_backward[_grid(*logits.shape)](
+            launch(_select.weigh_experts_backward, _grid(*logits.shape))(
                 dweights.contiguous(),
                 logits.contiguous(),
                 ids.contiguous(),
@@ -157,4 +158,13 @@ def select(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) -
 
 def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
     """Return the weights [T, K] of chosen ids, differentiable in logits."""
-    return weigh_op(logits, ids, rule.score == "sigmoid", rule.select_first, rule.normalize, rule.scale)
+    return weigh_op(logits, ids, *_weighing(rule))
+
+
+def weigh_gradient(dweights: Tensor, logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
+    """Return the gradient of logits [T, E], given that of the weights [T, K]."""
+    return weigh_backward_op(dweights, logits, ids, *_weighing(rule))
+
+
+def _weighing(rule: RoutingRule) -> tuple[bool, bool, float | None, float]:
+    return rule.score == "sigmoid", rule.select_first, rule.normalize, rule.scale
