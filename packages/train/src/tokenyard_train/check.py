@@ -16,6 +16,7 @@ from tokenyard_models import count_parameters, flops_per_token
 from tokenyard_train.build import build_model, run_batches
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, Mixture, build_data
+from tokenyard_train.deterministic import COST
 from tokenyard_train.estimate import estimate
 from tokenyard_train.missing import needs
 
@@ -54,6 +55,15 @@ def _model_rows(config: TrainConfig, model: Any) -> Rows:
     yield "parameters", f"{size.total:,}, of which {size.experts:,} in experts"
     yield "active parameters", f"{size.active:,} for each token"
     yield "FLOPs per token", f"{_count(forward)} forward, {_count(training)} in training"
+    yield "computes", f"{config.precision} on {config.device}"
+    yield "deterministic", _deterministic(config)
+
+
+def _deterministic(config: TrainConfig) -> str:
+    gpu = config.device.startswith("cuda")
+    if config.deterministic:
+        return "yes: equal runs end bit-identical" + (f"; {COST}" if gpu else "")
+    return "no: gradients of embeddings and attention differ in the last bits" if gpu else "no, but a CPU repeats"
 
 
 def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:

@@ -17,6 +17,9 @@ import torch
 
 from tokenyard import ConfigError
 
+COST = "measured: 0 to 5 % of a step"
+"""What it costs on a GPU; docs/benchmarks has the figures."""
+
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _FIXED = (":4096:8", ":16:8")  # the values with which cuBLAS repeats its results, by its documentation
 _NO_OTHER_WAY = re.compile(r"([^:\n]+?) does not have a deterministic implementation")

@@ -1,0 +1,158 @@
+"""Every command once, as a user types it, in the order of the docs: from ``backends`` to a model made of another one.
+
+Each runs in a process of its own, on a GPU by every name that a device has, or on a CPU in the long suite, so that
+the walk itself is tried where there is no GPU. A class is one walk: its tests build upon each other.
+"""
+
+import json
+import signal
+
+import pytest
+import yaml
+from walk import KILL, QUICKSTART, SHORT, Walk, differing, tensors
+
+import tokenyard_train.checkpoint
+
+CPU = pytest.param("cpu", marks=pytest.mark.full)
+GPU, ALSO = (pytest.param(name, marks=pytest.mark.gpu) for name in ("auto", "cuda"))
+WITH_INDEX = pytest.param("cuda:0", marks=pytest.mark.gpu)
+AMP = "precision=amp_bf16"
+
+
+@pytest.fixture(scope="class")
+def walk(request, tmp_path_factory):
+    """A folder for one walk over a device."""
+    return Walk(tmp_path_factory.mktemp("walk"), request.param)
+
+
+@pytest.fixture(scope="class")
+def text(walk):
+    """A file of text that no run was trained on."""
+    path = walk.folder / "text.txt"
+    path.write_text("".join(f"def square_{i}(x):\n    return x * x + {i}\n\n" for i in range(400)))
+    return path
+
+
+@pytest.fixture(scope="class")
+def trained(walk):
+    """A run in mixed precision, which most of the walk goes on from."""
+    return walk.train("trained", AMP)
+
+
+@pytest.fixture(scope="class")
+def exported(walk, trained):
+    """The same model as a Hugging Face folder."""
+    walk("convert", trained, "exported", "--dtype", "bfloat16")
+    return walk.folder / "exported"
+
+
+@pytest.mark.parametrize("walk", [CPU, GPU], indirect=True, scope="class")
+class TestWalk:
+    """All commands, on the device that ``auto`` finds."""
+
+    def test_backends_and_check(self, walk):
+        assert "usable" in walk("backends")
+        said = walk("check", QUICKSTART, f"device={walk.device}", "deterministic=true")
+        assert "deterministic" in said
+        assert "sum" in said
+
+    @pytest.mark.parametrize("asynchronous", ["false", "true"])
+    @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+    def test_train_saves(self, walk, precision, asynchronous):
+        name = f"{precision}-{asynchronous}"
+        run = walk.train(name, f"precision={precision}", f"save_async={asynchronous}")
+        for step in ("ba8", "ba12"):  # the quickstart keeps two
+            tokenyard_train.checkpoint.verify(run / step)
+
+    def test_equal_runs_end_bit_identical(self, walk):
+        one, other = (walk.train(name, AMP, "deterministic=true") for name in ("one", "other"))
+        assert differing(one / "ba12", other / "ba12") == []
+
+    def test_a_killed_run_resumes_to_the_same_end(self, walk):
+        whole = walk.folder / "one"
+        command = ("train", QUICKSTART, *SHORT, *walk.settings("killed"), AMP, "deterministic=true")
+        code, _ = walk.interrupted(*command, "killed", after=9, number=KILL)
+        assert code == -KILL
+        assert "resumed after batch 8" in walk(*command, "autoresume=true")
+        assert differing(whole / "ba12", walk.folder / "killed" / "ba12") == []
+
+    @pytest.mark.parametrize("precision", [(), ("--precision", "fp32"), ("--precision", "amp_bf16")])
+    def test_generate(self, walk, trained, precision):
+        arguments = ("--prompt", "def ", "--max-new-tokens", 20, "--device", walk.device)
+        assert walk("generate", trained, *arguments, *precision).startswith("def ")
+
+    def test_routing(self, walk, trained, text):
+        said = walk("routing", trained, "--data", text, "--device", walk.device)
+        assert "entropy" in said
+        assert json.loads((walk.folder / "routing" / "routing.json").read_text())["records"]
+
+    @pytest.mark.parametrize("precision", [(), ("--precision", "fp32"), ("--precision", "amp_bf16")])
+    def test_generate_from_a_folder(self, walk, exported, precision):
+        arguments = ("--tokenizer", "bytes", "--prompt", "def ", "--max-new-tokens", 20, "--device", walk.device)
+        assert walk("generate", exported, *arguments, *precision).startswith("def ")
+
+    def test_convert_there_and_back(self, walk, exported):
+        walk("convert", exported, "back", "--to", "tokenyard")
+        walk("convert", "back", "again", "--dtype", "bfloat16")
+        assert differing(exported, walk.folder / "again") == []
+        walk("convert", "back", "megablocks", "--to", "megablocks")
+        assert tensors(walk.folder / "megablocks")
+
+    def test_fine_tune(self, walk, exported):
+        run = walk.train("tuned", AMP, f"load_path=hf://{exported}")
+        assert walk("generate", run, "--prompt", "def ", "--max-new-tokens", 9).startswith("def ")
+
+    def test_lora(self, walk, exported):
+        run = walk.train("lora", AMP, f"load_path=hf://{exported}", "lora={rank: 4}")
+        assert walk("generate", run, "--prompt", "def ", "--max-new-tokens", 9).startswith("def ")
+        walk("convert", run, "merged")
+        assert tensors(walk.folder / "merged").keys() == tensors(exported).keys()
+
+    def test_upcycle(self, walk):
+        dense = yaml.safe_load(QUICKSTART.read_text())
+        dense["model"] = {"name": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        dense["model"] |= {"num_attention_heads": 4}
+        path = walk.folder / "dense.yaml"
+        path.write_text(yaml.safe_dump(dense))
+        walk("convert", walk.train("dense", AMP, config=path), "dense-hf")
+        walk("upcycle", "dense-hf", "sparse-hf", "--num-experts", 4, "--top-k", 2)
+        arguments = ("--tokenizer", "bytes", "--prompt", "def ", "--max-new-tokens", 9, "--device", walk.device)
+        assert walk("generate", "sparse-hf", *arguments).startswith("def ")
+
+    def test_data_that_was_packed(self, walk, text):
+        walk("data", "pack", "packed", text, "--tokenizer", "bytes")
+        loader = "{name: text, dataset: {packed: packed}}"
+        walk.train("on-packed", AMP, f"train_loader={loader}", "eval_loader=null", "global_train_batch_size=2")
+
+    def test_launch(self, walk):
+        walk("launch", QUICKSTART, *SHORT, *walk.settings("launched"), AMP, "--nproc", 1)
+        tokenyard_train.checkpoint.verify(walk.folder / "launched" / "ba12")
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    @pytest.mark.parametrize("command", ["train", "launch"])
+    def test_a_signal_saves_and_stops(self, walk, command, number):
+        name = f"{command}-{number.name}"
+        settings = ("max_duration=100000ba", *walk.settings(name), AMP, "callbacks={}")
+        code, said = walk.interrupted(command, QUICKSTART, *settings, name, after=3, number=number)
+        assert (code, "Traceback" in said) == (75, False), said
+        (checkpoint,) = (walk.folder / name).glob("ba*")
+        tokenyard_train.checkpoint.verify(checkpoint)
+
+    def test_bench(self, walk):
+        sizes = ("--shape", "1024,256,128,8,2", "--peers", "none", "--repetitions", 3, "--out", "bench")
+        device = () if walk.device == "auto" else ("--device", walk.device)
+        walk("bench", "layer", *sizes, *device)
+        assert json.loads((walk.folder / "bench" / "layer.json").read_text())["records"]
+        walk("bench", "train", QUICKSTART, "--peers", "none", "--steps", 3, f"device={walk.device}", "--out", "bench")
+
+
+@pytest.mark.parametrize("walk", [ALSO, WITH_INDEX], indirect=True, scope="class")
+class TestOtherNames:
+    """A device by its other names: trained on, saved from, and loaded to."""
+
+    @pytest.mark.parametrize("asynchronous", ["false", "true"])
+    def test_train_save_and_generate(self, walk, asynchronous):
+        run = walk.train(f"run-{asynchronous}", AMP, f"save_async={asynchronous}")
+        tokenyard_train.checkpoint.verify(run / "ba12")
+        said = walk("generate", run, "--prompt", "def ", "--max-new-tokens", 9, "--device", walk.device)
+        assert said.startswith("def ")
