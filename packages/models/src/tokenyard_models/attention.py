@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenyard_models.cache import LayerCache
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.rotary import rotate
+
+_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Attention(nn.Module):
@@ -39,9 +42,22 @@ class Attention(nn.Module):
         before = 0 if cache is None else cache.length
         if cache is not None:
             k, v = cache.append(k, v)
-        mask = positions.unsqueeze(1) >= torch.arange(k.shape[2], device=x.device) if before else None  # [S, keys]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before, enable_gqa=self.heads != self.kv_heads)
+        attend = self._attend if cache is None else self._attend_cached
+        y = attend(q, k, v, positions, before)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, before: int) -> Tensor:
+        """Return [B, heads, S, head_dim]; `before` keys come from the cache, and each position sees all up to itself."""
+        mask = None
+        if before and q.shape[2] > 1:
+            mask = positions.unsqueeze(1) >= torch.arange(k.shape[2], device=q.device)  # [S, keys]
+        gqa = self.heads != self.kv_heads
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before, enable_gqa=gqa)
+
+    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, before: int) -> Tensor:
+        """Attend without cuDNN, which builds a plan for every number of keys: 60 ms for each new token."""
+        with sdpa_kernel(_WITHOUT_CUDNN):
+            return self._attend(q, k, v, positions, before)
 
     def _normed(self, qkv: Tensor) -> Tensor:
         """Normalise the queries and keys among qkv [B, S, (heads + 2 kv_heads) head_dim]."""

@@ -18,6 +18,7 @@ from tokenyard_train.bench.timing import Clock, Spread, Stages, clock_for
 from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
 from tokenyard_train.build import Run, build_run
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.deterministic import deterministic
 from tokenyard_train.step import train_step
 from tokenyard_train.stopwatch import Stopwatch
 
@@ -43,7 +44,7 @@ def bench_train(
             raise ConfigError(f"--peers {name!r} is unknown{did_you_mean(name, IMPLEMENTATIONS)}; known are: {known}")
     if peers and started_processes() > 1:
         raise ConfigError("--peers run in one process; give --peers none under torchrun")
-    with tempfile.TemporaryDirectory() as folder:
+    with deterministic(config.deterministic), tempfile.TemporaryDirectory() as folder:
         run = build_run(config.model_copy(update={"save_folder": folder, "autoresume": False}), console)
         others = {name: MixtralPeer(run, IMPLEMENTATIONS[name], peer_dtype) for name in peers}
         run.console.print(f"{steps} steps of {run.batch_tokens:,} tokens on {config.device} ...", style="dim")
