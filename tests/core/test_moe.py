@@ -179,3 +179,20 @@ def test_weights_of_another_dtype_are_named():
 def test_shared_width_out_of_range():
     with pytest.raises(ConfigError, match="shared_dim is 0; it must be at least 1, or left out"):
         layer(shared_dim=0)
+
+
+def test_preparing_asks_each_part_that_can(monkeypatch):
+    """And whatever goes wrong there is raised."""
+    moe, asked = MoE(Workload(D, F_, E, K)), []
+    moe.prepare(64)  # core's own parts have nothing to compile
+    moe.router.prepare = lambda tokens: asked.append(("router", tokens))
+    moe.experts.kernel.prepare = lambda tokens: asked.append(("experts", tokens))
+    moe.prepare(64)
+    assert sorted(asked) == [("experts", 64), ("router", 64)]
+
+    def broken(tokens):
+        raise BackendError("no compiler")
+
+    moe.experts.kernel.prepare = broken
+    with pytest.raises(BackendError, match="no compiler"):
+        moe.prepare(64)

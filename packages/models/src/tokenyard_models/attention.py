@@ -47,7 +47,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, before: int) -> Tensor:
-        """Return [B, heads, S, head_dim]; `before` keys come from the cache, and each position sees all up to itself."""
+        """Return [B, heads, S, head_dim]. `before` keys come from the cache; a position sees all up to itself."""
         mask = None
         if before and q.shape[2] > 1:
             mask = positions.unsqueeze(1) >= torch.arange(k.shape[2], device=q.device)  # [S, keys]
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before, enable_gqa=gqa)
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, before: int) -> Tensor:
-        """Attend without cuDNN, which builds a plan for every number of keys: 60 ms for each new token."""
+        """Attend without cuDNN, which builds a new plan for every number of keys, so for every new token."""
         with sdpa_kernel(_WITHOUT_CUDNN):
             return self._attend(q, k, v, positions, before)
 

@@ -119,8 +119,10 @@ def register_experts_op(
         ctx.save_for_backward(*inputs[:9], *output[1:])
         ctx.constants = inputs[9:]
 
-    def differentiate(ctx: Any, dy: Tensor, *unused: None) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(name)
+        if dy is None:
+            return (None,) * (9 + len(ctx.constants))
         tensors = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
         gradients = gradient_op(dy, list(tensors[9:]), needs, *tensors[:9], *ctx.constants)
