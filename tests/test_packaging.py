@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from tokenyard import default_registry
 from tokenyard.backend import KINDS
-from tokenyard.registry._choose import EXTRAS
+from tokenyard.registry._extras import GROUP
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
@@ -114,12 +114,12 @@ def test_one_extra_for_each_package_and_one_for_all():
     assert named == {extra(name): ours(name) for name in others} | {"all": {f"tokenyard-{name}" for name in others}}
 
 
-def test_the_error_of_a_missing_backend_names_the_extra_that_brings_it():
-    """Core knows the names that other packages offer, and no others."""
-    for kind in KINDS:
-        offers = [o for o in default_registry().offers(kind) if o.distribution.startswith("tokenyard-")]
-        brought = {o.backend.name: extra(o.distribution.removeprefix("tokenyard-")) for o in offers}
-        assert EXTRAS[kind] == {name: by for name, by in brought.items() if by != "core"}, kind
+def test_the_root_says_which_extra_provides_a_backend():
+    """Every backend of the other packages, and no other; core itself names none of them."""
+    offers = [offer for kind in KINDS for offer in default_registry().offers(kind)]
+    packages = {f"{o.kind}.{o.backend.name}": o.distribution for o in offers if o.distribution.startswith("tokenyard-")}
+    provided = {name: extra(by.removeprefix("tokenyard-")) for name, by in packages.items() if by != "tokenyard-core"}
+    assert project(ROOT)["entry-points"][GROUP] == provided
 
 
 @pytest.mark.parametrize("path", PACKAGES, ids=lambda path: path.name)

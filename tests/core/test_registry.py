@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 
 import pytest
 
 from tokenyard import BackendError, ConfigError, Registry, Workload, __version__, _builtin
-from tokenyard.registry import Plugin, _choose
+from tokenyard.registry import Plugin, _choose, _extras
 
 WORKLOAD = Workload(8, 8, 4, 2)
 
@@ -53,27 +54,38 @@ def test_unknown_backend_is_answered_with_a_suggestion(registry):
         registry().choose("experts", "trch", WORKLOAD)
 
 
-def test_unknown_backend_names_the_extra_that_would_bring_it(registry, monkeypatch):
-    monkeypatch.setitem(_choose.EXTRAS, "experts", {"swift": "swift-kernels"})
-    with pytest.raises(BackendError, match=r'pip install "tokenyard\[swift-kernels\]" brings \'swift\''):
-        registry().choose("experts", "swift", WORKLOAD)
+@pytest.fixture
+def extras(monkeypatch):
+    """What the distribution `tokenyard` says where it is installed."""
+    points = {"model.dbrx": "models", "exchange.all_to_all": "parallel", "exchange.all_to_all_tokens": "parallel"}
+    found = [EntryPoint(name, extra, _extras.GROUP) for name, extra in points.items()]
+    monkeypatch.setattr(_extras, "entry_points", lambda group: found)
+    _extras.provided_by_extras.cache_clear()
+    yield
+    _extras.provided_by_extras.cache_clear()
 
 
-def test_a_model_that_is_not_installed_names_the_extra():
+def test_an_unknown_backend_names_the_extra_that_provides_it(extras):
     alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
     with pytest.raises(
-        BackendError, match=r"'dbrx' is unknown; installed: none; pip install \"tokenyard\[models\]\" brings"
+        BackendError, match=r"'dbrx' is unknown; installed: none; pip install \"tokenyard\[models\]\" provides 'dbrx'"
     ):
         alone.choose("model", "dbrx")
 
 
-def test_auto_that_finds_none_names_the_extra_that_would_bring_some():
+def test_auto_that_finds_none_names_the_extra_that_provides_some(extras):
     alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
     with pytest.raises(BackendError) as refused:
         alone.choose("exchange", "auto", replace(WORKLOAD, expert_parallel=2))
     assert str(refused.value).endswith(
-        "and expert_parallel is 2); pip install \"tokenyard[parallel]\" brings 'all_to_all' and 'all_to_all_tokens'"
+        "and expert_parallel is 2); pip install \"tokenyard[parallel]\" provides 'all_to_all' and 'all_to_all_tokens'"
     )
+
+
+def test_core_alone_names_no_extra():
+    alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
+    with pytest.raises(BackendError, match=r"'dbrx' is unknown; installed: none$"):
+        alone.choose("model", "dbrx")
 
 
 def test_a_named_backend_is_never_replaced(offer, registry):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenyard.backend import Backend, Kind
 from tokenyard.errors import BackendError, ConfigError, did_you_mean
+from tokenyard.registry._extras import hint, provided_by_extras
 from tokenyard.workload import Workload
 
 if TYPE_CHECKING:
@@ -18,16 +19,6 @@ if TYPE_CHECKING:
     from tokenyard.registry._registry import Offer
 
 Request = str | Mapping[str, Any] | None
-
-EXTRAS: dict[Kind, dict[str, str]] = {
-    "model": dict.fromkeys(("dbrx", "llama", "mixtral", "mpt_causal_lm", "olmoe", "qwen3", "qwen3_moe"), "models"),
-    "router": {"triton": "triton", "cuda": "cuda"},
-    "permutation": {"triton": "triton", "cuda": "cuda"},
-    "experts": {"triton": "triton", "gluon": "triton"},
-    "exchange": {"all_to_all": "parallel", "all_to_all_tokens": "parallel"},
-    "strategy": {"fsdp": "parallel", "ddp": "parallel"},
-}
-"""Which extra of the distribution `tokenyard` brings which name, for the error that misses it."""
 
 log = logging.getLogger("tokenyard")
 
@@ -116,7 +107,7 @@ def _auto(
         passed_over[offer.backend.name] = reason
     reasons = "; ".join([f"{n}: {r}" for n, r in passed_over.items()] + [p.reason for p in problems])
     sentence = f"no {kind} backend is usable here ({reasons or 'none is installed'})"
-    raise BackendError(sentence + _brought(kind, [n for n in EXTRAS.get(kind, {}) if n not in passed_over]))
+    raise BackendError(sentence + hint(kind, [name for name in provided_by_extras(kind) if name not in passed_over]))
 
 
 def why_not(offer: Offer, workload: Workload | None) -> str | None:
@@ -132,17 +123,8 @@ def why_not(offer: Offer, workload: Workload | None) -> str | None:
 def _unknown(kind: Kind, name: str, offers: Sequence[Offer], problems: Sequence[Problem]) -> str:
     names = [o.backend.name for o in offers]
     sentence = f"{kind} backend {name!r} is unknown{did_you_mean(name, names)}; installed: {', '.join(names) or 'none'}"
-    sentence += _brought(kind, [name] if name in EXTRAS.get(kind, {}) else [])
+    sentence += hint(kind, [name])
     return sentence + "".join(f"; {p.reason}" for p in problems)
-
-
-def _brought(kind: Kind, names: Sequence[str]) -> str:
-    """Say which extras bring backends that are not installed."""
-    by_extra: dict[str, list[str]] = {}
-    for name in names:
-        by_extra.setdefault(EXTRAS[kind][name], []).append(repr(name))
-    said = (f'; pip install "tokenyard[{extra}]" brings {" and ".join(found)}' for extra, found in by_extra.items())
-    return "".join(said)
 
 
 @functools.cache

@@ -1,0 +1,32 @@
+"""Which extra of the distribution `tokenyard` provides a backend that is not installed.
+
+That distribution says so itself, by entry points of the group ``tokenyard.extras``: ``experts.gluon = triton`` means
+that ``tokenyard[triton]`` provides the experts backend `gluon`. They are read, never loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+GROUP = "tokenyard.extras"
+
+
+@functools.cache
+def provided_by_extras(kind: str) -> dict[str, str]:
+    """Return backend name -> extra for a kind of backend; empty if `tokenyard` itself is not installed."""
+    names = {point.name: point.value for point in entry_points(group=GROUP)}
+    prefix = f"{kind}."
+    return {name.removeprefix(prefix): extra for name, extra in names.items() if name.startswith(prefix)}
+
+
+def hint(kind: str, names: Sequence[str]) -> str:
+    """Return the end of an error: the extras that provide those of the named backends that extras provide."""
+    by_extra: dict[str, list[str]] = {}
+    for name, extra in provided_by_extras(kind).items():
+        if name in names:
+            by_extra.setdefault(extra, []).append(repr(name))
+    return "".join(
+        f'; pip install "tokenyard[{extra}]" provides {" and ".join(found)}' for extra, found in by_extra.items()
+    )
