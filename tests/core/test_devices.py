@@ -33,6 +33,20 @@ def test_a_rank_takes_the_card_of_its_number(two_gpus, monkeypatch):
     assert str(resolve_device("cuda:0")) == "cuda:0"
 
 
+def test_a_rank_that_sees_only_its_own_card_takes_that(two_gpus, monkeypatch):
+    """Slurm and one CUDA_VISIBLE_DEVICES a rank: its number says nothing here."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(resolve_device("auto")) == "cuda:0"
+    assert str(Workload(8, 8, 2, 1, device="cuda").device) == "cuda:0"
+
+
+def test_a_workload_s_device_is_what_tensors_report():
+    """Which for a processor has no index."""
+    assert Workload(8, 8, 2, 1, device="cpu:0").device == torch.zeros(1, device="cpu:0").device
+
+
 def test_torch_s_current_card_counts_where_there_is_one(two_gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
@@ -40,7 +54,7 @@ def test_torch_s_current_card_counts_where_there_is_one(two_gpus, monkeypatch):
 
 
 def test_wrong_names_are_one_sentence(two_gpus, monkeypatch):
-    for name in ("tpu", "cuda:x", "meta", "cpu:1"):
+    for name in ("tpu", "cuda:x", "meta", "cpu:1", "cuda:256"):
         with pytest.raises(ConfigError, match=f"--device is '{name}'; give cpu, cuda, cuda:N or auto"):
             resolve_device(name, "--device")
     with pytest.raises(ConfigError, match="device is 'cuda:2', but torch finds 2 CUDA GPUs here; count from cuda:0"):

@@ -4,8 +4,12 @@ from importlib.metadata import distribution
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tokenyard import BackendError, ConfigError, ExpertWeights, MoE, Registry, RoutingRule, Workload, moe_layers
 from tokenyard.numerics import relative_error
@@ -196,3 +200,31 @@ def test_preparing_asks_each_part_that_can(monkeypatch):
     moe.experts.kernel.prepare = broken
     with pytest.raises(BackendError, match="no compiler"):
         moe.prepare(64)
+
+
+def test_a_layer_of_sharded_weights_compiles():
+    """On a mesh of one rank; expert-parallel weights are such DTensors."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        moe = MoE(Workload(D, F_, E, K))
+        x = torch.randn(9, D)
+        want = moe(x)[0]
+        mesh = init_device_mesh("cpu", (1,))
+        for name in ("up", "down"):
+            shards = distribute_tensor(getattr(moe.experts, name).detach(), mesh, [Shard(0)])
+            setattr(moe.experts, name, torch.nn.Parameter(shards))
+        torch.compiler.reset()
+        got = torch.compile(moe, fullgraph=True, backend="aot_eager")(x)[0]
+        assert relative_error(got, want) < 1e-6
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("experts", ["torch", "cpu"])
+def test_a_second_derivative_is_refused_with_a_backend_that_has_it(experts):
+    moe = MoE(Workload(D, F_, E, K), backends={"experts": experts})
+    x = torch.randn(3, D, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated .*; those of 'loop' can"):
+        torch.autograd.grad(moe(x)[0].sum(), x, create_graph=True)
+    loop = MoE(Workload(D, F_, E, K), backends={"experts": "loop"})
+    assert torch.autograd.grad(loop(x)[0].sum(), x, create_graph=True)[0].requires_grad

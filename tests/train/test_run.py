@@ -194,6 +194,20 @@ def test_a_signal_stops_a_run_after_the_step_with_what_it_has_done_saved(config,
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(config, console):
+    """As ``nohup`` does for SIGHUP."""
+
+    class Ask(Callback):
+        def batch_end(self, run, record):
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train(config(), console, [Ask()]).batches == 6
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_request_ends_a_run_at_once(config, console, monkeypatch):
     ended = []
     monkeypatch.setattr(stopping, "_SAME_REQUEST", 0.005)

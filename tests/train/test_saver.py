@@ -87,7 +87,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(confi
 
 
 def test_whatever_goes_wrong_in_the_thread_ends_the_run(config, console, monkeypatch):
-    """Not only what writing may raise: a device that cannot be set, too, and a thread that just ends."""
+    """Not only what writing may raise: a thread that just ends, too."""
 
     def lost(*args):
         raise ValueError("Expected a torch.device with a specified index")
@@ -98,3 +98,14 @@ def test_whatever_goes_wrong_in_the_thread_ends_the_run(config, console, monkeyp
     monkeypatch.setattr(saver._Writing, "run", lambda self: None)
     with pytest.raises(RuntimeError, match="without a checkpoint and without an error"):
         train(config(save_async=True, save_overwrite=True), console)
+
+
+def test_a_device_that_cannot_be_set_in_the_thread_is_raised(tmp_path, monkeypatch):
+    def refuse(device):
+        raise ValueError("Expected a torch.device with a specified index")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    behind = Saver(tmp_path, -1, True, torch.device("cuda"))
+    behind.save("ba1", {"a": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="with a specified index"):
+        behind.finish()

@@ -24,14 +24,16 @@ def resolve_device(name: str | torch.device, key: str = "device") -> torch.devic
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"{key} is {name!r}; {_CHOICES}") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+    wraps = str(device) != str(name)  # cuda:256 is cuda:0 to torch
+    if device.type not in ("cpu", "cuda") or wraps or (device.type == "cpu" and device.index):
         raise ConfigError(f"{key} is {str(name)!r}; {_CHOICES}")
     if device.type == "cpu":
-        return torch.device("cpu")
+        return with_index(device)
     count = torch.cuda.device_count()
     if not count:
         raise ConfigError(f"{key} is {str(name)!r}, but torch finds no CUDA GPU here; give cpu or auto")
-    device = with_index(device)
+    if device.index is None:
+        device = torch.device("cuda", _local_rank(count))
     if device.index >= count:
         gpus = "1 CUDA GPU" if count == 1 else f"{count} CUDA GPUs"
         raise ConfigError(f"{key} is {str(device)!r}, but torch finds {gpus} here; count from cuda:0")
@@ -39,11 +41,20 @@ def resolve_device(name: str | torch.device, key: str = "device") -> torch.devic
 
 
 def with_index(device: str | torch.device) -> torch.device:
-    """Return a device with the index that torch would take: of the rank's own GPU, or of the current one."""
+    """Return a device as its tensors report it: an accelerator with an index, torch's current one; a CPU without."""
     device = torch.device(device)
-    if device.type != "cuda" or device.index is not None:
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.index is not None or device.type == "meta":
         return device
+    if device.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+    return torch.zeros(0, device=device).device
+
+
+def _local_rank(count: int) -> int:
+    """Return the GPU of this rank: that of its number, or the current one where each rank sees only its own."""
     local_rank = os.environ.get("LOCAL_RANK") if started_processes() > 1 else None
-    if local_rank is not None:
-        return torch.device("cuda", int(local_rank))
-    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+    if local_rank is not None and int(local_rank) < count:
+        return int(local_rank)
+    return with_index("cuda").index or 0

@@ -30,13 +30,13 @@ def operator(name: str, schema: str | None = None, device: str = "default") -> C
     return register
 
 
-def refuse_second_derivative(backend: str) -> None:
+def refuse_second_derivative(backend: str, instead: str = "torch") -> None:
     """Raise RuntimeError in a backward pass that will itself be differentiated (``create_graph=True``).
 
     Call it first in the backward function of an operator whose gradient operator has no gradient: without it, second
-    derivatives would be wrong in silence.
+    derivatives would be wrong in silence. `instead` is a backend of that kind whose gradients can be differentiated.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"gradients of {backend!r} cannot be differentiated (create_graph=True); those of 'loop' can"
+            f"gradients of {backend!r} cannot be differentiated (create_graph=True); those of {instead!r} can"
         )

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Say whether a tensor is a DTensor: only these have a local part."""
-    return hasattr(tensor, "to_local")
+    """Say whether a tensor is a DTensor: only these have a local part.
+
+    The type is asked, since the compiler does not see the method on a traced tensor.
+    """
+    return hasattr(type(tensor), "to_local")
 
 
 def local_part(tensor: Tensor) -> Tensor:

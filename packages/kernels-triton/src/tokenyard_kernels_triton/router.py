@@ -8,6 +8,7 @@ from torch import Tensor
 from tokenyard.numerics import compute_dtype
 from tokenyard.routers import TopKRouter
 from tokenyard.workload import Workload
+from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops._logits import logits_op
 from tokenyard_kernels_triton.ops._narrow import split_in_two
@@ -41,7 +42,7 @@ class TritonRouter(TopKRouter):
         device, dtype = self.workload.device, self.workload.dtype
         logits = torch.empty(tokens, self.num_experts, device=device)
         bias = None if self.selection_bias is None else torch.empty_like(self.selection_bias, device=device)
-        with compiling():
+        with compiling(), on_device_of(logits):
             ids = select(logits, bias, self.top_k, self.rule)
             weigh_gradient(weigh(logits, ids, self.rule), logits, ids, self.rule)
             if dtype in _NARROW:

@@ -13,13 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from tokenyard_train.notes import FOLDER, noted_began
-from tokenyard_train.stopping import SIGNALS, STOPPED
+from tokenyard_train.stopping import STOPPED, handling
 from tokenyard_train.verdict import verdict
 
 _MISTAKE = 2  # of the config or the machine: another attempt would end alike
@@ -65,7 +65,7 @@ class Attempt:
 
     def run(self) -> int:
         """Start them, wait until all have ended or one has failed, and leave none; return the attempt's exit code."""
-        with self._passing_on():
+        with handling(self._pass_on):
             try:
                 self._start()
                 self.fault, code = verdict(self._watch(), self.notes, [process.pid for process in self.processes])
@@ -94,16 +94,6 @@ class Attempt:
                     deadline = deadline if code in (0, STOPPED) else time.monotonic() + _GRACE
             time.sleep(_POLL)
         return codes
-
-    @contextmanager
-    def _passing_on(self) -> Iterator[None]:
-        """Meanwhile, pass on what asks the supervisor to stop."""
-        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

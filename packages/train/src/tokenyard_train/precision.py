@@ -16,7 +16,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 
 @contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Compute in a precision: autocast to bfloat16 for ``amp_bf16``, nothing for any other."""
+    """Compute in a precision: autocast to bfloat16 for ``amp_bf16``, no autocast for any other."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "amp_bf16"):
         yield
 

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -45,9 +45,19 @@ def stopping(run: Run) -> Iterator[None]:
             signal.raise_signal(number)
         run.asked = True
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    with handling(ask):
+        yield
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call a handler for each of SIGNALS, but for those that this process was started to ignore (``nohup``)."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for number in heard:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in heard.items():
+            signal.signal(number, old)

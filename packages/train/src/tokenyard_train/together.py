@@ -32,8 +32,7 @@ def on_first(call: Callable[[], Any], group: Any = None) -> Any:
         return call()
     answer = _answer(call) if is_first() else None
     kind, value = _broadcast(answer, group)
-    if kind == "error":
-        raise TokenyardError(value)
+    _raise(kind, value)
     return value
 
 
@@ -47,8 +46,7 @@ def share_out(call: Callable[[Any], Any], items: Sequence[Any], group: Any = Non
     rank, world = dist.get_rank(), started_processes()
     answers = _gathered(_answer(lambda: [call(item) for item in items[rank::world]]), group)
     for kind, value in answers:
-        if kind == "error":
-            raise TokenyardError(value)
+        _raise(kind, value)
     return [answers[i % world][1][i // world] for i in range(len(items))]
 
 
@@ -82,6 +80,14 @@ def _timeout_of_all() -> timedelta:
     return timeout
 
 
+def _raise(kind: str, sentence: Any) -> None:
+    """Raise on every rank what one of them raised: a mistake of the user as such, anything else as a failure."""
+    if kind == "error":
+        raise TokenyardError(sentence)
+    if kind == "failure":
+        raise RuntimeError(sentence)
+
+
 def _answer(call: Callable[[], Any]) -> list[Any]:
     """Return what a call returned or raised; no exception of one rank may leave the others waiting."""
     try:
@@ -90,7 +96,7 @@ def _answer(call: Callable[[], Any]) -> list[Any]:
         return ["error", str(error)]
     except Exception as error:
         log.error("rank %d failed", dist.get_rank(), exc_info=error)
-        return ["error", f"rank {dist.get_rank()} failed: {error!r}"]
+        return ["failure", f"rank {dist.get_rank()} failed: {error!r}"]
 
 
 def _broadcast(answer: list[Any] | None, group: Any) -> list[Any]:

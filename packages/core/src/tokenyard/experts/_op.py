@@ -120,7 +120,7 @@ def register_experts_op(
         ctx.constants = inputs[9:]
 
     def differentiate(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative(name)
+        refuse_second_derivative(name, "loop")
         if dy is None:
             return (None,) * (9 + len(ctx.constants))
         tensors = ctx.saved_tensors

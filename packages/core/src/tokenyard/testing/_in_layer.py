@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,5 +66,11 @@ class LayerPartConformance(Conformance):
         return pytest.skip(f"{self.backend}: {reasons[0]}")
 
     def _refused(self, layer: MoE, x: torch.Tensor, named: str) -> None:
+        def reached(*arguments: Any) -> Any:
+            pytest.fail("the backend was called")
+
+        layer.router.forward = reached
+        layer.experts.permutation = SimpleNamespace(plan=reached)  # type: ignore[assignment]
+        layer.experts.kernel = reached
         with pytest.raises(BackendError, match=named):
             layer(x)

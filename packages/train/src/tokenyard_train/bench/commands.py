@@ -113,6 +113,8 @@ def run_train(
 def find_device(name: str, threads: int | None = None) -> torch.device:
     """Return the device that an option names, and set a CPU's threads. Raises ConfigError."""
     device = resolve_device(name, "--device")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and synchronisation are the current device's
     if threads is not None:
         torch.set_num_threads(threads)
     return device
