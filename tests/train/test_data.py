@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenyard import ConfigError
-from tokenyard_train.config.data import Source
 from tokenyard_train.data import IGNORED, BytesTokenizer, HeldOut, Samples, build_data, python_stdlib
+from tokenyard_train.data.schema import Source
 from tokenyard_train.data.sources import read_documents
 from tokenyard_train.data.sources.files import files_of
 
@@ -72,20 +72,20 @@ def test_text_that_is_empty_or_too_short(tmp_path, config):
     (tmp_path / "short.txt").write_text("short")
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "empty.txt")}}
     with pytest.raises(ConfigError, match=r"train_loader.dataset: there is no text; every file that it names is empty"):
-        build_data(config(train_loader=loader))
+        build_data(config(train_loader=loader).data())
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "short.txt")}}
     with pytest.raises(ConfigError, match="the text has 6 tokens; a sample of max_seq_len 24 needs 25"):
-        build_data(config(train_loader=loader))
+        build_data(config(train_loader=loader).data())
 
 
 def test_the_sentence_names_the_loader(config, tmp_path):
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "nowhere")}}
     with pytest.raises(ConfigError, match=r"^eval_loader.dataset.path '.*nowhere' does not exist"):
-        build_data(config(eval_loader=loader))
+        build_data(config(eval_loader=loader).data())
 
 
 def test_documents_are_ended(config, text):
-    data = build_data(config())
+    data = build_data(config().data())
     assert (data.train.tokens == 256).sum() == 2
     assert bytes(data.train.tokens[: (text / "a.txt").stat().st_size].astype(np.uint8)) == (text / "a.txt").read_bytes()
 

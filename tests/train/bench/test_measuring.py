@@ -10,10 +10,10 @@ from rich.console import Console
 
 from tokenyard import ConfigError
 from tokenyard_train.bench.compare import compare, print_changes, standard_error
-from tokenyard_train.bench.files import read_results, write_results
 from tokenyard_train.bench.memory import peak_bytes, saved_bytes
 from tokenyard_train.bench.shapes import SHAPES, parse_shape, parse_shapes
 from tokenyard_train.bench.timing import Spread, measure
+from tokenyard_train.results import read_results, write_results
 
 
 class Steps:

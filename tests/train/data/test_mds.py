@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tokenyard import ConfigError
-from tokenyard_train.config.data import Source
 from tokenyard_train.data import CorruptError, build_data
+from tokenyard_train.data.schema import Source
 from tokenyard_train.data.sources import read_documents
 from tokenyard_train.data.sources.mds import MdsTokens
 
@@ -101,9 +101,9 @@ def test_training_on_shards_of_ids_and_of_text(tmp_path, config):
     write(tmp_path / "ids", [samples], ["tokens"], ["bytes"], [None])
     text_shards(tmp_path / "text")
     streams = {"ids": {"local": str(tmp_path / "ids")}, "ids again": {"local": str(tmp_path / "ids")}}
-    mixture = build_data(config(train_loader={"name": "text", "dataset": {"streams": streams}})).train
+    mixture = build_data(config(train_loader={"name": "text", "dataset": {"streams": streams}}).data()).train
     assert mixture.batch(0, 4).max() < 50
-    data = build_data(config(train_loader={"name": "text", "dataset": {"local": str(tmp_path / "text")}}))
+    data = build_data(config(train_loader={"name": "text", "dataset": {"local": str(tmp_path / "text")}}).data())
     assert len(data.train.tokens) == sum(len(text.encode()) + 1 for text in TEXTS if text)
 
 

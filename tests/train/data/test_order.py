@@ -97,7 +97,7 @@ def test_a_weight_that_is_too_small_is_named():
 
 def test_streams_of_a_config(config, text):
     dataset = {"streams": {"one": {"path": str(text / "a.txt"), "proportion": 3}, "two": {"path": str(text / "b.txt")}}}
-    mixture = build_data(config(train_loader={"name": "text", "dataset": dataset})).train
+    mixture = build_data(config(train_loader={"name": "text", "dataset": dataset}).data()).train
     assert isinstance(mixture, Mixture)
     assert mixture.shares == {"one": 3072, "two": 1024}
     assert mixture.batch(0, 4).shape == (4, 25)
@@ -106,7 +106,7 @@ def test_streams_of_a_config(config, text):
 def test_a_stream_s_mistake_is_named_with_its_place(config, text):
     dataset = {"streams": {"one": {"path": "nowhere"}}}
     with pytest.raises(ConfigError, match=r"^train_loader.dataset.streams.one.path 'nowhere' does not exist"):
-        build_data(config(train_loader={"name": "text", "dataset": dataset}))
+        build_data(config(train_loader={"name": "text", "dataset": dataset}).data())
     dataset = {"streams": {"one": {"path": str(text)}}}
     with pytest.raises(ConfigError, match=r"eval_loader.dataset.streams mixes training text; score one source"):
-        build_data(config(eval_loader={"name": "text", "dataset": dataset}))
+        build_data(config(eval_loader={"name": "text", "dataset": dataset}).data())

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from tokenyard import ConfigError, TokenyardError
 from tokenyard_train.cli import app
-from tokenyard_train.config.data import Tokenizer
 from tokenyard_train.data import CorruptError, TokenFile, build_data
 from tokenyard_train.data import packing as module
 from tokenyard_train.data.encoding import chunks
 from tokenyard_train.data.packing import pack
+from tokenyard_train.data.schema import Tokenizer
 
 DOCUMENTS = [f"document {i}: {'word ' * (i * 37 % 200)}é\n".encode() for i in range(300)]
 
@@ -187,8 +187,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_training_reads_the_folder_as_it_reads_the_text(tmp_path, config, text):
     ran = CliRunner().invoke(app, ["data", "pack", str(tmp_path / "p"), str(text), "--workers", "1"])
     assert ran.exit_code == 0, ran.output
-    by_text = build_data(config()).train
-    by_folder = build_data(config(train_loader={"name": "text", "dataset": {"packed": str(tmp_path / "p")}})).train
+    by_text = build_data(config().data()).train
+    packed = {"name": "text", "dataset": {"packed": str(tmp_path / "p")}}
+    by_folder = build_data(config(train_loader=packed).data()).train
     assert all((by_text[i] == by_folder[i]).all() for i in range(2 * len(by_text)))
 
 
@@ -213,4 +214,4 @@ def test_another_tokenizer_s_folder_is_refused(tmp_path, config, monkeypatch):
     folder = packed(tmp_path / "p")
     monkeypatch.setattr("tokenyard_train.data.tokenizer.BytesTokenizer.identity", "other")
     with pytest.raises(ConfigError, match=r"packed '.*' was packed by the tokenizer bytes, and the config's is other"):
-        build_data(config(train_loader={"name": "text", "dataset": {"packed": str(folder)}}))
+        build_data(config(train_loader={"name": "text", "dataset": {"packed": str(folder)}}).data())

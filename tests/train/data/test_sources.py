@@ -8,7 +8,7 @@ import pytest
 
 from tokenyard import ConfigError
 from tokenyard_models.schema import parse
-from tokenyard_train.config.data import Source, TextDataset
+from tokenyard_train.data.schema import Source, TextDataset
 from tokenyard_train.data.sources import describe_source, read_documents
 
 DOCUMENTS = ["one, naïve", "two\nlines", "", "four ✓"]

@@ -80,7 +80,7 @@ def build_run(config: TrainConfig, console: Console) -> Run:
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)
     strategy, model = build_model(config)
-    data = build_data(config)
+    data = build_data(config.data())
     _prepare_kernels(config, model)
     allocate(model, config.device)
     model.init_weights(config.seed)

@@ -29,7 +29,7 @@ def check(config: TrainConfig, console: Console) -> None:
     The model stands on the meta device all the while, so a large one can be checked on a small machine.
     """
     strategy, model = build_model(config)
-    data, layout = build_data(config), strategy.describe(model)
+    data, layout = build_data(config.data()), strategy.describe(model)
     table = Table(show_header=False, box=box.SIMPLE_HEAD)
     _add(table, "model", _model_rows(config, model))
     _add(table, "data", _data_rows(config, data, strategy.data[1]))

@@ -127,14 +127,15 @@ def _run() -> None:
         if not isinstance(error, TokenyardError):
             _say_collective(error)
             raise
-        from tokenyard_train.stopping import STOPPED, Stopped
+        from tokenyard_train.exit_codes import MISTAKE, STOPPED
+        from tokenyard_train.stopping import Stopped
 
         if isinstance(error, Stopped):
             if _rank() == 0:  # all processes are, alike
                 print(error, file=sys.stderr)
             sys.exit(STOPPED)
         sys.stderr.write(f"error: {error}\n")  # at once, since other processes may write, too
-        sys.exit(2)
+        sys.exit(MISTAKE)
 
 
 def _rank() -> int:

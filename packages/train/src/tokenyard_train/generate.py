@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenyard_train.config.data import Tokenizer
 from tokenyard_train.data import build_tokenizer
+from tokenyard_train.data.schema import Tokenizer
 from tokenyard_train.sampling import continue_texts
 from tokenyard_train.trained import load_trained
 

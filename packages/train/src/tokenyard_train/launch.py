@@ -18,11 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from tokenyard_train.exit_codes import MISTAKE, STOPPED
 from tokenyard_train.notes import FOLDER, noted_began
-from tokenyard_train.stopping import STOPPED, handling
+from tokenyard_train.process_signals import handling
 from tokenyard_train.verdict import verdict
 
-_MISTAKE = 2  # of the config or the machine: another attempt would end alike
 _POLL = 0.05  # seconds
 _GRACE = 1.0  # seconds that the others have, after one has ended, to end too
 
@@ -46,7 +46,7 @@ def supervise(command: Callable[[bool], Sequence[str]], nproc: int, max_restarts
             attempt = Attempt(command(began), nproc, Path(notes))
             code = attempt.run()
             began = began or noted_began(Path(notes))
-        if code in (0, _MISTAKE, STOPPED):
+        if code in (0, MISTAKE, STOPPED):
             return code
         if attempt.asked:
             return STOPPED

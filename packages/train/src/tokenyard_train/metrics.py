@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenyard import TokenyardError
 from tokenyard_train.trackers import Trackers
-
-if TYPE_CHECKING:
-    from tokenyard_train.build import Run
-    from tokenyard_train.nonfinite import Skipped
-    from tokenyard_train.step import StepResult
 
 TIMINGS = ("seconds", "tokens_per_s", "flops_per_s")
 """The keys that differ between two runs of the same config."""
@@ -25,24 +20,6 @@ class Metrics:
     def __init__(self, path: Path):
         self.path = path
         self.trackers = Trackers({})
-
-    def train(self, run: Run, result: StepResult, seconds: float) -> dict[str, Any]:
-        """Write and return the record of a training step."""
-        speed = run.batch_tokens / seconds
-        record = {"kind": "train", "batch": run.batch, "tokens": run.batch * run.batch_tokens, **result._asdict()}
-        record |= {
-            "seconds": round(seconds, 4),
-            "tokens_per_s": round(speed),
-            "flops_per_s": speed * run.flops_per_token,
-        }
-        self.write(record)
-        return record
-
-    def skipped(self, run: Run, step: Skipped) -> dict[str, Any]:
-        """Write and return the record of a step that was not taken; JSON has no numbers for nan and inf."""
-        record = {"kind": "skipped", "batch": run.batch, "loss": str(step.loss), "grad_norm": str(step.grad_norm)}
-        self.write(record)
-        return record
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, and show it to the trackers. Raises TokenyardError if the disk is full or refuses."""

@@ -12,10 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 from tokenyard import ConfigError, moe_layers
-from tokenyard_train.bench.files import write_results
-from tokenyard_train.config.data import Tokenizer as TokenizerConfig
 from tokenyard_train.data import Tokenizer, build_tokenizer
+from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
 from tokenyard_train.data.sources.files import documents_of, files_of
+from tokenyard_train.results import write_results
 from tokenyard_train.routing_stats import normalised_entropy
 from tokenyard_train.trained import load_trained
 

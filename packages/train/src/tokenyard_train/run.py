@@ -22,6 +22,7 @@ from tokenyard_train.progress import Progress
 from tokenyard_train.report import announce, summarize
 from tokenyard_train.resume import resume, save, start_from
 from tokenyard_train.step import train_step
+from tokenyard_train.step_records import skipped_record, train_record
 from tokenyard_train.stopping import Stopped, stopping
 from tokenyard_train.together import is_first
 from tokenyard_train.trackers import build_trackers
@@ -84,10 +85,12 @@ def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> N
     result = train_step(run)
     run.batch += 1
     if isinstance(result, Skipped):
-        step = run.metrics.skipped(run, result)
+        step = skipped_record(run, result)
+        run.metrics.write(step)
         progress.skipped(step)
     else:
-        step = run.metrics.train(run, result, time.perf_counter() - began)
+        step = train_record(run, result, time.perf_counter() - began)
+        run.metrics.write(step)
         progress.update(step)
     if run.data.held_out is not None and (run.batch == run.batches or run.due(run.config.eval_interval)):
         _evaluate(run, callbacks, progress)

@@ -6,23 +6,18 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from tokenyard import TokenyardError
 from tokenyard_train.build import Run
-
-STOPPED = 75
-"""The exit code of a run that stopped because it was asked to: EX_TEMPFAIL, which says to try again."""
+from tokenyard_train.process_signals import handling
 
 
 class Stopped(TokenyardError):
     """A run ended before its time, as it was asked to; what it had done is saved."""
 
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""The signals that ask a run to stop: a scheduler's, Ctrl-C, and a terminal that was closed."""
 
 _SAME_REQUEST = 2.0
 """Seconds in which further signals belong to the first: launchers pass on what a rank also gets itself."""
@@ -47,17 +42,3 @@ def stopping(run: Run) -> Iterator[None]:
 
     with handling(ask):
         yield
-
-
-@contextmanager
-def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call a handler for each of SIGNALS, but for those that this process was started to ignore (``nohup``)."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
-    for number in heard:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in heard.items():
-            signal.signal(number, old)

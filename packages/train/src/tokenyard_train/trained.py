@@ -14,9 +14,9 @@ from tokenyard.sharded import allocate
 from tokenyard_models import from_hf
 from tokenyard_train.build import build_model
 from tokenyard_train.checkpoint import model_tensors, newest_good, read_meta, read_tensors, verify
-from tokenyard_train.config.data import Tokenizer as TokenizerConfig
 from tokenyard_train.config.layout_free import layout_free
 from tokenyard_train.config.load import read_config
+from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
 from tokenyard_train.precision import COMPUTE_DTYPES, check_precision, computing_in
 
 

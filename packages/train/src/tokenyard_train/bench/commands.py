@@ -13,7 +13,6 @@ from tokenyard import ConfigError, resolve_device
 from tokenyard.errors import did_you_mean
 from tokenyard_train.bench.case import DTYPES, ROUTINGS
 from tokenyard_train.bench.compare import compare, print_changes
-from tokenyard_train.bench.files import read_results, write_results
 from tokenyard_train.bench.kernels import bench_kernels, print_kernels
 from tokenyard_train.bench.layer import LayerBench, bench_layer
 from tokenyard_train.bench.machine import describe_machine
@@ -24,6 +23,7 @@ from tokenyard_train.bench.table import print_layers
 from tokenyard_train.bench.train import bench_train, print_train
 from tokenyard_train.bench.train_peer import BOTH, PEER_DTYPES
 from tokenyard_train.config import load_config
+from tokenyard_train.results import read_results, write_results
 from tokenyard_train.together import is_first
 
 

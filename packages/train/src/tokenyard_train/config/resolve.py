@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from tokenyard import ConfigError, resolve_device, started_processes
-from tokenyard_train.config.data import PythonStdlib
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.data.schema import PythonStdlib
 from tokenyard_train.data.tokenizer import build_tokenizer
 
 _AUTO_TOKENS = 16384  # of one forward pass, when the microbatch size is left to us

@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from tokenyard.errors import did_you_mean
 from tokenyard_models.schema import Strict
 from tokenyard_train.config import foundry
-from tokenyard_train.config.data import Loader, Tokenizer
 from tokenyard_train.config.duration import Duration, Span
 from tokenyard_train.config.loggers import Loggers
+from tokenyard_train.data.schema import DataSettings, Loader, Tokenizer
 
 CALLBACKS = "tokenyard.callbacks"
 """The group of entry points by which installed distributions offer callbacks."""
@@ -66,6 +66,8 @@ class GradientClipping(Strict):
 
 class Algorithms(Strict):
     """Changes to the training step."""
+
+    ignored: ClassVar[frozenset[str]] = foundry.ALGORITHMS
 
     gradient_clipping: GradientClipping | None = None
 
@@ -172,6 +174,18 @@ class TrainConfig(Strict):
     loggers: Loggers = Loggers()
     backends: Backends = Backends()
     parallel: Parallel = Parallel()
+
+    def data(self) -> DataSettings:
+        """Return what this says of data."""
+        return DataSettings(
+            self.tokenizer,
+            self.train_loader,
+            self.eval_loader,
+            self.max_seq_len,
+            self.seed,
+            self.device_eval_batch_size or 1,
+            self.eval_subset_num_batches or -1,
+        )
 
     @model_validator(mode="after")
     def _durations(self) -> TrainConfig:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenyard import ConfigError
-from tokenyard_train.config.data import PythonStdlib, Source, Text
-from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data.corpus import python_stdlib
 from tokenyard_train.data.mixture import Mixture
 from tokenyard_train.data.samples import HeldOut, Samples
+from tokenyard_train.data.schema import DataSettings, PythonStdlib, Source, Text
 from tokenyard_train.data.sources import mds_folder, read_documents
 from tokenyard_train.data.sources.mds import MdsTokens, has_tokens
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
@@ -30,19 +29,19 @@ class Data:
     held_out: HeldOut | None
 
 
-def build_data(config: TrainConfig) -> Data:
-    """Open, or read and tokenize, the text of a resolved config. Raises ConfigError for text missing or too short."""
-    tokenizer = build_tokenizer(config.tokenizer)
-    train = _train(config, tokenizer)
-    if config.eval_loader is None:
+def build_data(settings: DataSettings) -> Data:
+    """Open, or read and tokenize, the text that a config names. Raises ConfigError for text missing or too short."""
+    tokenizer = build_tokenizer(settings.tokenizer)
+    train = _train(settings, tokenizer)
+    if settings.eval_loader is None:
         return Data(tokenizer, train, None)
-    held_out = _tokens(config.eval_loader, tokenizer, "eval_loader")
-    batch_size, batches = config.device_eval_batch_size or 1, config.eval_subset_num_batches or -1
-    return Data(tokenizer, train, HeldOut(held_out, config.max_seq_len, batch_size, batches))
+    held_out = _tokens(settings.eval_loader, tokenizer, "eval_loader")
+    scored = HeldOut(held_out, settings.max_seq_len, settings.eval_batch_size, settings.eval_batches)
+    return Data(tokenizer, train, scored)
 
 
-def _train(config: TrainConfig, tokenizer: Tokenizer) -> Samples | Mixture:
-    loader, length, seed = config.train_loader, config.max_seq_len, config.seed
+def _train(settings: DataSettings, tokenizer: Tokenizer) -> Samples | Mixture:
+    loader, length, seed = settings.train_loader, settings.max_seq_len, settings.seed
     shuffle = loader.dataset.shuffle
     if isinstance(loader, PythonStdlib) or loader.dataset.streams is None:
         return Samples(_tokens(loader, tokenizer, "train_loader"), length, seed, shuffle)

@@ -14,8 +14,8 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeed
 
 from tokenyard import ConfigError
 from tokenyard_models.schema import parse
-from tokenyard_train.config.data import Source, Tokenizer
 from tokenyard_train.data.packing import JOURNAL, Counts, pack
+from tokenyard_train.data.schema import Source, Tokenizer
 from tokenyard_train.data.sources import describe_source, read_documents
 from tokenyard_train.data.tokens import DOCUMENTS, HASHES, MANIFEST, TOKENS, TokenFile, read_manifest
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenyard_train.config.data import Tokenizer as TokenizerConfig
+from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import ids_dtype
 

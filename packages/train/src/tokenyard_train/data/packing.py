@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenyard import ConfigError, TokenyardError
-from tokenyard_train.config.data import Tokenizer as TokenizerConfig
 from tokenyard_train.data.encoding import Encoded, chunks, encoded
+from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import (
     BLOCK_BYTES,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokenyard import ConfigError
-from tokenyard_train.config.data import TiktokenKwargs
+from tokenyard_train.data.schema import TiktokenKwargs
 from tokenyard_train.data.tokens import Ids, ids_dtype
 from tokenyard_train.missing import needs
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tokenyard_train.config.data import Tokenizer as TokenizerConfig
+from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
 from tokenyard_train.data.tokens import Ids
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenyard_train.config.data import Source
+from tokenyard_train.data.schema import Source
 from tokenyard_train.data.sources.files import describe_file, documents_of, files_of
 
 

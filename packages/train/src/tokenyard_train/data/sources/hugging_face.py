@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
-from tokenyard_train.config.data import Source
+from tokenyard_train.data.schema import Source
 from tokenyard_train.missing import needs
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from tokenyard_models.schema import Strict
-from tokenyard_train.config import foundry
+from tokenyard_train.data import foundry
 
 
 class TiktokenKwargs(Strict):
@@ -110,3 +111,16 @@ class Text(Strict):
 
 
 Loader = Annotated[PythonStdlib | Text, Field(discriminator="name")]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What a resolved training config says of data."""
+
+    tokenizer: Tokenizer
+    train_loader: PythonStdlib | Text
+    eval_loader: PythonStdlib | Text | None
+    max_seq_len: int  # tokens of a sample
+    seed: int  # of shuffling
+    eval_batch_size: int  # samples of a forward pass when scoring
+    eval_batches: int  # of held-out text to score; -1: all
