@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenyard_train import cli
+from tokenyard_train.cli import main as cli
 
 CONFIG = {
     "model": {"name": "mixtral", "size": "tiny"},

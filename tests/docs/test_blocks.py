@@ -12,7 +12,7 @@ import yaml
 from blocks import PAGES, ROOT, blocks, named
 from shell import CONFIG, PATH, lines
 
-from tokenyard_train.cli import app
+from tokenyard_train.cli.main import app
 from tokenyard_train.config import read_config
 
 PLUGIN = ROOT / "docs" / "plugin.md"

@@ -11,10 +11,10 @@ from layout_runs import Watch, digest, loaded
 from rich.console import Console
 
 from tokenyard_train.checkpoint import CheckpointError, dcp
+from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
-from tokenyard_train.nonfinite import NonFiniteError
-from tokenyard_train.run import train
-from tokenyard_train.stopping import Stopped
+from tokenyard_train.engine.nonfinite import NonFiniteError
+from tokenyard_train.engine.signals import Stopped
 
 
 class Inject(Watch):

@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 
 from tokenyard_models.hf._folder import Reader
 from tokenyard_train.bench.commands import run_train
-from tokenyard_train.build import build_run
 from tokenyard_train.callbacks import Callback
+from tokenyard_train.commands.memory import estimate
+from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
-from tokenyard_train.estimate import estimate
-from tokenyard_train.resume import _tensors, resume, start_from
-from tokenyard_train.run import train
-from tokenyard_train.step import train_step
+from tokenyard_train.engine.resume import _tensors, resume, start_from
+from tokenyard_train.engine.setup import build_run
+from tokenyard_train.engine.step import train_step
 
 
 class Result(NamedTuple):

@@ -16,10 +16,10 @@ from tokenyard import ConfigError
 from tokenyard.testing import ranks
 from tokenyard_parallel import imagine
 from tokenyard_parallel.strategies._cut import expert_dim
-from tokenyard_train.build import build_model, meta_model
-from tokenyard_train.check import check
+from tokenyard_train.commands.check import check
+from tokenyard_train.commands.memory import estimate
 from tokenyard_train.config import load_config, read_config
-from tokenyard_train.estimate import estimate
+from tokenyard_train.engine.setup import build_model, meta_model
 
 DBRX = {"name": "dbrx", "size": "full"}
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (8, 8, 1), (24, 8, 1), (48, 16, 3), (64, 1, 1), (512, 16, 4), (4096, 8, 2)]

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tokenyard_train import cli
-from tokenyard_train.build import Run, build_run
+from tokenyard_train.cli import main as cli
 from tokenyard_train.config import TrainConfig, read_config
+from tokenyard_train.engine.setup import Run, build_run
 
 MODEL = {
     "name": "dbrx",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tokenyard import ConfigError
-from tokenyard_train.baselines import ngram_baselines, pair_counts, witten_bell
+from tokenyard_train.callbacks.ngram import ngram_baselines, pair_counts, witten_bell
 from tokenyard_train.data import BytesTokenizer, HeldOut, Mixture, Samples
 
 TOKENIZER = BytesTokenizer()

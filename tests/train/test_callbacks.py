@@ -4,7 +4,7 @@ import importlib.metadata
 
 import pytest
 
-import tokenyard_train.callbacks
+import tokenyard_train.callbacks.installed
 from tokenyard import ConfigError
 from tokenyard_train import Callback, train
 from tokenyard_train.config import schema
@@ -80,7 +80,7 @@ def installed(monkeypatch):
         return importlib.metadata.EntryPoints([point]).select(**asked)
 
     monkeypatch.setattr(schema, "entry_points", entry_points)
-    monkeypatch.setattr(tokenyard_train.callbacks, "entry_points", entry_points)
+    monkeypatch.setattr(tokenyard_train.callbacks.installed, "entry_points", entry_points)
 
 
 def test_an_installed_callback_is_named_in_the_config(config, console, installed):

@@ -21,7 +21,7 @@ from tokenyard_train.checkpoint import (
     write,
     write_checkpoint,
 )
-from tokenyard_train.resume import resume
+from tokenyard_train.engine.resume import resume
 
 
 @pytest.fixture

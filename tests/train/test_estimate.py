@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tokenyard import Layout
-from tokenyard_train.build import build_model
-from tokenyard_train.estimate import estimate
+from tokenyard_train.commands.memory import estimate
+from tokenyard_train.engine.setup import build_model
 
 from .conftest import MODEL
 

@@ -7,12 +7,12 @@ import torch
 from rich.console import Console
 
 from tokenyard import ConfigError
-from tokenyard_train.build import build_run
 from tokenyard_train.checkpoint import CheckpointError
+from tokenyard_train.commands.load_model import load_trained
+from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
-from tokenyard_train.run import train
-from tokenyard_train.step import train_step
-from tokenyard_train.trained import load_trained
+from tokenyard_train.engine.setup import build_run
+from tokenyard_train.engine.step import train_step
 
 
 def stepped(settings):

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from tokenyard import ConfigError
 from tokenyard.numerics import relative_error
 from tokenyard_models import WeightsError, from_hf
+from tokenyard_train.commands.generate import generate
+from tokenyard_train.commands.load_model import load_trained
+from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
-from tokenyard_train.generate import generate
-from tokenyard_train.run import train
-from tokenyard_train.sampling import sample
-from tokenyard_train.trained import load_trained
+from tokenyard_train.engine.sampling import sample
 
 SIZES = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 257}

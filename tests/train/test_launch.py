@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tokenyard_train.launch import supervise
-from tokenyard_train.notes import fault_of
+from tokenyard_train.launch.faults import fault_of
+from tokenyard_train.launch.supervisor import supervise
 
 HEAD = "import json, os, signal, sys, time; rank, notes = int(os.environ['RANK']), os.environ['TOKENYARD_NOTES']"
 NOTE = "{'collective': 'all_reduce', 'reason': 'timed out'}"

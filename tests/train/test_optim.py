@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tokenyard_train.config.schema import Optimizer, Scheduler
-from tokenyard_train.optim import build_optimizer, learning_rate
+from tokenyard_train.engine.optimizer import build_optimizer, learning_rate
 
 
 @pytest.mark.parametrize("alpha_f", [0.0, 0.1])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from tokenyard_train.plots import _baselines, _smoothed, expert_heatmap, loss_curve
+from tokenyard_train.records.plots import _baselines, _smoothed, expert_heatmap, loss_curve
 
 TRAIN = [{"kind": "train", "batch": i, "loss": 5 / i, "load": [[0.1, 0.9], [0.5, 0.5]]} for i in range(1, 60)]
 BASELINES = {"kind": "baselines", "unigram": 4.5, "bigram": 3.6}

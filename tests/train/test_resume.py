@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tokenyard_train import resume as module
 from tokenyard_train.checkpoint import CheckpointError, read_meta
-from tokenyard_train.resume import resume, save, start_from
-from tokenyard_train.step import train_step
+from tokenyard_train.engine import resume as module
+from tokenyard_train.engine.resume import resume, save, start_from
+from tokenyard_train.engine.step import train_step
 
 from .conftest import MODEL
 

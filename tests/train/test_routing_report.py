@@ -8,9 +8,10 @@ from rich.console import Console
 
 from tokenyard import ConfigError, moe_layers
 from tokenyard_models import Mixtral
+from tokenyard_train.commands.routing import report
+from tokenyard_train.commands.routing_counts import route
+from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
-from tokenyard_train.routing_report import report, route
-from tokenyard_train.run import train
 
 
 @pytest.fixture(scope="module")

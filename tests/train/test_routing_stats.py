@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenyard import Balance
-from tokenyard_train.routing_stats import fetch, load_of, pack, routing_stats
-from tokenyard_train.step import train_step
+from tokenyard_train.engine.step import train_step
+from tokenyard_train.records.routing import fetch, load_of, pack, routing_stats
 
 
 def balance(counts, probabilities, z_sum=0.0, dropped=0, device="cpu") -> Balance:

@@ -16,12 +16,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tokenyard import ConfigError
-from tokenyard_train import Callback, stopping
+from tokenyard_train import Callback
 from tokenyard_train.checkpoint import CheckpointError, read_meta
-from tokenyard_train.generate import generate
-from tokenyard_train.metrics import TIMINGS
-from tokenyard_train.run import train
-from tokenyard_train.stopping import Stopped
+from tokenyard_train.commands.generate import generate
+from tokenyard_train.commands.train import train
+from tokenyard_train.engine import signals as stopping
+from tokenyard_train.engine.signals import Stopped
+from tokenyard_train.records.metrics import TIMINGS
 
 from .conftest import MODEL
 

@@ -3,7 +3,7 @@
 import torch
 
 from tokenyard_models import Dbrx
-from tokenyard_train.sampling import sample
+from tokenyard_train.engine.sampling import sample
 
 
 def model() -> Dbrx:

@@ -6,9 +6,10 @@ import threading
 import pytest
 import torch
 
-from tokenyard_train import Callback, saver, train
+from tokenyard_train import Callback, train
 from tokenyard_train.checkpoint import CheckpointError, read_tensors
-from tokenyard_train.saver import Saver
+from tokenyard_train.checkpoint import background as saver
+from tokenyard_train.checkpoint.background import Saver
 
 from .test_run import records, tensors
 

@@ -33,9 +33,9 @@ def with_torch():
 
 def test_the_commands_that_only_look(written, with_torch):
     run = """
-import tokenyard_train.cli
+import tokenyard_train.cli.main
 try:
-    tokenyard_train.cli.main()
+    tokenyard_train.cli.main.main()
 except SystemExit as ended:
     assert not ended.code
 """
@@ -47,10 +47,10 @@ except SystemExit as ended:
 def test_a_step_needs_no_compiler_and_no_checkpoint(written, with_torch):
     code = """
 from rich.console import Console
-from tokenyard_train.build import build_run
+from tokenyard_train.engine.setup import build_run
 from tokenyard_train.config import load_config
-from tokenyard_train.run import train
-from tokenyard_train.step import train_step
+from tokenyard_train.commands.train import train
+from tokenyard_train.engine.step import train_step
 run = build_run(load_config(sys.argv[1]), Console(quiet=True))
 train_step(run)
 train_step(run)

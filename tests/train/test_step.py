@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from tokenyard import moe_layers
 from tokenyard.numerics import relative_error
 from tokenyard_train.callbacks import Callback
-from tokenyard_train.nonfinite import NonFiniteError, Skipped
-from tokenyard_train.run import train
-from tokenyard_train.step import _accumulate, train_step
+from tokenyard_train.commands.train import train
+from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped
+from tokenyard_train.engine.step import _accumulate, train_step
 
 from .conftest import MODEL
 

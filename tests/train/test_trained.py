@@ -5,8 +5,8 @@ import torch
 
 from tokenyard import ConfigError, moe_layers
 from tokenyard_models import to_hf
-from tokenyard_train.run import train
-from tokenyard_train.trained import load_trained, load_weights_only
+from tokenyard_train.commands.load_model import load_trained, load_weights_only
+from tokenyard_train.commands.train import train
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tokenyard_train.bench.plot import efficiency_bars
-from tokenyard_train.figures import BLUE, GREY, INK, ORANGE, make_axes, make_figure, save_figure
+from tokenyard_train.records.style import BLUE, GREY, INK, ORANGE, make_axes, make_figure, save_figure
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 _COLOURS = {"torch": GREY, "triton": ORANGE, "cuda": BLUE, "gluon": BLUE, "gluon, save: fp8": "#8f6bb3"}

@@ -7,7 +7,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tokenyard import ConfigError
-from tokenyard_train.cli import app
+from tokenyard_train.cli.main import app
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tokenyard_train.bench.compare import compare, print_changes, standard_error
 from tokenyard_train.bench.memory import peak_bytes, saved_bytes
 from tokenyard_train.bench.shapes import SHAPES, parse_shape, parse_shapes
 from tokenyard_train.bench.timing import Spread, measure
-from tokenyard_train.results import read_results, write_results
+from tokenyard_train.records.results import read_results, write_results
 
 
 class Steps:

@@ -47,7 +47,7 @@ def bpe(tmp_path_factory) -> Path:
 _MEASURED = """
 import resource, sys
 from pathlib import Path
-from tokenyard_train.cli import app
+from tokenyard_train.cli.main import app
 try:
     app(sys.argv[1:])
 finally:

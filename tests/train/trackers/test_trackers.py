@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tokenyard import ConfigError
-from tokenyard_train.run import train
-from tokenyard_train.trackers import Trackers, scalars
+from tokenyard_train.commands.train import train
+from tokenyard_train.records.trackers import Trackers, scalars
 
 
 @pytest.fixture

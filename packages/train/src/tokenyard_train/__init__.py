@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from tokenyard_train.__about__ import __version__
 
 if TYPE_CHECKING:
-    from tokenyard_train.callbacks import Callback
+    from tokenyard_train.commands.train import train
     from tokenyard_train.config import load_config
-    from tokenyard_train.run import train
+    from tokenyard_train.engine.callback import Callback
 
 __all__ = ["Callback", "__version__", "load_config", "train"]
 
-_HOMES = {"Callback": "callbacks", "load_config": "config", "train": "run"}
+_HOMES = {"Callback": "engine.callback", "load_config": "config", "train": "commands.train"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from tokenyard.registry._choose import Chosen, Request
 from tokenyard.registry._discover import Plugin, Problem, installed_plugins
-from tokenyard.registry._registry import Offer, Registry, default_registry
+from tokenyard.registry._offers import Offer
+from tokenyard.registry._registry import Registry, default_registry
 
 __all__ = ["Chosen", "Offer", "Plugin", "Problem", "Registry", "Request", "default_registry", "installed_plugins"]

@@ -7,16 +7,14 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenyard.backend import Backend, Kind
 from tokenyard.errors import BackendError, ConfigError, did_you_mean
+from tokenyard.registry._discover import Problem
 from tokenyard.registry._extras import hint, provided_by_extras
+from tokenyard.registry._offers import Offer
 from tokenyard.workload import Workload
-
-if TYPE_CHECKING:
-    from tokenyard.registry._discover import Problem
-    from tokenyard.registry._registry import Offer
 
 Request = str | Mapping[str, Any] | None
 

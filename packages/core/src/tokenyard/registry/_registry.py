@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import pluggy
 
 from tokenyard import hookspecs
-from tokenyard.backend import KINDS, Backend, Kind
+from tokenyard.backend import KINDS, Kind
 from tokenyard.errors import BackendError
 from tokenyard.registry._choose import Chosen, Request, choose, overridden, parse_request, variable
 from tokenyard.registry._discover import Plugin, Problem, installed_plugins
+from tokenyard.registry._offers import Offer
 from tokenyard.workload import Workload
 
 HOOKS: dict[Kind, str] = {
@@ -23,16 +23,6 @@ HOOKS: dict[Kind, str] = {
     "strategy": "tokenyard_strategies",
     "model": "tokenyard_models",
 }
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A backend together with the distribution that offers it."""
-
-    kind: Kind
-    backend: Backend
-    distribution: str
-    version: str
 
 
 class Registry:

@@ -23,8 +23,8 @@ from tokenyard_train.bench.table import print_layers
 from tokenyard_train.bench.train import bench_train, print_train
 from tokenyard_train.bench.train_peer import BOTH, PEER_DTYPES
 from tokenyard_train.config import load_config
-from tokenyard_train.results import read_results, write_results
-from tokenyard_train.together import is_first
+from tokenyard_train.distributed import is_first
+from tokenyard_train.records.results import read_results, write_results
 
 
 def run_layer(console: Console, out: Path, *options: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tokenyard_train.figures import BLUE, GREY, INK, ORANGE, make_axes, make_figure, save_figure
+from tokenyard_train.records.style import BLUE, GREY, INK, ORANGE, make_axes, make_figure, save_figure
 
 Record = dict[str, Any]
 

@@ -16,11 +16,11 @@ from tokenyard_train.bench.launches import trace
 from tokenyard_train.bench.memory import allocation_retries, peak_bytes
 from tokenyard_train.bench.timing import Clock, Spread, Stages, clock_for
 from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
-from tokenyard_train.build import Run, build_run
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.deterministic import deterministic
-from tokenyard_train.step import train_step
-from tokenyard_train.stopwatch import Stopwatch
+from tokenyard_train.engine.deterministic import deterministic
+from tokenyard_train.engine.phases import Stopwatch
+from tokenyard_train.engine.setup import Run, build_run
+from tokenyard_train.engine.step import train_step
 
 Record = dict[str, Any]
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from tokenyard import ConfigError
 from tokenyard_models import TransformerConfig, use_in_transformers
-from tokenyard_train.build import Run
-from tokenyard_train.optim import build_optimizer
+from tokenyard_train.engine.optimizer import build_optimizer
+from tokenyard_train.engine.setup import Run
 
 IMPLEMENTATIONS = {
     "transformers-eager": "eager",

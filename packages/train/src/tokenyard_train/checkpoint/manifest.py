@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import TokenyardError
-from tokenyard_train.together import on_first, share_out
+from tokenyard_train.distributed import on_first, share_out
 
 NAME = "manifest.json"
 _FORMAT = 1

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenyard_train.checkpoint.manifest import CheckpointError, fault_in, verify
-from tokenyard_train.together import is_first, on_first
+from tokenyard_train.distributed import is_first, on_first
 
 META = "run.json"
 _NAME = re.compile(r"ba(\d+)")

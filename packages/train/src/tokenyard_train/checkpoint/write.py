@@ -15,7 +15,7 @@ from tokenyard import TokenyardError
 from tokenyard_train.checkpoint.manifest import NAME as MANIFEST
 from tokenyard_train.checkpoint.manifest import CheckpointError, Entry, entry_of, write_manifest
 from tokenyard_train.checkpoint.store import META, checkpoints
-from tokenyard_train.together import is_first, on_first, share_out
+from tokenyard_train.distributed import is_first, on_first, share_out
 
 _UNFINISHED = ".unfinished-"
 

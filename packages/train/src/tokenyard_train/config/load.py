@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenyard import BackendError, ConfigError, default_registry
 from tokenyard_models.schema import parse, warn_ignored, without_ignored
 from tokenyard_train.config.foundry import INSTEAD, RENAMED
-from tokenyard_train.config.published import with_published_model
+from tokenyard_train.config.from_hf import with_published_model
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tokenyard import ConfigError
 from tokenyard_train.data.tokens import Ids, ids_dtype
-from tokenyard_train.missing import needs
+from tokenyard_train.optional import needs
 
 
 class HfTokenizer:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
-from tokenyard_train.missing import needs
+from tokenyard_train.optional import needs
 
 _SAMPLED = 1 << 16  # bytes at either end of a file that tell it from another
 

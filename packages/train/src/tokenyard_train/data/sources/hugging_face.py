@@ -9,7 +9,7 @@ from typing import Any
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
 from tokenyard_train.data.schema import Source
-from tokenyard_train.missing import needs
+from tokenyard_train.optional import needs
 
 
 def dataset_documents(source: Source, key: str) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ import numpy as np
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
 from tokenyard_train.data.tokens import CorruptError, Ids, ids_dtype
-from tokenyard_train.missing import needs
+from tokenyard_train.optional import needs
 
 
 class Shard(NamedTuple):

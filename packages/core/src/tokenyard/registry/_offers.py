@@ -1,0 +1,17 @@
+"""What an installed distribution offers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenyard.backend import Backend, Kind
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A backend together with the distribution that offers it."""
+
+    kind: Kind
+    backend: Backend
+    distribution: str
+    version: str

@@ -1,0 +1,6 @@
+"""What else happens during a run. The base class is ``tokenyard_train.engine.callback.Callback``."""
+
+from tokenyard_train.callbacks.installed import build_callbacks
+from tokenyard_train.engine.callback import Callback
+
+__all__ = ["Callback", "build_callbacks"]

@@ -1,0 +1,39 @@
+"""Samples of the model being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.markup import escape
+
+from tokenyard_train.config.schema import GenerateCallback
+from tokenyard_train.engine.callback import Callback
+from tokenyard_train.engine.sampling import continue_texts
+from tokenyard_train.engine.setup import Run
+
+
+class Generate(Callback):
+    """Prints how the model continues some prompts."""
+
+    def __init__(self, config: GenerateCallback):
+        self.config = config
+
+    def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
+        """Generate if the interval says so; the end has its own turn."""
+        if run.due(self.config.interval) and run.batch < run.batches:
+            self._generate(run)
+
+    def end(self, run: Run) -> None:
+        """Generate."""
+        self._generate(run)
+
+    def _generate(self, run: Run) -> None:
+        c = self.config
+        for prompt in c.prompts:
+            with run.precision():
+                (text,) = continue_texts(
+                    run.model, run.data.tokenizer, [prompt], c.max_new_tokens, c.temperature, run.config.seed
+                )
+            run.console.rule(f"batch {run.batch}: a sample")
+            run.console.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}", highlight=False)

@@ -1,0 +1,1 @@
+"""The `tokenyard` command: its subcommands, and how its process ends."""

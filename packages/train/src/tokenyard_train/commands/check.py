@@ -1,0 +1,130 @@
+"""What a config will cost, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenyard import Chosen, Layout, default_registry, moe_layers
+from tokenyard_models import count_parameters, flops_per_token
+from tokenyard_train.commands.memory import estimate
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.data import Data, Mixture, build_data
+from tokenyard_train.engine.deterministic import COST
+from tokenyard_train.engine.setup import build_model, run_batches
+from tokenyard_train.optional import needs
+
+Rows = Iterator[tuple[str, str]]
+
+
+def check(config: TrainConfig, console: Console) -> None:
+    """Print model size, work, data, memory and backends of a resolved config. Raises TokenyardError for a mistake.
+
+    The model stands on the meta device all the while, so a large one can be checked on a small machine.
+    """
+    strategy, model = build_model(config)
+    data, layout = build_data(config.data()), strategy.describe(model)
+    table = Table(show_header=False, box=box.SIMPLE_HEAD)
+    _add(table, "model", _model_rows(config, model))
+    _add(table, "data", _data_rows(config, data, strategy.data[1]))
+    _add(table, f"layout over {_ranks(strategy.data[1])}", _layout_rows(config, layout))
+    _add(table, "memory of a process (estimate)", _memory_rows(config, model, layout))
+    _add(table, f"backends ({len(moe_layers(model))} MoE layers)", _backend_rows(config, model))
+    console.print(table)
+
+
+def imagined(processes: int | None) -> AbstractContextManager[None]:
+    """Meanwhile, be the first of so many processes; of those that there are, if no number is given."""
+    if processes is None:
+        return nullcontext()
+    parallel = needs("tokenyard_parallel", "--nproc", "tokenyard[parallel]")
+    context: AbstractContextManager[None] = parallel.imagine(processes)
+    return context
+
+
+def _model_rows(config: TrainConfig, model: Any) -> Rows:
+    size = count_parameters(model)
+    forward, training = (flops_per_token(model, config.max_seq_len, training=t) for t in (False, True))
+    yield "name", config.model["name"]
+    yield "parameters", f"{size.total:,}, of which {size.experts:,} in experts"
+    yield "active parameters", f"{size.active:,} for each token"
+    yield "FLOPs per token", f"{_count(forward)} forward, {_count(training)} in training"
+    yield "computes", f"{config.precision} on {config.device}"
+    yield "deterministic", _deterministic(config)
+
+
+def _deterministic(config: TrainConfig) -> str:
+    gpu = config.device.startswith("cuda")
+    if config.deterministic:
+        return "yes: equal runs end bit-identical" + (f"; {COST}" if gpu else "")
+    return "no: gradients of embeddings and attention differ in the last bits" if gpu else "no, but a CPU repeats"
+
+
+def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
+    samples, tokens = config.global_train_batch_size, config.global_train_batch_size * config.max_seq_len
+    batches = run_batches(config, data)
+    epochs = batches * samples / len(data.train)
+    scored = f"{len(data.held_out.predicted):,} tokens are scored" if data.held_out is not None else "none"
+    streams = data.train.streams.values() if isinstance(data.train, Mixture) else [data.train]
+    tokens_read = sum(len(stream.tokens) for stream in streams)
+    yield "training text", f"{tokens_read:,} tokens, {len(data.train):,} samples of {config.max_seq_len}"
+    yield "held-out text", scored
+    yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
+    yield "forward pass", f"{config.device_train_microbatch_size} samples"
+    yield "duration", f"{batches:,} batches, {epochs:.2f} epochs, {_count(batches * tokens)} tokens"
+
+
+def _layout_rows(config: TrainConfig, layout: Layout) -> Rows:
+    yield "strategy", _reasons(default_registry().choose("strategy", config.parallel.strategy))
+    for which, sizes in layout.meshes.items():
+        yield which, " x ".join(f"{size} {dimension}" for dimension, size in sizes.items() if size > 1) or "1 process"
+
+
+def _memory_rows(config: TrainConfig, model: Any, layout: Layout) -> Rows:
+    memory = estimate(config, model, layout)
+    for name, value in memory._asdict().items():
+        if value:
+            yield name.replace("_", " "), _bytes(value)
+    yield "sum", _bytes(sum(memory))
+
+
+def _backend_rows(config: TrainConfig, model: Any) -> Rows:
+    layers = moe_layers(model)
+    for part, chosen in layers[0].chosen.items() if layers else ():
+        yield part, _reasons(chosen)
+
+
+def _reasons(chosen: Chosen) -> str:
+    passed_over = "; ".join(f"{name}: {reason}" for name, reason in chosen.passed_over.items())
+    return chosen.backend.name + (f" (passed over {passed_over})" if passed_over else "")
+
+
+def _add(table: Table, title: str, rows: Rows) -> None:
+    table.add_row(f"[bold]{title}[/bold]", "")
+    for name, value in rows:
+        table.add_row(f"  {name}", escape(value))
+    table.add_section()
+
+
+def _ranks(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _count(value: float) -> str:
+    for scale, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g} {suffix}"
+    return f"{value:.0f}"
+
+
+def _bytes(value: float) -> str:
+    for scale, suffix in ((2**30, "GiB"), (2**20, "MiB")):
+        if value >= scale:
+            return f"{value / scale:.2f} {suffix}"
+    return f"{value / 2**10:.1f} KiB"

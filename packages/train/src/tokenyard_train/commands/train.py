@@ -1,0 +1,19 @@
+"""Training from a config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from tokenyard_train.callbacks import Callback, build_callbacks
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.engine.loop import RunResult, run_training
+
+
+def train(config: TrainConfig, console: Console, callbacks: Sequence[Callback] = ()) -> RunResult:
+    """Train as a resolved config says, with the caller's callbacks after the config's.
+
+    Raises TokenyardError for a mistake in the config, before anything is written.
+    """
+    return run_training(config, console, [*build_callbacks(config.callbacks), *callbacks])

@@ -1,0 +1,1 @@
+"""Training: setting a run up, the loop, a step, and what surrounds them."""

@@ -1,0 +1,90 @@
+"""The optimizer, and its learning rate over time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tokenyard.sharded import is_sharded
+from tokenyard_train.config.schema import Optimizer, Scheduler
+from tokenyard_train.engine.torch_private import keep_compiler_out_of_optimizers
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, bit for bit, whose step does not import the compiler. Parameters have one dtype."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; there is no closure."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            states = [self.moments(parameter) for parameter in parameters]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the step count and moments of a parameter, zero where no step has been taken."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def build_optimizer(config: Optimizer, model: nn.Module) -> AdamW:
+    """Return AdamW over all trainable parameters, all of them decayed as Composer does.
+
+    `decoupled_adamw` (Loshchilov and Hutter 2017, arXiv 1711.05101, as in Composer) shrinks weights by
+    lr / initial lr * weight_decay a step. torch's AdamW shrinks by lr * weight_decay, so it is given weight_decay /
+    initial lr.
+    """
+    decay = config.weight_decay / config.lr if config.name == "decoupled_adamw" else config.weight_decay
+    groups: dict[object, list[nn.Parameter]] = {}
+    for parameter in trainable(model).values():  # torch updates no list of tensors that lie on different meshes
+        groups.setdefault(parameter.device_mesh if is_sharded(parameter) else None, []).append(parameter)
+    parameters = [{"params": group} for group in groups.values()]
+    keep_compiler_out_of_optimizers()
+    return AdamW(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True)
+
+
+def learning_rate(config: Scheduler, peak: float, batch: int, warmup: int, end: int) -> float:
+    """Return the learning rate of optimizer step `batch` (from 0), with Composer's formulas.
+
+    It rises linearly from 0 over `warmup` steps, and then goes from the peak to alpha_f times the peak at step `end`:
+    along a half cosine (arXiv 1608.03983), linearly, or not at all.
+    """
+    if batch < warmup:
+        return peak * batch / warmup
+    passed = min(1.0, (batch - warmup) / max(1, end - warmup))
+    match config.name:
+        case "cosine_with_warmup":
+            return peak * (config.alpha_f + (1 - config.alpha_f) * 0.5 * (1 + math.cos(math.pi * passed)))
+        case "linear_decay_with_warmup":
+            return peak * (1 + (config.alpha_f - 1) * passed)
+        case "constant_with_warmup":
+            return peak
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that the optimizer changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
