@@ -21,15 +21,25 @@ def bundle():
 
 
 def test_everything_needed_is_carried_but_what_torch_brings(bundle):
-    found = bundle.needs(["tokenyard-train"], bundle.THEIRS | {"tokenyard-train", "tokenyard-core"}, "3.12")
-    assert {"pydantic", "pydantic-core", "omegaconf", "pyyaml", "rich", "markdown-it-py", "tokenyard-models"} <= set(
-        found
+    found = bundle.needs(
+        ["tokenyard-train"], bundle.THEIRS | {"tokenyard-train", "tokenyard-core"}, "3.12"
     )
+    assert {
+        "pydantic",
+        "pydantic-core",
+        "omegaconf",
+        "pyyaml",
+        "rich",
+        "markdown-it-py",
+        "tokenyard-models",
+    } <= set(found)
     assert not {"torch", "sympy", "networkx", "tokenyard-core"} & set(found)
 
 
 def test_what_is_not_installed_is_named(bundle):
-    with pytest.raises(SystemExit, match=r"error: no-such-thing is not installed here, and the bundle needs it"):
+    with pytest.raises(
+        SystemExit, match=r"error: no-such-thing is not installed here, and the bundle needs it"
+    ):
         bundle.needs(["no-such-thing"], frozenset(), "3.12")
 
 
@@ -37,8 +47,19 @@ def test_what_is_not_installed_is_named(bundle):
 def test_the_bundle_runs_without_a_network(tmp_path):
     """Wheels are built, carried, installed with --no-index, and tests and a benchmark run from them."""
     out, results = tmp_path / "offline", tmp_path / "results"
-    present = ("matplotlib", "numpy", "pillow", "contourpy", "fonttools", "kiwisolver", "safetensors", "hypothesis")
-    subprocess.run([sys.executable, TOOLS / "bundle.py", "--out", out, "--without", *present], check=True)
+    present = (
+        "matplotlib",
+        "numpy",
+        "pillow",
+        "contourpy",
+        "fonttools",
+        "kiwisolver",
+        "safetensors",
+        "hypothesis",
+    )
+    subprocess.run(
+        [sys.executable, TOOLS / "bundle.py", "--out", out, "--without", *present], check=True
+    )
     ran = subprocess.run(
         [
             *(sys.executable, out / "run.py", "--out", results, "--tests", "-k test_losses"),

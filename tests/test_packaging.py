@@ -18,8 +18,19 @@ from tokenyard.registry._extras import GROUP
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
-IMPORT = {path.name: next(p.name for p in (path / "src").iterdir() if p.is_dir()) for path in PACKAGES}
-BUILD = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+IMPORT = {
+    path.name: next(p.name for p in (path / "src").iterdir() if p.is_dir()) for path in PACKAGES
+}
+BUILD = [
+    sys.executable,
+    "-m",
+    "pip",
+    "wheel",
+    "--quiet",
+    "--no-deps",
+    "--no-build-isolation",
+    "--wheel-dir",
+]
 
 BLOCK = """
 import importlib, pkgutil, sys
@@ -68,7 +79,11 @@ def closure(name: str, extra: str = "") -> set[str]:
             continue
         found.add(current)
         wanted = (Requirement(text) for text in requirements(current))
-        todo += [normalized(r.name) for r in wanted if r.marker is None or r.marker.evaluate({"extra": extra})]
+        todo += [
+            normalized(r.name)
+            for r in wanted
+            if r.marker is None or r.marker.evaluate({"extra": extra})
+        ]
     return found
 
 
@@ -76,9 +91,15 @@ def closure(name: str, extra: str = "") -> set[str]:
 def test_every_module_imports_with_the_declared_requirements_alone(path):
     allowed = closure(project(path)["name"])
     owners = metadata.packages_distributions()
-    blocked = {module for module, names in owners.items() if not {normalized(name) for name in names} & allowed}
+    blocked = {
+        module
+        for module, names in owners.items()
+        if not {normalized(name) for name in names} & allowed
+    }
     code = BLOCK.format(blocked=blocked, package=IMPORT[path.name])
-    compiled = os.environ | {"TRITON_INTERPRET": "0"}  # Triton's interpreter needs numpy, which no user does
+    compiled = os.environ | {
+        "TRITON_INTERPRET": "0"
+    }  # Triton's interpreter needs numpy, which no user does
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=compiled)
 
 
@@ -103,7 +124,9 @@ def extra(name: str) -> str:
 def ours(name: str) -> set[str]:
     """Return a package of ours, and those of ours that it requires besides core."""
     needs = {Requirement(text).name for text in project(ROOT / "packages" / name)["dependencies"]}
-    return {f"tokenyard-{name}"} | {need for need in needs if need.startswith("tokenyard-")} - {"tokenyard-core"}
+    return {f"tokenyard-{name}"} | {need for need in needs if need.startswith("tokenyard-")} - {
+        "tokenyard-core"
+    }
 
 
 def test_one_extra_for_each_package_and_one_for_all():
@@ -111,14 +134,24 @@ def test_one_extra_for_each_package_and_one_for_all():
     extras = project(ROOT)["optional-dependencies"]
     named = {extra: {text.split("{")[0] for text in texts} for extra, texts in extras.items()}
     others = {path.name for path in PACKAGES} - {"core"}
-    assert named == {extra(name): ours(name) for name in others} | {"all": {f"tokenyard-{name}" for name in others}}
+    assert named == {extra(name): ours(name) for name in others} | {
+        "all": {f"tokenyard-{name}" for name in others}
+    }
 
 
 def test_the_root_says_which_extra_provides_a_backend():
     """Every backend of the other packages, and no other; core itself names none of them."""
     offers = [offer for kind in KINDS for offer in default_registry().offers(kind)]
-    packages = {f"{o.kind}.{o.backend.name}": o.distribution for o in offers if o.distribution.startswith("tokenyard-")}
-    provided = {name: extra(by.removeprefix("tokenyard-")) for name, by in packages.items() if by != "tokenyard-core"}
+    packages = {
+        f"{o.kind}.{o.backend.name}": o.distribution
+        for o in offers
+        if o.distribution.startswith("tokenyard-")
+    }
+    provided = {
+        name: extra(by.removeprefix("tokenyard-"))
+        for name, by in packages.items()
+        if by != "tokenyard-core"
+    }
     assert project(ROOT)["entry-points"][GROUP] == provided
 
 
@@ -128,16 +161,26 @@ def test_package_is_complete(path):
     assert (path / "README.md").read_text().startswith(f"# {declared['name']}\n")
     assert (path / "CHANGELOG.md").exists()
     assert (path / "src" / IMPORT[path.name] / "py.typed").exists()
-    version = re.search(r'__version__ = "(.+)"', (path / "src" / IMPORT[path.name] / "__about__.py").read_text())[1]
+    version = re.search(
+        r'__version__ = "(.+)"', (path / "src" / IMPORT[path.name] / "__about__.py").read_text()
+    )[1]
     headings = re.findall(r"^## (.+)$", (path / "CHANGELOG.md").read_text(), re.M)
     assert headings[headings[0] == "Unreleased"] == version  # the newest that was released
 
 
 def test_wheels_build_and_hold_what_they_should(tmp_path):
     environment = os.environ | {"TOKENYARD_PIN": ">=0.1"}
-    subprocess.run([*BUILD, str(tmp_path), str(ROOT), *map(str, PACKAGES)], check=True, timeout=300, env=environment)
+    subprocess.run(
+        [*BUILD, str(tmp_path), str(ROOT), *map(str, PACKAGES)],
+        check=True,
+        timeout=300,
+        env=environment,
+    )
     wheels = {wheel.name.split("-")[0]: wheel for wheel in tmp_path.glob("*.whl")}
-    assert set(wheels) == {"tokenyard", *(f"tokenyard_{path.name.replace('-', '_')}" for path in PACKAGES)}
+    assert set(wheels) == {
+        "tokenyard",
+        *(f"tokenyard_{path.name.replace('-', '_')}" for path in PACKAGES),
+    }
     for path in PACKAGES:
         wheel = wheels[f"tokenyard_{path.name.replace('-', '_')}"]
         (found,) = metadata.Distribution.discover(name=f"tokenyard-{path.name}", path=[str(wheel)])
@@ -158,8 +201,17 @@ def test_each_extra_installs_alone_into_a_bare_environment(tmp_path):
         pip = [python, "-m", "pip", "install", "--quiet", f"tokenyard[{name}] @ {ROOT.as_uri()}"]
         subprocess.run(pip, check=True, timeout=900, env=environment)
         listed = subprocess.run(
-            [python, "-m", "pip", "list", "--format=freeze"], check=True, capture_output=True, text=True
+            [python, "-m", "pip", "list", "--format=freeze"],
+            check=True,
+            capture_output=True,
+            text=True,
         )
-        ours = {line.split("==")[0] for line in listed.stdout.splitlines() if line.startswith("tokenyard")}
-        assert ours == {n for n in closure(f"tokenyard-{name}") if n.startswith("tokenyard")} | {"tokenyard"}
+        ours = {
+            line.split("==")[0]
+            for line in listed.stdout.splitlines()
+            if line.startswith("tokenyard")
+        }
+        assert ours == {n for n in closure(f"tokenyard-{name}") if n.startswith("tokenyard")} | {
+            "tokenyard"
+        }
         subprocess.run([python, "-c", f"import {IMPORT[name]}"], check=True, timeout=120)

@@ -22,18 +22,26 @@ def imports(path: Path, package: str) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         else:
             continue
-        yield from (name.removeprefix(f"{package}.") for name in names if name.startswith(f"{package}."))
+        yield from (
+            name.removeprefix(f"{package}.") for name in names if name.startswith(f"{package}.")
+        )
 
 
 def rooms(package: Path) -> dict[str, set[str]]:
     """Return each room of a package, and the rooms that it imports; what stands in ``__init__`` is no room."""
-    names = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    names = {
+        path.stem
+        for path in package.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     names -= {"__init__", "__main__", "__about__"}
     arrows: dict[str, set[str]] = {name: set() for name in names}
     for path in package.rglob("*.py"):
         room = path.relative_to(package).parts[0].removesuffix(".py")
         if room in names:
-            arrows[room] |= {name.split(".")[0] for name in imports(path, dotted(package))} & names - {room}
+            arrows[room] |= {
+                name.split(".")[0] for name in imports(path, dotted(package))
+            } & names - {room}
     return arrows
 
 
@@ -59,10 +67,16 @@ def test_the_trainer_fits_on_one_page():
 
 def test_a_circle_is_seen(tmp_path):
     package = tmp_path / "house"
-    texts = {"hall": "from house.attic import bed", "attic": "from house.hall import door", "shed": ""}
+    texts = {
+        "hall": "from house.attic import bed",
+        "attic": "from house.hall import door",
+        "shed": "",
+    }
     for name, text in texts.items():
         (package / name).mkdir(parents=True)
         (package / name / "__init__.py").write_text(text)
     assert rooms(package) == {"hall": {"attic"}, "attic": {"hall"}, "shed": set()}
-    with pytest.raises(pytest.fail.Exception, match=r"house has a circle: (hall -> attic|attic -> hall)"):
+    with pytest.raises(
+        pytest.fail.Exception, match=r"house has a circle: (hall -> attic|attic -> hall)"
+    ):
         test_no_circle_and_no_arrow_up(package)

@@ -23,7 +23,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Install a plugin distribution onto the import path: one module, its metadata and its entry point."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def install(distribution: str, source: str, requires: str = "tokenyard-core", entry: str = "plugin") -> None:
+    def install(
+        distribution: str, source: str, requires: str = "tokenyard-core", entry: str = "plugin"
+    ) -> None:
         module = distribution.replace("-", "_") + "_plugin"
         monkeypatch.delitem(sys.modules, module, raising=False)  # an earlier test's
         (tmp_path / f"{module}.py").write_text(source)
@@ -41,7 +43,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 def offer(install: Install) -> Install:
     """Install a plugin that offers one expert kernel."""
 
-    def offer(distribution: str, name: str, priority: int = 1, reason: str | None = None, **kwargs: str) -> None:
+    def offer(
+        distribution: str, name: str, priority: int = 1, reason: str | None = None, **kwargs: str
+    ) -> None:
         install(distribution, BACKEND.format(name=name, priority=priority, reason=reason), **kwargs)
 
     return offer

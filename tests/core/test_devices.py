@@ -17,7 +17,13 @@ def two_gpus(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "card"),
-    [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
+    [
+        ("auto", "cuda:0"),
+        ("cuda", "cuda:0"),
+        ("cuda:0", "cuda:0"),
+        ("cuda:1", "cuda:1"),
+        ("cpu", "cpu"),
+    ],
 )
 def test_every_name_becomes_one_card(two_gpus, name, card):
     assert str(resolve_device(name)) == card
@@ -55,16 +61,24 @@ def test_torch_s_current_card_counts_where_there_is_one(two_gpus, monkeypatch):
 
 def test_wrong_names_are_one_sentence(two_gpus, monkeypatch):
     for name in ("tpu", "cuda:x", "meta", "cpu:1", "cuda:256"):
-        with pytest.raises(ConfigError, match=f"--device is '{name}'; give cpu, cuda, cuda:N or auto"):
+        with pytest.raises(
+            ConfigError, match=f"--device is '{name}'; give cpu, cuda, cuda:N or auto"
+        ):
             resolve_device(name, "--device")
-    with pytest.raises(ConfigError, match="device is 'cuda:2', but torch finds 2 CUDA GPUs here; count from cuda:0"):
+    with pytest.raises(
+        ConfigError, match="device is 'cuda:2', but torch finds 2 CUDA GPUs here; count from cuda:0"
+    ):
         resolve_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ConfigError, match="device is 'cuda', but torch finds no CUDA GPU here; give cpu or auto"):
+    with pytest.raises(
+        ConfigError, match="device is 'cuda', but torch finds no CUDA GPU here; give cpu or auto"
+    ):
         resolve_device("cuda")
 
 
 def test_without_a_gpu_auto_is_the_processor(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert str(resolve_device("auto")) == "cpu"
-    assert Workload(8, 8, 2, 1, device="cuda", capability=(9, 0)).device.index == 0  # planned for, on a laptop
+    assert (
+        Workload(8, 8, 2, 1, device="cuda", capability=(9, 0)).device.index == 0
+    )  # planned for, on a laptop

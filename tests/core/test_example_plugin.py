@@ -19,7 +19,16 @@ print(moe.chosen["experts"].backend.name, type(moe.experts.kernel).__module__)
 def installed(tmp_path_factory) -> dict[str, str]:
     """Install the plugin into a folder of its own; return an environment whose imports find it there."""
     target = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+    ]
     subprocess.run([*pip, str(target), str(PROJECT)], check=True, timeout=120)
     return os.environ | {"PYTHONPATH": str(target)}
 
@@ -27,7 +36,12 @@ def installed(tmp_path_factory) -> dict[str, str]:
 def ask(environment: dict[str, str], backends: dict | None) -> str:
     code = ASK.format(backends=backends)
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, timeout=120, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=environment,
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
 
 
@@ -46,9 +60,16 @@ def test_auto_leaves_it_to_those_who_ask(installed):
 
 def test_the_table_shows_it(installed):
     table = subprocess.run(
-        [sys.executable, "-m", "tokenyard"], env=installed, check=True, timeout=120, capture_output=True, text=True
+        [sys.executable, "-m", "tokenyard"],
+        env=installed,
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
     ).stdout
-    assert ["experts", "acme", "acme-experts", "1.0"] in [line.split()[:4] for line in table.splitlines()]
+    assert ["experts", "acme", "acme-experts", "1.0"] in [
+        line.split()[:4] for line in table.splitlines()
+    ]
 
 
 def test_its_own_tests_pass_the_kit(installed, tmp_path):

@@ -28,16 +28,30 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("folder", sorted(set(OURS) - FREE))
 def test_packages_import_core_and_never_each_other(folder):
     others = set(OURS.values()) - {OURS[folder], CORE}
-    breaches = {path.name: imports(path) & others for path in (PACKAGES / folder / "src").rglob("*.py")}
+    breaches = {
+        path.name: imports(path) & others for path in (PACKAGES / folder / "src").rglob("*.py")
+    }
     assert not {name: found for name, found in breaches.items() if found}
 
 
 def test_core_imports_only_what_it_declares():
-    allowed = set(sys.stdlib_module_names) | {CORE, "torch", "pluggy", "packaging", "pytest"}  # pytest: the kit only
-    found = {path.name: imports(path) - allowed for path in (PACKAGES / "core" / "src").rglob("*.py")}
+    allowed = set(sys.stdlib_module_names) | {
+        CORE,
+        "torch",
+        "pluggy",
+        "packaging",
+        "pytest",
+    }  # pytest: the kit only
+    found = {
+        path.name: imports(path) - allowed for path in (PACKAGES / "core" / "src").rglob("*.py")
+    }
     assert not {name: extra for name, extra in found.items() if extra}
     kit = PACKAGES / "core" / "src" / CORE / "testing"
-    users = {path for path in (PACKAGES / "core" / "src" / CORE).rglob("*.py") if "pytest" in imports(path)}
+    users = {
+        path
+        for path in (PACKAGES / "core" / "src" / CORE).rglob("*.py")
+        if "pytest" in imports(path)
+    }
     assert all(path.is_relative_to(kit) for path in users)
 
 

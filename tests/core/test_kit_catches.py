@@ -50,7 +50,11 @@ def routes_everywhere(kit):
     ("kernel", "test", "complaint"),
     [
         (WrongGateGradient, matches_oracle, r"d topk_weights: relative error 1\.0..e-02, allowed"),
-        (MutatedInput, ExpertsConformance.test_inputs_are_not_mutated, "the kernel changed x in place"),
+        (
+            MutatedInput,
+            ExpertsConformance.test_inputs_are_not_mutated,
+            "the kernel changed x in place",
+        ),
         (NaNForEmptyExperts, routes_everywhere, "d up: relative error inf"),
         (Noisy, ExpertsConformance.test_same_result_twice, "y differs from run to run"),
         (UnwrittenRows, matches_oracle, "y: relative error inf"),
@@ -65,7 +69,11 @@ def routes_everywhere(kit):
             "read a token, weight or gradient that was dropped",
         ),
         (BreaksTheGraph, lambda kit: kit.test_compiles_whole(record), "graph_break"),
-        (DetachedGates, matches_oracle, "no gradient reaches topk_weights; is it used, and not detached?"),
+        (
+            DetachedGates,
+            matches_oracle,
+            "no gradient reaches topk_weights; is it used, and not detached?",
+        ),
         (Detached, matches_oracle, "y is cut off from everything that requires a gradient"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -84,7 +92,9 @@ class TestTheGuard:
             def test_same_result_twice(self):
                 pass
 
-        with pytest.raises(AssertionError, match="test_same_result_twice is a standard test; mark it xfail"):
+        with pytest.raises(
+            AssertionError, match="test_same_result_twice is a standard test; mark it xfail"
+        ):
             Sly().test_standard_tests_stand()
 
     def test_removing_fails(self):

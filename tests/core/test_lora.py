@@ -64,7 +64,9 @@ def test_merging_computes_the_same_without_an_adapter(moe):
 
 def test_mistakes(moe):
     adapted(moe)
-    with pytest.raises(ConfigError, match="have adapters already; merge_lora makes them part of the weights"):
+    with pytest.raises(
+        ConfigError, match="have adapters already; merge_lora makes them part of the weights"
+    ):
         add_lora(moe, RANK, ALPHA)
     with pytest.raises(ConfigError, match="lora is for experts, and the model has none"):
         add_lora(torch.nn.Linear(2, 2), RANK, ALPHA)

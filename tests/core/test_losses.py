@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from tokenyard import AuxiliaryLoss, Balance, ConfigError, MoE, Workload, load_balancing_loss, z_loss
+from tokenyard import (
+    AuxiliaryLoss,
+    Balance,
+    ConfigError,
+    MoE,
+    Workload,
+    load_balancing_loss,
+    z_loss,
+)
 
 T, E, K, LAYERS = 40, 6, 2, 3
 
@@ -15,7 +23,9 @@ def _layers() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _balance(logits: torch.Tensor, ids: torch.Tensor) -> Balance:
     counts = torch.bincount(ids.flatten(), minlength=E)
-    return Balance(counts, torch.tensor(0), logits.softmax(-1).sum(0), logits.logsumexp(-1).square().sum())
+    return Balance(
+        counts, torch.tensor(0), logits.softmax(-1).sum(0), logits.logsumexp(-1).square().sum()
+    )
 
 
 def test_megablocks_convention_is_the_mean_over_layers():
@@ -23,7 +33,9 @@ def test_megablocks_convention_is_the_mean_over_layers():
     want = 0.0
     for logits, ids in layers:
         share = [ids.flatten().tolist().count(e) / (T * K) for e in range(E)]
-        want += E * sum(share[e] * logits.softmax(-1)[:, e].mean().item() for e in range(E)) / LAYERS
+        want += (
+            E * sum(share[e] * logits.softmax(-1)[:, e].mean().item() for e in range(E)) / LAYERS
+        )
     got = load_balancing_loss([_balance(*layer) for layer in layers], T, K)
     assert got.item() == pytest.approx(want, rel=1e-12)
 
@@ -39,7 +51,12 @@ def test_hf_convention_pools_over_layers():
 
 def test_balanced_routing_scores_one_and_k():
     tokens = 3 * E
-    even = Balance(torch.full((E,), tokens * K // E), torch.tensor(0), torch.full((E,), tokens / E), torch.tensor(0.0))
+    even = Balance(
+        torch.full((E,), tokens * K // E),
+        torch.tensor(0),
+        torch.full((E,), tokens / E),
+        torch.tensor(0.0),
+    )
     assert load_balancing_loss([even], tokens, K).item() == pytest.approx(1)
     assert load_balancing_loss([even], tokens, K, "hf").item() == pytest.approx(K)
 
@@ -58,7 +75,9 @@ def test_opposite_imbalances_cancel_only_in_hf_pooling():
 def test_z_loss_is_the_mean_square_of_logsumexp():
     layers = _layers()
     want = torch.stack([logits.logsumexp(-1).square().mean() for logits, _ in layers]).mean()
-    assert z_loss([_balance(*layer) for layer in layers], T).item() == pytest.approx(want.item(), rel=1e-12)
+    assert z_loss([_balance(*layer) for layer in layers], T).item() == pytest.approx(
+        want.item(), rel=1e-12
+    )
 
 
 def test_balances_add_up_over_microbatches():
@@ -66,7 +85,9 @@ def test_balances_add_up_over_microbatches():
     parts = [_balance(logits[a:b], ids[a:b]) for a, b in ((0, 13), (13, T))]
     summed = Balance(*(sum(fields) for fields in zip(*parts)))
     whole = _balance(logits, ids)
-    assert load_balancing_loss([summed], T, K).item() == pytest.approx(load_balancing_loss([whole], T, K).item())
+    assert load_balancing_loss([summed], T, K).item() == pytest.approx(
+        load_balancing_loss([whole], T, K).item()
+    )
 
 
 def test_the_gradient_pushes_tokens_from_busy_experts_to_idle_ones():
@@ -89,5 +110,7 @@ def test_weights_are_applied_and_nothing_is_added_without_layers():
 
 
 def test_unknown_convention_is_named():
-    with pytest.raises(ConfigError, match="convention 'hugging' is unknown; known are: megablocks, hf"):
+    with pytest.raises(
+        ConfigError, match="convention 'hugging' is unknown; known are: megablocks, hf"
+    ):
         AuxiliaryLoss(convention="hugging")

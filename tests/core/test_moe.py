@@ -11,7 +11,16 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tokenyard import BackendError, ConfigError, ExpertWeights, MoE, Registry, RoutingRule, Workload, moe_layers
+from tokenyard import (
+    BackendError,
+    ConfigError,
+    ExpertWeights,
+    MoE,
+    Registry,
+    RoutingRule,
+    Workload,
+    moe_layers,
+)
 from tokenyard.numerics import relative_error
 from tokenyard.registry import installed_plugins
 from tokenyard.testing._oracle import experts as oracle
@@ -20,7 +29,11 @@ D, F_, E, K = 16, 24, 6, 2
 
 
 def layer(rule: RoutingRule | None = None, **kwargs) -> MoE:
-    return MoE(Workload(D, F_, E, K, router=rule or RoutingRule(), dtype=torch.float64), dtype=torch.float64, **kwargs)
+    return MoE(
+        Workload(D, F_, E, K, router=rule or RoutingRule(), dtype=torch.float64),
+        dtype=torch.float64,
+        **kwargs,
+    )
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -63,7 +76,11 @@ def test_given_ids_override_the_selection():
     forced = torch.arange(12).unsqueeze(1).add(torch.arange(K)).remainder(E)
     y, routing = moe(x, forced)
     want = oracle(
-        x, forced, moe.router(x, forced).topk_weights, ExpertWeights(moe.experts.up, moe.experts.down), "swiglu"
+        x,
+        forced,
+        moe.router(x, forced).topk_weights,
+        ExpertWeights(moe.experts.up, moe.experts.down),
+        "swiglu",
     )
     assert torch.equal(routing.topk_ids.long(), forced)
     assert relative_error(y, want) < 1e-13
@@ -93,7 +110,9 @@ def test_loop_has_second_derivatives():
 
 
 @pytest.mark.parametrize(
-    "rule", [RoutingRule(), RoutingRule(jitter=0.1, capacity_factor=1.0)], ids=["plain", "jitter, capacity"]
+    "rule",
+    [RoutingRule(), RoutingRule(jitter=0.1, capacity_factor=1.0)],
+    ids=["plain", "jitter, capacity"],
 )
 def test_compiles_whole(rule):
     torch.compiler.reset()
@@ -104,7 +123,9 @@ def test_compiles_whole(rule):
         torch.manual_seed(0)
         y, routing = run(x)
         balance = moe.router.balance(routing)
-        gradients.append(torch.autograd.grad(y.square().sum() + balance.z_sum, list(moe.parameters())))
+        gradients.append(
+            torch.autograd.grad(y.square().sum() + balance.z_sum, list(moe.parameters()))
+        )
     for a, b in zip(*gradients):
         assert relative_error(b, a) < 1e-12
 
@@ -135,48 +156,64 @@ def test_layers_are_listed_in_order():
 
 
 def test_unknown_part_is_named():
-    with pytest.raises(ConfigError, match=r"backends.expert is not a known key \(did you mean 'experts'\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"backends.expert is not a known key \(did you mean 'experts'\?\)"
+    ):
         layer(backends={"expert": "torch"})
 
 
 def test_expert_parallelism_needs_an_exchange_that_moves():
     alone = Registry(*installed_plugins([distribution("tokenyard-core")]))
     with pytest.raises(
-        BackendError, match=r"no exchange backend is usable here \(local: 'local' keeps tokens on their rank"
+        BackendError,
+        match=r"no exchange backend is usable here \(local: 'local' keeps tokens on their rank",
     ):
         MoE(Workload(D, F_, E, K, expert_parallel=2), registry=alone)
 
 
 def test_unknown_router_algorithm_is_nobody_s():
     with pytest.raises(
-        BackendError, match=r"no router backend is usable.*'torch' computes the router algorithm 'topk'"
+        BackendError,
+        match=r"no router backend is usable.*'torch' computes the router algorithm 'topk'",
     ):
         layer(RoutingRule(algorithm="expert_choice"))
 
 
 def test_another_dtype_than_the_backends_were_chosen_for_is_refused():
     moe = MoE(Workload(D, F_, E, K))
-    with pytest.raises(BackendError, match="chosen for float32 on cpu, but x would be computed in bfloat16 on cpu"):
+    with pytest.raises(
+        BackendError, match="chosen for float32 on cpu, but x would be computed in bfloat16 on cpu"
+    ):
         moe(torch.randn(3, D, dtype=torch.bfloat16))
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(BackendError, match="computed in bfloat16"):
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(BackendError, match="computed in bfloat16"),
+    ):
         moe(torch.randn(3, D))
     narrow = MoE(Workload(D, F_, E, K, dtype=torch.bfloat16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert narrow(torch.randn(3, D))[0].isfinite().all()
-    with pytest.raises(BackendError, match="chosen for bfloat16 on cpu, but x would be computed in float32 on cpu"):
+    with pytest.raises(
+        BackendError, match="chosen for bfloat16 on cpu, but x would be computed in float32 on cpu"
+    ):
         narrow(torch.randn(3, D))
 
 
 def test_another_device_than_the_backends_were_chosen_for_is_refused():
     workload = Workload(D, F_, E, K, device="cuda", capability=(9, 0))
-    with pytest.raises(BackendError, match="chosen for float32 on cuda:0, but x would be computed in float32 on cpu"):
+    with pytest.raises(
+        BackendError,
+        match="chosen for float32 on cuda:0, but x would be computed in float32 on cpu",
+    ):
         workload.check_input(torch.randn(3, D))
     workload.check_input(torch.randn(3, D, device="meta"))
 
 
 def test_weights_of_another_dtype_are_named():
     moe = MoE(Workload(D, F_, E, K), dtype=torch.float64)
-    with pytest.raises(ConfigError, match=r"x is torch.float32 but the experts' weights are torch.float64"):
+    with pytest.raises(
+        ConfigError, match=r"x is torch.float32 but the experts' weights are torch.float64"
+    ):
         moe.experts(torch.randn(3, D), moe.router(torch.randn(3, D, dtype=torch.float64)))
 
 

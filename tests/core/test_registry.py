@@ -21,7 +21,9 @@ def test_a_plugin_of_higher_priority_is_taken_by_auto(offer, registry, caplog):
         registry().choose("experts", "auto", WORKLOAD)
     assert chosen.backend.name == "fast"
     assert chosen.passed_over == {"faster": "'faster' needs a unicorn"}
-    assert caplog.messages == ["experts backend: auto took 'fast'; not faster: 'faster' needs a unicorn"]
+    assert caplog.messages == [
+        "experts backend: auto took 'fast'; not faster: 'faster' needs a unicorn"
+    ]
 
 
 def test_the_environment_comes_before_config_and_config_before_auto(offer, registry, monkeypatch):
@@ -30,7 +32,9 @@ def test_the_environment_comes_before_config_and_config_before_auto(offer, regis
     monkeypatch.setenv("TOKENYARD_EXPERTS", "torch")
     assert registry().choose("experts", "loop", WORKLOAD).backend.name == "torch"
     monkeypatch.setenv("TOKENYARD_EXPERTS", "trch")
-    with pytest.raises(BackendError, match=r"'trch' is unknown .* \(TOKENYARD_EXPERTS asks for it\)$"):
+    with pytest.raises(
+        BackendError, match=r"'trch' is unknown .* \(TOKENYARD_EXPERTS asks for it\)$"
+    ):
         registry().choose("experts", "loop", WORKLOAD)
 
 
@@ -43,13 +47,17 @@ def test_options_in_config_reach_the_constructor_of_the_named_backend_only(regis
 
 def test_options_that_the_backend_refuses_are_named(registry):
     chosen = registry().choose("experts", {"name": "torch", "tile": 64}, WORKLOAD)
-    with pytest.raises(BackendError, match=r"experts backend 'torch' refused the options tile: .*unexpected keyword"):
+    with pytest.raises(
+        BackendError,
+        match=r"experts backend 'torch' refused the options tile: .*unexpected keyword",
+    ):
         chosen.construct(WORKLOAD, None)
 
 
 def test_unknown_backend_is_answered_with_a_suggestion(registry):
     with pytest.raises(
-        BackendError, match=r"experts backend 'trch' is unknown \(did you mean 'torch'\?\); installed: .*torch"
+        BackendError,
+        match=r"experts backend 'trch' is unknown \(did you mean 'torch'\?\); installed: .*torch",
     ):
         registry().choose("experts", "trch", WORKLOAD)
 
@@ -57,7 +65,11 @@ def test_unknown_backend_is_answered_with_a_suggestion(registry):
 @pytest.fixture
 def extras(monkeypatch):
     """What the distribution `tokenyard` says where it is installed."""
-    points = {"model.dbrx": "models", "exchange.all_to_all": "parallel", "exchange.all_to_all_tokens": "parallel"}
+    points = {
+        "model.dbrx": "models",
+        "exchange.all_to_all": "parallel",
+        "exchange.all_to_all_tokens": "parallel",
+    }
     found = [EntryPoint(name, extra, _extras.GROUP) for name, extra in points.items()]
     monkeypatch.setattr(_extras, "entry_points", lambda group: found)
     _extras.provided_by_extras.cache_clear()
@@ -68,7 +80,8 @@ def extras(monkeypatch):
 def test_an_unknown_backend_names_the_extra_that_provides_it(extras):
     alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
     with pytest.raises(
-        BackendError, match=r"'dbrx' is unknown; installed: none; pip install \"tokenyard\[models\]\" provides 'dbrx'"
+        BackendError,
+        match=r"'dbrx' is unknown; installed: none; pip install \"tokenyard\[models\]\" provides 'dbrx'",
     ):
         alone.choose("model", "dbrx")
 
@@ -91,7 +104,8 @@ def test_core_alone_names_no_extra():
 def test_a_named_backend_is_never_replaced(offer, registry):
     offer("fast-experts", "fast", reason="'fast' needs a GPU")
     with pytest.raises(
-        BackendError, match=r"'fast' is unusable here: 'fast' needs a GPU; usable here: cpu, torch, loop"
+        BackendError,
+        match=r"'fast' is unusable here: 'fast' needs a GPU; usable here: cpu, torch, loop",
     ):
         registry().choose("experts", "fast", WORKLOAD)
 
@@ -105,7 +119,10 @@ def test_a_plugin_broken_at_import_costs_only_itself(install, registry):
     install("broken-experts", "import no_such_module_anywhere")
     found = registry()
     assert found.choose("experts", "auto", WORKLOAD).backend.name == "cpu"
-    with pytest.raises(BackendError, match=r"broken-experts 1.0 failed to import: ModuleNotFoundError.*no_such_module"):
+    with pytest.raises(
+        BackendError,
+        match=r"broken-experts 1.0 failed to import: ModuleNotFoundError.*no_such_module",
+    ):
         found.choose("experts", "brokn", WORKLOAD)
 
 
@@ -115,7 +132,9 @@ def test_a_plugin_whose_hook_fails_is_reported(install, registry):
         "from tokenyard import hookimpl\n@hookimpl\ndef tokenyard_experts():\n    raise OSError('sour')\n",
     )
     (problem,) = [p for p in registry().problems if p.distribution == "sour-experts"]
-    assert problem.reason == "sour-experts 1.0 failed in its hook tokenyard_experts: OSError('sour')"
+    assert (
+        problem.reason == "sour-experts 1.0 failed in its hook tokenyard_experts: OSError('sour')"
+    )
 
 
 def test_a_backend_whose_check_fails_is_unusable(install, registry):
@@ -125,7 +144,9 @@ def test_a_backend_whose_check_fails_is_unusable(install, registry):
         "    return [Backend('shaky', 'x:Y', priority=3, unusable=lambda w: 1 / 0)]\n",
     )
     chosen = registry().choose("experts", "auto", WORKLOAD)
-    assert chosen.passed_over == {"shaky": "its own check failed: ZeroDivisionError('division by zero')"}
+    assert chosen.passed_over == {
+        "shaky": "its own check failed: ZeroDivisionError('division by zero')"
+    }
 
 
 def test_a_plugin_for_another_core_is_not_imported(install, registry):
@@ -140,7 +161,8 @@ def test_two_plugins_with_one_backend_name_are_both_named(offer, registry):
     offer("fast-experts", "fast")
     offer("quick-experts", "fast")
     with pytest.raises(
-        BackendError, match=r"'fast' is offered by both (fast|quick)-experts 1.0 and (fast|quick)-experts 1.0"
+        BackendError,
+        match=r"'fast' is offered by both (fast|quick)-experts 1.0 and (fast|quick)-experts 1.0",
     ):
         registry()
 

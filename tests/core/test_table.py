@@ -12,7 +12,10 @@ def test_the_table_names_every_backend_with_its_reason(offer, install, registry)
     lines = [line.split() for line in text.splitlines()]
     assert ["experts", "fast", "fast-experts", "1.0", "'fast'", "needs", "a", "GPU"] in lines
     assert any(line[:2] == ["experts", "torch"] and line[-1] == "usable" for line in lines)
-    assert "left out: plugin 'plugin' (broken_experts_plugin) of broken-experts 1.0 failed to import" in text
+    assert (
+        "left out: plugin 'plugin' (broken_experts_plugin) of broken-experts 1.0 failed to import"
+        in text
+    )
 
 
 def test_plugins_that_contradict_each_other_end_in_one_sentence(offer, capsys):

@@ -22,7 +22,9 @@ class Scale(torch.autograd.Function):
 
 class WrongGateGradient(TorchExperts):
     def __call__(self, x, plan, topk_weights, weights):
-        return super().__call__(x, plan, None if topk_weights is None else Scale.apply(topk_weights), weights)
+        return super().__call__(
+            x, plan, None if topk_weights is None else Scale.apply(topk_weights), weights
+        )
 
 
 class MutatedInput(TorchExperts):

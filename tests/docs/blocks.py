@@ -14,7 +14,8 @@ PAGES = [
 ]
 
 _BLOCK = re.compile(
-    r"(?:<!-- not run: (?P<why>.+?) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:<!-- not run: (?P<why>.+?) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 
 
@@ -31,7 +32,10 @@ def blocks(page: Path) -> list[Block]:
     """Return a page's blocks."""
     text = page.read_text(encoding="utf-8")
     found = _BLOCK.finditer(text)
-    return [Block(b["language"], b["text"], text[: b.start("text")].count("\n") + 1, b["why"]) for b in found]
+    return [
+        Block(b["language"], b["text"], text[: b.start("text")].count("\n") + 1, b["why"])
+        for b in found
+    ]
 
 
 def named(page: Path) -> str:

@@ -19,7 +19,9 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site") / "built"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    built = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr, built.stderr
     return folder

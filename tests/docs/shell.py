@@ -36,9 +36,13 @@ def run(line, monkeypatch):
         while "=" in words[0]:
             patch.setenv(*words.pop(0).split("=", 1))
         if words[0] != "tokenyard" or words[1] == "launch":
-            subprocess.run(line, shell=True, check=True, timeout=600, env=os.environ | {"PATH": PATH})
+            subprocess.run(
+                line, shell=True, check=True, timeout=600, env=os.environ | {"PATH": PATH}
+            )
             return
-        patch.setattr(sys, "argv", [word for pattern in words for word in glob.glob(pattern) or [pattern]])
+        patch.setattr(
+            sys, "argv", [word for pattern in words for word in glob.glob(pattern) or [pattern]]
+        )
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert not ended.value.code, line

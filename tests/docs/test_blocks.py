@@ -22,7 +22,9 @@ def with_blocks(language):
     return [page for page in PAGES if any(b.language == language for b in blocks(page))]
 
 
-@pytest.mark.parametrize("page", [page for page in with_blocks("python") if page != PLUGIN], ids=named)
+@pytest.mark.parametrize(
+    "page", [page for page in with_blocks("python") if page != PLUGIN], ids=named
+)
 def test_python_runs(page, tmp_path, monkeypatch):
     """The blocks of a page one after another, in one namespace."""
     monkeypatch.chdir(tmp_path)
@@ -72,8 +74,15 @@ def test_configs_are_read(page):
             if {"train_loader", "max_duration"} <= content.keys():
                 read_config(content)
             elif "backends" in content or "parallel" in content:
-                quick = {"model": {"name": "mixtral", "size": "tiny"}, "train_loader": {"name": "python_stdlib"}}
-                read_config(content | quick | {"max_duration": "1ba", "global_train_batch_size": 8, "device": "cpu"})
+                quick = {
+                    "model": {"name": "mixtral", "size": "tiny"},
+                    "train_loader": {"name": "python_stdlib"},
+                }
+                read_config(
+                    content
+                    | quick
+                    | {"max_duration": "1ba", "global_train_batch_size": 8, "device": "cpu"}
+                )
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +97,16 @@ def plugin(tmp_path_factory):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(block.text)
     (root / "src" / "acme_experts" / "__init__.py").touch()
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+    ]
     subprocess.run([*pip, str(site), str(root)], check=True, timeout=120)
     return root, site
 
@@ -96,7 +114,9 @@ def plugin(tmp_path_factory):
 @pytest.mark.full
 def test_the_tutorial_s_commands_run(plugin, tmp_path):
     """Those after the kit, which use the plugin; what they train is small."""
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"train_loader": {"name": "python_stdlib"}}))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(CONFIG | {"train_loader": {"name": "python_stdlib"}})
+    )
     console = [block for block in blocks(PLUGIN) if block.language == "console"][-1]
     for line in lines(console):
         environment = os.environ | {"PATH": PATH, "PYTHONPATH": str(plugin[1])}
@@ -106,7 +126,9 @@ def test_the_tutorial_s_commands_run(plugin, tmp_path):
 def test_the_tutorial_s_plugin_passes_the_kit(plugin, tmp_path):
     root, site = plugin
     options = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "no:randomly", "--rootdir", str(root)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST")
+    }
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(root / "tests")],
         env=environment | {"PYTHONPATH": str(site)},

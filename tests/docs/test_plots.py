@@ -6,11 +6,16 @@ import pytest
 from matplotlib.image import imread
 from PIL import Image
 
-ROUNDING, LETTERS = 1e-5, 1e-2  # mean difference of a pixel, where a bar that grows by a seventh makes 1e-4
+ROUNDING, LETTERS = (
+    1e-5,
+    1e-2,
+)  # mean difference of a pixel, where a bar that grows by a seventh makes 1e-4
 
 
 def test_every_picture_is_one_that_the_command_draws():
-    there = {path.relative_to(plots.BENCHMARKS).as_posix() for path in plots.BENCHMARKS.rglob("*.png")}
+    there = {
+        path.relative_to(plots.BENCHMARKS).as_posix() for path in plots.BENCHMARKS.rglob("*.png")
+    }
     assert there == set(plots.PICTURES)
 
 

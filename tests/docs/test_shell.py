@@ -29,7 +29,9 @@ def workshop(tmp_path_factory):
     shutil.copytree(ROOT / "examples", folder / "examples")
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "my-texts").mkdir()
-    (folder / "my-texts" / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    (folder / "my-texts" / "fox.txt").write_text(
+        "The quick brown fox jumps over the lazy dog. " * 400
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run("tokenyard train config.yaml run_name=quickstart", patch)
@@ -41,12 +43,18 @@ def add_sources(folder):
     zstandard, tokenizers = pytest.importorskip("zstandard"), pytest.importorskip("tokenizers")
     (folder / "sources").mkdir()
     rows = (json.dumps({"text": f"the number {i}"}) + "\n" for i in range(50))
-    (folder / "sources" / "numbers.jsonl.zst").write_bytes(zstandard.compress("".join(rows).encode()))
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "number": 1, "?": 2, "<|endoftext|>": 3}, "?"))
+    (folder / "sources" / "numbers.jsonl.zst").write_bytes(
+        zstandard.compress("".join(rows).encode())
+    )
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"the": 0, "number": 1, "?": 2, "<|endoftext|>": 3}, "?")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     (folder / "path" / "to").mkdir(parents=True)
     words.save(str(folder / "path" / "to" / "tokenizer.json"))
-    (folder / "path" / "to" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    (folder / "path" / "to" / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|endoftext|>"})
+    )
 
 
 @pytest.mark.parametrize("block", list(consoles()))

@@ -22,14 +22,18 @@ def documented(site):
     return {line.split(" ")[0] for line in zlib.decompress(lines[4]).decode().splitlines()}
 
 
-@pytest.mark.parametrize("module", [tokenyard, tokenyard_models, testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [tokenyard, tokenyard_models, testing], ids=lambda module: module.__name__
+)
 def test_every_public_name_is_in_the_reference(site, module):
     names = {f"{module.__name__}.{name}" for name in module.__all__ if not name.startswith("__")}
     assert names <= documented(site)
 
 
 def test_every_hook_is_in_the_reference(site):
-    hooks = {f"tokenyard.hookspecs.{name}" for name in vars(hookspecs) if name.startswith("tokenyard_")}
+    hooks = {
+        f"tokenyard.hookspecs.{name}" for name in vars(hookspecs) if name.startswith("tokenyard_")
+    }
     assert hooks
     assert hooks <= documented(site)
 

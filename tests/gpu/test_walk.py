@@ -72,13 +72,23 @@ class TestWalk:
     def test_a_killed_run_resumes_to_the_same_end(self, walk):
         longer = ("max_duration=120ba", "save_interval=40ba", "eval_interval=120ba", "callbacks={}")
         walk.train("whole", AMP, "deterministic=true", *longer)
-        command = ("train", QUICKSTART, *SHORT, *walk.settings("killed"), AMP, "deterministic=true", *longer)
+        command = (
+            "train",
+            QUICKSTART,
+            *SHORT,
+            *walk.settings("killed"),
+            AMP,
+            "deterministic=true",
+            *longer,
+        )
         code, _ = walk.interrupted(*command, "killed", after=50, number=KILL)
         assert code == -KILL
         assert "resumed after batch 40" in walk(*command, "autoresume=true")
         assert differing(walk.folder / "whole" / "ba120", walk.folder / "killed" / "ba120") == []
 
-    @pytest.mark.parametrize("precision", [(), ("--precision", "fp32"), ("--precision", "amp_bf16")])
+    @pytest.mark.parametrize(
+        "precision", [(), ("--precision", "fp32"), ("--precision", "amp_bf16")]
+    )
     def test_generate(self, walk, trained, precision):
         arguments = ("--prompt", "def ", "--max-new-tokens", 20, "--device", walk.device)
         assert walk("generate", trained, *arguments, *precision).startswith("def ")
@@ -88,9 +98,20 @@ class TestWalk:
         assert "entropy" in said
         assert json.loads((walk.folder / "routing" / "routing.json").read_text())["records"]
 
-    @pytest.mark.parametrize("precision", [(), ("--precision", "fp32"), ("--precision", "amp_bf16")])
+    @pytest.mark.parametrize(
+        "precision", [(), ("--precision", "fp32"), ("--precision", "amp_bf16")]
+    )
     def test_generate_from_a_folder(self, walk, exported, precision):
-        arguments = ("--tokenizer", "bytes", "--prompt", "def ", "--max-new-tokens", 20, "--device", walk.device)
+        arguments = (
+            "--tokenizer",
+            "bytes",
+            "--prompt",
+            "def ",
+            "--max-new-tokens",
+            20,
+            "--device",
+            walk.device,
+        )
         assert walk("generate", exported, *arguments, *precision).startswith("def ")
 
     def test_convert_there_and_back(self, walk, exported):
@@ -112,19 +133,39 @@ class TestWalk:
 
     def test_upcycle(self, walk):
         dense = yaml.safe_load(QUICKSTART.read_text())
-        dense["model"] = {"name": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        dense["model"] = {
+            "name": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+        }
         dense["model"] |= {"num_attention_heads": 4}
         path = walk.folder / "dense.yaml"
         path.write_text(yaml.safe_dump(dense))
         walk("convert", walk.train("dense", AMP, config=path), "dense-hf")
         walk("upcycle", "dense-hf", "sparse-hf", "--num-experts", 4, "--top-k", 2)
-        arguments = ("--tokenizer", "bytes", "--prompt", "def ", "--max-new-tokens", 9, "--device", walk.device)
+        arguments = (
+            "--tokenizer",
+            "bytes",
+            "--prompt",
+            "def ",
+            "--max-new-tokens",
+            9,
+            "--device",
+            walk.device,
+        )
         assert walk("generate", "sparse-hf", *arguments).startswith("def ")
 
     def test_data_that_was_packed(self, walk, text):
         walk("data", "pack", "packed", text, "--tokenizer", "bytes")
         loader = "{name: text, dataset: {packed: packed}}"
-        walk.train("on-packed", AMP, f"train_loader={loader}", "eval_loader=null", "global_train_batch_size=2")
+        walk.train(
+            "on-packed",
+            AMP,
+            f"train_loader={loader}",
+            "eval_loader=null",
+            "global_train_batch_size=2",
+        )
 
     def test_launch(self, walk):
         walk("launch", QUICKSTART, *SHORT, *walk.settings("launched"), AMP, "--nproc", 1)
@@ -141,11 +182,31 @@ class TestWalk:
         tokenyard_train.checkpoint.verify(checkpoint)
 
     def test_bench(self, walk):
-        sizes = ("--shape", "1024,256,128,8,2", "--peers", "none", "--repetitions", 3, "--out", "bench")
+        sizes = (
+            "--shape",
+            "1024,256,128,8,2",
+            "--peers",
+            "none",
+            "--repetitions",
+            3,
+            "--out",
+            "bench",
+        )
         device = () if walk.device == "auto" else ("--device", walk.device)
         walk("bench", "layer", *sizes, *device)
         assert json.loads((walk.folder / "bench" / "layer.json").read_text())["records"]
-        walk("bench", "train", QUICKSTART, "--peers", "none", "--steps", 3, f"device={walk.device}", "--out", "bench")
+        walk(
+            "bench",
+            "train",
+            QUICKSTART,
+            "--peers",
+            "none",
+            "--steps",
+            3,
+            f"device={walk.device}",
+            "--out",
+            "bench",
+        )
 
 
 @pytest.mark.parametrize("walk", [ALSO, WITH_INDEX], indirect=True, scope="class")
@@ -156,5 +217,7 @@ class TestOtherNames:
     def test_train_save_and_generate(self, walk, asynchronous):
         run = walk.train(f"run-{asynchronous}", AMP, f"save_async={asynchronous}")
         tokenyard_train.checkpoint.verify(run / "ba12")
-        said = walk("generate", run, "--prompt", "def ", "--max-new-tokens", 9, "--device", walk.device)
+        said = walk(
+            "generate", run, "--prompt", "def ", "--max-new-tokens", 9, "--device", walk.device
+        )
         assert said.startswith("def ")

@@ -28,7 +28,12 @@ class Walk:
     def __call__(self, *command: object, code: int = 0) -> str:
         """Run ``tokenyard`` as a user would; return what it printed. A traceback is never right."""
         done = subprocess.run(
-            self._command(command), cwd=self.folder, env=_environment(), capture_output=True, text=True, timeout=240
+            self._command(command),
+            cwd=self.folder,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
         said = done.stdout + done.stderr
         assert "Traceback" not in said, said
@@ -94,7 +99,9 @@ def differing(one: Path, other: Path) -> list[str]:
 def _environment() -> dict[str, str]:
     """Return the environment of a command: of a user, not of these tests."""
     left_out = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "PYTEST_XDIST_WORKER")
-    return {name: value for name, value in os.environ.items() if name not in left_out} | {"COLUMNS": "120"}
+    return {name: value for name, value in os.environ.items() if name not in left_out} | {
+        "COLUMNS": "120"
+    }
 
 
 KILL = signal.SIGKILL

@@ -29,7 +29,9 @@ def launch(source, name, device, grid, threads, shared, arguments):
     """Run a kernel, in the place of the driver's launch."""
     values = [kind(value) for value, kind in zip(*arguments)]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    code = getattr(_library(source), f"run_{name}")(*grid[:2], threads, shared, next(_seeds), pointers)
+    code = getattr(_library(source), f"run_{name}")(
+        *grid[:2], threads, shared, next(_seeds), pointers
+    )
     assert not code, f"{name} of {source} {_FAULTS[code]}"
 
 
@@ -68,7 +70,9 @@ def _usable(reason):
     """Return the backend's own reasons but for the device, which is a GPU in its eyes."""
 
     def unusable(workload: Workload) -> str | None:
-        options = {name: getattr(workload, name) for name in ("num_experts", "top_k", "router", "dtype")}
+        options = {
+            name: getattr(workload, name) for name in ("num_experts", "top_k", "router", "dtype")
+        }
         gpu = Workload(workload.dim, workload.ffn_dim, device="cuda", capability=(9, 0), **options)
         return reason(gpu)
 
@@ -79,7 +83,11 @@ class _Offers:
     @staticmethod
     @_plugin.hookimpl
     def tokenyard_routers():
-        return [Backend("cuda", "tokenyard_kernels_cuda.router:CudaRouter", 0, _usable(_plugin.no_router))]
+        return [
+            Backend(
+                "cuda", "tokenyard_kernels_cuda.router:CudaRouter", 0, _usable(_plugin.no_router)
+            )
+        ]
 
     @staticmethod
     @_plugin.hookimpl

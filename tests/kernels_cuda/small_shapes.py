@@ -21,11 +21,15 @@ def move(dtype, dim, tokens=37, experts=7, top_k=3, rows=None):
 
 def choose(experts, top_k, **rule):
     """Choose and weigh, and go back to the logits."""
-    router = CudaRouter(Workload(16, 8, experts, top_k, router=RoutingRule(**rule), device="cuda")).cuda()
+    router = CudaRouter(
+        Workload(16, 8, experts, top_k, router=RoutingRule(**rule), device="cuda")
+    ).cuda()
     logits = torch.randn(21, experts, device="cuda", requires_grad=True)
     ids, weights = router.choose(logits, None)
     again = router.choose(logits, ids)[1]
-    torch.autograd.grad((weights, again), logits, (torch.randn_like(weights), torch.randn_like(again)))
+    torch.autograd.grad(
+        (weights, again), logits, (torch.randn_like(weights), torch.randn_like(again))
+    )
 
 
 def split(dtype):

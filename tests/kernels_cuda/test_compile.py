@@ -25,7 +25,9 @@ def test_every_kernel_for_every_architecture(architecture):
     def compiled(source):
         cubin = compile_cubin(source, architecture)
         wanted = [kernel.name for kernel in kernels() if kernel.source == source]
-        return cubin.startswith(b"\x7fELF") and all(f".text.{name}\0".encode() in cubin for name in wanted)
+        return cubin.startswith(b"\x7fELF") and all(
+            f".text.{name}\0".encode() in cubin for name in wanted
+        )
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(compiled, sources()))
@@ -47,7 +49,9 @@ def test_every_kernel_of_a_file_has_its_parameters():
 
 
 def test_the_fault_is_shown_with_its_line():
-    source = Given("wrong.cu", content='// one\nextern "C" __global__ void f() {\n  int x = y;\n}\n')
+    source = Given(
+        "wrong.cu", content='// one\nextern "C" __global__ void f() {\n  int x = y;\n}\n'
+    )
     with pytest.raises(CompileError) as caught:
         compile_cubin(source, "sm_80")
     lines = str(caught.value).splitlines()
@@ -63,13 +67,21 @@ def test_a_fault_in_a_header_is_shown_there(monkeypatch):
 
 
 def test_an_architecture_that_does_not_exist():
-    with pytest.raises(CompileError, match=r"does not compile for sm_7[\s\S]*invalid value for --gpu-architecture"):
+    with pytest.raises(
+        CompileError, match=r"does not compile for sm_7[\s\S]*invalid value for --gpu-architecture"
+    ):
         compile_cubin(SPLIT, "sm_7")
 
 
 @pytest.mark.parametrize(
     ("capability", "architecture"),
-    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90a"), ((10, 3), "sm_100"), ((12, 1), "sm_120")],
+    [
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90a"),
+        ((10, 3), "sm_100"),
+        ((12, 1), "sm_120"),
+    ],
 )
 def test_what_to_compile_for(capability, architecture):
     assert architecture_of(capability) == architecture

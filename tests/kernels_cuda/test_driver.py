@@ -23,7 +23,9 @@ def notes(monkeypatch):
     called = []
 
     def noted(name, *result):
-        monkeypatch.setattr(driver, name, lambda *arguments: called.append((name, *arguments)) or result)
+        monkeypatch.setattr(
+            driver, name, lambda *arguments: called.append((name, *arguments)) or result
+        )
 
     noted("cuCtxGetCurrent", OK, driver.CUcontext(1))
     noted("cuDevicePrimaryCtxRetain", OK, driver.CUcontext(2))
@@ -33,7 +35,9 @@ def notes(monkeypatch):
     noted("cuKernelGetFunction", OK, driver.CUfunction(5))
     noted("cuLaunchKernel", OK)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=99))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=99)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(_driver, "cubin_of", lambda source, architecture: architecture.encode())
     for cached in (_driver.function, _driver._library):
@@ -54,7 +58,9 @@ def test_a_kernel_is_loaded_once_and_launched_on_torch_s_stream(notes):
     names = [call[0] for call in called]
     assert names.count("cuLibraryLoadData") == names.count("cuKernelGetFunction") == 1
     assert names.count("cuLaunchKernel") == 2
-    _, function, *sizes, shared, stream, arguments, _ = next(c for c in called if c[0] == "cuLaunchKernel")
+    _, function, *sizes, shared, stream, arguments, _ = next(
+        c for c in called if c[0] == "cuLaunchKernel"
+    )
     assert (int(function), sizes, shared, int(stream)) == (5, [5, 2, 1, 64, 1, 1], 16, 99)
     assert arguments == ARGUMENTS
     assert next(call[1] for call in called if call[0] == "cuLibraryLoadData") == b"sm_90a"
@@ -71,10 +77,22 @@ def test_a_thread_without_a_context_gets_torch_s(notes):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("cuLaunchKernel", r"the CUDA driver refuses to launch split_in_two \(CUDA_ERROR_INVALID_VALUE\)"),
-        ("cuLibraryLoadData", r"to load split.cu \(ELEMENT=bf16\), compiled for sm_90a, \(CUDA_ERROR_INVALID_VALUE\)"),
-        ("cuKernelGetFunction", r"to load split_in_two of split.cu \(ELEMENT=bf16\) \(CUDA_ERROR_INVALID_VALUE\)"),
-        ("cuLibraryGetKernel", r"to find split_in_two in split.cu \(ELEMENT=bf16\) \(CUDA_ERROR_INVALID_VALUE\)"),
+        (
+            "cuLaunchKernel",
+            r"the CUDA driver refuses to launch split_in_two \(CUDA_ERROR_INVALID_VALUE\)",
+        ),
+        (
+            "cuLibraryLoadData",
+            r"to load split.cu \(ELEMENT=bf16\), compiled for sm_90a, \(CUDA_ERROR_INVALID_VALUE\)",
+        ),
+        (
+            "cuKernelGetFunction",
+            r"to load split_in_two of split.cu \(ELEMENT=bf16\) \(CUDA_ERROR_INVALID_VALUE\)",
+        ),
+        (
+            "cuLibraryGetKernel",
+            r"to find split_in_two in split.cu \(ELEMENT=bf16\) \(CUDA_ERROR_INVALID_VALUE\)",
+        ),
     ],
 )
 def test_what_the_driver_refuses_is_said(notes, name, sentence):

@@ -52,7 +52,14 @@ def cuda_permutation(dtype=torch.float32):
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k"),
-    [(3000, 16, 4), (1, 1, 1), (1024, 4, 1), (2049, 128, 8), (700, 1500, 3), (900, MOST_EXPERTS, 2)],
+    [
+        (3000, 16, 4),
+        (1, 1, 1),
+        (1024, 4, 1),
+        (2049, 128, 8),
+        (700, 1500, 3),
+        (900, MOST_EXPERTS, 2),
+    ],
 )
 def test_plans_of_many_blocks(tokens, experts, top_k):
     """As core's, exactly: blocks add up what others counted, and the more experts, the fewer warps."""
@@ -76,7 +83,10 @@ def test_wide_rows(dim, dtype):
     weights = torch.rand(5, 3)
 
     def there_and_back(permutation, dtype):
-        x_, w = x.to(dtype).requires_grad_(), weights.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        x_, w = (
+            x.to(dtype).requires_grad_(),
+            weights.to(torch.promote_types(dtype, torch.float32)).requires_grad_(),
+        )
         plan = permutation.plan(ids, 8)
         y = permutation.unpermute(permutation.permute(x_, plan), plan, w)
         dx, dw = torch.autograd.grad(y, (x_, w), dy.to(dtype))
@@ -125,21 +135,30 @@ def test_gradients_say_that_they_cannot_be_differentiated_again():
 
 @pytest.mark.parametrize("shape", [(2, 2), (4, 3, 2)])
 def test_ids_that_are_not_of_these_tokens_are_refused(shape):
-    with pytest.raises(ValueError, match=r"topk_ids is \[.*\], and there are 12 tokens; give ids \[T, K\]"):
+    with pytest.raises(
+        ValueError, match=r"topk_ids is \[.*\], and there are 12 tokens; give ids \[T, K\]"
+    ):
         weigh(torch.randn(12, 8), torch.zeros(shape, dtype=torch.int32), RoutingRule())
 
 
 def test_a_plan_of_other_tokens_is_refused():
     moved = CudaPermutation(None)
     plan = moved.plan(torch.zeros(6, 2, dtype=torch.int32), 4)
-    with pytest.raises(ValueError, match="x has 5 tokens and the plan 12 slots; there must be 2 a token"):
+    with pytest.raises(
+        ValueError, match="x has 5 tokens and the plan 12 slots; there must be 2 a token"
+    ):
         moved.permute(torch.randn(5, 8), plan)
 
 
 def test_logits_of_rows_that_lie_crosswise_are_as_their_fakes_say():
-    x, weight = torch.randn(8, 12).bfloat16().t().requires_grad_(), torch.randn(4, 8).bfloat16().requires_grad_()
+    x, weight = (
+        torch.randn(8, 12).bfloat16().t().requires_grad_(),
+        torch.randn(4, 8).bfloat16().requires_grad_(),
+    )
     torch.library.opcheck(logits_op, (x, weight))
-    torch.library.opcheck(logits_backward_op, (torch.randn(12, 4), x.detach(), weight.detach(), [True, True]))
+    torch.library.opcheck(
+        logits_backward_op, (torch.randn(12, 4), x.detach(), weight.detach(), [True, True])
+    )
 
 
 def test_what_is_not_a_number_stays_so():

@@ -23,7 +23,11 @@ def test_what_was_compiled_is_not_compiled_again(cubins, monkeypatch):
 def test_all_that_decides_is_in_the_name(monkeypatch):
     """Architecture, macros, text, headers, the compiler's version."""
     other = Given("split.cu", SPLIT.macros, "// other\n")
-    names = [_cache._key(SPLIT, "sm_80"), _cache._key(SPLIT, "sm_90a"), _cache._key(Source("split.cu"), "sm_80")]
+    names = [
+        _cache._key(SPLIT, "sm_80"),
+        _cache._key(SPLIT, "sm_90a"),
+        _cache._key(Source("split.cu"), "sm_80"),
+    ]
     names.append(_cache._key(other, "sm_80"))
     with monkeypatch.context() as patch:
         patch.setattr(_cache, "headers", lambda: {"warp.cuh": "//"})
@@ -35,7 +39,9 @@ def test_all_that_decides_is_in_the_name(monkeypatch):
     assert _cache._key(SPLIT, "sm_80") == names[0]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:99] + b"?" + b[100:]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:99] + b"?" + b[100:]]
+)
 def test_a_damaged_entry_is_made_again(cubins, damage):
     cubin = cubin_of(SPLIT, "sm_90a")
     (path,) = cubins.iterdir()
@@ -69,7 +75,10 @@ def test_processes_may_compile_at_once(cubins):
     )
     environment = {"PYTHONHASHSEED": "1", "TOKENYARD_CACHE": str(cubins.parent), "PATH": ""}
     command = [sys.executable, "-c", code]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(3)
+    ]
     said = [process.communicate(timeout=120)[0] for process in started]
     assert len(set(said)) == 1
     assert said[0].strip()

@@ -6,7 +6,9 @@ from given import SPLIT
 
 from tokenyard_kernels_cuda.toolchain import Array, Float, Int, Kernel
 
-KERNEL = Kernel(SPLIT, "f", x=Array(torch.float32), y=Array(torch.int32, optional=True), n=Int(), a=Float())
+KERNEL = Kernel(
+    SPLIT, "f", x=Array(torch.float32), y=Array(torch.int32, optional=True), n=Int(), a=Float()
+)
 
 
 def arguments(**changes):
@@ -17,7 +19,9 @@ def arguments(**changes):
 @pytest.fixture
 def launched(monkeypatch):
     calls = []
-    monkeypatch.setattr("tokenyard_kernels_cuda.toolchain._driver.launch", lambda *args: calls.append(args))
+    monkeypatch.setattr(
+        "tokenyard_kernels_cuda.toolchain._driver.launch", lambda *args: calls.append(args)
+    )
     return calls
 
 
@@ -34,11 +38,17 @@ def test_what_is_passed_on(launched):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"x": torch.zeros(4).half()}, "f: x is torch.float16, and must be a tensor of torch.float32"),
+        (
+            {"x": torch.zeros(4).half()},
+            "f: x is torch.float16, and must be a tensor of torch.float32",
+        ),
         ({"x": None}, "f: tensors are on 0 devices; they must be on one"),
         ({"x": 7, "y": torch.zeros(1).int()}, "f: x is int, and must be a tensor of torch.float32"),
         ({"x": torch.zeros(4, 4).t()[:2]}, r"f: x has strides \(1, 4\) and must be contiguous"),
-        ({"y": torch.zeros(1, device="meta").int()}, "f: tensors are on 2 devices; they must be on one"),
+        (
+            {"y": torch.zeros(1, device="meta").int()},
+            "f: tensors are on 2 devices; they must be on one",
+        ),
         ({"n": 1 << 31}, "f: n is 2147483648, and must be an integer of 32 bits"),
         ({"n": 1.5}, "f: n is 1.5, and must be an integer of 32 bits"),
         ({"a": "1"}, "f: a is '1', and must be a number"),

@@ -34,7 +34,9 @@ class TestRouterOfManyExperts(RouterConformance):
 def permutation(**sizes):
     from tokenyard_kernels_cuda.permutation import CudaPermutation
 
-    return CudaPermutation(Workload(**{"dim": 8, "ffn_dim": 8, "num_experts": 2, "top_k": 1, "device": "cuda"} | sizes))
+    return CudaPermutation(
+        Workload(**{"dim": 8, "ffn_dim": 8, "num_experts": 2, "top_k": 1, "device": "cuda"} | sizes)
+    )
 
 
 @pytest.mark.parametrize("experts", ["torch", "triton", "gluon"])
@@ -43,7 +45,11 @@ def test_whole_layer_is_captured_and_replayed_with_new_routing(experts):
     torch.manual_seed(1)
     rule = RoutingRule(normalize=1.0)
     sizes = Workload(256, 384, 16, 4, router=rule, dtype=torch.bfloat16, device="cuda")
-    moe = MoE(sizes, backends={"experts": experts, "router": "cuda", "permutation": "cuda"}, dtype=torch.bfloat16)
+    moe = MoE(
+        sizes,
+        backends={"experts": experts, "router": "cuda", "permutation": "cuda"},
+        dtype=torch.bfloat16,
+    )
     x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     leaves, dy = [x, *moe.parameters()], torch.randn_like(x)
 
@@ -72,7 +78,8 @@ def test_whole_layer_is_captured_and_replayed_with_new_routing(experts):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "top_k"), [(32768, 128, 8), (8192, 16, 4), (1_000_003, 60, 5), (900, 4095, 2)]
+    ("tokens", "experts", "top_k"),
+    [(32768, 128, 8), (8192, 16, 4), (1_000_003, 60, 5), (900, 4095, 2)],
 )
 def test_large_plans_are_core_s(tokens, experts, top_k):
     ids = torch.randint(0, experts + 1, (tokens, top_k), device="cuda", dtype=torch.int32)
@@ -96,10 +103,15 @@ def test_more_than_two_to_the_31_elements():
 
 def test_it_runs_on_torch_s_current_stream():
     """A kernel waits for what was put on its stream before it."""
-    x, ids = torch.ones(4096, 512, device="cuda"), torch.zeros(4096, 1, dtype=torch.int32, device="cuda")
+    x, ids = (
+        torch.ones(4096, 512, device="cuda"),
+        torch.zeros(4096, 1, dtype=torch.int32, device="cuda"),
+    )
     moved, stream = permutation(), torch.cuda.Stream()
     plan = moved.plan(ids, 1)
-    moved.permute(x.mul_(1), plan)  # by now all kernels are loaded, ours and torch's: loading waits for the GPU
+    moved.permute(
+        x.mul_(1), plan
+    )  # by now all kernels are loaded, ours and torch's: loading waits for the GPU
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
@@ -112,7 +124,10 @@ def test_it_runs_on_torch_s_current_stream():
 
 def test_a_new_thread_has_no_context_and_gets_one():
     found = []
-    x, ids = torch.randn(64, 32, device="cuda"), torch.zeros(64, 1, dtype=torch.int32, device="cuda")
+    x, ids = (
+        torch.randn(64, 32, device="cuda"),
+        torch.zeros(64, 1, dtype=torch.int32, device="cuda"),
+    )
     moved = permutation()
     plan = moved.plan(ids, 1)
     thread = threading.Thread(target=lambda: found.append(moved.permute(x, plan)))
@@ -131,14 +146,18 @@ def test_no_kernel_spills_registers():
     local = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
     for kernel in kernels():
         function = _driver.function(kernel.source, kernel.name, 0)
-        assert _driver.checked(driver.cuFuncGetAttribute(local, function), "an attribute") == 0, kernel.name
+        assert _driver.checked(driver.cuFuncGetAttribute(local, function), "an attribute") == 0, (
+            kernel.name
+        )
 
 
 def test_two_runs_are_the_same_bit_by_bit():
     ids = torch.rand(4096, 32, device="cuda").topk(4).indices.int()
     moved = permutation()
     plan = moved.plan(ids, 32)
-    rows = torch.randn(len(plan.order), 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    rows = torch.randn(
+        len(plan.order), 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True
+    )
     weights = torch.rand(4096, 4, device="cuda", requires_grad=True)
     dy = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
 

@@ -44,9 +44,18 @@ def test_everything_is_usable_on_a_gpu(installed):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"device": "cpu", "capability": None}, "'cuda' computes on a GPU, and the device is 'cpu'"),
-        ({"dtype": torch.float64}, "'cuda' computes in bfloat16, float16 and float32, not in float64"),
-        ({"capability": (7, 5)}, "'cuda' needs a GPU of compute capability 8.0 or later, and this is 7.5"),
+        (
+            {"device": "cpu", "capability": None},
+            "'cuda' computes on a GPU, and the device is 'cpu'",
+        ),
+        (
+            {"dtype": torch.float64},
+            "'cuda' computes in bfloat16, float16 and float32, not in float64",
+        ),
+        (
+            {"capability": (7, 5)},
+            "'cuda' needs a GPU of compute capability 8.0 or later, and this is 7.5",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_said(installed, changes, sentence):
@@ -56,7 +65,9 @@ def test_what_it_cannot_do_is_said(installed, changes, sentence):
 
 def test_without_cuda_bindings_it_says_what_would_bring_it(monkeypatch):
     monkeypatch.setattr(_plugin, "_version", lambda name: None)
-    assert _plugin.no_permutation(workload()).startswith("'cuda' needs cuda-bindings, which comes with torch's CUDA")
+    assert _plugin.no_permutation(workload()).startswith(
+        "'cuda' needs cuda-bindings, which comes with torch's CUDA"
+    )
     assert _plugin.no_router(workload()).endswith("pip install cuda-bindings")
 
 
@@ -78,12 +89,18 @@ def test_how_many_experts():
     from tokenyard_kernels_cuda.ops import _plan, _route
 
     most = {"experts": _plan.MOST_EXPERTS + 1, "routed": _route.MOST_EXPERTS + 1}
-    assert f"at most {_plan.MOST_EXPERTS} experts" in _plugin.no_permutation(workload(num_experts=most["experts"]))
-    assert f"at most {_route.MOST_EXPERTS} experts" in _plugin.no_router(workload(num_experts=most["routed"]))
+    assert f"at most {_plan.MOST_EXPERTS} experts" in _plugin.no_permutation(
+        workload(num_experts=most["experts"])
+    )
+    assert f"at most {_route.MOST_EXPERTS} experts" in _plugin.no_router(
+        workload(num_experts=most["routed"])
+    )
 
 
 def test_a_router_of_another_algorithm_is_left_to_others():
-    assert "'expert_choice'" in _plugin.no_router(workload(router=RoutingRule(algorithm="expert_choice")))
+    assert "'expert_choice'" in _plugin.no_router(
+        workload(router=RoutingRule(algorithm="expert_choice"))
+    )
 
 
 def test_a_score_that_a_later_core_may_have_is_left_to_others():
@@ -96,4 +113,7 @@ def test_a_score_that_a_later_core_may_have_is_left_to_others():
 def test_auto_takes_it_on_a_gpu_and_nowhere_else(installed, kind):
     registry = default_registry()
     assert registry.choose(kind, "auto", workload()).backend.name == "cuda"
-    assert registry.choose(kind, "auto", workload(device="cpu", capability=None)).backend.name != "cuda"
+    assert (
+        registry.choose(kind, "auto", workload(device="cpu", capability=None)).backend.name
+        != "cuda"
+    )

@@ -34,10 +34,15 @@ print(imported - start, time.perf_counter() - imported)
 
 def test_first_use_in_a_new_process(tmp_path):
     """Cold it compiles; warm it takes less than 0.3 s; processes that compile at once do not harm each other."""
-    environment = os.environ | {"TOKENYARD_CACHE": str(tmp_path), "CUDA_CACHE_DISABLE": "1"}  # NVRTC's own
+    environment = os.environ | {
+        "TOKENYARD_CACHE": str(tmp_path),
+        "CUDA_CACHE_DISABLE": "1",
+    }  # NVRTC's own
 
     def start():
-        return subprocess.Popen([sys.executable, "-c", FIRST_USE], env=environment, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", FIRST_USE], env=environment, stdout=subprocess.PIPE, text=True
+        )
 
     def finish(process):
         said = process.communicate(timeout=300)[0]
@@ -46,12 +51,16 @@ def test_first_use_in_a_new_process(tmp_path):
 
     cold = [finish(process) for process in [start(), start()]]
     warm = [finish(start()) for _ in range(3)]
-    print(f"\nimport {warm[0][0]:.2f} s; cold {cold[0][1]:.2f} and {cold[1][1]:.2f} s at once; warm {warm[0][1]:.3f} s")
+    print(
+        f"\nimport {warm[0][0]:.2f} s; cold {cold[0][1]:.2f} and {cold[1][1]:.2f} s at once; warm {warm[0][1]:.3f} s"
+    )
     assert median(seconds for _, seconds in warm) < 0.3
     assert len(list((tmp_path / "cubins").iterdir())) == 2
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k", "most"), [(32768, 128, 8, 40), (8192, 16, 4, 20)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "most"), [(32768, 128, 8, 40), (8192, 16, 4, 20)]
+)
 def test_the_time_of_a_plan(tokens, experts, top_k, most):
     """In microseconds, as the benchmark measures it: L2 overwritten, the host ahead as in training."""
     ids = torch.rand(tokens, experts, device="cuda").topk(top_k).indices.int()
@@ -69,8 +78,19 @@ def test_compute_sanitizer_finds_nothing(tool, tmp_path):
     if sanitizer is None:
         pytest.skip("compute-sanitizer, of the CUDA toolkit, is not installed")
     script = Path(__file__).parent / "small_shapes.py"
-    quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []  # cuda.bindings asks what the driver lacks
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *quiet, sys.executable, str(script)]
+    quiet = (
+        ["--report-api-errors", "no"] if tool == "memcheck" else []
+    )  # cuda.bindings asks what the driver lacks
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        *quiet,
+        sys.executable,
+        str(script),
+    ]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     print(f"\n{tool}: {done.stdout.splitlines()[-1]}")

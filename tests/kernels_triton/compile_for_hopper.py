@@ -73,7 +73,9 @@ def usage(kernel):
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     counts = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     ptx = kernel.asm["ptx"]
     return {
@@ -94,8 +96,12 @@ def layer(kernels, shape, dtype, activation, bias, save):
     from tokenyard_kernels_triton.router import TritonRouter
 
     tokens, dim, ffn_dim, experts, top_k = shape
-    rule = RoutingRule(score="sigmoid", normalize=1.0, bias_update_rate=0.01, num_groups=2, groups_kept=1)
-    workload = Workload(dim, ffn_dim, experts, top_k, activation, bias=bias, dtype=dtype, router=rule)
+    rule = RoutingRule(
+        score="sigmoid", normalize=1.0, bias_update_rate=0.01, num_groups=2, groups_kept=1
+    )
+    workload = Workload(
+        dim, ffn_dim, experts, top_k, activation, bias=bias, dtype=dtype, router=rule
+    )
     kernel = getattr(backends, kernels)(workload, None, save=save)
     ids = torch.zeros(tokens, top_k, dtype=torch.int32)
     plan = TritonPermutation(workload).plan(ids, experts)
@@ -125,7 +131,9 @@ def not_prepared():
     from tokenyard_kernels_triton.router import TritonRouter
 
     tokens, dim, ffn_dim, experts, top_k = SHAPES["narrow"]
-    rule = RoutingRule(score="sigmoid", normalize=1.0, bias_update_rate=0.01, num_groups=2, groups_kept=1)
+    rule = RoutingRule(
+        score="sigmoid", normalize=1.0, bias_update_rate=0.01, num_groups=2, groups_kept=1
+    )
     workload = Workload(dim, ffn_dim, experts, top_k, dtype=torch.bfloat16, router=rule)
     ahead, launched = [], []
     with compiling(ahead):
@@ -134,7 +142,9 @@ def not_prepared():
             part.prepare(tokens)
     with compiling(launched):
         layer("GluonExperts", SHAPES["narrow"], torch.bfloat16, "swiglu", False, "pre_activation")
-    hashes = {(kernel.result() if hasattr(kernel, "result") else kernel).hash for _, kernel in ahead}
+    hashes = {
+        (kernel.result() if hasattr(kernel, "result") else kernel).hash for _, kernel in ahead
+    }
     return sorted({name for name, kernel in launched if kernel.hash not in hashes})
 
 
@@ -150,7 +160,14 @@ CASES = (
     ("TritonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("TritonExperts", "odd", torch.bfloat16, "geglu", True, "fp8"),
     ("TritonExperts", "wide", torch.float32, "swiglu", False, "pre_activation"),
-    ("GluonExperts", "more tokens", torch.bfloat16, "swiglu", False, "pre_activation"),  # compiles nothing anew
+    (
+        "GluonExperts",
+        "more tokens",
+        torch.bfloat16,
+        "swiglu",
+        False,
+        "pre_activation",
+    ),  # compiles nothing anew
     ("GluonExperts", "one token", torch.bfloat16, "swiglu", False, "pre_activation"),
 )
 
@@ -161,7 +178,9 @@ def main():
     import tokenyard_kernels_triton.ops._hopper as hopper
     import tokenyard_kernels_triton.ops._portable as portable
 
-    device.processors = hopper.processors = portable.processors = functools.cache(lambda device: 132)
+    device.processors = hopper.processors = portable.processors = functools.cache(
+        lambda device: 132
+    )
     seen, gpu_key = set(), tiling.gpu_key
     for kernels, name, dtype, activation, bias, save in CASES:
         found = []
@@ -171,7 +190,11 @@ def main():
         for kernel_name, kernel in found:
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                head = {"kernels": kernels, "case": name, "dtype": str(dtype).removeprefix("torch.")}
+                head = {
+                    "kernels": kernels,
+                    "case": name,
+                    "dtype": str(dtype).removeprefix("torch."),
+                }
                 head |= {"activation": activation}
                 print(json.dumps(head | {"kernel": kernel_name} | usage(kernel)), flush=True)
     tiling.gpu_key = gpu_key

@@ -19,12 +19,23 @@ def output(tmp_path_factory) -> list[dict]:
     path = os.environ.get("PYTHONPATH", "")
     if triton.__version__ != VERSION:
         folder = tmp_path_factory.mktemp("triton")
-        fetch = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        fetch = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(folder),
+        ]
         subprocess.run([*fetch, f"triton=={VERSION}"], check=True, timeout=400)
         path = os.pathsep.join((str(folder), path))
     environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0"}
     program = [sys.executable, str(Path(__file__).with_name("compile_for_hopper.py"))]
-    text = subprocess.run(program, check=True, timeout=400, env=environment, capture_output=True, text=True).stdout
+    text = subprocess.run(
+        program, check=True, timeout=400, env=environment, capture_output=True, text=True
+    ).stdout
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -38,7 +49,9 @@ def test_what_is_prepared_is_all_that_a_layer_launches(output):
 
 
 def of(records: list[dict], **wanted) -> list[dict]:
-    return [record for record in records if all(record[key] == value for key, value in wanted.items())]
+    return [
+        record for record in records if all(record[key] == value for key, value in wanted.items())
+    ]
 
 
 def test_every_kernel_of_a_layer_was_compiled(records):
@@ -46,14 +59,24 @@ def test_every_kernel_of_a_layer_was_compiled(records):
         assert {record["kernel"] for record in of(records, kernels=kernels)} >= set(PRODUCTS)
     plan = {"count_blocks", "add_up_blocks", "place_slots", "list_tiles"}
     router = {"select_experts", "weigh_experts", "weigh_experts_backward", "split_in_two"}
-    rest = {"copy_to_rows", "sum_to_tokens", "differentiate", "sum_dots", "sum_rows", "narrow_rows", "widen_rows"}
+    rest = {
+        "copy_to_rows",
+        "sum_to_tokens",
+        "differentiate",
+        "sum_dots",
+        "sum_rows",
+        "narrow_rows",
+        "widen_rows",
+    }
     moves = {"clear_tail", "weigh_to_rows", "dot_with_rows"}
     assert {record["kernel"] for record in records} >= plan | router | rest | moves
 
 
 def test_an_h100_has_a_kernel_of_its_own(records):
     """Of the three that multiply rows by weights; all else is what the table of the H200 gives."""
-    assert [record["kernel"] for record in of(records, case="widest on an H100")] == ["times_weight"]
+    assert [record["kernel"] for record in of(records, case="widest on an H100")] == [
+        "times_weight"
+    ]
 
 
 def test_nothing_spills(records):

@@ -26,7 +26,10 @@ def experts(save: str):
 def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     sizes = {"x": (T, D), "up": (E, 2 * F, D), "down": (E, D, F)}
-    made = {n: torch.randn(s, device=DEVICE).mul(s[-1] ** -0.5).bfloat16().requires_grad_() for n, s in sizes.items()}
+    made = {
+        n: torch.randn(s, device=DEVICE).mul(s[-1] ** -0.5).bfloat16().requires_grad_()
+        for n, s in sizes.items()
+    }
     return made | {"weights": torch.rand(T, K, device=DEVICE).requires_grad_()}
 
 
@@ -75,12 +78,15 @@ def test_fp8_costs_a_few_percent_in_gradients_only():
     """e4m3 has a rounding error of up to 1/16, some 2.5 % in the mean; the output does not see it."""
     exact, narrow = run("pre_activation")[0], run("fp8")[0]
     assert torch.equal(exact["y"], narrow["y"])
-    errors = {name: relative_error(narrow[name], exact[name]) for name in ("x", "up", "down", "weights")}
+    errors = {
+        name: relative_error(narrow[name], exact[name]) for name in ("x", "up", "down", "weights")
+    }
     assert all(0 < error < 0.06 for error in errors.values()), errors
 
 
 def test_unknown_mode_is_named():
     with pytest.raises(
-        ConfigError, match=r"backends\.experts\.save is 'fp4'; known are: pre_activation, fp8, recompute"
+        ConfigError,
+        match=r"backends\.experts\.save is 'fp4'; known are: pre_activation, fp8, recompute",
     ):
         experts("fp4")

@@ -13,7 +13,9 @@ BACKENDS = ("triton", "gluon")
 
 
 def layer(backend: str, **sizes) -> MoE:
-    workload = Workload(**sizes, router=RoutingRule(normalize=1.0), dtype=torch.bfloat16, device="cuda")
+    workload = Workload(
+        **sizes, router=RoutingRule(normalize=1.0), dtype=torch.bfloat16, device="cuda"
+    )
     parts = {"experts": backend, "router": "triton", "permutation": "triton"}
     return MoE(workload, backends=parts, dtype=torch.bfloat16)
 
@@ -66,7 +68,11 @@ def test_skew(backend, hottest):
 def test_more_than_two_to_the_31_elements(backend):
     """A pre-activation of 2.5e9 numbers, whose last rows are as right as the first."""
     tokens, dim, ffn_dim, experts = 152_000, 64, 4096, 4
-    ids = torch.stack([torch.arange(tokens) % experts, (torch.arange(tokens) + 1) % experts], 1).int().cuda()
+    ids = (
+        torch.stack([torch.arange(tokens) % experts, (torch.arange(tokens) + 1) % experts], 1)
+        .int()
+        .cuda()
+    )
     assert ids.numel() * 2 * ffn_dim > 2**31
     _compare_with_torch(backend, ids, dim, ffn_dim, experts)
 
@@ -96,7 +102,11 @@ def test_collected_rows_give_the_same_bits_as_copied_ones(dim):
     def random(*size):
         return torch.randn(size, device="cuda", dtype=torch.bfloat16)
 
-    x, up, down = random(tokens, dim), random(experts, 2 * ffn_dim, dim), random(experts, dim, ffn_dim)
+    x, up, down = (
+        random(tokens, dim),
+        random(experts, 2 * ffn_dim, dim),
+        random(experts, dim, ffn_dim),
+    )
     z, a = random(layout.rows, 2 * ffn_dim), random(layout.rows, ffn_dim)
 
     def products(rows):
@@ -140,12 +150,18 @@ def _compare_with_torch(backend, ids, dim, ffn_dim, experts):
     torch.manual_seed(2)
     workload = Workload(dim, ffn_dim, experts, ids.shape[1], dtype=torch.bfloat16, device="cuda")
     permutation = TritonPermutation(workload)
-    made = {"triton": kernels.TritonExperts, "gluon": kernels.GluonExperts}[backend](workload, permutation)
+    made = {"triton": kernels.TritonExperts, "gluon": kernels.GluonExperts}[backend](
+        workload, permutation
+    )
 
     def leaf(*size):
         return (torch.randn(size, device="cuda") * size[-1] ** -0.5).bfloat16().requires_grad_()
 
-    x, up, down = leaf(ids.shape[0], dim), leaf(experts, 2 * ffn_dim, dim), leaf(experts, dim, ffn_dim)
+    x, up, down = (
+        leaf(ids.shape[0], dim),
+        leaf(experts, 2 * ffn_dim, dim),
+        leaf(experts, dim, ffn_dim),
+    )
     weights = torch.rand(ids.shape, device="cuda").requires_grad_()
     dy, plan = torch.randn_like(x), permutation.plan(ids, experts)
     results = []

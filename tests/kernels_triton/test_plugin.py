@@ -41,8 +41,14 @@ def test_gluon_wants_hopper_and_a_triton_it_knows(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"dtype": torch.float64}, "'triton' computes in bfloat16, float16 and float32, not in float64"),
-        ({"capability": (7, 5)}, "'triton' needs a GPU of compute capability 8.0 or later, and this is 7.5"),
+        (
+            {"dtype": torch.float64},
+            "'triton' computes in bfloat16, float16 and float32, not in float64",
+        ),
+        (
+            {"capability": (7, 5)},
+            "'triton' needs a GPU of compute capability 8.0 or later, and this is 7.5",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_said(changes, sentence):
@@ -68,7 +74,9 @@ def test_the_interpreter_is_never_taken_by_auto():
 def test_a_router_of_another_algorithm_is_left_to_others():
     from tokenyard import RoutingRule
 
-    assert "'expert_choice'" in _plugin.no_router(workload(router=RoutingRule(algorithm="expert_choice")))
+    assert "'expert_choice'" in _plugin.no_router(
+        workload(router=RoutingRule(algorithm="expert_choice"))
+    )
     assert "at most 1024" in _plugin.no_router(workload(num_experts=2048))
 
 

@@ -7,7 +7,13 @@ import torch
 
 from tokenyard_kernels_triton import hopper_tiling as tiles
 from tokenyard_kernels_triton.__main__ import main
-from tokenyard_kernels_triton.hopper_tiling import PRODUCTS, HopperTiling, bucket, hopper_tiling, keep_tuned
+from tokenyard_kernels_triton.hopper_tiling import (
+    PRODUCTS,
+    HopperTiling,
+    bucket,
+    hopper_tiling,
+    keep_tuned,
+)
 
 CPU = torch.device("cpu")
 TOO_LARGE = {"stages": 9, "chunk": 64, "buffers": 1, "columns": 256, "depth": 64, "group": 8}

@@ -41,14 +41,22 @@ def test_flops_count_active_matrices_and_causal_attention():
 
 
 def test_a_tied_head_is_one_parameter_and_one_product():
-    config = {"size": "tiny", "no_bias": True, "learned_pos_emb": False, "attn_config": {"rope": True}}
+    config = {
+        "size": "tiny",
+        "no_bias": True,
+        "learned_pos_emb": False,
+        "attn_config": {"rope": True},
+    }
     tied, untied = (meta(Mpt, config | {"tie_word_embeddings": tie}) for tie in (True, False))
     assert count_parameters(untied).total - count_parameters(tied).total == 257 * 128
     assert flops_per_token(untied, 64) == flops_per_token(tied, 64)
 
 
 def test_biases_and_looked_up_positions_are_no_products():
-    config = {"size": "tiny", "ffn_config": {"ffn_type": "mb_dmoe", "moe_num_experts": 4, "moe_top_k": 1}}
+    config = {
+        "size": "tiny",
+        "ffn_config": {"ffn_type": "mb_dmoe", "moe_num_experts": 4, "moe_top_k": 1},
+    }
     with_bias, without = (meta(Mpt, config | {"no_bias": flag}) for flag in (False, True))
     assert count_parameters(with_bias).total > count_parameters(without).total
     assert flops_per_token(with_bias, 64) == flops_per_token(without, 64)

@@ -60,16 +60,35 @@ def test_routing_keys_reach_the_rule():
         "moe_weight_scale": 2.5,
     }
     rule = mpt({"ffn_config": ffn}).moe.rule
-    assert (rule.capacity_factor, rule.jitter, rule.normalize, rule.score) == (1.5, 0.1, 1, "sigmoid")
-    assert (rule.bias_update_rate, rule.num_groups, rule.groups_kept, rule.scale) == (0.001, 4, 2, 2.5)
-    assert mpt({"ffn_config": EXPERTS | {"moe_capacity_factor": 1.5}}).moe.rule.capacity_factor is None  # dropless
+    assert (rule.capacity_factor, rule.jitter, rule.normalize, rule.score) == (
+        1.5,
+        0.1,
+        1,
+        "sigmoid",
+    )
+    assert (rule.bias_update_rate, rule.num_groups, rule.groups_kept, rule.scale) == (
+        0.001,
+        4,
+        2,
+        2.5,
+    )
+    assert (
+        mpt({"ffn_config": EXPERTS | {"moe_capacity_factor": 1.5}}).moe.rule.capacity_factor is None
+    )  # dropless
 
 
 def test_dbrx_and_mixtral_full_and_tiny():
     full, tiny = dbrx({}), dbrx({"size": "tiny", "n_layers": 3})
-    assert (full.dim, full.clip_qkv, full.rope_theta, full.moe.rule.normalize) == (6144, 8.0, 500000.0, 1)
+    assert (full.dim, full.clip_qkv, full.rope_theta, full.moe.rule.normalize) == (
+        6144,
+        8.0,
+        500000.0,
+        1,
+    )
     assert (tiny.layers, tiny.dim, tiny.moe.num_experts, tiny.moe.top_k) == (3, 128, 16, 4)
-    assert dbrx({"size": "tiny", "ffn_config": {"moe_top_k": 2}}).moe.ffn_dim == 128  # the section keeps the rest
+    assert (
+        dbrx({"size": "tiny", "ffn_config": {"moe_top_k": 2}}).moe.ffn_dim == 128
+    )  # the section keeps the rest
     assert (mixtral({}).dim, mixtral({"size": "tiny"}).dim) == (4096, 128)
     assert mixtral({"max_seq_len": 77}).max_seq_len == 77
 
@@ -167,8 +186,14 @@ def test_capacity_0_drops_nothing_as_in_megablocks():
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"backends": {"experts": "loop", "router": "auto"}}, "backends.experts is 'loop', and the model has no"),
-        ({"expert_parallel": 2}, "parallel.expert_parallel is 2, and the model has no experts; leave it out"),
+        (
+            {"backends": {"experts": "loop", "router": "auto"}},
+            "backends.experts is 'loop', and the model has no",
+        ),
+        (
+            {"expert_parallel": 2},
+            "parallel.expert_parallel is 2, and the model has no experts; leave it out",
+        ),
     ],
 )
 def test_a_dense_model_has_nothing_for_what_is_asked_of_experts(asked, sentence):
@@ -203,23 +228,59 @@ def test_keys_that_mean_nothing_here_are_named_in_one_warning(caplog):
 @pytest.mark.parametrize(
     ("build", "config", "sentence"),
     [
-        (mpt, {"ffn_confg": {}}, r"model.ffn_confg is not a known key \(did you mean 'ffn_config'\?\)"),
-        (mpt, {"ffn_config": {"moe_topk": 1}}, r"model.ffn_config.moe_topk is not .*\(did you mean 'moe_top_k'\?\)"),
+        (
+            mpt,
+            {"ffn_confg": {}},
+            r"model.ffn_confg is not a known key \(did you mean 'ffn_config'\?\)",
+        ),
+        (
+            mpt,
+            {"ffn_config": {"moe_topk": 1}},
+            r"model.ffn_config.moe_topk is not .*\(did you mean 'moe_top_k'\?\)",
+        ),
         (
             mpt,
             {"ffn_config": EXPERTS | {"moe_top_k": 17}},
             "model.ffn_config.moe_top_k is 17 but moe_num_experts is 16; choose from 1 to 16",
         ),
-        (mpt, {"n_heads": 7}, "model.n_heads is 7, which does not divide d_model 2048; these do: 1, 2, 4"),
+        (
+            mpt,
+            {"n_heads": 7},
+            "model.n_heads is 7, which does not divide d_model 2048; these do: 1, 2, 4",
+        ),
         (mpt, {"d_model": "wide"}, "model.d_model is 'wide'; give a whole number"),
         (mpt, {"n_layers": 0}, "model.n_layers is 0; give a number at least 1"),
-        (mpt, {"expansion_ratio": 1.0001}, r"model.expansion_ratio: d_model 2048 \* expansion_ratio 1.0001 is .*whole"),
-        (mpt, {"attn_config": {"alibi": True}}, "model.attn_config.alibi is True: ALiBi is not supported"),
-        (mpt, {"resid_pdrop": 0.1}, "model.resid_pdrop is 0.1: dropout is not supported; say 0, where the"),
-        (mpt, {"learned_pos_emb": False}, "learned_pos_emb and model.attn_config.rope are both false"),
-        (mpt, {"attn_config": {"kv_n_heads": 4}}, "kv_n_heads is 4, but multihead_attention has 16"),
+        (
+            mpt,
+            {"expansion_ratio": 1.0001},
+            r"model.expansion_ratio: d_model 2048 \* expansion_ratio 1.0001 is .*whole",
+        ),
+        (
+            mpt,
+            {"attn_config": {"alibi": True}},
+            "model.attn_config.alibi is True: ALiBi is not supported",
+        ),
+        (
+            mpt,
+            {"resid_pdrop": 0.1},
+            "model.resid_pdrop is 0.1: dropout is not supported; say 0, where the",
+        ),
+        (
+            mpt,
+            {"learned_pos_emb": False},
+            "learned_pos_emb and model.attn_config.rope are both false",
+        ),
+        (
+            mpt,
+            {"attn_config": {"kv_n_heads": 4}},
+            "kv_n_heads is 4, but multihead_attention has 16",
+        ),
         (mpt, {"attn_config": {"attn_type": "grouped_query_attention"}}, "kv_n_heads is missing"),
-        (mpt, {"ffn_config": EXPERTS | {"mlp_type": "glu", "ffn_act_fn": {"name": "gelu_tanh"}}}, "has no gated form"),
+        (
+            mpt,
+            {"ffn_config": EXPERTS | {"mlp_type": "glu", "ffn_act_fn": {"name": "gelu_tanh"}}},
+            "has no gated form",
+        ),
         (
             mpt,
             {"ffn_config": EXPERTS | {"moe_jitter_eps": 2}},
@@ -227,7 +288,10 @@ def test_keys_that_mean_nothing_here_are_named_in_one_warning(caplog):
         ),
         (
             mpt,
-            {"ffn_config": EXPERTS | {"mlp_type": "glu", "ffn_act_fn": {"name": "gelu", "approximate": "tanh"}}},
+            {
+                "ffn_config": EXPERTS
+                | {"mlp_type": "glu", "ffn_act_fn": {"name": "gelu", "approximate": "tanh"}}
+            },
             "ffn_act_fn is 'gelu' with approximate 'tanh', which has no gated form; these have: silu, gelu, relu",
         ),
         (
@@ -245,7 +309,11 @@ def test_keys_that_mean_nothing_here_are_named_in_one_warning(caplog):
             {"attn_config": {"rope": True, "rope_hf_config": {"type": "linear", "factor": 2.0}}},
             "rope_hf_config.type is 'linear': scaling of rotary positions is not supported",
         ),
-        (mpt, {"ffn_config": EXPERTS | {"moe_num_groups": 3}}, "router num_groups is 3, which does not divide .* 16"),
+        (
+            mpt,
+            {"ffn_config": EXPERTS | {"moe_num_groups": 3}},
+            "router num_groups is 3, which does not divide .* 16",
+        ),
         (
             dbrx,
             {"attn_config": {"kv_n_heads": 7}},
@@ -256,12 +324,32 @@ def test_keys_that_mean_nothing_here_are_named_in_one_warning(caplog):
             {"ffn_config": {"ffn_type": "mptmlp"}},
             "model.ffn_config.ffn_type is 'mptmlp'; give 'mb_dmoe', 'mb_moe' or",
         ),
-        (dbrx, {"ffn_config": {"dense_layers": [40]}}, "dense_layers names layer 40; there are layers 0 to 39"),
+        (
+            dbrx,
+            {"ffn_config": {"dense_layers": [40]}},
+            "dense_layers names layer 40; there are layers 0 to 39",
+        ),
         (dbrx, {"size": "huge"}, "model.size is 'huge'; give 'full' or 'tiny'"),
-        (mixtral, {"sliding_window": 4096}, "model.sliding_window is 4096, and there are 32768 positions;"),
-        (mixtral, {"num_attention_heads": 7}, "num_attention_heads is 7, which does not divide hidden_size 4096"),
-        (mixtral, {"num_key_value_heads": 5}, "num_key_value_heads is 5, which does not divide num_attention_heads 32"),
-        (mixtral, {"num_experts_per_tok": 9}, "model.num_experts_per_tok is 9 but num_local_experts is 8"),
+        (
+            mixtral,
+            {"sliding_window": 4096},
+            "model.sliding_window is 4096, and there are 32768 positions;",
+        ),
+        (
+            mixtral,
+            {"num_attention_heads": 7},
+            "num_attention_heads is 7, which does not divide hidden_size 4096",
+        ),
+        (
+            mixtral,
+            {"num_key_value_heads": 5},
+            "num_key_value_heads is 5, which does not divide num_attention_heads 32",
+        ),
+        (
+            mixtral,
+            {"num_experts_per_tok": 9},
+            "model.num_experts_per_tok is 9 but num_local_experts is 8",
+        ),
         (mixtral, {"head_dim": 5}, "a head is 5 wide; rotary positions need an even width"),
     ],
 )
@@ -280,5 +368,8 @@ def test_the_degree_of_expert_parallelism_is_known_before_the_model_is_built():
 
 
 def test_contradicting_degrees_of_expert_parallelism():
-    with pytest.raises(ConfigError, match=r"moe_world_size is 1 and parallel.expert_parallel is 2; they mean the same"):
+    with pytest.raises(
+        ConfigError,
+        match=r"moe_world_size is 1 and parallel.expert_parallel is 2; they mean the same",
+    ):
         Mpt({"size": "tiny", "ffn_config": EXPERTS}, expert_parallel=2)

@@ -69,13 +69,24 @@ def reading(model: Transformer, ids: torch.Tensor, norm, clip: float | None) -> 
     return norm(x, w["norm.weight"]) @ w["head.weight"].T
 
 
-DBRX = Dbrx, {"d_model": 24, "ffn_config": {"ffn_hidden_size": 20}, "attn_config": {"clip_qkv": 0.7}}, layer_norm, 0.7
+DBRX = (
+    Dbrx,
+    {"d_model": 24, "ffn_config": {"ffn_hidden_size": 20}, "attn_config": {"clip_qkv": 0.7}},
+    layer_norm,
+    0.7,
+)
 MIXTRAL = Mixtral, {"hidden_size": 24, "intermediate_size": 20, "rope_theta": 1e6}, rms_norm, None
 
 
-@pytest.mark.parametrize(("cls", "config", "norm", "clip"), [DBRX, MIXTRAL], ids=["dbrx", "mixtral"])
+@pytest.mark.parametrize(
+    ("cls", "config", "norm", "clip"), [DBRX, MIXTRAL], ids=["dbrx", "mixtral"]
+)
 def test_logits_and_all_gradients(cls, config, norm, clip):
-    model = cls({"size": "tiny", "vocab_size": 40} | config, dtype=torch.float64, compute_dtype=torch.float64)
+    model = cls(
+        {"size": "tiny", "vocab_size": 40} | config,
+        dtype=torch.float64,
+        compute_dtype=torch.float64,
+    )
     model.init_weights(1)
     for parameter in model.parameters():  # norms off one, everything large enough to matter
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -84,13 +95,19 @@ def test_logits_and_all_gradients(cls, config, norm, clip):
     assert relative_error(got, want) < 1e-12
     dy = torch.randn_like(want)
     parameters = list(model.parameters())
-    for a, b in zip(torch.autograd.grad(got, parameters, dy), torch.autograd.grad(want, parameters, dy)):
+    for a, b in zip(
+        torch.autograd.grad(got, parameters, dy), torch.autograd.grad(want, parameters, dy)
+    ):
         assert relative_error(a, b) < 1e-12
 
 
 def test_clipping_bites():
     """Without it the reading differs: the test above would notice a missing clamp."""
-    model = Dbrx({"size": "tiny", "vocab_size": 40} | DBRX[1], dtype=torch.float64, compute_dtype=torch.float64)
+    model = Dbrx(
+        {"size": "tiny", "vocab_size": 40} | DBRX[1],
+        dtype=torch.float64,
+        compute_dtype=torch.float64,
+    )
     model.init_weights(1)
     ids = torch.randint(0, 40, (B, S))
     assert relative_error(model(ids).logits, reading(model, ids, layer_norm, None)) > 1e-3

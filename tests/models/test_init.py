@@ -46,7 +46,9 @@ def rank_3_of_4():
     dist.destroy_process_group()
 
 
-def sharded(parameter: nn.Parameter, mesh: DeviceMesh, placements: list[Placement], shape: list[int]) -> nn.Parameter:
+def sharded(
+    parameter: nn.Parameter, mesh: DeviceMesh, placements: list[Placement], shape: list[int]
+) -> nn.Parameter:
     local = torch.full(shape, math.nan)
     whole = {"shape": parameter.shape, "stride": parameter.stride()}
     return nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False, **whole))
@@ -55,7 +57,10 @@ def sharded(parameter: nn.Parameter, mesh: DeviceMesh, placements: list[Placemen
 def test_a_rank_fills_its_shards_of_a_model(rank_3_of_4):
     """Sharded as FSDP2 does it: experts first by expert parallelism, then by expert or by row; all else by row."""
     whole, model = Dbrx({"size": "tiny"}), Dbrx({"size": "tiny"})
-    up, down = (model.blocks[0].ffn.experts.up, [4, 256, 128]), (model.blocks[1].ffn.experts.down, [8, 64, 128])
+    up, down = (
+        (model.blocks[0].ffn.experts.up, [4, 256, 128]),
+        (model.blocks[1].ffn.experts.down, [8, 64, 128]),
+    )
     by_expert, by_row = [_StridedShard(0, split_factor=2), Shard(0)], [Shard(1), Shard(0)]
     model.blocks[0].ffn.experts.up = sharded(up[0], rank_3_of_4, by_expert, up[1])
     model.blocks[1].ffn.experts.down = sharded(down[0], rank_3_of_4, by_row, down[1])
@@ -63,9 +68,15 @@ def test_a_rank_fills_its_shards_of_a_model(rank_3_of_4):
     model.norm.weight = sharded(model.norm.weight, rank_3_of_4["shards"], [Shard(0)], [64])
     whole.init_weights(5)
     model.init_weights(5)
-    assert torch.equal(model.blocks[0].ffn.experts.up.to_local(), whole.blocks[0].ffn.experts.up[12:16])
-    assert torch.equal(model.blocks[1].ffn.experts.down.to_local(), whole.blocks[1].ffn.experts.down[8:16, 64:])
-    assert torch.equal(model.head.weight.to_local(), whole.head.weight[129:])  # 257 rows: 129 and 128
+    assert torch.equal(
+        model.blocks[0].ffn.experts.up.to_local(), whole.blocks[0].ffn.experts.up[12:16]
+    )
+    assert torch.equal(
+        model.blocks[1].ffn.experts.down.to_local(), whole.blocks[1].ffn.experts.down[8:16, 64:]
+    )
+    assert torch.equal(
+        model.head.weight.to_local(), whole.head.weight[129:]
+    )  # 257 rows: 129 and 128
     assert torch.equal(model.norm.weight.to_local(), torch.ones(64))
 
 
@@ -75,7 +86,9 @@ def test_wrapping_blocks_changes_nothing():
     wrapped.blocks[1] = torch.compile(wrapped.blocks[1], backend="eager")
     plain.init_weights(2)
     wrapped.init_weights(2)
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), wrapped.parameters(), strict=True)
+    )
 
 
 def test_seed_name_and_row_all_matter(monkeypatch):
@@ -102,7 +115,8 @@ def test_scales():
         "embed.weight": 0.02,
         "head.weight": 128**-0.5,
         "blocks.1.attention.qkv.weight": 128**-0.5,
-        "blocks.1.attention.out.weight": 128**-0.5 / 2,  # 2 layers write 4 times into the residual stream
+        "blocks.1.attention.out.weight": 128**-0.5
+        / 2,  # 2 layers write 4 times into the residual stream
         "blocks.0.ffn.experts.up": 128**-0.5,
         "blocks.0.ffn.experts.down": 128**-0.5 / 2,
         "blocks.0.ffn.router.weight": 128**-0.5,
@@ -112,7 +126,12 @@ def test_scales():
 
 
 def test_biases_and_buffers_start_at_zero():
-    ffn = {"ffn_type": "mb_dmoe", "moe_num_experts": 4, "moe_top_k": 1, "moe_bias_update_rate": 0.01}
+    ffn = {
+        "ffn_type": "mb_dmoe",
+        "moe_num_experts": 4,
+        "moe_top_k": 1,
+        "moe_bias_update_rate": 0.01,
+    }
     with torch.device("meta"):
         model = Mpt({"size": "tiny", "ffn_config": ffn})
     model = model.to_empty(device="cpu")
@@ -122,5 +141,9 @@ def test_biases_and_buffers_start_at_zero():
     state = model.state_dict()
     assert all(t.isfinite().all() for t in state.values())
     zeros = [name for name in state if name.endswith(("bias", "selection_bias"))]
-    assert {"blocks.0.ffn.bias", "blocks.0.attention.qkv.bias", "blocks.0.ffn.router.selection_bias"} <= set(zeros)
+    assert {
+        "blocks.0.ffn.bias",
+        "blocks.0.attention.qkv.bias",
+        "blocks.0.ffn.router.selection_bias",
+    } <= set(zeros)
     assert not any(state[name].any() for name in zeros)

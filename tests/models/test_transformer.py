@@ -12,7 +12,12 @@ from tokenyard_models import Dbrx, Mpt
 
 
 def tiny(bias_update_rate: float = 0.0, **kwargs) -> Dbrx:
-    config = {"size": "tiny", "d_model": 32, "vocab_size": 50, "ffn_config": {"moe_bias_update_rate": bias_update_rate}}
+    config = {
+        "size": "tiny",
+        "d_model": 32,
+        "vocab_size": 50,
+        "ffn_config": {"moe_bias_update_rate": bias_update_rate},
+    }
     model = Dbrx(config, **kwargs)
     model.init_weights(0)
     return model
@@ -51,7 +56,12 @@ def test_recomputing_blocks_changes_nothing():
 
 def test_autocast_is_near_float64():
     """With K = E, so that rounding cannot choose other experts."""
-    config = {"size": "tiny", "d_model": 32, "vocab_size": 50, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 4}}
+    config = {
+        "size": "tiny",
+        "d_model": 32,
+        "vocab_size": 50,
+        "ffn_config": {"moe_num_experts": 4, "moe_top_k": 4},
+    }
     model, given = Dbrx(config, compute_dtype=torch.bfloat16), ids()
     model.init_weights(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -71,7 +81,9 @@ def test_backends_are_passed_to_every_layer():
 
 
 def test_too_many_tokens():
-    with pytest.raises(ConfigError, match="257 tokens were given to a model whose max_seq_len is 256"):
+    with pytest.raises(
+        ConfigError, match="257 tokens were given to a model whose max_seq_len is 256"
+    ):
         tiny()(ids(1, 257))
 
 
@@ -85,7 +97,9 @@ def test_a_full_cache_says_so():
 
 def test_a_cache_is_for_its_number_of_sequences():
     model = tiny()
-    with pytest.raises(ConfigError, match="the cache is for 2 sequences and 1 were given; make a new one"):
+    with pytest.raises(
+        ConfigError, match="the cache is for 2 sequences and 1 were given; make a new one"
+    ):
         model(ids(1, 3), model.new_cache(2, 4))
 
 

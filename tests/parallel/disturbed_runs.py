@@ -29,7 +29,9 @@ class Inject(Watch):
         self.digests.append(digest(run))
         if dist.get_rank() == self.rank:
             spoilt = run.model.blocks[1].ffn.experts if self.where == "experts" else run.model
-            spoilt.register_forward_hook(lambda module, args, output: self.spoil(output) if self.due(run) else None)
+            spoilt.register_forward_hook(
+                lambda module, args, output: self.spoil(output) if self.due(run) else None
+            )
 
     def due(self, run):
         return run.batch == self.step and run.model.training
@@ -37,7 +39,9 @@ class Inject(Watch):
     def spoil(self, output):
         if self.where == "loss":
             return output._replace(logits=output.logits + self.value)
-        (output if self.where == "experts" else output.logits).register_hook(lambda grad: grad + self.value)
+        (output if self.where == "experts" else output.logits).register_hook(
+            lambda grad: grad + self.value
+        )
         return output
 
     def batch_end(self, run, record):
@@ -70,7 +74,11 @@ class Signal(Watch):
         reduce = run.strategy.reduce
 
         def reduce_and_ask(x):
-            if run.batch == self.step and self.where == "collective" and dist.get_rank() == self.rank:
+            if (
+                run.batch == self.step
+                and self.where == "collective"
+                and dist.get_rank() == self.rank
+            ):
                 os.kill(os.getpid(), signal.SIGTERM)
             return reduce(x)
 

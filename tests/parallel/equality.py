@@ -51,8 +51,16 @@ class Case(NamedTuple):
         return self.experts if self.routing == "every_expert" else 2
 
     def __str__(self):
-        marks = [self.routing, f"x{self.accumulation}", "recompute" if self.recompute else "", "frozen" * self.frozen]
-        return "-".join([mark for mark in marks if mark] + [str(self.dtype).removeprefix("torch."), f"{self.steps}"])
+        marks = [
+            self.routing,
+            f"x{self.accumulation}",
+            "recompute" if self.recompute else "",
+            "frozen" * self.frozen,
+        ]
+        return "-".join(
+            [mark for mark in marks if mark]
+            + [str(self.dtype).removeprefix("torch."), f"{self.steps}"]
+        )
 
 
 class Block(nn.Module):
@@ -144,12 +152,17 @@ def batch_of(case: Case) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     x = torch.randn(count, DIM, generator=generator, dtype=torch.float64).to(case.dtype)
     experts = case.experts
     if case.routing == "one_expert":
-        return x, [torch.tensor([[3, 4]]).int().repeat(count, 1), torch.tensor([[0, 1]]).int().repeat(count, 1)]
+        return x, [
+            torch.tensor([[3, 4]]).int().repeat(count, 1),
+            torch.tensor([[0, 1]]).int().repeat(count, 1),
+        ]
     if case.routing == "idle_rank":
         experts //= 2  # the others, and their ranks, get nothing
     elif case.dtype == torch.float64:
         return x, [None, None]
-    scores = torch.rand(2, count, experts, generator=generator)  # float32 would break near ties of the router's own
+    scores = torch.rand(
+        2, count, experts, generator=generator
+    )  # float32 would break near ties of the router's own
     return x, list(scores.topk(case.top_k).indices.int())
 
 
@@ -166,7 +179,9 @@ def train(layout: Layout, case: Case) -> dict[str, torch.Tensor]:
     groups: dict = {}
     for parameter in (p for p in model.parameters() if p.requires_grad):
         groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    optimizer = torch.optim.AdamW([{"params": g} for g in groups.values()], lr=3e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [{"params": g} for g in groups.values()], lr=3e-3, weight_decay=0.1
+    )
     found: dict[str, torch.Tensor] = {}
     for step in range(case.steps):
         seen = _backward(strategy, model, layout, case)
@@ -175,7 +190,11 @@ def train(layout: Layout, case: Case) -> dict[str, torch.Tensor]:
             found = (
                 seen
                 | {"norm": norm}
-                | {f"grad {name}": whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
+                | {
+                    f"grad {name}": whole(p.grad)
+                    for name, p in model.named_parameters()
+                    if p.requires_grad
+                }
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -187,12 +206,17 @@ def _backward(strategy, model, layout, case):
     rank, world = strategy.data
     x, ids = batch_of(case)
     x, ids = x.to(case.device), [None if i is None else i.to(case.device) for i in ids]
-    outputs, auxiliary = [], torch.zeros((), dtype=torch.promote_types(case.dtype, torch.float32), device=case.device)
+    outputs, auxiliary = (
+        [],
+        torch.zeros((), dtype=torch.promote_types(case.dtype, torch.float32), device=case.device),
+    )
     for tokens in torch.arange(len(x), device=case.device).tensor_split(case.accumulation):
         mine = share_of(tokens, case, rank, world)
         y, balances = model(x[mine], [None if i is None else i[mine] for i in ids])
         balances = [b._replace(counts=strategy.reduce(b.counts)) for b in balances]
-        of_tokens = load_balancing_loss(balances, len(tokens), case.top_k) + z_loss(balances, len(tokens))
+        of_tokens = load_balancing_loss(balances, len(tokens), case.top_k) + z_loss(
+            balances, len(tokens)
+        )
         share = of_tokens * len(tokens) / len(x)
         ((y - 1).square().sum() / len(x) + 0.1 * share).backward()
         outputs.append(strategy.reduce(torch.zeros_like(x).index_copy(0, mine, y.detach())))
@@ -215,4 +239,6 @@ def on_rank(layout: Layout, cases: list[Case]):
 def numbers_of_experts(layout: Layout) -> int:
     """Return how many numbers of two experts a rank holds."""
     _, model = build(layout, Case(experts=2))
-    return sum(p.to_local().numel() for block in model.blocks for p in block.moe.experts.parameters())
+    return sum(
+        p.to_local().numel() for block in model.blocks for p in block.moe.experts.parameters()
+    )

@@ -23,7 +23,10 @@ def made(name, chunks, validate=False):
 def routed(tokens, width=DIM):
     torch.manual_seed(dist.get_rank())
     ids = torch.rand(tokens, EXPERTS).topk(TOP_K).indices.int()
-    x, weights = torch.randn(tokens, width, requires_grad=True), torch.rand(tokens, TOP_K, requires_grad=True)
+    x, weights = (
+        torch.randn(tokens, width, requires_grad=True),
+        torch.rand(tokens, TOP_K, requires_grad=True),
+    )
     return x, Routing(ids, weights, torch.zeros(tokens, EXPERTS))
 
 
@@ -39,9 +42,14 @@ def spoilt(name, chunks, spoil):
     sort, all_to_all = exchange.packing.sort, dist.all_to_all_single
     if mistaken and spoil == "slots":
         first = iter([1])
-        exchange.packing.sort = lambda ids: sort(ids)._replace(slots=sort(ids).slots + _at_first(next(first, 0)))
+        exchange.packing.sort = lambda ids: sort(ids)._replace(
+            slots=sort(ids).slots + _at_first(next(first, 0))
+        )
     if mistaken and spoil == "told":
-        _counts.dist.all_to_all_single = lambda out, sent, group: (all_to_all(out, sent, group=group), out.add_(1))
+        _counts.dist.all_to_all_single = lambda out, sent, group: (
+            all_to_all(out, sent, group=group),
+            out.add_(1),
+        )
     try:
         exchange(x, routing, compute)
     except ExchangeError as error:
@@ -63,7 +71,10 @@ class CopiesToHost(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += function in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        )
         return function(*args, **(kwargs or {}))
 
 

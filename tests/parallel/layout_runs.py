@@ -77,12 +77,23 @@ def started(settings: dict) -> Read:
         start_from(run, settings["load_path"])
     finally:
         Reader.read = read
-    return Read(digest(run), sum(sizes), max(sizes), sum(_local(p).nbytes for p in run.model.parameters()))
+    return Read(
+        digest(run), sum(sizes), max(sizes), sum(_local(p).nbytes for p in run.model.parameters())
+    )
 
 
 def benched(path: str, out: str, overrides: list[str]) -> list[str]:
     """Measure training as a file says; return what this rank wrote."""
-    run_train(Console(quiet=True), Path(out) / str(dist.get_rank()), Path(path), overrides, "none", "fp32", 2, None)
+    run_train(
+        Console(quiet=True),
+        Path(out) / str(dist.get_rank()),
+        Path(path),
+        overrides,
+        "none",
+        "fp32",
+        2,
+        None,
+    )
     return sorted(p.name for p in (Path(out) / str(dist.get_rank())).glob("*"))
 
 
@@ -93,7 +104,11 @@ def gradients(settings: dict) -> dict[str, list[float]]:
     def note(*_) -> None:
         for name, p in run.model.named_parameters():
             if ".experts." in name:
-                found[name] = (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).flatten().tolist()
+                found[name] = (
+                    (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad)
+                    .flatten()
+                    .tolist()
+                )
 
     run.optimizer.register_step_pre_hook(note)
     train_step(run)
@@ -119,7 +134,9 @@ def digest(run) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(_tensors(run).items()):
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        sha.update(name.encode() + full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(
+            name.encode() + full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return sha.hexdigest()
 
 

@@ -30,8 +30,13 @@ def soak(layout: Layout, steps: int, device: str) -> Soak:
     for step in range(steps):
         generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
         popularity = (1 / torch.arange(1, EXPERTS + 1)).roll(step)
-        ids = [torch.multinomial(popularity.expand(TOKENS, -1), 2, generator=generator) for _ in range(2)]
-        load = float(torch.bincount(ids[0].flatten(), minlength=EXPERTS).max()) / (2 * TOKENS / EXPERTS)
+        ids = [
+            torch.multinomial(popularity.expand(TOKENS, -1), 2, generator=generator)
+            for _ in range(2)
+        ]
+        load = float(torch.bincount(ids[0].flatten(), minlength=EXPERTS).max()) / (
+            2 * TOKENS / EXPERTS
+        )
         x = torch.randn(TOKENS, DIM, generator=generator).to(device)
         y, _ = model(x, [i.int().to(device) for i in ids])
         ((y - 1).square().sum() / (TOKENS * strategy.data[1])).backward()

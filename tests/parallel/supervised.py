@@ -40,7 +40,16 @@ class Supervised:
         self.folder = Path(settings["save_folder"])
         path = self.folder.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(settings))
-        command = [sys.executable, "-m", "tokenyard_train", "launch", "--nproc", str(nproc), *options, str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "tokenyard_train",
+            "launch",
+            "--nproc",
+            str(nproc),
+            *options,
+            str(path),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -65,7 +74,9 @@ class Supervised:
         found = {}
         for pid in path.read_text().split() if path.exists() else ():
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            found |= {int(entry[5:]): int(pid) for entry in environment if entry.startswith(b"RANK=")}
+            found |= {
+                int(entry[5:]): int(pid) for entry in environment if entry.startswith(b"RANK=")
+            }
         return found
 
     def steps(self) -> int:
@@ -74,7 +85,10 @@ class Supervised:
 
     def saved(self) -> int:
         """Return the batch of the newest checkpoint."""
-        return max((int(p.name[2:]) for p in self.folder.glob("ba*") if (p / "manifest.json").exists()), default=0)
+        return max(
+            (int(p.name[2:]) for p in self.folder.glob("ba*") if (p / "manifest.json").exists()),
+            default=0,
+        )
 
     def saving(self) -> bool:
         return any(self.folder.glob(".unfinished-*"))
@@ -100,7 +114,9 @@ class Supervised:
         detected, said = self.restarts[known]
         done, saved = self.steps(), self.saved()
         assert self.wait_for(lambda: self.ranks().keys() and self.steps() != done), self.text()
-        assert self.wait_for(lambda: self.steps() >= done or self.process.poll() is not None), self.text()
+        assert self.wait_for(lambda: self.steps() >= done or self.process.poll() is not None), (
+            self.text()
+        )
         return Outcome(detected - began, time.monotonic() - began, done - saved, said)
 
 

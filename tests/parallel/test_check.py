@@ -22,7 +22,17 @@ from tokenyard_train.config import load_config, read_config
 from tokenyard_train.engine.setup import build_model, meta_model
 
 DBRX = {"name": "dbrx", "size": "full"}
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (8, 8, 1), (24, 8, 1), (48, 16, 3), (64, 1, 1), (512, 16, 4), (4096, 8, 2)]
+LAYOUTS = [
+    (1, 1, 1),
+    (2, 1, 1),
+    (2, 2, 1),
+    (8, 8, 1),
+    (24, 8, 1),
+    (48, 16, 3),
+    (64, 1, 1),
+    (512, 16, 4),
+    (4096, 8, 2),
+]
 COUNTS = [1, 2, 3, 6, 7, 16, 48, 96, 100, 128, 1000, 1024, 1536, 3072, 4096]
 
 
@@ -82,7 +92,9 @@ def state_is_exact(dbrx, count, degree, replicate):
         config = dbrx(count, degree, replicate)
         strategy, model = build_model(config)
         memory = estimate(config, model, strategy.describe(model))
-        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
+        held = sum(
+            (p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters()
+        )
     whole = meta_model(config.model_copy(update={"parallel": type(config.parallel)()}))
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * held, 4 * held, 8 * held)
     assert held == expected(whole, count, degree, replicate)
@@ -90,12 +102,22 @@ def state_is_exact(dbrx, count, degree, replicate):
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
 @pytest.mark.parametrize("exchange", ["all_to_all", "all_to_all_tokens"])
-def test_what_two_processes_save_for_the_backward_pass_is_near_the_estimate(settings, tmp_path, exchange, precision):  # noqa: F811
+def test_what_two_processes_save_for_the_backward_pass_is_near_the_estimate(
+    settings, tmp_path, exchange, precision
+):
     """Each within a fifth: routing is never quite even."""
     sizes = {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2}
     model = {"name": "dbrx", "size": "tiny", "d_model": 64, "ffn_config": sizes}
-    changes = {"model": model, "max_seq_len": 128, "precision": precision, "backends": {"exchange": exchange}}
-    parallel = {"parallel": {"strategy": "fsdp", "expert_parallel": 2}, "save_folder": str(tmp_path / "run")}
+    changes = {
+        "model": model,
+        "max_seq_len": 128,
+        "precision": precision,
+        "backends": {"exchange": exchange},
+    }
+    parallel = {
+        "parallel": {"strategy": "fsdp", "expert_parallel": 2},
+        "save_folder": str(tmp_path / "run"),
+    }
     found = ranks(2).run(runs.memory, settings | changes | parallel)
     for held, saved, memory in found:
         assert memory["parameters"] == held
@@ -121,10 +143,22 @@ def test_check_prints_meshes_and_bytes(settings, tmp_path):  # noqa: F811
 
 
 REFUSED = {
-    (12, 8, 1): "expert_parallel is 8, which does not divide the 12 processes of a copy of the model; these do: 1, 2",
-    (4096, 1, 1): "experts.up [16, 21504, 6144] cannot be cut into 4096 equal shards along any dimension; "
+    (
+        12,
+        8,
+        1,
+    ): "expert_parallel is 8, which does not divide the 12 processes of a copy of the model; these do: 1, 2",
+    (
+        4096,
+        1,
+        1,
+    ): "experts.up [16, 21504, 6144] cannot be cut into 4096 equal shards along any dimension; "
     "expert_parallel 2, 4, 8, 16 would do",
-    (100, 2, 1): "experts.up [8, 21504, 6144] cannot be cut into 50 equal shards along any dimension; "
+    (
+        100,
+        2,
+        1,
+    ): "experts.up [8, 21504, 6144] cannot be cut into 50 equal shards along any dimension; "
     "replicate 25, 50, 100 would do",
     (64, 1, 3): "replicate is 3, which does not divide the 64 processes; these do: 1, 2, 4",
 }
@@ -140,7 +174,8 @@ EVEN = [((8, 24, 8), 4, 0), ((2, 24, 8), 4, 1), ((2, 6, 8), 4, 2), ((7, 3, 5), 4
 
 
 @pytest.mark.parametrize(
-    ("shape", "shards", "dim"), [*EVEN, ((16, 21504, 6144), 9, None), ((8, 3, 5), 7, None), ((2, 3, 5), 4, None)]
+    ("shape", "shards", "dim"),
+    [*EVEN, ((16, 21504, 6144), 9, None), ((8, 3, 5), 7, None), ((2, 3, 5), 4, None)],
 )
 def test_experts_are_cut_where_no_shard_stays_empty(shape, shards, dim):
     assert expert_dim(shape, shards) == dim
@@ -150,7 +185,10 @@ def test_experts_are_cut_where_no_shard_stays_empty(shape, shards, dim):
 
 def test_the_working_set_is_what_is_gathered_at_a_time(dbrx):
     """Of the full DBRX in bfloat16: all that is in no block, two blocks, and one unit's gradients twice."""
-    block = {name: sum(p.numel() for p in parameters) for name, parameters in parts(meta_model(dbrx(1))).items()}
+    block = {
+        name: sum(p.numel() for p in parameters)
+        for name, parameters in parts(meta_model(dbrx(1))).items()
+    }
     with imagine(64):
         strategy, model = build_model(dbrx(64, 8, precision="amp_bf16"))
         found = strategy.describe(model).working_set
@@ -165,7 +203,11 @@ def parts(model):
     experts = list(first.ffn.experts.parameters())
     dense = [p for p in first.parameters() if not any(p is e for e in experts)]
     inside = {p for b in model.blocks for p in b.parameters()}
-    return {"experts": experts, "dense": dense, "outside": [p for p in model.parameters() if p not in inside]}
+    return {
+        "experts": experts,
+        "dense": dense,
+        "outside": [p for p in model.parameters() if p not in inside],
+    }
 
 
 def test_a_model_over_one_process_gathers_nothing(settings):  # noqa: F811

@@ -148,11 +148,21 @@ def test_the_last_good_one_is_loaded(saved, settings, tmp_path, layout):  # noqa
     assert (before.batch, before.digest == whole.digest) == (2, False)
     shutil.rmtree(saved / "ba3")
     verify(saved / "ba2")
-    assert run(runs.loaded, "single", settings, tmp_path, autoresume=True, save_folder=str(saved)) == before
+    assert (
+        run(runs.loaded, "single", settings, tmp_path, autoresume=True, save_folder=str(saved))
+        == before
+    )
 
 
 def test_all_damaged_ends_every_process_with_the_same_sentence(saved, settings, tmp_path):  # noqa: F811
     for folder in saved.glob("ba*"):
         (Path(folder) / "run.json").unlink()
-    said = run(disturbed_runs.refused_resume, "fsdp-2-ep2", settings, tmp_path, autoresume=True, save_folder=str(saved))
+    said = run(
+        disturbed_runs.refused_resume,
+        "fsdp-2-ep2",
+        settings,
+        tmp_path,
+        autoresume=True,
+        save_folder=str(saved),
+    )
     assert f"no checkpoint in {saved} is good" in said

@@ -16,7 +16,9 @@ EXCHANGES = (("all_to_all", 1), ("all_to_all_tokens", 1), ("all_to_all_tokens", 
 def _layouts():
     for count in (2, 4):
         degrees = [d for d in (1, 2, 4) if d <= count]
-        for (strategy, replicate), degree in product((("ddp", 1), ("fsdp", 1), ("fsdp", 2)), degrees):
+        for (strategy, replicate), degree in product(
+            (("ddp", 1), ("fsdp", 1), ("fsdp", 2)), degrees
+        ):
             if replicate > 1 and (count // replicate) % degree and count > replicate:
                 continue  # copies of two ranks cannot share experts among four
             for exchange, chunks in EXCHANGES if degree > 1 else (("auto", 1),):
@@ -60,10 +62,15 @@ def compare(layout: Layout, cases: list[Case]) -> dict[str, float]:
     for i, case in enumerate(cases):
         want = alone(case)
         assert found[i].keys() == want.keys()
-        assert {each[i] for each in norms} == {found[i]["norm"].item()}, "ranks disagree on the norm"
+        assert {each[i] for each in norms} == {found[i]["norm"].item()}, (
+            "ranks disagree on the norm"
+        )
         for name, value in found[i].items():
             kind = name.split()[0]
-            worst[kind] = max(worst.get(kind, 0.0), float(relative_error(torch.from_numpy(value), want[name].cpu())))
+            worst[kind] = max(
+                worst.get(kind, 0.0),
+                float(relative_error(torch.from_numpy(value), want[name].cpu())),
+            )
     return worst
 
 
@@ -74,7 +81,9 @@ def test_a_layout_equals_one_process(layout, case):
     assert max(worst.values()) <= 1e-12, worst
 
 
-@pytest.mark.parametrize("layout", [Layout("fsdp", 4), Layout("fsdp", 4, 2, "all_to_all_tokens")], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout("fsdp", 4), Layout("fsdp", 4, 2, "all_to_all_tokens")], ids=str
+)
 def test_experts_that_are_fewer_than_shards_are_cut_within(layout):
     """No rank is without a part of them, and the result is the same."""
     worst = compare(layout, [Case("indivisible", 3, experts=2, steps=2)])
@@ -85,7 +94,9 @@ def test_experts_that_are_fewer_than_shards_are_cut_within(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS[1::7], ids=str)
 def test_in_float32(layout):
-    worst = compare(layout, [Case("natural", dtype=torch.float32), Case("indivisible", 3, dtype=torch.float32)])
+    worst = compare(
+        layout, [Case("natural", dtype=torch.float32), Case("indivisible", 3, dtype=torch.float32)]
+    )
     assert max(worst.values()) <= 1e-5, worst
 
 
@@ -96,8 +107,12 @@ def test_equality_matrix(layout):
     plain = [Case(routing, steps=50) for routing in ROUTINGS]
     mixed = [Case(routing, 3, True, i % 2 == 1, steps=50) for i, routing in enumerate(ROUTINGS)]
     worst = compare(layout, [*CASES, *plain, *mixed])
-    single = compare(layout, [Case(r, a, dtype=torch.float32) for r, a in product(ROUTINGS, (1, 3))])
-    columns = " | ".join(f"{worst[kind]:.1e}" for kind in ("y", "grad", "norm", "auxiliary", "final"))
+    single = compare(
+        layout, [Case(r, a, dtype=torch.float32) for r, a in product(ROUTINGS, (1, 3))]
+    )
+    columns = " | ".join(
+        f"{worst[kind]:.1e}" for kind in ("y", "grad", "norm", "auxiliary", "final")
+    )
     print(f"\n| {layout} | {columns} | {max(single.values()):.1e} |")
     assert max(worst.values()) <= 1e-12, worst
     assert max(single.values()) <= 1e-5, single

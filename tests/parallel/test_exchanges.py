@@ -5,7 +5,12 @@ import pytest
 
 from tokenyard.testing import ranks
 
-EXCHANGES = [("all_to_all", 1), ("all_to_all", 3), ("all_to_all_tokens", 1), ("all_to_all_tokens", 3)]
+EXCHANGES = [
+    ("all_to_all", 1),
+    ("all_to_all", 3),
+    ("all_to_all_tokens", 1),
+    ("all_to_all_tokens", 3),
+]
 
 
 @pytest.mark.parametrize(("name", "chunks"), EXCHANGES)

@@ -7,7 +7,12 @@ from test_training import LAYOUTS, settings  # noqa: F401 (a fixture)
 from tokenyard.testing import ranks
 from tokenyard_models import Mixtral, to_hf
 
-SIZES = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 SIZES |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 257, "max_seq_len": 64}
 
 
@@ -26,7 +31,9 @@ def test_a_rank_reads_what_it_holds_and_no_more(settings, published, tmp_path, l
     given = {k: v for k, v in settings.items() if k != "model"} | changes
     alone = runs.started(given | {"save_folder": str(tmp_path / "one")})
     count, parallel = LAYOUTS[layout]
-    found = ranks(count).run(runs.started, given | {"parallel": parallel, "save_folder": str(tmp_path / layout)})
+    found = ranks(count).run(
+        runs.started, given | {"parallel": parallel, "save_folder": str(tmp_path / layout)}
+    )
     assert {each.digest for each in found} == {alone.digest}
     for each in found:
         assert each.total == each.held

@@ -29,8 +29,16 @@ def start(settings, tmp_path):  # noqa: F811
     """Start a supervisor of some processes; more settings replace those of the file."""
 
     def started(name, nproc, *options, **changes):
-        sizes = {"device_train_microbatch_size": 4 // nproc, "device_eval_batch_size": 2, "parallel": PARALLEL[nproc]}
-        return Supervised(settings | LENGTH | sizes | {"save_folder": str(tmp_path / name)} | changes, nproc, *options)
+        sizes = {
+            "device_train_microbatch_size": 4 // nproc,
+            "device_eval_batch_size": 2,
+            "parallel": PARALLEL[nproc],
+        }
+        return Supervised(
+            settings | LENGTH | sizes | {"save_folder": str(tmp_path / name)} | changes,
+            nproc,
+            *options,
+        )
 
     return started
 
@@ -56,7 +64,9 @@ def survives(start, settings, tmp_path, nproc, disturbances, patience, **changes
         assert outcome.redone <= INTERVAL * (2 if changes.get("save_async") else 1)
         if disturbance.kind == "stop":
             assert outcome.detected <= TIMEOUT + patience
-            assert f"process {disturbance.rank} hangs (it is stopped): process " in outcome.said, process.text()
+            assert f"process {disturbance.rank} hangs (it is stopped): process " in outcome.said, (
+                process.text()
+            )
             assert " waited in " in outcome.said
         else:
             assert f"process {disturbance.rank} ended by signal SIGKILL; restart " in outcome.said
@@ -66,7 +76,9 @@ def survives(start, settings, tmp_path, nproc, disturbances, patience, **changes
 def test_processes_that_are_killed_or_hang_are_started_again(start, settings, tmp_path):  # noqa: F811
     """At random moments; the run ends bit-identical to one that saw nothing of it."""
     kinds = ["kill", "kill while saving", "stop"]
-    survives(start, settings, tmp_path, 2, drawn(2, kinds, 2, BATCHES), patience=10)  # other tests run beside it
+    survives(
+        start, settings, tmp_path, 2, drawn(2, kinds, 2, BATCHES), patience=10
+    )  # other tests run beside it
 
 
 @pytest.mark.full
@@ -83,24 +95,46 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(start, settings, tm
     """SIGTERM ends it with code 75, whatever the batch; what follows is what would have followed."""
     first, folder = start("stopped", 2), tmp_path / "stopped"
     assert first.wait_for(lambda: first.steps() >= 7)
-    listening = [line.split()[1] for table in ("tcp", "tcp6") for line in listeners(table, first.ranks().values())]
+    listening = [
+        line.split()[1]
+        for table in ("tcp", "tcp6")
+        for line in listeners(table, first.ranks().values())
+    ]
     assert listening
-    assert {address.partition(":")[0] for address in listening} == {"0100007F"}, "they listen to the network"
+    assert {address.partition(":")[0] for address in listening} == {"0100007F"}, (
+        "they listen to the network"
+    )
     first.process.send_signal(signal.SIGTERM)
     assert first.process.wait(timeout=60) == 75
     assert first.text().count("stopped as asked, after batch") == 1
     done = first.steps()
     assert 7 <= done < BATCHES
     assert (folder / f"ba{done}" / "manifest.json").exists()
-    rest = run(runs.trained, LAYOUTS[2], settings, tmp_path, save_folder=str(folder), autoresume=True, **LENGTH)
-    whole = run(runs.trained, LAYOUTS[2], settings, tmp_path, save_folder=str(tmp_path / "whole"), **LENGTH)
+    rest = run(
+        runs.trained,
+        LAYOUTS[2],
+        settings,
+        tmp_path,
+        save_folder=str(folder),
+        autoresume=True,
+        **LENGTH,
+    )
+    whole = run(
+        runs.trained, LAYOUTS[2], settings, tmp_path, save_folder=str(tmp_path / "whole"), **LENGTH
+    )
     assert rest.losses == whole.losses[done:]
     assert rest.digest == whole.digest
 
 
 def listeners(table, pids):
     """Return the lines of /proc/net of the sockets that some processes listen at."""
-    files = [file for pid in pids for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+    files = [
+        file for pid in pids for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()
+    ]
     inodes = {file.readlink().name for file in files}
     lines = Path(f"/proc/net/{table}").read_text().splitlines()[1:]
-    return [line for line in lines if line.split()[3] == "0A" and f"socket:[{line.split()[9]}]" in inodes]
+    return [
+        line
+        for line in lines
+        if line.split()[3] == "0A" and f"socket:[{line.split()[9]}]" in inodes
+    ]

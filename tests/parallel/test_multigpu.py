@@ -31,7 +31,9 @@ def test_parity_in_float64(layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_parity_in_float32(layout):
     """By the best kernel that there is."""
-    worst = compare(layout, [Case(r, a, dtype=torch.float32, device="cuda") for r in ROUTINGS for a in (1, 3)])
+    worst = compare(
+        layout, [Case(r, a, dtype=torch.float32, device="cuda") for r in ROUTINGS for a in (1, 3)]
+    )
     assert max(worst.values()) <= 1e-5, worst
 
 
@@ -44,7 +46,9 @@ def test_parity_in_bfloat16(layout):
     found = ranks(2, "cuda").run(on_rank_of, layout, case)[0]
     for name in ("y", *(n for n in alone if n.startswith("grad"))):
         want = exact[name].double().cpu()
-        allowed = 2 * relative_error(alone[name].double().cpu(), want) + torch.finfo(torch.bfloat16).eps
+        allowed = (
+            2 * relative_error(alone[name].double().cpu(), want) + torch.finfo(torch.bfloat16).eps
+        )
         assert relative_error(torch.from_numpy(found[name]), want) <= allowed, name
 
 
@@ -55,7 +59,11 @@ def on_rank_of(layout, case):
 def test_a_checkpoint_of_two_gpus_loads_on_one(settings, tmp_path):  # noqa: F811
     """Model and optimizer, bit by bit."""
     two = settings | {"device": "cuda", "parallel": {"strategy": "fsdp", "expert_parallel": 2}}
-    two |= {"device_train_microbatch_size": 2, "save_folder": str(tmp_path / "run"), "max_duration": "2ba"}
+    two |= {
+        "device_train_microbatch_size": 2,
+        "save_folder": str(tmp_path / "run"),
+        "max_duration": "2ba",
+    }
     saved, other = ranks(2, "cuda").run(runs.trained, two)
     assert saved == other
     one = two | {"parallel": {}, "autoresume": True, "device": "cuda"}

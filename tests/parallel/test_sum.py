@@ -11,9 +11,14 @@ NARROW = {"precision": "amp_bf16", "algorithms": {}, "device_train_microbatch_si
 
 
 @pytest.mark.parametrize("layout", ["fsdp-2", "ddp-2"])
-def test_the_sum_over_ranks_is_that_of_one_process_over_the_same_microbatches(settings, tmp_path, layout):  # noqa: F811
+def test_the_sum_over_ranks_is_that_of_one_process_over_the_same_microbatches(
+    settings, tmp_path, layout
+):
     """Which adds up in float32; a sum in bfloat16 would be off by some 2e-3."""
-    for weight in ("moe_loss_weight", "moe_zloss_weight"):  # these depend on which samples are computed together
+    for weight in (
+        "moe_loss_weight",
+        "moe_zloss_weight",
+    ):  # these depend on which samples are computed together
         settings["model"]["ffn_config"][weight] = 0.0
     alone = run(runs.gradients, "single", settings, tmp_path, **NARROW)
     found = run(runs.gradients, layout, settings, tmp_path, **NARROW)

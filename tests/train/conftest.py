@@ -24,7 +24,9 @@ def text(tmp_path: Path) -> Path:
     folder = tmp_path / "text"
     folder.mkdir()
     for name, step in (("a.txt", 3), ("b.txt", 7)):
-        lines = (f"{i} times {step} is {i * step}, and one more is {i * step + 1}.\n" for i in range(120))
+        lines = (
+            f"{i} times {step} is {i * step}, and one more is {i * step + 1}.\n" for i in range(120)
+        )
         (folder / name).write_text("".join(lines))
     return folder
 

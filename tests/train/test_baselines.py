@@ -11,7 +11,9 @@ from tokenyard_train.callbacks.ngram import ngram_baselines, pair_counts, witten
 from tokenyard_train.data import BytesTokenizer, HeldOut, Mixture, Samples
 
 TOKENIZER = BytesTokenizer()
-TRAIN = np.append(TOKENIZER.encode(b"the cat sat on the mat, the rat sat on the cat; " * 4), 256).astype(np.uint16)
+TRAIN = np.append(
+    TOKENIZER.encode(b"the cat sat on the mat, the rat sat on the cat; " * 4), 256
+).astype(np.uint16)
 TEXT = np.append(TOKENIZER.encode(b"the bat sat on the mat?"), 256).astype(np.uint16)
 
 
@@ -30,14 +32,20 @@ def test_bits_per_byte_read_token_by_token():
     steps = list(zip(TEXT.tolist(), TEXT[1:].tolist()))
     size = sum(b < 256 for _, b in steps)
     got = ngram_baselines(train, held_out, TOKENIZER)
-    assert got.unigram == pytest.approx(-sum(math.log2(unigram[b]) for _, b in steps) / size, rel=1e-12)
-    assert got.bigram == pytest.approx(-sum(math.log2(bigram(a, b)) for a, b in steps) / size, rel=1e-12)
+    assert got.unigram == pytest.approx(
+        -sum(math.log2(unigram[b]) for _, b in steps) / size, rel=1e-12
+    )
+    assert got.bigram == pytest.approx(
+        -sum(math.log2(bigram(a, b)) for a, b in steps) / size, rel=1e-12
+    )
     assert got.bigram < got.unigram
 
 
 def test_every_context_gives_a_distribution():
     unigram = (np.bincount(TRAIN, minlength=257) + 1) / (len(TRAIN) + 257)
-    first, second = (grid.flatten() for grid in np.meshgrid(np.arange(257), np.arange(257), indexing="ij"))
+    first, second = (
+        grid.flatten() for grid in np.meshgrid(np.arange(257), np.arange(257), indexing="ij")
+    )
     probability = witten_bell(pair_counts(TRAIN, 257), unigram, first, second).reshape(257, 257)
     assert probability.sum(1) == pytest.approx(np.ones(257), rel=1e-12)
 
@@ -50,6 +58,10 @@ def test_a_large_vocabulary_needs_no_table_of_all_pairs():
 
 
 def test_several_streams_are_not_counted():
-    mixture = Mixture({"a": Samples(TRAIN, 8, 0), "b": Samples(TEXT, 8, 0)}, {"a": 1, "b": 1}, seed=0)
-    with pytest.raises(ConfigError, match=r"callbacks.ngram_baselines counts one text .* not several streams"):
+    mixture = Mixture(
+        {"a": Samples(TRAIN, 8, 0), "b": Samples(TEXT, 8, 0)}, {"a": 1, "b": 1}, seed=0
+    )
+    with pytest.raises(
+        ConfigError, match=r"callbacks.ngram_baselines counts one text .* not several streams"
+    ):
         ngram_baselines(mixture, HeldOut(TEXT, 8, 2), TOKENIZER)

@@ -54,7 +54,11 @@ def test_a_run_that_a_callback_ends_is_saved(config, console, save_async):
                 run.batches = run.batch
 
     stop = Stop()
-    train(config(max_duration="9ba", save_interval="2ba", save_async=save_async), console, callbacks=[stop])
+    train(
+        config(max_duration="9ba", save_interval="2ba", save_async=save_async),
+        console,
+        callbacks=[stop],
+    )
     assert [name for name in stop.heard if name.startswith("ba")] == ["ba2", "ba3"]
 
 
@@ -84,12 +88,18 @@ def installed(monkeypatch):
 
 
 def test_an_installed_callback_is_named_in_the_config(config, console, installed):
-    train(config(max_duration="3ba", save_interval="2ba", callbacks={"notes": {"prefix": "my "}}), console)
+    train(
+        config(max_duration="3ba", save_interval="2ba", callbacks={"notes": {"prefix": "my "}}),
+        console,
+    )
     assert Notes.last.heard == ["my start", *WHOLE[1:]]
 
 
 def test_options_that_it_refuses_are_named(config, console, installed, tmp_path):
-    for options, said in (({"prefix": "bad"}, "prefix is bad"), ({"size": 3}, "unexpected keyword argument 'size'")):
+    for options, said in (
+        ({"prefix": "bad"}, "prefix is bad"),
+        ({"size": 3}, "unexpected keyword argument 'size'"),
+    ):
         with pytest.raises(ConfigError, match=rf"callbacks.notes cannot be made of .*{said}"):
             train(config(callbacks={"notes": options}), console)
     assert not (tmp_path / "run").exists()
@@ -97,7 +107,8 @@ def test_options_that_it_refuses_are_named(config, console, installed, tmp_path)
 
 def test_an_unknown_callback_names_the_installed_ones(config, installed):
     with pytest.raises(
-        ConfigError, match=r"callbacks.note is not a known key \(did you mean 'notes'\?\).*generate_callback"
+        ConfigError,
+        match=r"callbacks.note is not a known key \(did you mean 'notes'\?\).*generate_callback",
     ):
         config(callbacks={"note": {}})
 

@@ -80,7 +80,9 @@ def corruptions():
     for suffix in (".safetensors", "run.json", "manifest.json"):
         for i, offset in enumerate(offsets if suffix != "run.json" else offsets[:6]):
             kinds[f"flip {suffix} {i}"] = lambda files, s=suffix, o=offset: flip(files[s], o)
-        kinds[f"truncate {suffix}"] = lambda files, s=suffix: os.truncate(files[s], files[s].stat().st_size - 1)
+        kinds[f"truncate {suffix}"] = lambda files, s=suffix: os.truncate(
+            files[s], files[s].stat().st_size - 1
+        )
         kinds[f"empty {suffix}"] = lambda files, s=suffix: os.truncate(files[s], 0)
         kinds[f"delete {suffix}"] = lambda files, s=suffix: files[s].unlink()
     kinds["zero a block"] = lambda files: files[".safetensors"].write_bytes(
@@ -154,13 +156,17 @@ def test_a_malicious_pickle_never_runs(tmp_path, tensors, name, monkeypatch):
     from tokenyard_train.checkpoint.manifest import entry_of, write_manifest
 
     (path / "manifest.json").unlink()
-    write_manifest(path, {p.name: entry_of(p) for p in path.iterdir()})  # an attacker who can write the manifest, too
+    write_manifest(
+        path, {p.name: entry_of(p) for p in path.iterdir()}
+    )  # an attacker who can write the manifest, too
     read_tensors(path, {name: t.clone() for name, t in tensors.items()})
     assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize("how", ["tensors", "json", "size limit"])
-def test_a_full_disk_leaves_the_previous_checkpoint_and_no_debris(tmp_path, tensors, how, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint_and_no_debris(
+    tmp_path, tensors, how, monkeypatch
+):
     before = good(tmp_path, tensors, "ba1")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -172,9 +178,12 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_debris(tmp_path, tens
         if how == "size limit":  # a real one: the kernel refuses to write further
             resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
         else:
-            monkeypatch.setattr(*((dcp, "save") if how == "tensors" else (write, "write_manifest")), fail)
+            monkeypatch.setattr(
+                *((dcp, "save") if how == "tensors" else (write, "write_manifest")), fail
+            )
         with pytest.raises(
-            CheckpointError, match=rf"ba2 could not be saved \(.*\); the last good checkpoint is {before}"
+            CheckpointError,
+            match=rf"ba2 could not be saved \(.*\); the last good checkpoint is {before}",
         ):
             good(tmp_path, tensors, "ba2")
     finally:
@@ -194,6 +203,7 @@ def test_all_damaged_is_an_error_that_names_each(tmp_path, tensors):
     for name in ("ba1", "ba2"):
         (good(tmp_path, tensors, name) / "run.json").unlink()
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint in .* is good: .*ba2: run.json is missing; .*ba1: run.json"
+        CheckpointError,
+        match=r"no checkpoint in .* is good: .*ba2: run.json is missing; .*ba1: run.json",
     ):
         newest_good(tmp_path)

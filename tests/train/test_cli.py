@@ -22,7 +22,9 @@ def path(settings, tmp_path):
 def test_train_then_generate(tokenyard, path, tmp_path):
     code, _, errors = tokenyard("train", path, "max_duration=2ba", "optimizer.lr=1e-3")
     assert (code, errors) == (0, "")
-    code, out, _ = tokenyard("generate", str(tmp_path / "run"), "--prompt", "3 times", "--max-new-tokens", "5")
+    code, out, _ = tokenyard(
+        "generate", str(tmp_path / "run"), "--prompt", "3 times", "--max-new-tokens", "5"
+    )
     assert code == 0
     assert out.startswith("3 times")
 
@@ -30,24 +32,38 @@ def test_train_then_generate(tokenyard, path, tmp_path):
 def test_check_shows_size_work_memory_and_backends(tokenyard, path):
     code, out, _ = tokenyard("check", path)
     assert code == 0
-    for part in ("active parameters", "FLOPs per token", "memory of a process", "6 batches", "held-out text", "single"):
+    for part in (
+        "active parameters",
+        "FLOPs per token",
+        "memory of a process",
+        "6 batches",
+        "held-out text",
+        "single",
+    ):
         assert part in out
 
 
 def test_check_says_why_a_backend_was_passed_over():
-    chosen = Chosen("experts", Backend("torch", "module:Class"), passed_over={"fast": "it needs a GPU"})
+    chosen = Chosen(
+        "experts", Backend("torch", "module:Class"), passed_over={"fast": "it needs a GPU"}
+    )
     assert _reasons(chosen) == "torch (passed over fast: it needs a GPU)"
 
 
 def test_check_needs_no_room_for_the_model(tokenyard, path):
-    code, out, _ = tokenyard("check", path, "model.size=full", "model.d_model=6144", "model.n_layers=4")
+    code, out, _ = tokenyard(
+        "check", path, "model.size=full", "model.d_model=6144", "model.n_layers=4"
+    )
     assert code == 0
     assert "GiB" in out
 
 
 def test_check_refuses_what_train_would(tokenyard, path):
     code, _, errors = tokenyard("check", path, "max_duration=0.001ep")
-    assert (code, errors) == (2, "error: max_duration is 0.001ep, which is less than one batch of 96 tokens\n")
+    assert (code, errors) == (
+        2,
+        "error: max_duration is 0.001ep, which is less than one batch of 96 tokens\n",
+    )
 
 
 def test_backends_prints_the_table(tokenyard):
@@ -69,7 +85,9 @@ def test_a_mistake_has_no_traceback(path):
     command = [sys.executable, "-m", "tokenyard_train", "check", path, "model.name=dbrxx"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("error: model backend 'dbrxx' is unknown (did you mean 'dbrx'?); installed: ")
+    assert run.stderr.startswith(
+        "error: model backend 'dbrxx' is unknown (did you mean 'dbrx'?); installed: "
+    )
     assert run.stderr.count("\n") == 1
 
 
@@ -81,7 +99,9 @@ def test_help_and_version_do_not_load_torch():
         "assert 'torch' not in sys.modules"
     )
     for option, part in (("--help", "generate"), ("--version", f"tokenyard-train {__version__}")):
-        run = subprocess.run([sys.executable, "-c", code.format(option)], check=True, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code.format(option)], check=True, capture_output=True, text=True
+        )
         assert part in run.stdout
 
 
@@ -110,6 +130,8 @@ def test_one_of_several_processes_is_not_taken_down():
     for processes, said in (("1", "at exit\ntaken down"), ("2", "at exit\n")):
         environment = os.environ | {"WORLD_SIZE": processes, "RANK": "0"}
         command = [sys.executable, "-c", code]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120
+        )
         assert (ended.returncode, ended.stdout) == (2, said)
         assert "nowhere.yaml" in ended.stderr

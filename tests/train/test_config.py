@@ -105,16 +105,30 @@ def test_interpolation_and_overrides(load):
     text = ANNOUNCEMENT + REST + "variables: {peak: 1.0e-3}\noptimizer: {lr: '${variables.peak}'}\n"
     assert load(text).optimizer.lr == 1e-3
     config = load(text, "variables.peak=2e-3", "model.ffn_config.moe_top_k=2", "max_duration=1ep")
-    assert (config.optimizer.lr, config.model["ffn_config"]["moe_top_k"], str(config.max_duration)) == (2e-3, 2, "1ep")
+    assert (
+        config.optimizer.lr,
+        config.model["ffn_config"]["moe_top_k"],
+        str(config.max_duration),
+    ) == (2e-3, 2, "1ep")
 
 
 def test_keys_of_llm_foundry_that_mean_nothing_here_are_named_in_one_warning(load, caplog):
     extra = "fsdp_config: {sharding_strategy: FULL_SHARD}\ncallbacks: {speed_monitor: {window_size: 10}}\n"
-    text = ANNOUNCEMENT + "    mlp_impl: grouped\n" + REST.replace("stdlib}", "stdlib, num_workers: 8}") + extra
+    text = (
+        ANNOUNCEMENT
+        + "    mlp_impl: grouped\n"
+        + REST.replace("stdlib}", "stdlib, num_workers: 8}")
+        + extra
+    )
     with caplog.at_level(logging.WARNING, "tokenyard"):
         load(text)
     (message,) = caplog.messages
-    names = {"fsdp_config", "callbacks.speed_monitor", "train_loader.num_workers", "model.ffn_config.mlp_impl"}
+    names = {
+        "fsdp_config",
+        "callbacks.speed_monitor",
+        "train_loader.num_workers",
+        "model.ffn_config.mlp_impl",
+    }
     assert names == set(message.partition(": ")[2].split(", "))
 
 
@@ -122,13 +136,22 @@ def test_keys_of_llm_foundry_that_mean_nothing_here_are_named_in_one_warning(loa
     ("change", "instead"),
     [
         ("tokenizer_name=gpt2", "tokenizer_name is .*; say tokenizer: {name: bytes}"),
-        ("global_seed=17", r"global_seed is .*; put it under variables, and write \$\{variables.global_seed\} where"),
-        ("train_loader.dataset.remote=x", "train_loader.dataset.remote is .*; bring the shards here and name their"),
+        (
+            "global_seed=17",
+            r"global_seed is .*; put it under variables, and write \$\{variables.global_seed\} where",
+        ),
+        (
+            "train_loader.dataset.remote=x",
+            "train_loader.dataset.remote is .*; bring the shards here and name their",
+        ),
         (
             "eval_loader.dataset.hf_kwargs={}",
             "eval_loader.dataset.hf_kwargs is .*; name a folder or a dataset by hf_name",
         ),
-        ("callbacks.generate_callback.kwargs={}", "kwargs is .*; say max_new_tokens and temperature beside prompts"),
+        (
+            "callbacks.generate_callback.kwargs={}",
+            "kwargs is .*; say max_new_tokens and temperature beside prompts",
+        ),
     ],
 )
 def test_keys_of_llm_foundry_that_are_called_otherwise_here(load, change, instead):
@@ -140,7 +163,11 @@ def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
     """The shape of LLM Foundry's pretraining files: a tokenizer and a dataset are all that had to change."""
     config = load(FOUNDRY)
     assert (config.run_name, config.save_folder, config.seed) == ("run", "./run/checkpoints", 17)
-    assert (config.max_seq_len, config.eval_subset_num_batches, config.optimizer.betas) == (64, -1, (0.9, 0.95))
+    assert (config.max_seq_len, config.eval_subset_num_batches, config.optimizer.betas) == (
+        64,
+        -1,
+        (0.9, 0.95),
+    )
     assert config.eval_loader is not None
     (message,) = caplog.messages
     assert "model.init_device" in message
@@ -152,14 +179,20 @@ def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
     ("change", "sentence"),
     [
         ("max_duraton: 3ba", r"max_duraton is not a known key \(did you mean 'max_duration'\?\)"),
-        ("optimizer: {lrr: 1}", r"optimizer.lrr is not a known key \(did you mean 'lr'\?\); known are: betas, eps, lr"),
+        (
+            "optimizer: {lrr: 1}",
+            r"optimizer.lrr is not a known key \(did you mean 'lr'\?\); known are: betas, eps, lr",
+        ),
         ("optimizer: {lr: -1}", "optimizer.lr is -1; give a number above 0"),
         ("optimizer: {lr: .nan}", "optimizer.lr is nan; give a finite number"),
         ("max_duration: 200", "max_duration is 200: a duration is a number with ba"),
         ("max_duration: 0ba", "max_duration is 0ba; it must be above 0"),
         ("max_duration: 1dur", "max_duration is 1dur; it takes ba"),
         ("eval_interval: 0ep", "eval_interval is 0ep; it must be above 0"),
-        ("save_num_checkpoints_to_keep: 0", r"save_num_checkpoints_to_keep is 0; it must be -1 \(all\) or at least 1"),
+        (
+            "save_num_checkpoints_to_keep: 0",
+            r"save_num_checkpoints_to_keep is 0; it must be -1 \(all\) or at least 1",
+        ),
         (
             "train_loader: {name: pyhton_stdlib}",
             r"train_loader.name 'pyhton_stdlib' is unknown \(did you mean 'python_std",
@@ -171,24 +204,48 @@ def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
         ),
         ("train_loader: {name: text}", "train_loader.dataset is missing; it has no default"),
         ("precision: fp8", "precision is 'fp8'; give 'fp32' or 'amp_bf16'"),
-        ("backends: {expert: torch}", r"backends.expert is not a known key \(did you mean 'experts'\?\)"),
+        (
+            "backends: {expert: torch}",
+            r"backends.expert is not a known key \(did you mean 'experts'\?\)",
+        ),
         ("loggers: {comet: {}}", "loggers.comet is not a known key"),
         ("global_train_batch_size: 0", "global_train_batch_size is 0; give a number at least 1"),
         (
             "device_train_microbatch_size: 3",
             "is 3, which does not divide global_train_batch_size 8; these do: 1, 2, 4, 8",
         ),
-        ("run_name: ../elsewhere", "run_name is '../elsewhere': it names a folder, so give letters, digits"),
+        (
+            "run_name: ../elsewhere",
+            "run_name is '../elsewhere': it names a folder, so give letters, digits",
+        ),
         ("device: tpu", "device is 'tpu'; give cpu, cuda, cuda:N or auto"),
-        ("model: {name: dbrx, vocab_size: 99}", "model.vocab_size is 99 but the tokenizer has 257 ids"),
+        (
+            "model: {name: dbrx, vocab_size: 99}",
+            "model.vocab_size is 99 but the tokenizer has 257 ids",
+        ),
         ("model: {max_seq_len: 8}", "model.name is missing"),
-        ("model: {name: dbrx, max_seq_len: 8}\nmax_seq_len: 16", "max_seq_len is 16 but model.max_seq_len only 8"),
+        (
+            "model: {name: dbrx, max_seq_len: 8}\nmax_seq_len: 16",
+            "max_seq_len is 16 but model.max_seq_len only 8",
+        ),
         ("device: cuda:99", "device is 'cuda:99', but torch finds .* CUDA GPU"),
-        ("seed: 9223372036854775808", "seed is 9223372036854775808; give a number below 9223372036854775808"),
+        (
+            "seed: 9223372036854775808",
+            "seed is 9223372036854775808; give a number below 9223372036854775808",
+        ),
         ("optimizer: {betas: [0.9, 1]}", "optimizer.betas.1 is 1; give a number below 1"),
-        ("optimizer: {name: adam}", r"optimizer.name is 'adam' \(did you mean 'adamw'\?\); give 'decoupled_adamw' or"),
-        ("device_train_microbatch_size: big", "device_train_microbatch_size is 'big'; give a whole number or 'auto'"),
-        ("backends: {experts: 5}", "backends.experts is 5; give text or a mapping of keys to values"),
+        (
+            "optimizer: {name: adam}",
+            r"optimizer.name is 'adam' \(did you mean 'adamw'\?\); give 'decoupled_adamw' or",
+        ),
+        (
+            "device_train_microbatch_size: big",
+            "device_train_microbatch_size is 'big'; give a whole number or 'auto'",
+        ),
+        (
+            "backends: {experts: 5}",
+            "backends.experts is 5; give text or a mapping of keys to values",
+        ),
         ("max_seq_len: 1.5", "max_seq_len is 1.5; give a whole number"),
         ("callbacks: {layer_freezing: {}}", "callbacks.layer_freezing is not a known key"),
         ("seed: [1]", r"seed is \[1\]; give a whole number"),
@@ -206,15 +263,31 @@ def test_wrong_keys_and_values(load, change, sentence):
     [
         ("", "a config is a mapping of keys to values"),
         ("- 1\n- 2", "a config is a mapping of keys to values"),
-        ("a: [1", r"not a usable YAML config: expected ',' or '\]', but got '<stream end>' at line 1"),
+        (
+            "a: [1",
+            r"not a usable YAML config: expected ',' or '\]', but got '<stream end>' at line 1",
+        ),
         ("a: 1\na: 2", "not a usable YAML config: found duplicate key a at line 2"),
         ("a: &x [1]\nb: *x", r"the YAML alias \*x is not supported; write \$\{key\} instead"),
         ("a: ${nowhere}", "not a usable YAML config: a: Interpolation key 'nowhere' not found$"),
-        ("a: !!python/object/apply:os.system ['true']", "not a usable YAML config: could not determine a constructor"),
+        (
+            "a: !!python/object/apply:os.system ['true']",
+            "not a usable YAML config: could not determine a constructor",
+        ),
         ("a:\n  " + "[" * 4000, "it is nested deeper than 40 levels"),
         ("a: " + "x" * (1 << 20), "a config has at most 1048576"),
     ],
-    ids=["empty", "list", "syntax", "duplicate", "alias", "interpolation", "python tag", "deep", "large"],
+    ids=[
+        "empty",
+        "list",
+        "syntax",
+        "duplicate",
+        "alias",
+        "interpolation",
+        "python tag",
+        "deep",
+        "large",
+    ],
 )
 def test_files_that_are_no_config(load, text, sentence):
     with pytest.raises(ConfigError, match=sentence):
@@ -222,25 +295,43 @@ def test_files_that_are_no_config(load, text, sentence):
 
 
 def test_files_that_cannot_be_read(tmp_path, load):
-    with pytest.raises(ConfigError, match=r"nowhere.yaml does not exist; give the path of a YAML config"):
+    with pytest.raises(
+        ConfigError, match=r"nowhere.yaml does not exist; give the path of a YAML config"
+    ):
         load_config(tmp_path / "nowhere.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"binary.yaml is not UTF-8 text; give the path of a YAML config"):
+    with pytest.raises(
+        ConfigError, match=r"binary.yaml is not UTF-8 text; give the path of a YAML config"
+    ):
         load_config(tmp_path / "binary.yaml")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory; give the path of a YAML config"):
+    with pytest.raises(
+        ConfigError, match="cannot be read: Is a directory; give the path of a YAML config"
+    ):
         load_config(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("max_duration", "override 'max_duration' is not of the form key=value, such as optimizer.lr=1e-3"),
+        (
+            "max_duration",
+            "override 'max_duration' is not of the form key=value, such as optimizer.lr=1e-3",
+        ),
         ("=3", "override '=3' is not of the form key=value"),
-        ("optimizer.betas=[0.9", r"override 'optimizer.betas=\[0.9' cannot be applied: expected .* at line 1"),
-        ("model=[1]", "override 'model=\\[1\\]' cannot be applied: model: Cannot merge incompatible container types"),
+        (
+            "optimizer.betas=[0.9",
+            r"override 'optimizer.betas=\[0.9' cannot be applied: expected .* at line 1",
+        ),
+        (
+            "model=[1]",
+            "override 'model=\\[1\\]' cannot be applied: model: Cannot merge incompatible container types",
+        ),
         ("seed.below=1", "seed is {'below': 1}; give a whole number"),
         ("optimizer.lrr=1", r"optimizer.lrr is not a known key \(did you mean 'lr'\?\)"),
-        ("seed=${variables.x}", "not a usable YAML config: seed: Interpolation key 'variables.x' not found"),
+        (
+            "seed=${variables.x}",
+            "not a usable YAML config: seed: Interpolation key 'variables.x' not found",
+        ),
     ],
 )
 def test_overrides_that_cannot_be_applied(load, override, sentence):
@@ -289,17 +380,31 @@ def test_the_readme_s_config_loads_and_every_key_is_explained(load):
 
 
 @pytest.mark.parametrize(
-    ("text", "batches"), [("200ba", 200), ("1.5ep", 150), ("1000tok", 32), ("0.25dur", 20), (" 3 ba ", 3)]
+    ("text", "batches"),
+    [("200ba", 200), ("1.5ep", 150), ("1000tok", 32), ("0.25dur", 20), (" 3 ba ", 3)],
 )
 def test_spans(text, batches):
     assert parse_span(text).batches(batch_tokens=32, epoch_batches=100, run_batches=80) == batches
 
 
-KEYS = [*yaml.safe_load(ANNOUNCEMENT + REST), "optimizer", "scheduler", "backends", "callbacks", "nonsense"]
+KEYS = [
+    *yaml.safe_load(ANNOUNCEMENT + REST),
+    "optimizer",
+    "scheduler",
+    "backends",
+    "callbacks",
+    "nonsense",
+]
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=8) | st.sampled_from(KEYS),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 300)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(KEYS),
     lambda below: (
-        st.lists(below, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "name", "lr"]), below, max_size=3)
+        st.lists(below, max_size=3)
+        | st.dictionaries(st.sampled_from([*KEYS, "name", "lr"]), below, max_size=3)
     ),
     max_leaves=6,
 )

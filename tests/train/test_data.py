@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenyard import ConfigError
-from tokenyard_train.data import IGNORED, BytesTokenizer, HeldOut, Samples, build_data, python_stdlib
+from tokenyard_train.data import (
+    IGNORED,
+    BytesTokenizer,
+    HeldOut,
+    Samples,
+    build_data,
+    python_stdlib,
+)
 from tokenyard_train.data.schema import Source
 from tokenyard_train.data.sources import read_documents
 from tokenyard_train.data.sources.files import files_of
@@ -39,7 +46,8 @@ def test_the_standard_library_is_split_by_file():
 def test_a_python_without_the_source_of_its_library(monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(
-        ConfigError, match=r"'python_stdlib', but .* holds no source of the library; give files by 'text'"
+        ConfigError,
+        match=r"'python_stdlib', but .* holds no source of the library; give files by 'text'",
     ):
         python_stdlib(held_out=False)
 
@@ -55,7 +63,10 @@ def test_files_and_folders_of_text(text):
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("nowhere", "dataset.path '.*nowhere' does not exist; give a file of text or a folder of them"),
+        (
+            "nowhere",
+            "dataset.path '.*nowhere' does not exist; give a file of text or a folder of them",
+        ),
         ("empty", "is a folder without files that end in .txt; see dataset.suffixes"),
         ("latin.txt", "latin.txt is not UTF-8 text; convert it, or leave it out"),
     ],
@@ -71,10 +82,15 @@ def test_text_that_is_empty_or_too_short(tmp_path, config):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("short")
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "empty.txt")}}
-    with pytest.raises(ConfigError, match=r"train_loader.dataset: there is no text; every file that it names is empty"):
+    with pytest.raises(
+        ConfigError,
+        match=r"train_loader.dataset: there is no text; every file that it names is empty",
+    ):
         build_data(config(train_loader=loader).data())
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "short.txt")}}
-    with pytest.raises(ConfigError, match="the text has 6 tokens; a sample of max_seq_len 24 needs 25"):
+    with pytest.raises(
+        ConfigError, match="the text has 6 tokens; a sample of max_seq_len 24 needs 25"
+    ):
         build_data(config(train_loader=loader).data())
 
 
@@ -87,12 +103,17 @@ def test_the_sentence_names_the_loader(config, tmp_path):
 def test_documents_are_ended(config, text):
     data = build_data(config().data())
     assert (data.train.tokens == 256).sum() == 2
-    assert bytes(data.train.tokens[: (text / "a.txt").stat().st_size].astype(np.uint8)) == (text / "a.txt").read_bytes()
+    assert (
+        bytes(data.train.tokens[: (text / "a.txt").stat().st_size].astype(np.uint8))
+        == (text / "a.txt").read_bytes()
+    )
 
 
 def test_an_epoch_shows_every_window_once_in_an_order_of_its_own():
     samples = Samples(TOKENS, 10, seed=3)
-    epochs = [[int(samples[e * len(samples) + i][0]) for i in range(len(samples))] for e in range(3)]
+    epochs = [
+        [int(samples[e * len(samples) + i][0]) for i in range(len(samples))] for e in range(3)
+    ]
     assert [sorted(e) for e in epochs] == [list(range(0, 990, 10))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
     assert epochs[0] != sorted(epochs[0])
@@ -116,7 +137,9 @@ def test_ranks_share_the_same_global_order_from_any_step(step, per_rank, world, 
 
 
 def test_a_batch_that_the_ranks_cannot_share():
-    with pytest.raises(ConfigError, match="global_train_batch_size is 6, which 4 data ranks cannot share evenly"):
+    with pytest.raises(
+        ConfigError, match="global_train_batch_size is 6, which 4 data ranks cannot share evenly"
+    ):
         Samples(TOKENS, 10, seed=0).batch(0, 6, rank=0, world=4)
 
 
@@ -154,7 +177,9 @@ def test_fewer_held_out_batches_are_spread_over_the_text():
 @given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 7), st.integers(1, 5) | st.just(-1))
 def test_pairs_for_counting_are_those_that_the_model_predicts(count, length, batch_size, batches):
     held_out = HeldOut(TOKENS[:count], length, batch_size, batches)
-    inputs, targets = (torch.cat(parts) for parts in zip(*(held_out.batch(i) for i in range(len(held_out)))))
+    inputs, targets = (
+        torch.cat(parts) for parts in zip(*(held_out.batch(i) for i in range(len(held_out))))
+    )
     scored = targets != IGNORED
     assert inputs[scored].tolist() == held_out.previous.tolist()
     assert targets[scored].tolist() == held_out.predicted.tolist()

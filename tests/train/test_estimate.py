@@ -9,7 +9,11 @@ from tokenyard_train.engine.setup import build_model
 
 from .conftest import MODEL
 
-LARGER = MODEL | {"d_model": 64, "n_layers": 3, "ffn_config": MODEL["ffn_config"] | {"ffn_hidden_size": 96}}
+LARGER = MODEL | {
+    "d_model": 64,
+    "n_layers": 3,
+    "ffn_config": MODEL["ffn_config"] | {"ffn_hidden_size": 96},
+}
 
 ALONE = Layout({}, 0)
 
@@ -18,7 +22,11 @@ MODELS = [
     LARGER,
     {"name": "mixtral", "size": "tiny", "num_hidden_layers": 3},
     {"name": "mpt_causal_lm", "size": "tiny", "ffn_config": {"ffn_type": "mptglu"}},
-    {"name": "mpt_causal_lm", "size": "tiny", "ffn_config": {"ffn_type": "mb_dmoe", "shared_expert": True}},
+    {
+        "name": "mpt_causal_lm",
+        "size": "tiny",
+        "ffn_config": {"ffn_type": "mb_dmoe", "shared_expert": True},
+    },
 ]
 
 
@@ -59,6 +67,7 @@ def test_recomputing_saves_most_activations(config):
     changes = {"model": LARGER | {"n_layers": 20}}
     _, model = build_model(config(**changes))
     plain, recomputed = (
-        estimate(config(**changes, activation_checkpointing=flag), model, ALONE).activations for flag in (False, True)
+        estimate(config(**changes, activation_checkpointing=flag), model, ALONE).activations
+        for flag in (False, True)
     )
     assert recomputed < plain / 4

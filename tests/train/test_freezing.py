@@ -30,7 +30,13 @@ def stepped(settings):
 
 @pytest.mark.parametrize(
     "patterns",
-    [["blocks.*.ffn.experts.*"], ["embed.weight", "head.weight"], ["blocks.0.*", "*norm*"], ["*experts.up"], []],
+    [
+        ["blocks.*.ffn.experts.*"],
+        ["embed.weight", "head.weight"],
+        ["blocks.0.*", "*norm*"],
+        ["*experts.up"],
+        [],
+    ],
     ids=str,
 )
 def test_gradients_reach_exactly_what_is_trained(settings, patterns):
@@ -47,11 +53,15 @@ def test_a_frozen_run_goes_on_and_another_freezing_is_refused(settings):
     frozen = settings | {"frozen": ["*experts*"], "save_interval": "2ba", "autoresume": True}
     train(read_config(frozen | {"max_duration": "2ba"}), Console(quiet=True))
     train(read_config(frozen), Console(quiet=True))
-    with pytest.raises(CheckpointError, match=r"frozen is \['\*up'\], but checkpoint .* with \['\*experts\*'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"frozen is \['\*up'\], but checkpoint .* with \['\*experts\*'\]"
+    ):
         train(read_config(frozen | {"frozen": ["*up"]}), Console(quiet=True))
 
 
-@pytest.mark.parametrize(("also", "more"), [([], 0), (["*norm*", "*router*"], 2 + 2 * 2 + 1)], ids=str)
+@pytest.mark.parametrize(
+    ("also", "more"), [([], 0), (["*norm*", "*router*"], 2 + 2 * 2 + 1)], ids=str
+)
 def test_adapters_alone_are_trained_with_what_is_named_besides(settings, also, more):
     """Two layers with four matrices each; five norms and two routers."""
     run, before, with_gradient = stepped(settings | {"lora": {"rank": 2, "train_also": also}})
@@ -65,7 +75,11 @@ def test_adapters_alone_are_trained_with_what_is_named_besides(settings, also, m
 
 def test_a_run_with_adapters_starts_from_one_without_and_goes_on(settings, tmp_path):
     train(read_config(settings | {"max_duration": "2ba"}), Console(quiet=True))
-    tuned = settings | {"lora": {"rank": 2}, "load_path": settings["save_folder"], "save_folder": str(tmp_path / "b")}
+    tuned = settings | {
+        "lora": {"rank": 2},
+        "load_path": settings["save_folder"],
+        "save_folder": str(tmp_path / "b"),
+    }
     tuned |= {"save_interval": "2ba", "autoresume": True}
     train(read_config(tuned | {"max_duration": "2ba"}), Console(quiet=True))
     train(read_config(tuned), Console(quiet=True))
@@ -78,7 +92,10 @@ def test_a_run_with_adapters_starts_from_one_without_and_goes_on(settings, tmp_p
 def test_mistakes(settings):
     with pytest.raises(ConfigError, match=r"lora\.train_also: 'norms' matches no parameter"):
         build_run(read_config(settings | {"lora": {"train_also": ["norms"]}}), Console(quiet=True))
-    with pytest.raises(ConfigError, match=r"frozen: 'head\.weigth' matches no parameter \(did you mean 'head\.weight'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"frozen: 'head\.weigth' matches no parameter \(did you mean 'head\.weight'",
+    ):
         build_run(read_config(settings | {"frozen": ["head.weigth"]}), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"frozen: '\*' leave nothing to train"):
         build_run(read_config(settings | {"frozen": ["*"]}), Console(quiet=True))

@@ -23,8 +23,18 @@ from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
 from tokenyard_train.engine.sampling import sample
 
-SIZES = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 257}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SIZES |= {
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 257,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +42,9 @@ def published(tmp_path_factory):
     """A tiny Mixtral of transformers', for bytes."""
     torch.manual_seed(4)
     folder = tmp_path_factory.mktemp("published") / "mixtral"
-    config = MixtralConfig(**SIZES, max_position_embeddings=128, eos_token_id=256, initializer_range=0.2)
+    config = MixtralConfig(
+        **SIZES, max_position_embeddings=128, eos_token_id=256, initializer_range=0.2
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -40,7 +52,11 @@ def published(tmp_path_factory):
 @pytest.fixture
 def tuning(settings, published):
     """Fine-tuning it; the config does not say what model it is."""
-    changes = {"load_path": f"hf://{published}", "max_duration": "12ba", "optimizer": {"name": "adamw", "lr": 0.003}}
+    changes = {
+        "load_path": f"hf://{published}",
+        "max_duration": "12ba",
+        "optimizer": {"name": "adamw", "lr": 0.003},
+    }
     return {key: value for key, value in (settings | changes).items() if key != "model"}
 
 
@@ -64,9 +80,14 @@ def test_fine_tuning_from_folder_to_folder(tokenyard, tuning, published, text, t
     assert tuned.config.eos_token_id == 256
 
 
-def test_adapters_are_merged_where_a_folder_is_written(tokenyard, tuning, published, text, tmp_path):
+def test_adapters_are_merged_where_a_folder_is_written(
+    tokenyard, tuning, published, text, tmp_path
+):
     lora = {"rank": 4, "train_also": ["*norm*"]}
-    train(read_config(tuning | {"lora": lora, "optimizer": {"name": "adamw", "lr": 0.01}}), Console(quiet=True))
+    train(
+        read_config(tuning | {"lora": lora, "optimizer": {"name": "adamw", "lr": 0.01}}),
+        Console(quiet=True),
+    )
     code, _, errors = tokenyard("convert", str(tmp_path / "run"), str(tmp_path / "tuned"))
     assert (code, errors) == (0, "")
     assert nats(tmp_path / "tuned", text) < nats(published, text) - 0.3
@@ -79,13 +100,21 @@ def test_a_run_starts_from_exactly_these_weights(tuning, published, tmp_path):
     still = {"max_duration": "1ba", "optimizer": {"name": "adamw", "lr": 1e-30}}
     train(read_config(tuning | still), Console(quiet=True))
     found, want = load_trained(tmp_path / "run").model, from_hf(published)
-    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), want.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.parameters(), want.parameters(), strict=True)
+    )
 
 
 def test_the_model_may_be_changed_but_not_exchanged(tuning, published):
     config = read_config(tuning | {"model": {"moe_zloss_weight": 0.01}})
-    assert [config.model[key] for key in ("name", "hidden_size", "moe_zloss_weight")] == ["mixtral", 32, 0.01]
-    with pytest.raises(ConfigError, match=r"model\.name is 'dbrx' but load_path 'hf://.*' holds a mixtral; drop"):
+    assert [config.model[key] for key in ("name", "hidden_size", "moe_zloss_weight")] == [
+        "mixtral",
+        32,
+        0.01,
+    ]
+    with pytest.raises(
+        ConfigError, match=r"model\.name is 'dbrx' but load_path 'hf://.*' holds a mixtral; drop"
+    ):
         read_config(tuning | {"model": {"name": "dbrx"}})
     with pytest.raises(WeightsError, match=r"is no folder; give one that holds config\.json"):
         read_config(tuning | {"load_path": f"hf://{published}x"})
@@ -111,21 +140,37 @@ def test_text_ends_before_any_of_the_ids_that_end_it(published):
 
 def test_generate_reads_folders_with_the_tokenizer_that_is_told(tokenyard, published):
     one, two = generate(published, ["3 times", "x"], 9, 0.0, 1, tokenizer="bytes")
-    arguments = ["--prompt", "3 times", "--prompt", "x", "--max-new-tokens", "9", "--temperature", "0"]
+    arguments = [
+        "--prompt",
+        "3 times",
+        "--prompt",
+        "x",
+        "--max-new-tokens",
+        "9",
+        "--temperature",
+        "0",
+    ]
     code, out, errors = tokenyard("generate", str(published), *arguments, "--tokenizer", "bytes")
     assert (code, out, errors) == (0, f"3 times{one}\nx{two}\n", "")
 
 
 def test_a_folder_as_a_run_that_has_taken_no_step(tokenyard, published, tmp_path):
-    code, _, errors = tokenyard("convert", str(published), str(tmp_path / "run"), "--to", "tokenyard")
+    code, _, errors = tokenyard(
+        "convert", str(published), str(tmp_path / "run"), "--to", "tokenyard"
+    )
     assert (code, errors) == (0, "")
-    assert generate(tmp_path / "run", ["x"], 9, 0.0, 1) == generate(published, ["x"], 9, 0.0, 1, tokenizer="bytes")
+    assert generate(tmp_path / "run", ["x"], 9, 0.0, 1) == generate(
+        published, ["x"], 9, 0.0, 1, tokenizer="bytes"
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--to", "hff"], "--to is 'hff' (did you mean 'hf'?); known are: hf, tokenyard, megablocks"),
+        (
+            ["--to", "hff"],
+            "--to is 'hff' (did you mean 'hf'?); known are: hf, tokenyard, megablocks",
+        ),
         (["--dtype", "float8"], "--dtype is 'float8'"),
     ],
 )

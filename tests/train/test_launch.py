@@ -41,7 +41,10 @@ def test_a_failure_is_tried_again_and_goes_on_once_it_began(capfd):
     """Before the run's folder is its own, another attempt starts as the first one did."""
     lines = ("if began: sys.exit(0)", "if rank == 1: sys.exit(7)", "time.sleep(60)")
     failed = "process 1 ended by exit code 7; "
-    assert run(capfd, *lines, max_restarts=1) == (1, f"{failed}restart 1 of 1\n{failed}no restart is left")
+    assert run(capfd, *lines, max_restarts=1) == (
+        1,
+        f"{failed}restart 1 of 1\n{failed}no restart is left",
+    )
     begin = "open(f'{notes}/began', 'w').close()"
     assert run(capfd, begin, *lines, max_restarts=1) == (0, f"{failed}restart 1 of 1")
 
@@ -49,7 +52,10 @@ def test_a_failure_is_tried_again_and_goes_on_once_it_began(capfd):
 def test_it_gives_up(capfd):
     code, said = run(capfd, f"{KILLED} if rank == 2 else time.sleep(60)", max_restarts=1)
     sentence = "process 2 ended by signal SIGKILL; "
-    assert (code, said.splitlines()) == (1, [sentence + "restart 1 of 1", sentence + "no restart is left"])
+    assert (code, said.splitlines()) == (
+        1,
+        [sentence + "restart 1 of 1", sentence + "no restart is left"],
+    )
 
 
 def test_who_was_killed_is_blamed_and_not_who_missed_it(capfd):
@@ -58,13 +64,19 @@ def test_who_was_killed_is_blamed_and_not_who_missed_it(capfd):
     assert run(capfd, *lines) == (1, "process 1 ended by signal SIGKILL; no restart is left")
 
 
-@pytest.mark.parametrize(("how", "state"), [("time.sleep(60)", "hangs"), ("stop", "hangs (it is stopped)")])
+@pytest.mark.parametrize(
+    ("how", "state"), [("time.sleep(60)", "hangs"), ("stop", "hangs (it is stopped)")]
+)
 def test_who_does_not_come_is_blamed_with_the_collective_that_missed_it(capfd, how, state):
     how = "os.kill(os.getpid(), signal.SIGSTOP)" if how == "stop" else how
     code, said = run(capfd, "if rank != 1:", f"    {FAILED}", how)
     assert code == 1
-    assert said == f"process 1 {state}: process 0 waited in all_reduce (timed out); no restart is left" or (
-        said == f"process 1 {state}: process 2 waited in all_reduce (timed out); no restart is left"
+    assert (
+        said == f"process 1 {state}: process 0 waited in all_reduce (timed out); no restart is left"
+        or (
+            said
+            == f"process 1 {state}: process 2 waited in all_reduce (timed out); no restart is left"
+        )
     )
 
 
@@ -97,8 +109,19 @@ def test_what_asks_it_to_stop_is_passed_on(capfd, number):
 def test_who_is_stopped_is_blamed_and_not_who_waits_for_it(capfd):
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
     late = "    time.sleep(2)"  # so that the other is stopped by then, however busy the machine is
-    said = run(capfd, "if rank == 0:", late, f"    {FAILED}", "if rank == 1:", f"    {stop}", "time.sleep(60)")[1]
-    assert said == "process 1 hangs (it is stopped): process 0 waited in all_reduce (timed out); no restart is left"
+    said = run(
+        capfd,
+        "if rank == 0:",
+        late,
+        f"    {FAILED}",
+        "if rank == 1:",
+        f"    {stop}",
+        "time.sleep(60)",
+    )[1]
+    assert (
+        said
+        == "process 1 hangs (it is stopped): process 0 waited in all_reduce (timed out); no restart is left"
+    )
 
 
 class TestFaults:
@@ -123,7 +146,11 @@ class TestFaults:
 
     @pytest.mark.parametrize(
         "error",
-        [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Split sizes doesn't match"), ValueError("gloo")],
+        [
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError("Split sizes doesn't match"),
+            ValueError("gloo"),
+        ],
     )
     def test_no_others(self, error):
         assert self.fault(error) is None

@@ -11,7 +11,9 @@ from tokenyard_train.engine.optimizer import build_optimizer, learning_rate
 
 
 @pytest.mark.parametrize("alpha_f", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"])
+@pytest.mark.parametrize(
+    "name", ["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"]
+)
 def test_schedules(name, alpha_f):
     config, peak, warmup, end = Scheduler(name=name, alpha_f=alpha_f), 0.3, 10, 110
     for batch in range(130):
@@ -36,7 +38,9 @@ def test_adamw_step_by_step(name):
     model = nn.Linear(5, 4, bias=False, dtype=torch.float64)
     p = model.weight.detach().clone()
     m, v = torch.zeros_like(p), torch.zeros_like(p)
-    optimizer = build_optimizer(Optimizer(name=name, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay), model)
+    optimizer = build_optimizer(
+        Optimizer(name=name, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay), model
+    )
     for t in range(1, 11):
         rate = lr * t / 10
         gradient = torch.randn_like(p)

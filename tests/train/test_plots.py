@@ -6,7 +6,10 @@ from matplotlib.image import imread
 
 from tokenyard_train.records.plots import _baselines, _smoothed, expert_heatmap, loss_curve
 
-TRAIN = [{"kind": "train", "batch": i, "loss": 5 / i, "load": [[0.1, 0.9], [0.5, 0.5]]} for i in range(1, 60)]
+TRAIN = [
+    {"kind": "train", "batch": i, "loss": 5 / i, "load": [[0.1, 0.9], [0.5, 0.5]]}
+    for i in range(1, 60)
+]
 BASELINES = {"kind": "baselines", "unigram": 4.5, "bigram": 3.6}
 SCORED = {"kind": "eval", "batch": 30, "loss": 1.2, "bits_per_byte": 1.8}
 EVAL = [{"kind": "eval", "batch": 30, "loss": 1.0}]
@@ -33,7 +36,9 @@ def test_pictures_have_ink(tmp_path, draw, records):
 
 def test_baselines_stand_at_their_nats_per_token():
     """An evaluation says how many nats per token a bit per byte is."""
-    assert _baselines([BASELINES, *TRAIN, SCORED]) == pytest.approx({"unigram model": 3.0, "bigram model": 2.4})
+    assert _baselines([BASELINES, *TRAIN, SCORED]) == pytest.approx(
+        {"unigram model": 3.0, "bigram model": 2.4}
+    )
     assert _baselines(TRAIN + EVAL) == {}
 
 

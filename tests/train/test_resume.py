@@ -39,10 +39,16 @@ def test_state_and_position_come_back(build):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model": MODEL | {"n_layers": 3}}, "model.n_layers is 3, but checkpoint .*ba0 was made with None"),
+        (
+            {"model": MODEL | {"n_layers": 3}},
+            "model.n_layers is 3, but checkpoint .*ba0 was made with None",
+        ),
         ({"seed": 5}, "seed is 5, but checkpoint .* was made with 17; set it back"),
         ({"global_train_batch_size": 8}, "global_train_batch_size is 8, but .* was made with 4"),
-        ({"optimizer": {"name": "adamw"}}, "optimizer.name is 'adamw', but .* was made with 'decoupled_adamw'"),
+        (
+            {"optimizer": {"name": "adamw"}},
+            "optimizer.name is 'adamw', but .* was made with 'decoupled_adamw'",
+        ),
     ],
 )
 def test_a_config_that_disagrees_is_named(build, changes, sentence):
@@ -66,7 +72,9 @@ def older(monkeypatch):
 def test_a_key_that_is_newer_than_the_checkpoint_stands_for_its_default(build, older):
     saved(build())
     assert resume(build(autoresume=True)) == 0
-    with pytest.raises(CheckpointError, match=r"lora is \{.*\}, but checkpoint .*ba0 was made with None"):
+    with pytest.raises(
+        CheckpointError, match=r"lora is \{.*\}, but checkpoint .*ba0 was made with None"
+    ):
         resume(build(autoresume=True, lora={"rank": 2}))
 
 
@@ -78,7 +86,11 @@ def test_how_experts_are_shared_out_may_change_by_either_name(build):
 
 def test_backends_microbatch_and_duration_may_change(build):
     saved(build())
-    changes = {"backends": {"experts": "loop"}, "device_train_microbatch_size": 1, "max_duration": "9ba"}
+    changes = {
+        "backends": {"experts": "loop"},
+        "device_train_microbatch_size": 1,
+        "max_duration": "9ba",
+    }
     assert resume(build(autoresume=True, **changes)) == 0
 
 
@@ -89,7 +101,9 @@ def test_load_path_takes_weights_for_a_new_run(build, tmp_path):
     for path in (run.folder, run.folder / "ba0"):
         fresh = build(seed=5, save_folder=str(tmp_path / "other"))
         start_from(fresh, str(path))
-        assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), fresh.model.parameters()))
+        assert all(
+            torch.equal(a, b) for a, b in zip(run.model.parameters(), fresh.model.parameters())
+        )
         assert not fresh.optimizer.state
 
 
@@ -101,7 +115,8 @@ def test_load_path_of_another_model_is_refused(build, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "sentence"), [("nowhere", "'.*nowhere' does not exist"), ("text", "holds no checkpoint")]
+    ("path", "sentence"),
+    [("nowhere", "'.*nowhere' does not exist"), ("text", "holds no checkpoint")],
 )
 def test_load_path_without_a_checkpoint(build, tmp_path, path, sentence):
     with pytest.raises(CheckpointError, match=sentence):

@@ -26,7 +26,9 @@ def by_hand(model, ids):
     chosen = [[] for _ in moe_layers(model)]
 
     def note(place):
-        return lambda module, inputs, output: chosen[place].extend(map(set, output[1].topk_ids.tolist()))
+        return lambda module, inputs, output: chosen[place].extend(
+            map(set, output[1].topk_ids.tolist())
+        )
 
     hooks = [moe.register_forward_hook(note(i)) for i, moe in enumerate(moe_layers(model))]
     for sample in ids.split(32):
@@ -46,7 +48,9 @@ def test_loads_and_pairs_are_those_counted_by_hand(model):
             assert layer.load[i] == pytest.approx(len(mine) / (2 * len(ids)))
             for j in range(6):
                 both = sum(j in experts for experts in mine)
-                assert layer.together[i][j] == pytest.approx(both / max(1, len(mine)) if i != j else 0)
+                assert layer.together[i][j] == pytest.approx(
+                    both / max(1, len(mine)) if i != j else 0
+                )
         assert layer.busiest == pytest.approx(6 * max(layer.load))
 
 
@@ -81,10 +85,24 @@ def test_mistakes(tmp_path, settings, text):
     (tmp_path / "empty.jsonl").write_text("")
     train(read_config(settings | {"max_duration": "1ba"}), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"--data '.*empty\.jsonl' holds no text"):
-        report(tmp_path / "run", tmp_path / "empty.jsonl", 9, "text", None, tmp_path, Console(quiet=True))
+        report(
+            tmp_path / "run",
+            tmp_path / "empty.jsonl",
+            9,
+            "text",
+            None,
+            tmp_path,
+            Console(quiet=True),
+        )
     with pytest.raises(ConfigError, match=r"--data '.*nowhere' does not exist"):
-        report(tmp_path / "run", tmp_path / "nowhere", 9, "text", None, tmp_path, Console(quiet=True))
-    dense = settings | {"model": {"name": "mpt_causal_lm", "size": "tiny"}, "run_name": "dense", "max_duration": "1ba"}
+        report(
+            tmp_path / "run", tmp_path / "nowhere", 9, "text", None, tmp_path, Console(quiet=True)
+        )
+    dense = settings | {
+        "model": {"name": "mpt_causal_lm", "size": "tiny"},
+        "run_name": "dense",
+        "max_duration": "1ba",
+    }
     train(read_config(dense | {"save_folder": str(tmp_path / "dense")}), Console(quiet=True))
     with pytest.raises(ConfigError, match="has no experts; give one that has"):
         report(tmp_path / "dense", text, 9, "text", None, tmp_path, Console(quiet=True))

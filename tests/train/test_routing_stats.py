@@ -16,24 +16,33 @@ def balance(counts, probabilities, z_sum=0.0, dropped=0, device="cpu") -> Balanc
     counts = torch.tensor(counts, device=device)
     dropped = torch.tensor(dropped, device=device)
     return Balance(
-        counts, dropped, torch.tensor(probabilities, device=device), torch.tensor(float(z_sum), device=device)
+        counts,
+        dropped,
+        torch.tensor(probabilities, device=device),
+        torch.tensor(float(z_sum), device=device),
     )
 
 
 def test_a_uniform_load():
-    (layer,) = routing_stats([balance([3, 3, 3, 3], [1.5] * 4, z_sum=12)], tokens=6, top_k=2, convention="megablocks")
+    (layer,) = routing_stats(
+        [balance([3, 3, 3, 3], [1.5] * 4, z_sum=12)], tokens=6, top_k=2, convention="megablocks"
+    )
     assert layer == pytest.approx((1.0, 1.0, 0, 0.0, 1.0, 2.0))
 
 
 def test_all_tokens_to_one_expert():
-    (layer,) = routing_stats([balance([6, 0, 0], [6.0, 0, 0])], tokens=6, top_k=1, convention="megablocks")
+    (layer,) = routing_stats(
+        [balance([6, 0, 0], [6.0, 0, 0])], tokens=6, top_k=1, convention="megablocks"
+    )
     assert layer == pytest.approx((0.0, 3.0, 2, 0.0, 3.0, 0.0))
 
 
 def test_half_of_the_experts_take_everything():
     """Two equal shares are one bit of the two that four experts have room for."""
     (layer,) = routing_stats([balance([4, 4, 0, 0], [2.0] * 4, dropped=2)], 8, 1, "megablocks")
-    assert (layer.entropy, layer.busiest, layer.idle, layer.dropped) == pytest.approx((0.5, 2.0, 2, 0.25))
+    assert (layer.entropy, layer.busiest, layer.idle, layer.dropped) == pytest.approx(
+        (0.5, 2.0, 2, 0.25)
+    )
 
 
 def test_layers_are_told_apart_though_they_cancel():
@@ -74,7 +83,9 @@ class Transfers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        to_host = func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
+        to_host = func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device(
+            "cpu"
+        )
         self.count += to_host or func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **kwargs)
 
@@ -118,9 +129,14 @@ def test_a_step_reports_every_layer(build):
     for layer, load in zip(result.routing, result.load):
         assert layer["busiest"] == pytest.approx(4 * max(load), abs=1e-5)
         assert layer["entropy"] == pytest.approx(-sum(p * math.log(p, 4) for p in load), abs=1e-4)
-    assert result.balance_loss == pytest.approx(sum(layer["balance_loss"] for layer in result.routing) / 2)
+    assert result.balance_loss == pytest.approx(
+        sum(layer["balance_loss"] for layer in result.routing) / 2
+    )
     assert result.z_loss == pytest.approx(sum(layer["z_loss"] for layer in result.routing) / 2)
 
 
 def test_a_dense_model_has_no_routing(build):
-    assert train_step(build(model={"name": "mpt_causal_lm", "size": "tiny", "d_model": 16})).routing == []
+    assert (
+        train_step(build(model={"name": "mpt_causal_lm", "size": "tiny", "d_model": 16})).routing
+        == []
+    )

@@ -30,7 +30,10 @@ WHOLE = {
     "eval_interval": "3ba",
     "save_interval": "2ba",
     "save_num_checkpoints_to_keep": 2,
-    "callbacks": {"ngram_baselines": {}, "generate_callback": {"prompts": ["1 times"], "max_new_tokens": 9}},
+    "callbacks": {
+        "ngram_baselines": {},
+        "generate_callback": {"prompts": ["1 times"], "max_new_tokens": 9},
+    },
 }
 
 
@@ -51,12 +54,27 @@ def tensors(checkpoint: Path) -> dict[str, bytes]:
 def test_a_run_leaves_metrics_checkpoints_pictures_and_a_summary(config, console):
     result = train(config(**WHOLE), console)
     found = records(result.folder)
-    assert [r["kind"] for r in found] == ["baselines", *["train"] * 3, "eval", *["train"] * 3, "eval"]
+    assert [r["kind"] for r in found] == [
+        "baselines",
+        *["train"] * 3,
+        "eval",
+        *["train"] * 3,
+        "eval",
+    ]
     assert [r["batch"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert found[-1]["bits_per_byte"] == result.bits_per_byte < found[4]["bits_per_byte"]
     assert len(found[1]["load"]) == 2
-    assert sorted(p.name for p in result.folder.iterdir()) == ["ba4", "ba6", "experts.png", "loss.png", "metrics.jsonl"]
-    assert all((result.folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("loss.png", "experts.png"))
+    assert sorted(p.name for p in result.folder.iterdir()) == [
+        "ba4",
+        "ba6",
+        "experts.png",
+        "loss.png",
+        "metrics.jsonl",
+    ]
+    assert all(
+        (result.folder / name).read_bytes()[:4] == b"\x89PNG"
+        for name in ("loss.png", "experts.png")
+    )
 
 
 def test_what_a_run_prints(config, capsys):
@@ -76,8 +94,14 @@ def test_what_a_run_prints(config, capsys):
 
 def test_tokens_per_second_and_flops_agree(config, console):
     result = train(config(), console)
-    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    per_token = {round(r["flops_per_s"] * 96 / (r["tokens_per_s"] * 96)) for r in lines if r["kind"] == "train"}
+    lines = [
+        json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    per_token = {
+        round(r["flops_per_s"] * 96 / (r["tokens_per_s"] * 96))
+        for r in lines
+        if r["kind"] == "train"
+    }
     assert max(per_token) - min(per_token) < 0.01 * max(per_token)
 
 
@@ -88,7 +112,10 @@ def test_a_dense_model_trains_too(config, console):
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_unless_asked(config, console):
     first = train(config(), console)
-    with pytest.raises(ConfigError, match="holds a run already; set autoresume: true to go on with it, save_overwrite"):
+    with pytest.raises(
+        ConfigError,
+        match="holds a run already; set autoresume: true to go on with it, save_overwrite",
+    ):
         train(config(), console)
     assert train(config(save_overwrite=True), console).train_loss == first.train_loss
     assert len(records(first.folder)) == 7
@@ -105,8 +132,14 @@ def test_a_finished_run_resumed_changes_nothing(config, console):
     ("changes", "sentence"),
     [
         ({"max_duration": "5tok", "global_train_batch_size": 4}, None),
-        ({"max_duration": "0.001ep"}, "max_duration is 0.001ep, which is less than one batch of 96 tokens"),
-        ({"model": {"name": "dbrxx"}}, r"model backend 'dbrxx' is unknown \(did you mean 'dbrx'\?\)"),
+        (
+            {"max_duration": "0.001ep"},
+            "max_duration is 0.001ep, which is less than one batch of 96 tokens",
+        ),
+        (
+            {"model": {"name": "dbrxx"}},
+            r"model backend 'dbrxx' is unknown \(did you mean 'dbrx'\?\)",
+        ),
         ({"backends": {"experts": "tritn"}}, "experts backend 'tritn' is unknown"),
         (
             {"parallel": {"strategy": "fsd"}},
@@ -139,7 +172,9 @@ def test_generation_needs_a_run_and_room(config, console, tmp_path):
     with pytest.raises(ConfigError, match="holds no checkpoint; give the folder of a run"):
         generate(tmp_path / "nothing", ["x"], 5, 1.0, 0)
     folder = train(config(), console).folder
-    with pytest.raises(ConfigError, match="the prompt has 24 tokens and the model's max_seq_len is 24"):
+    with pytest.raises(
+        ConfigError, match="the prompt has 24 tokens and the model's max_seq_len is 24"
+    ):
         generate(folder, ["x" * 24], 5, 1.0, 0)
 
 
@@ -150,13 +185,25 @@ class TestKilled:
 
     def start(self, path: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "tokenyard_train", "train", str(path)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
 
     def config(self, settings: dict, tmp_path: Path, name: str) -> Path:
-        jitter = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_jitter_eps": 0.05, "moe_bias_update_rate": 0.01}}
-        changes = {"model": jitter, "max_duration": f"{self.BATCHES}ba", "save_interval": "3ba", "autoresume": True}
+        jitter = MODEL | {
+            "ffn_config": MODEL["ffn_config"]
+            | {"moe_jitter_eps": 0.05, "moe_bias_update_rate": 0.01}
+        }
+        changes = {
+            "model": jitter,
+            "max_duration": f"{self.BATCHES}ba",
+            "save_interval": "3ba",
+            "autoresume": True,
+        }
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(settings | WHOLE | changes | {"save_folder": str(tmp_path / name)}))
+        path.write_text(
+            yaml.safe_dump(settings | WHOLE | changes | {"save_folder": str(tmp_path / name)})
+        )
         return path
 
     def test_ends_bit_identical_to_an_undisturbed_run(self, settings, tmp_path):
@@ -164,9 +211,13 @@ class TestKilled:
         assert undisturbed.wait(timeout=120) == 0
         path = self.config(settings, tmp_path, "killed")
         metrics = tmp_path / "killed" / "metrics.jsonl"
-        at = random.randrange(2, self.BATCHES + 2)  # lines, the baselines' and evaluations' included
+        at = random.randrange(
+            2, self.BATCHES + 2
+        )  # lines, the baselines' and evaluations' included
         process = self.start(path)
-        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < at):
+        while process.poll() is None and (
+            not metrics.exists() or metrics.read_text().count("\n") < at
+        ):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
@@ -259,8 +310,13 @@ def test_what_cannot_be_repeated_is_refused_by_name(config, console, monkeypatch
                 "'torch.use_deterministic_algorithms(True)'."
             )
 
-    with pytest.raises(ConfigError, match="no deterministic implementation of kthvalue CUDA here; change what uses it"):
+    with pytest.raises(
+        ConfigError,
+        match="no deterministic implementation of kthvalue CUDA here; change what uses it",
+    ):
         train(config(deterministic=True), console, [Atomics()])
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    with pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG is ':0:0'; unset it, or give :4096:8"):
+    with pytest.raises(
+        ConfigError, match="CUBLAS_WORKSPACE_CONFIG is ':0:0'; unset it, or give :4096:8"
+    ):
         train(config(deterministic=True), console)

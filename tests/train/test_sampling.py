@@ -7,7 +7,11 @@ from tokenyard_train.engine.sampling import sample
 
 
 def model() -> Dbrx:
-    made = Dbrx({"size": "tiny", "d_model": 32, "vocab_size": 61}, dtype=torch.float64, compute_dtype=torch.float64)
+    made = Dbrx(
+        {"size": "tiny", "d_model": 32, "vocab_size": 61},
+        dtype=torch.float64,
+        compute_dtype=torch.float64,
+    )
     made.init_weights(3)
     return made
 

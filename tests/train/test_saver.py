@@ -63,7 +63,10 @@ def test_training_goes_on_meanwhile(config, console, gate):
 
 def test_a_run_leaves_the_same_files_whether_it_waits_or_not(config, console, tmp_path):
     waits, goes_on = (
-        train(config(save_async=behind, save_interval="2ba", save_folder=str(tmp_path / str(behind))), console).folder
+        train(
+            config(save_async=behind, save_interval="2ba", save_folder=str(tmp_path / str(behind))),
+            console,
+        ).folder
         for behind in (False, True)
     )
     assert records(goes_on) == records(waits)
@@ -72,7 +75,9 @@ def test_a_run_leaves_the_same_files_whether_it_waits_or_not(config, console, tm
     assert {path.name for path in goes_on.iterdir()} == {path.name for path in waits.iterdir()}
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(config, console, monkeypatch, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
+    config, console, monkeypatch, tmp_path
+):
     from tokenyard_train.checkpoint import dcp
 
     def full(*args):
@@ -83,7 +88,11 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(confi
 
     sentence = r"ba4 could not be saved \(.*No space left.*\); the last good checkpoint is .*ba2"
     with pytest.raises(CheckpointError, match=sentence):
-        train(config(save_async=True, save_interval="2ba", max_duration="60ba"), console, [Heard(at=4, call=spoil)])
+        train(
+            config(save_async=True, save_interval="2ba", max_duration="60ba"),
+            console,
+            [Heard(at=4, call=spoil)],
+        )
     assert records(tmp_path / "run")[-1]["batch"] < 60
 
 

@@ -6,7 +6,13 @@ import sys
 import pytest
 import yaml
 
-HEAVY = ("sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.checkpoint")
+HEAVY = (
+    "sympy",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+)
 
 
 def imported(code: str, *arguments: str) -> set[str]:

@@ -36,7 +36,9 @@ def test_loss_is_the_mean_over_the_global_batch_plus_the_weighted_auxiliary_loss
     rows = run.data.train.batch(0, 4)
     output = run.model(rows[:, :-1])
     nats = F.cross_entropy(output.logits.flatten(0, 1), rows[:, 1:].flatten())
-    balance = sum(4 / 2 * (b.counts.double() / 96 * b.prob_sum / 96).sum() for b in output.balances) / 2
+    balance = (
+        sum(4 / 2 * (b.counts.double() / 96 * b.prob_sum / 96).sum() for b in output.balances) / 2
+    )
     z = sum(b.z_sum / 96 for b in output.balances) / 2
     (nats + 0.05 * balance + 0.01 * z).backward()
     for name, parameter in run.model.named_parameters():
@@ -46,7 +48,9 @@ def test_loss_is_the_mean_over_the_global_batch_plus_the_weighted_auxiliary_loss
 @pytest.mark.parametrize("microbatch", [1, 2])
 def test_accumulation_changes_nothing_but_rounding(build, microbatch):
     whole = gradients(build(model=NO_AUXILIARY))
-    parts = gradients(build(model=NO_AUXILIARY, device_train_microbatch_size=microbatch, save_folder="unused"))
+    parts = gradients(
+        build(model=NO_AUXILIARY, device_train_microbatch_size=microbatch, save_folder="unused")
+    )
     for name in whole:
         assert relative_error(parts[name], whole[name]) < 1e-12, name
 
@@ -72,7 +76,9 @@ def test_clipping_is_by_the_global_norm(build):
     seen = {}
     for name, run in (("free", free), ("clipped", clipped)):
         run.optimizer.register_step_pre_hook(
-            lambda o, *_, name=name: seen.update({name: [p.grad.clone() for p in o.param_groups[0]["params"]]})
+            lambda o, *_, name=name: seen.update(
+                {name: [p.grad.clone() for p in o.param_groups[0]["params"]]}
+            )
         )
     norms = [train_step(run).grad_norm for run in (free, clipped)]
     assert norms[0] == norms[1] > 1e-3
@@ -90,7 +96,9 @@ def test_a_number_that_is_not_finite_stops_before_anything_changes(build, where)
         before = [p.detach().clone() for p in run.model.parameters()]
     else:
         run.model.blocks[0].ffn.experts.up.register_hook(lambda g: g * math.nan)
-    with pytest.raises(NonFiniteError, match=rf"the {where} of batch 1 is nan; the step was not taken"):
+    with pytest.raises(
+        NonFiniteError, match=rf"the {where} of batch 1 is nan; the step was not taken"
+    ):
         train_step(run)
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
 
@@ -115,17 +123,27 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(config, console, tmp_path)
 
     class Break(Callback):
         def start(self, run):
-            run.model.norm.register_forward_hook(lambda *args: args[-1] * math.nan if run.batch >= 2 else None)
+            run.model.norm.register_forward_hook(
+                lambda *args: args[-1] * math.nan if run.batch >= 2 else None
+            )
 
         def skipped(self, run, record):
             seen.append(record)
 
     seen = []
-    with pytest.raises(NonFiniteError, match="loss of batch 5 is nan, and 2 steps before it were skipped; the step"):
+    with pytest.raises(
+        NonFiniteError, match="loss of batch 5 is nan, and 2 steps before it were skipped; the step"
+    ):
         train(config(nonfinite="skip", nonfinite_limit=3), console, [Break()])
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["kind"] for r in records] == ["train", "train", "skipped", "skipped"]
-    assert records[-1] == {"kind": "skipped", "batch": 4, "loss": "nan", "grad_norm": "nan"} == seen[-1]
+    assert (
+        records[-1]
+        == {"kind": "skipped", "batch": 4, "loss": "nan", "grad_norm": "nan"}
+        == seen[-1]
+    )
 
 
 def test_a_run_whose_every_step_is_skipped_ends(config, console):
@@ -133,13 +151,19 @@ def test_a_run_whose_every_step_is_skipped_ends(config, console):
         def start(self, run):
             run.model.norm.register_forward_hook(lambda *args: args[-1] * math.nan)
 
-    result = train(config(nonfinite="skip", eval_loader=None, max_duration="3ba"), console, [Break()])
+    result = train(
+        config(nonfinite="skip", eval_loader=None, max_duration="3ba"), console, [Break()]
+    )
     assert math.isnan(result.train_loss)
 
 
 def test_selection_bias_moves_once_a_step_by_the_whole_batch(build):
     ffn = MODEL["ffn_config"] | {"moe_bias_update_rate": 0.01, "moe_score_function": "sigmoid"}
-    run = build(model=MODEL | {"ffn_config": ffn}, device_train_microbatch_size=1, activation_checkpointing=True)
+    run = build(
+        model=MODEL | {"ffn_config": ffn},
+        device_train_microbatch_size=1,
+        activation_checkpointing=True,
+    )
     result = train_step(run)
     for moe, load in zip(moe_layers(run.model), result.load):
         want = [0.01 * ((share < 0.25) - (share > 0.25)) for share in load]

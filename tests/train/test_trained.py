@@ -27,7 +27,8 @@ def dtype_of_experts(trained):
 
 
 @pytest.mark.parametrize(
-    ("asked", "dtype"), [(None, torch.bfloat16), ("amp_bf16", torch.bfloat16), ("fp32", torch.float32)]
+    ("asked", "dtype"),
+    [(None, torch.bfloat16), ("amp_bf16", torch.bfloat16), ("fp32", torch.float32)],
 )
 def test_a_run_computes_as_it_was_trained(run, asked, dtype):
     assert dtype_of_experts(load_trained(run, "cpu", asked)) == dtype
@@ -53,6 +54,15 @@ def test_the_options_reach_the_commands(tokenyard, run, text, tmp_path):
     code, out, _ = tokenyard(*generate, "fp32")
     assert (code, out[:7]) == (0, "1 times")
     assert tokenyard(*generate, "fp64")[0] == 2
-    routing = ("routing", str(run), "--data", str(text), "--out", str(tmp_path / "out"), "--precision", "amp_bf16")
+    routing = (
+        "routing",
+        str(run),
+        "--data",
+        str(text),
+        "--out",
+        str(tmp_path / "out"),
+        "--precision",
+        "amp_bf16",
+    )
     assert tokenyard(*routing, "--device", "cpu")[0] == 0
     assert "--device is 'tpu'" in tokenyard(*routing, "--device", "tpu")[2]

@@ -14,14 +14,25 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tokenyard_models import from_hf
 
-SIZES = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A tiny Llama of transformers', for bytes."""
     torch.manual_seed(4)
-    config = LlamaConfig(**SIZES, vocab_size=257, max_position_embeddings=128, eos_token_id=256, initializer_range=0.2)
+    config = LlamaConfig(
+        **SIZES,
+        vocab_size=257,
+        max_position_embeddings=128,
+        eos_token_id=256,
+        initializer_range=0.2,
+    )
     folder = tmp_path_factory.mktemp("published") / "llama"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -45,7 +56,10 @@ def test_upcycled_trained_and_exported(tokenyard, settings, dense, tmp_path):
     after = from_hf(tmp_path / "tuned").blocks[1].ffn
     assert len(after.experts.up.detach().unique(dim=0)) == 8
     assert len(after.router.weight.detach().unique(dim=0)) == 8
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")).__name__ == "MixtralForCausalLM"
+    assert (
+        type(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")).__name__
+        == "MixtralForCausalLM"
+    )
 
 
 def test_it_says_when_the_function_is_not_kept(tokenyard, dense, tmp_path):
@@ -59,12 +73,19 @@ def test_a_run_is_to_be_converted_first(tokenyard, settings, dense, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings | {"max_duration": "1ba"}))
     tokenyard("train", str(tmp_path / "config.yaml"))
     run = tmp_path / "run"
-    code, _, errors = tokenyard("upcycle", str(run), str(tmp_path / "moe"), "--num-experts", "2", "--top-k", "1")
+    code, _, errors = tokenyard(
+        "upcycle", str(run), str(tmp_path / "moe"), "--num-experts", "2", "--top-k", "1"
+    )
     assert code == 2
-    assert f"{run} is a run's; first write it as a folder: tokenyard convert {run} FOLDER --to hf" in errors
+    assert (
+        f"{run} is a run's; first write it as a folder: tokenyard convert {run} FOLDER --to hf"
+        in errors
+    )
 
 
 def test_a_mistake_is_one_sentence(tokenyard, dense, tmp_path):
-    code, _, errors = tokenyard("upcycle", str(dense), str(tmp_path / "moe"), "--num-experts", "2", "--top-k", "3")
+    code, _, errors = tokenyard(
+        "upcycle", str(dense), str(tmp_path / "moe"), "--num-experts", "2", "--top-k", "3"
+    )
     assert (code, errors) == (2, "error: top_k is 3 but num_experts is 2; choose from 1 to 2\n")
     assert not (tmp_path / "moe").exists()

@@ -61,13 +61,20 @@ def meanings(section: type[Strict], where: str = "") -> Iterator[tuple[str, str]
 def _section(section: type[Strict], where: str, level: int, titled: bool = True) -> Iterator[str]:
     if titled and where:
         yield from (f"{'#' * level} {_title(section, where)}", "")
-    yield from (inspect.getdoc(section) or "", "", "| key | type | default | meaning |", "|---|---|---|---|")
+    yield from (
+        inspect.getdoc(section) or "",
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+    )
     own = _meanings(section)
     below: dict[type[Strict], str] = {}
     for name, field in section.model_fields.items():
         path = f"{where}.{name}" if where else name
         inner = _sections(field.annotation)
-        shown = [below[other] for other in inner if other in below]  # the same sections under another key
+        shown = [
+            below[other] for other in inner if other in below
+        ]  # the same sections under another key
         meaning = own.get(name) or (f"as `{shown[0]}`" if shown else "see below" if inner else "")
         yield f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_escaped(meaning)} |"
         below |= {other: path for other in inner if other not in below}
@@ -79,7 +86,11 @@ def _section(section: type[Strict], where: str, level: int, titled: bool = True)
 def _title(section: type[Strict], where: str) -> str:
     """Return a heading: the path, and of sections that are told apart by their name, that."""
     name = section.model_fields.get("name")
-    variant = get_args(name.annotation) if name is not None and get_origin(name.annotation) is Literal else ()
+    variant = (
+        get_args(name.annotation)
+        if name is not None and get_origin(name.annotation) is Literal
+        else ()
+    )
     return f"`{where}`, `name: {variant[0]}`" if len(variant) == 1 else f"`{where}`"
 
 
@@ -103,18 +114,24 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) is Annotated:
         return _type(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_type(part) for part in get_args(annotation) if part is not type(None)))
+        return " or ".join(
+            dict.fromkeys(_type(part) for part in get_args(annotation) if part is not type(None))
+        )
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if _sections(annotation):
         return "section" if inspect.isclass(annotation) else "sections by name"
     if get_origin(annotation) in (list, tuple, dict):
-        return {list: "list of ", tuple: "list of ", dict: "mapping to "}[get_origin(annotation)] + _type(
-            get_args(annotation)[-1]
-        )
-    return {Span: "duration", str: "text", int: "integer", float: "number", bool: "true, false"}.get(
-        annotation, "anything"
-    )
+        return {list: "list of ", tuple: "list of ", dict: "mapping to "}[
+            get_origin(annotation)
+        ] + _type(get_args(annotation)[-1])
+    return {
+        Span: "duration",
+        str: "text",
+        int: "integer",
+        float: "number",
+        bool: "true, false",
+    }.get(annotation, "anything")
 
 
 def _default(field: FieldInfo) -> str:

@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from config_reference import model_reference, training_reference
 
 ROOT = Path(__file__).parents[2]
-_FILL = re.compile(r"^<!-- fill: (\S+)(?: (\S+))? -->(?:\nSee .*)?$", re.MULTILINE)  # See: for readers of a clone
+_FILL = re.compile(
+    r"^<!-- fill: (\S+)(?: (\S+))? -->(?:\nSee .*)?$", re.MULTILINE
+)  # See: for readers of a clone
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)")
 _PAGES = {
     "README.md": "index.md",

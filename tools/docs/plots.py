@@ -12,10 +12,24 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tokenyard_train.bench.plot import efficiency_bars
-from tokenyard_train.records.style import BLUE, GREY, INK, ORANGE, make_axes, make_figure, save_figure
+from tokenyard_train.records.style import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    make_axes,
+    make_figure,
+    save_figure,
+)
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
-_COLOURS = {"torch": GREY, "triton": ORANGE, "cuda": BLUE, "gluon": BLUE, "gluon, save: fp8": "#8f6bb3"}
+_COLOURS = {
+    "torch": GREY,
+    "triton": ORANGE,
+    "cuda": BLUE,
+    "gluon": BLUE,
+    "gluon, save: fp8": "#8f6bb3",
+}
 _GOAL = 0.85  # of a copy's bandwidth
 _FIRST = 4.0  # nats: what a curve begins with is left out
 
@@ -43,8 +57,16 @@ def moves(content: dict[str, Any], path: Path) -> None:
     for place, shape in zip(grid, shapes):
         axes = make_axes(figure, place, shape, "", "a copy's bandwidth")
         _bars(axes, [r for r in found if _title(r["shape"]) == shape])
-    figure.suptitle(f"Moving rows: {content['machine']['device']}", x=0.01, ha="left", color=INK, fontweight="bold")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(
+        f"Moving rows: {content['machine']['device']}",
+        x=0.01,
+        ha="left",
+        color=INK,
+        fontweight="bold",
+    )
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     save_figure(figure, path)
 
 
@@ -53,11 +75,15 @@ def _bars(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
     for i, backend in enumerate(sorted(backends, key=list(_COLOURS).index)):
         shares = {r["work"]: r["bandwidth"] for r in records if r["backend"] == backend}
         places = np.arange(len(works)) + (i - (len(backends) - 1) / 2) * 0.28
-        drawn = axes.bar(places, [shares[work] for work in works], 0.26, label=backend, color=_COLOURS[backend])
+        drawn = axes.bar(
+            places, [shares[work] for work in works], 0.26, label=backend, color=_COLOURS[backend]
+        )
         axes.bar_label(drawn, fmt="%.2f", fontsize=6.5, padding=1)
     axes.set_xticks(range(len(works)), works)
     axes.grid(visible=False, axis="x")
-    axes.axhline(_GOAL, color=GREY, linewidth=1, linestyle=(0, (5, 3)), zorder=0.9, label=f"goal, {_GOAL}")
+    axes.axhline(
+        _GOAL, color=GREY, linewidth=1, linestyle=(0, (5, 3)), zorder=0.9, label=f"goal, {_GOAL}"
+    )
     axes.set_ylim(0, 1.12)
 
 
@@ -70,7 +96,9 @@ def training(content: dict[str, Any], path: Path) -> None:
     figure = make_figure(10, 3.8)
     grid = figure.add_gridspec(1, 2)
     curves = make_axes(figure, grid[0], "Training loss", "step", "nats a byte")
-    apart = make_axes(figure, grid[1], "Difference from torch's of the same seed", "step", "nats a byte")
+    apart = make_axes(
+        figure, grid[1], "Difference from torch's of the same seed", "step", "nats a byte"
+    )
     for experts, seeds in content["runs"].items():
         for i, (seed, run) in enumerate(seeds.items()):
             look = {"color": _COLOURS[experts], "linewidth": 1, "label": None if i else experts}
@@ -79,7 +107,9 @@ def training(content: dict[str, Any], path: Path) -> None:
                 apart.plot(np.subtract(run["loss"], content["runs"]["torch"][seed]["loss"]), **look)
     curves.set_ylim(top=_FIRST)
     apart.axhline(0, color=GREY, linewidth=1, zorder=1)
-    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        *curves.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     save_figure(figure, path)
 
 

@@ -34,12 +34,17 @@ def main() -> None:
     _fetch(needed, wheels, options)
     _copy(folder)
     size = sum(wheel.stat().st_size for wheel in wheels.iterdir()) / 2**20
-    print(f"{folder}: {len(list(wheels.iterdir()))} wheels, {size:.0f} MiB; there: python3 {folder.name}/run.py")
+    print(
+        f"{folder}: {len(list(wheels.iterdir()))} wheels, {size:.0f} MiB; there: python3 {folder.name}/run.py"
+    )
 
 
 def needs(names: Iterable[str], left_out: set[str] | frozenset[str], python: str) -> dict[str, str]:
     """Return name -> version of what these distributions need, all the way down, as it is installed here."""
-    environment = default_environment() | {"python_version": python, "python_full_version": f"{python}.0"}
+    environment = default_environment() | {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+    }
     found: dict[str, str] = {}
     waiting = [Requirement(name) for name in names]
     seen: set[tuple[str, frozenset[str]]] = set()
@@ -52,7 +57,9 @@ def needs(names: Iterable[str], left_out: set[str] | frozenset[str], python: str
         try:
             dist = distribution(name)
         except PackageNotFoundError:
-            sys.exit(f"error: {name} is not installed here, and the bundle needs it; run this by `hatch run bundle`")
+            sys.exit(
+                f"error: {name} is not installed here, and the bundle needs it; run this by `hatch run bundle`"
+            )
         if name not in left_out:
             found[name] = dist.version
         elif name in THEIRS:
@@ -65,7 +72,9 @@ def needs(names: Iterable[str], left_out: set[str] | frozenset[str], python: str
 def _applies(requirement: Requirement, environment: dict[str, str], extras: frozenset[str]) -> bool:
     if requirement.marker is None:
         return True
-    return any(requirement.marker.evaluate(environment | {"extra": extra}) for extra in ("", *extras))
+    return any(
+        requirement.marker.evaluate(environment | {"extra": extra}) for extra in ("", *extras)
+    )
 
 
 def _fetch(needed: dict[str, str], wheels: Path, options: argparse.Namespace) -> None:
@@ -95,13 +104,23 @@ def _pip(*arguments: str) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--python", default=f"3.{sys.version_info.minor}", help="the GPU machine's Python, such as 3.12"
+        "--python",
+        default=f"3.{sys.version_info.minor}",
+        help="the GPU machine's Python, such as 3.12",
     )
     platforms = ["manylinux2014_x86_64", "manylinux_2_28_x86_64", "manylinux_2_17_x86_64"]
-    parser.add_argument("--platform", nargs="+", default=platforms, help="the tags its wheels may have")
-    parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="what the GPU machine has already")
     parser.add_argument(
-        "--also", nargs="*", default=[], metavar="NAME", help="what to carry besides, such as transformers"
+        "--platform", nargs="+", default=platforms, help="the tags its wheels may have"
+    )
+    parser.add_argument(
+        "--without", nargs="*", default=[], metavar="NAME", help="what the GPU machine has already"
+    )
+    parser.add_argument(
+        "--also",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="what to carry besides, such as transformers",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "dist" / "offline")
     return parser.parse_args()

@@ -40,7 +40,9 @@ def _install() -> None:
     for wheel in sorted((HERE / "wheels").glob("*.whl")):
         name = wheel.name.split("-")[0].replace("_", "-")
         (ours if name.startswith("tokenyard") else others).append((name, wheel))
-    missing = [wheel for name, wheel in others if _installed(name) < _numbers(wheel.name.split("-")[1])]
+    missing = [
+        wheel for name, wheel in others if _installed(name) < _numbers(wheel.name.split("-")[1])
+    ]
     command = [
         sys.executable,
         "-m",
@@ -54,8 +56,13 @@ def _install() -> None:
         str(SITE),
     ]
     wheels = [str(wheel) for wheel in [*missing, *(wheel for _, wheel in ours)]]
-    subprocess.run([*command, "--disable-pip-version-check", "--no-warn-conflicts", *wheels], check=True)
-    print(f"installed {len(wheels)} wheels into {SITE}; {len(others) - len(missing)} were there already", flush=True)
+    subprocess.run(
+        [*command, "--disable-pip-version-check", "--no-warn-conflicts", *wheels], check=True
+    )
+    print(
+        f"installed {len(wheels)} wheels into {SITE}; {len(others) - len(missing)} were there already",
+        flush=True,
+    )
 
 
 def _installed(name: str) -> tuple[int, ...]:
@@ -74,14 +81,25 @@ def _tests(options: argparse.Namespace, rows: list[tuple[str, str]]) -> int:
     status, log, seconds = _logged("pytest", ["-m", "pytest", *arguments], options.out)
     summary = re.findall(r"^=*\s*(\d+ \w+.*?|no tests ran.*?)\s*=*$", log, re.M)
     rows.append(
-        ("pytest " + options.tests, f"{summary[-1] if summary else 'no summary'} (exit {status}, {seconds:.0f} s)")
+        (
+            "pytest " + options.tests,
+            f"{summary[-1] if summary else 'no summary'} (exit {status}, {seconds:.0f} s)",
+        )
     )
     rows += [("", line) for line in re.findall(r"^(?:FAILED|ERROR) .*", log, re.M)[:20]]
     return status
 
 
 def _bench(options: argparse.Namespace, rows: list[tuple[str, str]]) -> int:
-    arguments = ["-m", "tokenyard_train", "bench", "layer", "--out", str(options.out), *shlex.split(options.bench)]
+    arguments = [
+        "-m",
+        "tokenyard_train",
+        "bench",
+        "layer",
+        "--out",
+        str(options.out),
+        *shlex.split(options.bench),
+    ]
     status, _, seconds = _logged("bench", arguments, options.out)
     rows.append(("bench layer " + options.bench, f"exit {status}, {seconds:.0f} s"))
     results = options.out / "layer.json"
@@ -90,7 +108,11 @@ def _bench(options: argparse.Namespace, rows: list[tuple[str, str]]) -> int:
     for record in json.loads(results.read_text())["records"]:
         case = f"{record['shape']['name']} {record['dtype']} {record['routing']} {record['contestant']}"
         rows.append(
-            (case, record["note"] or f"{record['step_ms']['median']:.3f} ms, efficiency {record['efficiency']:.3f}")
+            (
+                case,
+                record["note"]
+                or f"{record['step_ms']['median']:.3f} ms, efficiency {record['efficiency']:.3f}",
+            )
         )
     return status
 
@@ -102,15 +124,23 @@ def _logged(name: str, arguments: list[str], out: Path) -> tuple[int, str, float
     environment = os.environ | {"PYTHONPATH": str(SITE)}
     with path.open("w", encoding="utf-8") as log:
         command = [sys.executable, *arguments]
-        status = subprocess.run(command, cwd=HERE, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-    return status.returncode, path.read_text(encoding="utf-8", errors="replace"), time.monotonic() - began
+        status = subprocess.run(
+            command, cwd=HERE, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+        )
+    return (
+        status.returncode,
+        path.read_text(encoding="utf-8", errors="replace"),
+        time.monotonic() - began,
+    )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results"), help="for logs, JSON and plot")
     parser.add_argument("--tests", default="-m gpu", help="options for pytest; empty: no tests")
-    parser.add_argument("--bench", default="--shape all", help="options for tokenyard bench layer; empty: none")
+    parser.add_argument(
+        "--bench", default="--shape all", help="options for tokenyard bench layer; empty: none"
+    )
     options = parser.parse_args()
     options.out = options.out.resolve()
     return options

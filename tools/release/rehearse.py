@@ -42,7 +42,9 @@ def build() -> list[Path]:
     for old in DIST.glob("*.whl"):
         old.unlink()
     environment = os.environ | {"TOKENYARD_PIN": f">={earliest()}"}
-    subprocess.run(["hatch", "build", "--all", "-t", "wheel"], cwd=ROOT, env=environment, check=True)
+    subprocess.run(
+        ["hatch", "build", "--all", "-t", "wheel"], cwd=ROOT, env=environment, check=True
+    )
     return sorted(DIST.glob("*.whl"))
 
 
@@ -52,7 +54,9 @@ def earliest() -> Version:
     `tokenyard` asks for that or a later one of all of them. What goes with what, they say themselves: each bounds the
     core, and the packages, that it was written for.
     """
-    abouts = (path.read_text(encoding="utf-8") for path in ROOT.glob("packages/*/src/*/__about__.py"))
+    abouts = (
+        path.read_text(encoding="utf-8") for path in ROOT.glob("packages/*/src/*/__about__.py")
+    )
     return min(Version(text.split('__version__ = "')[1].split('"')[0]) for text in abouts)
 
 
@@ -61,15 +65,21 @@ def install(wheels: list[Path], folder: Path) -> Path:
     venv.create(folder / "bare", with_pip=True)
     bin = folder / "bare" / ("Scripts" if os.name == "nt" else "bin")
     torch = f"torch=={version('torch').partition('+')[0]}"
-    extras = [f"{wheel}[all]" if wheel.name.startswith("tokenyard-") else str(wheel) for wheel in wheels]
-    subprocess.run([str(bin / "python"), "-m", "pip", "install", "--quiet", torch, *extras], check=True)
+    extras = [
+        f"{wheel}[all]" if wheel.name.startswith("tokenyard-") else str(wheel) for wheel in wheels
+    ]
+    subprocess.run(
+        [str(bin / "python"), "-m", "pip", "install", "--quiet", torch, *extras], check=True
+    )
     return bin
 
 
 def smoke(bin: Path, folder: Path) -> None:
     """Ask what there is, train three steps, write the model in Hugging Face's form, and continue a text by that."""
     (folder / "config.yaml").write_text(json.dumps(CONFIG))  # JSON is YAML, too
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+    }
     for words in (
         ["--help"],
         ["--version"],
@@ -80,7 +90,9 @@ def smoke(bin: Path, folder: Path) -> None:
         ["generate", "runs/run", "--prompt", "def ", "--max-new-tokens", "8"],
     ):
         print("$ tokenyard", *words, flush=True)
-        subprocess.run([str(bin / "tokenyard"), *words], cwd=folder, env=environment, check=True, timeout=600)
+        subprocess.run(
+            [str(bin / "tokenyard"), *words], cwd=folder, env=environment, check=True, timeout=600
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def rotated(x):
     half = x.shape[-1] // 2
     angles = torch.arange(len(x))[:, None, None] / THETA ** (torch.arange(half).double() / half)
     one, two = x[..., :half], x[..., half:]
-    return torch.cat((one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin()), -1)
+    return torch.cat(
+        (one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin()), -1
+    )
 
 
 def attention(x, w):
@@ -57,7 +59,10 @@ def reading(w, ids):
     for i in range(2):
         at = f"transformer.blocks.{i}."
         parts = {key.removeprefix(at): value for key, value in w.items() if at in key}
-        own = {key.removeprefix("norm_attn_norm.").removeprefix("ffn."): value for key, value in parts.items()}
+        own = {
+            key.removeprefix("norm_attn_norm.").removeprefix("ffn."): value
+            for key, value in parts.items()
+        }
         x = x + attention(norm(x, own["norm_1.weight"]), own)
         x = x + experts(norm(x, own["norm_2.weight"]), own)
     return norm(x, w["transformer.norm_f.weight"]) @ w["lm_head.weight"].T
@@ -66,12 +71,17 @@ def reading(w, ids):
 def test_logits(tmp_path):
     """The folder is saved by transformers; nothing of its modelling code is run."""
     torch.manual_seed(8)
-    model = DbrxForCausalLM(dbrx(KV, CLIP, THETA, ffn={"ffn_hidden_size": F, "moe_num_experts": EXPERTS}))
+    model = DbrxForCausalLM(
+        dbrx(KV, CLIP, THETA, ffn={"ffn_hidden_size": F, "moe_num_experts": EXPERTS})
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (1 if parameter.dim() == 1 else 0))
     model.save_pretrained(tmp_path / "dbrx")
-    w = {key: value.double() for key, value in load_file(tmp_path / "dbrx" / "model.safetensors").items()}
+    w = {
+        key: value.double()
+        for key, value in load_file(tmp_path / "dbrx" / "model.safetensors").items()
+    }
     ids = torch.randint(0, VOCABULARY, (23,))
     got = from_hf(tmp_path / "dbrx", dtype=torch.float64)(ids[None]).logits[0]
     assert relative_error(got, reading(w, ids)) < 1e-12

@@ -32,7 +32,11 @@ def tokens():
 
 
 def tensors(folder):
-    return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+    return {
+        key: value
+        for path in folder.glob("*.safetensors")
+        for key, value in load_file(path).items()
+    }
 
 
 def test_logits_and_all_gradients_are_those_of_transformers(saved):
@@ -83,14 +87,21 @@ def test_what_is_written_is_what_transformers_reads(saved, tmp_path, fused):
     assert torch.equal(back(ids).logits, theirs(ids).logits)
     assert back.config.eos_token_id == theirs.config.eos_token_id
     again = from_hf(tmp_path / "ours")
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), from_hf(folder).parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.parameters(), from_hf(folder).parameters(), strict=True)
+    )
 
 
 def test_a_round_trip_changes_no_bit(saved, tmp_path):
     """Of bfloat16, through float32."""
     theirs, _ = saved
-    deepcopy(theirs).bfloat16().save_pretrained(tmp_path / "theirs")  # which narrows buffers for good
-    to_hf(from_hf(tmp_path / "theirs", dtype=torch.float32), tmp_path / "ours", dtype=torch.bfloat16)
+    deepcopy(theirs).bfloat16().save_pretrained(
+        tmp_path / "theirs"
+    )  # which narrows buffers for good
+    to_hf(
+        from_hf(tmp_path / "theirs", dtype=torch.float32), tmp_path / "ours", dtype=torch.bfloat16
+    )
     before, after = tensors(tmp_path / "theirs"), tensors(tmp_path / "ours")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -111,11 +122,17 @@ def test_a_rank_reads_its_shards(saved, dim):
                 shard = parameter.chunk(3, dim)[2:] or (parameter.narrow(dim, 0, 0),)
                 local = torch.full_like(shard[0], torch.nan)
                 like = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
-                cut[name] = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(dim)], **like))
+                cut[name] = torch.nn.Parameter(
+                    DTensor.from_local(local, mesh, [Shard(dim)], **like)
+                )
                 setattr(owner, name.rpartition(".")[2], cut[name])
         load_weights(model, Folder(folder))
         for name, parameter in cut.items():
             found = (*dict(whole.named_parameters())[name].chunk(3, dim), None, None)[2]
-            assert parameter.to_local().numel() == 0 if found is None else torch.equal(parameter.to_local(), found)
+            assert (
+                parameter.to_local().numel() == 0
+                if found is None
+                else torch.equal(parameter.to_local(), found)
+            )
     finally:
         dist.destroy_process_group()

@@ -64,12 +64,17 @@ def file_that_is_missing(folder):
 
 
 def tensor_that_the_index_leaves_out(folder):
-    edit(index(folder), lambda content: content["weight_map"].pop("model.layers.1.input_layernorm.weight"))
+    edit(
+        index(folder),
+        lambda content: content["weight_map"].pop("model.layers.1.input_layernorm.weight"),
+    )
     return r"does not list model\.layers\.1\.input_layernorm\.weight, which is in model-0.*"
 
 
 def tensor_that_the_index_invents(folder):
-    edit(index(folder), lambda content: content["weight_map"].update({"x": first_file(folder).name}))
+    edit(
+        index(folder), lambda content: content["weight_map"].update({"x": first_file(folder).name})
+    )
     return r"lacks x, which model\.safetensors\.index\.json says is there"
 
 
@@ -98,22 +103,32 @@ def change_tensors(folder, change):
 
 
 def missing_tensor(folder):
-    change_tensors(folder, lambda tensors: tensors.pop("model.layers.0.block_sparse_moe.experts.3.w2.weight"))
+    change_tensors(
+        folder, lambda tensors: tensors.pop("model.layers.0.block_sparse_moe.experts.3.w2.weight")
+    )
     return r"lacks model\.layers\.0\.block_sparse_moe\.experts\.3\.w2\.weight$"
 
 
 def tensors_too_many(folder):
-    change_tensors(folder, lambda tensors: tensors.update({"model.a": torch.zeros(2), "model.b": torch.zeros(2)}))
+    change_tensors(
+        folder,
+        lambda tensors: tensors.update({"model.a": torch.zeros(2), "model.b": torch.zeros(2)}),
+    )
     return r"holds model\.a and 1 others, which the model has no use for"
 
 
 def shape_of_another_model(folder):
     change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(23)}))
-    return r"model\.norm\.weight in .*model\.safetensors is \[23\], and config\.json makes it \[24\]"
+    return (
+        r"model\.norm\.weight in .*model\.safetensors is \[23\], and config\.json makes it \[24\]"
+    )
 
 
 def quantised_weights(folder):
-    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(24, dtype=torch.int8)}))
+    change_tensors(
+        folder,
+        lambda tensors: tensors.update({"model.norm.weight": torch.zeros(24, dtype=torch.int8)}),
+    )
     return r"model\.norm\.weight in .* is I8; weights are read in F64, F32, F16, BF16, and quantised ones not at all"
 
 
@@ -141,7 +156,9 @@ def another_architecture(folder):
 
 
 def yarn(folder):
-    edit(folder / "config.json", lambda content: content["rope_parameters"].update(rope_type="yarn"))
+    edit(
+        folder / "config.json", lambda content: content["rope_parameters"].update(rope_type="yarn")
+    )
     return r"model\.rope_parameters\.rope_type is 'yarn'; give 'default' or 'llama3'"
 
 
@@ -150,9 +167,27 @@ def key_that_is_not_known(folder):
     return r"model\.moe_latent_size is not a known key"
 
 
-SPOILT = (truncated, header_larger_than_the_file, file_that_is_missing, tensor_that_the_index_leaves_out)
-SPOILT += (tensor_that_the_index_invents, path_out_of_the_folder, index_of_nothing, index_that_is_no_json)
-SPOILT += (missing_tensor, tensors_too_many, shape_of_another_model, quantised_weights, pickles, no_weights, no_config)
+SPOILT = (
+    truncated,
+    header_larger_than_the_file,
+    file_that_is_missing,
+    tensor_that_the_index_leaves_out,
+)
+SPOILT += (
+    tensor_that_the_index_invents,
+    path_out_of_the_folder,
+    index_of_nothing,
+    index_that_is_no_json,
+)
+SPOILT += (
+    missing_tensor,
+    tensors_too_many,
+    shape_of_another_model,
+    quantised_weights,
+    pickles,
+    no_weights,
+    no_config,
+)
 SPOILT += (another_architecture, yarn, key_that_is_not_known)
 
 
@@ -180,7 +215,13 @@ def test_nothing_is_filled_from_a_folder_of_another_size(folder):
 
 def from_hf_sized(folder):
     sizes = json.loads((folder / "config.json").read_text())
-    return Mixtral({key: sizes[key] for key in sizes if key.startswith(("num_", "hidden_size", "interm", "vocab"))})
+    return Mixtral(
+        {
+            key: sizes[key]
+            for key in sizes
+            if key.startswith(("num_", "hidden_size", "interm", "vocab"))
+        }
+    )
 
 
 def test_a_model_of_another_family(folder):
@@ -190,9 +231,14 @@ def test_a_model_of_another_family(folder):
 
 def test_writing_refuses_what_it_cannot(original, tmp_path):
     model = from_hf(original)
-    with pytest.raises(WeightsError, match=re.escape(f"{tmp_path} exists already; give the name of a new folder")):
+    with pytest.raises(
+        WeightsError, match=re.escape(f"{tmp_path} exists already; give the name of a new folder")
+    ):
         to_hf(model, tmp_path)
-    with pytest.raises(WeightsError, match="a mpt_causal_lm has no Hugging Face form here; these have: mixtral, qwen3"):
+    with pytest.raises(
+        WeightsError,
+        match="a mpt_causal_lm has no Hugging Face form here; these have: mixtral, qwen3",
+    ):
         to_hf(Mpt({"size": "tiny"}), tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

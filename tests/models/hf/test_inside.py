@@ -78,8 +78,13 @@ def test_grouped_mm_computes_the_same(registered, folders):
 
 def test_generating(registered, folders):
     """And by a model that is switched while it lives."""
-    model = AutoModelForCausalLM.from_pretrained(folders["mixtral"][0], experts_implementation="eager")
-    prompt, options = torch.tensor([[5, 6, 7]]), {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    model = AutoModelForCausalLM.from_pretrained(
+        folders["mixtral"][0], experts_implementation="eager"
+    )
+    prompt, options = (
+        torch.tensor([[5, 6, 7]]),
+        {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None},
+    )
     want = model.generate(prompt, **options)
     model.set_experts_implementation("tokenyard")
     assert torch.equal(model.generate(prompt, **options), want)
@@ -93,17 +98,26 @@ def experts(has_gate, has_bias, is_transposed):
             super().__init__()
             self.act_fn = torch.nn.SiLU()
             rows, (e, d, f) = (2 if has_gate else 1) * 12, (4, 8, 12)
-            sizes = {"gate_up_proj" if has_gate else "up_proj": (e, rows, d), "down_proj": (e, d, f)}
+            sizes = {
+                "gate_up_proj" if has_gate else "up_proj": (e, rows, d),
+                "down_proj": (e, d, f),
+            }
             for name, size in sizes.items():
                 weight = torch.randn(size)
-                self.register_parameter(name, torch.nn.Parameter(weight.mT.contiguous() if is_transposed else weight))
+                self.register_parameter(
+                    name, torch.nn.Parameter(weight.mT.contiguous() if is_transposed else weight)
+                )
                 if has_bias:
-                    self.register_parameter(f"{name}_bias", torch.nn.Parameter(torch.randn(size[:2])))
+                    self.register_parameter(
+                        f"{name}_bias", torch.nn.Parameter(torch.randn(size[:2]))
+                    )
 
         def forward(self, *_):
             raise AssertionError("eager was not to run")
 
-    made_by = use_experts_implementation(has_gate=has_gate, has_bias=has_bias, is_transposed=is_transposed)
+    made_by = use_experts_implementation(
+        has_gate=has_gate, has_bias=has_bias, is_transposed=is_transposed
+    )
     return made_by(Experts)(type("Config", (), {"_experts_implementation": "tokenyard"})())
 
 
@@ -135,7 +149,9 @@ def test_every_form_of_weights_and_ids_of_nobody(registered, has_gate, has_bias,
     got, want = module(x, ids, weights), by_hand(module, x, ids, weights)
     assert relative_error(got, want) < LEAST
     dy = torch.randn(9, 8)
-    for one, two in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy)):
+    for one, two in zip(
+        torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy)
+    ):
         assert relative_error(one, two) < LEAST
 
 
@@ -159,8 +175,15 @@ def test_autocast_is_followed(registered):
 def test_a_model_with_a_gate_of_its_own_goes_on_by_itself(registered, caplog):
     """And says so once, for all its layers."""
     inside._say_once.cache_clear()
-    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = GptOssConfig(**sizes, num_key_value_heads=1, head_dim=16, num_local_experts=4, vocab_size=VOCABULARY)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = GptOssConfig(
+        **sizes, num_key_value_heads=1, head_dim=16, num_local_experts=4, vocab_size=VOCABULARY
+    )
     config.eos_token_id = config.pad_token_id = 3
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
@@ -170,7 +193,9 @@ def test_a_model_with_a_gate_of_its_own_goes_on_by_itself(registered, caplog):
     with caplog.at_level(logging.WARNING, logger="tokenyard"):
         assert torch.equal(model(ids).logits, want)
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("GptOssExperts is computed by transformers' own eager implementation: it combines gate")
+    assert said.startswith(
+        "GptOssExperts is computed by transformers' own eager implementation: it combines gate"
+    )
 
 
 def test_without_transformers(monkeypatch):

@@ -8,8 +8,18 @@ import pytest
 
 from tokenyard_models import Llama, Mixtral, to_hf
 
-SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
-SIZES |= {"num_key_value_heads": 4, "num_local_experts": 14, "num_experts_per_tok": 2, "vocab_size": 8000}
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+}
+SIZES |= {
+    "num_key_value_heads": 4,
+    "num_local_experts": 14,
+    "num_experts_per_tok": 2,
+    "vocab_size": 8000,
+}
 
 DENSE = {name: value for name, value in SIZES.items() if "experts" not in name}
 

@@ -14,7 +14,9 @@ from tokenyard_models.hf import to_megablocks
 
 EXPERTS = {"ffn_type": "mb_dmoe", "moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 20}
 MODELS = {
-    "glu": Mixtral({"size": "tiny", "hidden_size": 24, "intermediate_size": 20, "num_local_experts": 4}),
+    "glu": Mixtral(
+        {"size": "tiny", "hidden_size": 24, "intermediate_size": 20, "num_local_experts": 4}
+    ),
     "mlp": Mpt({"size": "tiny", "d_model": 24, "n_heads": 2, "ffn_config": EXPERTS}),
 }
 
@@ -44,10 +46,16 @@ def test_a_layer_computes_the_same(tmp_path, kind):
         torch.nn.init.normal_(layer.bias)
     to_megablocks(model, tmp_path / "mb")
     tensors = load_file(tmp_path / "mb" / "model.safetensors")
-    weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    weights = {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
     x = torch.randn(11, 24, generator=torch.Generator().manual_seed(2))
     arguments = json.loads((tmp_path / "mb" / "megablocks.json").read_text())
-    assert (arguments["mlp_type"], arguments["moe_num_experts"], arguments["ffn_hidden_size"]) == (kind, 4, 20)
+    assert (arguments["mlp_type"], arguments["moe_num_experts"], arguments["ffn_hidden_size"]) == (
+        kind,
+        4,
+        20,
+    )
     activation = F.silu if kind == "glu" else lambda z: F.gelu(z, approximate="tanh")
     want = megablocks(x, weights, activation, arguments["moe_normalize_expert_weights"])
     assert relative_error(layer(x)[0], want) < 1e-5
@@ -57,8 +65,12 @@ def test_a_layer_computes_the_same(tmp_path, kind):
 
 def test_what_megablocks_has_no_name_for(tmp_path):
     dense = {"size": "tiny", "mlp_only_layers": [1]}
-    with pytest.raises(WeightsError, match=r"the model's blocks\.1\.ffn\.down has no place in a MegaBlocks folder"):
+    with pytest.raises(
+        WeightsError, match=r"the model's blocks\.1\.ffn\.down has no place in a MegaBlocks folder"
+    ):
         to_megablocks(Qwen3Moe(dense), tmp_path / "mb")
-    with pytest.raises(ConfigError, match="the model has no experts, and MegaBlocks' layers are experts"):
+    with pytest.raises(
+        ConfigError, match="the model has no experts, and MegaBlocks' layers are experts"
+    ):
         to_megablocks(Mpt({"size": "tiny"}), tmp_path / "mb")
     assert not list(tmp_path.iterdir())

@@ -33,10 +33,16 @@ def tokens():
 
 
 def tensors(folder):
-    return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+    return {
+        key: value
+        for path in folder.glob("*.safetensors")
+        for key, value in load_file(path).items()
+    }
 
 
-@pytest.mark.parametrize("how", [COPIED, Upcycling(3, 1), GRANULAR, Upcycling(10, 5, 5), SPLIT], ids=str)
+@pytest.mark.parametrize(
+    "how", [COPIED, Upcycling(3, 1), GRANULAR, Upcycling(10, 5, 5), SPLIT], ids=str
+)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 @torch.no_grad()
 def test_the_function_is_kept(dense, tmp_path, family, how):
@@ -59,7 +65,9 @@ def test_slices_that_make_no_whole_group_are_another_function(dense, tmp_path):
     assert not how.keeps_function
     assert relative_error(from_hf(tmp_path / "moe")(tokens()).logits, theirs(tokens()).logits) > 0.1
     router = tensors(tmp_path / "moe")["model.layers.0.block_sparse_moe.gate.weight"]
-    assert len(router.unique(dim=0)) == 5  # each slice has its own row, or the same ones were always taken
+    assert (
+        len(router.unique(dim=0)) == 5
+    )  # each slice has its own row, or the same ones were always taken
 
 
 def test_every_copy_is_bitwise_the_layer_and_every_slice_is_a_part_of_it(dense, tmp_path):
@@ -69,10 +77,16 @@ def test_every_copy_is_bitwise_the_layer_and_every_slice_is_a_part_of_it(dense, 
     upcycle(folder, tmp_path / "copied", COPIED)
     upcycle(folder, tmp_path / "sliced", Upcycling(8, 4, 2))
     whole, copied, sliced = (tensors(f) for f in (folder, tmp_path / "copied", tmp_path / "sliced"))
-    for ours, theirs, dim, scale in (("w1", "gate", 0, 1), ("w3", "up", 0, 1), ("w2", "down", 1, 2)):
+    for ours, theirs, dim, scale in (
+        ("w1", "gate", 0, 1),
+        ("w3", "up", 0, 1),
+        ("w2", "down", 1, 2),
+    ):
         layer = whole[f"model.layers.1.mlp.{theirs}_proj.weight"]
         for e in range(4):
-            assert torch.equal(copied[f"model.layers.1.block_sparse_moe.experts.{e}.{ours}.weight"], layer)
+            assert torch.equal(
+                copied[f"model.layers.1.block_sparse_moe.experts.{e}.{ours}.weight"], layer
+            )
         for e in range(8):
             found = sliced[f"model.layers.1.block_sparse_moe.experts.{e}.{ours}.weight"]
             assert torch.equal(found, layer.chunk(2, dim)[e % 2] * scale)
@@ -108,7 +122,10 @@ class TestMistakes:
         ("numbers", "sentence"),
         [
             ((4, 5), "top_k is 5 but num_experts is 4; choose from 1 to 4"),
-            ((6, 4, 4), "granularity is 4, which does not divide num_experts 6; these do: 1, 2, 3, 6"),
+            (
+                (6, 4, 4),
+                "granularity is 4, which does not divide num_experts 6; these do: 1, 2, 3, 6",
+            ),
             ((0, 1), "num_experts is 0; it must be at least 1"),
         ],
     )
@@ -132,7 +149,10 @@ class TestMistakes:
     def test_a_model_that_has_experts(self, dense, tmp_path):
         _, folder = dense(mixtral())
         said = self.refused(folder, tmp_path / "moe", COPIED, WeightsError)
-        assert said == f"{folder} holds a mixtral, which has experts; upcycled are: llama, mistral, qwen3"
+        assert (
+            said
+            == f"{folder} holds a mixtral, which has experts; upcycled are: llama, mistral, qwen3"
+        )
 
     def test_a_tensor_that_is_missing(self, dense, tmp_path):
         """Before anything is written."""
@@ -155,7 +175,10 @@ def test_rope_parameters_without_a_base_take_the_one_beside_them(dense, beside):
     """As transformers reads them."""
     _, folder = dense(llama())
     path = folder / "config.json"
-    told = json.loads(path.read_text()) | {"rope_theta": beside, "rope_parameters": {"rope_type": "default"}}
+    told = json.loads(path.read_text()) | {
+        "rope_theta": beside,
+        "rope_parameters": {"rope_type": "default"},
+    }
     path.write_text(json.dumps(told))
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     assert from_hf(folder).config.rope_theta == beside
@@ -169,11 +192,15 @@ class TestTargets:
         _, folder = dense(llama())
         (tmp_path / "moe.unfinished").mkdir()
         (tmp_path / "moe.unfinished" / "mine").touch()
-        with pytest.raises(WeightsError, match=r"moe.unfinished is left of a write that was cut off, or yours"):
+        with pytest.raises(
+            WeightsError, match=r"moe.unfinished is left of a write that was cut off, or yours"
+        ):
             upcycle(folder, tmp_path / "moe", COPIED)
         assert (tmp_path / "moe.unfinished" / "mine").exists()
 
     def test_below_a_file(self, dense):
         _, folder = dense(llama())
-        with pytest.raises(WeightsError, match="cannot be made: Not a directory; give the name of a new folder"):
+        with pytest.raises(
+            WeightsError, match="cannot be made: Not a directory; give the name of a new folder"
+        ):
             upcycle(folder, folder / "config.json" / "x", COPIED)

@@ -25,7 +25,9 @@ def bench(tmp_path):
 
 
 def test_layer_writes_a_table_json_and_a_plot(bench):
-    out, printed = bench("layer", "--shape", "64,16,24,4,2", "--dtype", "fp32", "--peers", "none", "--repetitions", 3)
+    out, printed = bench(
+        "layer", "--shape", "64,16,24,4,2", "--dtype", "fp32", "--peers", "none", "--repetitions", 3
+    )
     assert "T 64, D 16, F 24, E 4, K 2; fp32, natural routing" in printed
     content = json.loads((out / "layer.json").read_text())
     assert {r["contestant"] for r in content["records"]} == {"dense", "cpu", "torch"}
@@ -35,7 +37,15 @@ def test_layer_writes_a_table_json_and_a_plot(bench):
 
 def test_kernels_prints_every_piece_and_what_the_profiler_saw(bench):
     out, printed = bench(
-        "kernels", "--shape", "64,16,24,4,2", "--dtype", "fp32", "--backends", "cpu", "--repetitions", 3
+        "kernels",
+        "--shape",
+        "64,16,24,4,2",
+        "--dtype",
+        "fp32",
+        "--backends",
+        "cpu",
+        "--repetitions",
+        3,
     )
     records = json.loads((out / "kernels.json").read_text())["records"]
     pieces = {r["piece"]: r for r in records if "piece" in r}
@@ -62,7 +72,9 @@ def test_routing_prints_every_work_beside_a_copy(bench):
 
 
 def test_routing_of_an_unknown_backend(bench):
-    with pytest.raises(ConfigError, match=r"--backends 'troch' is unknown \(did you mean 'torch'\?\); installed: "):
+    with pytest.raises(
+        ConfigError, match=r"--backends 'troch' is unknown \(did you mean 'torch'\?\); installed: "
+    ):
         bench("routing", "--shape", "64,16,24,4,2", "--backends", "troch")
 
 
@@ -79,7 +91,9 @@ def test_train_shows_where_a_step_goes(bench, config, settings, tmp_path):
     (record,) = json.loads((out / "train.json").read_text())["records"]
     assert list(record["shares"]) == ["data", "forward", "backward", "optimizer", "rest"]
     assert sum(record["shares"].values()) == pytest.approx(1, abs=1e-3)
-    assert record["tokens_per_s"] == pytest.approx(1e3 * 4 * 24 / record["step_ms"]["median"], rel=1e-3)
+    assert record["tokens_per_s"] == pytest.approx(
+        1e3 * 4 * 24 / record["step_ms"]["median"], rel=1e-3
+    )
     assert "where our step's time goes" in printed
     assert not (tmp_path / "run").exists()  # nothing is kept
 
@@ -88,7 +102,11 @@ def test_train_beside_transformers_has_the_same_size_and_learns_alike(bench, con
     pytest.importorskip("transformers")
     out, _ = bench("train", config, "--steps", 3, "--peers", "both", "--peer-dtype", "bf16")
     records = json.loads((out / "train.json").read_text())["records"]
-    assert [r["contestant"] for r in records] == ["tokenyard", "transformers-eager", "transformers-grouped_mm"]
+    assert [r["contestant"] for r in records] == [
+        "tokenyard",
+        "transformers-eager",
+        "transformers-grouped_mm",
+    ]
     assert len({r["parameters"] for r in records}) == 1
     assert [r["weights"] for r in records] == ["float32", "bfloat16", "bfloat16"]
     for record in records:
@@ -96,8 +114,12 @@ def test_train_beside_transformers_has_the_same_size_and_learns_alike(bench, con
 
 
 def test_compare_of_a_file_with_itself_finds_nothing(bench):
-    out, _ = bench("layer", "--shape", "64,16,24,4,2", "--dtype", "fp32", "--peers", "none", "--repetitions", 3)
-    result = CliRunner().invoke(app, ["bench", "compare", str(out / "layer.json"), str(out / "layer.json")])
+    out, _ = bench(
+        "layer", "--shape", "64,16,24,4,2", "--dtype", "fp32", "--peers", "none", "--repetitions", 3
+    )
+    result = CliRunner().invoke(
+        app, ["bench", "compare", str(out / "layer.json"), str(out / "layer.json")]
+    )
     assert "6 of 6 times did not change beyond the noise" in result.output
 
 
@@ -118,5 +140,7 @@ def test_bad_options_are_one_sentence(bench, arguments, said):
 
 
 def test_train_refuses_a_peer_that_does_not_exist(bench, config):
-    with pytest.raises(ConfigError, match=r"--peers 'mixtral' is unknown; known are: transformers-eager"):
+    with pytest.raises(
+        ConfigError, match=r"--peers 'mixtral' is unknown; known are: transformers-eager"
+    ):
         bench("train", config, "--peers", "mixtral")

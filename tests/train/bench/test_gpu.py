@@ -45,7 +45,9 @@ def test_peak_bytes_are_the_allocator_s(device):
 def test_a_layer_of_bfloat16(device):
     shape = Shape("small", 1024, 256, 256, 8, 2)
     routings = ["natural", "zipf", "uniform"]
-    bench = LayerBench([shape], routings, ["bf16"], device, "torch,cpu", "grouped_mm", repetitions=3)
+    bench = LayerBench(
+        [shape], routings, ["bf16"], device, "torch,cpu", "grouped_mm", repetitions=3
+    )
     records = [record for found in bench_layer(bench, Console(quiet=True)) for record in found]
     notes = {r["contestant"]: r["note"] for r in records}
     assert notes == {"dense": None, "torch": None, "grouped_mm": None, "cpu": notes["cpu"]}

@@ -14,7 +14,9 @@ from tokenyard_train.bench.oracle import judge
 from tokenyard_train.bench.shapes import Shape
 
 SMALL = Shape("96,32,48,6,2", 96, 32, 48, 6, 2)
-BENCH = LayerBench([SMALL], ["natural"], ["fp32"], torch.device("cpu"), "cpu,torch", "none", repetitions=3)
+BENCH = LayerBench(
+    [SMALL], ["natural"], ["fp32"], torch.device("cpu"), "cpu,torch", "none", repetitions=3
+)
 
 
 def case(routing="natural", dtype=torch.float32, shape=SMALL):
@@ -22,7 +24,11 @@ def case(routing="natural", dtype=torch.float32, shape=SMALL):
 
 
 def run(bench=BENCH):
-    return {record["contestant"]: record for found in bench_layer(bench, Console(quiet=True)) for record in found}
+    return {
+        record["contestant"]: record
+        for found in bench_layer(bench, Console(quiet=True))
+        for record in found
+    }
 
 
 def test_backends_are_timed_beside_dense_products():
@@ -78,7 +84,9 @@ def test_a_contestant_that_fails_is_named_and_the_others_go_on(monkeypatch):
         raise RuntimeError("no such\nkernel")
 
     monkeypatch.setattr(
-        module, "backends", lambda case, asked: [Contestant("sad", "backend", failing), *backends(case, "cpu")]
+        module,
+        "backends",
+        lambda case, asked: [Contestant("sad", "backend", failing), *backends(case, "cpu")],
     )
     records = run()
     assert records["sad"]["note"] == "failed: RuntimeError: no such kernel"
@@ -86,7 +94,9 @@ def test_a_contestant_that_fails_is_named_and_the_others_go_on(monkeypatch):
 
 
 def test_an_unusable_peer_gives_its_reason():
-    records = run(replace(BENCH, backends="cpu", peers="grouped_mm,grouped_mm-compiled", activation="geglu"))
+    records = run(
+        replace(BENCH, backends="cpu", peers="grouped_mm,grouped_mm-compiled", activation="geglu")
+    )
     assert records["grouped_mm"]["note"] == "computes swiglu, not geglu"
 
 
@@ -95,12 +105,18 @@ def test_an_unusable_peer_gives_its_reason():
 def test_every_contestant_computes_the_same_layer(routing, dtype):
     torch.manual_seed(3)
     tried = case(routing, dtype, Shape("", 160, 32, 64, 8, 3))
-    entries = [*backends(tried, "cpu,torch"), *peers(tried, "grouped_mm,transformers-eager,transformers-grouped_mm")]
+    entries = [
+        *backends(tried, "cpu,torch"),
+        *peers(tried, "grouped_mm,transformers-eager,transformers-grouped_mm"),
+    ]
     present = [entry for entry in entries if isinstance(entry, Contestant)]
     assert [entry.name for entry in present[:3]] == ["cpu", "torch", "grouped_mm"]
     for entry in present:
         verdict = judge(tried, entry.layer)
-        assert verdict.error <= verdict.allowed * (1 if entry.group == "backend" else 8), (entry.name, verdict)
+        assert verdict.error <= verdict.allowed * (1 if entry.group == "backend" else 8), (
+            entry.name,
+            verdict,
+        )
 
 
 def test_routings_are_as_skewed_as_they_say():
@@ -111,7 +127,9 @@ def test_routings_are_as_skewed_as_they_say():
         skew[routing] = busiest(build_moe(made).router(made.x, made.topk_ids).topk_ids, 32)
     assert skew["uniform"] == 1
     assert 1 < skew["natural"] < 3
-    assert skew["zipf"] > 5  # popularity 1/r: the first of 32 takes a quarter of all draws, at most 8 times the mean
+    assert (
+        skew["zipf"] > 5
+    )  # popularity 1/r: the first of 32 takes a quarter of all draws, at most 8 times the mean
 
 
 def test_all_leaves_out_oracles_but_they_can_be_named():

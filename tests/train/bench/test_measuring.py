@@ -36,11 +36,16 @@ class Steps:
 def test_works_take_turns_and_stages_hand_on_their_results():
     calls, clock = [], Steps()
     works = {
-        "one": (lambda start: calls.append(("one", start)) or 5, lambda got: calls.append(("end", got))),
+        "one": (
+            lambda start: calls.append(("one", start)) or 5,
+            lambda got: calls.append(("end", got)),
+        ),
         "two": (lambda start: calls.append(("two", start)),),
     }
     spreads = measure(works, clock, repetitions=3, warmup=1)
-    assert all(calls[at + 1] == ("end", 5) for at, call in enumerate(calls) if call == ("one", None))
+    assert all(
+        calls[at + 1] == ("end", 5) for at, call in enumerate(calls) if call == ("one", None)
+    )
     begun = [name for name, _ in calls if name != "end"]
     rounds = [begun[at : at + 2] for at in range(0, 8, 2)]
     assert all(sorted(each) == ["one", "two"] for each in rounds)
@@ -55,7 +60,9 @@ def test_a_spread_is_median_and_quartiles():
 
 def test_saved_bytes_counts_each_storage_once_and_no_weights():
     x, w = torch.randn(100, 10, requires_grad=True), torch.randn(10, 10, requires_grad=True)
-    assert saved_bytes(lambda: (x @ w) * (x @ w).detach(), [w]) == 4 * (1000 + 1000)  # x, and the detached factor
+    assert saved_bytes(lambda: (x @ w) * (x @ w).detach(), [w]) == 4 * (
+        1000 + 1000
+    )  # x, and the detached factor
     assert saved_bytes(lambda: x @ w, [w, x]) == 0
 
 
@@ -70,7 +77,10 @@ def test_peak_bytes_sees_what_is_freed_again():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dbrxx", r"--shape 'dbrxx' is unknown \(did you mean 'dbrx'\?\); give T,D,F,E,K or one of: mixtral, dbrx"),
+        (
+            "dbrxx",
+            r"--shape 'dbrxx' is unknown \(did you mean 'dbrx'\?\); give T,D,F,E,K or one of: mixtral, dbrx",
+        ),
         ("1,2,3", r"--shape '1,2,3' is not five whole numbers T,D,F,E,K"),
         ("8,8,a,8,2", r"is not five whole numbers"),
         ("0,8,8,8,2", r"has T = 0; it must be at least 1"),
@@ -82,7 +92,9 @@ def test_a_bad_shape_is_one_sentence(text, said):
 
 
 def test_all_shapes_are_those_of_the_machine():
-    assert [shape.name for shape in parse_shapes(["all", "dbrx"], gpu=True)] == [n for n in SHAPES if n != "cpu"]
+    assert [shape.name for shape in parse_shapes(["all", "dbrx"], gpu=True)] == [
+        n for n in SHAPES if n != "cpu"
+    ]
     assert [shape.name for shape in parse_shapes(["all"], gpu=False)] == ["cpu"]
 
 
@@ -92,7 +104,13 @@ def file(*times: float, noise: float = 0.1, kind: str = "layer"):
         "format": 1,
         "kind": kind,
         "records": [
-            {"shape": shape, "dtype": "bf16", "routing": "natural", "contestant": name, "note": None}
+            {
+                "shape": shape,
+                "dtype": "bf16",
+                "routing": "natural",
+                "contestant": name,
+                "note": None,
+            }
             | {"step_ms": Spread(t, t - noise, t + noise, 20)._asdict()}
             for name, t in zip("abcd", times)
         ],
@@ -124,7 +142,9 @@ def test_the_standard_error_of_a_median_is_that_of_normal_samples():
 
 
 def test_files_of_two_kinds_do_not_compare():
-    with pytest.raises(ConfigError, match=r"one file holds bench layer, the other bench train; give two of a kind"):
+    with pytest.raises(
+        ConfigError, match=r"one file holds bench layer, the other bench train; give two of a kind"
+    ):
         compare(file(1), file(1, kind="train"))
 
 

@@ -37,7 +37,9 @@ def bpe(tmp_path_factory) -> Path:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=32_000, special_tokens=["</s>"], show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=32_000, special_tokens=["</s>"], show_progress=False
+    )
     tokenizer.train_from_iterator((d.text.decode() for d in python_stdlib(held_out=False)), trainer)
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     tokenizer.save(str(path))
@@ -64,11 +66,23 @@ def test_packing_and_reading_a_gigabyte(tmp_path, text, bpe, tokenizer):
     options = [] if tokenizer == "bytes" else ["--tokenizer", str(bpe), "--eos-token", "</s>"]
     script = tmp_path / "measured.py"
     script.write_text("if __name__ == '__main__':" + _MEASURED.replace("\n", "\n    "))
-    command = [sys.executable, str(script), "data", "pack", str(tmp_path / "packed"), str(text), *options]
+    command = [
+        sys.executable,
+        str(script),
+        "data",
+        "pack",
+        str(tmp_path / "packed"),
+        str(text),
+        *options,
+    ]
     began = time.perf_counter()
-    ran = subprocess.run([*command, "--workers", str(workers)], check=True, capture_output=True, text=True)
+    ran = subprocess.run(
+        [*command, "--workers", str(workers)], check=True, capture_output=True, text=True
+    )
     seconds = time.perf_counter() - began
-    print(f"\n{tokenizer}: {GIGABYTE / 1e6 / seconds:.1f} MB/s with {workers} workers; {ran.stdout.splitlines()[-1]}")
+    print(
+        f"\n{tokenizer}: {GIGABYTE / 1e6 / seconds:.1f} MB/s with {workers} workers; {ran.stdout.splitlines()[-1]}"
+    )
 
     tokens = TokenFile(tmp_path / "packed")
     began = time.perf_counter()
@@ -79,5 +93,7 @@ def test_packing_and_reading_a_gigabyte(tmp_path, text, bpe, tokenizer):
         began = time.perf_counter()
         read = sum(samples.batch(step, 16).numel() for step in range(400))
         rate = read / (time.perf_counter() - began)
-        print(f"samples of {length}: {rate / 1e6:.1f} million tokens/s, each block verified when first touched")
+        print(
+            f"samples of {length}: {rate / 1e6:.1f} million tokens/s, each block verified when first touched"
+        )
         assert rate > 20 * 25_000  # twenty times what the quickstart trains on

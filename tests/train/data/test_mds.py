@@ -28,7 +28,12 @@ def write(folder: Path, shards, names, encodings, sizes, compress=None) -> Path:
             bodies.append(np.array(lengths, dtype="<u4").tobytes() + b"".join(sample))
         first = 4 + 4 * (len(samples) + 1) + len(header)
         offsets = first + np.cumsum([0, *map(len, bodies)])
-        raw = np.uint32(len(samples)).tobytes() + offsets.astype("<u4").tobytes() + header + b"".join(bodies)
+        raw = (
+            np.uint32(len(samples)).tobytes()
+            + offsets.astype("<u4").tobytes()
+            + header
+            + b"".join(bodies)
+        )
         name = f"shard.{number:05}.mds"
         entry = {
             "column_names": names, "column_encodings": encodings, "column_sizes": sizes, "compression": None,
@@ -50,7 +55,9 @@ def write(folder: Path, shards, names, encodings, sizes, compress=None) -> Path:
 
 def text_shards(folder: Path, **kwargs) -> Path:
     samples = [[np.int64(i).tobytes(), text.encode()] for i, text in enumerate(TEXTS)]
-    return write(folder, [samples[:3], samples[3:]], ["id", "text"], ["int", "str"], [8, None], **kwargs)
+    return write(
+        folder, [samples[:3], samples[3:]], ["id", "text"], ["int", "str"], [8, None], **kwargs
+    )
 
 
 def read(folder: Path, **more: object) -> list[bytes]:
@@ -64,7 +71,9 @@ def test_texts_are_read_in_order(tmp_path):
 
 def test_compressed_shards_are_unpacked_once_beside_themselves(tmp_path):
     zstandard = pytest.importorskip("zstandard")
-    folder = text_shards(tmp_path, compress=zstandard.ZstdCompressor(write_content_size=False).compress)
+    folder = text_shards(
+        tmp_path, compress=zstandard.ZstdCompressor(write_content_size=False).compress
+    )
     assert read(folder) == read(folder) == [text.encode() for text in TEXTS if text]
     assert sorted(path.name for path in folder.glob("*.mds*")) == [
         "shard.00000.mds", "shard.00000.mds.zstd", "shard.00001.mds", "shard.00001.mds.zstd",
@@ -76,7 +85,9 @@ def test_a_compressed_shard_that_was_changed_is_refused(tmp_path):
     folder = text_shards(tmp_path, compress=zstandard.ZstdCompressor().compress)
     shard = folder / "shard.00001.mds.zstd"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(CorruptError, match=r"shard.00001.mds.zstd does not have the sha1 of its index"):
+    with pytest.raises(
+        CorruptError, match=r"shard.00001.mds.zstd does not have the sha1 of its index"
+    ):
         read(folder)
     assert not (folder / "shard.00001.mds").exists()
 
@@ -100,10 +111,17 @@ def test_training_on_shards_of_ids_and_of_text(tmp_path, config):
     samples = [[np.full(24, i, dtype=np.int64).tobytes()] for i in range(50)]
     write(tmp_path / "ids", [samples], ["tokens"], ["bytes"], [None])
     text_shards(tmp_path / "text")
-    streams = {"ids": {"local": str(tmp_path / "ids")}, "ids again": {"local": str(tmp_path / "ids")}}
-    mixture = build_data(config(train_loader={"name": "text", "dataset": {"streams": streams}}).data()).train
+    streams = {
+        "ids": {"local": str(tmp_path / "ids")},
+        "ids again": {"local": str(tmp_path / "ids")},
+    }
+    mixture = build_data(
+        config(train_loader={"name": "text", "dataset": {"streams": streams}}).data()
+    ).train
     assert mixture.batch(0, 4).max() < 50
-    data = build_data(config(train_loader={"name": "text", "dataset": {"local": str(tmp_path / "text")}}).data())
+    data = build_data(
+        config(train_loader={"name": "text", "dataset": {"local": str(tmp_path / "text")}}).data()
+    )
     assert len(data.train.tokens) == sum(len(text.encode()) + 1 for text in TEXTS if text)
 
 
@@ -116,10 +134,22 @@ def test_nothing_is_unpickled(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda f: (f / "index.json").unlink(), r"dataset.local '.*' has no index.json; give a folder of MDS shards"),
-        (lambda f: (f / "index.json").write_text("{}"), r"index.json is no index of MDS shards: KeyError\('shards'\)"),
-        (lambda f: (f / "shard.00000.mds").unlink(), r"shard.00000.mds is missing or empty; bring it here again"),
-        (lambda f: (f / "shard.00000.mds").write_bytes(b"123"), r"has 3 bytes, and its index says \d+"),
+        (
+            lambda f: (f / "index.json").unlink(),
+            r"dataset.local '.*' has no index.json; give a folder of MDS shards",
+        ),
+        (
+            lambda f: (f / "index.json").write_text("{}"),
+            r"index.json is no index of MDS shards: KeyError\('shards'\)",
+        ),
+        (
+            lambda f: (f / "shard.00000.mds").unlink(),
+            r"shard.00000.mds is missing or empty; bring it here again",
+        ),
+        (
+            lambda f: (f / "shard.00000.mds").write_bytes(b"123"),
+            r"has 3 bytes, and its index says \d+",
+        ),
     ],
 )
 def test_a_broken_folder_is_one_sentence(tmp_path, change, said):
@@ -139,12 +169,16 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path):
 
 def test_a_column_that_is_not_there(tmp_path):
     text_shards(tmp_path)
-    with pytest.raises(ConfigError, match=r"has no column 'txt' \(did you mean 'text'\?\); it has id, text"):
+    with pytest.raises(
+        ConfigError, match=r"has no column 'txt' \(did you mean 'text'\?\); it has id, text"
+    ):
         read(tmp_path, text_key="txt")
 
 
 def test_samples_of_several_lengths_are_refused(tmp_path):
     samples = [[np.arange(n, dtype=np.int64).tobytes()] for n in (5, 5, 4)]
     write(tmp_path, [samples], ["tokens"], ["bytes"], [None])
-    with pytest.raises(ConfigError, match=r"holds samples of several lengths; pack the text instead"):
+    with pytest.raises(
+        ConfigError, match=r"holds samples of several lengths; pack the text instead"
+    ):
         MdsTokens(tmp_path, 257, "local")

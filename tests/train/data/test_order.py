@@ -30,7 +30,9 @@ def test_shuffles_look_random():
     one, two = ([shuffled(i, size, key) for i in range(size)] for key in ("1/0", "1/1"))
     jumps = np.diff(one) % size // (size // 16)
     expected = (size - 1) / 16
-    assert ((np.bincount(jumps, minlength=16) - expected) ** 2 / expected).sum() < 45  # 15 degrees: p below 1e-4
+    assert (
+        (np.bincount(jumps, minlength=16) - expected) ** 2 / expected
+    ).sum() < 45  # 15 degrees: p below 1e-4
     assert sum(a == b for a, b in zip(one, two)) < 10
     assert sum(i == a for i, a in enumerate(one)) < 10
 
@@ -53,7 +55,9 @@ def test_every_block_has_each_stream_s_share():
         found = Counter(mixture.locate(block * BLOCK + i)[0] for i in range(BLOCK))
         assert found == mixture.shares == block_shares(WEIGHTS)
     assert sum(mixture.shares.values()) == BLOCK
-    assert all(abs(mixture.shares[name] / BLOCK - weight) <= 1 / BLOCK for name, weight in WEIGHTS.items())
+    assert all(
+        abs(mixture.shares[name] / BLOCK - weight) <= 1 / BLOCK for name, weight in WEIGHTS.items()
+    )
 
 
 def test_each_stream_is_read_in_its_own_order_without_a_gap():
@@ -67,7 +71,9 @@ def test_each_stream_is_read_in_its_own_order_without_a_gap():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**7), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.booleans())
-def test_any_number_of_processes_resumed_anywhere_reads_the_same_global_order(step, world, per_rank, mixed):
+def test_any_number_of_processes_resumed_anywhere_reads_the_same_global_order(
+    step, world, per_rank, mixed
+):
     size = 4 * per_rank
 
     def fresh():
@@ -83,20 +89,30 @@ def test_a_run_in_pieces_reads_what_a_whole_one_reads():
     for world, stops in ((1, (17, 41)), (2, (5, 6)), (4, (30, 59))):
         pieces = []
         for first, last in zip((0, *stops), (*stops, 60)):
-            mixture = Mixture(streams(), WEIGHTS, 3)  # what a resumed process has: nothing but the config
+            mixture = Mixture(
+                streams(), WEIGHTS, 3
+            )  # what a resumed process has: nothing but the config
             pieces += [
-                torch.cat([mixture.batch(step, 8, rank, world) for rank in range(world)]) for step in range(first, last)
+                torch.cat([mixture.batch(step, 8, rank, world) for rank in range(world)])
+                for step in range(first, last)
             ]
         assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
 
 
 def test_a_weight_that_is_too_small_is_named():
-    with pytest.raises(ConfigError, match=r"streams.b.proportion is 1e-05, less than one sample in 4096; raise it"):
+    with pytest.raises(
+        ConfigError, match=r"streams.b.proportion is 1e-05, less than one sample in 4096; raise it"
+    ):
         Mixture(streams(), {"a": 1, "b": 1e-5, "c": 1}, seed=0)
 
 
 def test_streams_of_a_config(config, text):
-    dataset = {"streams": {"one": {"path": str(text / "a.txt"), "proportion": 3}, "two": {"path": str(text / "b.txt")}}}
+    dataset = {
+        "streams": {
+            "one": {"path": str(text / "a.txt"), "proportion": 3},
+            "two": {"path": str(text / "b.txt")},
+        }
+    }
     mixture = build_data(config(train_loader={"name": "text", "dataset": dataset}).data()).train
     assert isinstance(mixture, Mixture)
     assert mixture.shares == {"one": 3072, "two": 1024}
@@ -105,8 +121,12 @@ def test_streams_of_a_config(config, text):
 
 def test_a_stream_s_mistake_is_named_with_its_place(config, text):
     dataset = {"streams": {"one": {"path": "nowhere"}}}
-    with pytest.raises(ConfigError, match=r"^train_loader.dataset.streams.one.path 'nowhere' does not exist"):
+    with pytest.raises(
+        ConfigError, match=r"^train_loader.dataset.streams.one.path 'nowhere' does not exist"
+    ):
         build_data(config(train_loader={"name": "text", "dataset": dataset}).data())
     dataset = {"streams": {"one": {"path": str(text)}}}
-    with pytest.raises(ConfigError, match=r"eval_loader.dataset.streams mixes training text; score one source"):
+    with pytest.raises(
+        ConfigError, match=r"eval_loader.dataset.streams mixes training text; score one source"
+    ):
         build_data(config(eval_loader={"name": "text", "dataset": dataset}).data())

@@ -44,7 +44,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_documents_are_read_back_with_their_ends(tmp_path):
     tokens = TokenFile(packed(tmp_path / "p"))
     starts = [0, *tokens.ends[:-1].tolist()]
-    read = [tokens[a : b - 1].astype(np.uint8).tobytes() for a, b in zip(starts, tokens.ends.tolist())]
+    read = [
+        tokens[a : b - 1].astype(np.uint8).tobytes() for a, b in zip(starts, tokens.ends.tolist())
+    ]
     assert read == DOCUMENTS
     assert (tokens[:][tokens.ends.astype(np.int64) - 1] == 256).all()
     assert len(tokens) == sum(map(len, DOCUMENTS)) + len(DOCUMENTS)
@@ -76,7 +78,9 @@ def test_an_interrupted_packing_goes_on_to_the_same_bytes(tmp_path):
 
         with pytest.raises(Killed):
             packed(folder, progress=interrupt)
-        with (folder / "tokens.bin").open("ab") as file:  # what was written, but not yet vouched for
+        with (folder / "tokens.bin").open(
+            "ab"
+        ) as file:  # what was written, but not yet vouched for
             file.write(bytes(rng.randrange(5000)))
         with (folder / "journal.jsonl").open("a") as file:
             file.write("[12, 3")
@@ -102,7 +106,9 @@ def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path, big):
     subprocess.run([*command, str(tmp_path / "whole"), *options], check=True, capture_output=True)
     folder, kills = tmp_path / "killed", 0
     for chunk in (1, 3, 4):
-        with subprocess.Popen([*command, str(folder), *options], stdout=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            [*command, str(folder), *options], stdout=subprocess.DEVNULL
+        ) as process:
             while process.poll() is None and _chunks_done(folder) < chunk:
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
@@ -127,7 +133,10 @@ def test_a_flipped_bit_is_found_where_it_is_read(tmp_path):
         changed[place] ^= 1 << rng.randrange(8)
         tokens.write_bytes(changed)
         opened, block = TokenFile(folder), place // 4096
-        with pytest.raises(CorruptError, match=rf"tokens.bin was changed after packing, in bytes {block * 4096} to "):
+        with pytest.raises(
+            CorruptError,
+            match=rf"tokens.bin was changed after packing, in bytes {block * 4096} to ",
+        ):
             opened[place // 2 : place // 2 + 1]
         with pytest.raises(CorruptError):
             opened.verify()
@@ -141,14 +150,18 @@ def test_the_other_files_are_checked_too(tmp_path, name):
     changed = bytearray((folder / name).read_bytes())
     changed[len(changed) // 2] ^= 1
     (folder / name).write_bytes(changed)
-    with pytest.raises((CorruptError, ConfigError), match=r"was changed after packing|is not a manifest"):
+    with pytest.raises(
+        (CorruptError, ConfigError), match=r"was changed after packing|is not a manifest"
+    ):
         TokenFile(folder).verify()
 
 
 def test_a_truncated_file_is_found_when_it_is_opened(tmp_path):
     folder = packed(tmp_path / "p")
     os.truncate(folder / "tokens.bin", 100)
-    with pytest.raises(CorruptError, match=r"tokens.bin has 100 bytes, and \d+ were packed; copy the folder anew"):
+    with pytest.raises(
+        CorruptError, match=r"tokens.bin has 100 bytes, and \d+ were packed; copy the folder anew"
+    ):
         TokenFile(folder)
 
 
@@ -159,16 +172,29 @@ def test_only_the_same_packing_is_gone_on_with(tmp_path):
 
     with pytest.raises(Killed):
         packed(tmp_path / "p", progress=interrupt)
-    with pytest.raises(ConfigError, match=r"was not packed to the end; run the same tokenyard data pack again"):
+    with pytest.raises(
+        ConfigError, match=r"was not packed to the end; run the same tokenyard data pack again"
+    ):
         TokenFile(tmp_path / "p")
-    with pytest.raises(ConfigError, match=r"holds an unfinished packing of other text or by another tokenizer"):
-        pack(tmp_path / "p", lambda: iter(DOCUMENTS), Tokenizer(), [{"name": "other"}], 1, lambda done: None)
+    with pytest.raises(
+        ConfigError, match=r"holds an unfinished packing of other text or by another tokenizer"
+    ):
+        pack(
+            tmp_path / "p",
+            lambda: iter(DOCUMENTS),
+            Tokenizer(),
+            [{"name": "other"}],
+            1,
+            lambda done: None,
+        )
 
 
 def test_what_is_there_is_not_overwritten(tmp_path):
     folder = packed(tmp_path / "p")
     before = content(folder)
-    with pytest.raises(ConfigError, match=r"is packed already; give another folder, or --overwrite"):
+    with pytest.raises(
+        ConfigError, match=r"is packed already; give another folder, or --overwrite"
+    ):
         packed(folder)
     assert content(folder) == before
 
@@ -185,7 +211,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_training_reads_the_folder_as_it_reads_the_text(tmp_path, config, text):
-    ran = CliRunner().invoke(app, ["data", "pack", str(tmp_path / "p"), str(text), "--workers", "1"])
+    ran = CliRunner().invoke(
+        app, ["data", "pack", str(tmp_path / "p"), str(text), "--workers", "1"]
+    )
     assert ran.exit_code == 0, ran.output
     by_text = build_data(config().data()).train
     packed = {"name": "text", "dataset": {"packed": str(tmp_path / "p")}}
@@ -204,14 +232,22 @@ def test_the_commands_say_what_a_folder_holds(tmp_path, text):
     assert "2 documents" in said("pack", folder, str(text), "--workers", "1")
     assert "tokenizer bytes" in said("info", folder)
     assert "tokens are as they were packed" in said("verify", folder)
-    assert run(app, ["data", "pack", folder, str(text), "--overwrite", "--workers", "1"]).exit_code == 0
+    assert (
+        run(app, ["data", "pack", folder, str(text), "--overwrite", "--workers", "1"]).exit_code
+        == 0
+    )
     (tmp_path / "p" / "mine").touch()
-    with pytest.raises(ConfigError, match=r"--overwrite deletes a packed folder, and .* holds something else: mine"):
+    with pytest.raises(
+        ConfigError, match=r"--overwrite deletes a packed folder, and .* holds something else: mine"
+    ):
         run(app, ["data", "pack", folder, str(text), "--overwrite"], catch_exceptions=False)
 
 
 def test_another_tokenizer_s_folder_is_refused(tmp_path, config, monkeypatch):
     folder = packed(tmp_path / "p")
     monkeypatch.setattr("tokenyard_train.data.tokenizer.BytesTokenizer.identity", "other")
-    with pytest.raises(ConfigError, match=r"packed '.*' was packed by the tokenizer bytes, and the config's is other"):
+    with pytest.raises(
+        ConfigError,
+        match=r"packed '.*' was packed by the tokenizer bytes, and the config's is other",
+    ):
         build_data(config(train_loader={"name": "text", "dataset": {"packed": str(folder)}}).data())

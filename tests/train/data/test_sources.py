@@ -53,7 +53,8 @@ def test_hugging_face_datasets_from_a_folder(tmp_path, lines, streaming, monkeyp
     (tmp_path / "data.jsonl").write_bytes(lines)
     assert read(hf_name=str(tmp_path), streaming=streaming) == READ
     with pytest.raises(
-        ConfigError, match=r"text_key is 'txt' \(did you mean 'text'\?\), and .* has the columns text, n"
+        ConfigError,
+        match=r"text_key is 'txt' \(did you mean 'text'\?\), and .* has the columns text, n",
     ):
         read(hf_name=str(tmp_path), streaming=streaming, text_key="txt")
     with pytest.raises(ConfigError, match=r"dataset.hf_name '.*', split 'dev', cannot be loaded: "):
@@ -62,7 +63,9 @@ def test_hugging_face_datasets_from_a_folder(tmp_path, lines, streaming, monkeyp
 
 def test_a_dataset_saved_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
-    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": DOCUMENTS})}).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": DOCUMENTS})}).save_to_disk(
+        tmp_path / "saved"
+    )
     assert read(hf_name=str(tmp_path / "saved"), split="test") == READ
 
 
@@ -70,7 +73,10 @@ def test_a_dataset_saved_to_disk(tmp_path):
     ("content", "said"),
     [
         (b'{"text": "a"}\n{"text": ', r"a.jsonl line 2 is not JSON: "),
-        (b'{"txet": "a"}', r"line 1 has no text under 'text' \(did you mean 'txet'\?\); it has txet; see text_key"),
+        (
+            b'{"txet": "a"}',
+            r"line 1 has no text under 'text' \(did you mean 'txet'\?\); it has txet; see text_key",
+        ),
         (b'{"text": 5}', r"line 1 has no text under 'text'"),
         (b'["text"]', r"line 1 has no text under 'text'; it has no columns"),
     ],
@@ -90,7 +96,8 @@ def test_a_truncated_archive_is_named(tmp_path, lines):
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        ConfigError, match=r'dataset.hf_name needs datasets, .*pip install "tokenyard-train\[datasets\]"'
+        ConfigError,
+        match=r'dataset.hf_name needs datasets, .*pip install "tokenyard-train\[datasets\]"',
     ):
         read(hf_name="x")
 
@@ -113,5 +120,8 @@ def test_a_description_changes_with_the_content(tmp_path, lines):
     ],
 )
 def test_a_source_is_in_exactly_one_place(given, has):
-    with pytest.raises(ConfigError, match=f"it has {has}; give exactly one of path, packed, local, hf_name, streams"):
+    with pytest.raises(
+        ConfigError,
+        match=f"it has {has}; give exactly one of path, packed, local, hf_name, streams",
+    ):
         parse(TextDataset, given)

@@ -24,7 +24,9 @@ def folder(tmp_path_factory):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
@@ -36,14 +38,21 @@ def ranks(tmp_path_factory):
     """A file of ranks as tiktoken reads it: all bytes, and a few merges."""
     pytest.importorskip("tiktoken")
     merges = [b"th", b"re", b"\xc3\xa9", b"caf", b"ca", b"  ", b"ret"]
-    lines = [base64.b64encode(t).decode() + f" {i}" for i, t in enumerate([bytes([b]) for b in range(256)] + merges)]
+    lines = [
+        base64.b64encode(t).decode() + f" {i}"
+        for i, t in enumerate([bytes([b]) for b in range(256)] + merges)
+    ]
     path = tmp_path_factory.mktemp("tiktoken") / "ranks.tiktoken"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def tiktoken(ranks: Path, **changes: object) -> Tokenizer:
-    kwargs = {"file": str(ranks), "pattern": r"\w+|\s+|[^\w\s]+", "special_tokens": {"<|endoftext|>": 263}}
+    kwargs = {
+        "file": str(ranks),
+        "pattern": r"\w+|\s+|[^\w\s]+",
+        "special_tokens": {"<|endoftext|>": 263},
+    }
     return parse(Tokenizer, {"name": "tiktoken", "kwargs": kwargs | changes})
 
 
@@ -83,7 +92,10 @@ def test_identity_tells_tokenizers_apart(folder, ranks, tmp_path):
         tiktoken(ranks),
     ]
     assert len({build_tokenizer(config).identity for config in configs}) == 4
-    assert build_tokenizer(configs[1]).identity == build_tokenizer(Tokenizer(name=str(folder))).identity
+    assert (
+        build_tokenizer(configs[1]).identity
+        == build_tokenizer(Tokenizer(name=str(folder))).identity
+    )
 
 
 def test_what_looks_special_in_a_document_is_text(ranks):
@@ -101,7 +113,10 @@ def test_what_looks_special_in_a_document_is_text(ranks):
             {"file": None, "encoding_name": "cl200k"},
             r"'cl200k', which tiktoken does not know; encodings: .*cl100k_base",
         ),
-        ({"file": None}, r"tokenizer.kwargs is missing; give encoding_name, model_name, or file and pattern"),
+        (
+            {"file": None},
+            r"tokenizer.kwargs is missing; give encoding_name, model_name, or file and pattern",
+        ),
     ],
 )
 def test_a_tiktoken_that_cannot_be_had(ranks, change, said):
@@ -111,14 +126,19 @@ def test_a_tiktoken_that_cannot_be_had(ranks, change, said):
 
 def test_a_tokenizer_that_does_not_say_how_a_document_ends(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    with pytest.raises(ConfigError, match=r"must say how a document ends, and has no token for it; give .*eos_token"):
+    with pytest.raises(
+        ConfigError,
+        match=r"must say how a document ends, and has no token for it; give .*eos_token",
+    ):
         build_tokenizer(Tokenizer(name=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"has no token '<eos>'; give tokenizer.eos_token"):
         build_tokenizer(Tokenizer(name=str(tmp_path), eos_token="<eos>"))
 
 
 def test_a_path_that_is_no_tokenizer(tmp_path):
-    with pytest.raises(ConfigError, match=r"tokenizer.name is 'byte'; give bytes, tiktoken, or the path"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer.name is 'byte'; give bytes, tiktoken, or the path"
+    ):
         build_tokenizer(Tokenizer(name="byte"))
     pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -130,7 +150,8 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(
-        ConfigError, match=r'needs tokenizers, which is not installed; pip install "tokenyard-train\[data'
+        ConfigError,
+        match=r'needs tokenizers, which is not installed; pip install "tokenyard-train\[data',
     ):
         build_tokenizer(Tokenizer(name=str(tmp_path)))
 

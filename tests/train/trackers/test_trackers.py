@@ -29,7 +29,13 @@ def of(records, kind):
 
 
 def test_records_become_numbers_with_names():
-    record = {"kind": "train", "batch": 7, "loss": 2, "load": [[0.25, 0.75]], "routing": [{"entropy": 0.5}]}
+    record = {
+        "kind": "train",
+        "batch": 7,
+        "loss": 2,
+        "load": [[0.25, 0.75]],
+        "routing": [{"entropy": 0.5}],
+    }
     assert scalars(record) == {
         "train/loss": 2.0,
         "train/load/0/0": 0.25,
@@ -50,9 +56,13 @@ def test_a_tensorboard_event_file_is_read_back(run, tmp_path):
     records = run({"tensorboard": {"flush_interval": 1}})
     found = events(tmp_path / "run" / "tensorboard")
     losses = {e.step: e.value for e in found.Scalars("train/loss")}
-    assert losses == pytest.approx({batch: r["loss"] for batch, r in of(records, "train").items()}, rel=1e-6)
+    assert losses == pytest.approx(
+        {batch: r["loss"] for batch, r in of(records, "train").items()}, rel=1e-6
+    )
     scores = {e.step: e.value for e in found.Scalars("eval/bits_per_byte")}
-    assert scores == pytest.approx({batch: r["bits_per_byte"] for batch, r in of(records, "eval").items()}, rel=1e-6)
+    assert scores == pytest.approx(
+        {batch: r["bits_per_byte"] for batch, r in of(records, "eval").items()}, rel=1e-6
+    )
     assert "train/routing/0/entropy" in found.Tags()["scalars"]
 
 
@@ -60,7 +70,9 @@ def test_a_resumed_run_shows_each_step_once_in_tensorboard(run, tmp_path):
     pytest.importorskip("tensorboard")
     loggers = {"tensorboard": {"flush_interval": 1}}
     run(loggers, max_duration="5ba", save_interval="2ba")
-    for checkpoint in (tmp_path / "run").glob("ba5"):  # as if killed after the last step, before it was saved
+    for checkpoint in (tmp_path / "run").glob(
+        "ba5"
+    ):  # as if killed after the last step, before it was saved
         checkpoint.rename(tmp_path / "lost")
     records = run(loggers, max_duration="8ba", autoresume=True)
     steps = [e.step for e in events(tmp_path / "run" / "tensorboard").Scalars("train/loss")]
@@ -72,7 +84,11 @@ def test_a_run_of_mlflow_is_read_back(run, tmp_path, config):
     records = run({"mlflow": {"experiment_name": "yard", "tags": {"team": "one"}}})
     client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
     (found,) = client.search_runs([client.get_experiment_by_name("yard").experiment_id])
-    assert (found.info.run_name, found.info.status, found.data.tags["team"]) == ("run", "FINISHED", "one")
+    assert (found.info.run_name, found.info.status, found.data.tags["team"]) == (
+        "run",
+        "FINISHED",
+        "one",
+    )
     history = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "train/loss")}
     assert history == {batch: r["loss"] for batch, r in of(records, "train").items()}
     assert found.data.params["optimizer.lr"] == "0.01"
@@ -129,7 +145,9 @@ def wandb_losses(path, records_pb):
             record.ParseFromString(data)
         except DecodeError:  # the last one is not whole yet
             break
-        values = {i.nested_key[0] if i.nested_key else i.key: i.value_json for i in record.history.item}
+        values = {
+            i.nested_key[0] if i.nested_key else i.key: i.value_json for i in record.history.item
+        }
         if "train/loss" in values:
             losses[record.history.step.num] = json.loads(values["train/loss"])
     return losses
@@ -139,7 +157,8 @@ def wandb_losses(path, records_pb):
 def test_a_missing_library_is_named_before_anything_is_trained(run, name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        ConfigError, match=rf'loggers.{name} needs {name}, which is not installed; pip install "tokenyard-train\[{name}'
+        ConfigError,
+        match=rf'loggers.{name} needs {name}, which is not installed; pip install "tokenyard-train\[{name}',
     ):
         run({name: {}})
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -178,5 +197,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(caplog):
         for batch in (1, 2, 3):
             trackers.record({"kind": "train", "batch": batch, "loss": 1.0})
         trackers.finish(True)
-    assert caplog.messages == ["loggers.failing failed and is left out from here on: ConnectionError: no such server"]
+    assert caplog.messages == [
+        "loggers.failing failed and is left out from here on: ConnectionError: no such server"
+    ]
     assert (failing.calls, kept.seen, kept.failed) == (1, [1, 2, 3], True)

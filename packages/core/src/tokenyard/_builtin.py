@@ -9,7 +9,11 @@ from tokenyard.workload import Workload
 
 def _topk_only(workload: Workload) -> str | None:
     algorithm = workload.router.algorithm
-    return None if algorithm == "topk" else f"'torch' computes the router algorithm 'topk', not {algorithm!r}"
+    return (
+        None
+        if algorithm == "topk"
+        else f"'torch' computes the router algorithm 'topk', not {algorithm!r}"
+    )
 
 
 def _cpu_only(workload: Workload) -> str | None:

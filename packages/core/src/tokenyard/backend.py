@@ -42,4 +42,6 @@ class Backend:
         try:
             return getattr(importlib.import_module(module), name)
         except Exception as error:
-            raise BackendError(f"backend {self.name!r} could not be loaded from {self.path}: {error!r}") from error
+            raise BackendError(
+                f"backend {self.name!r} could not be loaded from {self.path}: {error!r}"
+            ) from error

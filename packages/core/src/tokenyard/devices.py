@@ -31,12 +31,16 @@ def resolve_device(name: str | torch.device, key: str = "device") -> torch.devic
         return with_index(device)
     count = torch.cuda.device_count()
     if not count:
-        raise ConfigError(f"{key} is {str(name)!r}, but torch finds no CUDA GPU here; give cpu or auto")
+        raise ConfigError(
+            f"{key} is {str(name)!r}, but torch finds no CUDA GPU here; give cpu or auto"
+        )
     if device.index is None:
         device = torch.device("cuda", _local_rank(count))
     if device.index >= count:
         gpus = "1 CUDA GPU" if count == 1 else f"{count} CUDA GPUs"
-        raise ConfigError(f"{key} is {str(device)!r}, but torch finds {gpus} here; count from cuda:0")
+        raise ConfigError(
+            f"{key} is {str(device)!r}, but torch finds {gpus} here; count from cuda:0"
+        )
     return device
 
 
@@ -48,7 +52,9 @@ def with_index(device: str | torch.device) -> torch.device:
     if device.index is not None or device.type == "meta":
         return device
     if device.type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+        return torch.device(
+            "cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+        )
     return torch.zeros(0, device=device).device
 
 

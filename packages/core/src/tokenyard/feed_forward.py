@@ -32,4 +32,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [T, D] for tokens x [T, D]."""
-        return F.linear(activate(F.linear(x, self.up, self.up_bias), self.activation), self.down, self.down_bias)
+        return F.linear(
+            activate(F.linear(x, self.up, self.up_bias), self.activation), self.down, self.down_bias
+        )

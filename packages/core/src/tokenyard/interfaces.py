@@ -110,7 +110,9 @@ class Permutation(Protocol):
 class ExpertKernel(Protocol):
     """Computes experts on unsorted tokens; stateless; x, weights and the result have one dtype."""
 
-    def __call__(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights) -> Tensor:
+    def __call__(
+        self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
+    ) -> Tensor:
         """Return y [T, D] = sum over k of topk_weights[t, k] * expert(x[t]); without weights each counts 1."""
         ...
 
@@ -128,7 +130,9 @@ class Exchange(Protocol):
 class Layout(NamedTuple):
     """What a strategy made of a model, as one rank sees it."""
 
-    meshes: Mapping[str, Mapping[str, int]]  # of which parameters: how many ranks along each dimension, outermost first
+    meshes: Mapping[
+        str, Mapping[str, int]
+    ]  # of which parameters: how many ranks along each dimension, outermost first
     working_set: int  # bytes, at most, that a step holds besides this rank's parameters and gradients: gathered ones
 
 

@@ -36,13 +36,21 @@ class LoraAdapter(nn.Module):
         for target in targets:
             weight: Tensor = getattr(experts, target)
             count, rows, columns = weight.shape
-            self.register_parameter(f"{target}_a", nn.Parameter(weight.new_empty(count, rank, columns)))
-            self.register_parameter(f"{target}_b", nn.Parameter(weight.new_zeros(count, rows, rank)))
+            self.register_parameter(
+                f"{target}_a", nn.Parameter(weight.new_empty(count, rank, columns))
+            )
+            self.register_parameter(
+                f"{target}_b", nn.Parameter(weight.new_zeros(count, rows, rank))
+            )
             nn.init.uniform_(getattr(self, f"{target}_a"), -(columns**-0.5), columns**-0.5)
 
     def forward(self, weights: ExpertWeights) -> ExpertWeights:
         """Return weights with this adapter's part added, in their dtype."""
-        added = {name: w + self.part(name, w.dtype) for name, w in weights._asdict().items() if self.has(name)}
+        added = {
+            name: w + self.part(name, w.dtype)
+            for name, w in weights._asdict().items()
+            if self.has(name)
+        }
         return weights._replace(**added)
 
     def has(self, target: str) -> bool:
@@ -55,7 +63,9 @@ class LoraAdapter(nn.Module):
         return self.scale * torch.bmm(b.to(dtype), a.to(dtype))
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[LoraTarget] = get_args(LoraTarget)) -> None:
+def add_lora(
+    model: nn.Module, rank: int, alpha: float, targets: Sequence[LoraTarget] = get_args(LoraTarget)
+) -> None:
     """Give the experts of every MoE layer an adapter, and let nothing else of the model be trained.
 
     Raises ConfigError if there are no experts, or they have adapters already.
@@ -64,7 +74,9 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[LoraTa
     if not layers:
         raise ConfigError("lora is for experts, and the model has none")
     if any(moe.experts.adapter is not None for moe in layers):
-        raise ConfigError("the model's experts have adapters already; merge_lora makes them part of the weights")
+        raise ConfigError(
+            "the model's experts have adapters already; merge_lora makes them part of the weights"
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for moe in layers:
@@ -79,7 +91,9 @@ def merge_lora(model: nn.Module) -> None:
         if not isinstance(adapter, LoraAdapter):
             continue
         if is_sharded(experts.up):
-            raise ConfigError("a sharded model's adapters cannot be merged; load it in one process first")
+            raise ConfigError(
+                "a sharded model's adapters cannot be merged; load it in one process first"
+            )
         for target in filter(adapter.has, get_args(LoraTarget)):
             weight: Tensor = getattr(experts, target)
             wide = torch.promote_types(weight.dtype, torch.float32)

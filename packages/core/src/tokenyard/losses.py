@@ -20,7 +20,10 @@ Convention = Literal["megablocks", "hf"]
 
 
 def load_balancing_loss(
-    balances: Sequence[Balance], tokens: Tensor | int, top_k: int, convention: Convention = "megablocks"
+    balances: Sequence[Balance],
+    tokens: Tensor | int,
+    top_k: int,
+    convention: Convention = "megablocks",
 ) -> Tensor:
     """Return the load-balancing loss of some layers; lowest when every expert gets the same number of tokens.
 
@@ -52,13 +55,19 @@ class AuxiliaryLoss:
 
     def __post_init__(self) -> None:
         if self.convention not in ("megablocks", "hf"):
-            raise ConfigError(f"load-balancing convention {self.convention!r} is unknown; known are: megablocks, hf")
+            raise ConfigError(
+                f"load-balancing convention {self.convention!r} is unknown; known are: megablocks, hf"
+            )
 
-    def __call__(self, balances: Sequence[Balance], tokens: Tensor | int, top_k: int) -> Tensor | float:
+    def __call__(
+        self, balances: Sequence[Balance], tokens: Tensor | int, top_k: int
+    ) -> Tensor | float:
         """Return the loss to add for `tokens` tokens; 0.0 when there is no MoE layer or no weight."""
         loss: Tensor | float = 0.0
         if balances and self.balance_weight:
-            loss = self.balance_weight * load_balancing_loss(balances, tokens, top_k, self.convention)
+            loss = self.balance_weight * load_balancing_loss(
+                balances, tokens, top_k, self.convention
+            )
         if balances and self.z_weight:
             loss = loss + self.z_weight * z_loss(balances, tokens)
         return loss

@@ -57,7 +57,9 @@ class MoE(nn.Module):
             exchange = self.chosen["exchange"].construct(workload, permutation, group)
             self.experts = Experts(workload, permutation, kernel, exchange)
             self.shared = _shared_expert(workload, shared_dim)
-            self.register_parameter("bias", nn.Parameter(torch.zeros(workload.dim)) if output_bias else None)
+            self.register_parameter(
+                "bias", nn.Parameter(torch.zeros(workload.dim)) if output_bias else None
+            )
         k = workload.top_k
         self._shares = (k / (k + 1), 1 / (k + 1)) if shared_weighted_sum else (1.0, 1.0)
 
@@ -102,11 +104,15 @@ def _shared_expert(workload: Workload, ffn_dim: int | None) -> FeedForward | Non
     return FeedForward(workload.dim, ffn_dim, workload.activation, workload.bias)
 
 
-def _choose_parts(workload: Workload, backends: Mapping[str, Request], registry: Registry) -> dict[str, Chosen]:
+def _choose_parts(
+    workload: Workload, backends: Mapping[str, Request], registry: Registry
+) -> dict[str, Chosen]:
     for part in backends:
         if part not in _PARTS:
             known = ", ".join(_PARTS)
-            raise ConfigError(f"backends.{part} is not a known key{did_you_mean(part, _PARTS)}; known are: {known}")
+            raise ConfigError(
+                f"backends.{part} is not a known key{did_you_mean(part, _PARTS)}; known are: {known}"
+            )
     return {part: registry.choose(part, backends.get(part), workload) for part in _PARTS}
 
 

@@ -32,5 +32,7 @@ def allowed_error(plain: Tensor, oracle: Tensor, dtype: torch.dtype | None = Non
 
     The eps is that of `dtype`, if given: of what was computed in, where the result is kept in a wider one.
     """
-    eps = torch.finfo(dtype or plain.dtype).eps * (1 + 4 / max(1, oracle.numel()) ** 0.5)  # few numbers fluctuate more
+    eps = torch.finfo(dtype or plain.dtype).eps * (
+        1 + 4 / max(1, oracle.numel()) ** 0.5
+    )  # few numbers fluctuate more
     return max(2 * relative_error(plain, oracle) + eps, ORACLE_ERROR)

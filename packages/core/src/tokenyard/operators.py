@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 
-def operator(name: str, schema: str | None = None, device: str = "default") -> Callable[[Callable[..., Any]], Any]:
+def operator(
+    name: str, schema: str | None = None, device: str = "default"
+) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that makes a function the operator `name`, such as ``acme::plan``, and returns that.
 
     The function must neither change its arguments nor return one of them or a view. `schema` is inferred from the

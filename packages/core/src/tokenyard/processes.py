@@ -9,4 +9,6 @@ import torch.distributed as dist
 
 def started_processes() -> int:
     """Return how many processes torchrun (or whoever sets WORLD_SIZE) started for this run; 1 outside of it."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return (
+        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    )

@@ -52,7 +52,9 @@ def render(registry: Registry, workload: Workload) -> str:
     lines = _columns([header, *rows(registry, workload)])
     lines += [f"left out: {problem.reason}" for problem in registry.problems]
     where = f"{workload.device.type}, {str(workload.dtype).removeprefix('torch.')}"
-    shape = f"{workload.num_experts} experts, top-{workload.top_k}, {workload.dim} x {workload.ffn_dim}"
+    shape = (
+        f"{workload.num_experts} experts, top-{workload.top_k}, {workload.dim} x {workload.ffn_dim}"
+    )
     return "\n".join([*lines, f"judged by a layer of {shape} ({where})"])
 
 

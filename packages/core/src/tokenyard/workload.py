@@ -19,7 +19,9 @@ from tokenyard.numerics import compute_dtype
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         names = ", ".join(known)
-        raise ConfigError(f"{what} {value!r} is unknown{did_you_mean(value, known)}; known are: {names}")
+        raise ConfigError(
+            f"{what} {value!r} is unknown{did_you_mean(value, known)}; known are: {names}"
+        )
 
 
 def _indivisible(what: str, value: int, experts: int) -> str:
@@ -40,13 +42,23 @@ class RoutingRule:
     select_first: bool = False  # take the softmax over the K selected logits only
     normalize: float | None = None  # divide a token's K weights by their p-norm; this is p
     scale: float = 1.0  # multiply the weights last (DeepSeek-V3's routed_scaling_factor)
-    jitter: float = 0.0  # while training, multiply the router's input by uniform [1 - jitter, 1 + jitter]
-    bias_update_rate: float = 0.0  # above 0: a selection bias, moved so after each step (arXiv 2408.15664)
+    jitter: float = (
+        0.0  # while training, multiply the router's input by uniform [1 - jitter, 1 + jitter]
+    )
+    bias_update_rate: float = (
+        0.0  # above 0: a selection bias, moved so after each step (arXiv 2408.15664)
+    )
     num_groups: int = 1  # experts stand in groups of E / num_groups
     groups_kept: int = 1  # and a token may choose from its best groups only (arXiv 2412.19437)
-    group_score: Literal["max", "top2"] = "max"  # a group's score: its best expert, or the sum of its best two
-    capacity_factor: float | None = None  # an expert keeps int(factor * K * T / E) slots, the first ones
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # for algorithms of plugins
+    group_score: Literal["max", "top2"] = (
+        "max"  # a group's score: its best expert, or the sum of its best two
+    )
+    capacity_factor: float | None = (
+        None  # an expert keeps int(factor * K * T / E) slots, the first ones
+    )
+    options: Mapping[str, Any] = field(
+        default_factory=dict, hash=False
+    )  # for algorithms of plugins
 
     def __post_init__(self) -> None:
         _one_of("router score", self.score, ("softmax", "sigmoid"))
@@ -57,14 +69,20 @@ class RoutingRule:
             raise ConfigError(f"router jitter is {self.jitter}; it must be at least 0 and below 1")
         for name in ("bias_update_rate", "scale"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"router {name} is {getattr(self, name)}; it must not be negative")
+                raise ConfigError(
+                    f"router {name} is {getattr(self, name)}; it must not be negative"
+                )
         for name in ("normalize", "capacity_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"router {name} is {value}; give a finite number above 0, or leave it out")
+                raise ConfigError(
+                    f"router {name} is {value}; give a finite number above 0, or leave it out"
+                )
         groups, kept = self.num_groups, self.groups_kept
         if not 1 <= kept <= groups:
-            raise ConfigError(f"router groups_kept is {kept}; choose from 1 to num_groups, {groups}")
+            raise ConfigError(
+                f"router groups_kept is {kept}; choose from 1 to num_groups, {groups}"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,8 +97,12 @@ class Workload:
     bias: bool = False  # up_bias and down_bias in every expert
     router: RoutingRule = RoutingRule()
     dtype: torch.dtype = torch.float32  # what the experts compute in
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # a GPU's always has an index
-    capability: tuple[int, int] | None = None  # the CUDA compute capability; asked of the device if not given
+    device: torch.device = field(
+        default_factory=lambda: torch.device("cpu")
+    )  # a GPU's always has an index
+    capability: tuple[int, int] | None = (
+        None  # the CUDA compute capability; asked of the device if not given
+    )
     expert_parallel: int = 1  # ranks that share the experts
 
     def __post_init__(self) -> None:
@@ -90,16 +112,22 @@ class Workload:
         _one_of("activation", self.activation, ACTIVATIONS)
         experts, groups = self.num_experts, self.router.num_groups
         if self.top_k > experts:
-            raise ConfigError(f"top_k is {self.top_k} but num_experts is {experts}; choose top_k from 1 to {experts}")
+            raise ConfigError(
+                f"top_k is {self.top_k} but num_experts is {experts}; choose top_k from 1 to {experts}"
+            )
         if experts % self.expert_parallel:
             raise ConfigError(_indivisible("expert_parallel", self.expert_parallel, experts))
         if experts % groups:
             raise ConfigError(_indivisible("router num_groups", groups, experts))
         if self.top_k > experts // groups * self.router.groups_kept:
             kept = experts // groups * self.router.groups_kept
-            raise ConfigError(f"top_k is {self.top_k} but the groups kept hold {kept} experts; keep more groups")
+            raise ConfigError(
+                f"top_k is {self.top_k} but the groups kept hold {kept} experts; keep more groups"
+            )
         if self.router.group_score == "top2" and groups > 1 and experts // groups < 2:
-            raise ConfigError(f"router group_score 'top2' needs 2 experts in a group; num_groups {groups} leaves one")
+            raise ConfigError(
+                f"router group_score 'top2' needs 2 experts in a group; num_groups {groups} leaves one"
+            )
         object.__setattr__(self, "device", with_index(self.device))
         if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))

@@ -20,9 +20,14 @@ def main(arguments: list[str]) -> int:
         print(_USAGE, file=sys.stderr)
         return 2
     if not arguments and not torch.cuda.is_available():
-        print("there is no GPU here to compile for; give an architecture, such as sm_90a", file=sys.stderr)
+        print(
+            "there is no GPU here to compile for; give an architecture, such as sm_90a",
+            file=sys.stderr,
+        )
         return 2
-    architecture = arguments[0] if arguments else architecture_of(torch.cuda.get_device_capability())
+    architecture = (
+        arguments[0] if arguments else architecture_of(torch.cuda.get_device_capability())
+    )
     try:
         _compile_all(architecture)
     except TokenyardError as error:
@@ -36,7 +41,9 @@ def _compile_all(architecture: str) -> None:
     for source in sources():
         start = time.perf_counter()
         size = len(cubin_of(source, architecture))
-        print(f"{source!s:40} {architecture} {size:8,} bytes {1000 * (time.perf_counter() - start):7.1f} ms")
+        print(
+            f"{source!s:40} {architecture} {size:8,} bytes {1000 * (time.perf_counter() - start):7.1f} ms"
+        )
     print(f"{time.perf_counter() - began:.2f} s; kept in {cubin_folder()}")
 
 

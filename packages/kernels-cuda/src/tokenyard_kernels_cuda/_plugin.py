@@ -39,7 +39,9 @@ def no_router(workload: Workload) -> str | None:
     if workload.router.algorithm != "topk":
         return f"'cuda' computes the router algorithm 'topk', not {workload.router.algorithm!r}"
     if workload.router.score not in _SCORES:  # as a later core may have
-        return f"'cuda' computes the router scores {', '.join(_SCORES)}, not {workload.router.score!r}"
+        return (
+            f"'cuda' computes the router scores {', '.join(_SCORES)}, not {workload.router.score!r}"
+        )
     return _too_many(workload, 1024, "routes to") or no_cuda(workload)
 
 
@@ -80,4 +82,8 @@ def tokenyard_routers() -> list[Backend]:
 @hookimpl
 def tokenyard_permutations() -> list[Backend]:
     """Offer the plan in two launches, and its moves."""
-    return [Backend("cuda", "tokenyard_kernels_cuda.permutation:CudaPermutation", _PRIORITY, no_permutation)]
+    return [
+        Backend(
+            "cuda", "tokenyard_kernels_cuda.permutation:CudaPermutation", _PRIORITY, no_permutation
+        )
+    ]

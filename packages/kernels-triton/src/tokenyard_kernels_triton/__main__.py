@@ -35,7 +35,9 @@ def _sizes(arguments: list[str]) -> list[int]:
     except (IndexError, ValueError):
         raise ConfigError(_USAGE) from None
     if len(arguments) != 1 or len(sizes) != 5 or min(sizes) < 1:
-        raise ConfigError(f"{' '.join(arguments)!r} is not five whole numbers above 0, such as 32768,2048,768,128,8")
+        raise ConfigError(
+            f"{' '.join(arguments)!r} is not five whole numbers above 0, such as 32768,2048,768,128,8"
+        )
     return sizes
 
 
@@ -49,8 +51,12 @@ def _tune_and_keep(tokens: int, dim: int, ffn_dim: int, num_experts: int, top_k:
 
     results = tune(tokens, dim, ffn_dim, num_experts, top_k)
     for result in results:
-        print(f"{result.product:20} {result.shipped_ms:8.3f} ms -> {result.best_ms:8.3f} ms  {result.best}")
-    print(f"kept in {keep_tuned(gpu_key(current_device()), {result.bucket: result.best for result in results})}")
+        print(
+            f"{result.product:20} {result.shipped_ms:8.3f} ms -> {result.best_ms:8.3f} ms  {result.best}"
+        )
+    print(
+        f"kept in {keep_tuned(gpu_key(current_device()), {result.bucket: result.best for result in results})}"
+    )
 
 
 if __name__ == "__main__":

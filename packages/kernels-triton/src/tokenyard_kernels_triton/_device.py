@@ -27,7 +27,11 @@ def persistent_grid(device: torch.device, tiles: int) -> tuple[int]:
 
 def current_device() -> torch.device:
     """Return the GPU that is current, or the CPU where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 @functools.cache
@@ -35,7 +39,9 @@ def shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that one program can have; without a GPU, a Hopper's."""
     if device.type != "cuda":
         return 232448
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 101376))
+    return int(
+        getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 101376)
+    )
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

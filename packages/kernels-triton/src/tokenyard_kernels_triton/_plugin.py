@@ -27,11 +27,19 @@ def no_triton(workload: Workload) -> str | None:
     if workload.device.type != "cuda" and not (_interpreted() and workload.device.type == "cpu"):
         device = workload.device.type
         return f"'triton' computes on a GPU, and the device is {device!r} (TRITON_INTERPRET=1 is for tests on a CPU)"
-    if workload.device.type == "cuda" and workload.capability is not None and workload.capability < (8, 0):
+    if (
+        workload.device.type == "cuda"
+        and workload.capability is not None
+        and workload.capability < (8, 0)
+    ):
         major, minor = workload.capability
-        return f"'triton' needs a GPU of compute capability 8.0 or later, and this is {major}.{minor}"
+        return (
+            f"'triton' needs a GPU of compute capability 8.0 or later, and this is {major}.{minor}"
+        )
     if workload.dtype not in _DTYPES:
-        return f"'triton' computes in bfloat16, float16 and float32, not in {_short(workload.dtype)}"
+        return (
+            f"'triton' computes in bfloat16, float16 and float32, not in {_short(workload.dtype)}"
+        )
     return None
 
 
@@ -39,7 +47,11 @@ def no_gluon(workload: Workload) -> str | None:
     """Say why the kernels for Hopper cannot be used for a workload."""
     if (reason := no_triton(workload)) is not None:
         return reason.replace("'triton'", "'gluon'", 1)
-    hopper = workload.device.type == "cuda" and workload.capability is not None and workload.capability[0] == 9
+    hopper = (
+        workload.device.type == "cuda"
+        and workload.capability is not None
+        and workload.capability[0] == 9
+    )
     if not hopper or torch.version.hip is not None:  # AMD counts its GPUs by such numbers, too
         return "'gluon' needs a Hopper GPU (compute capability 9.0)"
     if workload.dtype not in (torch.bfloat16, torch.float16):
@@ -80,7 +92,11 @@ def tokenyard_routers() -> list[Backend]:
 @hookimpl
 def tokenyard_permutations() -> list[Backend]:
     """Offer the plan in three launches, and its moves."""
-    return [Backend("triton", "tokenyard_kernels_triton.permutation:TritonPermutation", _PRIORITY, no_triton)]
+    return [
+        Backend(
+            "triton", "tokenyard_kernels_triton.permutation:TritonPermutation", _PRIORITY, no_triton
+        )
+    ]
 
 
 @hookimpl

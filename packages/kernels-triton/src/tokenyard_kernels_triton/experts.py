@@ -38,7 +38,9 @@ class TritonExperts:
         w = self.workload
         experts, slots = w.num_experts // w.expert_parallel, tokens * w.top_k
         empty = functools.partial(torch.empty, device=w.device)
-        order, inverse, offsets = (empty(size, dtype=torch.int32) for size in (slots, slots, experts + 1))
+        order, inverse, offsets = (
+            empty(size, dtype=torch.int32) for size in (slots, slots, experts + 1)
+        )
         rows = up_rows(w.activation, w.ffn_dim)
         weights = ExpertWeights(
             empty(experts, rows, w.dim, dtype=w.dtype),
@@ -49,11 +51,17 @@ class TritonExperts:
         x = empty(tokens, w.dim, dtype=w.dtype)
         topk_weights = empty(tokens, w.top_k, dtype=logits_dtype(w.dtype))
         plan = Plan(order, inverse, offsets, w.top_k)
-        compile_experts(ExpertsCall(x, plan, topk_weights, weights, w.activation), self.save, self.products)
+        compile_experts(
+            ExpertsCall(x, plan, topk_weights, weights, w.activation), self.save, self.products
+        )
 
-    def __call__(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights) -> Tensor:
+    def __call__(
+        self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
+    ) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
-        return experts(x, plan, topk_weights, weights, self.activation, save=self.save, kernels=self.products)
+        return experts(
+            x, plan, topk_weights, weights, self.activation, save=self.save, kernels=self.products
+        )
 
 
 class GluonExperts(TritonExperts):

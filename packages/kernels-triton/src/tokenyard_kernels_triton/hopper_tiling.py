@@ -19,7 +19,9 @@ import torch
 from tokenyard import cache_folder
 from tokenyard_kernels_triton._device import triton_version
 
-Product = Literal["up", "down", "activation_gradient", "input_gradient", "up_gradient", "down_gradient"]
+Product = Literal[
+    "up", "down", "activation_gradient", "input_gradient", "up_gradient", "down_gradient"
+]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 
 CHUNKS = (32, 64, 128)  # columns that can leave at a time
@@ -82,7 +84,9 @@ def hopper_tiling(product: Product, dim: int, ffn_dim: int, device: torch.device
     Where the gradient of the pre-activation is an operand (input_gradient, up_gradient), its width counts: gate and up.
     """
     gpu = gpu_key(device)
-    return _tuned(gpu).get(bucket(product, dim, ffn_dim)) or _shipped(gpu, product, ffn_dim >= _FINE)
+    return _tuned(gpu).get(bucket(product, dim, ffn_dim)) or _shipped(
+        gpu, product, ffn_dim >= _FINE
+    )
 
 
 def _shipped(gpu: str, product: Product, wide: bool) -> HopperTiling:
@@ -135,11 +139,19 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         log.warning("tuned tiles in %s are left aside, since they cannot be read: %s", path, error)
         return {}
-    return known if isinstance(known, dict) and all(isinstance(v, dict) for v in known.values()) else {}
+    return (
+        known
+        if isinstance(known, dict) and all(isinstance(v, dict) for v in known.values())
+        else {}
+    )
 
 
 def _tiling(entry: object) -> HopperTiling | None:
     names = {field.name for field in fields(HopperTiling)}
-    if not isinstance(entry, dict) or set(entry) != names or not all(type(v) is int and v > 0 for v in entry.values()):
+    if (
+        not isinstance(entry, dict)
+        or set(entry) != names
+        or not all(type(v) is int and v > 0 for v in entry.values())
+    ):
         return None
     return HopperTiling(**entry)

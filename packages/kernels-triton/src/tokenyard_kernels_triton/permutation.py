@@ -34,7 +34,9 @@ class TritonPermutation:
     def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
         """Sort the slots of topk_ids [T, K] by expert, stably; dropped ones go last, into the tail."""
         slots = topk_ids.numel()
-        order, inverse, offsets = plan_op(topk_ids, num_experts, slots if rows is None else min(rows, slots))
+        order, inverse, offsets = plan_op(
+            topk_ids, num_experts, slots if rows is None else min(rows, slots)
+        )
         return Plan(order, inverse, offsets, topk_ids.shape[1])
 
     def permute(self, x: Tensor, plan: Plan) -> Tensor:

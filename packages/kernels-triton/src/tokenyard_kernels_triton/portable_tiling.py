@@ -27,7 +27,12 @@ class Tiling:
 
     def options(self) -> dict[str, Any]:
         """Return what every product's launch takes."""
-        return {"ROWS": self.rows, "DEPTH": self.depth, "num_warps": self.warps, "num_stages": self.stages}
+        return {
+            "ROWS": self.rows,
+            "DEPTH": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 _INTERPRETER = Tiling(32, 32, 32, 4, 1, group=2)

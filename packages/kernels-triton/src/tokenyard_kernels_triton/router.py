@@ -34,14 +34,22 @@ class TritonRouter(TopKRouter):
 
     def choose(self, logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return ids and weights [T, K]; given ids are only weighted."""
-        ids = select(logits, self.selection_bias, self.top_k, self.rule) if topk_ids is None else topk_ids
+        ids = (
+            select(logits, self.selection_bias, self.top_k, self.rule)
+            if topk_ids is None
+            else topk_ids
+        )
         return ids, weigh(logits, ids, self.rule)
 
     def prepare(self, tokens: int) -> None:
         """Compile the kernels for so many tokens, in parallel."""
         device, dtype = self.workload.device, self.workload.dtype
         logits = torch.empty(tokens, self.num_experts, device=device)
-        bias = None if self.selection_bias is None else torch.empty_like(self.selection_bias, device=device)
+        bias = (
+            None
+            if self.selection_bias is None
+            else torch.empty_like(self.selection_bias, device=device)
+        )
         with compiling(), on_device_of(logits):
             ids = select(logits, bias, self.top_k, self.rule)
             weigh_gradient(weigh(logits, ids, self.rule), logits, ids, self.rule)

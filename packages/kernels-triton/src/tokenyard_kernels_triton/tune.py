@@ -12,7 +12,14 @@ from torch import Tensor
 
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import current_device
-from tokenyard_kernels_triton.hopper_tiling import CHUNKS, PRODUCTS, HopperTiling, Product, bucket, hopper_tiling
+from tokenyard_kernels_triton.hopper_tiling import (
+    CHUNKS,
+    PRODUCTS,
+    HopperTiling,
+    Product,
+    bucket,
+    hopper_tiling,
+)
 from tokenyard_kernels_triton.ops import _hopper
 from tokenyard_kernels_triton.ops._layout import Layout
 
@@ -36,11 +43,15 @@ class Result(NamedTuple):
 def candidates(product: Product) -> list[HopperTiling]:
     """List the tiles to try: those that fit into shared memory."""
     sizes = combinations((3, 4), CHUNKS, (1, 2), (4, 16, 32))
-    tilings = [HopperTiling(stages, chunk, buffers, group=group) for stages, chunk, buffers, group in sizes]
+    tilings = [
+        HopperTiling(stages, chunk, buffers, group=group) for stages, chunk, buffers, group in sizes
+    ]
     return [tiling for tiling in tilings if tiling.fits(product)]
 
 
-def tune(tokens: int, dim: int, ffn_dim: int, num_experts: int, top_k: int, clock: Clock | None = None) -> list[Result]:
+def tune(
+    tokens: int, dim: int, ffn_dim: int, num_experts: int, top_k: int, clock: Clock | None = None
+) -> list[Result]:
     """Time all candidates of all products of a gated bfloat16 layer whose experts have equally many rows.
 
     `clock` returns the milliseconds that a call takes; by default the median of some, by CUDA events.
@@ -51,7 +62,9 @@ def tune(tokens: int, dim: int, ffn_dim: int, num_experts: int, top_k: int, cloc
     return [_best(product, *launches[product], timed, device) for product in PRODUCTS]
 
 
-def _best(product: Product, launch: Launch, dim: int, ffn_dim: int, clock: Clock, device: torch.device) -> Result:
+def _best(
+    product: Product, launch: Launch, dim: int, ffn_dim: int, clock: Clock, device: torch.device
+) -> Result:
     shipped = clock(lambda: launch(hopper_tiling(product, dim, ffn_dim, device)))
     times = {tiling: clock(lambda tiling=tiling: launch(tiling)) for tiling in candidates(product)}  # type: ignore[misc]
     best = min(times, key=lambda tiling: times[tiling])
@@ -70,7 +83,11 @@ def _launches(
     def random(*size: int) -> Tensor:
         return torch.randn(size, device=device, dtype=torch.bfloat16)
 
-    x, z, a = _hopper.rows_of(random(tokens, dim), plan, ffn_dim), random(rows, 2 * ffn_dim), random(rows, ffn_dim)
+    x, z, a = (
+        _hopper.rows_of(random(tokens, dim), plan, ffn_dim),
+        random(rows, 2 * ffn_dim),
+        random(rows, ffn_dim),
+    )
     up, down = random(experts, 2 * ffn_dim, dim), random(experts, dim, ffn_dim)
 
     def layout() -> Layout:
@@ -78,14 +95,22 @@ def _launches(
 
     times, gradient = _hopper.times_weight, _hopper.weight_gradient
     return {
-        "up": (lambda how: _hopper.up_and_activate(x, up, None, layout(), "swiglu", how=how), dim, ffn_dim),
+        "up": (
+            lambda how: _hopper.up_and_activate(x, up, None, layout(), "swiglu", how=how),
+            dim,
+            ffn_dim,
+        ),
         "down": (lambda how: times(a, down, None, layout(), True, "down", how), dim, ffn_dim),
         "activation_gradient": (
             lambda how: times(x, down, None, layout(), False, "activation_gradient", how),
             dim,
             ffn_dim,
         ),
-        "input_gradient": (lambda how: times(z, up, None, layout(), False, "input_gradient", how), dim, 2 * ffn_dim),
+        "input_gradient": (
+            lambda how: times(z, up, None, layout(), False, "input_gradient", how),
+            dim,
+            2 * ffn_dim,
+        ),
         "up_gradient": (lambda how: gradient(z, x, layout(), "up_gradient", how), dim, 2 * ffn_dim),
         "down_gradient": (lambda how: gradient(x, a, layout(), "down_gradient", how), dim, ffn_dim),
     }

@@ -23,18 +23,26 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.clip, self.theta, self.scaling = config.clip_qkv, config.rope_theta, config.rope_scaling
+        self.clip, self.theta, self.scaling = (
+            config.clip_qkv,
+            config.rope_theta,
+            config.rope_scaling,
+        )
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = nn.Linear(config.dim, width, bias=config.bias)
         self.out = nn.Linear(config.heads * config.head_dim, config.dim, bias=config.bias)
-        self.q_norm, self.k_norm = (_norm(config, heads) for heads in (config.heads, config.kv_heads))
+        self.q_norm, self.k_norm = (
+            _norm(config, heads) for heads in (config.heads, config.kv_heads)
+        )
 
     def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Attend from x [B, S, D] at positions [S] to itself and to what the cache holds."""
         qkv = self._normed(self.qkv(x))
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
-        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads + 2 kv_heads, S, head_dim]
+        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(
+            1, 2
+        )  # [B, heads + 2 kv_heads, S, head_dim]
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.theta is not None:
             qk = rotate(qk, positions, self.theta, self.scaling)
@@ -54,7 +62,9 @@ class Attention(nn.Module):
         gqa = self.heads != self.kv_heads
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before, enable_gqa=gqa)
 
-    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, before: int) -> Tensor:
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, before: int
+    ) -> Tensor:
         """Attend without cuDNN, which builds a new plan for every number of keys, so for every new token."""
         with sdpa_kernel(_WITHOUT_CUDNN):
             return self._attend(q, k, v, positions, before)
@@ -65,11 +75,16 @@ class Attention(nn.Module):
             return qkv
         sizes = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
         q, k, v = qkv.split(sizes, dim=-1)
-        q, k = (norm(t.unflatten(-1, (-1, *norm.normalized_shape))) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = (
+            norm(t.unflatten(-1, (-1, *norm.normalized_shape)))
+            for norm, t in ((self.q_norm, q), (self.k_norm, k))
+        )
         return torch.cat((q.flatten(-2).to(v.dtype), k.flatten(-2).to(v.dtype), v), dim=-1)
 
 
 def _norm(config: TransformerConfig, heads: int) -> nn.RMSNorm | None:
     if config.qk_norm is None:
         return None
-    return nn.RMSNorm(config.head_dim * (heads if config.qk_norm == "all" else 1), eps=config.norm_eps)
+    return nn.RMSNorm(
+        config.head_dim * (heads if config.qk_norm == "all" else 1), eps=config.norm_eps
+    )

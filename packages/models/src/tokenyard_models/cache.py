@@ -21,12 +21,18 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add k and v [B, kv_heads, S, head_dim]; return all that is held. Raises ConfigError if they do not fit."""
         if k.shape[0] != self.shape[0]:
-            raise ConfigError(f"the cache is for {self.shape[0]} sequences and {k.shape[0]} were given; make a new one")
+            raise ConfigError(
+                f"the cache is for {self.shape[0]} sequences and {k.shape[0]} were given; make a new one"
+            )
         start, end = self.length, self.length + k.shape[2]
         if end > self.shape[2]:
-            raise ConfigError(f"the cache has room for {self.shape[2]} tokens and {end} were given; make a longer one")
+            raise ConfigError(
+                f"the cache has room for {self.shape[2]} tokens and {end} were given; make a longer one"
+            )
         if self._keys is None or self._values is None:
-            self._keys, self._values = (torch.empty(self.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+            self._keys, self._values = (
+                torch.empty(self.shape, dtype=t.dtype, device=t.device) for t in (k, v)
+            )
         self._keys[:, :, start:end], self._values[:, :, start:end] = k, v
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]

@@ -22,7 +22,9 @@ class MoEConfig:
     rule: RoutingRule = field(default_factory=RoutingRule)
     shared_dim: int | None = None
     shared_weighted_sum: bool = False
-    forced_balance: bool = False  # slots take experts in turn, whatever the router says (benchmarking)
+    forced_balance: bool = (
+        False  # slots take experts in turn, whatever the router says (benchmarking)
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     rope_theta: float | None = 10000.0  # None: learned positions
     rope_scaling: RopeScaling | None = None
-    qk_norm: Literal["head", "all"] | None = None  # RMSNorm of queries and keys: of each head, or of all together
+    qk_norm: Literal["head", "all"] | None = (
+        None  # RMSNorm of queries and keys: of each head, or of all together
+    )
     clip_qkv: float | None = None
     tied_head: bool = False
     auxiliary: AuxiliaryLoss = field(default_factory=AuxiliaryLoss)
@@ -62,20 +66,28 @@ class TransformerConfig:
                 raise ConfigError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
         check_divides("model: kv_heads", self.kv_heads, "heads", self.heads)
         if self.rope_theta is not None and self.head_dim % 2:
-            raise ConfigError(f"model: a head is {self.head_dim} wide; rotary positions need an even width")
+            raise ConfigError(
+                f"model: a head is {self.head_dim} wide; rotary positions need an even width"
+            )
         outside = sorted(i for i in self.dense_layers if not 0 <= i < self.layers)
         if outside:
-            raise ConfigError(f"model: dense_layers names layer {outside[0]}; there are layers 0 to {self.layers - 1}")
+            raise ConfigError(
+                f"model: dense_layers names layer {outside[0]}; there are layers 0 to {self.layers - 1}"
+            )
 
 
 def check_divides(key: str, value: int, whole_key: str, whole: int) -> None:
     """Raise ConfigError, with the numbers up to 256 that would do, unless `value` divides `whole`."""
     if whole % value:
         divisors = ", ".join(str(d) for d in range(1, min(whole, 256) + 1) if whole % d == 0)
-        raise ConfigError(f"{key} is {value}, which does not divide {whole_key} {whole}; these do: {divisors}")
+        raise ConfigError(
+            f"{key} is {value}, which does not divide {whole_key} {whole}; these do: {divisors}"
+        )
 
 
 def check_top_k(key: str, top_k: int, experts_key: str, experts: int) -> None:
     """Raise ConfigError if a token is to go to more experts than there are."""
     if top_k > experts:
-        raise ConfigError(f"{key} is {top_k} but {experts_key} is {experts}; choose from 1 to {experts}")
+        raise ConfigError(
+            f"{key} is {top_k} but {experts_key} is {experts}; choose from 1 to {experts}"
+        )

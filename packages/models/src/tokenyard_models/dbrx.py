@@ -46,7 +46,11 @@ class DbrxFfn(FfnConfig):
 class DbrxConfig(Strict):
     """DBRX's sizes: the published ones (`size: full`, 131.6 B parameters) or a tiny model's, and other keys."""
 
-    ignored: ClassVar[frozenset[str]] = HOUSEKEEPING | {"init_device", "num_key_value_heads", "router_aux_loss_coef"}
+    ignored: ClassVar[frozenset[str]] = HOUSEKEEPING | {
+        "init_device",
+        "num_key_value_heads",
+        "router_aux_loss_coef",
+    }
 
     size: Literal["full", "tiny"] = "full"
     d_model: int = Field(6144, ge=1)
@@ -55,7 +59,9 @@ class DbrxConfig(Strict):
     max_seq_len: int = Field(32768, ge=1)
     vocab_size: int = Field(100352, ge=1)
     attn_config: DbrxAttention = DbrxAttention()
-    rope_parameters: RopeParameters | None = None  # transformers 5's; attn_config.rope_theta comes before it
+    rope_parameters: RopeParameters | None = (
+        None  # transformers 5's; attn_config.rope_theta comes before it
+    )
     ffn_config: DbrxFfn = DbrxFfn()
     tie_word_embeddings: bool = False
     resid_pdrop: Annotated[float, only(0, "dropout")] = 0.0
@@ -76,7 +82,9 @@ TINY: dict[str, Any] = {
 
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
-    read = parse(DbrxConfig, merged(TINY, config) if config.get("size") == "tiny" else config, "model")
+    read = parse(
+        DbrxConfig, merged(TINY, config) if config.get("size") == "tiny" else config, "model"
+    )
     ffn, attention = read.ffn_config, read.attn_config
     check_divides("model.n_heads", read.n_heads, "d_model", read.d_model)
     check_divides("model.attn_config.kv_n_heads", attention.kv_n_heads, "n_heads", read.n_heads)

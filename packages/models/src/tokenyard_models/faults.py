@@ -33,9 +33,13 @@ _LIMITS = {
 
 def sentences(section: type[BaseModel], where: str, error: ValidationError) -> str:
     """Return one sentence for each key of a `section` standing at key `where` that has a fault."""
-    faults = [(*_locate(section, where, fault["loc"]), fault) for fault in error.errors(include_url=False)]
+    faults = [
+        (*_locate(section, where, fault["loc"]), fault) for fault in error.errors(include_url=False)
+    ]
     by_key = groupby(faults, key=lambda fault: fault[0])
-    return "; ".join(_sentence(key, [(owner, fault) for _, owner, fault in group]) for key, group in by_key)
+    return "; ".join(
+        _sentence(key, [(owner, fault) for _, owner, fault in group]) for key, group in by_key
+    )
 
 
 def sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -66,7 +70,12 @@ def _sentence(key: str, faults: list[tuple[type[BaseModel], Any]]) -> str:
     if kind == "value_error":  # a rule of ours; one over several keys names them itself
         return f"{key} is {_shown(fault['input'])}: {message}" if fault["loc"] else message
     wanted = dict.fromkeys(_wanted(each) for _, each in faults)
-    names = [name for _, each in faults if each["type"] == "literal_error" for name in _quoted(each["ctx"])]
+    names = [
+        name
+        for _, each in faults
+        if each["type"] == "literal_error"
+        for name in _quoted(each["ctx"])
+    ]
     return f"{key} is {_shown(fault['input'])}{_nearest(fault['input'], names)}; give {' or '.join(wanted)}"
 
 
@@ -88,8 +97,13 @@ def _unknown_tag(key: str, context: Mapping[str, Any]) -> str:
     name = context["discriminator"].strip("'")
     if "tag" not in context:
         return f"{key}.{name} is missing; it says which kind it is"
-    tag, known = str(context["tag"]), [tag.strip(" '") for tag in context["expected_tags"].split(",")]
-    return f"{key}.{name} {tag!r} is unknown{did_you_mean(tag, known)}; known are: {', '.join(known)}"
+    tag, known = (
+        str(context["tag"]),
+        [tag.strip(" '") for tag in context["expected_tags"].split(",")],
+    )
+    return (
+        f"{key}.{name} {tag!r} is unknown{did_you_mean(tag, known)}; known are: {', '.join(known)}"
+    )
 
 
 def _quoted(context: Mapping[str, Any]) -> list[str]:
@@ -105,7 +119,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _locate(section: type[BaseModel], where: str, location: tuple[Any, ...]) -> tuple[str, type[BaseModel]]:
+def _locate(
+    section: type[BaseModel], where: str, location: tuple[Any, ...]
+) -> tuple[str, type[BaseModel]]:
     """Return the key of a fault's location as the user wrote it, and the section that holds its last part.
 
     Pydantic puts names of union members between keys; those are skipped.

@@ -67,8 +67,12 @@ class FfnConfig(Strict):
     moe_world_size: int | None = Field(None, ge=1)  # ranks that share the experts
     moe_loss_weight: float = Field(0.1, ge=0)  # of the load-balancing loss
     moe_zloss_weight: float = Field(0.0, ge=0)  # of the z-loss
-    moe_loss_convention: Literal["megablocks", "hf"] = "megablocks"  # by which the load-balancing loss is scaled
-    moe_jitter_eps: float | None = Field(None, ge=0, lt=1)  # in training the router's input varies by as much
+    moe_loss_convention: Literal["megablocks", "hf"] = (
+        "megablocks"  # by which the load-balancing loss is scaled
+    )
+    moe_jitter_eps: float | None = Field(
+        None, ge=0, lt=1
+    )  # in training the router's input varies by as much
     moe_normalize_expert_weights: float | None = Field(None, gt=0)  # p of the norm
     moe_capacity_factor: float = Field(1.0, ge=0)  # of mb_moe; 0 drops nothing
     uniform_expert_assignment: bool = False  # experts in turn, for benchmarks
@@ -78,10 +82,14 @@ class FfnConfig(Strict):
     moe_score_function: Literal["softmax", "sigmoid"] = "softmax"  # of the logits
     moe_select_first: bool = False  # softmax over the K selected logits only
     moe_weight_scale: float = Field(1.0, gt=0)  # multiplies the weights last
-    moe_bias_update_rate: float = Field(0.0, ge=0)  # above 0: a selection bias, moved so after each step
+    moe_bias_update_rate: float = Field(
+        0.0, ge=0
+    )  # above 0: a selection bias, moved so after each step
     moe_num_groups: int = Field(1, ge=1)  # experts stand in so many groups
     moe_groups_kept: int = Field(1, ge=1)  # a token chooses from its best ones
-    moe_group_score: Literal["max", "top2"] = "max"  # of the best expert, or the sum of the best two
+    moe_group_score: Literal["max", "top2"] = (
+        "max"  # of the best expert, or the sum of the best two
+    )
     dense_layers: list[int] = []  # layers without experts
 
     @property
@@ -95,12 +103,19 @@ class FfnConfig(Strict):
         The default is GELU; of experts that are not gated, its tanh form, which is MegaBlocks' default.
         """
         gated = self.ffn_type == "mptglu" or (self.has_experts and self.mlp_type == "glu")
-        default = ActivationName(name="gelu", approximate="tanh" if self.has_experts and not gated else "none")
+        default = ActivationName(
+            name="gelu", approximate="tanh" if self.has_experts and not gated else "none"
+        )
         given, known = self.ffn_act_fn or default, _GATED if gated else _POINTWISE
         if (given.name, given.approximate) not in known:
             names = ", ".join(name if how == "none" else f"{name} ({how})" for name, how in known)
-            kind, asked = "gated" if gated else "plain", f"{given.name!r} with approximate {given.approximate!r}"
-            raise ConfigError(f"model.ffn_config.ffn_act_fn is {asked}, which has no {kind} form; these have: {names}")
+            kind, asked = (
+                "gated" if gated else "plain",
+                f"{given.name!r} with approximate {given.approximate!r}",
+            )
+            raise ConfigError(
+                f"model.ffn_config.ffn_act_fn is {asked}, which has no {kind} form; these have: {names}"
+            )
         return known[given.name, given.approximate]
 
     def moe(self, ffn_dim: int, bias: bool = False) -> MoEConfig | None:
@@ -125,13 +140,17 @@ class FfnConfig(Strict):
         )
 
     def _check_agreement(self) -> None:
-        check_top_k("model.ffn_config.moe_top_k", self.moe_top_k, "moe_num_experts", self.moe_num_experts)
+        check_top_k(
+            "model.ffn_config.moe_top_k", self.moe_top_k, "moe_num_experts", self.moe_num_experts
+        )
         of_experts = sorted(key for key in self.model_fields_set if key.startswith(_OF_EXPERTS))
         if of_experts and not self.has_experts:
             fault = f"model.ffn_config.{of_experts[0]} is for experts, but ffn_type is {self.ffn_type!r}"
             raise ConfigError(f"{fault}; set ffn_type: mb_dmoe, or drop the key")
         if self.shared_expert_hidden_size is not None and not self.shared_expert:
-            fault = "model.ffn_config.shared_expert_hidden_size is given, but shared_expert is false"
+            fault = (
+                "model.ffn_config.shared_expert_hidden_size is given, but shared_expert is false"
+            )
             raise ConfigError(f"{fault}; set shared_expert: true, or drop the key")
 
     def rule(self) -> RoutingRule:
@@ -159,5 +178,7 @@ def merged(preset: dict[str, Any], given: Any) -> dict[str, Any]:
     result = dict(preset)
     for key, value in dict(given).items():
         below = result.get(key)
-        result[key] = merged(below, value) if isinstance(below, dict) and hasattr(value, "items") else value
+        result[key] = (
+            merged(below, value) if isinstance(below, dict) and hasattr(value, "items") else value
+        )
     return result

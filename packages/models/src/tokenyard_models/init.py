@@ -24,7 +24,10 @@ _STRIPE = 1 << 16  # numbers that a generator draws
 _SHARE = 32  # stripes that a thread draws at a time
 _INTO_RESIDUAL = ("attention.out.weight", "ffn.experts.down", "ffn.shared.down", "ffn.down")
 _ZERO = ("_bias", "adapter.up_b", "adapter.down_b")  # besides vectors that are no norm's
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what activation checkpointing and compilation put in names
+_WRAPPERS = (
+    "_checkpoint_wrapped_module.",
+    "_orig_mod.",
+)  # what activation checkpointing and compilation put in names
 
 
 @torch.no_grad()
@@ -40,13 +43,20 @@ def initialize(model: nn.Module, seed: int, layers: int) -> None:
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         else:
             local, first = own_part(parameter)
-            draw_rows(local, seed, name, _std(name, parameter.shape, layers), parameter.shape, first)
+            draw_rows(
+                local, seed, name, _std(name, parameter.shape, layers), parameter.shape, first
+            )
     for buffer in model.buffers():
         buffer.zero_()
 
 
 def draw_rows(
-    local: Tensor, seed: int, name: str, std: float, whole: Sequence[int] = (), first: Sequence[int] = ()
+    local: Tensor,
+    seed: int,
+    name: str,
+    std: float,
+    whole: Sequence[int] = (),
+    first: Sequence[int] = (),
 ) -> None:
     """Fill `local`, a block of a parameter whose shape is `whole` (default: its own), with normal numbers.
 
@@ -60,7 +70,10 @@ def draw_rows(
     rows = torch.empty(len(positions), local.shape[-1], dtype=torch.float32, device="cpu")
 
     def draw(stripes: list[tuple[int, Tensor, Tensor]]) -> None:
-        generator, room = torch.Generator(), torch.empty(height, width, dtype=torch.float32, device="cpu")
+        generator, room = (
+            torch.Generator(),
+            torch.empty(height, width, dtype=torch.float32, device="cpu"),
+        )
         for stripe, wanted, out in stripes:
             generator.manual_seed(_stripe_seed(seed, name, stripe))
             begin = stripe * height
@@ -74,7 +87,11 @@ def draw_rows(
     shares = counts.tolist()
     stripes = list(zip(numbers.tolist(), positions.split(shares), rows.split(shares)))
     with ThreadPoolExecutor(_THREADS) as pool:  # torch lets go of the interpreter while it draws
-        list(pool.map(draw, (stripes[begin : begin + _SHARE] for begin in range(0, len(stripes), _SHARE))))
+        list(
+            pool.map(
+                draw, (stripes[begin : begin + _SHARE] for begin in range(0, len(stripes), _SHARE))
+            )
+        )
     local.copy_(rows.view(local.shape))
 
 
@@ -82,7 +99,9 @@ def _positions(block: Sequence[int], whole: Sequence[int], first: Sequence[int])
     """Return the index, among all rows of a parameter, of each row of a block of it, ascending."""
     positions = torch.zeros((), dtype=torch.int64, device="cpu")
     for count, size, start in zip(block[:-1], whole, first):
-        positions = positions.unsqueeze(-1) * size + torch.arange(start, start + count, device="cpu")
+        positions = positions.unsqueeze(-1) * size + torch.arange(
+            start, start + count, device="cpu"
+        )
     return positions.flatten()
 
 

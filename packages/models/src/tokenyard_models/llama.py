@@ -19,7 +19,11 @@ from tokenyard_models.transformer import Transformer
 class LlamaConfig(Published):
     """Its sizes: Llama 2's 7B (`size: full`, 6.7 B parameters) or a tiny model's, and what is given besides."""
 
-    ignored: ClassVar[frozenset[str]] = Published.ignored | {"is_llama_config", "max_sequence_length", "pretraining_tp"}
+    ignored: ClassVar[frozenset[str]] = Published.ignored | {
+        "is_llama_config",
+        "max_sequence_length",
+        "pretraining_tp",
+    }
 
     vocab_size: int = Field(32000, ge=1)
     hidden_size: int = Field(4096, ge=1)
@@ -31,7 +35,9 @@ class LlamaConfig(Published):
     rms_norm_eps: float = Field(1e-5, gt=0)
     attention_bias: Annotated[bool, only(False, "a bias in attention")] = False
     mlp_bias: Annotated[bool, only(False, "a bias in the feed-forward layers")] = False
-    sliding_window: int | None = Field(None, ge=1)  # of no less than there are positions, so that it is none
+    sliding_window: int | None = Field(
+        None, ge=1
+    )  # of no less than there are positions, so that it is none
 
 
 TINY: dict[str, Any] = {
@@ -47,7 +53,9 @@ TINY: dict[str, Any] = {
 
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
-    read = parse(LlamaConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model")
+    read = parse(
+        LlamaConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model"
+    )
     check_window(read.sliding_window, read.length)
     heads = read.num_attention_heads
     if read.head_dim is None:

@@ -30,7 +30,9 @@ class MixtralConfig(PublishedMoE):
     max_position_embeddings: int = Field(32768, ge=1)
     rms_norm_eps: float = Field(1e-5, gt=0)
     rope_theta: float = Field(1e6, gt=0)
-    sliding_window: int | None = Field(None, ge=1)  # of no less than there are positions, so that it is none
+    sliding_window: int | None = Field(
+        None, ge=1
+    )  # of no less than there are positions, so that it is none
     num_local_experts: int = Field(8, ge=1)
     num_experts_per_tok: int = Field(2, ge=1)
     router_aux_loss_coef: float = Field(0.02, ge=0)
@@ -51,12 +53,16 @@ TINY: dict[str, Any] = {
 
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
-    read = parse(MixtralConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model")
+    read = parse(
+        MixtralConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model"
+    )
     check_window(read.sliding_window, read.length)
     heads = read.num_attention_heads
     if read.head_dim is None:
         check_divides("model.num_attention_heads", heads, "hidden_size", read.hidden_size)
-    check_divides("model.num_key_value_heads", read.num_key_value_heads, "num_attention_heads", heads)
+    check_divides(
+        "model.num_key_value_heads", read.num_key_value_heads, "num_attention_heads", heads
+    )
     experts, top_k = read.num_local_experts, read.num_experts_per_tok
     check_top_k("model.num_experts_per_tok", top_k, "num_local_experts", experts)
     rule = RoutingRule(normalize=1, jitter=read.router_jitter_noise)

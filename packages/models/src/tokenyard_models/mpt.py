@@ -33,9 +33,13 @@ class RopeHf(Strict):
 class MptAttention(Strict):
     """LLM Foundry's `attn_config`, as far as this transformer goes."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(["attn_impl", "fused_qkv", "rope_impl", "alibi_bias_max"])
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        ["attn_impl", "fused_qkv", "rope_impl", "alibi_bias_max"]
+    )
 
-    attn_type: Literal["multihead_attention", "grouped_query_attention", "multiquery_attention"] = "multihead_attention"
+    attn_type: Literal["multihead_attention", "grouped_query_attention", "multiquery_attention"] = (
+        "multihead_attention"
+    )
     kv_n_heads: int | None = Field(None, ge=1)
     clip_qkv: float | None = Field(None, gt=0)
     rope: bool = False
@@ -90,22 +94,34 @@ class MptConfig(Strict):
     logit_scale: Annotated[float | str | None, only(None, "a logit scale")] = None
     final_logit_softcapping: Annotated[float | None, only(None, "logit soft-capping")] = None
     no_bias: bool = False
-    norm_type: Literal["layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm"] = "layernorm"
+    norm_type: Literal[
+        "layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm"
+    ] = "layernorm"
     norm_eps: float = Field(1e-5, gt=0)
     tie_word_embeddings: bool = True
     use_pad_tok_in_ffn: Annotated[bool, only(True, "leaving padding out of the experts")] = True
     block_overrides: Annotated[Any, only(None, "overriding single blocks")] = None
 
 
-TINY: dict[str, Any] = {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "vocab_size": 257}
+TINY: dict[str, Any] = {
+    "d_model": 128,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 256,
+    "vocab_size": 257,
+}
 
 
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
-    read = parse(MptConfig, merged(TINY, config) if config.get("size") == "tiny" else config, "model")
+    read = parse(
+        MptConfig, merged(TINY, config) if config.get("size") == "tiny" else config, "model"
+    )
     ffn, attention = read.ffn_config, read.attn_config
     if not attention.rope and not read.learned_pos_emb:
-        raise ConfigError("model.learned_pos_emb and model.attn_config.rope are both false; one must be true")
+        raise ConfigError(
+            "model.learned_pos_emb and model.attn_config.rope are both false; one must be true"
+        )
     check_divides("model.n_heads", read.n_heads, "d_model", read.d_model)
     ffn_dim = _ffn_dim(read)
     return TransformerConfig(
@@ -135,7 +151,9 @@ def _ffn_dim(read: MptConfig) -> int:
     width = read.ffn_config.ffn_hidden_size or read.d_model * read.expansion_ratio
     if width != int(width):
         product = f"d_model {read.d_model} * expansion_ratio {read.expansion_ratio}"
-        raise ConfigError(f"model.expansion_ratio: {product} is {width}, which must be a whole number")
+        raise ConfigError(
+            f"model.expansion_ratio: {product} is {width}, which must be a whole number"
+        )
     return int(width)
 
 
@@ -143,7 +161,9 @@ def _kv_heads(read: MptConfig) -> int:
     kind, given = read.attn_config.attn_type, read.attn_config.kv_n_heads
     default = 1 if kind == "multiquery_attention" else read.n_heads
     if kind == "grouped_query_attention" and given is None:
-        raise ConfigError("model.attn_config.kv_n_heads is missing; grouped_query_attention needs it")
+        raise ConfigError(
+            "model.attn_config.kv_n_heads is missing; grouped_query_attention needs it"
+        )
     if kind != "grouped_query_attention" and given not in (None, default):
         raise ConfigError(f"model.attn_config.kv_n_heads is {given}, but {kind} has {default}")
     heads = given or default

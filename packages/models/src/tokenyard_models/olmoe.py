@@ -48,12 +48,16 @@ TINY: dict[str, Any] = {
 
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
-    read = parse(OlmoeConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model")
+    read = parse(
+        OlmoeConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model"
+    )
     heads = read.num_attention_heads
     check_divides("model.num_attention_heads", heads, "hidden_size", read.hidden_size)
     kv_heads = read.num_key_value_heads or heads
     check_divides("model.num_key_value_heads", kv_heads, "num_attention_heads", heads)
-    check_top_k("model.num_experts_per_tok", read.num_experts_per_tok, "num_experts", read.num_experts)
+    check_top_k(
+        "model.num_experts_per_tok", read.num_experts_per_tok, "num_experts", read.num_experts
+    )
     rule = RoutingRule(normalize=1 if read.norm_topk_prob else None)
     return TransformerConfig(
         vocab_size=read.vocab_size,
@@ -63,7 +67,9 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=read.hidden_size // heads,
-        moe=MoEConfig(read.intermediate_size, read.num_experts, read.num_experts_per_tok, rule=rule),
+        moe=MoEConfig(
+            read.intermediate_size, read.num_experts, read.num_experts_per_tok, rule=rule
+        ),
         norm_eps=read.rms_norm_eps,
         rope_theta=read.theta,
         rope_scaling=read.scaling,

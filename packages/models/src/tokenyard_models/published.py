@@ -19,7 +19,9 @@ class RopeParameters(Strict):
     type: Literal["default", "llama3"] | None = None  # rope_type, as older versions call it
     rope_theta: float | None = Field(None, gt=0)  # if not given, the rope_theta beside this section
     partial_rotary_factor: Annotated[float, only(1.0, "rotating a part of each head")] = 1.0
-    factor: float | None = Field(None, ge=1)  # this and those below are llama3's, which needs all of them
+    factor: float | None = Field(
+        None, ge=1
+    )  # this and those below are llama3's, which needs all of them
     low_freq_factor: float | None = Field(None, gt=0)
     high_freq_factor: float | None = Field(None, gt=0)
     original_max_position_embeddings: int | None = Field(None, ge=1)
@@ -50,7 +52,9 @@ class Rope(Strict):
 
     rope_theta: float = Field(10000.0, gt=0)
     rope_parameters: RopeParameters | None = None
-    rope_scaling: RopeParameters | None = None  # rope_parameters, as it is called before transformers 5
+    rope_scaling: RopeParameters | None = (
+        None  # rope_parameters, as it is called before transformers 5
+    )
     rope_interleaved: Annotated[bool, only(False, "rotating neighbours")] = False
 
     @property
@@ -65,7 +69,9 @@ class Rope(Strict):
 
     @property
     def _sections(self) -> list[RopeParameters]:
-        return [section for section in (self.rope_parameters, self.rope_scaling) if section is not None]
+        return [
+            section for section in (self.rope_parameters, self.rope_scaling) if section is not None
+        ]
 
 
 class Published(Rope):
@@ -105,4 +111,6 @@ class PublishedMoE(Published):
 
     def auxiliary(self) -> AuxiliaryLoss:
         """Return the losses of the routers."""
-        return AuxiliaryLoss(self.router_aux_loss_coef, self.moe_zloss_weight, self.moe_loss_convention)
+        return AuxiliaryLoss(
+            self.router_aux_loss_coef, self.moe_zloss_weight, self.moe_loss_convention
+        )

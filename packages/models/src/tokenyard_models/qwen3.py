@@ -52,7 +52,9 @@ TINY: dict[str, Any] = {
 
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
-    read = parse(Qwen3Config, TINY | dict(config) if config.get("size") == "tiny" else config, "model")
+    read = parse(
+        Qwen3Config, TINY | dict(config) if config.get("size") == "tiny" else config, "model"
+    )
     heads, kv_heads = read.num_attention_heads, read.num_key_value_heads
     check_divides("model.num_key_value_heads", kv_heads, "num_attention_heads", heads)
     return TransformerConfig(

@@ -62,12 +62,18 @@ TINY: dict[str, Any] = {
 
 def resolve(config: Mapping[str, Any]) -> TransformerConfig:
     """Read the keys of a `model:` section; raises ConfigError."""
-    read = parse(Qwen3MoeConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model")
+    read = parse(
+        Qwen3MoeConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model"
+    )
     heads = read.num_attention_heads
     if read.head_dim is None:
         check_divides("model.num_attention_heads", heads, "hidden_size", read.hidden_size)
-    check_divides("model.num_key_value_heads", read.num_key_value_heads, "num_attention_heads", heads)
-    check_top_k("model.num_experts_per_tok", read.num_experts_per_tok, "num_experts", read.num_experts)
+    check_divides(
+        "model.num_key_value_heads", read.num_key_value_heads, "num_attention_heads", heads
+    )
+    check_top_k(
+        "model.num_experts_per_tok", read.num_experts_per_tok, "num_experts", read.num_experts
+    )
     layers = range(read.num_hidden_layers)
     dense = {i for i in layers if (i + 1) % read.decoder_sparse_step} | set(read.mlp_only_layers)
     rule = RoutingRule(normalize=1 if read.norm_topk_prob else None)
@@ -79,7 +85,9 @@ def resolve(config: Mapping[str, Any]) -> TransformerConfig:
         heads=heads,
         kv_heads=read.num_key_value_heads,
         head_dim=read.head_dim or read.hidden_size // heads,
-        moe=MoEConfig(read.moe_intermediate_size, read.num_experts, read.num_experts_per_tok, rule=rule),
+        moe=MoEConfig(
+            read.moe_intermediate_size, read.num_experts, read.num_experts_per_tok, rule=rule
+        ),
         dense_layers=frozenset(dense),
         dense_ffn_dim=read.intermediate_size,
         norm_eps=read.rms_norm_eps,

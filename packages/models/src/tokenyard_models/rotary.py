@@ -25,11 +25,15 @@ class RopeScaling:
     def stretched(self, frequencies: Tensor) -> Tensor:
         """Return frequencies [head_dim / 2], in radians a position, stretched."""
         turns = frequencies * (self.original_max_position_embeddings / (2 * math.pi))
-        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        kept = (
+            (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        ).clamp(0, 1)
         return frequencies * (kept + (1 - kept) / self.factor)
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+def rotate(
+    x: Tensor, positions: Tensor, theta: float, scaling: RopeScaling | None = None
+) -> Tensor:
     """Rotate x [B, H, S, head_dim] by its positions [S]; angles in float32 at least."""
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)

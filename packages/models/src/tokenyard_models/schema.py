@@ -78,7 +78,9 @@ def parse(section: type[Section], data: Mapping[str, Any], where: str = "") -> S
         raise ConfigError(sentences(section, where, error)) from None
 
 
-def without_ignored(section: type[Strict], data: Mapping[str, Any], where: str, ignored: list[str]) -> dict[str, Any]:
+def without_ignored(
+    section: type[Strict], data: Mapping[str, Any], where: str, ignored: list[str]
+) -> dict[str, Any]:
     """Return `data` without the keys that the section ignores, at any depth, and add those to the list."""
     kept: dict[str, Any] = {}
     for key, value in data.items():

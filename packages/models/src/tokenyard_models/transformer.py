@@ -29,7 +29,9 @@ class Block(nn.Module):
         self.ffn = ffn
         self.forced_balance = config.moe is not None and config.moe.forced_balance
 
-    def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, Balance | None]:
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Balance | None]:
         """Return x [B, S, D] and, from an MoE layer, its Balance."""
         x = x + self.attention(self.norm_1(x), positions, cache)
         if not isinstance(self.ffn, MoE):
@@ -76,21 +78,31 @@ class Transformer(nn.Module):
         meta = torch.get_default_device().type == "meta"
         with torch.device("meta" if meta else device):
             self.embed = _embedding(config.vocab_size, config.dim)
-            self.positions = _embedding(config.max_seq_len, config.dim) if config.rope_theta is None else None
-            ffns = (_ffn(config, layer, workload, backends, registry) for layer in range(config.layers))
+            self.positions = (
+                _embedding(config.max_seq_len, config.dim) if config.rope_theta is None else None
+            )
+            ffns = (
+                _ffn(config, layer, workload, backends, registry) for layer in range(config.layers)
+            )
             self.blocks = nn.ModuleList(Block(config, ffn) for ffn in ffns)
             self.norm = _norm(config)
-            self.head = None if config.tied_head else nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.head = (
+                None if config.tied_head else nn.Linear(config.dim, config.vocab_size, bias=False)
+            )
         if dtype is not None:
             for parameter in self.parameters():
-                parameter.data = parameter.data.to(dtype)  # not self.to(dtype): a selection bias stays float32
+                parameter.data = parameter.data.to(
+                    dtype
+                )  # not self.to(dtype): a selection bias stays float32
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Output:
         """Return logits [B, S, V] for ids [B, S] and the Balance of each MoE layer; a cache continues earlier calls."""
         start = 0 if cache is None else cache.length
         if start + ids.shape[1] > self.config.max_seq_len:
             length = start + ids.shape[1]
-            raise ConfigError(f"{length} tokens were given to a model whose max_seq_len is {self.config.max_seq_len}")
+            raise ConfigError(
+                f"{length} tokens were given to a model whose max_seq_len is {self.config.max_seq_len}"
+            )
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         x = self.embed(ids)
         if self.positions is not None:

@@ -33,7 +33,9 @@ def dense_sizes(ranks: int, replicate: int) -> Sizes:
     """Return the mesh of all parameters but the experts'. Raises ConfigError if the copies do not share the ranks."""
     if replicate < 1 or ranks % replicate:
         fitting = ", ".join(map(str, divisors(ranks)))
-        raise ConfigError(f"replicate is {replicate}, which does not divide the {ranks} processes; these do: {fitting}")
+        raise ConfigError(
+            f"replicate is {replicate}, which does not divide the {ranks} processes; these do: {fitting}"
+        )
     return Sizes(replicate, ranks // replicate)
 
 
@@ -63,13 +65,17 @@ def make_mesh(sizes: Sizes, device: torch.device, timeout: timedelta) -> DeviceM
     mesh = _mesh_of(dist.group.WORLD, sizes, device.type)
     for group in mesh.get_all_groups():
         if dist.get_backend(group) in ("gloo", "nccl"):
-            _set_pg_timeout(timeout, group)  # torch gives a mesh's groups half an hour, whatever that of all was given
+            _set_pg_timeout(
+                timeout, group
+            )  # torch gives a mesh's groups half an hour, whatever that of all was given
     return mesh
 
 
 @lru_cache(maxsize=16)
 def _mesh_of(world: object, sizes: Sizes, device_type: str) -> DeviceMesh:
-    return init_device_mesh(device_type, tuple(sizes), mesh_dim_names=(REPLICATE, SHARD, EXPERT_PARALLEL))
+    return init_device_mesh(
+        device_type, tuple(sizes), mesh_dim_names=(REPLICATE, SHARD, EXPERT_PARALLEL)
+    )
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:

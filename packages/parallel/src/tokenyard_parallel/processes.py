@@ -15,7 +15,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tokenyard import started_processes
 
-_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+_NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
 """NVLink's multicast stays off unless the environment asks for it: a program that fails while it uses multicast can
 take a host's GPUs out of service."""
 
@@ -38,10 +42,14 @@ def connect(device: torch.device, timeout: timedelta | None = None) -> None:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if started_processes() == 1 and "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )  # type: ignore[attr-defined]
     elif os.environ.get("MASTER_ADDR") == LOOPBACK and "TORCHELASTIC_RUN_ID" not in os.environ:
         store, rank = _loopback_store(timeout), int(os.environ["RANK"])  # all are here now
-        dist.init_process_group(backend, store=store, rank=rank, world_size=started_processes(), timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=started_processes(), timeout=timeout
+        )
     else:
         dist.init_process_group(backend, timeout=timeout)
 
@@ -49,7 +57,9 @@ def connect(device: torch.device, timeout: timedelta | None = None) -> None:
 def _loopback_store(timeout: timedelta | None) -> Any:
     """Return the store where processes of one machine meet; torch's own would listen to the whole network."""
     first, port = os.environ["RANK"] == "0", int(os.environ["MASTER_PORT"])
-    listener = socket.create_server((LOOPBACK, port)).detach() if first else None  # the store closes it
+    listener = (
+        socket.create_server((LOOPBACK, port)).detach() if first else None
+    )  # the store closes it
     patience = max(timeout or _TO_START, _TO_START)
     return TCPStore(LOOPBACK, port, started_processes(), first, patience, master_listen_fd=listener)
 
@@ -60,7 +70,9 @@ def imagine(count: int) -> Iterator[None]:
 
     Collectives do nothing and give nothing sensible; the model must stay on the meta device.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it registers the backend "fake"
+    from torch.testing._internal.distributed.fake_pg import (
+        FakeStore,
+    )  # importing it registers the backend "fake"
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:

@@ -101,7 +101,11 @@ def _answer(call: Callable[[], Any]) -> list[Any]:
 
 def _broadcast(answer: list[Any] | None, group: Any) -> list[Any]:
     """Send the first process's JSON to the others; its length goes ahead."""
-    body = _bytes(answer, group) if answer is not None else torch.empty(0, dtype=torch.uint8, device=_device(group))
+    body = (
+        _bytes(answer, group)
+        if answer is not None
+        else torch.empty(0, dtype=torch.uint8, device=_device(group))
+    )
     length = torch.tensor([body.numel()], device=body.device)
     dist.broadcast(length, 0, group)
     if not is_first():

@@ -14,4 +14,6 @@ def needs(module: str, wanted_by: str, install: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         missing = error.name or module
-        raise ConfigError(f'{wanted_by} needs {missing}, which is not installed; pip install "{install}"') from None
+        raise ConfigError(
+            f'{wanted_by} needs {missing}, which is not installed; pip install "{install}"'
+        ) from None

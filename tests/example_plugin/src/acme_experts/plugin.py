@@ -7,7 +7,11 @@ from tokenyard import Backend, Workload, hookimpl
 
 def unusable(workload: Workload) -> str | None:
     """Accept CPUs only."""
-    return None if workload.device.type == "cpu" else f"'acme' runs on CPUs, not on {workload.device.type}"
+    return (
+        None
+        if workload.device.type == "cpu"
+        else f"'acme' runs on CPUs, not on {workload.device.type}"
+    )
 
 
 @hookimpl

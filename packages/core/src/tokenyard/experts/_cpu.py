@@ -23,7 +23,9 @@ class CpuExperts:
     def __init__(self, workload: Workload, permutation: Permutation):
         self.activation = workload.activation
 
-    def __call__(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights) -> Tensor:
+    def __call__(
+        self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
+    ) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
         return _experts(x, plan, topk_weights, weights, self.activation)
 
@@ -38,7 +40,9 @@ def _forward(call: ExpertsCall) -> tuple[Tensor, Tensor]:
         torch.mm(x.index_select(0, layout.tokens[a:b]), up[e].T, out=z[a:b])
         if up_bias is not None:
             z[a:b] += up_bias[e]
-        torch.mm(weighted(activate(z[a:b], activation), layout.weights[a:b]), down[e].T, out=rows[a:b])
+        torch.mm(
+            weighted(activate(z[a:b], activation), layout.weights[a:b]), down[e].T, out=rows[a:b]
+        )
         if down_bias is not None:
             rows[a:b] += weighted(down_bias[e].expand(b - a, -1), layout.weights[a:b])
     z[len(layout.tokens) :] = 0
@@ -47,7 +51,13 @@ def _forward(call: ExpertsCall) -> tuple[Tensor, Tensor]:
 
 def _saved(call: ExpertsCall) -> tuple[Tensor]:
     up = call.weights.up
-    return (call.x.new_empty(rows_bound(call.plan.order.shape[0], up.shape[0], call.x.dtype), up.shape[1]),)
+    return (
+        call.x.new_empty(
+            rows_bound(call.plan.order.shape[0], up.shape[0], call.x.dtype), up.shape[1]
+        ),
+    )
 
 
-_experts = register_experts_op("tokenyard::cpu_experts", _forward, cpu_backward, _saved, device="cpu")
+_experts = register_experts_op(
+    "tokenyard::cpu_experts", _forward, cpu_backward, _saved, device="cpu"
+)

@@ -13,7 +13,9 @@ from tokenyard.experts._op import ExpertGradients, ExpertNeeds, ExpertsCall
 from tokenyard.interfaces import logits_dtype
 
 
-def cpu_backward(dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: ExpertNeeds) -> ExpertGradients:
+def cpu_backward(
+    dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: ExpertNeeds
+) -> ExpertGradients:
     """Return the gradients that are needed; `saved` is the pre-activation z."""
     x, plan, topk_weights, (up, down, _, down_bias), activation = call
     layout = lay_out(plan, topk_weights, x.dtype)
@@ -31,7 +33,9 @@ def cpu_backward(dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: Expe
     return ExpertGradients(**grads)
 
 
-def _unwritten(x: Tensor, layout: Layout, up: Tensor, down: Tensor, needs: ExpertNeeds) -> dict[str, Tensor]:
+def _unwritten(
+    x: Tensor, layout: Layout, up: Tensor, down: Tensor, needs: ExpertNeeds
+) -> dict[str, Tensor]:
     """Return where the gradients that are needed go: those of x and topk_weights by row."""
     made = {
         "x": lambda: rows_to_fill(layout, x.shape[1], x.dtype),
@@ -76,7 +80,11 @@ class _Backward:
     def _gate(self, e: int, a: int, drows: Tensor, act: Tensor, da: Tensor) -> None:
         if "topk_weights" not in self.grads:
             return
-        dots = _dots(da, act) if self.down_bias is None else _dots(da, act) + _dots(drows, self.down_bias[e])
+        dots = (
+            _dots(da, act)
+            if self.down_bias is None
+            else _dots(da, act) + _dots(drows, self.down_bias[e])
+        )
         self.grads["topk_weights"][a : a + len(drows)] = dots
 
     def _up(self, e: int, a: int, dz: Tensor) -> None:

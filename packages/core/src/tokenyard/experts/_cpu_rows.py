@@ -22,7 +22,9 @@ class Layout(NamedTuple):
     tokens: Tensor  # [L] the token of each row
     weights: Tensor  # [L, 1] float32 at least
     slots: Tensor  # [T, K] the row of each slot; `rows`, which is past the last one, for a dropped slot
-    segments: list[tuple[int, int, int]]  # (expert, first row, last row + 1) of every expert that has rows
+    segments: list[
+        tuple[int, int, int]
+    ]  # (expert, first row, last row + 1) of every expert that has rows
     rows: int  # a bound on L that depends on shapes alone
 
 
@@ -43,7 +45,9 @@ def lay_out(plan: Plan, topk_weights: Tensor | None, dtype: torch.dtype) -> Layo
     source = plan.offsets[expert] + torch.minimum(place, counts[expert] - 1)
     slot = plan.order[source]
     wide = logits_dtype(dtype)
-    weights = torch.ones_like(row, dtype=wide) if topk_weights is None else topk_weights.reshape(-1)[slot]
+    weights = (
+        torch.ones_like(row, dtype=wide) if topk_weights is None else topk_weights.reshape(-1)[slot]
+    )
     weights = torch.where(place < counts[expert], weights, 0).unsqueeze(1)
     rows = rows_bound(plan.order.shape[0], counts.shape[0], dtype)
     kept = plan.order.new_full((plan.inverse.shape[0],), rows)

@@ -16,7 +16,9 @@ class GroupedExperts(ABC):
     def __init__(self, workload: Workload, permutation: Permutation):
         self.workload, self.permutation = workload, permutation
 
-    def __call__(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights) -> Tensor:
+    def __call__(
+        self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
+    ) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
         rows = self.mlp(self.permutation.permute(x, plan), plan.offsets, weights)
         return self.permutation.unpermute(rows, plan, topk_weights)

@@ -22,9 +22,13 @@ class Experts(nn.Module):
 
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
-    adapter: nn.Module | None  # takes ExpertWeights and returns those that are computed with; see ``tokenyard.lora``
+    adapter: (
+        nn.Module | None
+    )  # takes ExpertWeights and returns those that are computed with; see ``tokenyard.lora``
 
-    def __init__(self, workload: Workload, permutation: Permutation, kernel: ExpertKernel, exchange: Exchange):
+    def __init__(
+        self, workload: Workload, permutation: Permutation, kernel: ExpertKernel, exchange: Exchange
+    ):
         super().__init__()
         self.workload = workload
         self.permutation, self.kernel, self.exchange = permutation, kernel, exchange
@@ -33,8 +37,12 @@ class Experts(nn.Module):
         rows = up_rows(workload.activation, ffn_dim)
         self.up = nn.Parameter(torch.empty(experts, rows, dim))
         self.down = nn.Parameter(torch.empty(experts, dim, ffn_dim))
-        self.register_parameter("up_bias", nn.Parameter(torch.empty(experts, rows)) if workload.bias else None)
-        self.register_parameter("down_bias", nn.Parameter(torch.empty(experts, dim)) if workload.bias else None)
+        self.register_parameter(
+            "up_bias", nn.Parameter(torch.empty(experts, rows)) if workload.bias else None
+        )
+        self.register_parameter(
+            "down_bias", nn.Parameter(torch.empty(experts, dim)) if workload.bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -45,12 +53,18 @@ class Experts(nn.Module):
         """Return y [T, D] for tokens x [T, D]; they travel in the dtype that they are computed in."""
         return self.exchange(x.to(compute_dtype(x)), routing, self.compute)
 
-    def compute(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, rows: int | None = None) -> Tensor:
+    def compute(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, rows: int | None = None
+    ) -> Tensor:
         """Compute tokens x [S, D] on the experts of this rank; ids count from its first one."""
         self.workload.check_input(x)
         dtype = compute_dtype(x)
-        up_bias, down_bias = (None if b is None else local_weight(b, dtype) for b in (self.up_bias, self.down_bias))
-        weights = ExpertWeights(local_weight(self.up, dtype), local_weight(self.down, dtype), up_bias, down_bias)
+        up_bias, down_bias = (
+            None if b is None else local_weight(b, dtype) for b in (self.up_bias, self.down_bias)
+        )
+        weights = ExpertWeights(
+            local_weight(self.up, dtype), local_weight(self.down, dtype), up_bias, down_bias
+        )
         if self.adapter is not None:
             weights = self.adapter(weights)
         x = x.to(dtype)

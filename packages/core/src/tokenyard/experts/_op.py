@@ -96,26 +96,36 @@ def register_experts_op(
         call, chosen = _unflatten(arguments, names)
         return forward(call, **chosen)
 
-    def compute_gradients(dy: Tensor, keep: list[Tensor], needs: list[bool], *arguments: Any) -> list[Tensor]:
+    def compute_gradients(
+        dy: Tensor, keep: list[Tensor], needs: list[bool], *arguments: Any
+    ) -> list[Tensor]:
         call, chosen = _unflatten(arguments, names)
         gradients = backward(dy, call, keep, ExpertNeeds(*needs), **chosen)
         return [dy.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
     op = operator(name, f"({_INPUTS}{declared}) -> (Tensor{kept})", device)(compute)
     gradient_inputs = f"Tensor dy, Tensor[] saved, bool[] needs, {_INPUTS}{declared}"
-    gradient_op = operator(f"{name}_backward", f"({gradient_inputs}) -> Tensor[]", device)(compute_gradients)
+    gradient_op = operator(f"{name}_backward", f"({gradient_inputs}) -> Tensor[]", device)(
+        compute_gradients
+    )
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         call, chosen = _unflatten(arguments, names)
         return call.x.new_empty(call.x.shape), *saved(call, **chosen)
 
-    def fake_gradients(dy: Tensor, keep: list[Tensor], needs: list[bool], *arguments: Any) -> list[Tensor]:
+    def fake_gradients(
+        dy: Tensor, keep: list[Tensor], needs: list[bool], *arguments: Any
+    ) -> list[Tensor]:
         call, _ = _unflatten(arguments, names)
-        return [like.new_empty(like.shape if need else 0) for like, need in zip(_likes(call), needs)]
+        return [
+            like.new_empty(like.shape if need else 0) for like, need in zip(_likes(call), needs)
+        ]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # else autograd fills a gradient of zeros for each saved tensor
+        ctx.set_materialize_grads(
+            False
+        )  # else autograd fills a gradient of zeros for each saved tensor
         ctx.save_for_backward(*inputs[:9], *output[1:])
         ctx.constants = inputs[9:]
 
@@ -151,8 +161,23 @@ def register_experts_op(
     return run
 
 
-def _unflatten(arguments: tuple[Any, ...], names: tuple[str, ...]) -> tuple[ExpertsCall, dict[str, Any]]:
-    x, order, inverse, offsets, topk_weights, up, down, up_bias, down_bias, top_k, activation, *rest = arguments
+def _unflatten(
+    arguments: tuple[Any, ...], names: tuple[str, ...]
+) -> tuple[ExpertsCall, dict[str, Any]]:
+    (
+        x,
+        order,
+        inverse,
+        offsets,
+        topk_weights,
+        up,
+        down,
+        up_bias,
+        down_bias,
+        top_k,
+        activation,
+        *rest,
+    ) = arguments
     plan = Plan(order, inverse, offsets, top_k)
     weights = ExpertWeights(up, down, up_bias, down_bias)
     return ExpertsCall(x, plan, topk_weights, weights, activation), dict(zip(names, rest))
@@ -162,4 +187,11 @@ def _likes(call: ExpertsCall) -> tuple[Tensor, ...]:
     """Return a tensor of the shape and dtype of each gradient; any for topk_weights where there are none."""
     up, down = call.weights.up, call.weights.down
     topk_weights = call.x if call.topk_weights is None else call.topk_weights
-    return call.x, topk_weights, up, down, up.new_empty(up.shape[:2]), down.new_empty(down.shape[:2])
+    return (
+        call.x,
+        topk_weights,
+        up,
+        down,
+        up.new_empty(up.shape[:2]),
+        down.new_empty(down.shape[:2]),
+    )

@@ -72,4 +72,8 @@ def segments(offsets: Tensor) -> list[tuple[int, int, int]]:
 def _grouped_mm_fits(rows: Tensor, columns: int) -> bool:
     if not rows.is_cuda or rows.dtype != torch.bfloat16 or rows.shape[0] == 0:
         return False
-    return rows.shape[1] % 8 == 0 and columns % 8 == 0 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    return (
+        rows.shape[1] % 8 == 0
+        and columns % 8 == 0
+        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    )

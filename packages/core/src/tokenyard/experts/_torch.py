@@ -24,7 +24,9 @@ class TorchExperts:
     def __init__(self, workload: Workload, permutation: Permutation):
         self.activation = workload.activation
 
-    def __call__(self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights) -> Tensor:
+    def __call__(
+        self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
+    ) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
         return _experts(x, plan, topk_weights, weights, self.activation)
 
@@ -43,7 +45,9 @@ def _saved(call: ExpertsCall) -> tuple[Tensor]:
     return (call.x.new_empty(call.plan.order.shape[0], call.weights.up.shape[1]),)
 
 
-def _backward(dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: ExpertNeeds) -> ExpertGradients:
+def _backward(
+    dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: ExpertNeeds
+) -> ExpertGradients:
     x, plan, topk_weights, (up, down, _, down_bias), activation = call
     offsets = plan.offsets
     gradients: dict[str, Tensor] = {}
@@ -52,7 +56,9 @@ def _backward(dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: ExpertN
     row_weights = None if topk_weights is None else slots_to_rows(topk_weights, plan)
     da = rows_times(drows, down, offsets)
     if needs.topk_weights and topk_weights is not None:
-        gradients["topk_weights"] = _gate_gradient(da, a, drows, down_bias, plan, topk_weights.dtype)
+        gradients["topk_weights"] = _gate_gradient(
+            da, a, drows, down_bias, plan, topk_weights.dtype
+        )
     if needs.down:
         gradients["down"] = rows_outer(drows, _weighted(a, row_weights), offsets)
     if needs.down_bias:

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from tokenyard.interfaces import Plan
 from tokenyard.operators import operator
-from tokenyard.permutations._moves import kept_slots, rows_to_slots, slots_to_rows, to_rows, to_tokens
+from tokenyard.permutations._moves import (
+    kept_slots,
+    rows_to_slots,
+    slots_to_rows,
+    to_rows,
+    to_tokens,
+)
 from tokenyard.workload import Workload
 
 
@@ -52,14 +58,26 @@ def _(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) ->
 
 @operator("tokenyard::unpermute")
 def unpermute_op(
-    rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
+    rows: Tensor,
+    topk_weights: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    top_k: int,
 ) -> Tensor:
     """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
     return to_tokens(rows, Plan(order, inverse, offsets, top_k), topk_weights)
 
 
 @torch.library.register_fake(unpermute_op)
-def _(rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+def _(
+    rows: Tensor,
+    topk_weights: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    top_k: int,
+) -> Tensor:
     return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
 
 

@@ -5,4 +5,13 @@ from tokenyard.registry._discover import Plugin, Problem, installed_plugins
 from tokenyard.registry._offers import Offer
 from tokenyard.registry._registry import Registry, default_registry
 
-__all__ = ["Chosen", "Offer", "Plugin", "Problem", "Registry", "Request", "default_registry", "installed_plugins"]
+__all__ = [
+    "Chosen",
+    "Offer",
+    "Plugin",
+    "Problem",
+    "Registry",
+    "Request",
+    "default_registry",
+    "installed_plugins",
+]

@@ -52,7 +52,9 @@ def parse_request(kind: Kind, request: Request) -> tuple[str, dict[str, Any]]:
     else:
         name, options = request or "auto", {}
     if not isinstance(name, str):
-        raise ConfigError(f"backends.{kind} is {request!r}; give a name, or a mapping with `name` and options")
+        raise ConfigError(
+            f"backends.{kind} is {request!r}; give a name, or a mapping with `name` and options"
+        )
     override = overridden(kind)
     return (override, {}) if override and override != name else (name, options)
 
@@ -103,9 +105,14 @@ def _auto(
             _say_once(kind, offer.backend.name, tuple(passed_over.items()))
             return Chosen(kind, offer.backend, options, passed_over)
         passed_over[offer.backend.name] = reason
-    reasons = "; ".join([f"{n}: {r}" for n, r in passed_over.items()] + [p.reason for p in problems])
+    reasons = "; ".join(
+        [f"{n}: {r}" for n, r in passed_over.items()] + [p.reason for p in problems]
+    )
     sentence = f"no {kind} backend is usable here ({reasons or 'none is installed'})"
-    raise BackendError(sentence + hint(kind, [name for name in provided_by_extras(kind) if name not in passed_over]))
+    raise BackendError(
+        sentence
+        + hint(kind, [name for name in provided_by_extras(kind) if name not in passed_over])
+    )
 
 
 def why_not(offer: Offer, workload: Workload | None) -> str | None:

@@ -31,7 +31,9 @@ class Problem:
     reason: str
 
 
-def installed_plugins(found: Iterable[Distribution] | None = None) -> tuple[list[Plugin], list[Problem]]:
+def installed_plugins(
+    found: Iterable[Distribution] | None = None,
+) -> tuple[list[Plugin], list[Problem]]:
     """Import every plugin of the distributions found (default: all installed); report those that fail."""
     plugins: list[Plugin] = []
     problems: list[Problem] = []
@@ -52,7 +54,9 @@ def _entry_points(found: Iterable[Distribution]) -> Iterator[tuple[Distribution,
     seen: set[str] = set()
     for distribution in found:
         name = distribution.metadata["Name"]
-        if name is None or name in seen:  # the first on the path shadows later copies, as for an import
+        if (
+            name is None or name in seen
+        ):  # the first on the path shadows later copies, as for an import
             continue
         seen.add(name)
         for entry in distribution.entry_points:

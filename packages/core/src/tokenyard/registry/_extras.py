@@ -18,7 +18,9 @@ def provided_by_extras(kind: str) -> dict[str, str]:
     """Return backend name -> extra for a kind of backend; empty if `tokenyard` itself is not installed."""
     names = {point.name: point.value for point in entry_points(group=GROUP)}
     prefix = f"{kind}."
-    return {name.removeprefix(prefix): extra for name, extra in names.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): extra for name, extra in names.items() if name.startswith(prefix)
+    }
 
 
 def hint(kind: str, names: Sequence[str]) -> str:
@@ -28,5 +30,6 @@ def hint(kind: str, names: Sequence[str]) -> str:
         if name in names:
             by_extra.setdefault(extra, []).append(repr(name))
     return "".join(
-        f'; pip install "tokenyard[{extra}]" provides {" and ".join(found)}' for extra, found in by_extra.items()
+        f'; pip install "tokenyard[{extra}]" provides {" and ".join(found)}'
+        for extra, found in by_extra.items()
     )

@@ -36,9 +36,13 @@ class Registry:
 
     def offers(self, kind: Kind) -> list[Offer]:
         """List the offers of one kind, best priority first."""
-        return sorted(self._offers[kind].values(), key=lambda o: (-o.backend.priority, o.backend.name))
+        return sorted(
+            self._offers[kind].values(), key=lambda o: (-o.backend.priority, o.backend.name)
+        )
 
-    def choose(self, kind: Kind, request: Request = None, workload: Workload | None = None) -> Chosen:
+    def choose(
+        self, kind: Kind, request: Request = None, workload: Workload | None = None
+    ) -> Chosen:
         """Choose a backend: the environment's ``TOKENYARD_<KIND>``, else `request`, else "auto".
 
         `request` is a name, "auto", or a mapping with `name` and options. A named backend is never replaced; "auto"
@@ -58,9 +62,13 @@ class Registry:
         manager.register(plugin.module)
         for kind, hook in HOOKS.items():
             try:
-                backends = [backend for offered in getattr(manager.hook, hook)() for backend in offered]
+                backends = [
+                    backend for offered in getattr(manager.hook, hook)() for backend in offered
+                ]
             except Exception as error:
-                reason = f"{plugin.distribution} {plugin.version} failed in its hook {hook}: {error!r}"
+                reason = (
+                    f"{plugin.distribution} {plugin.version} failed in its hook {hook}: {error!r}"
+                )
                 self.problems.append(Problem(plugin.distribution, reason))
                 continue
             for backend in backends:

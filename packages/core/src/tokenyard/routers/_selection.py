@@ -27,7 +27,9 @@ def drop_over_capacity(topk_ids: Tensor, num_experts: int, capacity: int) -> Ten
     """Replace by ``E + 1 + e`` the id of every slot that expert e has no room for; the first slots in order stay."""
     ids = topk_ids.reshape(-1)
     sorted_ids, order = ids.sort(stable=True)
-    first = torch.searchsorted(sorted_ids, torch.arange(num_experts, device=ids.device, dtype=ids.dtype))
+    first = torch.searchsorted(
+        sorted_ids, torch.arange(num_experts, device=ids.device, dtype=ids.dtype)
+    )
     rank = torch.arange(ids.numel(), device=ids.device) - first[sorted_ids]
     kept = torch.where(rank < capacity, sorted_ids, sorted_ids + num_experts + 1)
     return torch.empty_like(ids).scatter(0, order, kept).view_as(topk_ids)

@@ -27,7 +27,11 @@ class TopKRouter(nn.Module):
         self.rule = workload.router
         self.num_experts, self.top_k = workload.num_experts, workload.top_k
         self.weight = nn.Parameter(torch.empty(workload.num_experts, workload.dim))
-        bias = torch.zeros(workload.num_experts, dtype=torch.float32) if self.rule.bias_update_rate else None
+        bias = (
+            torch.zeros(workload.num_experts, dtype=torch.float32)
+            if self.rule.bias_update_rate
+            else None
+        )
         self.register_buffer("selection_bias", bias)
         self.reset_parameters()
 
@@ -62,7 +66,9 @@ class TopKRouter(nn.Module):
         chosen = chosen_experts(routing.topk_ids.reshape(-1).long(), self.num_experts)
         counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=chosen.device)
         counts = counts.scatter_add(0, chosen, torch.ones_like(chosen))[:-1]
-        scores = routing.logits.sigmoid() if self.rule.score == "sigmoid" else routing.logits.softmax(-1)
+        scores = (
+            routing.logits.sigmoid() if self.rule.score == "sigmoid" else routing.logits.softmax(-1)
+        )
         probs = scores / scores.sum(-1, keepdim=True) if self.rule.score == "sigmoid" else scores
         dropped = (routing.topk_ids >= self.num_experts).sum()
         return Balance(counts, dropped, probs.sum(0), routing.logits.logsumexp(-1).square().sum())
@@ -105,5 +111,7 @@ def _norm(weights: Tensor, power: float) -> Tensor:
     if power == 1:
         return weights.sum(-1, keepdim=True).clamp_min(tiny)
     highest = weights.detach().amax(-1, keepdim=True).clamp_min(tiny)
-    norm: Tensor = highest * torch.linalg.vector_norm(weights / highest, ord=power, dim=-1, keepdim=True)
+    norm: Tensor = highest * torch.linalg.vector_norm(
+        weights / highest, ord=power, dim=-1, keepdim=True
+    )
     return norm.clamp_min(tiny)

@@ -52,11 +52,15 @@ class Conformance:
 
     def test_standard_tests_stand(self) -> None:
         """A standard test may be overridden only by one marked xfail with a reason."""
-        standard = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("tokenyard.testing."))
+        standard = next(
+            cls for cls in type(self).__mro__ if cls.__module__.startswith("tokenyard.testing.")
+        )
         for name in (n for n in dir(standard) if n.startswith("test_")):
             mine = getattr(type(self), name, None)
             if mine is getattr(standard, name):
                 continue
             marks = getattr(mine, "pytestmark", [])
             excused = any(mark.name == "xfail" and mark.kwargs.get("reason") for mark in marks)
-            assert excused, f"{name} is a standard test; mark it xfail(reason=...) if the backend cannot pass it"
+            assert excused, (
+                f"{name} is a standard test; mark it xfail(reason=...) if the backend cannot pass it"
+            )

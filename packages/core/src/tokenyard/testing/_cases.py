@@ -23,7 +23,9 @@ class Case:
 
     workload: Workload
     ids: Tensor  # [T, K]
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # x, topk_weights and the ExpertWeights' fields
+    tensors: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # x, topk_weights and the ExpertWeights' fields
     dy: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def weights(self) -> ExpertWeights:
@@ -32,7 +34,9 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         """Return the same case in another dtype, with fresh leaves."""
-        tensors = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.tensors.items()}
+        tensors = {
+            n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.tensors.items()
+        }
         return replace(self, tensors=tensors, dy=self.dy.to(dtype))
 
 
@@ -47,7 +51,9 @@ class Call:
 
     def call(self, tensors: dict[str, Tensor], ids: Tensor, rows: int | None = None) -> Tensor:
         plan: Plan = self.permutation.plan(ids, self.num_experts, rows)
-        return self.kernel(tensors["x"], plan, tensors.get("topk_weights"), _expert_weights(tensors))
+        return self.kernel(
+            tensors["x"], plan, tensors.get("topk_weights"), _expert_weights(tensors)
+        )
 
 
 def _expert_weights(tensors: dict[str, Tensor]) -> ExpertWeights:
@@ -65,7 +71,9 @@ def make_case(workload: Workload, ids: Tensor) -> Case:
     kind: dict[str, Any] = {"device": workload.device, "dtype": workload.dtype}
     tensors = {"x": torch.randn(ids.shape[0], dim, **kind)}
     tensors["topk_weights"] = torch.rand(ids.shape, device=workload.device, dtype=wide) + 0.1
-    tensors |= {name: torch.randn(shape, **kind) * shape[-1] ** -0.5 for name, shape in shapes.items()}
+    tensors |= {
+        name: torch.randn(shape, **kind) * shape[-1] ** -0.5 for name, shape in shapes.items()
+    }
     for tensor in tensors.values():
         tensor.requires_grad_()
     return Case(workload, ids.to(workload.device), tensors, torch.randn(ids.shape[0], dim, **kind))

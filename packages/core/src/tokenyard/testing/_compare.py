@@ -26,14 +26,19 @@ def assert_close(
     """
     for name, want in oracle.items():
         error, allowed = relative_error(got[name], want), allowed_error(plain[name], want, dtype)
-        assert got[name].dtype == plain[name].dtype, f"{name} is {got[name].dtype}, not {plain[name].dtype}"
+        assert got[name].dtype == plain[name].dtype, (
+            f"{name} is {got[name].dtype}, not {plain[name].dtype}"
+        )
         assert error <= allowed, f"{name}: relative error {error:.3e}, allowed {allowed:.3e}"
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill every new uninitialised tensor with NaN (or the largest integer), so that none is returned unwritten."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -61,5 +66,9 @@ class CustomOps(TorchDispatchMode):
 def fresh(argument: Any, differentiable: bool) -> Any:
     """Return an argument that was recorded as a leaf of its own, requiring grad if it can and should."""
     if isinstance(argument, Tensor):
-        return argument.detach().clone().requires_grad_(differentiable and argument.is_floating_point())
+        return (
+            argument.detach()
+            .clone()
+            .requires_grad_(differentiable and argument.is_floating_point())
+        )
     return argument

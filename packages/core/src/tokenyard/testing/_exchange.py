@@ -32,14 +32,21 @@ class ExchangeConformance(Conformance):
         logits = torch.zeros(21, 4, dtype=torch.float64, device=self.run_device())
         results = []
         for run in (exchange, lambda x, r, compute: compute(x, r.topk_ids, r.topk_weights)):
-            y = run(inputs[0], Routing(case.ids, inputs[1], logits), lambda *args: self._compute(case.weights(), *args))
+            y = run(
+                inputs[0],
+                Routing(case.ids, inputs[1], logits),
+                lambda *args: self._compute(case.weights(), *args),
+            )
             results.append([y, *torch.autograd.grad(y, inputs, case.dy)])
         for got, want in zip(*results):
             assert relative_error(got, want) < 1e-13
 
     def test_no_tokens(self) -> None:
         """An empty batch comes back empty, with a gradient."""
-        exchange, case = self._exchange(), make_case(self._workload(), torch.empty(0, 2, dtype=torch.int32))
+        exchange, case = (
+            self._exchange(),
+            make_case(self._workload(), torch.empty(0, 2, dtype=torch.int32)),
+        )
         x = case.tensors["x"]
         routing = Routing(case.ids, case.tensors["topk_weights"], x.new_zeros(0, 4))
         y = exchange(x, routing, lambda *args: self._compute(case.weights(), *args))
@@ -49,14 +56,21 @@ class ExchangeConformance(Conformance):
 
     @pytest.mark.parametrize("shares", [[11, 10], [21, 0]], ids=["uneven", "a rank without tokens"])
     @pytest.mark.parametrize("routing", ROUTINGS)
-    def test_equals_computing_in_place_over_two_ranks(self, routing: str, shares: list[int]) -> None:
+    def test_equals_computing_in_place_over_two_ranks(
+        self, routing: str, shares: list[int]
+    ) -> None:
         """Outputs, and the gradients of x, topk_weights and the experts' weights on their rank, in float64, by gloo."""
-        offer, workload = self.offered(), Workload(8, 12, 4, 2, dtype=torch.float64, expert_parallel=2)
+        offer, workload = (
+            self.offered(),
+            Workload(8, 12, 4, 2, dtype=torch.float64, expert_parallel=2),
+        )
         reason = offer.unusable(workload)
         if reason is not None:
             pytest.skip(f"{self.backend}: {reason}")
         seed = int(torch.randint(1 << 30, ()).item())
-        for errors in ranks(2).run(exchange_on_rank, offer.path, dict(self.options), routing, shares, seed):
+        for errors in ranks(2).run(
+            exchange_on_rank, offer.path, dict(self.options), routing, shares, seed
+        ):
             assert max(errors) < 1e-13, dict(zip(("y", "dx", "dweights", "dup", "ddown"), errors))
 
     def _workload(self) -> Workload:
@@ -67,5 +81,7 @@ class ExchangeConformance(Conformance):
         return self.construct(workload, TorchPermutation(workload), None, workload=workload)
 
     @staticmethod
-    def _compute(weights: ExpertWeights, x: Any, ids: Any, topk_weights: Any, rows: int | None = None) -> Any:
+    def _compute(
+        weights: ExpertWeights, x: Any, ids: Any, topk_weights: Any, rows: int | None = None
+    ) -> Any:
         return _oracle.experts(x, ids, topk_weights, weights, "swiglu")

@@ -39,16 +39,30 @@ class ExpertsConformance(LayerPartConformance):
     @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_matches_oracle(self, dtype: torch.dtype, activation: str, bias: bool, record_property: Any) -> None:
+    def test_matches_oracle(
+        self, dtype: torch.dtype, activation: str, bias: bool, record_property: Any
+    ) -> None:
         """Output and every gradient, in every dtype, for every activation, with and without biases."""
-        self._check(self._case(random_ids(37, 4, 2), 4, dtype=dtype, activation=activation, bias=bias), record_property)
+        self._check(
+            self._case(random_ids(37, 4, 2), 4, dtype=dtype, activation=activation, bias=bias),
+            record_property,
+        )
 
     @pytest.mark.parametrize("count", ["0", "1", "7", "tile-1", "tile", "tile+1"])
     def test_token_counts(self, count: str, record_property: Any) -> None:
         """No token, one, few, and a tile's worth less and more, all to few experts."""
-        tokens = {"0": 0, "1": 1, "7": 7, "tile-1": self.tile - 1, "tile": self.tile, "tile+1": self.tile + 1}[count]
+        tokens = {
+            "0": 0,
+            "1": 1,
+            "7": 7,
+            "tile-1": self.tile - 1,
+            "tile": self.tile,
+            "tile+1": self.tile + 1,
+        }[count]
         case = self._case(random_ids(tokens, 4, 1), 4)
-        with torch.no_grad():  # a lone token's weight gradient is <dy, y>: random dy could make it vanish
+        with (
+            torch.no_grad()
+        ):  # a lone token's weight gradient is <dy, y>: random dy could make it vanish
             case = replace(case, dy=self._oracle(case))
         self._check(case, record_property)
 
@@ -61,14 +75,18 @@ class ExpertsConformance(LayerPartConformance):
         got = self._check(case, record_property)
         for e in set(range(5)) - set(ids.flatten().tolist()):
             for name in got.keys() & {f"d {field}" for field in ExpertWeights._fields}:
-                assert not got[name][e].any(), f"{name} of expert {e}, which got no token, is not exactly zero"
+                assert not got[name][e].any(), (
+                    f"{name} of expert {e}, which got no token, is not exactly zero"
+                )
 
     @pytest.mark.parametrize("wanted", ["x", "topk_weights", "up", "down", "up_bias", "down_bias"])
     def test_one_gradient_alone(self, wanted: str, record_property: Any) -> None:
         """With one input requiring grad, its gradient is right and no other is made."""
         case = self._case(random_ids(23, 4, 2), 4, bias=True)
         if wanted not in case.tensors:
-            pytest.skip(f"{self.backend}: {self.offered().unusable(replace(case.workload, bias=True))}")
+            pytest.skip(
+                f"{self.backend}: {self.offered().unusable(replace(case.workload, bias=True))}"
+            )
         for name, tensor in case.tensors.items():
             tensor.requires_grad_(name == wanted)
         got = self._check(case, record_property)
@@ -93,7 +111,9 @@ class ExpertsConformance(LayerPartConformance):
         kernel = self._kernel(case)
         got = self._results(case, lambda c: kernel(c, rows=int((ids < 4).sum()) + 5))
         for name, result in got.items():
-            assert result.isfinite().all(), f"{name} read a token, weight or gradient that was dropped"
+            assert result.isfinite().all(), (
+                f"{name} read a token, weight or gradient that was dropped"
+            )
         self._judge(got, expected, record_property)
 
     def test_strided_inputs(self, record_property: Any) -> None:
@@ -108,7 +128,9 @@ class ExpertsConformance(LayerPartConformance):
     def test_inputs_are_not_mutated(self) -> None:
         """Neither inputs nor the incoming gradient change, in forward or backward."""
         case = self._case(random_ids(33, 4, 2), 4, bias=True)
-        before = {name: t.detach().clone() for name, t in case.tensors.items()} | {"dy": case.dy.clone()}
+        before = {name: t.detach().clone() for name, t in case.tensors.items()} | {
+            "dy": case.dy.clone()
+        }
         self._results(case, self._kernel(case))
         after = {name: t.detach() for name, t in case.tensors.items()} | {"dy": case.dy}
         for name in before:
@@ -140,7 +162,9 @@ class ExpertsConformance(LayerPartConformance):
         for op, args, kwargs, differentiable in ops.calls:
             torch.library.opcheck(op, tuple(fresh(a, differentiable) for a in args), kwargs)
 
-    def _case(self, ids: Tensor, num_experts: int, dtype: torch.dtype | None = None, **kwargs: Any) -> Case:
+    def _case(
+        self, ids: Tensor, num_experts: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Case:
         workload = Workload(
             self.dim,
             self.ffn_dim,
@@ -164,11 +188,19 @@ class ExpertsConformance(LayerPartConformance):
 
     def _kernel(self, case: Case) -> Call:
         permutation = TorchPermutation(case.workload)
-        return Call(self.construct(case.workload, permutation, workload=case.workload), permutation, case.workload)
+        return Call(
+            self.construct(case.workload, permutation, workload=case.workload),
+            permutation,
+            case.workload,
+        )
 
     def _oracle(self, case: Case) -> Tensor:
         return _oracle.experts(
-            case.tensors["x"], case.ids, case.tensors.get("topk_weights"), case.weights(), case.workload.activation
+            case.tensors["x"],
+            case.ids,
+            case.tensors.get("topk_weights"),
+            case.weights(),
+            case.workload.activation,
         )
 
     def _results(self, case: Case, run: Any) -> dict[str, Tensor]:
@@ -183,7 +215,9 @@ class ExpertsConformance(LayerPartConformance):
 
     def _expected(self, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the results of plain torch code in the case's dtype, and those of the float64 oracle."""
-        return self._results(case, self._oracle), self._results(case.to(torch.float64), self._oracle)
+        return self._results(case, self._oracle), self._results(
+            case.to(torch.float64), self._oracle
+        )
 
     def _check(self, case: Case, record_property: Any) -> dict[str, Tensor]:
         got = self._results(case, self._kernel(case))

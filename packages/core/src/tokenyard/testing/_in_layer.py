@@ -26,7 +26,9 @@ class _WithTheRest(Registry):
         super().__init__(())
         self._own, self._kind = own, kind
 
-    def choose(self, kind: Kind, request: Request = None, workload: Workload | None = None) -> Chosen:
+    def choose(
+        self, kind: Kind, request: Request = None, workload: Workload | None = None
+    ) -> Chosen:
         """Choose from the registry of that kind."""
         registry = self._own if kind == self._kind else default_registry()
         return registry.choose(kind, request, workload)
@@ -42,7 +44,9 @@ class LayerPartConformance(Conformance):
         """
         layer, workload = self._layer()
         other = next(dtype for dtype in _DTYPES if dtype != workload.dtype)
-        self._refused(layer, torch.randn(5, workload.dim, dtype=other, device=workload.device), str(other)[6:])
+        self._refused(
+            layer, torch.randn(5, workload.dim, dtype=other, device=workload.device), str(other)[6:]
+        )
 
     def test_other_device_is_refused(self) -> None:
         """A layer called on another device than its workload's raises one sentence."""
@@ -50,7 +54,9 @@ class LayerPartConformance(Conformance):
         if not torch.cuda.is_available():
             pytest.skip("needs a second device, and torch finds no CUDA GPU here")
         other = torch.device("cuda:0" if workload.device.type == "cpu" else "cpu")
-        self._refused(layer, torch.randn(5, workload.dim, dtype=workload.dtype, device=other), str(other))
+        self._refused(
+            layer, torch.randn(5, workload.dim, dtype=workload.dtype, device=other), str(other)
+        )
 
     def _layer(self) -> tuple[MoE, Workload]:
         """Return a layer with the backend under test, in the first dtype that it supports."""

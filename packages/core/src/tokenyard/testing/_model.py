@@ -55,7 +55,9 @@ class ModelConformance(Conformance):
             (b.prob_sum.sum() + b.z_sum for b in output.balances), torch.zeros(())
         )
         loss.backward()
-        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        missing = [
+            name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
+        ]
         assert not missing
 
     def test_initialised_alike_from_meta(self) -> None:
@@ -67,11 +69,16 @@ class ModelConformance(Conformance):
     def _model(self, seed: int = 0) -> Any:
         with torch.device("meta"):
             model = self.construct(
-                self.config, device=self.run_device(), compute_dtype=torch.float64, dtype=torch.float64
+                self.config,
+                device=self.run_device(),
+                compute_dtype=torch.float64,
+                dtype=torch.float64,
             )
         model = model.to_empty(device=self.run_device())
         model.init_weights(seed)
         return model.eval()
 
     def _ids(self, batch: int, length: int) -> Tensor:
-        return torch.randint(0, self.config["vocab_size"], (batch, length), device=self.run_device())
+        return torch.randint(
+            0, self.config["vocab_size"], (batch, length), device=self.run_device()
+        )

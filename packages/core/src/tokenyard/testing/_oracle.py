@@ -50,7 +50,9 @@ _ACT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def experts(x: Tensor, ids: Tensor, topk_weights: Tensor | None, weights: ExpertWeights, activation: str) -> Tensor:
+def experts(
+    x: Tensor, ids: Tensor, topk_weights: Tensor | None, weights: ExpertWeights, activation: str
+) -> Tensor:
     """Return y [T, D] = sum over the kept slots of weight * down(act(up(x))), summed in float32 at least."""
     y = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for e in range(weights.up.shape[0]):

@@ -38,7 +38,9 @@ class Net(nn.Module):
         return y
 
 
-def exchange_on_rank(path: str, options: Mapping[str, Any], routing: str, shares: list[int], seed: int) -> list[float]:
+def exchange_on_rank(
+    path: str, options: Mapping[str, Any], routing: str, shares: list[int], seed: int
+) -> list[float]:
     """Return the relative errors of y and of the gradients of x, topk_weights and this rank's up and down weights.
 
     Every rank knows all tokens and weights; it exchanges `shares[rank]` tokens of its own, and compares with computing
@@ -48,13 +50,17 @@ def exchange_on_rank(path: str, options: Mapping[str, Any], routing: str, shares
     rank, ranks = dist.get_rank(), dist.get_world_size()
     workload = Workload(DIM, 12, EXPERTS, 2, dtype=torch.float64, expert_parallel=ranks)
     case = make_case(workload, routings(sum(shares), EXPERTS, 2)[routing])
-    exchange = Backend("under test", path).load()(workload, TorchPermutation(workload), dist.group.WORLD, **options)
+    exchange = Backend("under test", path).load()(
+        workload, TorchPermutation(workload), dist.group.WORLD, **options
+    )
     each, first = EXPERTS // ranks, sum(shares[:rank])
     mine, own = slice(first, first + shares[rank]), slice(rank * each, (rank + 1) * each)
     x, weights = (case.tensors[n].detach()[mine].requires_grad_() for n in ("x", "topk_weights"))
     up, down = (case.tensors[n].detach()[own].requires_grad_() for n in ("up", "down"))
 
-    def compute(rows: Tensor, ids: Tensor, gates: Tensor | None, bound: int | None = None) -> Tensor:
+    def compute(
+        rows: Tensor, ids: Tensor, gates: Tensor | None, bound: int | None = None
+    ) -> Tensor:
         return _oracle.experts(rows, ids, gates, ExpertWeights(up, down), "swiglu")
 
     y = exchange(x, Routing(case.ids[mine], weights, x.new_zeros(shares[rank], EXPERTS)), compute)
@@ -63,7 +69,9 @@ def exchange_on_rank(path: str, options: Mapping[str, Any], routing: str, shares
     whole = _oracle.experts(leaves[0], case.ids, leaves[1], case.weights(), "swiglu")
     dx, dweights, dup, ddown = torch.autograd.grad(whole, leaves, case.dy)
     want = [whole[mine], dx[mine], dweights[mine], dup[own], ddown[own]]
-    return [float(relative_error(a, b)) if b.numel() else float(a.numel()) for a, b in zip(got, want)]
+    return [
+        float(relative_error(a, b)) if b.numel() else float(a.numel()) for a, b in zip(got, want)
+    ]
 
 
 class Laid(NamedTuple):
@@ -77,7 +85,9 @@ class Laid(NamedTuple):
     held: int  # numbers that this rank holds
 
 
-def strategy_on_rank(path: str, options: Mapping[str, Any], expert_parallel: int, case: str, seed: int) -> Laid | str:
+def strategy_on_rank(
+    path: str, options: Mapping[str, Any], expert_parallel: int, case: str, seed: int
+) -> Laid | str:
     """Lay a model out, run this rank's share of a batch, clip; or return why the strategy is unusable.
 
     `case` is "even", "idle" (the last rank has no tokens) or "frozen" (experts are not trained).
@@ -137,8 +147,12 @@ def _fill(parameter: Tensor, whole: Tensor) -> None:
     if not isinstance(parameter, DTensor):
         parameter.copy_(whole)
     elif parameter.to_local().numel():
-        (chunk,) = parameter.__create_chunk_list__()  # how torch's checkpoints ask a shard where it lies
-        parameter.to_local().copy_(whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes))])
+        (chunk,) = (
+            parameter.__create_chunk_list__()
+        )  # how torch's checkpoints ask a shard where it lies
+        parameter.to_local().copy_(
+            whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes))]
+        )
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:

@@ -37,11 +37,16 @@ class PermutationConformance(LayerPartConformance):
         kept = [[slot for slot, e in enumerate(slots) if e == expert] for expert in range(E)]
         assert {t.dtype for t in plan[:3]} == {torch.int32}
         assert plan.top_k == top_k
-        assert plan.offsets.tolist() == [0, *torch.tensor([len(k) for k in kept]).cumsum(0).tolist()]
+        assert plan.offsets.tolist() == [
+            0,
+            *torch.tensor([len(k) for k in kept]).cumsum(0).tolist(),
+        ]
         rows = [slot for expert in kept for slot in expert]
         assert plan.order.tolist()[: len(rows)] == rows
         assert len(plan.order) == len(slots)
-        assert all(0 <= slot < len(slots) for slot in plan.order.tolist()), "the tail must hold slots that exist"
+        assert all(0 <= slot < len(slots) for slot in plan.order.tolist()), (
+            "the tail must hold slots that exist"
+        )
         row_of = dict(zip(rows, range(len(rows))))
         for slot, row in enumerate(plan.inverse.tolist()):
             assert row == row_of.get(slot, row)
@@ -49,13 +54,18 @@ class PermutationConformance(LayerPartConformance):
 
     def test_plan_of_no_tokens(self) -> None:
         """T = 0 gives empty order and inverse, and zero offsets."""
-        plan = self._permutation(2).plan(torch.empty(0, 2, dtype=torch.int32, device=self.run_device()), E)
+        plan = self._permutation(2).plan(
+            torch.empty(0, 2, dtype=torch.int32, device=self.run_device()), E
+        )
         assert [t.tolist() for t in plan[:3]] == [[], [], [0] * (E + 1)]
 
     @pytest.mark.parametrize("slack", [0, 1, 9])
     def test_static_rows_bound(self, slack: int) -> None:
         """A bound on the rows cuts the plan's tail and nothing else."""
-        permutation, ids = self._permutation(3), routings(33, E, 3)["some dropped"].to(self.run_device())
+        permutation, ids = (
+            self._permutation(3),
+            routings(33, E, 3)["some dropped"].to(self.run_device()),
+        )
         kept = int((ids < E).sum())
         whole, bound = permutation.plan(ids, E), permutation.plan(ids, E, rows=kept + slack)
         assert len(bound.order) == min(kept + slack, ids.numel())
@@ -72,7 +82,10 @@ class PermutationConformance(LayerPartConformance):
             rows = permutation.permute(x, plan)
             (dx,) = torch.autograd.grad(rows, x, gradient)
         assert torch.equal(rows, _rows(x.detach(), plan))
-        got, want = {"d x": dx}, [_tokens(gradient.to(d), plan, None, ids.shape[0]) for d in (dtype, torch.float64)]
+        got, want = (
+            {"d x": dx},
+            [_tokens(gradient.to(d), plan, None, ids.shape[0]) for d in (dtype, torch.float64)],
+        )
         assert_close(got, {"d x": want[0].to(dtype)}, {"d x": want[1]})
 
     @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
@@ -81,14 +94,20 @@ class PermutationConformance(LayerPartConformance):
         """The weighted sum of a token's rows, and the gradients of rows and weights."""
         permutation, plan, ids = self._planned(dtype)
         rows = self._randn(len(plan.order), dtype=dtype)
-        weights = torch.rand(ids.shape, dtype=logits_dtype(dtype), device=rows.device) if weighted else None
+        weights = (
+            torch.rand(ids.shape, dtype=logits_dtype(dtype), device=rows.device)
+            if weighted
+            else None
+        )
         gradient = self._randn(ids.shape[0], dtype=dtype)
         inputs = [t.requires_grad_() for t in (rows, weights) if t is not None]
         names = ["d rows", "d weights"][: len(inputs)]
         with poisoned_memory():
             y = permutation.unpermute(rows, plan, weights)
             got = {"y": y.detach()} | dict(zip(names, torch.autograd.grad(y, inputs, gradient)))
-        plain, oracle = (self._plain(rows, weights, plan, gradient, names, d) for d in (dtype, torch.float64))
+        plain, oracle = (
+            self._plain(rows, weights, plan, gradient, names, d) for d in (dtype, torch.float64)
+        )
         assert_close(got, plain, oracle)
 
     def test_tail_is_never_read(self) -> None:
@@ -163,13 +182,26 @@ class PermutationConformance(LayerPartConformance):
         return torch.randn(rows, self.dim, dtype=dtype, device=self.run_device())
 
     def _plain(
-        self, rows: Tensor, weights: Tensor | None, plan: Plan, gradient: Tensor, names: list[str], dtype: torch.dtype
+        self,
+        rows: Tensor,
+        weights: Tensor | None,
+        plan: Plan,
+        gradient: Tensor,
+        names: list[str],
+        dtype: torch.dtype,
     ) -> dict[str, Tensor]:
         wide = logits_dtype(dtype)
-        inputs = [rows.detach().to(dtype), *([] if weights is None else [weights.detach().to(wide)])]
+        inputs = [
+            rows.detach().to(dtype),
+            *([] if weights is None else [weights.detach().to(wide)]),
+        ]
         inputs = [t.requires_grad_() for t in inputs]
-        y = _tokens(inputs[0], plan, inputs[1] if len(inputs) > 1 else None, gradient.shape[0]).to(dtype)
-        return {"y": y.detach()} | dict(zip(names, torch.autograd.grad(y, inputs, gradient.to(dtype))))
+        y = _tokens(inputs[0], plan, inputs[1] if len(inputs) > 1 else None, gradient.shape[0]).to(
+            dtype
+        )
+        return {"y": y.detach()} | dict(
+            zip(names, torch.autograd.grad(y, inputs, gradient.to(dtype)))
+        )
 
 
 def _rows(x: Tensor, plan: Plan) -> Tensor:
@@ -184,7 +216,11 @@ def _tokens(rows: Tensor, plan: Plan, weights: Tensor | None, tokens: int) -> Te
     live = int(plan.offsets[-1])
     wide = logits_dtype(rows.dtype)
     slot = plan.order[:live].long()
-    value = torch.ones(live, dtype=wide, device=rows.device) if weights is None else weights.flatten()[slot]
+    value = (
+        torch.ones(live, dtype=wide, device=rows.device)
+        if weights is None
+        else weights.flatten()[slot]
+    )
     matrix = torch.zeros(tokens, live, dtype=wide, device=rows.device)
     matrix = matrix.index_put((slot // plan.top_k, torch.arange(live, device=rows.device)), value)
     return matrix @ rows[:live].to(wide)

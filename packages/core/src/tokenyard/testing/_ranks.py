@@ -21,7 +21,11 @@ from pathlib import Path
 from typing import Any
 
 _START = 120.0  # seconds that the processes have to start and meet
-_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+_NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
 
 
 class RanksError(RuntimeError):
@@ -42,7 +46,9 @@ class Ranks:
         self._ends = [ours for ours, _ in pipes]
         store = str(Path(self._folder.name) / "store")
         self._processes = [
-            context.Process(target=_serve, args=(rank, size, device, store, theirs, timeout), daemon=True)
+            context.Process(
+                target=_serve, args=(rank, size, device, store, theirs, timeout), daemon=True
+            )
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process, (_, theirs) in zip(self._processes, pipes):
@@ -104,13 +110,19 @@ def _serve(rank: int, size: int, device: str, store: str, end: Connection, timeo
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    for name, value in (_NO_MULTICAST | {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank)}).items():
+    for name, value in (
+        _NO_MULTICAST | {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank)}
+    ).items():
         os.environ.setdefault(name, value)
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        backend,
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
     )
     end.send((True, None))
     while True:

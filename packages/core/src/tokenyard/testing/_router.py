@@ -47,7 +47,8 @@ class RouterConformance(LayerPartConformance):
         router, x = self._router(rule, dtype), self._tokens(67, dtype)
         weight, bias = router.weight, router.selection_bias if rule.bias_update_rate else None
         gradients = [
-            torch.randn(67, n, dtype=logits_dtype(dtype), device=x.device) for n in (self.top_k, self.num_experts)
+            torch.randn(67, n, dtype=logits_dtype(dtype), device=x.device)
+            for n in (self.top_k, self.num_experts)
         ]
         with poisoned_memory():
             routing = router(x)
@@ -82,7 +83,9 @@ class RouterConformance(LayerPartConformance):
         gradients = [torch.randn(9, n, device=x.device) for n in (self.top_k, self.num_experts)]
         routing = router(x)
         got, ids = oracle.results(routing, x, router.weight, gradients), routing.topk_ids.long()
-        exact = oracle.plain(x.detach(), router.weight.detach(), ids, rule, gradients, torch.float64)
+        exact = oracle.plain(
+            x.detach(), router.weight.detach(), ids, rule, gradients, torch.float64
+        )
         for name, result in got.items():
             assert relative_error(result, exact[name]) < 1e-5, name
 
@@ -90,14 +93,20 @@ class RouterConformance(LayerPartConformance):
         """T = 0 gives an empty routing and zero sums."""
         router = self._router(RoutingRule(normalize=1), torch.float32)
         routing = router(self._tokens(0, torch.float32))
-        assert [tuple(t.shape) for t in routing] == [(0, self.top_k), (0, self.top_k), (0, self.num_experts)]
+        assert [tuple(t.shape) for t in routing] == [
+            (0, self.top_k),
+            (0, self.top_k),
+            (0, self.num_experts),
+        ]
         assert not router.balance(routing).counts.any()
 
     @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
     def test_given_ids_are_only_weighted(self, rule: RoutingRule) -> None:
         """Replayed ids come back as they are, dropped ones included, which weigh nothing and have no gradient."""
         router, x = self._router(rule, torch.float32), self._tokens(20, torch.float32)
-        ids = torch.randint(0, self.num_experts + 2, (20, self.top_k), device=x.device, dtype=torch.int32)
+        ids = torch.randint(
+            0, self.num_experts + 2, (20, self.top_k), device=x.device, dtype=torch.int32
+        )
         ids[0] = self.num_experts
         routing = router(x, ids)
         assert torch.equal(routing.topk_ids, ids)
@@ -108,14 +117,20 @@ class RouterConformance(LayerPartConformance):
 
     def test_replaying_the_own_selection_changes_nothing(self) -> None:
         """Routing with the ids that the router chose itself gives the same weights, bit by bit."""
-        router, x = self._router(RULES["sigmoid with selection bias"], torch.float32), self._tokens(40, torch.float32)
+        router, x = (
+            self._router(RULES["sigmoid with selection bias"], torch.float32),
+            self._tokens(40, torch.float32),
+        )
         first = router(x)
         for a, b in zip(first, router(x, first.topk_ids)):
             assert torch.equal(a, b)
 
     def test_jitter_while_training_only(self) -> None:
         """Jitter scales the router's input within its bounds, differently each time, and never in evaluation."""
-        router, x = self._router(RoutingRule(jitter=0.2), torch.float64), self._tokens(64, torch.float64)
+        router, x = (
+            self._router(RoutingRule(jitter=0.2), torch.float64),
+            self._tokens(64, torch.float64),
+        )
         kept = x.detach().clone()
         calm = router.eval()(x).logits
         assert torch.equal(calm, router(x).logits)
@@ -131,8 +146,12 @@ class RouterConformance(LayerPartConformance):
         router, x = self._router(RULES["capacity"], torch.float64), self._tokens(50, torch.float64)
         routing = router(x)
         balance = router.balance(routing)
-        chosen = torch.tensor(oracle.select(routing.logits.detach(), None, RULES["capacity"], self.top_k))
-        assert balance.counts.tolist() == [(chosen == e).sum().item() for e in range(self.num_experts)]
+        chosen = torch.tensor(
+            oracle.select(routing.logits.detach(), None, RULES["capacity"], self.top_k)
+        )
+        assert balance.counts.tolist() == [
+            (chosen == e).sum().item() for e in range(self.num_experts)
+        ]
         assert balance.dropped.item() == (routing.topk_ids >= self.num_experts).sum().item()
         exp = routing.logits.exp()
         assert relative_error(balance.prob_sum, (exp / exp.sum(1, keepdim=True)).sum(0)) < 1e-13
@@ -148,11 +167,15 @@ class RouterConformance(LayerPartConformance):
         assert torch.equal(router.selection_bias, before)
         others = [0] * (self.num_experts - 2)
         router.update(5 + torch.tensor([4, -4, *others], device=before.device))
-        assert torch.allclose(router.selection_bias - before, torch.tensor([-0.01, 0.01, *others]).to(before))
+        assert torch.allclose(
+            router.selection_bias - before, torch.tensor([-0.01, 0.01, *others]).to(before)
+        )
 
     def test_parameters_are_core_s(self) -> None:
         """Swapping routers never changes a state dict: `weight` [E, D], and `selection_bias` [E] where there is one."""
-        names = {name for name, _ in self._router(RoutingRule(), torch.float32).state_dict().items()}
+        names = {
+            name for name, _ in self._router(RoutingRule(), torch.float32).state_dict().items()
+        }
         biased = self._router(RULES["sigmoid with selection bias"], torch.float32).state_dict()
         assert names == {"weight"}
         assert {name: tuple(t.shape) for name, t in biased.items()} == {
@@ -163,7 +186,10 @@ class RouterConformance(LayerPartConformance):
 
     def test_autocast_routes_like_low_precision(self) -> None:
         """Under autocast, float32 operands give bit by bit the logits of the same operands cast beforehand."""
-        router, x = self._router(RoutingRule(), torch.float32), self._tokens(33, torch.float32).detach()
+        router, x = (
+            self._router(RoutingRule(), torch.float32),
+            self._tokens(33, torch.float32).detach(),
+        )
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             cast = router(x)
         router.weight.data = router.weight.data.to(torch.bfloat16)
@@ -174,7 +200,10 @@ class RouterConformance(LayerPartConformance):
     def test_compiles_whole(self) -> None:
         """``torch.compile(fullgraph=True)`` gives the same."""
         torch.compiler.reset()
-        router, x = self._router(RULES["best groups by two, biased"], torch.float32), self._tokens(30, torch.float32)
+        router, x = (
+            self._router(RULES["best groups by two, biased"], torch.float32),
+            self._tokens(30, torch.float32),
+        )
         compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
         want, got = router(x), compiled(x)
         assert torch.equal(got.topk_ids, want.topk_ids)
@@ -182,7 +211,13 @@ class RouterConformance(LayerPartConformance):
 
     def _router(self, rule: RoutingRule, dtype: torch.dtype) -> Any:
         workload = Workload(
-            self.dim, self.dim, self.num_experts, self.top_k, router=rule, dtype=dtype, device=self.run_device()
+            self.dim,
+            self.dim,
+            self.num_experts,
+            self.top_k,
+            router=rule,
+            dtype=dtype,
+            device=self.run_device(),
         )
         with torch.device(workload.device):
             router = self.construct(workload, workload=workload)

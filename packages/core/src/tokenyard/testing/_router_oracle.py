@@ -16,12 +16,18 @@ def scores(logits: Tensor, rule: RoutingRule) -> Tensor:
 
 def select(logits: Tensor, bias: Tensor | None, rule: RoutingRule, top_k: int) -> list[list[int]]:
     """Return each token's K experts, best first; equal scores lowest id first."""
-    by = logits if rule.select_first else (logits.sigmoid() if rule.score == "sigmoid" else logits.softmax(-1))
+    by = (
+        logits
+        if rule.select_first
+        else (logits.sigmoid() if rule.score == "sigmoid" else logits.softmax(-1))
+    )
     by = by if bias is None else by + bias
     return [_select_one(row, rule, top_k) for row in by.tolist()]
 
 
-def within_capacity(chosen: list[list[int]], rule: RoutingRule, num_experts: int) -> list[list[int]]:
+def within_capacity(
+    chosen: list[list[int]], rule: RoutingRule, num_experts: int
+) -> list[list[int]]:
     """Return the ids with ``E + 1 + e`` for every slot that expert e has no room for, first come first served."""
     if rule.capacity_factor is None:
         return chosen
@@ -38,21 +44,37 @@ def within_capacity(chosen: list[list[int]], rule: RoutingRule, num_experts: int
 
 def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
     """Return the weights [T, K] of chosen experts."""
-    weights = torch.softmax(logits.gather(1, ids), -1) if rule.select_first else scores(logits, rule).gather(1, ids)
+    weights = (
+        torch.softmax(logits.gather(1, ids), -1)
+        if rule.select_first
+        else scores(logits, rule).gather(1, ids)
+    )
     if rule.normalize is not None:
         weights = weights / (weights**rule.normalize).sum(1, keepdim=True) ** (1 / rule.normalize)
     return weights * rule.scale
 
 
-def results(routing: Routing, x: Tensor, weight: Tensor, gradients: list[Tensor]) -> dict[str, Tensor]:
+def results(
+    routing: Routing, x: Tensor, weight: Tensor, gradients: list[Tensor]
+) -> dict[str, Tensor]:
     """Return weights and logits of a routing, and the gradients of x and weight by those of both."""
     outputs = [routing.topk_weights, routing.logits]
     dx, dweight = torch.autograd.grad(outputs, [x, weight], gradients)
-    return {"topk_weights": outputs[0].detach(), "logits": outputs[1].detach(), "d x": dx, "d weight": dweight}
+    return {
+        "topk_weights": outputs[0].detach(),
+        "logits": outputs[1].detach(),
+        "d x": dx,
+        "d weight": dweight,
+    }
 
 
 def plain(
-    x: Tensor, weight: Tensor, ids: Tensor, rule: RoutingRule, gradients: list[Tensor], dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    rule: RoutingRule,
+    gradients: list[Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Return the results of chosen experts, computed by plain torch code in a dtype."""
     x, weight = (t.to(dtype).requires_grad_() for t in (x, weight))

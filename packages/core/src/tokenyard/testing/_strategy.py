@@ -45,9 +45,17 @@ class StrategyConformance(Conformance):
         for max_norm, share in ((0.5, 0.5), (math.inf, None)):
             model = self._laid_out(strategy)
             model(torch.randn(64, 8, device=self.run_device())).square().sum().backward()
-            before = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double().norm()
+            before = (
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+                .double()
+                .norm()
+            )
             norm = strategy.clip(model, max_norm)
-            after = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double().norm()
+            after = (
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+                .double()
+                .norm()
+            )
             assert relative_error(norm, before) < 1e-5
             assert relative_error(after, before if share is None else torch.tensor(share)) < 1e-4
 
@@ -75,7 +83,9 @@ class StrategyConformance(Conformance):
             model: nn.Module = Net(Workload(8, 12, 4, 2, device=self.run_device()))
         assert strategy.unusable(model) is None
         model = strategy.layout(model)
-        assert all(p.is_meta for p in model.parameters()), "layout allocated what only to_empty should"
+        assert all(p.is_meta for p in model.parameters()), (
+            "layout allocated what only to_empty should"
+        )
         model = model.to_empty(device=self.run_device())
         for parameter in model.parameters():
             nn.init.normal_(parameter)

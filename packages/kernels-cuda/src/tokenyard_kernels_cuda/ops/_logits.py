@@ -28,7 +28,14 @@ NARROW = (torch.bfloat16, torch.float16)
 def split_kernel(dtype: torch.dtype) -> Kernel:
     """Return the kernel that splits float32 into two numbers of a narrow dtype."""
     source = Source("split.cu", (("ELEMENT", ELEMENTS[dtype]),))
-    return Kernel(source, "split_in_two", wide=Array(torch.float32), both=Array(dtype), rows=Int(), width=Int())
+    return Kernel(
+        source,
+        "split_in_two",
+        wide=Array(torch.float32),
+        both=Array(dtype),
+        rows=Int(),
+        width=Int(),
+    )
 
 
 @operator("tokenyard_cuda::logits")
@@ -43,7 +50,9 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @operator("tokenyard_cuda::logits_backward")
-def logits_backward_op(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+def logits_backward_op(
+    dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
+) -> list[Tensor]:
     """Return the gradients of x and of weight; an empty one where none is needed."""
     both = _split(dlogits.contiguous(), x.dtype)  # [T, 2E]
     dx, dweight = x.new_empty(0), x.new_empty(0)
@@ -63,7 +72,9 @@ def _split(wide: Tensor, dtype: torch.dtype) -> Tensor:
     rows, width = wide.shape
     both = wide.new_empty(rows, 2 * width, dtype=dtype)
     if rows:
-        split_kernel(dtype)((ceil_div(rows * width, _THREADS), 1), _THREADS, wide, both, rows, width)
+        split_kernel(dtype)(
+            (ceil_div(rows * width, _THREADS), 1), _THREADS, wide, both, rows, width
+        )
     return both
 
 

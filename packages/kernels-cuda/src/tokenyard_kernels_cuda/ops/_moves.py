@@ -60,7 +60,9 @@ def to_rows(x: Tensor, plan: Plan) -> Tensor:
     vectors = dim // how.vector
     threads, parts = _columns(vectors)
     grid = (tokens + _TAIL, parts)
-    how.to_rows(grid, threads, x, plan.inverse, _live(plan), rows, tokens, vectors, len(rows), plan.top_k)
+    how.to_rows(
+        grid, threads, x, plan.inverse, _live(plan), rows, tokens, vectors, len(rows), plan.top_k
+    )
     return rows
 
 
@@ -83,7 +85,9 @@ def to_tokens_backward(
     """Return the gradients of rows [R, D], if wanted, and, if rows are given, of topk_weights [T, K] in float32."""
     slots, bound, dim = plan.inverse.shape[0], plan.order.shape[0], dy.shape[1]
     drows = dy.new_empty(bound, dim) if want_rows else None
-    dweights = None if rows is None else dy.new_empty(slots // plan.top_k, plan.top_k, dtype=torch.float32)
+    dweights = (
+        None if rows is None else dy.new_empty(slots // plan.top_k, plan.top_k, dtype=torch.float32)
+    )
     how = _moves_of(dy, rows)
     warps = _THREADS // WARP
     grid = (ceil_div(slots, warps) + _TAIL, 1)

@@ -17,7 +17,9 @@ def permute_op(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k
     """Copy tokens x [T, D] to rows [R, D]; the tail is zero."""
     if inverse.shape[0] != x.shape[0] * top_k:
         slots = inverse.shape[0]
-        raise ValueError(f"x has {x.shape[0]} tokens and the plan {slots} slots; there must be {top_k} a token")
+        raise ValueError(
+            f"x has {x.shape[0]} tokens and the plan {slots} slots; there must be {top_k} a token"
+        )
     if order.shape[0] == 0:
         return x.new_empty(0, x.shape[1])
     return to_rows(x.contiguous(), Plan(order, inverse, offsets, top_k))
@@ -30,7 +32,12 @@ def _(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) ->
 
 @operator("tokenyard_cuda::unpermute")
 def unpermute_op(
-    rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
+    rows: Tensor,
+    topk_weights: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    top_k: int,
 ) -> Tensor:
     """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
     if inverse.shape[0] == 0:
@@ -40,7 +47,14 @@ def unpermute_op(
 
 
 @torch.library.register_fake(unpermute_op)
-def _(rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+def _(
+    rows: Tensor,
+    topk_weights: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    top_k: int,
+) -> Tensor:
     return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
 
 
@@ -92,7 +106,9 @@ def _permute_backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weights, order, inverse, offsets, ctx.top_k = inputs
-    ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weights, order, inverse, offsets)
+    ctx.save_for_backward(
+        rows if ctx.needs_input_grad[1] else None, weights, order, inverse, offsets
+    )
 
 
 def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

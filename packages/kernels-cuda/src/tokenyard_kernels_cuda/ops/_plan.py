@@ -11,7 +11,15 @@ from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
 
 _SOURCE = Source("plan.cu")
 _INTS = Array(torch.int32)
-COUNT = Kernel(_SOURCE, "count_slots", ids=_INTS, counts=_INTS, slots=Int(), experts=Int(), slots_of_block=Int())
+COUNT = Kernel(
+    _SOURCE,
+    "count_slots",
+    ids=_INTS,
+    counts=_INTS,
+    slots=Int(),
+    experts=Int(),
+    slots_of_block=Int(),
+)
 PLACE = Kernel(
     _SOURCE,
     "place_slots",
@@ -48,7 +56,9 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
     slots_of_block = round_up(max(_SLOTS, ceil_div(slots, _BLOCKS)), warps * WARP)
     blocks = ceil_div(slots, slots_of_block)
     counts = order.new_empty(blocks, buckets)
-    COUNT((blocks, 1), _THREADS, ids, counts, slots, num_experts, slots_of_block, shared=4 * buckets)
+    COUNT(
+        (blocks, 1), _THREADS, ids, counts, slots, num_experts, slots_of_block, shared=4 * buckets
+    )
     arguments = (ids, counts, order, inverse, offsets, slots, rows, num_experts, slots_of_block)
     PLACE((blocks, 1), warps * WARP, *arguments, shared=4 * buckets * (2 + warps))
     return order, inverse, offsets

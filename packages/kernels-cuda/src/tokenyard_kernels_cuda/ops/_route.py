@@ -40,8 +40,19 @@ def routes(experts: int) -> Routes:
     groups: Parameters = {"groups": number, "groups_kept": number, "by_two": number}
     given: Parameters = {"logits": floats, "bias": floats_or_not, "given": ints_or_not}
     return Routes(
-        Kernel(source, "route", **given, ids=ints_or_not, weights=floats, **sizes, **rule, **groups),
-        Kernel(source, "route_backward", dweights=floats, logits=floats, ids=ints, dlogits=floats, **sizes, **rule),
+        Kernel(
+            source, "route", **given, ids=ints_or_not, weights=floats, **sizes, **rule, **groups
+        ),
+        Kernel(
+            source,
+            "route_backward",
+            dweights=floats,
+            logits=floats,
+            ids=ints,
+            dlogits=floats,
+            **sizes,
+            **rule,
+        ),
     )
 
 
@@ -59,7 +70,10 @@ def route_op(
 ) -> tuple[Tensor, Tensor]:
     """Return ids [T, K] int32 of the highest scores of logits [T, E], equal ones lowest id first, and their weights."""
     tokens = logits.shape[0]
-    ids, weights = logits.new_empty(tokens, top_k, dtype=torch.int32), logits.new_empty(tokens, top_k)
+    ids, weights = (
+        logits.new_empty(tokens, top_k, dtype=torch.int32),
+        logits.new_empty(tokens, top_k),
+    )
     if tokens:
         rule = (score, power, scale, groups, groups_kept, int(by_two))
         _route(logits, bias, None, ids, weights, *rule)
@@ -86,14 +100,18 @@ def _(logits: Tensor, ids: Tensor, *rule: Any) -> Tensor:
     return logits.new_empty(ids.shape)
 
 
-def _route(logits: Tensor, bias: Tensor | None, given: Tensor | None, ids: Tensor | None, *rest: Any) -> None:
+def _route(
+    logits: Tensor, bias: Tensor | None, given: Tensor | None, ids: Tensor | None, *rest: Any
+) -> None:
     weights, *rule = rest
     tokens, experts = logits.shape
     top_k, groups = weights.shape[1], rule[3]
     arguments = (logits.contiguous(), bias, given, ids, weights, tokens, experts, top_k, *rule)
     words = groups + 2 * top_k
     warps = fitting_warps(_WARPS, words)
-    routes(experts).route((ceil_div(tokens, warps), 1), warps * WARP, *arguments, shared=4 * warps * words)
+    routes(experts).route(
+        (ceil_div(tokens, warps), 1), warps * WARP, *arguments, shared=4 * warps * words
+    )
 
 
 @operator("tokenyard_cuda::weights_backward")
@@ -109,7 +127,9 @@ def weights_backward_op(
         arguments = (*tensors, tokens, experts, top_k, score, power, scale)
         words = 3 * top_k
         warps = fitting_warps(_WARPS, words)
-        routes(experts).backward((ceil_div(tokens, warps), 1), warps * WARP, *arguments, shared=4 * warps * words)
+        routes(experts).backward(
+            (ceil_div(tokens, warps), 1), warps * WARP, *arguments, shared=4 * warps * words
+        )
     return dlogits
 
 
@@ -144,7 +164,9 @@ torch.library.register_autograd(route_op, _route_backward, setup_context=_save_r
 torch.library.register_autograd(weigh_op, _weigh_backward, setup_context=_save_weigh)
 
 
-def route(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule
+) -> tuple[Tensor, Tensor]:
     """Return the ids and weights [T, K] that a rule selects by logits [T, E]; weights are differentiable."""
     bias = None if bias is None else bias.float().contiguous()
     groups = (rule.num_groups, rule.groups_kept, rule.group_score == "top2")
@@ -155,10 +177,16 @@ def route(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) ->
 def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
     """Return the weights [T, K] of given ids, differentiable in logits."""
     if ids.dim() != 2 or ids.shape[0] != logits.shape[0]:
-        raise ValueError(f"topk_ids is {list(ids.shape)}, and there are {logits.shape[0]} tokens; give ids [T, K]")
+        raise ValueError(
+            f"topk_ids is {list(ids.shape)}, and there are {logits.shape[0]} tokens; give ids [T, K]"
+        )
     weights: Tensor = weigh_op(logits, ids.int(), *_weighing(rule))
     return weights
 
 
 def _weighing(rule: RoutingRule) -> tuple[int, float, float]:
-    return _OF_SELECTED if rule.select_first else _SCORES[rule.score], rule.normalize or 0.0, rule.scale
+    return (
+        _OF_SELECTED if rule.select_first else _SCORES[rule.score],
+        rule.normalize or 0.0,
+        rule.scale,
+    )

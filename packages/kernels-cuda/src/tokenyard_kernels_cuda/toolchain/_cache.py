@@ -58,7 +58,9 @@ def _read(path: Path) -> bytes | None:
 def _write(path: Path, cubin: bytes) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=".unfinished-", delete=False
+        ) as file:
             try:
                 file.write(hashlib.sha256(cubin).digest() + cubin)
                 file.close()

@@ -25,7 +25,12 @@ def architecture_of(capability: tuple[int, int]) -> str:
 
 def options_for(source: Source, architecture: str) -> list[str]:
     """Return all options that a source is compiled with."""
-    return [f"--gpu-architecture={architecture}", "-std=c++17", "--generate-line-info", *source.options()]
+    return [
+        f"--gpu-architecture={architecture}",
+        "-std=c++17",
+        "--generate-line-info",
+        *source.options(),
+    ]
 
 
 def compiler_version() -> str:
@@ -44,8 +49,15 @@ def compile_cubin(source: Source, architecture: str) -> bytes:
     from cuda.bindings import nvrtc
 
     included = headers()
-    names, texts = [name.encode() for name in included], [text.encode() for text in included.values()]
-    program = _checked(nvrtc.nvrtcCreateProgram(source.text().encode(), source.name.encode(), len(names), texts, names))
+    names, texts = (
+        [name.encode() for name in included],
+        [text.encode() for text in included.values()],
+    )
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            source.text().encode(), source.name.encode(), len(names), texts, names
+        )
+    )
     try:
         options = [option.encode() for option in options_for(source, architecture)]
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)

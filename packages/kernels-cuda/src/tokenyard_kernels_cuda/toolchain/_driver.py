@@ -40,7 +40,10 @@ def launch(
         _give_context(driver, device)
         stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
         kernel = function(source, name, device)
-        checked(driver.cuLaunchKernel(kernel, *grid, threads, 1, 1, shared, stream, arguments, 0), f"to launch {name}")
+        checked(
+            driver.cuLaunchKernel(kernel, *grid, threads, 1, 1, shared, stream, arguments, 0),
+            f"to launch {name}",
+        )
 
 
 @cache
@@ -48,7 +51,10 @@ def function(source: Source, name: str, device: int) -> Any:
     """Return a kernel on a GPU whose context is this thread's. Raises CompileError and DriverError."""
     from cuda.bindings import driver
 
-    kernel = checked(driver.cuLibraryGetKernel(_library(source, device), name.encode()), f"to find {name} in {source}")
+    kernel = checked(
+        driver.cuLibraryGetKernel(_library(source, device), name.encode()),
+        f"to find {name} in {source}",
+    )
     return checked(driver.cuKernelGetFunction(kernel), f"to load {name} of {source}")
 
 
@@ -87,7 +93,9 @@ def _on(device: int) -> AbstractContextManager[object]:
 def _give_context(driver: Any, device: int) -> None:
     """Give this thread torch's context, if it has none: torch itself gives it one when it first calls the runtime."""
     if not int(checked(driver.cuCtxGetCurrent(), "to tell the context")):
-        context = checked(driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)), "to give a context")
+        context = checked(
+            driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)), "to give a context"
+        )
         checked(driver.cuCtxSetCurrent(context), "to set the context")
 
 

@@ -83,7 +83,9 @@ class Kernel:
         self.source, self.name, self.parameters = source, name, parameters
         self._types = tuple(parameter.ctype for parameter in parameters.values())
 
-    def __call__(self, grid: tuple[int, int], threads: int, *arguments: Any, shared: int = 0) -> None:
+    def __call__(
+        self, grid: tuple[int, int], threads: int, *arguments: Any, shared: int = 0
+    ) -> None:
         """Start it on the current stream of the arguments' GPU: blocks (x, y), threads and bytes of shared memory each.
 
         Raises TypeError for arguments that it does not take, CompileError and DriverError.
@@ -91,16 +93,24 @@ class Kernel:
         values = self._values(arguments)
         for (dimension, most), blocks in zip(_MOST.items(), grid):
             if not 0 < blocks <= most:
-                raise ValueError(f"{self.name}: {blocks} blocks along {dimension}; there may be 1 to {most}")
+                raise ValueError(
+                    f"{self.name}: {blocks} blocks along {dimension}; there may be 1 to {most}"
+                )
         device = next(a.get_device() for a in arguments if isinstance(a, Tensor))
-        _driver.launch(self.source, self.name, device, (*grid, 1), threads, shared, (values, self._types))
+        _driver.launch(
+            self.source, self.name, device, (*grid, 1), threads, shared, (values, self._types)
+        )
 
     def _values(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(arguments) != len(self.parameters):
-            raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, and {len(arguments)} were given")
+            raise TypeError(
+                f"{self.name} takes {len(self.parameters)} arguments, and {len(arguments)} were given"
+            )
         devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
         if len(devices) != 1:
-            raise TypeError(f"{self.name}: tensors are on {len(devices)} devices; they must be on one")
+            raise TypeError(
+                f"{self.name}: tensors are on {len(devices)} devices; they must be on one"
+            )
         values = []
         for (name, parameter), argument in zip(self.parameters.items(), arguments):
             try:

@@ -16,7 +16,14 @@ from tokenyard_kernels_triton.kernels._hopper_loads import (
     registers,
     right_slices,
 )
-from tokenyard_kernels_triton.kernels._hopper_pipeline import accumulate, barriers, pass_on, piece, ragged_at, store
+from tokenyard_kernels_triton.kernels._hopper_pipeline import (
+    accumulate,
+    barriers,
+    pass_on,
+    piece,
+    ragged_at,
+    store,
+)
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 

@@ -14,7 +14,14 @@ import triton.language as tl
 
 from tokenyard_kernels_triton.kernels._activations import function
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
-from tokenyard_kernels_triton.kernels._tiles import dot, load_rows, load_weight, rounded, store_rows, store_weight
+from tokenyard_kernels_triton.kernels._tiles import (
+    dot,
+    load_rows,
+    load_weight,
+    rounded,
+    store_rows,
+    store_weight,
+)
 
 
 @triton.jit

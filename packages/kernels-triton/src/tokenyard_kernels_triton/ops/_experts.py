@@ -55,7 +55,13 @@ class Matmuls(Protocol):
         ...
 
     def times_weight(
-        self, rows: Rows, weight: Tensor, bias: Tensor | None, layout: Layout, transposed: bool, product: str
+        self,
+        rows: Rows,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        transposed: bool,
+        product: str,
     ) -> Tensor:
         """Return rows [R, M] times each expert's weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
         ...
@@ -107,7 +113,12 @@ def _backward(
 
 
 def _gradients(
-    dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: ExpertNeeds, save: str, matmuls: Matmuls
+    dy: Tensor,
+    call: ExpertsCall,
+    saved: list[Tensor],
+    needs: ExpertNeeds,
+    save: str,
+    matmuls: Matmuls,
 ) -> ExpertGradients:
     x, plan, topk_weights, (up, down, _, down_bias), activation = call
     layout = Layout(plan.offsets, plan.order.shape[0])
@@ -126,7 +137,9 @@ def _gradients(
     # Through the down projection and the activation.
     z = _pre_activation(call, layout, saved, save, matmuls)
     da = matmuls.times_weight(drows, down, None, layout, False, "activation_gradient")
-    dz, weighted, dots = differentiate(da, copied, z, bias, plan.order, topk_weights, layout, activation)
+    dz, weighted, dots = differentiate(
+        da, copied, z, bias, plan.order, topk_weights, layout, activation
+    )
     del z, da
     if needs.topk_weights and topk_weights is not None:
         gradients["topk_weights"] = sum_dots(dots, plan)
@@ -147,7 +160,9 @@ def _gradients(
     return ExpertGradients(**gradients)
 
 
-def _pre_activation(call: ExpertsCall, layout: Layout, saved: list[Tensor], save: str, matmuls: Matmuls) -> Tensor:
+def _pre_activation(
+    call: ExpertsCall, layout: Layout, saved: list[Tensor], save: str, matmuls: Matmuls
+) -> Tensor:
     """Return z [R, 2F or F] as saved, widened, or computed again."""
     z, scales = saved
     if save == "fp8":
@@ -163,7 +178,13 @@ def compile_experts(call: ExpertsCall, save: str, kernels: str) -> None:
     """Compile what a forward and a backward pass launch, for a call whose tensors may hold anything."""
     with compiling():
         y, *saved = _forward(call, save, kernels)
-        needs = ExpertNeeds(True, call.topk_weights is not None, True, True, *(b is not None for b in call.weights[2:]))
+        needs = ExpertNeeds(
+            True,
+            call.topk_weights is not None,
+            True,
+            True,
+            *(b is not None for b in call.weights[2:]),
+        )
         _backward(y, call, saved, needs, save, kernels)
 
 
@@ -175,14 +196,20 @@ def _zero_gradients(call: ExpertsCall, needs: ExpertNeeds) -> ExpertGradients:
     up, down = call.weights.up, call.weights.down
     topk_weights = call.x if call.topk_weights is None else call.topk_weights
     likes = (call.x, topk_weights, up, down, up[..., 0], down[..., 0])
-    return ExpertGradients(*(like.new_zeros(like.shape) if need else None for like, need in zip(likes, needs)))
+    return ExpertGradients(
+        *(like.new_zeros(like.shape) if need else None for like, need in zip(likes, needs))
+    )
 
 
 def _aligned_call(call: ExpertsCall) -> ExpertsCall:
     """Return the call with tensors as the kernels read them: contiguous, and x, up and down aligned."""
     up, down, up_bias, down_bias = call.weights
-    weights = ExpertWeights(_aligned(up), _aligned(down), _contiguous(up_bias), _contiguous(down_bias))
-    return call._replace(x=_aligned(call.x), topk_weights=_contiguous(call.topk_weights), weights=weights)
+    weights = ExpertWeights(
+        _aligned(up), _aligned(down), _contiguous(up_bias), _contiguous(down_bias)
+    )
+    return call._replace(
+        x=_aligned(call.x), topk_weights=_contiguous(call.topk_weights), weights=weights
+    )
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -196,5 +223,10 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 experts = register_experts_op(
-    "tokenyard_triton::experts", _forward, _backward, _saved, saves=2, options={"save": str, "kernels": str}
+    "tokenyard_triton::experts",
+    _forward,
+    _backward,
+    _saved,
+    saves=2,
+    options={"save": str, "kernels": str},
 )

@@ -46,7 +46,10 @@ def up_and_activate(
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
     described = a if keep_a else a.new_empty(1, ffn_dim)  # of nothing no descriptor can be made
     left, order, top_k = operand(x, (64, how.depth))
-    launch(_hopper.up_and_activate, persistent_grid(x.device, layout.bound(ROWS) * ceil_div(ffn_dim, columns)))(
+    launch(
+        _hopper.up_and_activate,
+        persistent_grid(x.device, layout.bound(ROWS) * ceil_div(ffn_dim, columns)),
+    )(
         left,
         order,
         stacked(up, parts, (columns, how.depth)),
@@ -83,7 +86,10 @@ def times_weight(
     out = rows.new_empty(layout.rows, width)
     block = (how.columns, how.depth) if transposed else (how.depth, how.columns)
     left, order, top_k = operand(rows, (64, how.depth))
-    launch(_hopper.times_weight, persistent_grid(rows.device, layout.bound(ROWS) * ceil_div(width, how.columns)))(
+    launch(
+        _hopper.times_weight,
+        persistent_grid(rows.device, layout.bound(ROWS) * ceil_div(width, how.columns)),
+    )(
         left,
         order,
         stacked(weight, 1, block),

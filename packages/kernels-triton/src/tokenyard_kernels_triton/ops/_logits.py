@@ -29,7 +29,9 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @operator("tokenyard_triton::logits_backward")
-def logits_backward_op(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+def logits_backward_op(
+    dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
+) -> list[Tensor]:
     """Return the gradients of x and of weight; an empty one where none is needed."""
     with on_device_of(x):
         both = split_in_two(dlogits, x.dtype)  # [T, 2E]

@@ -13,14 +13,18 @@ from tokenyard_kernels_triton.launching import launch
 _COLUMNS = 2048  # that one program moves at most
 
 
-def to_rows(x: Tensor, plan: Plan, topk_weights: Tensor | None = None, tail: bool = False) -> Tensor:
+def to_rows(
+    x: Tensor, plan: Plan, topk_weights: Tensor | None = None, tail: bool = False
+) -> Tensor:
     """Copy tokens x [T, D], times their weights if given, to rows [R, D]; the tail is undefined, or zero if asked."""
     tokens, dim = x.shape
     rows = x.new_empty(plan.order.shape[0], dim)
     columns = _columns(dim)
     grid, live = (tokens, ceil_div(dim, columns)), plan.offsets[-1:]
     if topk_weights is None:
-        launch(_moves.copy_to_rows, grid)(x, rows, plan.inverse, live, dim, TOP_K=plan.top_k, COLUMNS=columns)
+        launch(_moves.copy_to_rows, grid)(
+            x, rows, plan.inverse, live, dim, TOP_K=plan.top_k, COLUMNS=columns
+        )
     else:
         launch(_moves.weigh_to_rows, grid)(
             x, rows, plan.inverse, topk_weights, live, dim, TOP_K=plan.top_k, COLUMNS=columns

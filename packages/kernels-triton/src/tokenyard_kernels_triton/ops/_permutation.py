@@ -15,7 +15,12 @@ from tokenyard_kernels_triton.ops._moves import dot_with_rows, to_rows, to_token
 
 @operator("tokenyard_triton::permute")
 def permute_op(
-    x: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
+    x: Tensor,
+    topk_weights: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    top_k: int,
 ) -> Tensor:
     """Copy tokens x [T, D], weighted if weights [T, K] are given, to rows [R, D]; the tail is zero."""
     if order.shape[0] == 0:
@@ -26,13 +31,25 @@ def permute_op(
 
 
 @torch.library.register_fake(permute_op)
-def _(x: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+def _(
+    x: Tensor,
+    topk_weights: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    top_k: int,
+) -> Tensor:
     return x.new_empty(order.shape[0], x.shape[1])
 
 
 @operator("tokenyard_triton::unpermute")
 def unpermute_op(
-    rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
+    rows: Tensor,
+    topk_weights: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    top_k: int,
 ) -> Tensor:
     """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
     if inverse.shape[0] == 0:
@@ -43,7 +60,14 @@ def unpermute_op(
 
 
 @torch.library.register_fake(unpermute_op)
-def _(rows: Tensor, topk_weights: Tensor | None, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+def _(
+    rows: Tensor,
+    topk_weights: Tensor | None,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    top_k: int,
+) -> Tensor:
     return rows.new_empty(inverse.shape[0] // top_k, rows.shape[1])
 
 
@@ -55,11 +79,15 @@ def weights_backward_op(
     if inverse.shape[0] == 0:
         return dy.new_empty(0, top_k, dtype=torch.float32)
     with on_device_of(dy):
-        return dot_with_rows(dy.contiguous(), rows.contiguous(), Plan(order, inverse, offsets, top_k))
+        return dot_with_rows(
+            dy.contiguous(), rows.contiguous(), Plan(order, inverse, offsets, top_k)
+        )
 
 
 @torch.library.register_fake(weights_backward_op)
-def _(dy: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
+def _(
+    dy: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
+) -> Tensor:
     return dy.new_empty(dy.shape[0], top_k, dtype=torch.float32)
 
 

@@ -28,7 +28,9 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
     ids = topk_ids.contiguous()
     buckets = min(_BUCKETS, power_of_two(num_experts + 1))
     with on_device_of(ids):
-        launch(_plan.count_blocks, (blocks,))(ids, counts, slots, num_experts, SLOTS=_SLOTS, BUCKETS=buckets)
+        launch(_plan.count_blocks, (blocks,))(
+            ids, counts, slots, num_experts, SLOTS=_SLOTS, BUCKETS=buckets
+        )
         few = min(8, buckets)
         launch(_plan.add_up_blocks, (ceil_div(num_experts + 1, few),))(
             counts, totals, blocks, num_experts, BLOCKS=_BLOCKS, BUCKETS=few

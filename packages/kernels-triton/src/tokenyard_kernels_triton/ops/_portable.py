@@ -47,7 +47,10 @@ def up_and_activate(
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
     how = _tiling(x, up, a)
     columns = how.columns // parts
-    launch(_portable.up_and_activate, persistent_grid(x.device, layout.bound(how.rows) * ceil_div(ffn_dim, columns)))(
+    launch(
+        _portable.up_and_activate,
+        persistent_grid(x.device, layout.bound(how.rows) * ceil_div(ffn_dim, columns)),
+    )(
         x,
         up,
         bias,
@@ -68,13 +71,21 @@ def up_and_activate(
 
 
 def times_weight(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, transposed: bool, product: Product
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    transposed: bool,
+    product: Product,
 ) -> Tensor:
     """Return rows [R, M] times each expert's weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
     width = weight.shape[1 if transposed else 2]
     out = rows.new_empty(layout.rows, width)
     how = _tiling(rows, weight)
-    launch(_portable.times_weight, persistent_grid(rows.device, layout.bound(how.rows) * ceil_div(width, how.columns)))(
+    launch(
+        _portable.times_weight,
+        persistent_grid(rows.device, layout.bound(how.rows) * ceil_div(width, how.columns)),
+    )(
         rows,
         weight,
         bias,

@@ -59,7 +59,12 @@ def _(logits: Tensor, bias: Tensor | None, top_k: int, *rule: Any) -> Tensor:
 
 @operator("tokenyard_triton::weigh_experts")
 def weigh_op(
-    logits: Tensor, ids: Tensor, sigmoid: bool, select_first: bool, normalize: float | None, scale: float
+    logits: Tensor,
+    ids: Tensor,
+    sigmoid: bool,
+    select_first: bool,
+    normalize: float | None,
+    scale: float,
 ) -> Tensor:
     """Return the weights [T, K] float32 of chosen ids [T, K], by logits [T, E]; a dropped one weighs 0."""
     weights = logits.new_empty(ids.shape)
@@ -153,7 +158,9 @@ torch.library.register_autograd(weigh_op, _backward, setup_context=_save)
 def select(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) -> Tensor:
     """Return the ids [T, K] that a rule selects by logits [T, E]."""
     groups = (rule.num_groups, rule.groups_kept, rule.group_score == "top2")
-    return select_op(logits.detach(), bias, top_k, rule.score == "sigmoid", rule.select_first, *groups)
+    return select_op(
+        logits.detach(), bias, top_k, rule.score == "sigmoid", rule.select_first, *groups
+    )
 
 
 def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:

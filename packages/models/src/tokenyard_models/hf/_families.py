@@ -43,7 +43,9 @@ class Family:
     publish: Callable[[TransformerConfig], dict[str, Any]]
     fused: tuple[Entry, ...] = ()  # entries in place of some: one tensor for all experts
     marks_fused: str = ""  # a name that only the fused form has
-    renamed: Mapping[str, str] = field(default_factory=dict)  # keys of config.json that some versions call otherwise
+    renamed: Mapping[str, str] = field(
+        default_factory=dict
+    )  # keys of config.json that some versions call otherwise
     upcycled: str = ""  # of a dense family, the one that it is with experts
 
     @property
@@ -68,7 +70,9 @@ Layout = dict[str, list[tuple[str, Piece]]]
 """For each tensor of a folder, in order, what it is made of: (our name, piece)."""
 
 
-def layout_of(form: str, table: Iterable[Entry], config: TransformerConfig, parameters: Mapping[str, Tensor]) -> Layout:
+def layout_of(
+    form: str, table: Iterable[Entry], config: TransformerConfig, parameters: Mapping[str, Tensor]
+) -> Layout:
     """Say what each tensor of a folder is made of. Raises WeightsError for a parameter that has no place in it."""
     layout: Layout = {}
     covered: set[str] = set()
@@ -90,7 +94,11 @@ def _filled(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
     result = dict(given)
     for key, value in defaults.items():
         below = given.get(key, {} if isinstance(value, Mapping) else value)
-        result[key] = _filled(value, below) if isinstance(value, Mapping) and isinstance(below, Mapping) else below
+        result[key] = (
+            _filled(value, below)
+            if isinstance(value, Mapping) and isinstance(below, Mapping)
+            else below
+        )
     return result
 
 
@@ -114,7 +122,9 @@ _LLAMA: tuple[Entry, ...] = (
     ("norm.weight", ("model.norm.weight",), same),
     ("head.weight", ("lm_head.weight",), same),
 )
-_UP, _DOWN, _ROUTER = (_BLOCK + "ffn." + name for name in ("experts.up", "experts.down", "router.weight"))
+_UP, _DOWN, _ROUTER = (
+    _BLOCK + "ffn." + name for name in ("experts.up", "experts.down", "router.weight")
+)
 _FUSED: tuple[Entry, ...] = (
     (_ROUTER, _at(_LAYER, "mlp.gate.weight"), same),
     (_UP, _at(_LAYER, "mlp.experts.gate_up_proj"), same),
@@ -164,7 +174,11 @@ _OF_BLOCKS = (
 MEGABLOCKS: tuple[Entry, ...] = (
     ("embed.weight", ("transformer.wte.weight",), same),
     ("positions.weight", ("transformer.wpe.weight",), same),
-    *((_BLOCK + ours + p, _at(_THEIRS, theirs + p), same) for ours, theirs in _OF_BLOCKS for p in (".weight", ".bias")),
+    *(
+        (_BLOCK + ours + p, _at(_THEIRS, theirs + p), same)
+        for ours, theirs in _OF_BLOCKS
+        for p in (".weight", ".bias")
+    ),
     (_ROUTER, _at(_THEIRS, "ffn.router.layer.weight"), same),
     (_UP, _at(_THEIRS + "ffn.experts.mlp.", "w1", "v1"), stacked),
     (_DOWN, _at(_THEIRS + "ffn.experts.mlp.", "w2"), stacked_transposed),

@@ -42,7 +42,12 @@ def from_hf(
     name, section = model_section(folder)
     dtype = dtype or dtype_of(folder)
     chosen = (registry or default_registry()).choose("model", name)
-    placement |= {"device": device, "dtype": dtype, "compute_dtype": compute_dtype or dtype, "registry": registry}
+    placement |= {
+        "device": device,
+        "dtype": dtype,
+        "compute_dtype": compute_dtype or dtype,
+        "registry": registry,
+    }
     with torch.device("meta"):
         model = chosen.construct(section, **placement)
     allocate(model, device)
@@ -58,7 +63,9 @@ def load_weights(model: nn.Module, folder: Folder) -> None:
 
     Raises WeightsError for a tensor that is missing, left over, or of another shape, before anything is filled.
     """
-    parameters = {unwrapped(name): p for name, p in model.named_parameters() if ".adapter." not in name}
+    parameters = {
+        unwrapped(name): p for name, p in model.named_parameters() if ".adapter." not in name
+    }
     wanted = checked_layout(model, folder, parameters)
     for name in folder.files:
         reader = folder.reader(name)
@@ -83,7 +90,9 @@ def checked_layout(model: Any, folder: Folder, parameters: Mapping[str, Tensor])
     if not isinstance(model, Transformer) or model.definition != family.model:
         other = getattr(model, "definition", type(model).__name__)
         raise WeightsError(f"{folder.path} holds a {family.model}, and the model is {other}")
-    fused = bool(family.marks_fused) and any(key.endswith(family.marks_fused) for key in folder.keys)
+    fused = bool(family.marks_fused) and any(
+        key.endswith(family.marks_fused) for key in folder.keys
+    )
     wanted = layout_of(family.model, family.entries(fused), model.config, parameters)
     _check(folder, wanted)
     return wanted
@@ -97,7 +106,9 @@ def _check(folder: Folder, wanted: Layout) -> None:
         raise WeightsError(f"{folder.path} lacks {missing[0]}{_and_others(missing)}")
     if left_over:
         extra = sorted(left_over)
-        raise WeightsError(f"{folder.path} holds {extra[0]}{_and_others(extra)}, which the model has no use for")
+        raise WeightsError(
+            f"{folder.path} holds {extra[0]}{_and_others(extra)}, which the model has no use for"
+        )
     for name, keys in folder.files.items():
         file = folder.reader(name).file
         for key in keys:

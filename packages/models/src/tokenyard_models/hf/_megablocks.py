@@ -22,7 +22,11 @@ ARGUMENTS = "megablocks.json"
 
 @torch.no_grad()
 def to_megablocks(
-    model: nn.Module, path: Path | str, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    model: nn.Module,
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model under LLM Foundry's names, its experts as MegaBlocks' w1, v1 and w2 [E F, D].
 
@@ -38,14 +42,18 @@ def to_megablocks(
     arguments = _arguments(config)
     layout = layout_of("MegaBlocks", MEGABLOCKS, config, parameters)
     with new_folder(path) as folder:
-        write_weights(folder, layout, partial(gathered, parameters), dtypes(parameters, dtype), shard_bytes)
+        write_weights(
+            folder, layout, partial(gathered, parameters), dtypes(parameters, dtype), shard_bytes
+        )
         (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 
 def _arguments(config: TransformerConfig) -> dict[str, Any]:
     moe = config.moe
     if moe is None:
-        raise ConfigError("the model has no experts, and MegaBlocks' layers are experts; give one that has")
+        raise ConfigError(
+            "the model has no experts, and MegaBlocks' layers are experts; give one that has"
+        )
     return {
         "hidden_size": config.dim,
         "ffn_hidden_size": moe.ffn_dim,

@@ -32,7 +32,9 @@ class Piece:
         if any(a >= b for a, b in cut):
             return None
         inside = [(a - first, b - first) for (a, b), (first, _) in zip(cut, self.ours)]
-        inside = inside[len(inside) - len(self.theirs) :]  # leading dimensions that a file does not have are 1 here
+        inside = inside[
+            len(inside) - len(self.theirs) :
+        ]  # leading dimensions that a file does not have are 1 here
         if self.transposed:
             inside[-2:] = inside[:-3:-1]
         theirs = tuple((first + a, first + b) for (first, _), (a, b) in zip(self.theirs, inside))
@@ -62,23 +64,39 @@ def same(keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig)
     yield Piece(keys[0], shape, whole(shape), whole(shape))
 
 
-def heads(keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig) -> Iterator[Piece]:
+def heads(
+    keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig
+) -> Iterator[Piece]:
     """Queries, keys and values [heads * head_dim, D], one below the other."""
     first = 0
     for key, count in zip(keys, (config.heads, config.kv_heads, config.kv_heads)):
         height = count * config.head_dim
-        yield Piece(key, (height, shape[1]), ((first, first + height), (0, shape[1])), whole((height, shape[1])))
+        yield Piece(
+            key,
+            (height, shape[1]),
+            ((first, first + height), (0, shape[1])),
+            whole((height, shape[1])),
+        )
         first += height
 
 
-def below(keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig) -> Iterator[Piece]:
+def below(
+    keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig
+) -> Iterator[Piece]:
     """Tensors [F, D] of one height, one below the other."""
     height = shape[0] // len(keys)
     for i, key in enumerate(keys):
-        yield Piece(key, (height, shape[1]), ((i * height, (i + 1) * height), (0, shape[1])), whole((height, shape[1])))
+        yield Piece(
+            key,
+            (height, shape[1]),
+            ((i * height, (i + 1) * height), (0, shape[1])),
+            whole((height, shape[1])),
+        )
 
 
-def by_expert(keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig) -> Iterator[Piece]:
+def by_expert(
+    keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig
+) -> Iterator[Piece]:
     """For each expert, tensors of its own, one below the other."""
     experts, height, width = shape[0], shape[1] // len(keys), shape[2]
     for e in range(experts):
@@ -87,19 +105,31 @@ def by_expert(keys: Sequence[str], shape: tuple[int, ...], config: TransformerCo
             yield Piece(key.format(expert=e), (height, width), ours, whole((height, width)))
 
 
-def stacked(keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig) -> Iterator[Piece]:
+def stacked(
+    keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig
+) -> Iterator[Piece]:
     """Tensors [E F, D] of all experts, one expert below the other (MegaBlocks' w1 and, of gated experts, v1)."""
     experts, width = shape[0], shape[2]
     height = config.moe.ffn_dim if config.moe is not None else shape[1]
     for e in range(experts):
         for i, key in enumerate(keys[: shape[1] // height]):
             ours = ((e, e + 1), (i * height, (i + 1) * height), (0, width))
-            yield Piece(key, (experts * height, width), ours, ((e * height, (e + 1) * height), (0, width)))
+            yield Piece(
+                key, (experts * height, width), ours, ((e * height, (e + 1) * height), (0, width))
+            )
 
 
-def stacked_transposed(keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig) -> Iterator[Piece]:
+def stacked_transposed(
+    keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig
+) -> Iterator[Piece]:
     """A tensor [E F, D] of all experts, each transposed (MegaBlocks' w2)."""
     experts, dim, ffn_dim = shape
     for e in range(experts):
         theirs = ((e * ffn_dim, (e + 1) * ffn_dim), (0, dim))
-        yield Piece(keys[0], (experts * ffn_dim, dim), ((e, e + 1), (0, dim), (0, ffn_dim)), theirs, transposed=True)
+        yield Piece(
+            keys[0],
+            (experts * ffn_dim, dim),
+            ((e, e + 1), (0, dim), (0, ffn_dim)),
+            theirs,
+            transposed=True,
+        )

@@ -94,7 +94,11 @@ def dbrx(config: TransformerConfig) -> dict[str, Any]:
         "n_layers": config.layers,
         "max_seq_len": config.max_seq_len,
         "vocab_size": config.vocab_size,
-        "attn_config": {"kv_n_heads": config.kv_heads, "clip_qkv": config.clip_qkv, "rope_theta": config.rope_theta},
+        "attn_config": {
+            "kv_n_heads": config.kv_heads,
+            "clip_qkv": config.clip_qkv,
+            "rope_theta": config.rope_theta,
+        },
         "ffn_config": {
             "ffn_act_fn": {"name": "silu"},
             "ffn_hidden_size": moe.ffn_dim,
@@ -137,10 +141,15 @@ def _rope(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _routed(config: TransformerConfig, moe: MoEConfig) -> dict[str, Any]:
-    return {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": config.auxiliary.balance_weight}
+    return {
+        "num_experts_per_tok": moe.top_k,
+        "router_aux_loss_coef": config.auxiliary.balance_weight,
+    }
 
 
 def _moe(config: TransformerConfig) -> MoEConfig:
     if config.moe is None:
-        raise ConfigError("the model has no experts, and its family's folders are of models with experts")
+        raise ConfigError(
+            "the model has no experts, and its family's folders are of models with experts"
+        )
     return config.moe

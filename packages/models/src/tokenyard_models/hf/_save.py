@@ -20,7 +20,13 @@ from tokenyard_models.hf._write import SHARD_BYTES, dtypes, gathered, new_folder
 from tokenyard_models.init import unwrapped
 from tokenyard_models.transformer import Transformer
 
-_OF_TRAINING = ("auxiliary", "expert_parallel", "moe.forced_balance", "dense_ffn_dim", "moe.rule.jitter")
+_OF_TRAINING = (
+    "auxiliary",
+    "expert_parallel",
+    "moe.forced_balance",
+    "dense_ffn_dim",
+    "moe.rule.jitter",
+)
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _BESIDE = (
     "generation_config.json",
@@ -63,7 +69,9 @@ def to_hf(
     layout = layout_of(family.model, family.entries(fused), config, parameters)
     published = config_json(family, config)
     with new_folder(path) as folder:
-        write_weights(folder, layout, partial(gathered, parameters), dtypes(parameters, dtype), shard_bytes)
+        write_weights(
+            folder, layout, partial(gathered, parameters), dtypes(parameters, dtype), shard_bytes
+        )
         write_config(folder, published, like, dtype or next(iter(parameters.values())).dtype)
 
 
@@ -72,19 +80,27 @@ def _family(model: nn.Module, fused: bool) -> Family:
     found = [family for family in FAMILIES.values() if family.model == definition]
     if not isinstance(model, Transformer) or not found:
         known = ", ".join(dict.fromkeys(family.model for family in FAMILIES.values()))
-        raise WeightsError(f"a {definition or type(model).__name__} has no Hugging Face form here; these have: {known}")
+        raise WeightsError(
+            f"a {definition or type(model).__name__} has no Hugging Face form here; these have: {known}"
+        )
     if fused and not found[0].fused:
-        raise WeightsError(f"{definition} has no fused form, with one tensor for all experts in place of many; drop it")
+        raise WeightsError(
+            f"{definition} has no fused form, with one tensor for all experts in place of many; drop it"
+        )
     return found[0]
 
 
 def config_json(family: Family, config: TransformerConfig) -> dict[str, Any]:
     """Return a model's config.json. Raises WeightsError for what it cannot say: whoever reads it would err."""
     published = family.publish(config)
-    told, meant = (_computed(asdict(c)) for c in (family.definition.resolve(family.section(published)), config))
+    told, meant = (
+        _computed(asdict(c)) for c in (family.definition.resolve(family.section(published)), config)
+    )
     for name, value in meant.items():
         if told.get(name) != value:
-            raise WeightsError(f"a {family.model} folder cannot say that {name} is {value!r}, only {told.get(name)!r}")
+            raise WeightsError(
+                f"a {family.model} folder cannot say that {name} is {value!r}, only {told.get(name)!r}"
+            )
     return published
 
 
@@ -98,7 +114,9 @@ def _computed(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return found
 
 
-def write_config(folder: Path, config: dict[str, Any], like: Path | str | None, dtype: torch.dtype) -> None:
+def write_config(
+    folder: Path, config: dict[str, Any], like: Path | str | None, dtype: torch.dtype
+) -> None:
     """Write config.json and generation_config.json, with the token ids of `like`, and copy its tokenizer."""
     if like is not None:
         theirs = read_json(Path(like) / CONFIG) if (Path(like) / CONFIG).exists() else {}
@@ -106,8 +124,15 @@ def write_config(folder: Path, config: dict[str, Any], like: Path | str | None, 
         for name in _BESIDE:
             if (Path(like) / name).is_file():
                 shutil.copy(Path(like) / name, folder / name)
-    config |= {"dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config |= {
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    (folder / CONFIG).write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     if not (folder / "generation_config.json").exists():
         ids = {key: config[key] for key in _TOKENS if config.get(key) is not None}
-        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+        (folder / "generation_config.json").write_text(
+            json.dumps(ids, indent=2) + "\n", encoding="utf-8"
+        )

@@ -13,7 +13,12 @@ from tokenyard_models.hf._folder import Folder, WeightsError
 
 log = logging.getLogger("tokenyard")
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _WINDOW = (
     "%s attends within windows of %d tokens, which is not supported: it is read as a model of %d positions, which "
@@ -30,7 +35,12 @@ def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
     family = family_of(folder)
     section = family.section(folder.config)
     window, length = section.get("sliding_window"), section.get("max_position_embeddings")
-    if _always_windowed(family) and isinstance(window, int) and isinstance(length, int) and window < length:
+    if (
+        _always_windowed(family)
+        and isinstance(window, int)
+        and isinstance(length, int)
+        and window < length
+    ):
         log.warning(_WINDOW, folder.path, window, window)
         section["max_seq_len"] = window
     return family.model, section
@@ -50,7 +60,9 @@ def dtype_of(folder: Folder) -> torch.dtype:
     told = told or _STORED.get(folder.stored_dtype(), "float32")  # of another, check() tells
     if not isinstance(told, str) or told not in _DTYPES:
         known = ", ".join(_DTYPES)
-        raise WeightsError(f"{folder.path / 'config.json'} has dtype {told!r}; weights are read in: {known}")
+        raise WeightsError(
+            f"{folder.path / 'config.json'} has dtype {told!r}; weights are read in: {known}"
+        )
     return _DTYPES[told]
 
 
@@ -60,5 +72,7 @@ def family_of(folder: Folder) -> Family:
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         hint = did_you_mean(kind, FAMILIES) if isinstance(kind, str) else ""
-        raise WeightsError(f"{folder.path / 'config.json'} has model_type {kind!r}{hint}; known are: {known}")
+        raise WeightsError(
+            f"{folder.path / 'config.json'} has model_type {kind!r}{hint}; known are: {known}"
+        )
     return FAMILIES[kind]

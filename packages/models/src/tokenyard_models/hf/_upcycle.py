@@ -26,7 +26,9 @@ _ROUTER, _UP, _DOWN = "ffn.router.weight", "ffn.experts.up", "ffn.experts.down"
 
 
 @torch.no_grad()
-def upcycle(source: Path | str, target: Path | str, how: Upcycling, *, shard_bytes: int = SHARD_BYTES) -> Transformer:
+def upcycle(
+    source: Path | str, target: Path | str, how: Upcycling, *, shard_bytes: int = SHARD_BYTES
+) -> Transformer:
     """Write a dense model's Hugging Face folder as one with experts: llama and mistral as mixtral, qwen3 as qwen3_moe.
 
     One layer's experts and a shard, as tensors and as bytes, are in memory at a time. Returns the new model on the meta
@@ -55,7 +57,9 @@ def _with_experts(folder: Folder) -> Family:
     family = family_of(folder)
     if not family.upcycled:
         dense = ", ".join(name for name, other in FAMILIES.items() if other.upcycled)
-        raise WeightsError(f"{folder.path} holds a {family.model}, which has experts; upcycled are: {dense}")
+        raise WeightsError(
+            f"{folder.path} holds a {family.model}, which has experts; upcycled are: {dense}"
+        )
     return FAMILIES[family.upcycled]
 
 

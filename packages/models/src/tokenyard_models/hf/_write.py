@@ -32,7 +32,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise WeightsError(f"{path} cannot be made: {error.strerror}; give the name of a new folder") from None
+        raise WeightsError(
+            f"{path} cannot be made: {error.strerror}; give the name of a new folder"
+        ) from None
     try:
         yield unfinished
         unfinished.rename(path)
@@ -107,7 +109,9 @@ def _shards(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
 
 
 def _tensor(
-    found: list[tuple[str, Piece]], parameter: Callable[[str], Tensor], dtypes: Mapping[str, torch.dtype]
+    found: list[tuple[str, Piece]],
+    parameter: Callable[[str], Tensor],
+    dtypes: Mapping[str, torch.dtype],
 ) -> Tensor:
     out = torch.empty(found[0][1].shape, dtype=dtypes[found[0][0]], device="cpu")
     for name, piece in found:

@@ -46,19 +46,27 @@ def use_in_transformers() -> None:
         from transformers.integrations.moe import ExpertsInterface
         from transformers.models.dbrx import modeling_dbrx
     except ImportError as error:
-        raise ConfigError(f'transformers 5.14 or later is needed ({error}); pip install "transformers>=5.14"') from None
+        raise ConfigError(
+            f'transformers 5.14 or later is needed ({error}); pip install "transformers>=5.14"'
+        ) from None
     ExpertsInterface.register(NAME, compute_experts)
     theirs = modeling_dbrx.DbrxExperts
-    if theirs.__name__ != _DBRX:  # transformers' own way to exchange a class imports all of its models
+    if (
+        theirs.__name__ != _DBRX
+    ):  # transformers' own way to exchange a class imports all of its models
         modeling_dbrx.DbrxExperts = type(_DBRX, (theirs,), {"forward": _dbrx})
 
 
-def compute_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def compute_experts(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """Return y [T, D] of tokens [T, D] by the experts that `module` holds; an id past the last one is nobody's."""
     reason = _unusual(module)
     if reason is not None:
         _say_once(type(module).__name__, reason)
-        own: Tensor = type(module).forward.__wrapped__(module, hidden_states, top_k_index, top_k_weights)
+        own: Tensor = type(module).forward.__wrapped__(
+            module, hidden_states, top_k_index, top_k_weights
+        )
         return own
     up = module.gate_up_proj if module.has_gate else module.up_proj
     weights = [up, module.down_proj]
@@ -66,8 +74,17 @@ def compute_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         weights = [weight.transpose(1, 2) for weight in weights]
     biases: list[Tensor | None] = [None, None]
     if getattr(module, "has_bias", False):
-        biases = [module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias]
-    return _compute(ExpertWeights(*weights, *biases), _activation(module), hidden_states, top_k_index, top_k_weights)
+        biases = [
+            module.gate_up_proj_bias if module.has_gate else module.up_proj_bias,
+            module.down_proj_bias,
+        ]
+    return _compute(
+        ExpertWeights(*weights, *biases),
+        _activation(module),
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+    )
 
 
 def _dbrx(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -86,16 +103,22 @@ def _dbrx(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     return y.view(hidden_states.shape[0], -1, module.hidden_size)
 
 
-def _compute(weights: ExpertWeights, activation: str, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
+def _compute(
+    weights: ExpertWeights, activation: str, x: Tensor, ids: Tensor, topk_weights: Tensor
+) -> Tensor:
     experts, dim, ffn_dim = weights.down.shape
     bias = weights.up_bias is not None
     dtype = compute_dtype(weights.up)  # autocast's, which transformers' eager experts follow too
     permutation, kernel = _chosen(
-        Workload(dim, ffn_dim, experts, ids.shape[1], activation, bias=bias, dtype=dtype, device=x.device)
+        Workload(
+            dim, ffn_dim, experts, ids.shape[1], activation, bias=bias, dtype=dtype, device=x.device
+        )
     )
     plan = permutation.plan(ids.to(torch.int32), experts)
     wide = topk_weights.to(torch.promote_types(dtype, torch.float32))
-    up_bias, down_bias = (None if b is None else b.to(dtype) for b in (weights.up_bias, weights.down_bias))
+    up_bias, down_bias = (
+        None if b is None else b.to(dtype) for b in (weights.up_bias, weights.down_bias)
+    )
     narrow = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), up_bias, down_bias)
     return kernel(x.to(dtype), plan, wide, narrow).to(x.dtype)
 
@@ -104,7 +127,9 @@ def _compute(weights: ExpertWeights, activation: str, x: Tensor, ids: Tensor, to
 def _chosen(workload: Workload) -> tuple[Permutation, ExpertKernel]:
     registry = default_registry()
     permutation = registry.choose("permutation", "auto", workload).construct(workload)
-    return permutation, registry.choose("experts", "auto", workload).construct(workload, permutation)
+    return permutation, registry.choose("experts", "auto", workload).construct(
+        workload, permutation
+    )
 
 
 def _unusual(module: Any) -> str | None:

@@ -30,7 +30,9 @@ def exchange_counts(sent: Tensor, group: Any, kept: Tensor | None = None) -> lis
     dist.all_to_all_single(received, sent, group=group)
     if kept is not None:
         _compare_counts(sent, received, kept, group)
-    there, here = torch.stack((sent, received)).permute(0, 2, 3, 1).tolist()  # [chunks][2][ranks] each
+    there, here = (
+        torch.stack((sent, received)).permute(0, 2, 3, 1).tolist()
+    )  # [chunks][2][ranks] each
     return [Counts(own[0], others[0], sum(others[1])) for own, others in zip(there, here)]
 
 
@@ -43,7 +45,9 @@ def compare_kinds(group: Any, chunks: int, x: Tensor, routing: Routing) -> None:
     for rank, other in enumerate(rest, 1):
         for name, a, b in zip(names, first, other):
             if a != b:
-                raise ExchangeError(f"rank {rank} of the exchange's group has {name} {b}, and rank 0 {a}")
+                raise ExchangeError(
+                    f"rank {rank} of the exchange's group has {name} {b}, and rank 0 {a}"
+                )
 
 
 def _compare_counts(sent: Tensor, received: Tensor, kept: Tensor, group: Any) -> None:
@@ -53,10 +57,14 @@ def _compare_counts(sent: Tensor, received: Tensor, kept: Tensor, group: Any) ->
     goes, comes = everyone[:, 0], everyone[:, 1]
     for rank, (own, other) in enumerate(zip(slots.tolist(), goes[..., 1].sum((1, 2)).tolist())):
         if own != other:
-            raise ExchangeError(f"rank {rank} of the exchange's group sends {other} slots, but its router kept {own}")
+            raise ExchangeError(
+                f"rank {rank} of the exchange's group sends {other} slots, but its router kept {own}"
+            )
     for rank, other in (goes.transpose(0, 1) != comes).flatten(2).any(2).nonzero().tolist():
         a, b = goes[other, rank].tolist(), comes[rank, other].tolist()
-        raise ExchangeError(f"rank {other} of the exchange's group sends {a} to rank {rank}, which was told {b}")
+        raise ExchangeError(
+            f"rank {other} of the exchange's group sends {a} to rank {rank}, which was told {b}"
+        )
 
 
 def _gathered(own: Tensor, group: Any) -> Tensor:

@@ -47,11 +47,24 @@ class PipelinedExchange:
     """
 
     def __init__(
-        self, packing: Packing, workload: Workload, permutation: Permutation, group: Any, chunks: int, validate: bool
+        self,
+        packing: Packing,
+        workload: Workload,
+        permutation: Permutation,
+        group: Any,
+        chunks: int,
+        validate: bool,
     ):
         if not isinstance(chunks, int) or chunks < 1:
-            raise ConfigError(f"backends.exchange.chunks is {chunks!r}; give a whole number from 1 on")
-        self.packing, self.workload, self.permutation, self.group = packing, workload, permutation, group
+            raise ConfigError(
+                f"backends.exchange.chunks is {chunks!r}; give a whole number from 1 on"
+            )
+        self.packing, self.workload, self.permutation, self.group = (
+            packing,
+            workload,
+            permutation,
+            group,
+        )
         self.chunks, self.validate = chunks, validate
         self.received = packing.rows if workload.expert_parallel > 1 else 0.0
 
@@ -66,7 +79,9 @@ class PipelinedExchange:
             )
         if self.validate:
             compare_kinds(self.group, self.chunks, x, routing)
-        tokens, ids, weights = (t.tensor_split(self.chunks) for t in (x, routing.topk_ids, routing.topk_weights))
+        tokens, ids, weights = (
+            t.tensor_split(self.chunks) for t in (x, routing.topk_ids, routing.topk_weights)
+        )
         sortings = [self.packing.sort(i) for i in ids]
         counts = self._counts(routing.topk_ids, sortings)
         trips = [Trip(self, *parts) for parts in zip(tokens, ids, weights, sortings, counts)]
@@ -86,7 +101,13 @@ class Trip:
     """One chunk of tokens on its way."""
 
     def __init__(
-        self, hub: PipelinedExchange, x: Tensor, ids: Tensor, weights: Tensor, sorting: Sorted, counts: Counts
+        self,
+        hub: PipelinedExchange,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        sorting: Sorted,
+        counts: Counts,
     ):
         plan = sorting.plan
         self.plan = plan._replace(order=plan.order[: sum(counts.sent)])

@@ -37,6 +37,13 @@ class SlotExchange(PipelinedExchange):
     """
 
     def __init__(
-        self, workload: Workload, permutation: Permutation, group: Any = None, chunks: int = 1, validate: bool = False
+        self,
+        workload: Workload,
+        permutation: Permutation,
+        group: Any = None,
+        chunks: int = 1,
+        validate: bool = False,
     ):
-        super().__init__(SlotPacking(workload, permutation), workload, permutation, group, chunks, validate)
+        super().__init__(
+            SlotPacking(workload, permutation), workload, permutation, group, chunks, validate
+        )

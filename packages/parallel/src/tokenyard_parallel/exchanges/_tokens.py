@@ -23,13 +23,17 @@ class TokenPacking:
         self.ranks = workload.expert_parallel
         self.each, self.permutation = workload.num_experts // self.ranks, permutation
         experts, top_k = workload.num_experts, workload.top_k
-        nowhere = comb(experts - self.each, top_k) / comb(experts, top_k)  # how often a rank holds none of the K
+        nowhere = comb(experts - self.each, top_k) / comb(
+            experts, top_k
+        )  # how often a rank holds none of the K
         self.rows = self.ranks * (1 - nowhere)
 
     def sort(self, topk_ids: Tensor) -> Sorted:
         """Line up tokens by the ranks that hold their experts, by the first slot of each; dropped slots stay."""
         ranks = self._ranks(topk_ids)
-        seen = (ranks.unsqueeze(2) == ranks.unsqueeze(1)).tril(-1).any(2)  # [T, K]: an earlier slot goes there
+        seen = (
+            (ranks.unsqueeze(2) == ranks.unsqueeze(1)).tril(-1).any(2)
+        )  # [T, K]: an earlier slot goes there
         plan = self.permutation.plan(ranks.masked_fill(seen, self.ranks), self.ranks)
         every = torch.arange(self.ranks, device=ranks.device, dtype=ranks.dtype)
         return Sorted(plan, (ranks.flatten().unsqueeze(1) == every).sum(0, dtype=torch.int32))
@@ -40,7 +44,9 @@ class TokenPacking:
         weights, ids = topk_weights.index_select(0, tokens), topk_ids.index_select(0, tokens)
         rank = self._ranks(topk_ids).flatten().index_select(0, plan.order).unsqueeze(1)
         here = ids // self.each == rank
-        return torch.cat((weights, torch.where(here, ids - rank * self.each, self.each).to(weights.dtype)), 1)
+        return torch.cat(
+            (weights, torch.where(here, ids - rank * self.each, self.each).to(weights.dtype)), 1
+        )
 
     def _ranks(self, topk_ids: Tensor) -> Tensor:
         return (topk_ids // self.each).clamp(max=self.ranks)
@@ -53,6 +59,13 @@ class TokenExchange(PipelinedExchange):
     """
 
     def __init__(
-        self, workload: Workload, permutation: Permutation, group: Any = None, chunks: int = 1, validate: bool = False
+        self,
+        workload: Workload,
+        permutation: Permutation,
+        group: Any = None,
+        chunks: int = 1,
+        validate: bool = False,
     ):
-        super().__init__(TokenPacking(workload, permutation), workload, permutation, group, chunks, validate)
+        super().__init__(
+            TokenPacking(workload, permutation), workload, permutation, group, chunks, validate
+        )

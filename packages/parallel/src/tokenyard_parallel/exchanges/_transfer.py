@@ -41,7 +41,9 @@ class Transfer:
     def begin_all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Start one collective."""
         out = rows.new_empty(sum(received), *rows.shape[1:])
-        self.work = dist.all_to_all_single(out, rows.contiguous(), received, sent, group=self.group, async_op=True)
+        self.work = dist.all_to_all_single(
+            out, rows.contiguous(), received, sent, group=self.group, async_op=True
+        )
         return out
 
     def end_all_to_all(self) -> None:
@@ -75,4 +77,7 @@ class _End(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
         transfer.gradient = transfer.begin_all_to_all(grad, transfer.received, transfer.sent)
-        return grad, None  # of the shape that autograd asks for; the gradient is what `_Begin` waits for
+        return (
+            grad,
+            None,
+        )  # of the shape that autograd asks for; the gradient is what `_Begin` waits for

@@ -28,7 +28,9 @@ def _global_norm(groups: list[list[nn.Parameter]]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=groups[0][0].device if groups else None)
     for group in groups:
         gradients = [p.grad for p in group if p.grad is not None]
-        local = nn.utils.get_total_norm([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
+        local = nn.utils.get_total_norm(
+            [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        )
         total += local.double().square() * _shards(gradients[0]) / dist.get_world_size()
     dist.all_reduce(total)
     return total.sqrt().to(groups[0][0].dtype if groups else torch.float32)
@@ -39,11 +41,17 @@ def _shards(gradient: Tensor) -> int:
     if not isinstance(gradient, DTensor):
         return 1
     mesh = gradient.device_mesh
-    return math.prod(mesh.size(i) for i, placement in enumerate(gradient.placements) if not placement.is_replicate())
+    return math.prod(
+        mesh.size(i)
+        for i, placement in enumerate(gradient.placements)
+        if not placement.is_replicate()
+    )
 
 
 def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     groups: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
-        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+        groups.setdefault(
+            parameter.device_mesh if isinstance(parameter, DTensor) else None, []
+        ).append(parameter)
     return list(groups.values())

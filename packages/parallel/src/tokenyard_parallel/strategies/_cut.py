@@ -33,7 +33,9 @@ def cut_experts(shards: int) -> Callable[[nn.Parameter], Shard]:
     def place(parameter: nn.Parameter) -> Shard:
         dim = expert_dim(local(parameter).shape, shards)
         if dim is None:
-            raise ConfigError(f"experts {list(parameter.shape)} cannot be cut into {shards} shards; see `unusable`")
+            raise ConfigError(
+                f"experts {list(parameter.shape)} cannot be cut into {shards} shards; see `unusable`"
+            )
         return Shard(dim)
 
     return place

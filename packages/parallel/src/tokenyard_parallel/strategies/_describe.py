@@ -28,7 +28,9 @@ def working_set(model: nn.Module, reshard_after_forward: bool) -> int:
         if block is not None:
             blocks[block] = blocks.get(block, 0) + unit.gathered
     outside = sum(unit.gathered for unit, block in zip(units, within) if block is None)
-    at_once = sorted(blocks.values())[-_AT_ONCE:] if reshard_after_forward else list(blocks.values())
+    at_once = (
+        sorted(blocks.values())[-_AT_ONCE:] if reshard_after_forward else list(blocks.values())
+    )
     return outside + sum(at_once) + max((unit.gradients for unit in units), default=0)
 
 
@@ -37,21 +39,34 @@ class _Unit:
 
     def __init__(self, module: nn.Module, model: nn.Module):
         self.module = module
-        inner = {p for m in module.modules() if m is not module and isinstance(m, FSDPModule) for p in m.parameters()}
+        inner = {
+            p
+            for m in module.modules()
+            if m is not module and isinstance(m, FSDPModule)
+            for p in m.parameters()
+        }
         own = [p for p in module.parameters() if p not in inner]
-        computed = {p: moe.workload.dtype for moe in moe_layers(model) for p in moe.experts.parameters()}
+        computed = {
+            p: moe.workload.dtype for moe in moe_layers(model) for p in moe.experts.parameters()
+        }
         self.gathered = sum(_numbers(p) * _narrower(p.dtype, computed.get(p)).itemsize for p in own)
         trained = [p for p in own if p.requires_grad]
-        self.gradients = sum(2 * _numbers(p) * _narrower(p.dtype, computed.get(p)).itemsize for p in trained)
+        self.gradients = sum(
+            2 * _numbers(p) * _narrower(p.dtype, computed.get(p)).itemsize for p in trained
+        )
 
 
 def _block_of(module: nn.Module, blocks: Iterable[nn.Module]) -> int | None:
-    return next((i for i, block in enumerate(blocks) if any(m is module for m in block.modules())), None)
+    return next(
+        (i for i, block in enumerate(blocks) if any(m is module for m in block.modules())), None
+    )
 
 
 def _numbers(parameter: nn.Parameter) -> int:
     """Return how many numbers a rank has of a parameter that was gathered: the experts of other ranks are not."""
-    if not isinstance(parameter, DTensor) or EXPERT_PARALLEL not in (parameter.device_mesh.mesh_dim_names or ()):
+    if not isinstance(parameter, DTensor) or EXPERT_PARALLEL not in (
+        parameter.device_mesh.mesh_dim_names or ()
+    ):
         return parameter.numel()
     return parameter.numel() // parameter.device_mesh[EXPERT_PARALLEL].size()
 

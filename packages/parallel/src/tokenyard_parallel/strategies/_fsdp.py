@@ -74,7 +74,9 @@ class FsdpStrategy:
         """Shard a model on the meta device, and install exchanges."""
         dense = data_mesh(make_mesh(self.dense, self.device, self.timeout))
         blocks = list(getattr(model, "blocks", ()))
-        last = set(blocks[-1].modules()) if blocks else set()  # needed again at once, so it stays gathered
+        last = (
+            set(blocks[-1].modules()) if blocks else set()
+        )  # needed again at once, so it stays gathered
         if layers := moe_layers(model):
             mesh = make_mesh(self._expert_sizes(model), self.device, self.timeout)
             for moe in layers:
@@ -119,8 +121,12 @@ class FsdpStrategy:
                 moe.workload, moe.experts.permutation, among.get_group()
             )
         shards, stored, computed = mesh[SHARD].size(), moe.experts.up.dtype, moe.workload.dtype
-        narrow = computed.itemsize < stored.itemsize  # Experts would round its weights to that anyway, later
-        policy = MixedPrecisionPolicy(computed, computed, cast_forward_inputs=False) if narrow else None
+        narrow = (
+            computed.itemsize < stored.itemsize
+        )  # Experts would round its weights to that anyway, later
+        policy = (
+            MixedPrecisionPolicy(computed, computed, cast_forward_inputs=False) if narrow else None
+        )
         unit = self._shard(moe.experts, data_mesh(mesh), reshard, policy, cut_experts(shards))
         if narrow:
             unit.set_custom_reduce_scatter(WideSum(shards, stored))
@@ -141,9 +147,13 @@ class FsdpStrategy:
             mp_policy=policy or MixedPrecisionPolicy(cast_forward_inputs=False),
         )
         assert isinstance(unit, FSDPModule)
-        if mesh.size() > 1:  # else there is nothing to divide, and torch would copy the gradients to divide them by 1
+        if (
+            mesh.size() > 1
+        ):  # else there is nothing to divide, and torch would copy the gradients to divide them by 1
             unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum, and two scales would be applied
+        unit.set_force_sum_reduction_for_comms(
+            True
+        )  # gloo knows no scaled sum, and two scales would be applied
         return unit
 
 
@@ -154,7 +164,9 @@ class DdpStrategy(FsdpStrategy):
     """
 
     def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0):
-        super().__init__(device, replicate=started_processes(), reshard_after_forward=False, timeout=timeout)
+        super().__init__(
+            device, replicate=started_processes(), reshard_after_forward=False, timeout=timeout
+        )
 
 
 def _reshard_without_backward(model: nn.Module, *_: Any) -> None:
@@ -169,4 +181,6 @@ def _own(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     """Return this rank's share of experts [E, ...], on the meta device."""
     size = (parameter.shape[0] // mesh.size(), *parameter.shape[1:])
     local = torch.empty(size, dtype=parameter.dtype, device="meta")
-    return nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False), parameter.requires_grad)
+    return nn.Parameter(
+        DTensor.from_local(local, mesh, [Shard(0)], run_check=False), parameter.requires_grad
+    )

@@ -17,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 
 def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Let each sharded block's last unit gather the units of the block after it, and backward of the one before it."""
-    each: list[list[Any]] = [[unit for unit in block.modules() if isinstance(unit, FSDPModule)] for block in blocks]
+    each: list[list[Any]] = [
+        [unit for unit in block.modules() if isinstance(unit, FSDPModule)] for block in blocks
+    ]
     if each and isinstance(model, FSDPModule):
         model.set_modules_to_forward_prefetch(each[0])
     for units, following in pairwise(each):

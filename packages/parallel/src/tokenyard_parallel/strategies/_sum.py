@@ -31,7 +31,9 @@ class WideSum:
         self._gradients = None if is_sum else numbers
         return torch.empty(size, dtype=self.wide if is_sum else dtype, device=device)
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, **_: Any) -> None:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, **_: Any
+    ) -> None:
         """Write this rank's share [n] of the sum over ranks of gradients [ranks * n]."""
         shares = torch.empty_like(input_tensor)
         dist.all_to_all_single(shares, input_tensor, group=group)

@@ -38,7 +38,11 @@ class Case:
 
 
 def make_case(
-    shape: Shape, routing: RoutingKind, dtype: torch.dtype, device: torch.device, activation: str = "swiglu"
+    shape: Shape,
+    routing: RoutingKind,
+    dtype: torch.dtype,
+    device: torch.device,
+    activation: str = "swiglu",
 ) -> Case:
     """Return fresh random tensors. Raises ConfigError for an impossible size.
 
@@ -47,18 +51,33 @@ def make_case(
     """
     if routing not in ROUTINGS:
         known = ", ".join(ROUTINGS)
-        raise ConfigError(f"--routing {routing!r} is unknown{did_you_mean(routing, ROUTINGS)}; known are: {known}")
+        raise ConfigError(
+            f"--routing {routing!r} is unknown{did_you_mean(routing, ROUTINGS)}; known are: {known}"
+        )
     _, tokens, dim, ffn_dim, experts, top_k = shape
     rule = RoutingRule(normalize=1.0)
-    workload = Workload(dim, ffn_dim, experts, top_k, activation, router=rule, dtype=dtype, device=device)
+    workload = Workload(
+        dim, ffn_dim, experts, top_k, activation, router=rule, dtype=dtype, device=device
+    )
     up = _normal((experts, up_rows(activation, ffn_dim), dim), dim**-0.5, workload)
     down = _normal((experts, dim, ffn_dim), ffn_dim**-0.5, workload)
-    x, router = _normal((tokens, dim), 1.0, workload), _normal((experts, dim), (3 * dim) ** -0.5, workload)
+    x, router = (
+        _normal((tokens, dim), 1.0, workload),
+        _normal((experts, dim), (3 * dim) ** -0.5, workload),
+    )
     if routing == "zipf":
         _prefer(x, router)
     ids = _uniform_ids(shape, device) if routing == "uniform" else None
     dy = _normal((tokens, dim), 1.0, workload)
-    return Case(workload, x.requires_grad_(), nn.Parameter(router), nn.Parameter(up), nn.Parameter(down), dy, ids)
+    return Case(
+        workload,
+        x.requires_grad_(),
+        nn.Parameter(router),
+        nn.Parameter(up),
+        nn.Parameter(down),
+        dy,
+        ids,
+    )
 
 
 def busiest(topk_ids: Tensor, num_experts: int) -> float:
@@ -80,5 +99,7 @@ def _prefer(x: Tensor, router: Tensor) -> None:
 
 
 def _uniform_ids(shape: Shape, device: torch.device) -> Tensor:
-    slots = torch.arange(shape.slots, device=device).view(shape.tokens, shape.top_k) % shape.num_experts
+    slots = (
+        torch.arange(shape.slots, device=device).view(shape.tokens, shape.top_k) % shape.num_experts
+    )
     return slots[torch.randperm(shape.tokens, device=device)].int()

@@ -8,11 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer(name="bench", no_args_is_help=True, help="Measure layers, their pieces and training.")
+app = typer.Typer(
+    name="bench", no_args_is_help=True, help="Measure layers, their pieces and training."
+)
 
-Shapes = Annotated[list[str], typer.Option("--shape", help="A built-in name, T,D,F,E,K, or all; may be repeated.")]
+Shapes = Annotated[
+    list[str], typer.Option("--shape", help="A built-in name, T,D,F,E,K, or all; may be repeated.")
+]
 Dtypes = Annotated[list[str], typer.Option("--dtype", help="bf16, fp16 or fp32; may be repeated.")]
-Routings = Annotated[list[str], typer.Option("--routing", help="natural, zipf or uniform; may be repeated.")]
+Routings = Annotated[
+    list[str], typer.Option("--routing", help="natural, zipf or uniform; may be repeated.")
+]
 Backends = Annotated[str, typer.Option(help="Expert backends, comma-separated, or all.")]
 Peers = Annotated[str, typer.Option(help="Peers, comma-separated, all or none.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
@@ -48,16 +54,33 @@ def layer(
     from tokenyard_train.bench.commands import run_layer
 
     run_layer(
-        wide_console(), out, shape, dtype, routing, device, threads, backends, peers, activation, repetitions, seed
+        wide_console(),
+        out,
+        shape,
+        dtype,
+        routing,
+        device,
+        threads,
+        backends,
+        peers,
+        activation,
+        repetitions,
+        seed,
     )
 
 
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML config.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value in place of the config's")] = None,
-    peers: Annotated[str, typer.Option(help="transformers-eager, -grouped_mm, both, -tokenyard, or none.")] = "none",
-    peer_dtype: Annotated[str, typer.Option(help="Of the peers' weights: fp32, as ours are, or bf16.")] = "fp32",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value in place of the config's")
+    ] = None,
+    peers: Annotated[
+        str, typer.Option(help="transformers-eager, -grouped_mm, both, -tokenyard, or none.")
+    ] = "none",
+    peer_dtype: Annotated[
+        str, typer.Option(help="Of the peers' weights: fp32, as ours are, or bf16.")
+    ] = "fp32",
     steps: Annotated[int, typer.Option(min=3)] = 20,
     threads: Threads = None,
     out: Out = Path("bench"),
@@ -89,14 +112,27 @@ def kernels(
     from tokenyard_train.bench.commands import run_kernels
 
     run_kernels(
-        wide_console(), out, shape, dtype, routing, device, threads, backends, "none", activation, repetitions, seed
+        wide_console(),
+        out,
+        shape,
+        dtype,
+        routing,
+        device,
+        threads,
+        backends,
+        "none",
+        activation,
+        repetitions,
+        seed,
     )
 
 
 @app.command()
 def routing(
     shape: Shapes = ["all"],  # noqa: B006
-    backends: Annotated[str, typer.Option(help="Permutations and routers, comma-separated, or all.")] = "all",
+    backends: Annotated[
+        str, typer.Option(help="Permutations and routers, comma-separated, or all.")
+    ] = "all",
     dtype: Dtypes = ["bf16"],  # noqa: B006
     routing: Routings = ["natural"],  # noqa: B006
     device: Device = "auto",
@@ -109,7 +145,18 @@ def routing(
     from tokenyard_train.bench.commands import run_routing
 
     run_routing(
-        wide_console(), out, shape, dtype, routing, device, threads, backends, "none", "swiglu", repetitions, seed
+        wide_console(),
+        out,
+        shape,
+        dtype,
+        routing,
+        device,
+        threads,
+        backends,
+        "none",
+        "swiglu",
+        repetitions,
+        seed,
     )
 
 

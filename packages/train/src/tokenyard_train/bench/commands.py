@@ -33,8 +33,12 @@ def run_layer(console: Console, out: Path, *options: Any) -> None:
     machine = describe_machine(bench.device)
     records: list[dict[str, Any]] = []
     for found in bench_layer(bench, console):
-        records += found  # written case by case, so that hours of measuring are not lost to the last one
-        path = write_results(out, "layer", {"kind": "layer", "machine": machine, "records": records})
+        records += (
+            found  # written case by case, so that hours of measuring are not lost to the last one
+        )
+        path = write_results(
+            out, "layer", {"kind": "layer", "machine": machine, "records": records}
+        )
         print_layers(found, console)
     efficiency_bars(records, machine, path.with_suffix(".png"))
     console.print(f"wrote {path} and {path.with_suffix('.png')}", highlight=False)
@@ -56,7 +60,9 @@ def run_routing(console: Console, out: Path, *options: Any) -> None:
     records: list[dict[str, Any]] = []
     for found in bench_routing(bench, console):
         records += found
-        path = write_results(out, "routing", {"kind": "routing", "machine": machine, "records": records})
+        path = write_results(
+            out, "routing", {"kind": "routing", "machine": machine, "records": records}
+        )
         print_routing(found, console)
     console.print(f"wrote {path}", highlight=False)
 
@@ -98,15 +104,27 @@ def run_train(
     resolved = load_config(config, overrides)
     names = {"none": [], "both": list(BOTH)}.get(peers, peers.split(","))
     dtype = PEER_DTYPES[peer_dtype]
-    records = bench_train(resolved, names, dtype, steps, console if is_first() else Console(quiet=True))
+    records = bench_train(
+        resolved, names, dtype, steps, console if is_first() else Console(quiet=True)
+    )
     if not is_first():
         return
     print_train(records, console)
     machine = describe_machine(torch.device(resolved.device))
     settings = resolved.model_dump(
-        mode="json", include={"model", "max_seq_len", "global_train_batch_size", "precision", "parallel", "backends"}
+        mode="json",
+        include={
+            "model",
+            "max_seq_len",
+            "global_train_batch_size",
+            "precision",
+            "parallel",
+            "backends",
+        },
     )
-    path = write_results(out, "train", {"kind": "train", "machine": machine, "config": settings, "records": records})
+    path = write_results(
+        out, "train", {"kind": "train", "machine": machine, "config": settings, "records": records}
+    )
     console.print(f"wrote {path}", highlight=False)
 
 

@@ -41,7 +41,9 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[Change]
     Raises ConfigError for files of different kinds.
     """
     if before["kind"] != after["kind"]:
-        raise ConfigError(f"one file holds bench {before['kind']}, the other bench {after['kind']}; give two of a kind")
+        raise ConfigError(
+            f"one file holds bench {before['kind']}, the other bench {after['kind']}; give two of a kind"
+        )
     old, new = dict(_times(before["records"])), dict(_times(after["records"]))
     changes = [_change(what, old[what], new[what]) for what in old if what in new]
     alone = [f"only before: {what}" for what in old if what not in new]
@@ -93,7 +95,8 @@ def print_changes(changes: Sequence[Change], alone: Sequence[str], console: Cons
     if told:
         console.print(table)
     console.print(
-        f"{len(changes) - len(told)} of {len(changes)} times did not change beyond the noise", highlight=False
+        f"{len(changes) - len(told)} of {len(changes)} times did not change beyond the noise",
+        highlight=False,
     )
     for line in alone:
         console.print(line, highlight=False)

@@ -46,13 +46,20 @@ def backends(case: Case, asked: str) -> list[Contestant | Absent]:
     Raises ConfigError for a name that is not installed.
     """
     offers = {offer.backend.name: offer.backend for offer in default_registry().offers("experts")}
-    names = [n for n, b in offers.items() if b.priority >= 0] if asked == "all" else asked.split(",")
+    names = (
+        [n for n, b in offers.items() if b.priority >= 0] if asked == "all" else asked.split(",")
+    )
     for name in names:
         if name not in offers:
             known = ", ".join(offers)
-            raise ConfigError(f"--backends {name!r} is unknown{did_you_mean(name, offers)}; installed: {known}, or all")
+            raise ConfigError(
+                f"--backends {name!r} is unknown{did_you_mean(name, offers)}; installed: {known}, or all"
+            )
     reasons = {name: offers[name].unusable(case.workload) for name in names}
-    return [_ours(case, n) if reasons[n] is None else Absent(n, "backend", str(reasons[n])) for n in names]
+    return [
+        _ours(case, n) if reasons[n] is None else Absent(n, "backend", str(reasons[n]))
+        for n in names
+    ]
 
 
 def peers(case: Case, asked: str) -> list[Contestant | Absent]:
@@ -64,7 +71,9 @@ def peers(case: Case, asked: str) -> list[Contestant | Absent]:
     for name in names:
         if name not in PEERS:
             known = ", ".join(PEERS)
-            raise ConfigError(f"--peers {name!r} is unknown{did_you_mean(name, PEERS)}; known are: {known}, all, none")
+            raise ConfigError(
+                f"--peers {name!r} is unknown{did_you_mean(name, PEERS)}; known are: {known}, all, none"
+            )
     router = build_moe(case).router
     return [_peer(case, name, router) for name in names]
 

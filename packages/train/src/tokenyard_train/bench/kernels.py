@@ -34,11 +34,15 @@ def bench_kernels(bench: LayerBench, console: Console) -> list[Record]:
     for shape in bench.shapes:
         for name in bench.dtypes:
             for routing in bench.routings:
-                console.print(f"{shape.name}, {name}, {routing} routing ...", style="dim", highlight=False)
+                console.print(
+                    f"{shape.name}, {name}, {routing} routing ...", style="dim", highlight=False
+                )
                 torch.manual_seed(bench.seed)
                 case = make_case(shape, routing, DTYPES[name], bench.device, bench.activation)
                 head = {"shape": shape._asdict(), "dtype": name, "routing": routing}
-                records += [head | r for r in _one_case(bench, case, DenseProducts(shape, case.workload))]
+                records += [
+                    head | r for r in _one_case(bench, case, DenseProducts(shape, case.workload))
+                ]
     return records
 
 
@@ -55,8 +59,12 @@ def _one_case(bench: LayerBench, case: Case, dense: DenseProducts) -> list[Recor
     found = []
     for name, piece in pieces.items():
         best = spreads[_BEST + name][0]._asdict() if piece.ceiling is not None else None
-        found.append({"piece": name, "ms": spreads[name][0]._asdict(), "best_ms": best, "best": piece.named})
-    return found + [_whole(case, layer, spreads[_LAYER + layer.name][-1]._asdict()) for layer in layers]
+        found.append(
+            {"piece": name, "ms": spreads[name][0]._asdict(), "best_ms": best, "best": piece.named}
+        )
+    return found + [
+        _whole(case, layer, spreads[_LAYER + layer.name][-1]._asdict()) for layer in layers
+    ]
 
 
 def _whole(case: Case, layer: Contestant, step: dict[str, float]) -> Record:
@@ -67,7 +75,9 @@ def _whole(case: Case, layer: Contestant, step: dict[str, float]) -> Record:
         "ms": step,
         "kernels": [kernel._asdict() for kernel in seen.kernels],
         "busy_ms": round(busy, 5),
-        "gap_ms": round(max(0.0, step["median"] - busy), 5),  # no kernel ran; the profiler itself slows a CPU
+        "gap_ms": round(
+            max(0.0, step["median"] - busy), 5
+        ),  # no kernel ran; the profiler itself slows a CPU
     }
 
 
@@ -92,7 +102,11 @@ def _pieces_table(title: str, pieces: Sequence[Record]) -> Table:
     table.add_column("the best is")
     for record in pieces:
         own, best = record["ms"]["median"], record["best_ms"]
-        cells = [f"{best['median']:.3f}", f"{best['median'] / own:.2f}", record["best"]] if best else ["", "", ""]
+        cells = (
+            [f"{best['median']:.3f}", f"{best['median'] / own:.2f}", record["best"]]
+            if best
+            else ["", "", ""]
+        )
         table.add_row(record["piece"], f"{own:.3f}", *cells)
     table.add_section()
     table.add_row("sum", f"{sum(r['ms']['median'] for r in pieces):.3f}")
@@ -101,7 +115,11 @@ def _pieces_table(title: str, pieces: Sequence[Record]) -> Table:
 
 def _kernels_table(record: Record) -> Table:
     whole = record["ms"]["median"]
-    table = Table("kernel", title=f"{record['layer']}: forward and backward {whole:.3f} ms", title_justify="left")
+    table = Table(
+        "kernel",
+        title=f"{record['layer']}: forward and backward {whole:.3f} ms",
+        title_justify="left",
+    )
     for name in ("calls", "ms", "share"):
         table.add_column(name, justify="right")
     shown = record["kernels"][:_SHOWN]

@@ -25,7 +25,9 @@ class Kernel(NamedTuple):
 class Trace(NamedTuple):
     """What the profiler saw of one run of a work."""
 
-    kernels: list[Kernel]  # longest first; on a CPU torch's operations, by the time that is their own
+    kernels: list[
+        Kernel
+    ]  # longest first; on a CPU torch's operations, by the time that is their own
     launches: int
     waits: int  # of the host for the device
 
@@ -45,8 +47,12 @@ def trace(stages: Stages, device: torch.device) -> Trace:
     events = profiler.events()
     on_device = [e for e in events if e.device_type == DeviceType.CUDA]
     launched = [e for e in on_device if not e.name.startswith(("Memcpy", "Memset", _REGION))]
-    region = next(e.time_range for e in events if e.name == _REGION and e.device_type == DeviceType.CPU)
-    waits = sum(e.name in _WAITS and region.start <= e.time_range.start <= region.end for e in events)
+    region = next(
+        e.time_range for e in events if e.name == _REGION and e.device_type == DeviceType.CPU
+    )
+    waits = sum(
+        e.name in _WAITS and region.start <= e.time_range.start <= region.end for e in events
+    )
     wanted = DeviceType.CUDA if gpu else DeviceType.CPU
     kernels = [
         Kernel(e.key, e.count, (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1e3)

@@ -22,7 +22,9 @@ from tokenyard_train.bench.timing import Spread, Stages, clock_for, measure
 DENSE = "dense"
 """The name of the dense products among the contestants."""
 
-_PEER_ERRORS = 8  # times what a backend may be off: peers add up in lower precision, and are not ours to mend
+_PEER_ERRORS = (
+    8  # times what a backend may be off: peers add up in lower precision, and are not ours to mend
+)
 
 Record = dict[str, Any]
 
@@ -47,7 +49,9 @@ def bench_layer(bench: LayerBench, console: Console) -> Iterator[list[Record]]:
     for shape in bench.shapes:
         for name in bench.dtypes:
             for routing in bench.routings:
-                console.print(f"{shape.name}, {name}, {routing} routing ...", style="dim", highlight=False)
+                console.print(
+                    f"{shape.name}, {name}, {routing} routing ...", style="dim", highlight=False
+                )
                 torch.manual_seed(bench.seed)
                 case = make_case(shape, routing, DTYPES[name], bench.device, bench.activation)
                 head = {"shape": shape._asdict(), "dtype": name, "routing": routing}
@@ -82,9 +86,16 @@ def _tried(case: Case, entry: Contestant | Absent) -> Record:
     try:
         verdict = judge(case, entry.layer)
         facts = _facts(case, entry) | {"error": verdict.error, "allowed": verdict.allowed}
-    except (RuntimeError, ImportError, TypeError, ValueError) as error:  # a peer's or plugin's; the others go on
+    except (
+        RuntimeError,
+        ImportError,
+        TypeError,
+        ValueError,
+    ) as error:  # a peer's or plugin's; the others go on
         _release()
-        return head | {"note": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+        return head | {
+            "note": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        }
     return head | facts | {"note": _wrong(entry, verdict)}
 
 

@@ -40,4 +40,6 @@ def _processor() -> str:
 
 def _versions() -> dict[str, str]:
     found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
-    return {name: found[name] for name in sorted(found) if name in _TOLD or name.startswith("tokenyard")}
+    return {
+        name: found[name] for name in sorted(found) if name in _TOLD or name.startswith("tokenyard")
+    }

@@ -40,12 +40,18 @@ def judge(case: Case, layer: Callable[[], tuple[Tensor, Routing]]) -> Verdict:
     routing = Routing(*(t.detach() for t in routing))
     tokens = torch.randperm(case.x.shape[0], device=y.device)[:_TOKENS]
     experts = _sampled_experts(routing.topk_ids, case.workload.num_experts)
-    got = {"y": y.detach()[tokens], "d x": dx[tokens], "d up": dup[experts], "d down": ddown[experts]}
+    got = {
+        "y": y.detach()[tokens],
+        "d x": dx[tokens],
+        "d up": dup[experts],
+        "d down": ddown[experts],
+    }
     del y, dx, dup, ddown
     plain = _sample(case, routing.topk_ids, tokens, experts, case.workload.dtype)
     exact = _sample(case, routing.topk_ids, tokens, experts, torch.float64)
     verdicts = [
-        Verdict(relative_error(got[name], want), allowed_error(plain[name], want), name) for name, want in exact.items()
+        Verdict(relative_error(got[name], want), allowed_error(plain[name], want), name)
+        for name, want in exact.items()
     ]
     return max(verdicts, key=lambda v: v.error / v.allowed)
 
@@ -57,7 +63,9 @@ def _sampled_experts(ids: Tensor, num_experts: int) -> list[int]:
     return sorted({order[0], order[-1]})[:_EXPERTS]
 
 
-def _sample(case: Case, ids: Tensor, tokens: Tensor, experts: list[int], dtype: torch.dtype) -> Results:
+def _sample(
+    case: Case, ids: Tensor, tokens: Tensor, experts: list[int], dtype: torch.dtype
+) -> Results:
     """Compute the sampled results by the definition, in a dtype; the ids are taken as given."""
     x = case.x.detach()[tokens].to(dtype).requires_grad_()
     y = _layer(case, x, ids[tokens], dtype)
@@ -72,7 +80,9 @@ def _layer(case: Case, x: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     for e in range(case.workload.num_experts):
         token, k = (ids == e).nonzero(as_tuple=True)
         if len(token):
-            row = _expert(case, x[token], case.up[e].detach().to(dtype), case.down[e].detach().to(dtype))
+            row = _expert(
+                case, x[token], case.up[e].detach().to(dtype), case.down[e].detach().to(dtype)
+            )
             y = y.index_add(0, token, gates[token, k].unsqueeze(1) * row.to(gates.dtype))
     return y.to(dtype)
 

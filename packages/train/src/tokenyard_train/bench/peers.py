@@ -25,7 +25,9 @@ class Peer:
 
 
 def _swiglu_only(workload: Workload) -> str | None:
-    return None if workload.activation == "swiglu" else f"computes swiglu, not {workload.activation}"
+    return (
+        None if workload.activation == "swiglu" else f"computes swiglu, not {workload.activation}"
+    )
 
 
 def _needs_transformers(workload: Workload) -> str | None:
@@ -53,7 +55,9 @@ def grouped_mm_experts(x: Tensor, routing: Routing, up: Tensor, down: Tensor) ->
     """Return y [T, D] by ``F.grouped_mm`` between a gather and a scatter, as most training code calls it."""
     top_k = routing.topk_ids.shape[1]
     ids, order = routing.topk_ids.flatten().sort(stable=True)
-    ends = torch.searchsorted(ids, torch.arange(up.shape[0], device=x.device), right=True, out_int32=True)
+    ends = torch.searchsorted(
+        ids, torch.arange(up.shape[0], device=x.device), right=True, out_int32=True
+    )
     tokens = order // top_k
     gate, value = F.grouped_mm(x[tokens], up.mT, offs=ends).chunk(2, dim=-1)
     rows = F.grouped_mm(F.silu(gate) * value, down.mT, offs=ends)

@@ -42,19 +42,31 @@ def build_pieces(case: Case, moe: MoE, dense: DenseProducts) -> dict[str, Piece]
 
     moved = _copy_like(rows)
     pieces = {
-        "router": Piece(lambda: moe.router(case.x, case.topk_ids), lambda: F.linear(case.x, case.router), "logits"),
-        "plan": Piece(lambda: permutation.plan(routing.topk_ids, case.workload.num_experts), None, ""),
+        "router": Piece(
+            lambda: moe.router(case.x, case.topk_ids),
+            lambda: F.linear(case.x, case.router),
+            "logits",
+        ),
+        "plan": Piece(
+            lambda: permutation.plan(routing.topk_ids, case.workload.num_experts), None, ""
+        ),
         "permute": Piece(lambda: permutation.permute(case.x, plan), moved, "copy of the rows"),
         "up": _product(lambda: rows_times(rows, case.up.mT, plan.offsets), dense, "up"),
         "activation": Piece(lambda: activate(z, case.workload.activation), None, ""),
         "down": _product(lambda: rows_times(a, case.down.mT, plan.offsets), dense, "down"),
-        "combine": Piece(lambda: permutation.unpermute(out, plan, weights), moved, "copy of the rows"),
-        "d activation": _product(lambda: rows_times(rows, case.down, plan.offsets), dense, "d activation"),
+        "combine": Piece(
+            lambda: permutation.unpermute(out, plan, weights), moved, "copy of the rows"
+        ),
+        "d activation": _product(
+            lambda: rows_times(rows, case.down, plan.offsets), dense, "d activation"
+        ),
         "activation backward": Piece(lambda: _pullback(case, z, da), None, ""),
         "d down": _product(lambda: rows_outer(rows, a, plan.offsets), dense, "d down"),
         "d input": _product(lambda: rows_times(z, case.up, plan.offsets), dense, "d input"),
         "d up": _product(lambda: rows_outer(z, rows, plan.offsets), dense, "d up"),
-        "sum of d input": Piece(lambda: permutation.unpermute(out, plan, None), moved, "copy of the rows"),
+        "sum of d input": Piece(
+            lambda: permutation.unpermute(out, plan, None), moved, "copy of the rows"
+        ),
     }
     return {name: piece._replace(call=no_grad(piece.call)) for name, piece in pieces.items()}
 

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tokenyard_train.records.style import BLUE, GREY, INK, ORANGE, make_axes, make_figure, save_figure
+from tokenyard_train.records.style import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    make_axes,
+    make_figure,
+    save_figure,
+)
 
 Record = dict[str, Any]
 
@@ -29,21 +37,37 @@ def efficiency_bars(records: Sequence[Record], machine: Mapping[str, Any], path:
     grid = figure.add_gridspec(max(1, len(panels)), 1)
     for i, (dtype, routing) in enumerate(panels):
         axes = make_axes(figure, grid[i], f"{dtype}, {routing} routing", "", "dense / layer time")
-        _panel(axes, [r for r in timed if (r["dtype"], r["routing"]) == (dtype, routing)], shapes, colours)
+        _panel(
+            axes,
+            [r for r in timed if (r["dtype"], r["routing"]) == (dtype, routing)],
+            shapes,
+            colours,
+        )
     title = f"One MoE layer, forward and backward\n{machine['device']}, torch {machine['versions']['torch']}"
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontweight="bold")
     if panels:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+        )
     save_figure(figure, path)
 
 
-def _panel(axes: Axes, records: Sequence[Record], shapes: Sequence[str], colours: dict[str, str]) -> None:
+def _panel(
+    axes: Axes, records: Sequence[Record], shapes: Sequence[str], colours: dict[str, str]
+) -> None:
     width = 0.84 / len(colours)
     for i, (name, colour) in enumerate(colours.items()):
         found = {r["shape"]["name"]: r["efficiency"] for r in records if r["contestant"] == name}
         places = np.arange(len(shapes)) + (i - (len(colours) - 1) / 2) * width
-        drawn = axes.bar(places, [found.get(s, 0.0) for s in shapes], width * 0.92, label=name, color=colour)
-        axes.bar_label(drawn, [f"{found[s]:.2f}" if s in found else "" for s in shapes], fontsize=6.5, padding=1)
+        drawn = axes.bar(
+            places, [found.get(s, 0.0) for s in shapes], width * 0.92, label=name, color=colour
+        )
+        axes.bar_label(
+            drawn,
+            [f"{found[s]:.2f}" if s in found else "" for s in shapes],
+            fontsize=6.5,
+            padding=1,
+        )
     axes.set_xticks(range(len(shapes)), shapes)
     axes.grid(visible=False, axis="x")
     axes.axhline(1, color=GREY, linewidth=1, linestyle=(0, (5, 3)))

@@ -35,7 +35,9 @@ def bench_routing(bench: LayerBench, console: Console) -> Iterator[list[Record]]
     for shape in bench.shapes:
         for dtype in bench.dtypes:
             for routing in bench.routings:
-                console.print(f"{shape.name}, {dtype}, {routing} routing ...", style="dim", highlight=False)
+                console.print(
+                    f"{shape.name}, {dtype}, {routing} routing ...", style="dim", highlight=False
+                )
                 torch.manual_seed(bench.seed)
                 case = make_case(shape, routing, DTYPES[dtype], bench.device, bench.activation)
                 head = {"shape": shape._asdict(), "dtype": dtype, "routing": routing}
@@ -43,12 +45,16 @@ def bench_routing(bench: LayerBench, console: Console) -> Iterator[list[Record]]
 
 
 def _names(asked: str) -> list[str]:
-    known = list(dict.fromkeys(o.backend.name for kind in _KINDS for o in default_registry().offers(kind)))
+    known = list(
+        dict.fromkeys(o.backend.name for kind in _KINDS for o in default_registry().offers(kind))
+    )
     names = known if asked == "all" else asked.split(",")
     for name in names:
         if name not in known:
             listed = ", ".join(known)
-            raise ConfigError(f"--backends {name!r} is unknown{did_you_mean(name, known)}; installed: {listed}, or all")
+            raise ConfigError(
+                f"--backends {name!r} is unknown{did_you_mean(name, known)}; installed: {listed}, or all"
+            )
     return names
 
 
@@ -88,7 +94,11 @@ def _timed(bench: LayerBench, works: dict[tuple[str, str], Work]) -> Iterator[Re
     spreads = measure(stages, clock_for(bench.device), bench.repetitions)
     for (work, name), entry in works.items():
         own, best = spreads[f"{work} by {name}"][0], spreads[f"{_COPY}{entry.bytes}"][0]
-        times = {"ms": own._asdict(), "best_ms": best._asdict(), "bandwidth": round(best.median / own.median, 4)}
+        times = {
+            "ms": own._asdict(),
+            "best_ms": best._asdict(),
+            "bandwidth": round(best.median / own.median, 4),
+        }
         yield {"work": work, "backend": name, "note": None, "bytes": entry.bytes} | times
 
 
@@ -107,11 +117,23 @@ def print_routing(records: Sequence[Record], console: Console) -> None:
         for name in ("microseconds", "copy of as many bytes", "share of its bandwidth"):
             table.add_column(name, justify="right")
         timed = [record for record in found if record["note"] is None]
-        for work, by_backend in groupby(sorted(timed, key=_order(timed)), lambda record: record["work"]):
+        for work, by_backend in groupby(
+            sorted(timed, key=_order(timed)), lambda record: record["work"]
+        ):
             for i, record in enumerate(by_backend):
                 own, best = (1000 * record[key]["median"] for key in ("ms", "best_ms"))
-                table.add_row("" if i else work, record["backend"], f"{own:.1f}", f"{best:.1f}", f"{best / own:.2f}")
-        notes = [f"{r['work']} {r['backend']}: {escape(r['note'])}" for r in found if r["note"] is not None]
+                table.add_row(
+                    "" if i else work,
+                    record["backend"],
+                    f"{own:.1f}",
+                    f"{best:.1f}",
+                    f"{best / own:.2f}",
+                )
+        notes = [
+            f"{r['work']} {r['backend']}: {escape(r['note'])}"
+            for r in found
+            if r["note"] is not None
+        ]
         table.caption, table.caption_justify = "\n".join(notes) or None, "left"
         console.print(table)
 

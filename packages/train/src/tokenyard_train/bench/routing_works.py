@@ -46,7 +46,9 @@ def moved_of(case: Case) -> Moved:
     return Moved(plan, case.x.detach(), rows, routing.topk_weights, case.dy, torch.randn_like(rows))
 
 
-def permutation_works(permutation: Any, moved: Moved, case: Case) -> tuple[dict[str, Work], str | None]:
+def permutation_works(
+    permutation: Any, moved: Moved, case: Case
+) -> tuple[dict[str, Work], str | None]:
     """Return the works of a permutation, and what is wrong with their results, if anything is."""
     plan, experts = moved.plan, case.workload.num_experts
     ids = _ids(plan, experts)
@@ -57,10 +59,14 @@ def permutation_works(permutation: Any, moved: Moved, case: Case) -> tuple[dict[
         "plan": Work(lambda: permutation.plan(ids, experts), 3 * slots),
         "permute": Work(_no_grad(lambda: permutation.permute(moved.x, plan)), token + row),
         "permute backward": Work(_gradient(there, (x,), moved.drows), token + row),
-        "unpermute": Work(_no_grad(lambda: permutation.unpermute(moved.rows, plan, moved.weights)), token + row),
+        "unpermute": Work(
+            _no_grad(lambda: permutation.unpermute(moved.rows, plan, moved.weights)), token + row
+        ),
         "unpermute backward": Work(_gradient(back, (rows, weights), moved.dy), token + 2 * row),
     }
-    plain, exact = (_moved(TorchPermutation(case.workload), _as(moved, d)) for d in (x.dtype, torch.float64))
+    plain, exact = (
+        _moved(TorchPermutation(case.workload), _as(moved, d)) for d in (x.dtype, torch.float64)
+    )
     wrong = _wrong(_moved(permutation, moved), plain, exact)
     return works, wrong or _wrong_plan(permutation.plan(ids, experts), plan)
 
@@ -78,7 +84,9 @@ def router_works(router: type, case: Case) -> tuple[dict[str, Work], str | None]
     scores, chosen = logits.nbytes, 8 * logits.shape[0] * k  # bytes
     works = {
         "router": Work(_no_grad(lambda: own(x)), x.nbytes + weight.nbytes + scores + chosen),
-        "router backward": Work(_gradient(routed, (x, weight), dweights), 2 * x.nbytes + 2 * weight.nbytes + scores),
+        "router backward": Work(
+            _gradient(routed, (x, weight), dweights), 2 * x.nbytes + 2 * weight.nbytes + scores
+        ),
         "choose": Work(_no_grad(lambda: own.choose(logits, None)), scores + chosen),
         "choose backward": Work(_gradient(weights, (given,), dweights), 2 * scores + chosen),
     }
@@ -114,13 +122,24 @@ def _as(moved: Moved, dtype: torch.dtype) -> Moved:
 
 def _moved(permutation: Any, moved: Moved) -> dict[str, Tensor]:
     x, rows, weights = (t.clone().requires_grad_() for t in (moved.x, moved.rows, moved.weights))
-    there, back = permutation.permute(x, moved.plan), permutation.unpermute(rows, moved.plan, weights)
+    there, back = (
+        permutation.permute(x, moved.plan),
+        permutation.unpermute(rows, moved.plan, weights),
+    )
     (dx,) = torch.autograd.grad(there, x, moved.drows)
     drows, dweights = torch.autograd.grad(back, (rows, weights), moved.dy)
-    return {"rows": there.detach(), "y": back.detach(), "d x": dx, "d rows": drows, "d weights": dweights}
+    return {
+        "rows": there.detach(),
+        "y": back.detach(),
+        "d x": dx,
+        "d rows": drows,
+        "d weights": dweights,
+    }
 
 
-def _wrong(got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> str | None:
+def _wrong(
+    got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+) -> str | None:
     for name, want in exact.items():
         error, allowed = relative_error(got[name], want), allowed_error(plain[name], want)
         if error > allowed:

@@ -60,7 +60,9 @@ def parse_shape(text: str) -> Shape:
     try:
         tokens, dim, ffn_dim, num_experts, top_k = (int(number) for number in numbers)
     except ValueError:
-        raise ConfigError(f"--shape {text!r} is not five whole numbers T,D,F,E,K, such as 2048,512,1024,16,4") from None
+        raise ConfigError(
+            f"--shape {text!r} is not five whole numbers T,D,F,E,K, such as 2048,512,1024,16,4"
+        ) from None
     if tokens < 1:
         raise ConfigError(f"--shape {text!r} has T = {tokens}; it must be at least 1")
     return Shape(text.replace(" ", ""), tokens, dim, ffn_dim, num_experts, top_k)
@@ -68,5 +70,9 @@ def parse_shape(text: str) -> Shape:
 
 def parse_shapes(texts: list[str], gpu: bool) -> list[Shape]:
     """Return the shapes that are asked for; "all" stands for every built-in one that suits the machine."""
-    names = [name for text in texts for name in ((GPU_SHAPES if gpu else ("cpu",)) if text == "all" else (text,))]
+    names = [
+        name
+        for text in texts
+        for name in ((GPU_SHAPES if gpu else ("cpu",)) if text == "all" else (text,))
+    ]
     return [parse_shape(name) for name in dict.fromkeys(names)]

@@ -37,9 +37,20 @@ def _rank(record: Record) -> tuple[bool, float]:
 
 
 def _table(key: tuple[str, str, str], records: Sequence[Record]) -> Table:
-    busiest = next((f"; busiest expert {r['busiest']:.2f}x the mean" for r in records if "busiest" in r), "")
+    busiest = next(
+        (f"; busiest expert {r['busiest']:.2f}x the mean" for r in records if "busiest" in r), ""
+    )
     table = Table(title=case_title(records[0]) + busiest, title_justify="left")
-    for name in ("", "forward ms", "fwd+bwd ms", "efficiency fwd", "fwd+bwd", "saved MiB", "peak MiB", "error"):
+    for name in (
+        "",
+        "forward ms",
+        "fwd+bwd ms",
+        "efficiency fwd",
+        "fwd+bwd",
+        "saved MiB",
+        "peak MiB",
+        "error",
+    ):
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     gpu = any("launches" in r for r in records)
     for name in ("launches", "waits") if gpu else ():
@@ -48,7 +59,9 @@ def _table(key: tuple[str, str, str], records: Sequence[Record]) -> Table:
         table.add_row(*_cells(record, gpu), style="bold" if record["group"] == "backend" else None)
     for record in records:
         if record["note"] is not None:
-            table.caption = f"{table.caption or ''}{record['contestant']}: {escape(record['note'])}\n"
+            table.caption = (
+                f"{table.caption or ''}{record['contestant']}: {escape(record['note'])}\n"
+            )
             table.caption_justify = "left"
     return table
 
@@ -61,7 +74,11 @@ def _cells(record: Record, gpu: bool) -> list[str]:
     cells += [f"{record['forward_efficiency']:.3f}", f"{record['efficiency']:.3f}"]
     if "error" not in record:
         return cells
-    cells += [f"{record['saved_bytes'] / 2**20:.1f}", f"{record['peak_bytes'] / 2**20:.1f}", f"{record['error']:.1e}"]
+    cells += [
+        f"{record['saved_bytes'] / 2**20:.1f}",
+        f"{record['peak_bytes'] / 2**20:.1f}",
+        f"{record['error']:.1e}",
+    ]
     return cells + ([str(record["launches"]), str(record["waits"])] if gpu else [])
 
 

@@ -85,7 +85,9 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, times: Sequence[float]) -> Spread:
         """Summarise times in milliseconds."""
-        low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
+        low, _, high = (
+            quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
+        )
         return cls(round(median(times), 5), round(low, 5), round(high, 5), len(times))
 
 
@@ -93,7 +95,9 @@ Stages = Sequence[Callable[[Any], Any]]
 """Consecutive stages of one work; each takes what the one before returned, the first None."""
 
 
-def measure(works: Mapping[str, Stages], clock: Clock, repetitions: int, warmup: int = 2) -> dict[str, list[Spread]]:
+def measure(
+    works: Mapping[str, Stages], clock: Clock, repetitions: int, warmup: int = 2
+) -> dict[str, list[Spread]]:
     """Time works in turns; return for each the times from its start to the end of each of its stages.
 
     Each round has an order of its own: a GPU that has just worked hard runs slower, whoever comes next.

@@ -41,13 +41,19 @@ def bench_train(
     for name in peers:
         if name not in IMPLEMENTATIONS:
             known = ", ".join(IMPLEMENTATIONS)
-            raise ConfigError(f"--peers {name!r} is unknown{did_you_mean(name, IMPLEMENTATIONS)}; known are: {known}")
+            raise ConfigError(
+                f"--peers {name!r} is unknown{did_you_mean(name, IMPLEMENTATIONS)}; known are: {known}"
+            )
     if peers and started_processes() > 1:
         raise ConfigError("--peers run in one process; give --peers none under torchrun")
     with deterministic(config.deterministic), tempfile.TemporaryDirectory() as folder:
-        run = build_run(config.model_copy(update={"save_folder": folder, "autoresume": False}), console)
+        run = build_run(
+            config.model_copy(update={"save_folder": folder, "autoresume": False}), console
+        )
         others = {name: MixtralPeer(run, IMPLEMENTATIONS[name], peer_dtype) for name in peers}
-        run.console.print(f"{steps} steps of {run.batch_tokens:,} tokens on {config.device} ...", style="dim")
+        run.console.print(
+            f"{steps} steps of {run.batch_tokens:,} tokens on {config.device} ...", style="dim"
+        )
         return _measured(run, others, steps)
 
 
@@ -85,8 +91,13 @@ def _launched(run: Run, work: Callable[[], Any]) -> Record:
     A collective's time includes that in which it waits for other ranks.
     """
     seen = trace(_stages(work), run.device).kernels
-    collectives = {k.name: round(k.milliseconds, 3) for k in seen if k.name.startswith(_COLLECTIVES)}
-    return {"kernels": [kernel._asdict() for kernel in seen[:_SHOWN]], "collectives_ms": collectives}
+    collectives = {
+        k.name: round(k.milliseconds, 3) for k in seen if k.name.startswith(_COLLECTIVES)
+    }
+    return {
+        "kernels": [kernel._asdict() for kernel in seen[:_SHOWN]],
+        "collectives_ms": collectives,
+    }
 
 
 def _stages(work: Callable[[], Any]) -> Stages:
@@ -128,7 +139,15 @@ def _dtype(model: Any) -> str:
 
 def print_train(records: Sequence[Record], console: Console) -> None:
     """Print speed and memory of each contestant, and our shares of time."""
-    columns = ("step ms", "tokens/s", "of a process", "its GFLOP/s", "peak MiB", "parameters", "weights")
+    columns = (
+        "step ms",
+        "tokens/s",
+        "of a process",
+        "its GFLOP/s",
+        "peak MiB",
+        "parameters",
+        "weights",
+    )
     table = Table("", *columns, "ours / theirs", title_justify="left")
     ours = records[0]
     for record in records:
@@ -148,7 +167,12 @@ def print_train(records: Sequence[Record], console: Console) -> None:
     shares = ", ".join(f"{phase} {100 * share:.1f} %" for phase, share in ours["shares"].items())
     console.print(f"where our step's time goes: {shares}", highlight=False)
     if retries := ours["allocation_retries"]:
-        console.print(f"memory was full {retries} times; PYTORCH_ALLOC_CONF=expandable_segments:True may help")
+        console.print(
+            f"memory was full {retries} times; PYTORCH_ALLOC_CONF=expandable_segments:True may help"
+        )
     for name, milliseconds in ours["collectives_ms"].items():
         share = 100 * milliseconds / ours["step_ms"]["median"]
-        console.print(f"{name}: {milliseconds:.1f} ms, {share:.1f} % of a step, beside other work", highlight=False)
+        console.print(
+            f"{name}: {milliseconds:.1f} ms, {share:.1f} % of a step, beside other work",
+            highlight=False,
+        )

@@ -44,7 +44,9 @@ class MixtralPeer:
         for rows in batch.split(int(config.device_train_microbatch_size)):
             with run.precision():
                 output = self.model(input_ids=rows[:, :-1], use_cache=False)
-                nats = F.cross_entropy(output.logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+                nats = F.cross_entropy(
+                    output.logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+                )
             loss = nats / run.batch_tokens
             auxiliary = output.aux_loss * self.model.router_aux_loss_coef * len(rows) / len(batch)
             (loss + auxiliary).backward()
@@ -64,8 +66,15 @@ def _build(size: TransformerConfig, implementation: str) -> Any:
         raise ConfigError('--peers needs transformers; pip install "transformers>=5.14"') from None
     if implementation == "tokenyard":
         use_in_transformers()
-    if size.moe is None or size.moe.activation != "swiglu" or size.rope_theta is None or size.dense_layers:
-        raise ConfigError("--peers compares with Mixtral, which has swiglu experts in every layer and rotary positions")
+    if (
+        size.moe is None
+        or size.moe.activation != "swiglu"
+        or size.rope_theta is None
+        or size.dense_layers
+    ):
+        raise ConfigError(
+            "--peers compares with Mixtral, which has swiglu experts in every layer and rotary positions"
+        )
     config = MixtralConfig(
         vocab_size=size.vocab_size,
         hidden_size=size.dim,
@@ -79,10 +88,13 @@ def _build(size: TransformerConfig, implementation: str) -> Any:
         num_experts_per_tok=size.moe.top_k,
         tie_word_embeddings=size.tied_head,
         output_router_logits=True,
-        router_aux_loss_coef=size.auxiliary.balance_weight / size.moe.top_k,  # theirs is K at balance, ours 1
+        router_aux_loss_coef=size.auxiliary.balance_weight
+        / size.moe.top_k,  # theirs is K at balance, ours 1
         sliding_window=None,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
     )
-    return MixtralForCausalLM._from_config(config, attn_implementation="sdpa", experts_implementation=implementation)
+    return MixtralForCausalLM._from_config(
+        config, attn_implementation="sdpa", experts_implementation=implementation
+    )

@@ -33,7 +33,12 @@ class Generate(Callback):
         for prompt in c.prompts:
             with run.precision():
                 (text,) = continue_texts(
-                    run.model, run.data.tokenizer, [prompt], c.max_new_tokens, c.temperature, run.config.seed
+                    run.model,
+                    run.data.tokenizer,
+                    [prompt],
+                    c.max_new_tokens,
+                    c.temperature,
+                    run.config.seed,
                 )
             run.console.rule(f"batch {run.batch}: a sample")
             run.console.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}", highlight=False)

@@ -23,7 +23,9 @@ def build_callbacks(config: Callbacks) -> list[Callback]:
         callbacks.append(Baseline())
     if config.generate_callback is not None:
         callbacks.append(Generate(config.generate_callback))
-    return callbacks + [_installed(name, options or {}) for name, options in (config.model_extra or {}).items()]
+    return callbacks + [
+        _installed(name, options or {}) for name, options in (config.model_extra or {}).items()
+    ]
 
 
 def _installed(name: str, options: Mapping[str, Any]) -> Callback:

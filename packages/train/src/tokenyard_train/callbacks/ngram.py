@@ -53,7 +53,9 @@ def ngram_baselines(train: Samples | Mixture, held_out: HeldOut, tokenizer: Toke
     """
     if isinstance(train, Mixture) or len(train.tokens) > _MOST_TOKENS:
         what = "several streams" if isinstance(train, Mixture) else f"{len(train.tokens):,} tokens"
-        raise ConfigError(f"callbacks.ngram_baselines counts one text of up to {_MOST_TOKENS:,} tokens, not {what}")
+        raise ConfigError(
+            f"callbacks.ngram_baselines counts one text of up to {_MOST_TOKENS:,} tokens, not {what}"
+        )
     tokens, vocabulary = np.asarray(train.tokens[:]), tokenizer.vocab_size
     unigram = (np.bincount(tokens, minlength=vocabulary) + 1) / (len(tokens) + vocabulary)
     previous, target = held_out.previous, held_out.predicted
@@ -65,7 +67,9 @@ def ngram_baselines(train: Samples | Mixture, held_out: HeldOut, tokenizer: Toke
 
 def pair_counts(tokens: Ids, vocabulary: int) -> PairCounts:
     """Count which token follows which."""
-    pairs, counts = np.unique(tokens[:-1].astype(np.int64) * vocabulary + tokens[1:], return_counts=True)
+    pairs, counts = np.unique(
+        tokens[:-1].astype(np.int64) * vocabulary + tokens[1:], return_counts=True
+    )
     return PairCounts(pairs, counts, vocabulary)
 
 

@@ -36,7 +36,9 @@ class Saver:
         if self._writing is not None:
             raise RuntimeError("finish the checkpoint before first")
         copies = stage(tensors) if self._behind else tensors
-        self._writing = _Writing(self._device, self._folder, name, copies, meta, self._keep, self._group)
+        self._writing = _Writing(
+            self._device, self._folder, name, copies, meta, self._keep, self._group
+        )
         if self._behind:
             self._writing.start()
         else:
@@ -52,7 +54,9 @@ class Saver:
         if writing.error is not None:
             raise writing.error
         if writing.path is None:
-            raise RuntimeError("the thread that writes checkpoints ended without a checkpoint and without an error")
+            raise RuntimeError(
+                "the thread that writes checkpoints ended without a checkpoint and without an error"
+            )
         return writing.path
 
 
@@ -69,7 +73,9 @@ class _Writing(Thread):
         """Write it. Whatever goes wrong is kept for `Saver.finish`, which raises it in the training thread."""
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # a new thread starts on cuda:0, which another rank may use
+                torch.cuda.set_device(
+                    self._device
+                )  # a new thread starts on cuda:0, which another rank may use
             self.path = write_checkpoint(*self._args)
         except BaseException as error:
             self.error = error

@@ -13,7 +13,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -27,7 +30,9 @@ def read_into(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         with _quietly():
             load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except CheckpointException as error:
-        raise CheckpointError(f"checkpoint {checkpoint} is of another model: {_cause(error)}") from None
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is of another model: {_cause(error)}"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {_cause(error)}") from None
 
@@ -37,7 +42,12 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:
     try:
         with _quietly():
             writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-            save(tensors, storage_writer=writer, no_dist=started_processes() == 1, process_group=group)
+            save(
+                tensors,
+                storage_writer=writer,
+                no_dist=started_processes() == 1,
+                process_group=group,
+            )
     except (OSError, CheckpointException) as error:
         raise CheckpointError(_cause(error)) from None
 

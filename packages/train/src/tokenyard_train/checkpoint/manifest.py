@@ -28,13 +28,18 @@ class CheckpointError(TokenyardError):
 def entry_of(path: Path) -> Entry:
     """Return what the manifest says of a file."""
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
     """Write the manifest of all files in the folder, by name."""
     body = {"format": _FORMAT, "files": dict(files)}
-    (folder / NAME).write_text(json.dumps(body | {"digest": _digest(body)}, indent=1), encoding="utf-8")
+    (folder / NAME).write_text(
+        json.dumps(body | {"digest": _digest(body)}, indent=1), encoding="utf-8"
+    )
 
 
 def verify(folder: Path) -> None:
@@ -52,7 +57,14 @@ def fault_in(folder: Path) -> str | None:
     if said is not None:
         return str(said)
     changed = share_out(lambda item: _changed(folder, *item), sorted(files.items()))
-    return next((f"checkpoint {folder}: {name} {what}" for name, what in zip(sorted(files), changed) if what), None)
+    return next(
+        (
+            f"checkpoint {folder}: {name} {what}"
+            for name, what in zip(sorted(files), changed)
+            if what
+        ),
+        None,
+    )
 
 
 def _listed(folder: Path) -> tuple[str | None, dict[str, Entry]]:
@@ -65,7 +77,10 @@ def _listed(folder: Path) -> tuple[str | None, dict[str, Entry]]:
     if missing := sorted(listed - present):
         return f"checkpoint {folder}: {missing[0]} is missing", {}
     if strange := sorted(present - listed):
-        return f"checkpoint {folder}: {strange[0]} does not belong to it; remove it if you put it there", {}
+        return (
+            f"checkpoint {folder}: {strange[0]} does not belong to it; remove it if you put it there",
+            {},
+        )
     return None, body["files"]
 
 
@@ -76,7 +91,11 @@ def _changed(folder: Path, name: str, entry: Entry) -> str | None:
             return "is not a plain file"
         if path.stat().st_size != entry["bytes"]:
             return f"has {path.stat().st_size} bytes, not {entry['bytes']}"
-        return None if entry_of(path) == entry else "was changed since it was saved (its SHA-256 differs)"
+        return (
+            None
+            if entry_of(path) == entry
+            else "was changed since it was saved (its SHA-256 differs)"
+        )
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
@@ -89,12 +108,17 @@ def _read(folder: Path) -> dict[str, Any]:
         files = manifest["files"]
         sound = digest == _digest(manifest) and manifest["format"] == _FORMAT
         sound = sound and all(
-            Path(name).name == name and set(entry) == {"bytes", "sha256"} for name, entry in files.items()
+            Path(name).name == name and set(entry) == {"bytes", "sha256"}
+            for name, entry in files.items()
         )
     except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {folder}: {NAME} is missing; was it saved to the end?") from None
+        raise CheckpointError(
+            f"checkpoint {folder}: {NAME} is missing; was it saved to the end?"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"checkpoint {folder}: {NAME} cannot be read; it is damaged") from None
+        raise CheckpointError(
+            f"checkpoint {folder}: {NAME} cannot be read; it is damaged"
+        ) from None
     if not sound:
         raise CheckpointError(f"checkpoint {folder}: {NAME} was changed since it was saved")
     return dict(manifest)

@@ -23,7 +23,12 @@ T = TypeVar("T")
 
 
 def write_checkpoint(
-    folder: Path, name: str, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int, group: Any = None
+    folder: Path,
+    name: str,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    keep: int,
+    group: Any = None,
 ) -> Path:
     """Save tensors and JSON as ``folder/name``, whole or not at all, then delete all but the `keep` newest (-1: none).
 
@@ -36,8 +41,13 @@ def write_checkpoint(
         on_first(lambda: _writing(lambda: _begin(folder, unfinished)), group)
         _writing(lambda: _save_tensors(unfinished, tensors, group))
         names = on_first(lambda: _writing(lambda: _add_meta(unfinished, meta)), group)
-        entries = share_out(lambda name: _writing(lambda: _flushed(unfinished / name)), names, group)
-        on_first(lambda: _writing(lambda: _complete(unfinished, target, dict(zip(names, entries)))), group)
+        entries = share_out(
+            lambda name: _writing(lambda: _flushed(unfinished / name)), names, group
+        )
+        on_first(
+            lambda: _writing(lambda: _complete(unfinished, target, dict(zip(names, entries)))),
+            group,
+        )
     except TokenyardError as error:
         if is_first():
             shutil.rmtree(unfinished, ignore_errors=True)

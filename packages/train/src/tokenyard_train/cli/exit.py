@@ -33,7 +33,9 @@ def _leave(code: int) -> NoReturn:
 
 
 def _run(app: Callable[[], Any]) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
     try:
         app()
     except Exception as error:
@@ -64,5 +66,11 @@ def _exit_if_collective_failed(error: Exception) -> None:
     fault, rank = fault_of(error), _rank()
     if fault is not None:
         note_fault(fault, rank)
-        print(f"error: process {rank} failed in {fault.collective}: {fault.reason}", file=sys.stderr, flush=True)
-        os._exit(1)  # threads of other groups may still wait for that rank, and would keep this one alive
+        print(
+            f"error: process {rank} failed in {fault.collective}: {fault.reason}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(
+            1
+        )  # threads of other groups may still wait for that rank, and would keep this one alive

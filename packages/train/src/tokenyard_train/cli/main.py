@@ -12,7 +12,9 @@ from tokenyard_train.cli.exit import run_and_exit
 from tokenyard_train.cli.models import app as models
 from tokenyard_train.cli.train import app as train
 
-app = typer.Typer(name="tokenyard", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="tokenyard", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 app.add_typer(train)
 app.add_typer(bench)
 app.add_typer(data)
@@ -29,7 +31,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
 ) -> None:
     """Dropless Mixture-of-Experts training."""
 

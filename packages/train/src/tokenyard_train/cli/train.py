@@ -12,7 +12,8 @@ app = typer.Typer()
 
 Config = Annotated[Path, typer.Argument(help="A YAML config.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value in place of the config's, such as optimizer.lr=1e-3")
+    list[str] | None,
+    typer.Argument(help="key=value in place of the config's, such as optimizer.lr=1e-3"),
 ]
 
 
@@ -38,7 +39,9 @@ def launch(
     config: Config,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
-    max_restarts: Annotated[int, typer.Option(min=0, help="How often a run that failed is taken up again.")] = 3,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often a run that failed is taken up again.")
+    ] = 3,
 ) -> None:
     """Train by several processes on this machine, and go on from the last good checkpoint when one of them fails."""
     from tokenyard_train.launch.supervisor import launch as run
@@ -50,7 +53,9 @@ def launch(
 def check(
     config: Config,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Processes to lay it out over; they need not exist.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes to lay it out over; they need not exist.")
+    ] = None,
 ) -> None:
     """Validate a config; print the model's size, work, layout and memory, and the backends chosen."""
     from tokenyard_train.commands.check import check as run

@@ -50,7 +50,9 @@ def imagined(processes: int | None) -> AbstractContextManager[None]:
 
 def _model_rows(config: TrainConfig, model: Any) -> Rows:
     size = count_parameters(model)
-    forward, training = (flops_per_token(model, config.max_seq_len, training=t) for t in (False, True))
+    forward, training = (
+        flops_per_token(model, config.max_seq_len, training=t) for t in (False, True)
+    )
     yield "name", config.model["name"]
     yield "parameters", f"{size.total:,}, of which {size.experts:,} in experts"
     yield "active parameters", f"{size.active:,} for each token"
@@ -63,17 +65,31 @@ def _deterministic(config: TrainConfig) -> str:
     gpu = config.device.startswith("cuda")
     if config.deterministic:
         return "yes: equal runs end bit-identical" + (f"; {COST}" if gpu else "")
-    return "no: gradients of embeddings and attention differ in the last bits" if gpu else "no, but a CPU repeats"
+    return (
+        "no: gradients of embeddings and attention differ in the last bits"
+        if gpu
+        else "no, but a CPU repeats"
+    )
 
 
 def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
-    samples, tokens = config.global_train_batch_size, config.global_train_batch_size * config.max_seq_len
+    samples, tokens = (
+        config.global_train_batch_size,
+        config.global_train_batch_size * config.max_seq_len,
+    )
     batches = run_batches(config, data)
     epochs = batches * samples / len(data.train)
-    scored = f"{len(data.held_out.predicted):,} tokens are scored" if data.held_out is not None else "none"
+    scored = (
+        f"{len(data.held_out.predicted):,} tokens are scored"
+        if data.held_out is not None
+        else "none"
+    )
     streams = data.train.streams.values() if isinstance(data.train, Mixture) else [data.train]
     tokens_read = sum(len(stream.tokens) for stream in streams)
-    yield "training text", f"{tokens_read:,} tokens, {len(data.train):,} samples of {config.max_seq_len}"
+    yield (
+        "training text",
+        f"{tokens_read:,} tokens, {len(data.train):,} samples of {config.max_seq_len}",
+    )
     yield "held-out text", scored
     yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
     yield "forward pass", f"{config.device_train_microbatch_size} samples"
@@ -83,7 +99,11 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
 def _layout_rows(config: TrainConfig, layout: Layout) -> Rows:
     yield "strategy", _reasons(default_registry().choose("strategy", config.parallel.strategy))
     for which, sizes in layout.meshes.items():
-        yield which, " x ".join(f"{size} {dimension}" for dimension, size in sizes.items() if size > 1) or "1 process"
+        yield (
+            which,
+            " x ".join(f"{size} {dimension}" for dimension, size in sizes.items() if size > 1)
+            or "1 process",
+        )
 
 
 def _memory_rows(config: TrainConfig, model: Any, layout: Layout) -> Rows:

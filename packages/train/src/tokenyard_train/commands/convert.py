@@ -19,16 +19,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _FORMS = ("hf", "tokenyard", "megablocks")
 
 
-def convert(source: Path, target: Path, to: str, dtype: str | None, fused: bool, like: Path | None) -> None:
+def convert(
+    source: Path, target: Path, to: str, dtype: str | None, fused: bool, like: Path | None
+) -> None:
     """Write the model at `source`, a run, a checkpoint or a Hugging Face folder, in another form to a new folder.
 
     `dtype` (a name of DTYPES), `fused` and `like` are those of to_hf; `like` is by default the folder that the weights
     came from. Raises TokenyardError, and then nothing is written.
     """
     if to not in _FORMS:
-        raise ConfigError(f"--to is {to!r}{did_you_mean(to, _FORMS)}; known are: {', '.join(_FORMS)}")
+        raise ConfigError(
+            f"--to is {to!r}{did_you_mean(to, _FORMS)}; known are: {', '.join(_FORMS)}"
+        )
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype is {dtype!r}{did_you_mean(dtype, DTYPES)}; known are: {', '.join(DTYPES)}")
+        raise ConfigError(
+            f"--dtype is {dtype!r}{did_you_mean(dtype, DTYPES)}; known are: {', '.join(DTYPES)}"
+        )
     if target.exists():
         raise ConfigError(f"{target} exists already; give the name of a new folder")
     if to == "tokenyard":

@@ -29,4 +29,6 @@ def generate(
     found = load_trained(path, device, precision)
     reads = build_tokenizer(found.tokenizer if tokenizer is None else Tokenizer(name=tokenizer))
     with found.computing():
-        return continue_texts(found.model, reads, prompts, max_new_tokens, temperature, seed, found.stops)
+        return continue_texts(
+            found.model, reads, prompts, max_new_tokens, temperature, seed, found.stops
+        )

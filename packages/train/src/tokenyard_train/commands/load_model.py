@@ -60,7 +60,9 @@ def _published(path: Path, device: torch.device, precision: str | None) -> Train
     if precision is None:
         model = from_hf(path, device=device)
     else:
-        model = from_hf(path, device=device, dtype=torch.float32, compute_dtype=COMPUTE_DTYPES[precision])
+        model = from_hf(
+            path, device=device, dtype=torch.float32, compute_dtype=COMPUTE_DTYPES[precision]
+        )
     return Trained(model, precision, TokenizerConfig(name=str(path)), stops_of(path), path)
 
 
@@ -81,13 +83,21 @@ def _run(path: Path, changes: dict[str, Any]) -> Trained:
     read_tensors(checkpoint, model_tensors(model))
     began = (meta["config"].get("load_path") or "").removeprefix("hf://")
     source = Path(began) if began and (Path(began) / "config.json").exists() else None
-    return Trained(model, config.precision, config.tokenizer, stops_of(source) if source else frozenset(), source)
+    return Trained(
+        model,
+        config.precision,
+        config.tokenizer,
+        stops_of(source) if source else frozenset(),
+        source,
+    )
 
 
 def stops_of(folder: Path) -> frozenset[int]:
     """Return the ids that a Hugging Face folder says end a document."""
     try:
-        told = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        told = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get(
+            "eos_token_id"
+        )
     except (OSError, ValueError, AttributeError):
         return frozenset()
     ids = told if isinstance(told, list) else [told]

@@ -41,11 +41,17 @@ def estimate(config: TrainConfig, model: Any, layout: Layout) -> Memory:
     when gated. Recomputing blocks leaves 4D of each, and one of them in full. Of each row that an exchange
     brings, bD is saved.
     """
-    held, trained = _numbers(model.parameters()), _numbers(p for p in model.parameters() if p.requires_grad)
+    held, trained = (
+        _numbers(model.parameters()),
+        _numbers(p for p in model.parameters() if p.requires_grad),
+    )
     width = 2 if config.precision == "amp_bf16" else _WIDE
     tokens = int(config.device_train_microbatch_size) * config.max_seq_len
     norm = (_WIDE + width + (_WIDE if model.config.norm == "rms" else 0)) * model.config.dim
-    blocks = [2 * norm + _attention(model.config, width) + _ffn(block.ffn, width) for block in model.blocks]
+    blocks = [
+        2 * norm + _attention(model.config, width) + _ffn(block.ffn, width)
+        for block in model.blocks
+    ]
     saved = sum(blocks)
     if config.activation_checkpointing:
         saved = len(blocks) * _WIDE * model.config.dim + max(blocks)
@@ -67,7 +73,9 @@ def _numbers(parameters: Iterable[nn.Parameter]) -> int:
 
 def _copied(model: nn.Module) -> int:
     """Count the numbers of the weights that autocast copies: not of sharded experts, which are gathered narrow."""
-    gathered: set[Tensor] = {p for m in moe_layers(model) for p in m.experts.parameters() if is_sharded(p)}
+    gathered: set[Tensor] = {
+        p for m in moe_layers(model) for p in m.experts.parameters() if is_sharded(p)
+    }
     return sum(p.numel() for p in model.parameters() if p not in gathered)
 
 
@@ -86,7 +94,12 @@ def _ffn(ffn: MoE | FeedForward, width: int) -> int:
     rows = ffn.experts.up.shape[1]
     routing = 12 * work.num_experts + 28 * work.top_k + (_WIDE * work.dim if width < _WIDE else 0)
     shared = _dense(ffn.shared, width) if ffn.shared is not None else 0
-    return width * work.top_k * rows + routing + shared + round(width * work.dim * ffn.experts.exchange.received)
+    return (
+        width * work.top_k * rows
+        + routing
+        + shared
+        + round(width * work.dim * ffn.experts.exchange.received)
+    )
 
 
 def _dense(ffn: FeedForward, width: int) -> int:

@@ -37,18 +37,30 @@ def report(
     found = load_trained(path, device, precision)
     if not moe_layers(found.model):
         raise ConfigError(f"the model in {path} has no experts; give one that has")
-    reads = build_tokenizer(found.tokenizer if tokenizer is None else TokenizerConfig(name=tokenizer))
+    reads = build_tokenizer(
+        found.tokenizer if tokenizer is None else TokenizerConfig(name=tokenizer)
+    )
     ids = _ids(data, text_key, reads, tokens)
     with found.computing():
         layers = route(found.model, ids)
     records = [layer._asdict() for layer in layers]
-    content = {"kind": "routing", "model": str(path), "data": str(data), "tokens": len(ids), "records": records}
+    content = {
+        "kind": "routing",
+        "model": str(path),
+        "data": str(data),
+        "tokens": len(ids),
+        "records": records,
+    }
     written = write_results(out, "routing", content)
-    from tokenyard_train.commands.routing_plot import routing_plot  # a second that a mistake need not wait for
+    from tokenyard_train.commands.routing_plot import (
+        routing_plot,
+    )  # a second that a mistake need not wait for
 
     routing_plot(layers, written.with_suffix(".png"))
     _print(layers, len(ids), console)
-    console.print(f"wrote {written} and {written.with_suffix('.png')}", highlight=False, markup=False)
+    console.print(
+        f"wrote {written} and {written.with_suffix('.png')}", highlight=False, markup=False
+    )
     return layers
 
 
@@ -60,16 +72,29 @@ def _ids(data: Path, text_key: str, tokenizer: Tokenizer, most: int) -> Tensor:
             if len(ids) >= most:
                 return torch.tensor(ids[:most])
     if not ids:
-        raise ConfigError(f"--data {str(data)!r} holds no text; give a file of text, or a folder of .txt files")
+        raise ConfigError(
+            f"--data {str(data)!r} holds no text; give a file of text, or a folder of .txt files"
+        )
     return torch.tensor(ids)
 
 
 def _print(layers: list[LayerReport], tokens: int, console: Console) -> None:
-    table = Table("layer", "entropy", "busiest", "dead", "the pair that goes together most", title_justify="left")
+    table = Table(
+        "layer",
+        "entropy",
+        "busiest",
+        "dead",
+        "the pair that goes together most",
+        title_justify="left",
+    )
     table.title = f"{tokens:,} tokens"
     for number, layer in enumerate(layers):
-        share, one, other = max((s, i, j) for i, row in enumerate(layer.together) for j, s in enumerate(row))
+        share, one, other = max(
+            (s, i, j) for i, row in enumerate(layer.together) for j, s in enumerate(row)
+        )
         dead = ", ".join(map(str, layer.dead[:8])) + (", ..." if len(layer.dead) > 8 else "")
         pair = f"{100 * share:.0f} % of expert {one}'s tokens go to {other}, too" if share else ""
-        table.add_row(str(number), f"{layer.entropy:.3f}", f"{layer.busiest:.2f}", dead or "none", pair)
+        table.add_row(
+            str(number), f"{layer.entropy:.3f}", f"{layer.busiest:.2f}", dead or "none", pair
+        )
     console.print(table)

@@ -21,7 +21,9 @@ class LayerReport(NamedTuple):
     entropy: float  # of the load, over that of a uniform one
     busiest: float  # the largest load, as a multiple of the mean
     dead: list[int]  # experts without a token
-    together: list[list[float]]  # [i][j]: of the tokens that go to expert i, the share that goes to j, too
+    together: list[
+        list[float]
+    ]  # [i][j]: of the tokens that go to expert i, the share that goes to j, too
 
 
 @torch.no_grad()
@@ -29,7 +31,10 @@ def route(model: Any, ids: Tensor) -> list[LayerReport]:
     """Return how each MoE layer of a model routes ids [N], read in samples that do not see each other."""
     layers = moe_layers(model)
     device = next(model.parameters()).device
-    both = [torch.zeros(2 * (moe.workload.num_experts,), dtype=torch.float64, device=device) for moe in layers]
+    both = [
+        torch.zeros(2 * (moe.workload.num_experts,), dtype=torch.float64, device=device)
+        for moe in layers
+    ]
     hooks = [moe.register_forward_hook(_count(total)) for moe, total in zip(layers, both)]
     model.eval()
     try:
@@ -46,8 +51,12 @@ def _count(total: Tensor) -> Any:
 
     def hook(module: Any, inputs: Any, output: Any) -> None:
         ids = output[1].topk_ids.long()
-        chosen = torch.zeros(ids.shape[0], total.shape[0] + 1, dtype=torch.float32, device=ids.device)
-        chosen = chosen.scatter_(1, ids.clamp(max=total.shape[0]), 1.0)[:, :-1]  # the last column is of dropped slots
+        chosen = torch.zeros(
+            ids.shape[0], total.shape[0] + 1, dtype=torch.float32, device=ids.device
+        )
+        chosen = chosen.scatter_(1, ids.clamp(max=total.shape[0]), 1.0)[
+            :, :-1
+        ]  # the last column is of dropped slots
         total.add_((chosen.T @ chosen).double())
 
     return hook
@@ -58,7 +67,9 @@ def _layer(both: Tensor) -> LayerReport:
     load = (counts / counts.sum().clamp(min=1)).tolist()
     together = (both / counts.clamp(min=1).unsqueeze(1)).fill_diagonal_(0.0)
     dead = [i for i, count in enumerate(counts.tolist()) if not count]
-    return LayerReport(load, normalised_entropy(load), max(load) * len(load), dead, together.tolist())
+    return LayerReport(
+        load, normalised_entropy(load), max(load) * len(load), dead, together.tolist()
+    )
 
 
 def _samples(ids: Tensor, length: int) -> Iterator[Tensor]:

@@ -20,12 +20,16 @@ def routing_plot(layers: Sequence[LayerReport], path: Path) -> None:
     shown = sorted({round(i * (len(layers) - 1) / (_MATRICES - 1)) for i in range(_MATRICES)})
     figure = make_figure(8.4, 3.6 + rows)
     grid = figure.add_gridspec(2, len(shown), height_ratios=[rows, 2.6])
-    heat = make_axes(figure, grid[0, :], "Load of each expert (1 = its layer's mean)", "expert", "MoE layer")
+    heat = make_axes(
+        figure, grid[0, :], "Load of each expert (1 = its layer's mean)", "expert", "MoE layer"
+    )
     draw_heat(figure, heat, np.array([layer.load for layer in layers]) * len(layers[0].load))
     most = max(max(map(max, layers[i].together)) for i in shown) or 1.0
     for place, number in enumerate(shown):
         y = "of the tokens of expert" if not place else ""
-        axes = make_axes(figure, grid[1, place], f"Layer {number}", "this share goes to expert, too", y)
+        axes = make_axes(
+            figure, grid[1, place], f"Layer {number}", "this share goes to expert, too", y
+        )
         image = axes.imshow(np.array(layers[number].together), cmap="viridis", vmin=0, vmax=most)
         axes.grid(False)
     figure.colorbar(image, ax=figure.axes[2:], shrink=0.8, pad=0.02).outline.set_visible(False)  # type: ignore[operator]

@@ -15,7 +15,13 @@ _TIES = "where router logits are float32, as here; in 16 bits, groups of equal l
 
 
 def upcycle(
-    source: Path, target: Path, num_experts: int, top_k: int, granularity: int, seed: int, console: Console
+    source: Path,
+    target: Path,
+    num_experts: int,
+    top_k: int,
+    granularity: int,
+    seed: int,
+    console: Console,
 ) -> None:
     """Write the folder; say how large the model is, and whether it computes what the dense one does.
 
@@ -23,11 +29,18 @@ def upcycle(
     """
     how = Upcycling(num_experts, top_k, granularity, seed)
     if checkpoints(source) or (source / "manifest.json").exists():
-        raise ConfigError(f"{source} is a run's; first write it as a folder: tokenyard convert {source} FOLDER --to hf")
+        raise ConfigError(
+            f"{source} is a run's; first write it as a folder: tokenyard convert {source} FOLDER --to hf"
+        )
     model = upcycled(source, target, how)
     size = count_parameters(model)
     sizes = f"{size.total:,} parameters, {size.active:,} of them active"
-    console.print(f"wrote {target}: {model.definition}, {sizes}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"wrote {target}: {model.definition}, {sizes}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     console.print(_function(how, source), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -12,4 +12,7 @@ def layout_free(config: dict[str, Any]) -> dict[str, Any]:
 
 def _without_ranks(model: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in model.items() if key != "moe_world_size"}
-    return {key: _without_ranks(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    return {
+        key: _without_ranks(value) if isinstance(value, dict) else value
+        for key, value in kept.items()
+    }

@@ -30,7 +30,9 @@ class Span(NamedTuple):
                 return -int(-self.value // batch_tokens)
             case _:
                 if run_batches is None:
-                    raise ValueError("'dur' is a share of the run's length; max_duration itself takes ba, ep or tok")
+                    raise ValueError(
+                        "'dur' is a share of the run's length; max_duration itself takes ba, ep or tok"
+                    )
                 return int(self.value * run_batches)
 
 
@@ -40,7 +42,9 @@ def parse_span(value: Any) -> Span:
         return value
     match = _PATTERN.match(str(value))
     if match is None:
-        raise ValueError("a duration is a number with ba (batches), ep (epochs), tok (tokens) or dur, such as 200ba")
+        raise ValueError(
+            "a duration is a number with ba (batches), ep (epochs), tok (tokens) or dur, such as 200ba"
+        )
     return Span(float(match[1]), match[2])
 
 

@@ -23,7 +23,11 @@ def with_published_model(data: Mapping[str, Any]) -> dict[str, Any]:
         return dict(data)
     name, section = model_section(Folder(path.removeprefix(HF)))
     if given.get("name", name) != name:
-        raise ConfigError(f"model.name is {given['name']!r} but load_path {path!r} holds a {name}; drop the name")
-    length = min([section[key] for key in _LENGTHS if isinstance(section.get(key), int)] or [_USUAL])
+        raise ConfigError(
+            f"model.name is {given['name']!r} but load_path {path!r} holds a {name}; drop the name"
+        )
+    length = min(
+        [section[key] for key in _LENGTHS if isinstance(section.get(key), int)] or [_USUAL]
+    )
     model = {"max_seq_len": length} | section | dict(given) | {"name": name}
     return {"max_seq_len": min(length, _USUAL)} | dict(data) | {"model": model}

@@ -44,14 +44,18 @@ def read_config(data: Mapping[str, Any]) -> TrainConfig:
 def _read(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config has at most {_MAX_BYTES}")
+            raise ConfigError(
+                f"{path} has {path.stat().st_size} bytes; a config has at most {_MAX_BYTES}"
+            )
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a YAML config") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text; give the path of a YAML config") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; give the path of a YAML config") from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}; give the path of a YAML config"
+        ) from None
 
 
 def _container(text: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -70,7 +74,9 @@ def _container(text: str, overrides: Sequence[str]) -> dict[str, Any]:
 def _override(config: DictConfig, override: str) -> None:
     key, equals, value = override.partition("=")
     if not key.strip() or not equals:
-        raise ConfigError(f"override {override!r} is not of the form key=value, such as optimizer.lr=1e-3")
+        raise ConfigError(
+            f"override {override!r} is not of the form key=value, such as optimizer.lr=1e-3"
+        )
     with _one_sentence(f"override {override!r} cannot be applied"):
         _refuse_aliases_and_depth(value)
         config.merge_with_dotlist([override])
@@ -90,19 +96,32 @@ def _one_sentence(what: str) -> Iterator[None]:
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{what}: {key}{str(error).splitlines()[0]}") from None
-    except (yaml.YAMLError, RecursionError, AttributeError, TypeError, ValueError, LookupError) as error:
-        raise ConfigError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from None
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        LookupError,
+    ) as error:
+        raise ConfigError(
+            f"{what}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
 
 
 def _refuse_aliases_and_depth(text: str) -> None:
     """Aliases of aliases grow without bound, and interpolation does their work; nesting must fit the stack."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+            event, yaml.CollectionEndEvent
+        )
         if depth > _MAX_DEPTH:
             raise ConfigError(f"it is nested deeper than {_MAX_DEPTH} levels")
         if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"the YAML alias *{event.anchor} is not supported; write ${{key}} instead")
+            raise ConfigError(
+                f"the YAML alias *{event.anchor} is not supported; write ${{key}} instead"
+            )
 
 
 def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +132,9 @@ def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
             continue
         value = renamed.pop(theirs)
         if ours in renamed and renamed[ours] != value:
-            raise ConfigError(f"{theirs} is {value!r} and {ours} is {renamed[ours]!r}; they mean the same, set one")
+            raise ConfigError(
+                f"{theirs} is {value!r} and {ours} is {renamed[ours]!r}; they mean the same, set one"
+            )
         renamed[ours] = value
     return renamed
 
@@ -133,7 +154,9 @@ def _without_ignored_by_model(data: dict[str, Any], ignored: list[str]) -> dict[
     if not isinstance(model, Mapping) or not isinstance(model.get("name"), str):
         return data
     try:
-        schema = getattr(default_registry().choose("model", model["name"]).backend.load(), "schema", None)
+        schema = getattr(
+            default_registry().choose("model", model["name"]).backend.load(), "schema", None
+        )
     except BackendError:  # an unknown model is refused where it is built
         return data
     if schema is None:

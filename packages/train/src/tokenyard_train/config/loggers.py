@@ -15,7 +15,9 @@ class TensorboardLogger(Strict):
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGER
 
-    log_dir: str | None = None  # None: tensorboard in save_folder; else a folder in it is named after the run
+    log_dir: str | None = (
+        None  # None: tensorboard in save_folder; else a folder in it is named after the run
+    )
     flush_interval: int = Field(100, ge=1)  # records
 
 

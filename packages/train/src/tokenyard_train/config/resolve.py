@@ -26,7 +26,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
             "max_seq_len": length,
             "model": _model(config, length),
             "eval_loader": config.eval_loader or _own_held_out(config),
-            "eval_subset_num_batches": config.eval_subset_num_batches or math.ceil(_SCORED_TOKENS / (scored * length)),
+            "eval_subset_num_batches": config.eval_subset_num_batches
+            or math.ceil(_SCORED_TOKENS / (scored * length)),
             "save_folder": folder.replace("{run_name}", config.run_name),  # as Composer does
             "device_train_microbatch_size": microbatch,
             "device_eval_batch_size": scored,
@@ -51,11 +52,15 @@ def _model(config: TrainConfig, length: int) -> dict[str, Any]:
     name = config.model.get("name")
     if not isinstance(name, str):
         given = "missing" if name is None else repr(name)
-        raise ConfigError(f"model.name is {given}; give the name of a model, such as dbrx, mixtral or mpt_causal_lm")
+        raise ConfigError(
+            f"model.name is {given}; give the name of a model, such as dbrx, mixtral or mpt_causal_lm"
+        )
     vocabulary = build_tokenizer(config.tokenizer).vocab_size
     own = config.model.get("vocab_size", vocabulary)
     if isinstance(own, int) and own < vocabulary:
-        raise ConfigError(f"model.vocab_size is {own} but the tokenizer has {vocabulary} ids; raise it, or drop it")
+        raise ConfigError(
+            f"model.vocab_size is {own} but the tokenizer has {vocabulary} ids; raise it, or drop it"
+        )
     return {"max_seq_len": length, "vocab_size": vocabulary} | config.model
 
 
@@ -64,7 +69,11 @@ def _own_held_out(config: TrainConfig) -> PythonStdlib | None:
 
 
 def _microbatch(config: TrainConfig, length: int) -> int:
-    whole, asked, ranks = config.global_train_batch_size, config.device_train_microbatch_size, started_processes()
+    whole, asked, ranks = (
+        config.global_train_batch_size,
+        config.device_train_microbatch_size,
+        started_processes(),
+    )
     if whole % ranks:
         closest = " or ".join(str(n * ranks) for n in (whole // ranks, whole // ranks + 1) if n)
         raise ConfigError(
@@ -76,7 +85,9 @@ def _microbatch(config: TrainConfig, length: int) -> int:
         return max([n for n in fitting if n * length <= _AUTO_TOKENS], default=1)
     if batch % asked:
         near = [n for n in fitting if n < asked][-3:] + [n for n in fitting if n > asked][:3]
-        divided = f"global_train_batch_size {whole}" + (f" / {ranks} processes, {batch}" if ranks > 1 else "")
+        divided = f"global_train_batch_size {whole}" + (
+            f" / {ranks} processes, {batch}" if ranks > 1 else ""
+        )
         fault = f"device_train_microbatch_size is {asked}, which does not divide {divided}"
         raise ConfigError(f"{fault}; these do: {', '.join(map(str, near))}")
     return asked

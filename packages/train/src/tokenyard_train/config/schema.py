@@ -24,11 +24,15 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 
 def _named(run_name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
-        raise ValueError("it names a folder, so give letters, digits, dots, dashes and underscores only")
+        raise ValueError(
+            "it names a folder, so give letters, digits, dots, dashes and underscores only"
+        )
     return run_name
 
 
-RunName = Annotated[str, BeforeValidator(lambda name: "run" if name is None else name), AfterValidator(_named)]
+RunName = Annotated[
+    str, BeforeValidator(lambda name: "run" if name is None else name), AfterValidator(_named)
+]
 """An empty `run_name:`, which LLM Foundry's files have, is the default."""
 
 
@@ -112,7 +116,9 @@ class Lora(Strict):
 
     rank: Count = 8  # rows of A, columns of B
     alpha: float = Field(16.0, gt=0)  # the adapters count alpha / rank
-    targets: list[Literal["up", "down"]] = Field(["up", "down"], min_length=1)  # weights that get adapters
+    targets: list[Literal["up", "down"]] = Field(
+        ["up", "down"], min_length=1
+    )  # weights that get adapters
     train_also: list[str] = []  # patterns of names of parameters, such as *norm*
 
 
@@ -129,7 +135,9 @@ class Parallel(Strict):
     """How the model is laid out over devices."""
 
     strategy: BackendChoice = "single"  # single, ddp or fsdp, or a mapping with options
-    expert_parallel: Count | None = None  # ranks that share the experts; model.ffn_config.moe_world_size says the same
+    expert_parallel: Count | None = (
+        None  # ranks that share the experts; model.ffn_config.moe_world_size says the same
+    )
 
 
 class TrainConfig(Strict):
@@ -151,25 +159,43 @@ class TrainConfig(Strict):
     algorithms: Algorithms = Algorithms()
     max_duration: Duration  # length of the run
     eval_interval: Duration | None = None  # None: at the end only
-    eval_subset_num_batches: int | None = None  # of held-out text to score; -1: all; None: some 130,000 tokens
+    eval_subset_num_batches: int | None = (
+        None  # of held-out text to score; -1: all; None: some 130,000 tokens
+    )
     device_eval_batch_size: Count | None = None  # None: device_train_microbatch_size
     global_train_batch_size: Count  # sequences per optimizer step, over all ranks
-    device_train_microbatch_size: Count | Literal["auto"] = "auto"  # sequences per forward; auto: up to 16,384 tokens
+    device_train_microbatch_size: Count | Literal["auto"] = (
+        "auto"  # sequences per forward; auto: up to 16,384 tokens
+    )
     precision: Literal["fp32", "amp_bf16"] = "fp32"  # amp_bf16: float32 weights, bfloat16 products
-    deterministic: bool = False  # equal runs end bit-identical; what cannot repeat is refused by name
+    deterministic: bool = (
+        False  # equal runs end bit-identical; what cannot repeat is refused by name
+    )
     activation_checkpointing: bool = False  # recompute blocks in the backward pass
-    nonfinite: Literal["stop", "skip"] = "stop"  # what to do with a step whose loss or gradient is not finite
+    nonfinite: Literal["stop", "skip"] = (
+        "stop"  # what to do with a step whose loss or gradient is not finite
+    )
     nonfinite_limit: Count = 10  # with skip: so many such steps in a row stop the run, too
     save_folder: str | None = None  # None: runs/{run_name}
     save_interval: Duration | None = None  # None: at the end only
     save_num_checkpoints_to_keep: int = -1  # the newest ones; -1: all
-    save_async: bool = False  # write checkpoints while training goes on, from a copy in the host's memory
+    save_async: bool = (
+        False  # write checkpoints while training goes on, from a copy in the host's memory
+    )
     save_overwrite: bool = False  # delete a run that already stands in save_folder
     lora: Lora | None = None  # adapters of the experts, which alone are trained
-    frozen: list[str] = []  # patterns of names of parameters that are not trained, such as blocks.*.ffn.experts.*
-    load_path: str | None = None  # a checkpoint, or hf:// and a Hugging Face folder, that a new run starts from
-    autoresume: bool = False  # go on with the newest good checkpoint in save_folder, if there is one
-    console_log_interval: Duration = Span(1, "ba")  # how often a line is printed where there is no terminal
+    frozen: list[
+        str
+    ] = []  # patterns of names of parameters that are not trained, such as blocks.*.ffn.experts.*
+    load_path: str | None = (
+        None  # a checkpoint, or hf:// and a Hugging Face folder, that a new run starts from
+    )
+    autoresume: bool = (
+        False  # go on with the newest good checkpoint in save_folder, if there is one
+    )
+    console_log_interval: Duration = Span(
+        1, "ba"
+    )  # how often a line is printed where there is no terminal
     callbacks: Callbacks = Callbacks()
     loggers: Loggers = Loggers()
     backends: Backends = Backends()
@@ -190,7 +216,9 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _durations(self) -> TrainConfig:
         if self.max_duration.unit == "dur":
-            raise ValueError(f"max_duration is {self.max_duration}; it takes ba (batches), ep (epochs) or tok (tokens)")
+            raise ValueError(
+                f"max_duration is {self.max_duration}; it takes ba (batches), ep (epochs) or tok (tokens)"
+            )
         if self.max_duration.value <= 0:
             raise ValueError(f"max_duration is {self.max_duration}; it must be above 0")
         for name in ("eval_interval", "save_interval", "console_log_interval"):

@@ -36,7 +36,9 @@ def build_data(settings: DataSettings) -> Data:
     if settings.eval_loader is None:
         return Data(tokenizer, train, None)
     held_out = _tokens(settings.eval_loader, tokenizer, "eval_loader")
-    scored = HeldOut(held_out, settings.max_seq_len, settings.eval_batch_size, settings.eval_batches)
+    scored = HeldOut(
+        held_out, settings.max_seq_len, settings.eval_batch_size, settings.eval_batches
+    )
     return Data(tokenizer, train, scored)
 
 
@@ -62,7 +64,9 @@ def _tokens(loader: PythonStdlib | Text, tokenizer: Tokenizer, where: str) -> To
             raise ConfigError(f"{where}.{error}") from None
         return tokenize((document.text for document in documents), tokenizer, where)
     if loader.dataset.streams is not None:
-        raise ConfigError(f"{where}.dataset.streams mixes training text; score one source at a time")
+        raise ConfigError(
+            f"{where}.dataset.streams mixes training text; score one source at a time"
+        )
     return _opened(loader.dataset, tokenizer, f"{where}.dataset")
 
 

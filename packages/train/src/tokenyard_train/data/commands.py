@@ -17,7 +17,14 @@ from tokenyard_models.schema import parse
 from tokenyard_train.data.packing import JOURNAL, Counts, pack
 from tokenyard_train.data.schema import Source, Tokenizer
 from tokenyard_train.data.sources import describe_source, read_documents
-from tokenyard_train.data.tokens import DOCUMENTS, HASHES, MANIFEST, TOKENS, TokenFile, read_manifest
+from tokenyard_train.data.tokens import (
+    DOCUMENTS,
+    HASHES,
+    MANIFEST,
+    TOKENS,
+    TokenFile,
+    read_manifest,
+)
 
 
 def run_pack(
@@ -87,13 +94,17 @@ def parse_tokenizer(text: str, eos_token: str | None) -> Tokenizer:
     return parse(Tokenizer, {"name": text, "eos_token": eos_token})
 
 
-def _source(sources: Sequence[str], hf: bool, mds: bool, split: str | None, text_key: str) -> Source:
+def _source(
+    sources: Sequence[str], hf: bool, mds: bool, split: str | None, text_key: str
+) -> Source:
     if hf and mds:
         raise ConfigError("--hf and --mds were given; a source is one of them")
     place: dict[str, Any] = {"path": list(sources)}
     if hf or mds:
         if len(sources) != 1:
-            raise ConfigError(f"--{'hf' if hf else 'mds'} takes one SOURCE, and {len(sources)} were given")
+            raise ConfigError(
+                f"--{'hf' if hf else 'mds'} takes one SOURCE, and {len(sources)} were given"
+            )
         place = {"hf_name" if hf else "local": sources[0], "split": split}
     return parse(Source, place | {"text_key": text_key})
 
@@ -103,10 +114,16 @@ def _clear(out: Path) -> None:
     ours = {MANIFEST, TOKENS, DOCUMENTS, HASHES, JOURNAL, MANIFEST + ".unfinished"}
     others = sorted(path.name for path in out.glob("*") if path.name not in ours)
     if others:
-        raise ConfigError(f"--overwrite deletes a packed folder, and {str(out)!r} holds something else: {others[0]}")
+        raise ConfigError(
+            f"--overwrite deletes a packed folder, and {str(out)!r} holds something else: {others[0]}"
+        )
     shutil.rmtree(out, ignore_errors=True)
 
 
 def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), TransferSpeedColumn(), TextColumn("{task.fields[state]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
     return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 from tokenyard import ConfigError
 from tokenyard_train.data.sources.files import list_files
 
-_NOT_LIBRARY = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"))
+_NOT_LIBRARY = frozenset(
+    ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
+)
 _HELD_OUT_SHARE = 20  # one file of so many
 
 
@@ -28,11 +30,19 @@ def python_stdlib(held_out: bool) -> list[Document]:
     ConfigError where the library is installed without its source.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    library = (path.relative_to(root).as_posix() for path in list_files(root, (".py",), _NOT_LIBRARY))
-    documents = [Document(name, (root / name).read_bytes()) for name in library if _is_held_out(name) == held_out]
+    library = (
+        path.relative_to(root).as_posix() for path in list_files(root, (".py",), _NOT_LIBRARY)
+    )
+    documents = [
+        Document(name, (root / name).read_bytes())
+        for name in library
+        if _is_held_out(name) == held_out
+    ]
     kept = [document for document in documents if document.text and _is_utf8(document.text)]
     if not kept:
-        raise ConfigError(f"name is 'python_stdlib', but {root} holds no source of the library; give files by 'text'")
+        raise ConfigError(
+            f"name is 'python_stdlib', but {root} holds no source of the library; give files by 'text'"
+        )
     return kept
 
 
@@ -45,4 +55,7 @@ def _is_utf8(text: bytes) -> bool:
 
 
 def _is_held_out(name: str) -> bool:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) % _HELD_OUT_SHARE == 0
+    return (
+        int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) % _HELD_OUT_SHARE
+        == 0
+    )

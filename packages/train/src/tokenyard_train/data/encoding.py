@@ -37,7 +37,9 @@ def chunks(documents: Iterable[bytes], least: int) -> Iterator[list[bytes]]:
         yield chunk
 
 
-def encoded(work: Iterator[list[bytes]], config: TokenizerConfig, workers: int, skip: int) -> Iterator[Encoded]:
+def encoded(
+    work: Iterator[list[bytes]], config: TokenizerConfig, workers: int, skip: int
+) -> Iterator[Encoded]:
     """Tokenize the chunks after the first `skip`, in order, by so many processes; few are in memory at a time."""
     for _ in zip(range(skip), work):
         pass
@@ -70,6 +72,12 @@ def _work(documents: list[bytes]) -> Encoded:
 def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> Encoded:
     dtype = ids_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.end], dtype=dtype)
-    parts = [part for document in documents for part in (tokenizer.encode(document).astype(dtype, copy=False), end)]
+    parts = [
+        part
+        for document in documents
+        for part in (tokenizer.encode(document).astype(dtype, copy=False), end)
+    ]
     lengths = [len(parts[i]) + 1 for i in range(0, len(parts), 2)]
-    return Encoded(np.concatenate(parts).tobytes(), np.cumsum(lengths).tolist(), sum(map(len, documents)))
+    return Encoded(
+        np.concatenate(parts).tobytes(), np.cumsum(lengths).tolist(), sum(map(len, documents))
+    )

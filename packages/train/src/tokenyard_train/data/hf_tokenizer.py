@@ -33,13 +33,17 @@ class HfTokenizer:
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.end = self._end(name, eos)
         self.identity = f"tokenizer.json {hashlib.sha256(content).hexdigest()} {eos}"
-        self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._special = {
+            i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special
+        }
         self._dtype = ids_dtype(self.vocab_size)
         self._sizes = self._byte_sizes()
 
     def encode(self, text: bytes) -> Ids:
         """Return the ids of UTF-8 text, without special tokens."""
-        (encoding,) = self._tokenizer.encode_batch_fast([text.decode("utf-8")], add_special_tokens=False)
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text.decode("utf-8")], add_special_tokens=False
+        )
         return np.array(encoding.ids, dtype=self._dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -69,7 +73,9 @@ class HfTokenizer:
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         added = self._tokenizer.get_added_tokens_decoder()
         for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            sizes[i] = 0 if i in self._special else len(token.encode()) if i in added else len(token)
+            sizes[i] = (
+                0 if i in self._special else len(token.encode()) if i in added else len(token)
+            )
         return sizes
 
 
@@ -91,5 +97,7 @@ def _configured_eos(path: Path) -> str | None:
     try:
         eos = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
     except (ValueError, AttributeError):
-        raise ConfigError(f"{beside} is not a JSON object; mend it, or give tokenizer.eos_token") from None
+        raise ConfigError(
+            f"{beside} is not a JSON object; mend it, or give tokenizer.eos_token"
+        ) from None
     return eos.get("content") if isinstance(eos, dict) else eos

@@ -39,7 +39,9 @@ class Mixture:
         name, place = self.locate(index)
         return self.streams[name][place]
 
-    def batch(self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None) -> Tensor:
+    def batch(
+        self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None
+    ) -> Tensor:
         """Return this rank's share [size / world, length + 1] of samples ``step * size ... (step + 1) * size``."""
         return torch.stack([self[i] for i in ranks_share(step, size, rank, world, microbatch)])
 

@@ -54,16 +54,25 @@ def pack(
     Raises ConfigError if another packing was begun in the folder, and TokenyardError if it cannot be written.
     """
     built = build_tokenizer(tokenizer)
-    settings = {"format": FORMAT, "tokenizer": built.identity, "sources": sources, "chunk_bytes": CHUNK_BYTES}
+    settings = {
+        "format": FORMAT,
+        "tokenizer": built.identity,
+        "sources": sources,
+        "chunk_bytes": CHUNK_BYTES,
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         done = _begin(folder, settings, ids_dtype(built.vocab_size).itemsize)
         progress(done)
         text = chunks(documents(), CHUNK_BYTES)
-        done = _append(folder, encoded(text, tokenizer, workers, done.chunks), done, built, progress)
+        done = _append(
+            folder, encoded(text, tokenizer, workers, done.chunks), done, built, progress
+        )
         _finish(folder, settings, done, built)
     except OSError as error:
-        raise TokenyardError(f"{folder} cannot be written: {error.strerror}; what is packed so far stays") from None
+        raise TokenyardError(
+            f"{folder} cannot be written: {error.strerror}; what is packed so far stays"
+        ) from None
     return done
 
 
@@ -90,11 +99,17 @@ def _begin(folder: Path, settings: dict[str, Any], itemsize: int) -> Counts:
 
 
 def _whole_lines(journal: Path) -> list[str]:
-    return journal.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line end was not finished
+    return journal.read_text(encoding="utf-8").split("\n")[
+        :-1
+    ]  # what follows the last line end was not finished
 
 
 def _append(
-    folder: Path, parts: Iterator[Encoded], done: Counts, tokenizer: Tokenizer, progress: Callable[[Counts], None]
+    folder: Path,
+    parts: Iterator[Encoded],
+    done: Counts,
+    tokenizer: Tokenizer,
+    progress: Callable[[Counts], None],
 ) -> Counts:
     itemsize = ids_dtype(tokenizer.vocab_size).itemsize
     with (
@@ -123,7 +138,9 @@ def _finish(folder: Path, settings: dict[str, Any], done: Counts, tokenizer: Tok
     if done.documents == 0:
         raise ConfigError("there is no text to pack; every source that was named is empty")
     with (folder / TOKENS).open("rb") as file:
-        hashes = b"".join(hashlib.sha256(block).digest() for block in iter(lambda: file.read(BLOCK_BYTES), b""))
+        hashes = b"".join(
+            hashlib.sha256(block).digest() for block in iter(lambda: file.read(BLOCK_BYTES), b"")
+        )
     (folder / HASHES).write_bytes(hashes)
     manifest = {
         "format": FORMAT,

@@ -27,7 +27,9 @@ class Samples:
         self.tokens, self.length, self.seed, self.shuffle = tokens, length, seed, shuffle
         self.windows = (len(tokens) - 1) // length
         if self.windows < 1:
-            raise ConfigError(f"the text has {len(tokens)} tokens; a sample of max_seq_len {length} needs {length + 1}")
+            raise ConfigError(
+                f"the text has {len(tokens)} tokens; a sample of max_seq_len {length} needs {length + 1}"
+            )
 
     def __len__(self) -> int:
         """Return the windows of an epoch."""
@@ -43,7 +45,9 @@ class Samples:
         start = place * self.length
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
-    def batch(self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None) -> Tensor:
+    def batch(
+        self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None
+    ) -> Tensor:
         """Return this rank's share [size / world, length + 1] of samples ``step * size ... (step + 1) * size``.
 
         Its microbatches follow each other; see `ranks_share`.
@@ -51,18 +55,28 @@ class Samples:
         return torch.stack([self[i] for i in ranks_share(step, size, rank, world, microbatch)])
 
 
-def ranks_share(step: int, size: int, rank: int, world: int, microbatch: int | None = None) -> list[int]:
+def ranks_share(
+    step: int, size: int, rank: int, world: int, microbatch: int | None = None
+) -> list[int]:
     """Return the samples of a step's batch that one of `world` ranks reads, one microbatch after the other.
 
     The first microbatches of all ranks are the first samples of the batch, and so on: what is computed together does
     not depend on how many ranks there are, if `microbatch` * world does not. Raises ConfigError for an uneven share.
     """
     if size % world:
-        raise ConfigError(f"global_train_batch_size is {size}, which {world} data ranks cannot share evenly")
+        raise ConfigError(
+            f"global_train_batch_size is {size}, which {world} data ranks cannot share evenly"
+        )
     share = size // world
     each = microbatch or share
-    firsts = (step * size + (at * world + rank * min(each, share - at)) for at in range(0, share, each))
-    return [first + i for at, first in zip(range(0, share, each), firsts) for i in range(min(each, share - at))]
+    firsts = (
+        step * size + (at * world + rank * min(each, share - at)) for at in range(0, share, each)
+    )
+    return [
+        first + i
+        for at, first in zip(range(0, share, each), firsts)
+        for i in range(min(each, share - at))
+    ]
 
 
 class HeldOut:
@@ -74,7 +88,9 @@ class HeldOut:
     def __init__(self, tokens: Tokens, length: int, batch_size: int, batches: int = -1):
         windows = -(-(len(tokens) - 1) // length)
         if windows < 1:
-            raise ConfigError(f"the held-out text has {len(tokens)} tokens; scoring needs 2 at least")
+            raise ConfigError(
+                f"the held-out text has {len(tokens)} tokens; scoring needs 2 at least"
+            )
         kept = windows if batches == -1 else min(windows, batches * batch_size)
         self.tokens, self.length, self.batch_size = tokens, length, batch_size
         self._starts: NDArray[np.int64] = np.arange(kept) * windows // kept * length
@@ -86,7 +102,9 @@ class HeldOut:
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets [b, length] int64; past the end of the text, inputs are 0 and targets IGNORED."""
         first = index * self.batch_size
-        rows = torch.stack([self._window(int(start)) for start in self._starts[first : first + self.batch_size]])
+        rows = torch.stack(
+            [self._window(int(start)) for start in self._starts[first : first + self.batch_size]]
+        )
         return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
     @property

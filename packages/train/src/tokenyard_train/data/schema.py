@@ -26,8 +26,12 @@ class TiktokenKwargs(Strict):
 class Tokenizer(Strict):
     """How text becomes ids. `bytes`: each byte its value, and 256 ends a document."""
 
-    name: str = "bytes"  # bytes, tiktoken, or the path of a Hugging Face tokenizer.json or its folder
-    eos_token: str | None = None  # of a tokenizer.json; None: what the tokenizer_config.json beside it says
+    name: str = (
+        "bytes"  # bytes, tiktoken, or the path of a Hugging Face tokenizer.json or its folder
+    )
+    eos_token: str | None = (
+        None  # of a tokenizer.json; None: what the tokenizer_config.json beside it says
+    )
     kwargs: TiktokenKwargs | None = None  # of tiktoken
 
 
@@ -64,7 +68,15 @@ class Source(Strict):
     split: str | None = None  # of local: a folder in it; of hf_name: a split, train if not given
     streaming: bool = True  # hf_name: read while it downloads
     text_key: str = "text"  # the column of .jsonl, .parquet, MDS and hf_name that holds the text
-    suffixes: list[str] = [".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]  # taken from folders
+    suffixes: list[str] = [
+        ".txt",
+        ".md",
+        ".py",
+        ".jsonl",
+        ".jsonl.gz",
+        ".jsonl.zst",
+        ".parquet",
+    ]  # taken from folders
 
     def places(self) -> list[str]:
         """List which of PLACES are given."""

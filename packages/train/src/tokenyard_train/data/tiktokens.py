@@ -26,7 +26,9 @@ class TiktokenTokenizer:
         self._encoding = _from_file(tiktoken, kwargs) if kwargs.file else _by_name(tiktoken, kwargs)
         special = self._encoding._special_tokens
         if _END not in special:
-            raise ConfigError(f"tokenizer.kwargs.special_tokens must hold {_END!r}, the end of a document, and its id")
+            raise ConfigError(
+                f"tokenizer.kwargs.special_tokens must hold {_END!r}, the end of a document, and its id"
+            )
         self.end: int = special[_END]
         self.vocab_size: int = self._encoding.max_token_value + 1
         self.identity = f"tiktoken {_digest(self._encoding)}"
@@ -40,7 +42,9 @@ class TiktokenTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special ones left out."""
         special = set(self._encoding._special_tokens.values())
-        return str(self._encoding.decode([int(i) for i in ids if i not in special], errors="replace"))
+        return str(
+            self._encoding.decode([int(i) for i in ids if i not in special], errors="replace")
+        )
 
     def bytes_in(self, ids: Ids) -> int:
         """Return how many bytes of text the ids stand for."""
@@ -52,12 +56,21 @@ def _from_file(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
 
     path = Path(str(kwargs.file))
     if kwargs.pattern is None or not path.is_file():
-        wrong = f"{str(path)!r} does not exist" if not path.is_file() else "needs tokenizer.kwargs.pattern beside it"
-        raise ConfigError(f"tokenizer.kwargs.file: {wrong}; give a file of ranks, and the pattern that splits text")
+        wrong = (
+            f"{str(path)!r} does not exist"
+            if not path.is_file()
+            else "needs tokenizer.kwargs.pattern beside it"
+        )
+        raise ConfigError(
+            f"tokenizer.kwargs.file: {wrong}; give a file of ranks, and the pattern that splits text"
+        )
     try:
         ranks = load_tiktoken_bpe(str(path))
         return tiktoken.Encoding(
-            path.name, pat_str=kwargs.pattern, mergeable_ranks=ranks, special_tokens=kwargs.special_tokens
+            path.name,
+            pat_str=kwargs.pattern,
+            mergeable_ranks=ranks,
+            special_tokens=kwargs.special_tokens,
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"tokenizer.kwargs.file: {path} is no file of ranks: {error}") from None
@@ -66,7 +79,9 @@ def _from_file(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
 def _by_name(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
     name = kwargs.encoding_name or kwargs.model_name
     if name is None:
-        raise ConfigError("tokenizer.kwargs is missing; give encoding_name, model_name, or file and pattern")
+        raise ConfigError(
+            "tokenizer.kwargs is missing; give encoding_name, model_name, or file and pattern"
+        )
     get = tiktoken.get_encoding if kwargs.encoding_name else tiktoken.encoding_for_model
     try:
         return get(name)
@@ -83,7 +98,9 @@ def _by_name(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
 
 
 def _digest(encoding: Any) -> str:
-    digest = hashlib.sha256(f"{encoding._pat_str}{sorted(encoding._special_tokens.items())}".encode())
+    digest = hashlib.sha256(
+        f"{encoding._pat_str}{sorted(encoding._special_tokens.items())}".encode()
+    )
     for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
         digest.update(len(token).to_bytes(4) + token + rank.to_bytes(4))
     return digest.hexdigest()

@@ -16,7 +16,9 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     end: int  # the id that ends a document
-    identity: str  # equal for two that give the same ids: a name, and the digest of what it was read from
+    identity: (
+        str  # equal for two that give the same ids: a name, and the digest of what it was read from
+    )
 
     def encode(self, text: bytes) -> Ids:
         """Return the ids of UTF-8 text, without any that begin or end it."""
@@ -72,4 +74,7 @@ def _from_path(config: TokenizerConfig) -> Tokenizer:
     return HfTokenizer(config.name, config.eos_token)
 
 
-_BUILDERS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {"bytes": _bytes, "tiktoken": _tiktoken}
+_BUILDERS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {
+    "bytes": _bytes,
+    "tiktoken": _tiktoken,
+}

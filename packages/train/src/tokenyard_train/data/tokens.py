@@ -54,7 +54,9 @@ class TokenFile:
         self.manifest = read_manifest(self.folder)
         dtype, count = np.dtype(self.manifest["dtype"]), self.manifest["tokens"]
         self._tokens: NDArray[Any] = _mapped(self.folder / TOKENS, dtype, count)
-        self.ends: NDArray[np.uint64] = _mapped(self.folder / DOCUMENTS, np.dtype("<u8"), self.manifest["documents"])
+        self.ends: NDArray[np.uint64] = _mapped(
+            self.folder / DOCUMENTS, np.dtype("<u8"), self.manifest["documents"]
+        )
         self._hashes = (self.folder / HASHES).read_bytes()
         _check_hash(self.folder / HASHES, self._hashes, self.manifest["hashes"])
         self._ids_per_block = BLOCK_BYTES // dtype.itemsize
@@ -107,9 +109,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError):
         raise CorruptError(f"{path} is not a manifest; pack the text again") from None
     if stated != manifest_digest(manifest):
-        raise CorruptError(f"{path} was changed after packing; pack the text again, or copy the folder anew")
+        raise CorruptError(
+            f"{path} was changed after packing; pack the text again, or copy the folder anew"
+        )
     if manifest["format"] != FORMAT:
-        raise ConfigError(f"{path} has format {manifest['format']}, and this tokenyard reads {FORMAT}; pack it again")
+        raise ConfigError(
+            f"{path} has format {manifest['format']}, and this tokenyard reads {FORMAT}; pack it again"
+        )
     return manifest
 
 
@@ -122,10 +128,14 @@ def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
     size = path.stat().st_size if path.exists() else -1
     if size != count * dtype.itemsize:
         has = "is missing" if size < 0 else f"has {size} bytes"
-        raise CorruptError(f"{path} {has}, and {count * dtype.itemsize} were packed; copy the folder anew")
+        raise CorruptError(
+            f"{path} {has}, and {count * dtype.itemsize} were packed; copy the folder anew"
+        )
     return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
 
 
 def _check_hash(path: Path, content: bytes, expected: str) -> None:
     if hashlib.sha256(content).hexdigest() != expected:
-        raise CorruptError(f"{path} was changed after packing; pack the text again, or copy the file anew")
+        raise CorruptError(
+            f"{path} was changed after packing; pack the text again, or copy the file anew"
+        )

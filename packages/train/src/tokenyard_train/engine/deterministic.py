@@ -21,7 +21,10 @@ COST = "a step takes 8 to 13 % longer on an H200"
 """What it costs on a GPU, as measured in docs/benchmarks."""
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-_FIXED = (":4096:8", ":16:8")  # the values with which cuBLAS repeats its results, by its documentation
+_FIXED = (
+    ":4096:8",
+    ":16:8",
+)  # the values with which cuBLAS repeats its results, by its documentation
 _NO_OTHER_WAY = re.compile(r"([^:\n]+?) does not have a deterministic implementation")
 
 
@@ -35,7 +38,9 @@ def deterministic(asked: bool) -> Iterator[None]:
         yield
         return
     if (given := os.environ.setdefault(_WORKSPACE, _FIXED[0])) not in _FIXED:
-        raise ConfigError(f"deterministic is true, but {_WORKSPACE} is {given!r}; unset it, or give {_FIXED[0]}")
+        raise ConfigError(
+            f"deterministic is true, but {_WORKSPACE} is {given!r}; unset it, or give {_FIXED[0]}"
+        )
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

@@ -35,7 +35,9 @@ def evaluate(run: Run) -> dict[str, Any]:
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        if index < len(held_out):  # past the end a rank only takes part, so that the others' tokens find its experts
+        if index < len(
+            held_out
+        ):  # past the end a rank only takes part, so that the others' tokens find its experts
             nats += losses.double().sum()
     total = run.strategy.reduce(nats).item()
     tokens, size = len(held_out.predicted), run.data.tokenizer.bytes_in(held_out.predicted)

@@ -53,7 +53,9 @@ def _train(config: TrainConfig, console: Console, callbacks: Sequence[Callback])
         start_from(run, config.load_path)
     settings = config.model_dump(mode="json")
     if is_first():
-        run.metrics.trackers = build_trackers(config.loggers, run.folder, config.run_name, settings, run.batch)
+        run.metrics.trackers = build_trackers(
+            config.loggers, run.folder, config.run_name, settings, run.batch
+        )
     failed = True
     try:
         announce(run)
@@ -62,7 +64,9 @@ def _train(config: TrainConfig, console: Console, callbacks: Sequence[Callback])
             while run.batch < run.batches and not run.stop:
                 _one_batch(run, callbacks, progress)
         if run.batch < run.batches:
-            raise Stopped(f"stopped as asked, after batch {run.batch} of {run.batches}, which is saved in {run.folder}")
+            raise Stopped(
+                f"stopped as asked, after batch {run.batch} of {run.batches}, which is saved in {run.folder}"
+            )
         result = _finish(run, callbacks)
         failed = False
         return result
@@ -92,7 +96,9 @@ def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> N
         step = train_record(run, result, time.perf_counter() - began)
         run.metrics.write(step)
         progress.update(step)
-    if run.data.held_out is not None and (run.batch == run.batches or run.due(run.config.eval_interval)):
+    if run.data.held_out is not None and (
+        run.batch == run.batches or run.due(run.config.eval_interval)
+    ):
         _evaluate(run, callbacks, progress)
     for callback in callbacks:
         (callback.skipped if isinstance(result, Skipped) else callback.batch_end)(run, step)
@@ -142,4 +148,6 @@ def _finish(run: Run, callbacks: Sequence[Callback]) -> RunResult:
         callback.end(run)
     losses = [r["loss"] for r in records if r["kind"] == "train"]
     scores = [r["bits_per_byte"] for r in records if r["kind"] == "eval"]
-    return RunResult(run.folder, run.batch, losses[-1] if losses else math.nan, scores[-1] if scores else None)
+    return RunResult(
+        run.folder, run.batch, losses[-1] if losses else math.nan, scores[-1] if scores else None
+    )

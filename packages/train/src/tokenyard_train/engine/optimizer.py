@@ -58,13 +58,21 @@ def build_optimizer(config: Optimizer, model: nn.Module) -> AdamW:
     lr / initial lr * weight_decay a step. torch's AdamW shrinks by lr * weight_decay, so it is given weight_decay /
     initial lr.
     """
-    decay = config.weight_decay / config.lr if config.name == "decoupled_adamw" else config.weight_decay
+    decay = (
+        config.weight_decay / config.lr if config.name == "decoupled_adamw" else config.weight_decay
+    )
     groups: dict[object, list[nn.Parameter]] = {}
-    for parameter in trainable(model).values():  # torch updates no list of tensors that lie on different meshes
-        groups.setdefault(parameter.device_mesh if is_sharded(parameter) else None, []).append(parameter)
+    for parameter in trainable(
+        model
+    ).values():  # torch updates no list of tensors that lie on different meshes
+        groups.setdefault(parameter.device_mesh if is_sharded(parameter) else None, []).append(
+            parameter
+        )
     parameters = [{"params": group} for group in groups.values()]
     keep_compiler_out_of_optimizers()
-    return AdamW(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True)
+    return AdamW(
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True
+    )
 
 
 def learning_rate(config: Scheduler, peak: float, batch: int, warmup: int, end: int) -> float:
@@ -78,7 +86,9 @@ def learning_rate(config: Scheduler, peak: float, batch: int, warmup: int, end: 
     passed = min(1.0, (batch - warmup) / max(1, end - warmup))
     match config.name:
         case "cosine_with_warmup":
-            return peak * (config.alpha_f + (1 - config.alpha_f) * 0.5 * (1 + math.cos(math.pi * passed)))
+            return peak * (
+                config.alpha_f + (1 - config.alpha_f) * 0.5 * (1 + math.cos(math.pi * passed))
+            )
         case "linear_decay_with_warmup":
             return peak * (1 + (config.alpha_f - 1) * passed)
         case "constant_with_warmup":

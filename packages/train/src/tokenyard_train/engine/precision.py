@@ -25,4 +25,6 @@ def check_precision(precision: str, option: str) -> None:
     """Raise ConfigError, naming the option, for a precision that is not offered."""
     if precision not in COMPUTE_DTYPES:
         known = ", ".join(COMPUTE_DTYPES)
-        raise ConfigError(f"{option} is {precision!r}{did_you_mean(precision, COMPUTE_DTYPES)}; known are: {known}")
+        raise ConfigError(
+            f"{option} is {precision!r}{did_you_mean(precision, COMPUTE_DTYPES)}; known are: {known}"
+        )

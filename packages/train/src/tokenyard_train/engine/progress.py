@@ -28,14 +28,19 @@ class Progress:
             console=run.console,
             disable=not run.console.is_terminal,
         )
-        self.task = self.bar.add_task(run.config.run_name, total=run.batches, completed=run.batch, state="")
+        self.task = self.bar.add_task(
+            run.config.run_name, total=run.batches, completed=run.batch, state=""
+        )
 
     def __enter__(self) -> Progress:
         self.bar.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.bar.stop()
 
@@ -45,7 +50,9 @@ class Progress:
         self.bar.update(self.task, completed=record["batch"], state=state)
         last = record["batch"] == self.run.batches
         if not self.run.console.is_terminal and (last or record["batch"] % self.every == 0):
-            self.run.console.print(f"batch {record['batch']}/{self.run.batches}: {state}", highlight=False)
+            self.run.console.print(
+                f"batch {record['batch']}/{self.run.batches}: {state}", highlight=False
+            )
 
     def skipped(self, record: dict[str, Any]) -> None:
         """Show that a step was not taken."""
@@ -55,9 +62,7 @@ class Progress:
 
     def evaluated(self, record: dict[str, Any]) -> None:
         """Show the record of an evaluation."""
-        text = (
-            f"batch {record['batch']}: held-out loss {record['loss']:.4f}, {record['bits_per_byte']:.3f} bits per byte"
-        )
+        text = f"batch {record['batch']}: held-out loss {record['loss']:.4f}, {record['bits_per_byte']:.3f} bits per byte"
         self.run.console.print(text, highlight=False)
 
 

@@ -82,7 +82,9 @@ def start_from(run: Run, path: str) -> None:
         )
     newest = folder if (folder / "manifest.json").exists() else newest_good(folder)
     if newest is None:
-        raise CheckpointError(f"load_path {path!r} holds no checkpoint; give a folder such as runs/run/ba200")
+        raise CheckpointError(
+            f"load_path {path!r} holds no checkpoint; give a folder such as runs/run/ba200"
+        )
     load_model(run.model, newest)
 
 
@@ -101,7 +103,9 @@ def _optimizer_state(run: Run) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 def _state_by_name(run: Run) -> dict[str, dict[str, Tensor]]:
     """Return AdamW's state of each parameter, making it where no step has been taken."""
-    return {name: run.optimizer.moments(parameter) for name, parameter in trainable(run.model).items()}
+    return {
+        name: run.optimizer.moments(parameter) for name, parameter in trainable(run.model).items()
+    }
 
 
 def _check_agreement(run: Run, checkpoint: Path, saved: dict[str, Any]) -> None:
@@ -124,6 +128,8 @@ def _differences(before: Any, after: Any, given: Any, path: str = "") -> list[tu
     if it stands in `given`: the second without its defaults."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted(before.keys() | (after.keys() & given.keys()))
-        inside = [(before.get(k), after.get(k), given.get(k, {}), f"{path}.{k}".lstrip(".")) for k in keys]
+        inside = [
+            (before.get(k), after.get(k), given.get(k, {}), f"{path}.{k}".lstrip(".")) for k in keys
+        ]
         return [found for arguments in inside for found in _differences(*arguments)]
     return [] if before == after else [(path, before, after)]

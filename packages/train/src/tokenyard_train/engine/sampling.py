@@ -28,18 +28,29 @@ def continue_texts(
     taken. `stops` are ids that end a document besides the tokenizer's. An empty prompt starts a new document. Raises
     ConfigError for a prompt that leaves no room.
     """
-    given = [[int(i) for i in tokenizer.encode(prompt.encode())] or [tokenizer.end] for prompt in prompts]
+    given = [
+        [int(i) for i in tokenizer.encode(prompt.encode())] or [tokenizer.end] for prompt in prompts
+    ]
     longest = max(len(ids) for ids in given)
     room = model.config.max_seq_len - longest
     if room < 1:
-        raise ConfigError(f"the prompt has {longest} tokens and the model's max_seq_len is {model.config.max_seq_len}")
-    rows = sample(model, given, min(room, max_new_tokens), temperature, seed, {tokenizer.end, *stops})
+        raise ConfigError(
+            f"the prompt has {longest} tokens and the model's max_seq_len is {model.config.max_seq_len}"
+        )
+    rows = sample(
+        model, given, min(room, max_new_tokens), temperature, seed, {tokenizer.end, *stops}
+    )
     return [tokenizer.decode(row) for row in rows]
 
 
 @torch.no_grad()
 def sample(
-    model: Any, prompts: Sequence[Sequence[int]], tokens: int, temperature: float, seed: int, stops: Collection[int]
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    temperature: float,
+    seed: int,
+    stops: Collection[int],
 ) -> list[list[int]]:
     """Return for each prompt the ids that follow, at most `tokens`, without the one of `stops` that ends them.
 

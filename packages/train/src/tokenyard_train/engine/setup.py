@@ -99,7 +99,12 @@ def build_run(config: TrainConfig, console: Console) -> Run:
         build_optimizer(config.optimizer, model),
         data,
         metrics,
-        Saver(folder, config.save_num_checkpoints_to_keep, config.save_async, torch.device(config.device)),
+        Saver(
+            folder,
+            config.save_num_checkpoints_to_keep,
+            config.save_async,
+            torch.device(config.device),
+        ),
         batches,
         flops_per_token(model, config.max_seq_len, training=True),
     )
@@ -112,7 +117,9 @@ def build_model(config: TrainConfig) -> tuple[Any, Any]:
         adapt(model, config.lora)
     freeze(model, config.frozen)
     registry = default_registry()
-    strategy = registry.choose("strategy", config.parallel.strategy).construct(device=torch.device(config.device))
+    strategy = registry.choose("strategy", config.parallel.strategy).construct(
+        device=torch.device(config.device)
+    )
     processes, asked = started_processes(), config.parallel.strategy
     if strategy.data[1] == 1 and processes > 1:
         raise ConfigError(
@@ -143,7 +150,9 @@ def run_batches(config: TrainConfig, data: Data) -> int:
     tokens = config.global_train_batch_size * config.max_seq_len
     batches = config.max_duration.batches(tokens, epoch_batches(config, data))
     if batches < 1:
-        raise ConfigError(f"max_duration is {config.max_duration}, which is less than one batch of {tokens} tokens")
+        raise ConfigError(
+            f"max_duration is {config.max_duration}, which is less than one batch of {tokens} tokens"
+        )
     return batches
 
 

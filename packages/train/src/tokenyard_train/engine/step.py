@@ -79,7 +79,9 @@ def _accumulate(run: Run) -> tuple[Tensor, list[Balance]]:
             nats = _token_nats(output.logits, rows[:, 1:]) / run.batch_tokens
         with run.phase("backward"):
             microbatch = _with_all_counts(run, output.balances)
-            (nats + _auxiliary(run, microbatch, rows.shape[0] * config.max_seq_len * world)).backward()
+            (
+                nats + _auxiliary(run, microbatch, rows.shape[0] * config.max_seq_len * world)
+            ).backward()
         loss += nats.detach()
         balances.append([Balance(*(t.detach() for t in b)) for b in microbatch])
     return run.strategy.reduce(loss), [_summed(layer) for layer in zip(*balances)]

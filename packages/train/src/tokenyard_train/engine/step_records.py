@@ -12,7 +12,12 @@ from tokenyard_train.engine.step import StepResult
 def train_record(run: Run, result: StepResult, seconds: float) -> dict[str, Any]:
     """Return the record of a training step that took so many seconds."""
     speed = run.batch_tokens / seconds
-    record = {"kind": "train", "batch": run.batch, "tokens": run.batch * run.batch_tokens, **result._asdict()}
+    record = {
+        "kind": "train",
+        "batch": run.batch,
+        "tokens": run.batch * run.batch_tokens,
+        **result._asdict(),
+    }
     return record | {
         "seconds": round(seconds, 4),
         "tokens_per_s": round(speed),
@@ -22,4 +27,9 @@ def train_record(run: Run, result: StepResult, seconds: float) -> dict[str, Any]
 
 def skipped_record(run: Run, step: Skipped) -> dict[str, Any]:
     """Return the record of a step that was not taken; JSON has no numbers for nan and inf."""
-    return {"kind": "skipped", "batch": run.batch, "loss": str(step.loss), "grad_norm": str(step.grad_norm)}
+    return {
+        "kind": "skipped",
+        "batch": run.batch,
+        "loss": str(step.loss),
+        "grad_norm": str(step.grad_norm),
+    }

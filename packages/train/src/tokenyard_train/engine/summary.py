@@ -21,16 +21,22 @@ def announce(run: Run) -> None:
         f"[bold]{config.model['name']}[/bold]: {size.total:,} parameters, {size.active:,} active; "
         f"{run.batches} batches of {run.batch_tokens:,} tokens on {config.device}, {config.precision}"
     )
-    backends = {part: c.backend.name for moe in moe_layers(run.model)[:1] for part, c in moe.chosen.items()}
+    backends = {
+        part: c.backend.name for moe in moe_layers(run.model)[:1] for part, c in moe.chosen.items()
+    }
     if backends:
-        run.console.print("backends: " + ", ".join(f"{part} {name}" for part, name in backends.items()))
+        run.console.print(
+            "backends: " + ", ".join(f"{part} {name}" for part, name in backends.items())
+        )
     if run.batch:
         run.console.print(f"resumed after batch {run.batch} from {run.folder}")
 
 
 def summarize(run: Run, records: list[dict[str, Any]]) -> None:
     """Print the held-out score beside the baselines, and where the files are."""
-    table = Table("held-out text", "bits per byte", title=f"{run.config.run_name} after {run.batch} batches")
+    table = Table(
+        "held-out text", "bits per byte", title=f"{run.config.run_name} after {run.batch} batches"
+    )
     for record in records:
         if record["kind"] == "baselines":
             table.add_row("unigram model", f"{record['unigram']:.3f}")
@@ -49,7 +55,11 @@ def summarize(run: Run, records: list[dict[str, Any]]) -> None:
 
 def describe_routing(records: list[dict[str, Any]]) -> str | None:
     """Say in a line how even the routing of the last steps was, layers averaged; None without experts."""
-    layers = [layer for r in [r for r in records if r["kind"] == "train"][-LAST:] for layer in r.get("routing", ())]
+    layers = [
+        layer
+        for r in [r for r in records if r["kind"] == "train"][-LAST:]
+        for layer in r.get("routing", ())
+    ]
     if not layers:
         return None
     mean = {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}

@@ -42,5 +42,7 @@ def _matching(model: nn.Module, patterns: Sequence[str], key: str) -> Iterator[n
         if not found:
             hint = did_you_mean(pattern, parameters)
             known = f"{', '.join(list(parameters)[:4])}, ..."
-            raise ConfigError(f"{key}: {pattern!r} matches no parameter{hint}; their names are {known}")
+            raise ConfigError(
+                f"{key}: {pattern!r} matches no parameter{hint}; their names are {known}"
+            )
         yield from (parameters[name] for name in found)

@@ -37,7 +37,9 @@ def _hanging(ranks: Sequence[int], pids: Sequence[int]) -> str:
     """Name those that do not end; if some were stopped, the others may be waiting for them."""
     stopped = [rank for rank in ranks if _is_stopped(pids[rank])]
     names = [f"process {rank} hangs" for rank in stopped or ranks]
-    return " and ".join(names) + (" (it is stopped)" if len(stopped) == 1 else " (stopped)" if stopped else "")
+    return " and ".join(names) + (
+        " (it is stopped)" if len(stopped) == 1 else " (stopped)" if stopped else ""
+    )
 
 
 def _is_stopped(pid: int) -> bool:

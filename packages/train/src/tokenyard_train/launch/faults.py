@@ -15,7 +15,10 @@ FOLDER = "TOKENYARD_NOTES"
 """The environment variable that names the folder for them."""
 
 _BEGAN = "began"
-_GLOO = ("gloo", "Application timeout caused pair closure")  # as it says of what waited beside a call that timed out
+_GLOO = (
+    "gloo",
+    "Application timeout caused pair closure",
+)  # as it says of what waited beside a call that timed out
 
 
 class Fault(NamedTuple):
@@ -62,4 +65,8 @@ def _calls(trace: TracebackType | None) -> list[tuple[str, str]]:
     """Return modules and functions, the innermost last, without the wrapper that torch logs collectives with."""
     frames = [frame for frame, _ in traceback.walk_tb(trace)]
     named = [(str(frame.f_globals.get("__name__", "")), frame.f_code.co_name) for frame in frames]
-    return [(module, function) for module, function in named if module != "torch.distributed.c10d_logger"]
+    return [
+        (module, function)
+        for module, function in named
+        if module != "torch.distributed.c10d_logger"
+    ]

@@ -35,7 +35,9 @@ def launch(config: Path, overrides: Sequence[str], nproc: int, max_restarts: int
     stops.
     """
     train = [sys.executable, "-m", "tokenyard_train", "train", str(config), *overrides]
-    return supervise(lambda began: [*train, "autoresume=true"] if began else train, nproc, max_restarts)
+    return supervise(
+        lambda began: [*train, "autoresume=true"] if began else train, nproc, max_restarts
+    )
 
 
 def supervise(command: Callable[[bool], Sequence[str]], nproc: int, max_restarts: int) -> int:
@@ -50,7 +52,11 @@ def supervise(command: Callable[[bool], Sequence[str]], nproc: int, max_restarts
             return code
         if attempt.asked:
             return STOPPED
-        then = f"restart {restart + 1} of {max_restarts}" if restart < max_restarts else "no restart is left"
+        then = (
+            f"restart {restart + 1} of {max_restarts}"
+            if restart < max_restarts
+            else "no restart is left"
+        )
         print(f"{attempt.fault}; {then}", file=sys.stderr, flush=True)
     return 1
 
@@ -68,7 +74,9 @@ class Attempt:
         with handling(self._pass_on):
             try:
                 self._start()
-                self.fault, code = verdict(self._watch(), self.notes, [process.pid for process in self.processes])
+                self.fault, code = verdict(
+                    self._watch(), self.notes, [process.pid for process in self.processes]
+                )
                 return code
             finally:
                 for process in self.processes:
@@ -81,7 +89,9 @@ class Attempt:
         for rank in range(self.nproc):
             environment = _environment(rank, self.nproc, port) | {FOLDER: str(self.notes)}
             # a session of its own: a terminal's Ctrl-C is for the supervisor, which asks them to stop
-            self.processes.append(subprocess.Popen(self.command, env=environment, start_new_session=True))
+            self.processes.append(
+                subprocess.Popen(self.command, env=environment, start_new_session=True)
+            )
 
     def _watch(self) -> dict[int, int]:
         """Return the exit codes by rank in the order of ending, without those that did not end."""

@@ -13,7 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tokenyard_train.records.style import BLUE, GREY, INK, ORANGE, make_axes, make_figure, save_figure
+from tokenyard_train.records.style import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    make_axes,
+    make_figure,
+    save_figure,
+)
 
 _LAST = 20  # steps that a heatmap averages over
 
@@ -27,14 +35,29 @@ def loss_curve(records: Records, path: Path) -> None:
     axes = make_axes(figure, figure.add_gridspec(1, 1)[0], "Loss", "batch", "nats per token")
     batches, losses = [r["batch"] for r in train], np.array([r["loss"] for r in train])
     axes.plot(batches, losses, color=BLUE, alpha=0.25, linewidth=1, label="training")
-    axes.plot(batches, _smoothed(losses), color=BLUE, linewidth=2, label="training, smoothed", **_dots(batches))
+    axes.plot(
+        batches,
+        _smoothed(losses),
+        color=BLUE,
+        linewidth=2,
+        label="training, smoothed",
+        **_dots(batches),
+    )
     if held_out:
         scores = [(r["batch"], r["loss"]) for r in held_out]
-        axes.plot(*zip(*scores), color=ORANGE, marker="o", markersize=5, linewidth=1.5, label="held-out")
+        axes.plot(
+            *zip(*scores), color=ORANGE, marker="o", markersize=5, linewidth=1.5, label="held-out"
+        )
     for name, nats in _baselines(records).items():
         axes.axhline(nats, color=GREY, linestyle=(0, (5, 3)), linewidth=1)
         axes.annotate(
-            f"held-out, {name}", (1, nats), (0, 3), axes.get_yaxis_transform(), "offset points", color=GREY, ha="right"
+            f"held-out, {name}",
+            (1, nats),
+            (0, 3),
+            axes.get_yaxis_transform(),
+            "offset points",
+            color=GREY,
+            ha="right",
         )
     axes.legend(frameon=False, loc="upper right")
     save_figure(figure, path)
@@ -47,11 +70,20 @@ def expert_heatmap(records: Records, path: Path) -> None:
     layers = loads.shape[1] if train else 1
     figure = make_figure(7.2, 4.4 + 0.28 * min(layers, 40))
     grid = figure.add_gridspec(2, 1, height_ratios=[1 + 0.28 * min(layers, 40), 2.2])
-    heat = make_axes(figure, grid[0], "Load of each expert (1 = its layer's mean)", "expert", "MoE layer")
+    heat = make_axes(
+        figure, grid[0], "Load of each expert (1 = its layer's mean)", "expert", "MoE layer"
+    )
     course = make_axes(figure, grid[1], "The busiest expert of each layer", "batch", "load")
     if not train:
         for axes in (heat, course):
-            axes.text(0.5, 0.5, "this model has no experts", ha="center", va="center", transform=axes.transAxes)
+            axes.text(
+                0.5,
+                0.5,
+                "this model has no experts",
+                ha="center",
+                va="center",
+                transform=axes.transAxes,
+            )
     else:
         loads = loads * loads.shape[2]
         draw_heat(figure, heat, loads[-_LAST:].mean(0))
@@ -69,7 +101,9 @@ def draw_heat(figure: Figure, axes: Axes, load: NDArray[np.float64]) -> None:
     if load.shape[1] <= 24 and load.shape[0] <= 16:
         for (layer, expert), value in np.ndenumerate(load):
             ink = "white" if abs(value - 1) > 0.55 else INK
-            axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7)
+            axes.text(
+                expert, layer, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7
+            )
 
 
 def _draw_course(axes: Axes, batches: list[int], busiest: NDArray[np.float64]) -> None:
@@ -78,7 +112,13 @@ def _draw_course(axes: Axes, batches: list[int], busiest: NDArray[np.float64]) -
     for layer in range(layers):
         named = layers <= 4 or layer in (0, layers - 1)
         label = f"layer {layer}" if named else None
-        axes.plot(batches, _smoothed(busiest[:, layer]), color=colors[layer], label=label, **_dots(batches))
+        axes.plot(
+            batches,
+            _smoothed(busiest[:, layer]),
+            color=colors[layer],
+            label=label,
+            **_dots(batches),
+        )
     axes.axhline(1, color=GREY, linestyle=(0, (5, 3)), linewidth=1)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.95), high + 0.25 * (high - low))  # room for the legend

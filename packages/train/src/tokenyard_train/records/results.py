@@ -16,7 +16,9 @@ def write_results(folder: Path, name: str, content: dict[str, Any]) -> Path:
     path = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise TokenyardError(f"--out {str(folder)!r} cannot be written: {error.strerror}") from None
     return path
@@ -27,9 +29,13 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; give a JSON that tokenyard bench wrote") from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}; give a JSON that tokenyard bench wrote"
+        ) from None
     except ValueError:
         raise ConfigError(f"{path} is not JSON; give a file that tokenyard bench wrote") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT or "records" not in content:
-        raise ConfigError(f"{path} is not a benchmark file of format {FORMAT}; give a JSON that tokenyard bench wrote")
+        raise ConfigError(
+            f"{path} is not a benchmark file of format {FORMAT}; give a JSON that tokenyard bench wrote"
+        )
     return content

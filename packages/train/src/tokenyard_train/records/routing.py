@@ -65,7 +65,10 @@ def pack(
     """Return [2 + flags + sum over layers of 2E + 2] float64, still on the device: what `fetch` copies."""
     known = torch.stack((loss.double(), grad_norm.to(loss.device).double()))
     counts = [b.counts.double() for b in balances]
-    rest = [torch.cat((b.prob_sum.double(), torch.stack((b.z_sum.double(), b.dropped.double())))) for b in balances]
+    rest = [
+        torch.cat((b.prob_sum.double(), torch.stack((b.z_sum.double(), b.dropped.double()))))
+        for b in balances
+    ]
     rest = [torch.tensor(list(flags), dtype=torch.float64, device=loss.device), *rest]
     raised, *sums = reduce(torch.cat(rest)).split([part.numel() for part in rest])
     return torch.cat((known, raised, *(part for layer in zip(counts, sums) for part in layer)))
@@ -76,7 +79,9 @@ def _unpacked(layer: Tensor, experts: int) -> Balance:
     return Balance(counts, dropped[0], probabilities, z_sum[0])
 
 
-def routing_stats(balances: Sequence[Balance], tokens: int, top_k: int, convention: Convention) -> list[LayerRouting]:
+def routing_stats(
+    balances: Sequence[Balance], tokens: int, top_k: int, convention: Convention
+) -> list[LayerRouting]:
     """Return each layer's statistics over a step of `tokens` tokens, from Balances on the host."""
     return [
         LayerRouting(

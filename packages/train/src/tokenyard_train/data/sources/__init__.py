@@ -22,7 +22,9 @@ def read_documents(source: Source, key: str) -> Iterator[bytes]:
         found = mds_documents(mds_folder(source), source.text_key, f"{key}.local")
     else:
         files = files_of(source.path or [], source.suffixes, f"{key}.path")
-        found = (text for file in files for text in documents_of(file, source.text_key, f"{key}.path"))
+        found = (
+            text for file in files for text in documents_of(file, source.text_key, f"{key}.path")
+        )
     return (document for document in found if document)
 
 

@@ -24,7 +24,9 @@ def files_of(paths: str | Sequence[str], suffixes: Collection[str], key: str) ->
     Raises ConfigError for a path that is missing, or a folder without such files.
     """
     return [
-        file for path in ([paths] if isinstance(paths, str) else paths) for file in _named(Path(path), suffixes, key)
+        file
+        for path in ([paths] if isinstance(paths, str) else paths)
+        for file in _named(Path(path), suffixes, key)
     ]
 
 
@@ -34,7 +36,9 @@ def documents_of(file: Path, text_key: str, key: str) -> Iterator[bytes]:
     try:
         yield from reader(file, text_key, key)
     except (OSError, EOFError) as error:
-        raise ConfigError(f"{key}: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(
+            f"{key}: {file} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def describe_file(file: Path) -> dict[str, Any]:
@@ -60,11 +64,15 @@ def _named(path: Path, suffixes: Collection[str], key: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ConfigError(f"{key} {str(path)!r} does not exist; give a file of text or a folder of them")
+        raise ConfigError(
+            f"{key} {str(path)!r} does not exist; give a file of text or a folder of them"
+        )
     files = list_files(path, suffixes)
     if not files:
         ends = ", ".join(suffixes) or "nothing"
-        raise ConfigError(f"{key} {str(path)!r} is a folder without files that end in {ends}; see dataset.suffixes")
+        raise ConfigError(
+            f"{key} {str(path)!r} is a folder without files that end in {ends}; see dataset.suffixes"
+        )
     return files
 
 
@@ -82,7 +90,9 @@ def _jsonl(opened: Callable[[Path], Any]) -> Callable[[Path, str, str], Iterator
         with opened(file) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _text_of(_parsed(line, file, number, key), text_key, f"{file} line {number}", key)
+                    yield _text_of(
+                        _parsed(line, file, number, key), text_key, f"{file} line {number}", key
+                    )
 
     return read
 
@@ -99,7 +109,9 @@ def _text_of(row: Any, text_key: str, place: str, key: str) -> bytes:
         columns = list(row) if isinstance(row, dict) else []
         hint = did_you_mean(text_key, columns)
         has = ", ".join(map(str, columns)) or "no columns"
-        raise ConfigError(f"{key}: {place} has no text under {text_key!r}{hint}; it has {has}; see text_key")
+        raise ConfigError(
+            f"{key}: {place} has no text under {text_key!r}{hint}; it has {has}; see text_key"
+        )
     return row[text_key].encode("utf-8", errors="replace")
 
 
@@ -113,14 +125,22 @@ def _parquet(file: Path, text_key: str, key: str) -> Iterator[bytes]:
     try:
         table = parquet.ParquetFile(file)
     except ValueError as error:  # pyarrow's ArrowInvalid is one
-        raise ConfigError(f"{key}: {file} is no parquet file: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{key}: {file} is no parquet file: {' '.join(str(error).split())}"
+        ) from None
     columns = table.schema_arrow.names
     if text_key not in columns:
         hint = did_you_mean(text_key, columns)
-        raise ConfigError(f"{key}: {file} has no column {text_key!r}{hint}; it has {', '.join(columns)}; see text_key")
+        raise ConfigError(
+            f"{key}: {file} has no column {text_key!r}{hint}; it has {', '.join(columns)}; see text_key"
+        )
     for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
         for number, value in enumerate(batch.column(0).to_pylist()):
-            yield _text_of({text_key: value}, text_key, f"{file} row {number}", key) if value is not None else b""
+            yield (
+                _text_of({text_key: value}, text_key, f"{file} row {number}", key)
+                if value is not None
+                else b""
+            )
 
 
 _READERS: dict[str, Callable[[Path, str, str], Iterator[bytes]]] = {

@@ -56,7 +56,9 @@ class MdsTokens:
         self._raw = [_mapped(shard, key) for shard in self.shards]
         self._stored = _integers(_encoding(self.shards[0], "tokens", key), key)
         self._dtype = ids_dtype(vocab_size)
-        self.length = len(_column(self._raw[0], self.shards[0], 0, "tokens")) // self._stored.itemsize
+        self.length = (
+            len(_column(self._raw[0], self.shards[0], 0, "tokens")) // self._stored.itemsize
+        )
         _check_lengths(self._raw, self.shards, key)
         self._firsts = np.cumsum([0, *(shard.samples for shard in self.shards)])
 
@@ -75,7 +77,9 @@ class MdsTokens:
 
     def _sample(self, index: int) -> Ids:
         shard = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        raw = _column(self._raw[shard], self.shards[shard], index - int(self._firsts[shard]), "tokens")
+        raw = _column(
+            self._raw[shard], self.shards[shard], index - int(self._firsts[shard]), "tokens"
+        )
         return np.frombuffer(raw, dtype=self._stored).astype(self._dtype)
 
 
@@ -91,7 +95,9 @@ def read_index(folder: Path, key: str) -> list[Shard]:
         index = json.loads(path.read_text(encoding="utf-8"))
         shards = [_shard(folder, entry) for entry in index["shards"]]
     except OSError:
-        raise ConfigError(f"{key} {str(folder)!r} has no index.json; give a folder of MDS shards (see split)") from None
+        raise ConfigError(
+            f"{key} {str(folder)!r} has no index.json; give a folder of MDS shards (see split)"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{key}: {path} is no index of MDS shards: {error!r}") from None
     if not sum(shard.samples for shard in shards):
@@ -112,7 +118,9 @@ def _shard(folder: Path, entry: dict[str, Any]) -> Shard:
 def _encoding(shard: Shard, column: str, key: str) -> str:
     if column not in shard.names:
         hint = did_you_mean(column, shard.names)
-        raise ConfigError(f"{key}: {shard.path} has no column {column!r}{hint}; it has {', '.join(shard.names)}")
+        raise ConfigError(
+            f"{key}: {shard.path} has no column {column!r}{hint}; it has {', '.join(shard.names)}"
+        )
     return shard.encodings[shard.names.index(column)]
 
 
@@ -125,7 +133,9 @@ def _mapped(shard: Shard, key: str) -> memoryview:
     except (OSError, ValueError):
         raise ConfigError(f"{key}: {shard.path} is missing or empty; bring it here again") from None
     if len(raw) != shard.info["raw_data"]["bytes"]:
-        raise CorruptError(f"{shard.path} has {len(raw)} bytes, and its index says {shard.info['raw_data']['bytes']}")
+        raise CorruptError(
+            f"{shard.path} has {len(raw)} bytes, and its index says {shard.info['raw_data']['bytes']}"
+        )
     return raw
 
 
@@ -133,12 +143,16 @@ def _unpack(shard: Shard, key: str) -> None:
     packed, algorithm = shard.info["zip_data"], str(shard.info.get("compression")).partition(":")[0]
     path = shard.path.with_name(Path(packed["basename"]).name)
     if algorithm != "zstd":
-        raise ConfigError(f"{key}: {path} is compressed by {algorithm}; zstd is read, others unpack beforehand")
+        raise ConfigError(
+            f"{key}: {path} is compressed by {algorithm}; zstd is read, others unpack beforehand"
+        )
     zstandard = needs("zstandard", f"{path.name}", "tokenyard-train[data]")
     try:
         content = path.read_bytes()
         _check_hashes(path, content, packed.get("hashes", {}))
-        raw = zstandard.ZstdDecompressor().decompress(content, max_output_size=shard.info["raw_data"]["bytes"])
+        raw = zstandard.ZstdDecompressor().decompress(
+            content, max_output_size=shard.info["raw_data"]["bytes"]
+        )
         unfinished = shard.path.with_name(f"{shard.path.name}.{os.getpid()}")
         unfinished.write_bytes(raw)
         unfinished.replace(shard.path)
@@ -148,7 +162,10 @@ def _unpack(shard: Shard, key: str) -> None:
 
 def _check_hashes(path: Path, content: bytes, hashes: dict[str, str]) -> None:
     for name, expected in hashes.items():
-        if name in hashlib.algorithms_available and hashlib.new(name, content).hexdigest() != expected:
+        if (
+            name in hashlib.algorithms_available
+            and hashlib.new(name, content).hexdigest() != expected
+        ):
             raise CorruptError(f"{path} does not have the {name} of its index; bring it here again")
 
 
@@ -164,7 +181,9 @@ def _column(raw: memoryview, shard: Shard, index: int, column: str) -> bytes:
         if name == column:
             return bytes(raw[place : place + size])
         place += size
-    raise CorruptError(f"sample {index} of {shard.path} is not as long as its columns; bring the shard here again")
+    raise CorruptError(
+        f"sample {index} of {shard.path} is not as long as its columns; bring the shard here again"
+    )
 
 
 def _integers(encoding: str, key: str) -> np.dtype[Any]:
@@ -184,4 +203,6 @@ def _check_lengths(raw: list[memoryview], shards: list[Shard], key: str) -> None
         offsets = np.frombuffer(one, dtype="<u4", count=shard.samples + 1, offset=4)
         first = np.frombuffer(raw[0], dtype="<u4", count=2, offset=4)
         if shard.names == ["tokens"] and (np.diff(offsets) != first[1] - first[0]).any():
-            raise ConfigError(f"{key}: {shard.path} holds samples of several lengths; pack the text instead")
+            raise ConfigError(
+                f"{key}: {shard.path} holds samples of several lengths; pack the text instead"
+            )

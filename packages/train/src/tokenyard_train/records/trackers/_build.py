@@ -57,13 +57,22 @@ class Trackers:
     def _try(self, name: str, call: Any) -> None:
         try:
             call()
-        except Exception as error:  # whatever a library or a server raises, metrics.jsonl has the numbers
+        except (
+            Exception
+        ) as error:  # whatever a library or a server raises, metrics.jsonl has the numbers
             del self._trackers[name]
             reason = " ".join(str(error).split())[:200]
-            log.warning("loggers.%s failed and is left out from here on: %s: %s", name, type(error).__name__, reason)
+            log.warning(
+                "loggers.%s failed and is left out from here on: %s: %s",
+                name,
+                type(error).__name__,
+                reason,
+            )
 
 
-def build_trackers(config: Loggers, folder: Path, run_name: str, settings: Mapping[str, Any], batch: int) -> Trackers:
+def build_trackers(
+    config: Loggers, folder: Path, run_name: str, settings: Mapping[str, Any], batch: int
+) -> Trackers:
     """Start the trackers that a config asks for. Raises ConfigError for one that cannot be had."""
     asked = {name: options for name in _CLASSES if (options := getattr(config, name)) is not None}
     if not asked:
@@ -82,7 +91,9 @@ def _start(name: str, options: Any, place: Place) -> Tracker:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"loggers.{name} cannot be started: {type(error).__name__}: {reason}") from None
+        raise ConfigError(
+            f"loggers.{name} cannot be started: {type(error).__name__}: {reason}"
+        ) from None
     return tracker
 
 

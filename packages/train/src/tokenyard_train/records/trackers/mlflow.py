@@ -24,7 +24,9 @@ class MlflowTracker:
         mlflow = needs("mlflow", "loggers.mlflow", "tokenyard-train[mlflow]")
         uri = options.tracking_uri or (place.folder.parent / "mlruns").absolute().as_uri()
         if "://" not in uri or uri.startswith("file:"):
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder needs no server; MLflow asks to say so
+            os.environ.setdefault(
+                "MLFLOW_ALLOW_FILE_STORE", "true"
+            )  # a folder needs no server; MLflow asks to say so
         self._entities = mlflow.entities
         self._client = mlflow.MlflowClient(tracking_uri=uri)
         self._run = place.identities.get("mlflow") or self._create(options, place)
@@ -46,8 +48,12 @@ class MlflowTracker:
     def _create(self, options: MlflowLogger, place: Place) -> str:
         name = options.experiment_name or "tokenyard"
         found = self._client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found is not None else self._client.create_experiment(name)
-        run = self._client.create_run(experiment, run_name=options.run_name or place.run_name, tags=options.tags)
+        experiment = (
+            found.experiment_id if found is not None else self._client.create_experiment(name)
+        )
+        run = self._client.create_run(
+            experiment, run_name=options.run_name or place.run_name, tags=options.tags
+        )
         params = [self._entities.Param(key, value) for key, value in _parameters(place.config)]
         for first in range(0, len(params), 100):  # as many as MLflow takes at once
             self._client.log_batch(run.info.run_id, params=params[first : first + 100])

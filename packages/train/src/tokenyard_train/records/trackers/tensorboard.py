@@ -22,8 +22,14 @@ class TensorboardTracker:
         needs("tensorboard", "loggers.tensorboard", "tokenyard-train[tensorboard]")
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = Path(options.log_dir) / place.run_name if options.log_dir else place.folder / "tensorboard"
-        self._writer = SummaryWriter(str(folder), purge_step=place.batch + 1 if place.batch else None)
+        folder = (
+            Path(options.log_dir) / place.run_name
+            if options.log_dir
+            else place.folder / "tensorboard"
+        )
+        self._writer = SummaryWriter(
+            str(folder), purge_step=place.batch + 1 if place.batch else None
+        )
         self._every, self._logged = options.flush_interval, 0
         if not place.batch:
             self._writer.add_text("config", f"```yaml\n{yaml.safe_dump(dict(place.config))}\n```")
