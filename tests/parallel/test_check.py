@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from test_training import settings  # noqa: F401 (a fixture)
 from torch.distributed.tensor import DTensor
 
 from tokenyard import ConfigError
@@ -37,7 +36,7 @@ COUNTS = [1, 2, 3, 6, 7, 16, 48, 96, 100, 128, 1000, 1024, 1536, 3072, 4096]
 
 
 @pytest.fixture
-def dbrx(settings):  # noqa: F811
+def dbrx(settings):
     """Settings of the full DBRX over as many processes as a test imagines."""
 
     def made(count, degree=1, replicate=1, **changes):
@@ -124,7 +123,7 @@ def test_what_two_processes_save_for_the_backward_pass_is_near_the_estimate(
         assert saved == pytest.approx(memory["activations"] + memory["copies"], rel=0.2)
 
 
-def test_check_prints_meshes_and_bytes(settings, tmp_path):  # noqa: F811
+def test_check_prints_meshes_and_bytes(settings, tmp_path):
     path, console = tmp_path / "config.yaml", Console(file=io.StringIO(), record=True, width=160)
     strategy = {"name": "fsdp", "replicate": 2}
     parallel = {"strategy": strategy, "expert_parallel": 8}
@@ -210,7 +209,7 @@ def parts(model):
     }
 
 
-def test_a_model_over_one_process_gathers_nothing(settings):  # noqa: F811
+def test_a_model_over_one_process_gathers_nothing(settings):
     strategy, model = build_model(read_config(settings))
     assert strategy.describe(model).working_set == 0
     assert all(p.is_meta for p in model.parameters())

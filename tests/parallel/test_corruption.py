@@ -11,7 +11,7 @@ from pathlib import Path
 import disturbed_runs
 import layout_runs as runs
 import pytest
-from test_training import run, settings  # noqa: F401 (a fixture)
+from test_training import run
 
 from tokenyard_train.checkpoint import newest_good, verify
 from tokenyard_train.checkpoint.manifest import _digest
@@ -116,7 +116,7 @@ CORRUPTIONS = (flip, truncate, delete, swap, stale, zero, edit, escape, link, bo
 
 
 @pytest.fixture
-def saved(settings, tmp_path):  # noqa: F811
+def saved(settings, tmp_path):
     """Three checkpoints of two processes."""
     run(runs.trained, "fsdp-2-ep2", settings, tmp_path, save_interval="1ba", max_duration="3ba")
     return tmp_path / "fsdp-2-ep2"
@@ -139,7 +139,7 @@ def test_every_corruption_is_noticed(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["fsdp-2-ep2", "single"])
-def test_the_last_good_one_is_loaded(saved, settings, tmp_path, layout):  # noqa: F811
+def test_the_last_good_one_is_loaded(saved, settings, tmp_path, layout):
     """By the processes of a run, which read a share of the files each, or by one."""
     whole = run(runs.loaded, "single", settings, tmp_path, autoresume=True, save_folder=str(saved))
     assert whole.batch == 3
@@ -154,7 +154,7 @@ def test_the_last_good_one_is_loaded(saved, settings, tmp_path, layout):  # noqa
     )
 
 
-def test_all_damaged_ends_every_process_with_the_same_sentence(saved, settings, tmp_path):  # noqa: F811
+def test_all_damaged_ends_every_process_with_the_same_sentence(saved, settings, tmp_path):
     for folder in saved.glob("ba*"):
         (Path(folder) / "run.json").unlink()
     said = run(

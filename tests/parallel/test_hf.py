@@ -2,7 +2,7 @@
 
 import layout_runs as runs
 import pytest
-from test_training import LAYOUTS, settings  # noqa: F401 (a fixture)
+from test_training import LAYOUTS
 
 from tokenyard.testing import ranks
 from tokenyard_models import Mixtral, to_hf
@@ -25,7 +25,7 @@ def published(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", ["ddp-2", "fsdp-2", "fsdp-2-ep2"])
-def test_a_rank_reads_what_it_holds_and_no_more(settings, published, tmp_path, layout):  # noqa: F811
+def test_a_rank_reads_what_it_holds_and_no_more(settings, published, tmp_path, layout):
     """Byte for byte, in tensors of at most its share of the largest; and all together have what one process has."""
     changes = {"load_path": f"hf://{published}", "device_train_microbatch_size": 2}
     given = {k: v for k, v in settings.items() if k != "model"} | changes

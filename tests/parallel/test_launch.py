@@ -8,7 +8,7 @@ import layout_runs as runs
 import pytest
 from safetensors.torch import load_file
 from supervised import Supervised, drawn
-from test_training import run, settings  # noqa: F401 (a fixture)
+from test_training import run
 
 BATCHES, INTERVAL, TIMEOUT = 60, 5, 5
 LAYOUTS = {2: "fsdp-2-ep2", 4: "hsdp-4-ep2"}
@@ -25,7 +25,7 @@ LENGTH = {
 
 
 @pytest.fixture
-def start(settings, tmp_path):  # noqa: F811
+def start(settings, tmp_path):
     """Start a supervisor of some processes; more settings replace those of the file."""
 
     def started(name, nproc, *options, **changes):
@@ -51,7 +51,7 @@ def left(folder: Path):
     return losses, [{name: tensor.tolist() for name, tensor in shard.items()} for shard in shards]
 
 
-def survives(start, settings, tmp_path, nproc, disturbances, patience, **changes):  # noqa: F811
+def survives(start, settings, tmp_path, nproc, disturbances, patience, **changes):
     """Disturb a run, and compare what it leaves with a run that saw nothing of it; return what each cost."""
     run(runs.trained, LAYOUTS[nproc], settings, tmp_path, **LENGTH)
     process = start("disturbed", nproc, "--max-restarts", str(len(disturbances)), **changes)
@@ -73,7 +73,7 @@ def survives(start, settings, tmp_path, nproc, disturbances, patience, **changes
     return outcomes
 
 
-def test_processes_that_are_killed_or_hang_are_started_again(start, settings, tmp_path):  # noqa: F811
+def test_processes_that_are_killed_or_hang_are_started_again(start, settings, tmp_path):
     """At random moments; the run ends bit-identical to one that saw nothing of it."""
     kinds = ["kill", "kill while saving", "stop"]
     survives(
@@ -84,14 +84,14 @@ def test_processes_that_are_killed_or_hang_are_started_again(start, settings, tm
 @pytest.mark.full
 @pytest.mark.parametrize("nproc", [2, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_many_faults(start, settings, tmp_path, nproc, seed):  # noqa: F811
+def test_many_faults(start, settings, tmp_path, nproc, seed):
     """Six kills and two hangs a run, some while a checkpoint is written; prints what each cost (-s)."""
     kinds = ["kill"] * 3 + ["kill while saving"] * 3 + ["stop"] * 2
     disturbances = drawn(10 * seed + nproc, kinds, nproc, BATCHES)
     survives(start, settings, tmp_path, nproc, disturbances, patience=2, save_async=seed % 2 == 1)
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(start, settings, tmp_path):  # noqa: F811
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(start, settings, tmp_path):
     """SIGTERM ends it with code 75, whatever the batch; what follows is what would have followed."""
     first, folder = start("stopped", 2), tmp_path / "stopped"
     assert first.wait_for(lambda: first.steps() >= 7)

@@ -2,11 +2,11 @@
 
 import layout_runs as runs
 import pytest
-from test_training import run, settings  # noqa: F401 (a fixture)
+from test_training import run
 
 
 @pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-2-ep2", "ddp-2-ep2"])
-def test_losses_are_those_of_one_process(settings, tmp_path, layout):  # noqa: F811
+def test_losses_are_those_of_one_process(settings, tmp_path, layout):
     lora = {"lora": {"rank": 2, "train_also": ["*norm*"]}}
     alone = run(runs.trained, "single", settings, tmp_path, **lora)
     found = run(runs.trained, layout, settings, tmp_path, **lora)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from equality import Case, Layout, train
 from test_equality import ROUTINGS, compare
-from test_training import settings  # noqa: F401 (a fixture)
 
 from tokenyard.numerics import relative_error
 from tokenyard.testing import ranks
@@ -56,7 +55,7 @@ def on_rank_of(layout, case):
     return {name: value.double().cpu().numpy() for name, value in train(layout, case).items()}
 
 
-def test_a_checkpoint_of_two_gpus_loads_on_one(settings, tmp_path):  # noqa: F811
+def test_a_checkpoint_of_two_gpus_loads_on_one(settings, tmp_path):
     """Model and optimizer, bit by bit."""
     two = settings | {"device": "cuda", "parallel": {"strategy": "fsdp", "expert_parallel": 2}}
     two |= {

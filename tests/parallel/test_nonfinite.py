@@ -5,7 +5,7 @@ import random
 
 import disturbed_runs
 import pytest
-from test_training import LAYOUTS, run, settings  # noqa: F401 (a fixture)
+from test_training import LAYOUTS, run
 
 STEP, STEPS, ALWAYS = 2, 4, 6
 

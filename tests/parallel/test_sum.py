@@ -3,7 +3,7 @@
 import layout_runs as runs
 import pytest
 import torch
-from test_training import run, settings  # noqa: F401 (a fixture)
+from test_training import run
 
 from tokenyard.numerics import relative_error
 

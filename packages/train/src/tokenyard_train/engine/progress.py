@@ -62,7 +62,8 @@ class Progress:
 
     def evaluated(self, record: dict[str, Any]) -> None:
         """Show the record of an evaluation."""
-        text = f"batch {record['batch']}: held-out loss {record['loss']:.4f}, {record['bits_per_byte']:.3f} bits per byte"
+        loss = f"{record['loss']:.4f}, {record['bits_per_byte']:.3f} bits per byte"
+        text = f"batch {record['batch']}: held-out loss {loss}"
         self.run.console.print(text, highlight=False)
 
 
