@@ -6,8 +6,11 @@ place to forget.
 
 from __future__ import annotations
 
+import ast
 import inspect
-import re
+import io
+import textwrap
+import tokenize
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -19,8 +22,6 @@ from tokenyard import default_registry
 from tokenyard_models.schema import Strict
 from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
-
-_FIELD = re.compile(r"^    (\w+): [^#]*?(?:  # (.*))?$", re.MULTILINE)
 
 
 def training_reference() -> str:
@@ -95,13 +96,34 @@ def _title(section: type[Strict], where: str) -> str:
 
 
 def _meanings(section: type[Strict]) -> dict[str, str]:
-    """Return the comment beside each key, of the section and of those that it extends."""
-    found: dict[str, str] = {}
+    """Return the comment beside each key of a section and of the sections that it extends."""
+    meanings: dict[str, str] = {}
     for cls in reversed(section.__mro__):
         if issubclass(cls, Strict) and cls is not Strict:
-            for name, comment in _FIELD.findall(inspect.getsource(cls)):
-                found[name] = comment or found.get(name, "")
-    return found
+            for name, comment in _field_comments(cls).items():
+                meanings[name] = comment or meanings.get(name, "")
+    return meanings
+
+
+def _field_comments(cls: type[Strict]) -> dict[str, str]:
+    """Return each field of a class with the comments within its statement, of one line or of several."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    comments = {
+        token.start[0]: token.string.removeprefix("#").strip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(
+            comments[line]
+            for line in range(field.lineno, (field.end_lineno or field.lineno) + 1)
+            if line in comments
+        )
+        for field in definition.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    }
 
 
 def _sections(annotation: Any) -> list[type[Strict]]:
