@@ -6,8 +6,8 @@ from tokenyard.testing import (
     ExchangeConformance,
     ExpertsConformance,
     PermutationConformance,
-    RouterConformance,
     StrategyConformance,
+    TopKRouterConformance,
 )
 
 
@@ -26,7 +26,7 @@ class TestLoopExperts(ExpertsConformance):
     device = "cpu"
 
 
-class TestTorchRouter(RouterConformance):
+class TestTorchRouter(TopKRouterConformance):
     backend = "torch"
     device = "cpu"
 
@@ -53,7 +53,7 @@ class TestTorchExpertsOnGpu(ExpertsConformance):
 
 
 @pytest.mark.gpu
-class TestTorchRouterOnGpu(RouterConformance):
+class TestTorchRouterOnGpu(TopKRouterConformance):
     backend = "torch"
     device = "cuda"
 

@@ -9,7 +9,7 @@ import torch
 from tokenyard import RoutingRule, Workload
 from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
-from tokenyard.testing import PermutationConformance, RouterConformance
+from tokenyard.testing import PermutationConformance, TopKRouterConformance
 from tokenyard.testing import _router_oracle as oracle
 from tokenyard.testing._compare import assert_close
 from tokenyard_kernels_cuda.ops._logits import logits_backward_op, logits_op
@@ -33,7 +33,7 @@ class TestPermutationOfOddRows(TestPermutation):
     dim = 15
 
 
-class TestRouter(RouterConformance):
+class TestRouter(TopKRouterConformance):
     backend = "cuda"
     device = "cpu"
 

@@ -8,7 +8,7 @@ import torch
 from tokenyard import MoE, RoutingRule, Workload
 from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
-from tokenyard.testing import PermutationConformance, RouterConformance
+from tokenyard.testing import PermutationConformance, TopKRouterConformance
 
 pytestmark = pytest.mark.gpu
 
@@ -22,11 +22,11 @@ class TestPermutationOfOddRows(PermutationConformance):
     dim = 15
 
 
-class TestRouter(RouterConformance):
+class TestRouter(TopKRouterConformance):
     backend = "cuda"
 
 
-class TestRouterOfManyExperts(RouterConformance):
+class TestRouterOfManyExperts(TopKRouterConformance):
     backend = "cuda"
     num_experts, top_k = 72, 9
 

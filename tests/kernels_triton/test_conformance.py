@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenyard.testing import ExpertsConformance, PermutationConformance, RouterConformance
+from tokenyard.testing import ExpertsConformance, PermutationConformance, TopKRouterConformance
 
 
 class TestTritonExperts(ExpertsConformance):
@@ -29,7 +29,7 @@ class TestTritonPermutation(PermutationConformance):
     backend = "triton"
 
 
-class TestTritonRouter(RouterConformance):
+class TestTritonRouter(TopKRouterConformance):
     backend = "triton"
 
 

@@ -14,7 +14,8 @@ from tokenyard.testing._experts import ExpertsConformance
 from tokenyard.testing._model import ModelConformance
 from tokenyard.testing._permutation import PermutationConformance
 from tokenyard.testing._ranks import Ranks, RanksError, ranks
-from tokenyard.testing._router import RouterConformance
+from tokenyard.testing._router import TopKRouterConformance
+from tokenyard.testing._router_contract import RouterContract
 from tokenyard.testing._strategy import StrategyConformance
 
 __all__ = [
@@ -24,7 +25,8 @@ __all__ = [
     "PermutationConformance",
     "Ranks",
     "RanksError",
-    "RouterConformance",
+    "RouterContract",
     "StrategyConformance",
+    "TopKRouterConformance",
     "ranks",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tokenyard.errors import BackendError
 from tokenyard.moe import MoE
 from tokenyard.registry import Chosen, Registry, Request, default_registry
 from tokenyard.testing._base import Conformance
-from tokenyard.workload import Workload
+from tokenyard.workload import RoutingRule, Workload
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _D, _F, _E, _K = 32, 48, 4, 2
@@ -36,6 +36,8 @@ class _WithTheRest(Registry):
 
 class LayerPartConformance(Conformance):
     """What holds for every router, permutation and expert kernel inside ``tokenyard.MoE``."""
+
+    rule: ClassVar[RoutingRule] = RoutingRule()  # the routing of the layer
 
     def test_other_dtype_is_refused(self) -> None:
         """A layer called in another dtype than its workload's raises one sentence and never reaches the backend.
@@ -62,7 +64,9 @@ class LayerPartConformance(Conformance):
         """Return a layer with the backend under test, in the first dtype that it supports."""
         reasons = []
         for dtype in _DTYPES:
-            workload = Workload(_D, _F, _E, _K, dtype=dtype, device=self.run_device())
+            workload = Workload(
+                _D, _F, _E, _K, router=self.rule, dtype=dtype, device=self.run_device()
+            )
             reason = self.offered().unusable(workload)
             if reason is None:
                 chosen: dict[str, Any] = {self.kind: {"name": self.backend, **self.options}}
