@@ -2,7 +2,8 @@
 
 import torch
 
-from tokenyard_models import Dbrx, Mixtral, Mpt, count_parameters, flops_per_token
+from tokenyard import count_parameters
+from tokenyard_models import Dbrx, Mixtral, Mpt
 
 
 def meta(cls, config):
@@ -36,8 +37,7 @@ def test_flops_count_active_matrices_and_causal_attention():
     matrices = layers * (attention + e * d + k * 3 * d * f) + vocab * d
     scores = layers * sum(2 * 2 * d * (position + 1) for position in range(s)) / s
     model = meta(Dbrx, {})
-    assert flops_per_token(model, s) == 2 * matrices + scores
-    assert flops_per_token(model, s, training=True) == 3 * (2 * matrices + scores)
+    assert model.flops_per_token(s) == 2 * matrices + scores
 
 
 def test_a_tied_head_is_one_parameter_and_one_product():
@@ -49,7 +49,7 @@ def test_a_tied_head_is_one_parameter_and_one_product():
     }
     tied, untied = (meta(Mpt, config | {"tie_word_embeddings": tie}) for tie in (True, False))
     assert count_parameters(untied).total - count_parameters(tied).total == 257 * 128
-    assert flops_per_token(untied, 64) == flops_per_token(tied, 64)
+    assert untied.flops_per_token(64) == tied.flops_per_token(64)
 
 
 def test_biases_and_looked_up_positions_are_no_products():
@@ -59,4 +59,4 @@ def test_biases_and_looked_up_positions_are_no_products():
     }
     with_bias, without = (meta(Mpt, config | {"no_bias": flag}) for flag in (False, True))
     assert count_parameters(with_bias).total > count_parameters(without).total
-    assert flops_per_token(with_bias, 64) == flops_per_token(without, 64)
+    assert with_bias.flops_per_token(64) == without.flops_per_token(64)

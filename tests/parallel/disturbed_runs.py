@@ -26,15 +26,16 @@ class Inject(Watch):
         self.digests, self.missed = [], []
 
     def start(self, run):
-        self.digests.append(digest(run))
+        self.digests.append(digest(run.setup))
         if dist.get_rank() == self.rank:
-            spoilt = run.model.blocks[1].ffn.experts if self.where == "experts" else run.model
+            model = run.setup.model
+            spoilt = model.blocks[1].ffn.experts if self.where == "experts" else model
             spoilt.register_forward_hook(
                 lambda module, args, output: self.spoil(output) if self.due(run) else None
             )
 
     def due(self, run):
-        return run.batch == self.step and run.model.training
+        return run.batch == self.step and run.setup.model.training
 
     def spoil(self, output):
         if self.where == "loss":
@@ -46,11 +47,11 @@ class Inject(Watch):
 
     def batch_end(self, run, record):
         super().batch_end(run, record)
-        self.digests.append(digest(run))
+        self.digests.append(digest(run.setup))
 
     def skipped(self, run, record):
         self.missed.append(record["batch"])
-        self.digests.append(digest(run))
+        self.digests.append(digest(run.setup))
 
 
 def spoilt(settings: dict, *injection) -> tuple[list[str], list[int], str]:
@@ -71,7 +72,7 @@ class Signal(Watch):
         self.rank, self.step, self.where = rank, step, where
 
     def start(self, run):
-        reduce = run.strategy.reduce
+        reduce = run.setup.strategy.reduce
 
         def reduce_and_ask(x):
             if (
@@ -82,7 +83,7 @@ class Signal(Watch):
                 os.kill(os.getpid(), signal.SIGTERM)
             return reduce(x)
 
-        run.strategy.reduce = reduce_and_ask
+        run.setup.strategy.reduce = reduce_and_ask
 
     def batch_end(self, run, record):
         super().batch_end(run, record)

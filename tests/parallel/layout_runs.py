@@ -17,9 +17,11 @@ from tokenyard_train.callbacks import Callback
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
-from tokenyard_train.engine.resume import _tensors, resume, start_from
-from tokenyard_train.engine.setup import build_run
+from tokenyard_train.engine.resume import resume, start_from
+from tokenyard_train.engine.save import run_tensors
+from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.step import train_step
+from tokenyard_train.records.metrics import Unwritten
 
 
 class Result(NamedTuple):
@@ -43,14 +45,14 @@ def trained(settings: dict) -> Result:
     """Train as settings say."""
     watch = Watch()
     train(read_config(settings), Console(quiet=True), [watch])
-    return Result(digest(watch.run), watch.losses, watch.run.batch)
+    return Result(digest(watch.run.setup), watch.losses, watch.run.batch)
 
 
 def loaded(settings: dict) -> Result:
     """Build a run and load its newest checkpoint, no more."""
-    run = build_run(read_config(settings), Console(quiet=True))
-    run.batch = resume(run)
-    return Result(digest(run), [], run.batch)
+    run = build_setup(read_config(settings), Console(quiet=True))
+    position = resume(run, Unwritten(run.folder))
+    return Result(digest(run), [], position.batch)
 
 
 class Read(NamedTuple):
@@ -71,10 +73,10 @@ def started(settings: dict) -> Read:
         sizes.append(tensor.nbytes)
         return tensor
 
-    run = build_run(read_config(settings), Console(quiet=True))
+    run = build_setup(read_config(settings), Console(quiet=True))
     Reader.read = noted
     try:
-        start_from(run, settings["load_path"])
+        start_from(run.model, settings["load_path"])
     finally:
         Reader.read = read
     return Read(
@@ -99,7 +101,8 @@ def benched(path: str, out: str, overrides: list[str]) -> list[str]:
 
 def gradients(settings: dict) -> dict[str, list[float]]:
     """Return the experts' gradients of the first step, each put together from its shards."""
-    run, found = build_run(read_config(settings), Console(quiet=True)), {}
+    run = build_setup(read_config(settings), Console(quiet=True))
+    found = {}
 
     def note(*_) -> None:
         for name, p in run.model.named_parameters():
@@ -111,28 +114,28 @@ def gradients(settings: dict) -> dict[str, list[float]]:
                 )
 
     run.optimizer.register_step_pre_hook(note)
-    train_step(run)
+    train_step(run, 0)
     return found
 
 
 def initial(settings: dict) -> str:
     """Return the digest of the weights that a new run starts from."""
-    return digest(build_run(read_config(settings), Console(quiet=True)))
+    return digest(build_setup(read_config(settings), Console(quiet=True)))
 
 
 def refused(settings: dict) -> str:
     """Return the sentence that a config is refused with."""
     try:
-        build_run(read_config(settings), Console(quiet=True))
+        build_setup(read_config(settings), Console(quiet=True))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"
 
 
-def digest(run) -> str:
+def digest(run: Setup) -> str:
     """Return the SHA-256 of all tensors of a checkpoint of the run, each put together from its shards."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(_tensors(run).items()):
+    for name, tensor in sorted(run_tensors(run).items()):
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         sha.update(
             name.encode() + full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -142,7 +145,7 @@ def digest(run) -> str:
 
 def memory(settings: dict) -> tuple[int, int, dict[str, int]]:
     """Return the bytes that this rank holds in parameters, and saves for the backward pass; and those estimated."""
-    run = build_run(read_config(settings), Console(quiet=True))
+    run = build_setup(read_config(settings), Console(quiet=True))
     held = sum(_local(p).numel() * p.element_size() for p in run.model.parameters())
     foretold = estimated(run)
     saved: dict[int, int] = {}

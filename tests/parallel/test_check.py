@@ -18,7 +18,7 @@ from tokenyard_parallel.strategies._cut import expert_dim
 from tokenyard_train.commands.check import check
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.config import load_config, read_config
-from tokenyard_train.engine.setup import build_model, meta_model
+from tokenyard_train.engine.build_model import build_model, meta_model
 
 DBRX = {"name": "dbrx", "size": "full"}
 LAYOUTS = [

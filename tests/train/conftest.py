@@ -8,7 +8,7 @@ from rich.console import Console
 
 from tokenyard_train.cli import main as cli
 from tokenyard_train.config import TrainConfig, read_config
-from tokenyard_train.engine.setup import Run, build_run
+from tokenyard_train.engine.setup import Setup, build_setup
 
 MODEL = {
     "name": "dbrx",
@@ -60,9 +60,9 @@ def console() -> Console:
 
 
 @pytest.fixture
-def build(config: Callable[..., TrainConfig], console: Console) -> Callable[..., Run]:
-    """Build a run of the config, ready for its first step."""
-    return lambda **changes: build_run(config(**changes), console)
+def build(config: Callable[..., TrainConfig], console: Console) -> Callable[..., Setup]:
+    """Build the setup of a run of the config, ready for its first step."""
+    return lambda **changes: build_setup(config(**changes), console)
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_a_run_that_a_callback_ends_is_saved(config, console, save_async):
     class Stop(Notes):
         def batch_end(self, run, record):
             if run.batch == 3:
-                run.batches = run.batch
+                run.stop_training()
 
     stop = Stop()
     train(

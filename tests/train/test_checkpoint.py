@@ -22,6 +22,7 @@ from tokenyard_train.checkpoint import (
     write_checkpoint,
 )
 from tokenyard_train.engine.resume import resume
+from tokenyard_train.records.metrics import Metrics
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_debris(
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path, build):
     run = build()
     (run.folder / ".unfinished-ba3").mkdir()
-    assert resume(run) == 0
+    assert resume(run, Metrics(run.folder / "metrics.jsonl")).batch == 0
     assert not (run.folder / ".unfinished-ba3").exists()
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tokenyard import Layout
 from tokenyard_train.commands.memory import estimate
-from tokenyard_train.engine.setup import build_model
+from tokenyard_train.engine.build_model import build_model
 
 from .conftest import MODEL
 

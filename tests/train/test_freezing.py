@@ -11,20 +11,21 @@ from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
-from tokenyard_train.engine.setup import build_run
+from tokenyard_train.engine.setup import build_setup
 from tokenyard_train.engine.step import train_step
 
 
 def stepped(settings):
     """Return a run after one step, its parameters before, and which had a gradient."""
-    run, with_gradient = build_run(read_config(settings), Console(quiet=True)), set()
+    run = build_setup(read_config(settings), Console(quiet=True))
+    with_gradient = set()
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
     def note(*_):
         with_gradient.update(name for name, p in run.model.named_parameters() if p.grad is not None)
 
     run.optimizer.register_step_pre_hook(note)
-    train_step(run)
+    train_step(run, 0)
     return run, before, with_gradient
 
 
@@ -91,11 +92,13 @@ def test_a_run_with_adapters_starts_from_one_without_and_goes_on(settings, tmp_p
 
 def test_mistakes(settings):
     with pytest.raises(ConfigError, match=r"lora\.train_also: 'norms' matches no parameter"):
-        build_run(read_config(settings | {"lora": {"train_also": ["norms"]}}), Console(quiet=True))
+        build_setup(
+            read_config(settings | {"lora": {"train_also": ["norms"]}}), Console(quiet=True)
+        )
     with pytest.raises(
         ConfigError,
         match=r"frozen: 'head\.weigth' matches no parameter \(did you mean 'head\.weight'",
     ):
-        build_run(read_config(settings | {"frozen": ["head.weigth"]}), Console(quiet=True))
+        build_setup(read_config(settings | {"frozen": ["head.weigth"]}), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"frozen: '\*' leave nothing to train"):
-        build_run(read_config(settings | {"frozen": ["*"]}), Console(quiet=True))
+        build_setup(read_config(settings | {"frozen": ["*"]}), Console(quiet=True))

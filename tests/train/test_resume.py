@@ -4,32 +4,46 @@ import pytest
 import torch
 
 from tokenyard_train.checkpoint import CheckpointError, read_meta
+from tokenyard_train.checkpoint.background import Saver
 from tokenyard_train.engine import resume as module
-from tokenyard_train.engine.resume import resume, save, start_from
+from tokenyard_train.engine.resume import resume, start_from
+from tokenyard_train.engine.save import save
+from tokenyard_train.engine.state import Position, Run
 from tokenyard_train.engine.step import train_step
+from tokenyard_train.records.metrics import Metrics
 
 from .conftest import MODEL
 
 
-def saved(run):
-    save(run)
-    return run.saver.finish()
+AT_START = Position()
+
+
+def metrics(setup) -> Metrics:
+    return Metrics(setup.folder / "metrics.jsonl")
+
+
+def saved(setup, position=AT_START):
+    writer = Saver(setup.folder, keep=-1, behind=False, device=setup.device)
+    save(Run(setup, metrics(setup), position), writer)
+    return writer.finish()
+
+
+def resumed(setup) -> Position:
+    return resume(setup, metrics(setup))
 
 
 def test_autoresume_without_a_checkpoint_starts_anew(build):
-    assert resume(build(autoresume=True)) == 0
+    assert resumed(build(autoresume=True)) == Position()
 
 
 def test_state_and_position_come_back(build):
     run = build()
-    for run.batch in range(3):
-        train_step(run)
-    run.batch = 3
-    saved(run)
+    for batch in range(3):
+        train_step(run, batch)
+    saved(run, Position(batch=3, skipped=1))
     again = build(autoresume=True)
-    assert resume(again) == 3
-    again.batch = 3
-    assert train_step(again) == train_step(run)
+    assert resumed(again) == Position(batch=3, skipped=1)
+    assert train_step(again, 3) == train_step(run, 3)
     for a, b in zip(run.model.parameters(), again.model.parameters()):
         assert torch.equal(a, b)
         for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -54,7 +68,7 @@ def test_state_and_position_come_back(build):
 def test_a_config_that_disagrees_is_named(build, changes, sentence):
     saved(build())
     with pytest.raises(CheckpointError, match=sentence):
-        resume(build(autoresume=True, **changes))
+        resumed(build(autoresume=True, **changes))
 
 
 @pytest.fixture
@@ -71,17 +85,17 @@ def older(monkeypatch):
 
 def test_a_key_that_is_newer_than_the_checkpoint_stands_for_its_default(build, older):
     saved(build())
-    assert resume(build(autoresume=True)) == 0
+    assert resumed(build(autoresume=True)) == Position()
     with pytest.raises(
         CheckpointError, match=r"lora is \{.*\}, but checkpoint .*ba0 was made with None"
     ):
-        resume(build(autoresume=True, lora={"rank": 2}))
+        resumed(build(autoresume=True, lora={"rank": 2}))
 
 
 def test_how_experts_are_shared_out_may_change_by_either_name(build):
     shared = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_world_size": 1}}
     saved(build(model=shared))
-    assert resume(build(autoresume=True)) == 0
+    assert resumed(build(autoresume=True)) == Position()
 
 
 def test_backends_microbatch_and_duration_may_change(build):
@@ -91,16 +105,16 @@ def test_backends_microbatch_and_duration_may_change(build):
         "device_train_microbatch_size": 1,
         "max_duration": "9ba",
     }
-    assert resume(build(autoresume=True, **changes)) == 0
+    assert resumed(build(autoresume=True, **changes)) == Position()
 
 
 def test_load_path_takes_weights_for_a_new_run(build, tmp_path):
     run = build()
-    train_step(run)
+    train_step(run, 0)
     saved(run)
     for path in (run.folder, run.folder / "ba0"):
         fresh = build(seed=5, save_folder=str(tmp_path / "other"))
-        start_from(fresh, str(path))
+        start_from(fresh.model, str(path))
         assert all(
             torch.equal(a, b) for a, b in zip(run.model.parameters(), fresh.model.parameters())
         )
@@ -111,7 +125,7 @@ def test_load_path_of_another_model_is_refused(build, tmp_path):
     saved(build())
     other = build(model=MODEL | {"d_model": 32}, save_folder=str(tmp_path / "other"))
     with pytest.raises(CheckpointError, match=r"checkpoint .*ba0 is of another model: .*"):
-        start_from(other, str(tmp_path / "run"))
+        start_from(other.model, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -120,4 +134,4 @@ def test_load_path_of_another_model_is_refused(build, tmp_path):
 )
 def test_load_path_without_a_checkpoint(build, tmp_path, path, sentence):
     with pytest.raises(CheckpointError, match=sentence):
-        start_from(build(), str(tmp_path / path))
+        start_from(build().model, str(tmp_path / path))

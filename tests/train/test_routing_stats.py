@@ -124,7 +124,7 @@ def test_a_gpu_is_waited_for_once(recwarn):
 
 
 def test_a_step_reports_every_layer(build):
-    result = train_step(build())
+    result = train_step(build(), 0).result
     assert len(result.routing) == len(result.load) == 2
     for layer, load in zip(result.routing, result.load):
         assert layer["busiest"] == pytest.approx(4 * max(load), abs=1e-5)
@@ -137,6 +137,8 @@ def test_a_step_reports_every_layer(build):
 
 def test_a_dense_model_has_no_routing(build):
     assert (
-        train_step(build(model={"name": "mpt_causal_lm", "size": "tiny", "d_model": 16})).routing
+        train_step(
+            build(model={"name": "mpt_causal_lm", "size": "tiny", "d_model": 16}), 0
+        ).result.routing
         == []
     )

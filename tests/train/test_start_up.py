@@ -53,12 +53,12 @@ except SystemExit as ended:
 def test_a_step_needs_no_compiler_and_no_checkpoint(written, with_torch):
     code = """
 from rich.console import Console
-from tokenyard_train.engine.setup import build_run
+from tokenyard_train.engine.setup import build_setup
 from tokenyard_train.config import load_config
 from tokenyard_train.commands.train import train
 from tokenyard_train.engine.step import train_step
-run = build_run(load_config(sys.argv[1]), Console(quiet=True))
-train_step(run)
-train_step(run)
+setup = build_setup(load_config(sys.argv[1]), Console(quiet=True))
+train_step(setup, 0)
+train_step(setup, 1)
 """
     assert imported(code, written) == with_torch

@@ -13,7 +13,7 @@ from tokenyard.numerics import relative_error
 from tokenyard_train.callbacks import Callback
 from tokenyard_train.commands.train import train
 from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped
-from tokenyard_train.engine.step import _accumulate, train_step
+from tokenyard_train.engine.step import accumulate, train_step
 
 from .conftest import MODEL
 
@@ -25,7 +25,7 @@ def gradients(run) -> dict[str, torch.Tensor]:
     for moe in moe_layers(run.model):
         moe.workload = moe.experts.workload = replace(moe.workload, dtype=torch.float64)
     run.model.train()
-    _accumulate(run)
+    accumulate(run, 0)
     return {name: p.grad for name, p in run.model.named_parameters()}
 
 
@@ -57,7 +57,7 @@ def test_accumulation_changes_nothing_but_rounding(build, microbatch):
 
 def test_counts_are_summed_over_microbatches(build):
     whole, parts = build(), build(device_train_microbatch_size=1)
-    a, b = train_step(whole), train_step(parts)
+    a, b = train_step(whole, 0).result, train_step(parts, 0).result
     assert a.load == b.load
     assert [sum(layer) for layer in a.load] == pytest.approx([1, 1], abs=1e-5)
 
@@ -65,7 +65,7 @@ def test_counts_are_summed_over_microbatches(build):
 def test_recomputing_activations_changes_nothing(build):
     jitter = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_jitter_eps": 0.1}}
     plain, recomputed = build(model=jitter), build(model=jitter, activation_checkpointing=True)
-    assert train_step(plain) == train_step(recomputed)
+    assert train_step(plain, 0).result == train_step(recomputed, 0).result
     for a, b in zip(plain.model.parameters(), recomputed.model.parameters()):
         assert torch.equal(a, b)
 
@@ -80,42 +80,48 @@ def test_clipping_is_by_the_global_norm(build):
                 {name: [p.grad.clone() for p in o.param_groups[0]["params"]]}
             )
         )
-    norms = [train_step(run).grad_norm for run in (free, clipped)]
+    norms = [train_step(run, 0).result.grad_norm for run in (free, clipped)]
     assert norms[0] == norms[1] > 1e-3
     for a, b in zip(seen["free"], seen["clipped"]):
         assert relative_error(b, a * (1e-3 / norms[0])) < 1e-4
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
-def test_a_number_that_is_not_finite_stops_before_anything_changes(build, where):
+def test_a_number_that_is_not_finite_changes_nothing_and_the_next_step_is_taken(build, where):
     run = build()
-    train_step(run)
+    train_step(run, 0)
     before = [p.detach().clone() for p in run.model.parameters()]
     if where == "loss":
-        run.model.norm.weight.data[0] = math.inf
-        before = [p.detach().clone() for p in run.model.parameters()]
+        hook = run.model.norm.register_forward_hook(lambda *args: args[-1] * math.inf)
     else:
-        run.model.blocks[0].ffn.experts.up.register_hook(lambda g: g * math.nan)
-    with pytest.raises(
-        NonFiniteError, match=rf"the {where} of batch 1 is nan; the step was not taken"
-    ):
-        train_step(run)
-    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
-
-
-def test_a_skipped_step_changes_nothing_and_the_next_is_taken(build):
-    run = build(nonfinite="skip")
-    train_step(run)
-    before = [p.detach().clone() for p in run.model.parameters()]
-    hook = run.model.norm.register_forward_hook(lambda *args: args[-1] * math.inf)
-    result = train_step(run)
+        hook = run.model.blocks[0].ffn.experts.up.register_hook(lambda g: g * math.nan)
+    result = train_step(run, 1).result
     assert isinstance(result, Skipped)
-    assert math.isnan(result.loss)
+    assert math.isnan(result.loss if where == "loss" else result.grad_norm)
+    assert math.isfinite(result.loss) == (where == "gradient norm")
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
     assert all(p.grad is None for p in run.model.parameters())
     hook.remove()
-    assert not isinstance(train_step(run), Skipped)
-    assert run.skipped == 0
+    assert not isinstance(train_step(run, 2).result, Skipped)
+
+
+def test_flags_are_returned(build):
+    assert train_step(build(), 0, flags=(False, True)).flags == [False, True]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient norm"])
+def test_a_number_that_is_not_finite_stops_a_run(config, console, where):
+    class Break(Callback):
+        def batch_end(self, run, record):
+            if where == "loss":
+                run.setup.model.norm.weight.data[0] = math.inf
+            else:
+                run.setup.model.blocks[0].ffn.experts.up.register_hook(lambda g: g * math.nan)
+
+    with pytest.raises(
+        NonFiniteError, match=rf"the {where} of batch 2 is nan; the step was not taken"
+    ):
+        train(config(), console, [Break()])
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(config, console, tmp_path):
@@ -123,7 +129,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(config, console, tmp_path)
 
     class Break(Callback):
         def start(self, run):
-            run.model.norm.register_forward_hook(
+            run.setup.model.norm.register_forward_hook(
                 lambda *args: args[-1] * math.nan if run.batch >= 2 else None
             )
 
@@ -149,7 +155,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(config, console, tmp_path)
 def test_a_run_whose_every_step_is_skipped_ends(config, console):
     class Break(Callback):
         def start(self, run):
-            run.model.norm.register_forward_hook(lambda *args: args[-1] * math.nan)
+            run.setup.model.norm.register_forward_hook(lambda *args: args[-1] * math.nan)
 
     result = train(
         config(nonfinite="skip", eval_loader=None, max_duration="3ba"), console, [Break()]
@@ -164,7 +170,7 @@ def test_selection_bias_moves_once_a_step_by_the_whole_batch(build):
         device_train_microbatch_size=1,
         activation_checkpointing=True,
     )
-    result = train_step(run)
+    result = train_step(run, 0).result
     for moe, load in zip(moe_layers(run.model), result.load):
         want = [0.01 * ((share < 0.25) - (share > 0.25)) for share in load]
         assert moe.router.selection_bias.tolist() == pytest.approx(want)
@@ -174,14 +180,14 @@ def test_randomness_depends_on_the_step_alone(build):
     jitter = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_jitter_eps": 0.1}}
     first, second = build(model=jitter), build(model=jitter)
     torch.manual_seed(1)
-    a = train_step(first)
+    a = train_step(first, 0).result
     torch.manual_seed(2)
-    assert train_step(second) == a
-    second.batch = 1
-    assert train_step(second).loss != a.loss
+    assert train_step(second, 0).result == a
+    assert train_step(second, 1).result.loss != a.loss
 
 
 def test_amp_computes_in_bfloat16_and_stays_near(build):
-    plain, amp = train_step(build()), train_step(build(precision="amp_bf16"))
+    plain = train_step(build(), 0).result
+    amp = train_step(build(precision="amp_bf16"), 0).result
     assert amp.loss != plain.loss
     assert amp.loss == pytest.approx(plain.loss, rel=0.01)

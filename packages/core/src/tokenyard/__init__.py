@@ -4,6 +4,7 @@ from tokenyard.__about__ import __version__
 from tokenyard.activations import ACTIVATIONS, activate, is_gated, up_rows
 from tokenyard.backend import KINDS, Backend, Kind
 from tokenyard.cache import cache_folder
+from tokenyard.count import Size, count_parameters
 from tokenyard.devices import resolve_device
 from tokenyard.errors import BackendError, ConfigError, TokenyardError
 from tokenyard.experts import Experts, GroupedExperts
@@ -16,7 +17,6 @@ from tokenyard.interfaces import (
     ExpertKernel,
     ExpertWeights,
     Layout,
-    Model,
     Output,
     Permutation,
     Plan,
@@ -26,6 +26,7 @@ from tokenyard.interfaces import (
 )
 from tokenyard.lora import LoraAdapter, add_lora, merge_lora
 from tokenyard.losses import AuxiliaryLoss, load_balancing_loss, z_loss
+from tokenyard.model import Model, SavedBytes
 from tokenyard.moe import MoE, moe_layers
 from tokenyard.processes import started_processes
 from tokenyard.registry import Chosen, Registry, default_registry
@@ -59,6 +60,8 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingRule",
+    "SavedBytes",
+    "Size",
     "Strategy",
     "TokenyardError",
     "Workload",
@@ -66,6 +69,7 @@ __all__ = [
     "activate",
     "add_lora",
     "cache_folder",
+    "count_parameters",
     "default_registry",
     "hookimpl",
     "is_gated",

@@ -11,10 +11,10 @@ from tokenyard.errors import BackendError
 from tokenyard.workload import Workload
 
 Kind = Literal["router", "permutation", "experts", "exchange", "strategy", "model"]
-"""What a backend is an implementation of."""
+"""The interface that a backend implements."""
 
 KINDS: tuple[Kind, ...] = ("router", "permutation", "experts", "exchange", "strategy", "model")
-"""What can be replaced by a plugin; each has the hook ``tokenyard_<kind>s`` (``tokenyard_experts``)."""
+"""The kinds that a plugin can add. Each has the hook ``tokenyard_<kind>s``, or ``tokenyard_experts``."""
 
 
 def _always(workload: Workload) -> str | None:
@@ -23,21 +23,24 @@ def _always(workload: Workload) -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """What a plugin offers: a name for config, where the class is, and when it can be used.
+    """A plugin's offer: a name for configs, the class, and when it is usable.
 
-    The class is imported only when the backend is chosen. How it is constructed depends on the kind: routers and
-    permutations as ``cls(workload, **options)``; expert kernels ``cls(workload, permutation, **options)``; exchanges
-    ``cls(workload, permutation, group, **options)``; strategies ``cls(device=..., **options)``; models
-    ``cls(config, backends=..., device=..., dtype=...)``.
+    The class is imported only when the backend is chosen. Its constructor depends on the kind:
+
+    * routers and permutations: ``cls(workload, **options)``
+    * expert kernels: ``cls(workload, permutation, **options)``
+    * exchanges: ``cls(workload, permutation, group, **options)``
+    * strategies: ``cls(device=..., **options)``
+    * models: see ``tokenyard.Model``
     """
 
-    name: str  # what config says
+    name: str  # in configs
     path: str  # "package.module:Class"
     priority: int = 0  # "auto" takes the highest usable one; a reference has 0, an oracle less
-    unusable: Callable[[Workload], str | None] = _always  # None, or one sentence that says why not
+    unusable: Callable[[Workload], str | None] = _always  # None, or one sentence with the reason
 
     def load(self) -> Any:
-        """Import the class; raises BackendError naming the path if that fails."""
+        """Import the class. Raises BackendError, which names the path, if that fails."""
         module, _, name = self.path.partition(":")
         try:
             return getattr(importlib.import_module(module), name)

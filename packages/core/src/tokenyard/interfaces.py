@@ -1,7 +1,7 @@
-"""What tokenyard's packages pass to each other, and what each of them promises.
+"""The types that tokenyard's packages pass to each other, and the protocols of backends.
 
-Shapes stand as trailing comments: T tokens, K experts per token, N = T*K slots, E experts, D model width, F expert
-width, R rows of a plan, B sequences of S tokens, V vocabulary.
+Shapes are trailing comments: T tokens, K experts per token, N = T*K slots, E experts, D model
+width, F expert width, R rows of a plan, B sequences of S tokens, V vocabulary.
 
     router(x)  -> Routing
     experts(x, routing)
@@ -12,74 +12,83 @@ width, R rows of a plan, B sequences of S tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 
 class Routing(NamedTuple):
-    """What the router decided for each token; a pytree, so FSDP2's hooks and Dynamo pass through it.
+    """The experts of each token, and their weights. A pytree, so FSDP2's hooks and Dynamo see through.
 
-    An id at or past E is dropped: no compute, and it adds nothing to the token's output. Of those, `E` says nothing
-    more, and `E + 1 + e` says that the router had chosen expert `e` before its capacity ran out.
+    A slot whose id is E or higher is dropped: it is not computed and adds nothing to the output.
+    `E` means dropped. `E + 1 + e` means dropped because expert `e` was full.
     """
 
     topk_ids: Tensor  # [T, K] int32
     topk_weights: Tensor  # [T, K] promote_types(x.dtype, float32), differentiable
-    logits: Tensor  # [T, E] same dtype as topk_weights, differentiable, for the auxiliary losses
+    logits: Tensor  # [T, E] dtype of topk_weights, differentiable, for the auxiliary losses
 
 
 class Plan(NamedTuple):
-    """How slots line up when sorted by expert: rows ``offsets[e]:offsets[e + 1]`` belong to expert e, slots ascending.
+    """Slots sorted by expert: rows ``offsets[e]:offsets[e + 1]`` belong to expert e, slots ascending.
 
-    R is a static bound on the rows kept: N unless the caller knows better. Rows at and past ``offsets[-1]`` are the
-    tail: nobody reads them, they add nothing, and their gradient is zero.
+    R is a static bound on the number of rows, N by default. Rows from ``offsets[-1]`` on are the
+    tail: they are never read, add nothing, and have a zero gradient.
     """
 
-    order: Tensor  # [R] int32: the slot (t*K + k) of each sorted row; its token is order // top_k
-    inverse: Tensor  # [N] int32: the sorted row of each slot; a value >= offsets[-1] means dropped
+    order: Tensor  # [R] int32: the slot (t*K + k) of each row; its token is order // top_k
+    inverse: Tensor  # [N] int32: the row of each slot; a value >= offsets[-1] means dropped
     offsets: Tensor  # [E + 1] int32
     top_k: int  # K
 
 
 class ExpertWeights(NamedTuple):
-    """The packed weights of the experts on this rank, in Hugging Face's in-memory layout (v5)."""
+    """Packed weights of this rank's experts, in the in-memory layout of Hugging Face transformers 5."""
 
-    up: Tensor  # [E, 2F, D], gate rows first, when the activation is gated; else [E, F, D]
+    up: Tensor  # [E, 2F, D], gate rows first, if the activation is gated; else [E, F, D]
     down: Tensor  # [E, D, F]
     up_bias: Tensor | None = None  # [E, 2F] or [E, F]
     down_bias: Tensor | None = None  # [E, D], weighted by topk_weights
 
 
 class Balance(NamedTuple):
-    """One layer's routing, reduced to what losses, statistics and the selection bias need; sums, so they add up.
+    """Sums over the tokens of one layer's routing, for losses, statistics and the selection bias.
 
-    Add them over microbatches and ranks; divide by the number of tokens only in the loss.
+    Add Balances over microbatches and ranks. Only the loss divides by the number of tokens.
     """
 
-    counts: Tensor  # [E] int64: slots the router chose for each expert, those dropped for capacity included
+    counts: Tensor  # [E] int64: slots that selected each expert, those dropped for capacity too
     dropped: Tensor  # [] int64: slots that were dropped
     prob_sum: Tensor  # [E] differentiable: sum over tokens of the probability of each expert
     z_sum: Tensor  # [] differentiable: sum over tokens of logsumexp(logits)^2
 
 
 class Output(NamedTuple):
-    """What a model returns: next-token logits, and one Balance for each MoE block in order."""
+    """A model's result: next-token logits, and the Balance of each MoE layer in order."""
 
     logits: Tensor  # [B, S, V]
     balances: tuple[Balance, ...]
 
 
+M = TypeVar("M", bound=nn.Module)
+
 Compute = Callable[..., Tensor]
-"""``(x [S, D], topk_ids [S, K], topk_weights [S, K] | None, rows: int | None = None) -> [S, D]`` on local experts."""
+"""``(x [S, D], topk_ids [S, K], topk_weights [S, K] | None, rows: int | None = None) -> [S, D]``.
+
+It computes the experts of this rank."""
 
 
 class Router(Protocol):
-    """Chooses K experts per token; an nn.Module, since routers own parameters (`weight` [E, D] first of all)."""
+    """Selects K experts for each token. An nn.Module, since it owns parameters.
+
+    Constructed as ``cls(workload, **options)``; ``workload.router`` says what it computes.
+    """
+
+    weight: Tensor  # [E, D], the matrix of the logits
 
     def __call__(self, x: Tensor, topk_ids: Tensor | None = None) -> Routing:
-        """Route x [T, D]; ids given are taken as they are (replay, forced balance) and only weighted."""
+        """Route x [T, D]. Given ids [T, K] (replay, forced balance) are only weighted."""
         ...
 
     def balance(self, routing: Routing) -> Balance:
@@ -87,53 +96,60 @@ class Router(Protocol):
         ...
 
     def update(self, counts: Tensor) -> None:
-        """Adjust the router's state after an optimizer step, by counts [E] summed over microbatches and ranks."""
+        """Adjust the router's state after an optimizer step.
+
+        `counts` [E] are ``Balance.counts``, summed over microbatches and ranks.
+        """
         ...
 
 
 class Permutation(Protocol):
-    """Makes plans and moves rows by them; stateless and differentiable."""
+    """Sorts slots by expert and moves rows. Stateless and differentiable."""
 
     def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
-        """Sort the slots of topk_ids [T, K] by expert, stably; `rows` bounds how many are kept (no host sync)."""
+        """Sort the slots of topk_ids [T, K] by expert, stably.
+
+        `rows` bounds the number of rows that are kept, so that no host sync is needed.
+        """
         ...
 
     def permute(self, x: Tensor, plan: Plan) -> Tensor:
-        """Copy tokens x [T, D] to their rows [R, D]; the tail is zero."""
+        """Copy tokens x [T, D] to their rows [R, D]. The tail is zero."""
         ...
 
     def unpermute(self, rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
-        """Sum each token's rows [R, D], weighted by topk_weights [T, K] if given, to [T, D] in the rows' dtype."""
+        """Sum each token's rows [R, D] to [T, D] in the rows' dtype, weighted by topk_weights [T, K]."""
         ...
 
 
 class ExpertKernel(Protocol):
-    """Computes experts on unsorted tokens; stateless; x, weights and the result have one dtype."""
+    """Computes experts on unsorted tokens. Stateless. x, weights and the result have one dtype."""
 
     def __call__(
         self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
     ) -> Tensor:
-        """Return y [T, D] = sum over k of topk_weights[t, k] * expert(x[t]); without weights each counts 1."""
+        """Return y [T, D], the sum over k of topk_weights[t, k] * expert(x[t]).
+
+        Without topk_weights each expert counts 1.
+        """
         ...
 
 
 class Exchange(Protocol):
-    """Carries tokens to the ranks that hold their experts, has them computed there, and brings the sums back."""
+    """Sends tokens to the ranks that hold their experts, and returns the sums of the results."""
 
-    received: float  # rows that come to a rank for each of its own tokens, if all experts get the same; 0 without ranks
+    received: float  # rows that arrive at a rank per local token, if routing is uniform
 
     def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
-        """Return y [T, D] for x [T, D]; `compute` may be called several times, on chunks."""
+        """Return y [T, D] for x [T, D]. `compute` may be called once for each of several chunks."""
         ...
 
 
 class Layout(NamedTuple):
-    """What a strategy made of a model, as one rank sees it."""
+    """A model's layout over ranks, as seen by one of them."""
 
-    meshes: Mapping[
-        str, Mapping[str, int]
-    ]  # of which parameters: how many ranks along each dimension, outermost first
-    working_set: int  # bytes, at most, that a step holds besides this rank's parameters and gradients: gathered ones
+    meshes: Mapping[str, Mapping[str, int]]  # parameter group -> mesh dimension -> ranks
+    working_set: int  # the most bytes of gathered parameters and gradients that a step holds
 
 
 class Strategy(Protocol):
@@ -142,39 +158,35 @@ class Strategy(Protocol):
     data: tuple[int, int]  # (rank, size) in sample order
 
     def unusable(self, model: nn.Module) -> str | None:
-        """Say in one sentence why this (meta) model cannot be laid out so, and what would work; else None."""
+        """Return one sentence if this meta-device model cannot be laid out, else None.
+
+        The sentence says why, and what would work.
+        """
         ...
 
-    def layout(self, model: nn.Module) -> nn.Module:
-        """Shard a model that stands on the meta device, where it stays, and install exchanges.
+    def layout(self, model: M) -> M:
+        """Shard a model on the meta device, install exchanges, and return it.
 
-        ``to_empty(device=...)`` then allocates what this rank holds, and no more.
+        ``tokenyard.sharded.allocate`` then allocates what this rank holds, and no more.
         """
         ...
 
     def describe(self, model: nn.Module) -> Layout:
-        """Say how a model that was laid out lies, allocated or not."""
+        """Report the layout of a laid-out model, on the meta device or allocated."""
         ...
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Sum x over the data ranks."""
+        """Return the sum of x over the data ranks."""
         ...
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Scale all gradients to a global norm of at most max_norm; return the norm before."""
-        ...
+        """Scale all gradients to a global norm of at most max_norm. Return the norm before.
 
-
-class Model(Protocol):
-    """A language model. Constructed as ``cls(config, backends=..., device=..., dtype=...)``."""
-
-    blocks: nn.ModuleList
-
-    def __call__(self, ids: Tensor, cache: Any = None) -> Output:
-        """Return the logits that follow each of ids [B, S]; a cache continues earlier calls."""
+        An infinite max_norm changes nothing.
+        """
         ...
 
 
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of router logits and weights for x of `dtype`: float32, or float64 for float64."""
+    """Return the dtype of router logits and weights for x of `dtype`: at least float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -3,7 +3,6 @@
 from tokenyard_models.__about__ import __version__
 from tokenyard_models.cache import Cache
 from tokenyard_models.config import MoEConfig, TransformerConfig
-from tokenyard_models.count import Size, count_parameters, flops_per_token
 from tokenyard_models.dbrx import Dbrx
 from tokenyard_models.hf import WeightsError, from_hf, to_hf, upcycle
 from tokenyard_models.hf.inside import use_in_transformers
@@ -31,16 +30,13 @@ __all__ = [
     "Qwen3",
     "Qwen3Moe",
     "RopeScaling",
-    "Size",
     "Strict",
     "Transformer",
     "TransformerConfig",
     "Upcycling",
     "WeightsError",
     "__version__",
-    "count_parameters",
     "draw_rows",
-    "flops_per_token",
     "from_hf",
     "initialize",
     "parse",

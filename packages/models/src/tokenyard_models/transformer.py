@@ -1,30 +1,49 @@
-"""The transformer that every definition is: embeddings, blocks of attention and (mostly) experts, a head.
+"""The transformer that every model family is: embeddings, blocks of attention and experts, a head.
 
-ids [B, S] -> embed -> for each block: x + attention(norm_1(x)); x + ffn(norm_2(x)) -> norm -> head -> logits
+ids [B, S] -> embed -> for each block: x + attention(norm_1(x)); x + ffn(norm_2(x)) -> norm -> head
+-> logits [B, S, V]
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenyard import Balance, ConfigError, FeedForward, MoE, Output, Registry, Workload
+from tokenyard import (
+    Balance,
+    ConfigError,
+    FeedForward,
+    Model,
+    MoE,
+    Output,
+    Registry,
+    SavedBytes,
+    Workload,
+)
+from tokenyard.count import saved_by_ffn, weight_flops_per_token
 from tokenyard.registry import Request
 from tokenyard_models.attention import Attention
 from tokenyard_models.cache import Cache, LayerCache
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.init import initialize
 
+_WIDE = 4  # bytes of float32, the dtype of the stream between blocks
+
 
 class Block(nn.Module):
-    """One layer. Its routing leaves it only as a Balance, never as logits [T, E]."""
+    """One layer: attention, then an MoE layer or a dense network.
+
+    Routing leaves it as a Balance only, never as logits [T, E].
+    """
 
     def __init__(self, config: TransformerConfig, ffn: MoE | FeedForward):
         super().__init__()
-        self.norm_1, self.norm_2 = _norm(config), _norm(config)
+        self.norm_1 = _norm(config)
+        self.norm_2 = _norm(config)
         self.attention = Attention(config)
         self.ffn = ffn
         self.forced_balance = config.moe is not None and config.moe.forced_balance
@@ -32,7 +51,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, Balance | None]:
-        """Return x [B, S, D] and, from an MoE layer, its Balance."""
+        """Return x [B, S, D] and the Balance of an MoE layer."""
         x = x + self.attention(self.norm_1(x), positions, cache)
         if not isinstance(self.ffn, MoE):
             return x + self.ffn(self.norm_2(x)), None
@@ -40,23 +59,25 @@ class Block(nn.Module):
         return x + y, self.ffn.router.balance(routing)
 
     def _forced_ids(self, x: Tensor) -> Tensor | None:
+        """Return ids [T, K] that take experts in turn, if the config asks for forced balance."""
         if not self.forced_balance or not isinstance(self.ffn, MoE):
             return None
-        experts, k = self.ffn.workload.num_experts, self.ffn.workload.top_k
+        experts = self.ffn.workload.num_experts
+        top_k = self.ffn.workload.top_k
         tokens = x.shape[0] * x.shape[1]
-        return torch.arange(tokens * k, device=x.device).remainder(experts).view(tokens, k)
+        slots = torch.arange(tokens * top_k, device=x.device)
+        return slots.remainder(experts).view(tokens, top_k)
 
 
-class Transformer(nn.Module):
+class Transformer(Model):
     """A language model as `config` describes it.
 
-    `backends` are those of its MoE layers; `device` is where it will run and `compute_dtype` what its experts will
-    compute in, by which backends are chosen. Parameters are made in `dtype` on that device, or on the meta device
-    inside ``with torch.device("meta")``; `init_weights` gives them their values. `expert_parallel` ranks share the
-    experts; left out, as many as the config itself asks for, or one.
+    The arguments are those of ``tokenyard.Model``, with a resolved TransformerConfig in place of a
+    `model:` section. `expert_parallel` defaults to what the config asks for, else 1.
+    `init_weights` sets the values of the parameters.
     """
 
-    definition = "transformer"  # the name that configs use, of those that have one
+    definition = "transformer"  # the family's name in configs
 
     def __init__(
         self,
@@ -72,59 +93,107 @@ class Transformer(nn.Module):
         super().__init__()
         if config.moe is None:
             _no_experts(backends or {}, expert_parallel or config.expert_parallel)
-        self.config, self.auxiliary = config, config.auxiliary
+        self.config = config
+        self.auxiliary = config.auxiliary
+        self.vocab_size = config.vocab_size
+        self.max_seq_len = config.max_seq_len
         self.expert_parallel = _expert_parallel(config, expert_parallel)
         workload = _workload(config, torch.device(device), compute_dtype, self.expert_parallel)
         meta = torch.get_default_device().type == "meta"
         with torch.device("meta" if meta else device):
             self.embed = _embedding(config.vocab_size, config.dim)
-            self.positions = (
-                _embedding(config.max_seq_len, config.dim) if config.rope_theta is None else None
-            )
+            self.positions = None
+            if config.rope_theta is None:
+                self.positions = _embedding(config.max_seq_len, config.dim)
             ffns = (
                 _ffn(config, layer, workload, backends, registry) for layer in range(config.layers)
             )
             self.blocks = nn.ModuleList(Block(config, ffn) for ffn in ffns)
             self.norm = _norm(config)
-            self.head = (
-                None if config.tied_head else nn.Linear(config.dim, config.vocab_size, bias=False)
-            )
+            self.head = None
+            if not config.tied_head:
+                self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if dtype is not None:
+            # Not self.to(dtype): a selection bias is a buffer, and stays float32.
             for parameter in self.parameters():
-                parameter.data = parameter.data.to(
-                    dtype
-                )  # not self.to(dtype): a selection bias stays float32
+                parameter.data = parameter.data.to(dtype)
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Output:
-        """Return logits [B, S, V] for ids [B, S] and the Balance of each MoE layer; a cache continues earlier calls."""
+        """Return logits [B, S, V] for ids [B, S], and the Balance of each MoE layer.
+
+        A cache continues earlier calls. Raises ConfigError for more tokens than max_seq_len.
+        """
         start = 0 if cache is None else cache.length
-        if start + ids.shape[1] > self.config.max_seq_len:
-            length = start + ids.shape[1]
+        end = start + ids.shape[1]
+        if end > self.max_seq_len:
             raise ConfigError(
-                f"{length} tokens were given to a model whose max_seq_len is {self.config.max_seq_len}"
+                f"{end} tokens were given to a model whose max_seq_len is {self.max_seq_len}"
             )
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        # Embed: [B, S] -> [B, S, D]
+        positions = torch.arange(start, end, device=ids.device)
         x = self.embed(ids)
         if self.positions is not None:
             x = x + self.positions(positions)
+        # Blocks
         balances: list[Balance] = []
         for i, block in enumerate(self.blocks):
             x, balance = block(x, positions, None if cache is None else cache.layers[i])
-            balances += [] if balance is None else [balance]
+            if balance is not None:
+                balances.append(balance)
+        # Head: [B, S, D] -> [B, S, V]
         weight = self.embed.weight if self.head is None else self.head.weight
         return Output(F.linear(self.norm(x), weight), tuple(balances))
 
     def new_cache(self, batch: int, length: int) -> Cache:
-        """Return an empty cache with room for `length` tokens of `batch` sequences."""
+        """Return an empty cache for `batch` sequences of at most `length` tokens."""
         return Cache(batch, length, self.config)
 
     def init_weights(self, seed: int) -> None:
-        """Give every parameter and buffer its initial value, the same in every layout."""
+        """Set every parameter and buffer to its initial value, the same in every layout."""
         initialize(self, seed, self.config.layers)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return the floating-point operations of the forward pass for one token, on average.
+
+        Attention takes 4 * heads * head_dim for each position that a token attends to. A causal
+        token attends to (seq_len + 1) / 2 positions on average.
+        """
+        lookups = [] if self.positions is None else [self.positions.weight]
+        if self.head is not None:
+            lookups.append(self.embed.weight)
+        scores = 4 * self.config.heads * self.config.head_dim * (seq_len + 1) / 2
+        return weight_flops_per_token(self, lookups) + self.config.layers * scores
+
+    def saved_bytes_per_token(self, width: int) -> SavedBytes:
+        """Return what the backward pass needs of a token, for a compute dtype of `width` bytes.
+
+        A norm saves its input and its output, 4D + bD, and RMSNorm 4D more.
+        """
+        wide = 2 * _WIDE if self.config.norm == "rms" else _WIDE
+        norm = (wide + width) * self.config.dim
+        attention = _saved_by_attention(self.config, width)
+        ffns = (cast(Block, block).ffn for block in self.blocks)
+        blocks = [2 * norm + attention + saved_by_ffn(ffn, width) for ffn in ffns]
+        return SavedBytes(tuple(blocks), block_input=_WIDE * self.config.dim, rest=norm)
+
+
+def _saved_by_attention(config: TransformerConfig, width: int) -> int:
+    """Count the bytes per token that attention keeps for the backward pass.
+
+    b is `width`; Q and V are the widths of all heads and of all key-value heads. The projection
+    keeps b(Q + 2V), as much again if it is clipped, and b(Q + V) if it is rotated. Queries and
+    the result keep 2bQ.
+    """
+    queries = config.heads * config.head_dim
+    keys = config.kv_heads * config.head_dim
+    projected = queries + 2 * keys
+    clipped = 0 if config.clip_qkv is None else projected
+    rotated = 0 if config.rope_theta is None else queries + keys
+    return width * (projected + clipped + rotated + 2 * queries)
 
 
 def _embedding(rows: int, dim: int) -> nn.Embedding:
-    """Return an embedding; on the meta device, where nn.Embedding's own draw would import the compiler, undrawn."""
+    """Return an embedding. On the meta device it is not drawn: that would import the compiler."""
     weight = torch.empty(rows, dim)
     if not weight.is_meta:
         nn.init.normal_(weight)
@@ -177,17 +246,18 @@ def _ffn(
 
 
 def _no_experts(backends: Mapping[str, Request], expert_parallel: int | None) -> None:
-    """Raise ConfigError for what is asked of experts."""
-    asked: dict[str, object] = {f"backends.{kind}": request for kind, request in backends.items()}
-    asked["parallel.expert_parallel"] = None if expert_parallel == 1 else expert_parallel
-    for key, value in asked.items():
+    """Raise ConfigError for a key that only a model with experts has."""
+    keys: dict[str, object] = {f"backends.{kind}": request for kind, request in backends.items()}
+    keys["parallel.expert_parallel"] = None if expert_parallel == 1 else expert_parallel
+    for key, value in keys.items():
         if value not in (None, "auto"):
             raise ConfigError(f"{key} is {value!r}, and the model has no experts; leave it out")
 
 
-def _expert_parallel(config: TransformerConfig, asked: int | None) -> int:
-    own = config.expert_parallel
-    if own is not None and asked is not None and own != asked:
-        given = f"moe_world_size is {own} and parallel.expert_parallel is {asked}"
-        raise ConfigError(f"{given}; they mean the same, so set one of them")
-    return asked or own or 1
+def _expert_parallel(config: TransformerConfig, argument: int | None) -> int:
+    """Return the number of ranks that share the experts. Raises ConfigError for two numbers."""
+    world_size = config.expert_parallel
+    if world_size is not None and argument is not None and world_size != argument:
+        keys = f"moe_world_size is {world_size} and parallel.expert_parallel is {argument}"
+        raise ConfigError(f"{keys}; they mean the same, so set one of them")
+    return argument or world_size or 1

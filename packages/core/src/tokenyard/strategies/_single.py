@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tokenyard.interfaces import Layout
+from tokenyard.interfaces import Layout, M, Strategy
 from tokenyard.moe import moe_layers
 
 
-class SingleStrategy:
+class SingleStrategy(Strategy):
     """Keeps everything on one device."""
 
     data = (0, 1)
@@ -26,7 +26,7 @@ class SingleStrategy:
             return None
         return f"'single' keeps all experts in one process, and expert_parallel is {degree}; give fsdp or ddp, or 1"
 
-    def layout(self, model: nn.Module) -> nn.Module:
+    def layout(self, model: M) -> M:
         """Return the model as it is: this process holds all of it."""
         return model
 

@@ -5,43 +5,90 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tokenyard.backend import Kind
+from tokenyard.losses import AuxiliaryLoss
+from tokenyard.model import Model
 from tokenyard.moe import moe_layers
 from tokenyard.numerics import relative_error
 from tokenyard.testing._base import Conformance
 
+_ATTRIBUTES = {
+    "blocks": nn.ModuleList,
+    "vocab_size": int,
+    "max_seq_len": int,
+    "auxiliary": AuxiliaryLoss,
+}
+
 
 class ModelConformance(Conformance):
-    """What every model must do. `config` is a small one; it must hold `vocab_size` and `max_seq_len`."""
+    """What every model must do.
+
+    `config` is the `model:` section of a small model with `max_seq_len` of at least 16.
+    """
 
     kind: ClassVar[Kind] = "model"
     config: ClassVar[Mapping[str, Any]]
 
+    def test_is_complete(self) -> None:
+        """The class derives from ``tokenyard.Model`` and has every method and attribute of it."""
+        cls = self.offered().load()
+        if not (isinstance(cls, type) and issubclass(cls, Model)):
+            pytest.fail(f"{self.backend}: derive the class from tokenyard.Model")
+        if cls.__abstractmethods__:
+            missing = ", ".join(sorted(cls.__abstractmethods__))
+            pytest.fail(f"{self.backend}: the model lacks {missing}; see tokenyard.Model")
+        model = self._model()
+        for name, kind in _ATTRIBUTES.items():
+            value = getattr(model, name, None)
+            if not isinstance(value, kind):
+                pytest.fail(
+                    f"{self.backend}: the constructor must set `{name}`, "
+                    f"a {kind.__name__}; it is {value!r}"
+                )
+
     def test_logits_and_balances(self) -> None:
-        """Logits for every position, and one Balance for each MoE layer that counts every slot."""
-        model, ids = self._model(), self._ids(2, 9)
+        """Logits for every position, and one Balance for each MoE layer that counts every slot.
+
+        If the counts differ, the model returns another layer's Balance, or a Routing's ids include
+        dropped slots that ``Router.balance`` left out.
+        """
+        model = self._model()
+        ids = self._ids(model, 2, 9)
         output = model(ids)
         layers = moe_layers(model)
-        assert output.logits.shape == (2, 9, self.config["vocab_size"])
+        assert output.logits.shape == (2, 9, model.vocab_size)
         assert len(output.balances) == len(layers)
         for balance, layer in zip(output.balances, layers):
             assert balance.counts.sum().item() == 18 * layer.workload.top_k
 
     def test_causal(self) -> None:
-        """A later token never changes an earlier position's logits."""
-        model, ids = self._model(), self._ids(2, 9)
+        """A later token never changes an earlier position's logits.
+
+        If this fails, attention lacks its causal mask, or the routing algorithm lets tokens compete
+        for experts.
+        """
+        model = self._model()
+        ids = self._ids(model, 2, 9)
         changed = ids.clone()
-        changed[:, 6:] = (changed[:, 6:] + 1) % self.config["vocab_size"]
-        first, second = model(ids).logits, model(changed).logits
+        changed[:, 6:] = (changed[:, 6:] + 1) % model.vocab_size
+        first = model(ids).logits
+        second = model(changed).logits
         assert relative_error(second[:, :6], first[:, :6]) < 1e-12
         assert relative_error(second[:, 6:], first[:, 6:]) > 1e-6
 
     def test_cache_continues(self) -> None:
-        """A prompt at once and then single tokens through the cache give the logits of one whole pass."""
-        model, ids = self._model(), self._ids(2, 9)
+        """A prompt and then single tokens through the cache give the logits of one whole pass.
+
+        If this fails, positions restart at 0 with each call, or the cache keeps too few tokens.
+        """
+        model = self._model()
+        ids = self._ids(model, 2, 9)
         cache = model.new_cache(2, 9)
         with torch.no_grad():
             parts = [model(ids[:, a:b], cache).logits for a, b in ((0, 5), (5, 6), (6, 7), (7, 9))]
@@ -49,26 +96,64 @@ class ModelConformance(Conformance):
 
     def test_every_parameter_gets_a_gradient(self) -> None:
         """The loss and the balance reach every parameter."""
-        model, ids = self._model(), self._ids(4, 16)
-        output = model(ids)
-        loss = output.logits.square().mean() + sum(
-            (b.prob_sum.sum() + b.z_sum for b in output.balances), torch.zeros(())
-        )
+        model = self._model()
+        output = model(self._ids(model, 4, 16))
+        loss = output.logits.square().mean()
+        for balance in output.balances:
+            loss = loss + balance.prob_sum.sum() + balance.z_sum
         loss.backward()
         missing = [
             name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
         ]
         assert not missing
 
+    def test_auxiliary_loss(self) -> None:
+        """``auxiliary`` takes the model's own balances and gives a finite loss with a gradient."""
+        model = self._model()
+        layers = moe_layers(model)
+        if not layers:
+            pytest.skip(f"{self.backend}: the model has no MoE layer")
+        balances = model(self._ids(model, 2, 9)).balances
+        loss = model.auxiliary(balances, 18, layers[0].workload.top_k)
+        assert torch.as_tensor(loss).isfinite().all()
+
     def test_initialised_alike_from_meta(self) -> None:
-        """Built on the meta device, allocated and initialised, it equals another of the same seed and no other."""
+        """Built on the meta device, allocated and initialised, it depends on the seed alone.
+
+        If this fails, `init_weights` leaves a parameter or buffer as `to_empty` made it.
+        """
         states = [self._model(seed).state_dict() for seed in (3, 3, 4)]
         assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
         assert any(not torch.equal(a, b) for a, b in zip(states[0].values(), states[2].values()))
 
-    def _model(self, seed: int = 0) -> Any:
+    def test_flops_are_counted(self) -> None:
+        """`flops_per_token` equals what torch counts for one token, and grows with attention.
+
+        The growth with the length may be anything from half of what torch counts, which ignores
+        the causal mask, to all of it. If the count is too small, a head, a router or attention is
+        missing; if it is too large, an embedding was counted that is only indexed.
+        """
+        model = self._model()
+        length = 16
+        claimed = [model.flops_per_token(n) for n in (1, length)]
+        counted = [_forward_flops(model, self._ids(model, 1, n)) / n for n in (1, length)]
+        assert claimed[0] == pytest.approx(counted[0], rel=1e-6)
+        growth = counted[1] - counted[0]
+        assert 0.5 * growth <= claimed[1] - claimed[0] + 1e-6
+        assert claimed[1] - claimed[0] <= growth + 1e-6
+
+    def test_saved_bytes(self) -> None:
+        """`saved_bytes_per_token` names each block, and recomputing blocks never keeps more."""
+        model = self._model()
+        saved = model.saved_bytes_per_token(4)
+        assert len(saved.blocks) == len(model.blocks)
+        assert all(0 < saved.block_input <= block for block in saved.blocks)
+        assert saved.rest >= 0
+        assert sum(model.saved_bytes_per_token(2).blocks) < sum(saved.blocks)
+
+    def _model(self, seed: int = 0) -> Model:
         with torch.device("meta"):
-            model = self.construct(
+            model: Model = self.construct(
                 self.config,
                 device=self.run_device(),
                 compute_dtype=torch.float64,
@@ -78,7 +163,24 @@ class ModelConformance(Conformance):
         model.init_weights(seed)
         return model.eval()
 
-    def _ids(self, batch: int, length: int) -> Tensor:
-        return torch.randint(
-            0, self.config["vocab_size"], (batch, length), device=self.run_device()
-        )
+    def _ids(self, model: Model, batch: int, length: int) -> Tensor:
+        return torch.randint(0, model.vocab_size, (batch, length), device=self.run_device())
+
+
+def _forward_flops(model: Model, ids: Tensor) -> float:
+    """Count the floating-point operations of a forward pass over ids [B, S].
+
+    Experts are counted by their weights, K of every E: torch cannot see into a custom operator.
+    """
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids)
+    counts = counter.get_flop_counts()
+    total = float(counter.get_total_flops())
+    names = {module: name for name, module in model.named_modules()}
+    for moe in moe_layers(model):
+        inside = counts.get(f"{type(model).__name__}.{names[moe.experts]}", {})
+        total -= sum(inside.values())
+        share = moe.workload.top_k / moe.workload.num_experts
+        matrices = (moe.experts.up, moe.experts.down)
+        total += 2 * ids.numel() * share * sum(matrix.numel() for matrix in matrices)
+    return total

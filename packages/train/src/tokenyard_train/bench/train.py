@@ -19,10 +19,11 @@ from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.phases import Stopwatch
-from tokenyard_train.engine.setup import Run, build_run
+from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.step import train_step
 
 Record = dict[str, Any]
+Work = Callable[[int], float]  # takes a step on the batch of that number; returns its loss
 
 _WARMUP = 2
 _SHOWN = 24  # kernels of a step
@@ -47,50 +48,50 @@ def bench_train(
     if peers and started_processes() > 1:
         raise ConfigError("--peers run in one process; give --peers none under torchrun")
     with deterministic(config.deterministic), tempfile.TemporaryDirectory() as folder:
-        run = build_run(
+        setup = build_setup(
             config.model_copy(update={"save_folder": folder, "autoresume": False}), console
         )
-        others = {name: MixtralPeer(run, IMPLEMENTATIONS[name], peer_dtype) for name in peers}
-        run.console.print(
-            f"{steps} steps of {run.batch_tokens:,} tokens on {config.device} ...", style="dim"
+        others = {name: MixtralPeer(setup, IMPLEMENTATIONS[name], peer_dtype) for name in peers}
+        setup.console.print(
+            f"{steps} steps of {setup.batch_tokens:,} tokens on {config.device} ...", style="dim"
         )
-        return _measured(run, others, steps)
+        return _measured(setup, others, steps)
 
 
-def _measured(run: Run, peers: dict[str, MixtralPeer], steps: int) -> list[Record]:
-    clock = clock_for(run.device)
+def _measured(setup: Setup, peers: dict[str, MixtralPeer], steps: int) -> list[Record]:
+    clock = clock_for(setup.device)
     watch = Stopwatch(clock.stamp)
-    run.phase = watch
-    works: dict[str, Callable[[], Any]] = {OURS: lambda: train_step(run).loss}
+    works: dict[str, Work] = {OURS: lambda batch: train_step(setup, batch, phase=watch).result.loss}
     works |= {name: peer.step for name, peer in peers.items()}
     times: dict[str, list[float]] = {name: [] for name in works}
     losses: dict[str, float] = {}
-    for step in range(_WARMUP + steps):
-        if step == _WARMUP:
+    last = _WARMUP + steps
+    for batch in range(last):
+        if batch == _WARMUP:
             watch.spans.clear()
         for name, work in works.items():
-            milliseconds, losses[name] = _timed(work, clock)
-            if step >= _WARMUP:
+            milliseconds, losses[name] = _timed(work, batch, clock)
+            if batch >= _WARMUP:
                 times[name].append(milliseconds)
-        run.batch += 1
-    retries = allocation_retries(run.device)
+    retries = allocation_retries(setup.device)
     shares = _shares(watch.totals(lambda a, b: clock.between([a, b])[0]), sum(times[OURS]))
-    models = {OURS: run.model, **{name: peer.model for name, peer in peers.items()}}
+    models = {OURS: setup.model, **{name: peer.model for name, peer in peers.items()}}
     return [
-        _record(run, name, times[name], losses[name])
+        _record(setup, name, times[name], losses[name])
         | {"parameters": _parameters(models[name]), "weights": _dtype(models[name])}
-        | {"peak_bytes": peak_bytes(_stages(work), run.device), **_launched(run, work)}
+        | {"peak_bytes": peak_bytes(_stages(work, last), setup.device)}
+        | _launched(setup, _stages(work, last))
         | ({"shares": shares, "allocation_retries": retries} if name == OURS else {})
         for name, work in works.items()
     ]
 
 
-def _launched(run: Run, work: Callable[[], Any]) -> Record:
+def _launched(setup: Setup, stages: Stages) -> Record:
     """Return the kernels of one more step, and the milliseconds of those that are collectives, by name.
 
     A collective's time includes that in which it waits for other ranks.
     """
-    seen = trace(_stages(work), run.device).kernels
+    seen = trace(stages, setup.device).kernels
     collectives = {
         k.name: round(k.milliseconds, 3) for k in seen if k.name.startswith(_COLLECTIVES)
     }
@@ -100,26 +101,26 @@ def _launched(run: Run, work: Callable[[], Any]) -> Record:
     }
 
 
-def _stages(work: Callable[[], Any]) -> Stages:
-    return (lambda _: work(),)
+def _stages(work: Work, batch: int) -> Stages:
+    return (lambda _: work(batch),)
 
 
-def _timed(work: Callable[[], float], clock: Clock) -> tuple[float, float]:
+def _timed(work: Work, batch: int, clock: Clock) -> tuple[float, float]:
     """Run a step; no cache is flushed, since a step leaves nothing of use in it."""
     began = clock.stamp()
-    loss = work()
+    loss = work(batch)
     return clock.between([began, clock.stamp()])[0], loss
 
 
-def _record(run: Run, name: str, times: list[float], loss: float) -> Record:
+def _record(setup: Setup, name: str, times: list[float], loss: float) -> Record:
     step = Spread.of(times)
-    speed = 1e3 * run.batch_tokens / step.median
+    speed = 1e3 * setup.batch_tokens / step.median
     return {
         "contestant": name,
         "processes": started_processes(),
         "step_ms": step._asdict(),
         "tokens_per_s": round(speed, 1),
-        "flops_per_s": speed * run.flops_per_token,
+        "flops_per_s": speed * setup.flops_per_token,
         "loss": loss,
     }
 

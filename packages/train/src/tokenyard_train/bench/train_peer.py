@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenyard import ConfigError
-from tokenyard_models import TransformerConfig, use_in_transformers
+from tokenyard_models import Transformer, TransformerConfig, use_in_transformers
 from tokenyard_train.engine.optimizer import build_optimizer
-from tokenyard_train.engine.setup import Run
+from tokenyard_train.engine.setup import Setup
 
 IMPLEMENTATIONS = {
     "transformers-eager": "eager",
@@ -31,23 +31,27 @@ class MixtralPeer:
     Raises ConfigError where Mixtral has no such model.
     """
 
-    def __init__(self, run: Run, implementation: str, dtype: torch.dtype):
-        self.run = run
-        self.model = _build(run.model.config, implementation).to(run.device, dtype)
-        self.optimizer = build_optimizer(run.config.optimizer, self.model)
+    def __init__(self, setup: Setup, implementation: str, dtype: torch.dtype):
+        if not isinstance(setup.model, Transformer):
+            raise ConfigError("--peers needs a model of tokenyard-models; give --peers none")
+        self.setup = setup
+        self.model = _build(setup.model.config, implementation).to(setup.device, dtype)
+        self.optimizer = build_optimizer(setup.config.optimizer, self.model)
 
-    def step(self) -> float:
-        """Train on the run's next batch, in its microbatches and precision; return the loss in nats per token."""
-        run, config = self.run, self.run.config
-        batch = run.data.train.batch(run.batch, config.global_train_batch_size).to(run.device)
-        total = torch.zeros((), device=run.device)
+    def step(self, number: int) -> float:
+        """Train on batch `number`, in the run's microbatches and precision; return nats per token."""
+        setup = self.setup
+        config = setup.config
+        samples = setup.data.train.batch(number, config.global_train_batch_size)
+        batch = samples.to(setup.device)
+        total = torch.zeros((), device=setup.device)
         for rows in batch.split(int(config.device_train_microbatch_size)):
-            with run.precision():
+            with setup.precision():
                 output = self.model(input_ids=rows[:, :-1], use_cache=False)
                 nats = F.cross_entropy(
                     output.logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
                 )
-            loss = nats / run.batch_tokens
+            loss = nats / setup.batch_tokens
             auxiliary = output.aux_loss * self.model.router_aux_loss_coef * len(rows) / len(batch)
             (loss + auxiliary).backward()
             total += loss.detach()

@@ -10,7 +10,7 @@ from rich.markup import escape
 from tokenyard_train.config.schema import GenerateCallback
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.sampling import continue_texts
-from tokenyard_train.engine.setup import Run
+from tokenyard_train.engine.state import Run
 
 
 class Generate(Callback):
@@ -21,7 +21,7 @@ class Generate(Callback):
 
     def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         """Generate if the interval says so; the end has its own turn."""
-        if run.due(self.config.interval) and run.batch < run.batches:
+        if run.due(self.config.interval) and not run.ends:
             self._generate(run)
 
     def end(self, run: Run) -> None:
@@ -30,15 +30,16 @@ class Generate(Callback):
 
     def _generate(self, run: Run) -> None:
         c = self.config
+        setup = run.setup
         for prompt in c.prompts:
-            with run.precision():
+            with setup.precision():
                 (text,) = continue_texts(
-                    run.model,
-                    run.data.tokenizer,
+                    setup.model,
+                    setup.data.tokenizer,
                     [prompt],
                     c.max_new_tokens,
                     c.temperature,
-                    run.config.seed,
+                    setup.config.seed,
                 )
-            run.console.rule(f"batch {run.batch}: a sample")
-            run.console.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}", highlight=False)
+            setup.console.rule(f"batch {run.batch}: a sample")
+            setup.console.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}", highlight=False)

@@ -11,7 +11,7 @@ from tokenyard import ConfigError
 from tokenyard_train.data import HeldOut, Mixture, Samples, Tokenizer
 from tokenyard_train.data.tokens import Ids
 from tokenyard_train.engine.callback import Callback
-from tokenyard_train.engine.setup import Run
+from tokenyard_train.engine.state import Run
 
 _MOST_TOKENS = 1 << 28  # counted in memory
 
@@ -88,6 +88,7 @@ class Baseline(Callback):
 
     def start(self, run: Run) -> None:
         """Fit, score and record."""
-        if run.data.held_out is not None:
-            scores = ngram_baselines(run.data.train, run.data.held_out, run.data.tokenizer)
+        data = run.setup.data
+        if data.held_out is not None:
+            scores = ngram_baselines(data.train, data.held_out, data.tokenizer)
             run.metrics.write({"kind": "baselines", **scores._asdict()})

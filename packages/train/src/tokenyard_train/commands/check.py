@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenyard import Chosen, Layout, default_registry, moe_layers
-from tokenyard_models import count_parameters, flops_per_token
+from tokenyard import Chosen, Layout, Model, count_parameters, default_registry, moe_layers
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, Mixture, build_data
+from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.deterministic import COST
-from tokenyard_train.engine.setup import build_model, run_batches
+from tokenyard_train.engine.setup import run_batches
 from tokenyard_train.optional import needs
 
 Rows = Iterator[tuple[str, str]]
@@ -48,15 +47,13 @@ def imagined(processes: int | None) -> AbstractContextManager[None]:
     return context
 
 
-def _model_rows(config: TrainConfig, model: Any) -> Rows:
+def _model_rows(config: TrainConfig, model: Model) -> Rows:
     size = count_parameters(model)
-    forward, training = (
-        flops_per_token(model, config.max_seq_len, training=t) for t in (False, True)
-    )
+    forward = model.flops_per_token(config.max_seq_len)
     yield "name", config.model["name"]
     yield "parameters", f"{size.total:,}, of which {size.experts:,} in experts"
     yield "active parameters", f"{size.active:,} for each token"
-    yield "FLOPs per token", f"{_count(forward)} forward, {_count(training)} in training"
+    yield "FLOPs per token", f"{_count(forward)} forward, {_count(3 * forward)} in training"
     yield "computes", f"{config.precision} on {config.device}"
     yield "deterministic", _deterministic(config)
 
@@ -106,7 +103,7 @@ def _layout_rows(config: TrainConfig, layout: Layout) -> Rows:
         )
 
 
-def _memory_rows(config: TrainConfig, model: Any, layout: Layout) -> Rows:
+def _memory_rows(config: TrainConfig, model: Model, layout: Layout) -> Rows:
     memory = estimate(config, model, layout)
     for name, value in memory._asdict().items():
         if value:
@@ -114,7 +111,7 @@ def _memory_rows(config: TrainConfig, model: Any, layout: Layout) -> Rows:
     yield "sum", _bytes(sum(memory))
 
 
-def _backend_rows(config: TrainConfig, model: Any) -> Rows:
+def _backend_rows(config: TrainConfig, model: Model) -> Rows:
     layers = moe_layers(model)
     for part, chosen in layers[0].chosen.items() if layers else ():
         yield part, _reasons(chosen)

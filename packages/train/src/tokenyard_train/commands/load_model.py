@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokenyard import ConfigError, resolve_device
+from tokenyard import ConfigError, Model, resolve_device
 from tokenyard.sharded import allocate
 from tokenyard_models import from_hf
 from tokenyard_train.checkpoint import model_tensors, newest_good, read_meta, read_tensors, verify
 from tokenyard_train.config.comparable import layout_free
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
+from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import COMPUTE_DTYPES, check_precision, computing_in
-from tokenyard_train.engine.setup import build_model
 
 
 class Trained(NamedTuple):
     """A model with its weights, the precision it computes in, and what it reads text by."""
 
-    model: Any
+    model: Model
     precision: str | None  # a precision of configs; None: the dtype of its weights
     tokenizer: TokenizerConfig
     stops: frozenset[int]  # ids that end a document, besides the tokenizer's

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenyard import moe_layers
+from tokenyard import Model, moe_layers
 from tokenyard_train.records.routing import normalised_entropy
 
 _SAMPLE, _AT_ONCE = 1024, 8  # tokens of a sample at most, and samples of a forward pass
@@ -27,7 +27,7 @@ class LayerReport(NamedTuple):
 
 
 @torch.no_grad()
-def route(model: Any, ids: Tensor) -> list[LayerReport]:
+def route(model: Model, ids: Tensor) -> list[LayerReport]:
     """Return how each MoE layer of a model routes ids [N], read in samples that do not see each other."""
     layers = moe_layers(model)
     device = next(model.parameters()).device
@@ -38,7 +38,7 @@ def route(model: Any, ids: Tensor) -> list[LayerReport]:
     hooks = [moe.register_forward_hook(_count(total)) for moe, total in zip(layers, both)]
     model.eval()
     try:
-        for samples in _samples(ids, min(_SAMPLE, model.config.max_seq_len)):
+        for samples in _samples(ids, min(_SAMPLE, model.max_seq_len)):
             model(samples.to(device))
     finally:
         for hook in hooks:

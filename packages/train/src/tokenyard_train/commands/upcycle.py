@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tokenyard import ConfigError
-from tokenyard_models import Upcycling, count_parameters
+from tokenyard import ConfigError, count_parameters
+from tokenyard_models import Upcycling
 from tokenyard_models import upcycle as upcycled
 from tokenyard_train.checkpoint import checkpoints
 

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenyard_train.engine.setup import Run
+from tokenyard_train.engine.state import Run
 
 
 class Callback:
-    """Something to do at certain moments of a run; a subclass overrides those that it cares for.
+    """Code that runs at certain moments of a run. A subclass overrides the methods that it needs.
 
-    Each process of a run calls its own, so what changes the run (`run.batches`, say) must be decided alike by all.
+    Pass callbacks to ``train(config, console, callbacks=[...])``, or offer one from an installed
+    distribution: an entry point of the group ``tokenyard.callbacks`` is called with the options
+    that a config gives under ``callbacks``.
 
-    Given to ``train(config, console, callbacks=[...])``, or offered by an installed distribution: an entry point of the
-    group ``tokenyard.callbacks`` is called with the options that a config gives under ``callbacks``.
+    Each rank calls its own. ``run.stop_training()`` ends the run after this step; every rank must
+    call it after the same step.
     """
 
     def start(self, run: Run) -> None:
@@ -25,7 +27,7 @@ class Callback:
         """Act after a step, with its record, and after the evaluation if one was due."""
 
     def skipped(self, run: Run, record: Mapping[str, Any]) -> None:
-        """Act after a step that was not taken since its loss or gradient was not finite, with its record."""
+        """Act after a step that was skipped because a number was not finite, with its record."""
 
     def evaluated(self, run: Run, record: Mapping[str, Any]) -> None:
         """Act after an evaluation, with its record."""

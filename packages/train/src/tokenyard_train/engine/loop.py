@@ -1,4 +1,4 @@
-"""Training from a config: build, then step, evaluate, save and report until the duration is reached."""
+"""The training loop: step, evaluate, save and report until the duration is reached."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from typing import NamedTuple
 from rich.console import Console
 
 from tokenyard_train.checkpoint import CheckpointError, verify
+from tokenyard_train.checkpoint.background import Saver
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.distributed import is_first
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.evaluate import evaluate
-from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped
+from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped, refuse_skipped
 from tokenyard_train.engine.progress import Progress
-from tokenyard_train.engine.resume import resume, save, start_from
-from tokenyard_train.engine.setup import Run, build_run
+from tokenyard_train.engine.resume import resume, start_from
+from tokenyard_train.engine.save import save
+from tokenyard_train.engine.setup import build_setup
 from tokenyard_train.engine.signals import Stopped, stopping
+from tokenyard_train.engine.state import Position, Run
 from tokenyard_train.engine.step import train_step
 from tokenyard_train.engine.step_records import skipped_record, train_record
 from tokenyard_train.engine.summary import announce, summarize
+from tokenyard_train.records.metrics import Metrics, Unwritten
 from tokenyard_train.records.trackers import build_trackers
 
 
 class RunResult(NamedTuple):
-    """What a finished run leaves."""
+    """The result of a finished run."""
 
     folder: Path
     batches: int
@@ -38,116 +42,144 @@ class RunResult(NamedTuple):
 
 
 def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Callback]) -> RunResult:
-    """Train as a resolved config says, but for its callbacks: with those given.
+    """Train by a resolved config, with these callbacks in place of the config's.
 
     Raises TokenyardError for a mistake in the config, before anything is written.
     """
     with deterministic(config.deterministic):
-        return _train(config, console, callbacks)
+        return _Loop(config, console, callbacks).run_all()
 
 
-def _train(config: TrainConfig, console: Console, callbacks: Sequence[Callback]) -> RunResult:
-    run = build_run(config, console)
-    run.batch = resume(run)
-    if run.batch == 0 and config.load_path is not None:
-        start_from(run, config.load_path)
-    settings = config.model_dump(mode="json")
-    if is_first():
-        run.metrics.trackers = build_trackers(
-            config.loggers, run.folder, config.run_name, settings, run.batch
+class _Loop:
+    """A run, its callbacks and its checkpoint writer. Nothing else changes the run's position."""
+
+    def __init__(self, config: TrainConfig, console: Console, callbacks: Sequence[Callback]):
+        self.config = config
+        self.callbacks = callbacks
+        setup = build_setup(config, console)
+        metrics = (Metrics if is_first() else Unwritten)(setup.folder / "metrics.jsonl")
+        self.writer = Saver(
+            setup.folder, config.save_num_checkpoints_to_keep, config.save_async, setup.device
         )
-    failed = True
-    try:
-        announce(run)
-        _start(run, callbacks)
-        with Progress(run) as progress, stopping(run):
-            while run.batch < run.batches and not run.stop:
-                _one_batch(run, callbacks, progress)
-        if run.batch < run.batches:
-            raise Stopped(
-                f"stopped as asked, after batch {run.batch} of {run.batches}, which is saved in {run.folder}"
+        position = resume(setup, metrics)
+        if position.batch == 0 and config.load_path is not None:
+            start_from(setup.model, config.load_path)
+        self.run = Run(setup, metrics, position)
+        self.stop = False  # a rank was asked to stop
+        self.unsaved = False  # a rank could not write its part of a checkpoint
+
+    def run_all(self) -> RunResult:
+        """Train to the end. The trackers learn whether the run failed."""
+        self._open_trackers()
+        failed = True
+        try:
+            result = self._train()
+            failed = False
+            return result
+        except NonFiniteError:
+            # Every rank raises this, so all can wait for the checkpoint that is being written.
+            # An error of that would hide why the run ends.
+            with suppress(CheckpointError):
+                self._finish_saving()
+            raise
+        finally:
+            self.run.metrics.trackers.finish(failed)
+
+    def _open_trackers(self) -> None:
+        if is_first():
+            self.run.metrics.trackers = build_trackers(
+                self.config.loggers,
+                self.run.setup.folder,
+                self.config.run_name,
+                self.config.model_dump(mode="json"),
+                self.run.batch,
             )
-        result = _finish(run, callbacks)
-        failed = False
-        return result
-    except NonFiniteError as error:  # on all ranks alike, so all can wait for what is being saved
-        with suppress(CheckpointError):  # which would hide why the run ends
-            _finish_saving(run, callbacks)
-        raise error
-    finally:
-        run.metrics.trackers.finish(failed)
 
+    def _train(self) -> RunResult:
+        run = self.run
+        announce(run)
+        if run.batch == 0:
+            for callback in self.callbacks:
+                callback.start(run)
+        with Progress(run) as progress, stopping(run.signals):
+            while not (run.ends or self.stop):
+                self._one_batch(progress)
+        if not run.ends:
+            raise Stopped(
+                f"stopped as asked, after batch {run.batch} of {run.setup.batches}, which is saved "
+                f"in {run.setup.folder}"
+            )
+        return self._finish()
 
-def _start(run: Run, callbacks: Sequence[Callback]) -> None:
-    if run.batch == 0:
-        for callback in callbacks:
-            callback.start(run)
+    def _one_batch(self, progress: Progress) -> None:
+        run = self.run
+        # Step
+        began = time.perf_counter()
+        flags = (run.signals.asked, self.writer.failed)
+        result, (self.stop, self.unsaved) = train_step(run.setup, run.batch, flags)
+        if isinstance(result, Skipped):
+            refuse_skipped(run, result)
+            run.position = Position(run.batch + 1, run.position.skipped + 1)
+            record = skipped_record(run.batch, result)
+        else:
+            run.position = Position(run.batch + 1)
+            record = train_record(run.setup, run.batch, result, time.perf_counter() - began)
+        run.metrics.write(record)
+        progress.show(record)
+        # Evaluate, report, save
+        if run.setup.data.held_out is not None and (run.ends or run.due(self.config.eval_interval)):
+            self._evaluate(progress)
+        for callback in self.callbacks:
+            if isinstance(result, Skipped):
+                callback.skipped(run, record)
+            else:
+                callback.batch_end(run, record)
+        self._save()
 
+    def _evaluate(self, progress: Progress) -> None:
+        record = evaluate(self.run.setup, self.run.batch)
+        self.run.metrics.write(record)
+        progress.show(record)
+        for callback in self.callbacks:
+            callback.evaluated(self.run, record)
 
-def _one_batch(run: Run, callbacks: Sequence[Callback], progress: Progress) -> None:
-    began = time.perf_counter()
-    result = train_step(run)
-    run.batch += 1
-    if isinstance(result, Skipped):
-        step = skipped_record(run, result)
-        run.metrics.write(step)
-        progress.skipped(step)
-    else:
-        step = train_record(run, result, time.perf_counter() - began)
-        run.metrics.write(step)
-        progress.update(step)
-    if run.data.held_out is not None and (
-        run.batch == run.batches or run.due(run.config.eval_interval)
-    ):
-        _evaluate(run, callbacks, progress)
-    for callback in callbacks:
-        (callback.skipped if isinstance(result, Skipped) else callback.batch_end)(run, step)
-    _save(run, callbacks)
+    def _save(self) -> None:
+        """Save if that is due after this step. With `save_async`, training does not wait for it."""
+        ends = self.stop or self.run.ends
+        due = ends or self.run.due(self.config.save_interval)
+        if self.unsaved or due:
+            self._finish_saving()
+        if due:
+            save(self.run, self.writer)
+        if ends or not self.config.save_async:
+            self._finish_saving()
 
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
+        path = self.writer.finish()
+        if path is not None:
+            for callback in self.callbacks:
+                callback.saved(self.run, path)
 
-def _evaluate(run: Run, callbacks: Sequence[Callback], progress: Progress) -> None:
-    record = evaluate(run)
-    run.metrics.write(record)
-    progress.evaluated(record)
-    for callback in callbacks:
-        callback.evaluated(run, record)
+    def _finish(self) -> RunResult:
+        run, folder = self.run, self.run.setup.folder
+        # A run counts as trained only with its result on disk.
+        verify(folder / f"ba{run.batch}")
+        records = run.metrics.read()
+        if is_first():
+            # Imported here: matplotlib takes a second that only the end of a run needs.
+            from tokenyard_train.records.plots import expert_heatmap, loss_curve
 
-
-def _save(run: Run, callbacks: Sequence[Callback]) -> None:
-    """Save if that is due after this step; wait for it, unless it is written while training goes on."""
-    ends = run.stop or run.batch >= run.batches  # which a callback may have changed
-    due = ends or run.due(run.config.save_interval)
-    if run.unsaved or due:
-        _finish_saving(run, callbacks)
-    if due:
-        save(run)
-    if ends or not run.config.save_async:
-        _finish_saving(run, callbacks)
-
-
-def _finish_saving(run: Run, callbacks: Sequence[Callback]) -> None:
-    """Wait for the checkpoint under way, if there is one."""
-    if (path := run.saver.finish()) is not None:
-        for callback in callbacks:
-            callback.saved(run, path)
-
-
-def _finish(run: Run, callbacks: Sequence[Callback]) -> RunResult:
-    verify(run.folder / f"ba{run.batch}")  # the run is called trained only with its result on disk
-    records = run.metrics.read()
-    if is_first():
-        from tokenyard_train.records.plots import (  # a second that only the end of a run needs
-            expert_heatmap,
-            loss_curve,
+            loss_curve(records, folder / "loss.png")
+            expert_heatmap(records, folder / "experts.png")
+            summarize(run, records)
+        for callback in self.callbacks:
+            callback.end(run)
+        losses = [r["loss"] for r in records if r["kind"] == "train"]
+        scores = [r["bits_per_byte"] for r in records if r["kind"] == "eval"]
+        return RunResult(
+            folder=folder,
+            batches=run.batch,
+            train_loss=losses[-1] if losses else math.nan,
+            bits_per_byte=scores[-1] if scores else None,
         )
-
-        loss_curve(records, run.folder / "loss.png")
-        expert_heatmap(records, run.folder / "experts.png")
-        summarize(run, records)
-    for callback in callbacks:
-        callback.end(run)
-    losses = [r["loss"] for r in records if r["kind"] == "train"]
-    scores = [r["bits_per_byte"] for r in records if r["kind"] == "eval"]
-    return RunResult(
-        run.folder, run.batch, losses[-1] if losses else math.nan, scores[-1] if scores else None
-    )

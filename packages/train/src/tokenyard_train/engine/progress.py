@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, some lines elsewhere."""
+"""Progress of a run on the console: a bar on a terminal, a few lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from tokenyard_train.engine.setup import Run
+from tokenyard_train.engine.state import Run
 
-_LINES = 20  # in a whole run, where there is no terminal
+_LINES = 20  # of a whole run, without a terminal
 
 
 class Progress:
-    """Shows loss, speed and balance while a run goes on."""
+    """Shows the records of a run. A context manager."""
 
     def __init__(self, run: Run):
-        self.run = run
-        self.every = max(1, run.span(run.config.console_log_interval), run.batches // _LINES)
+        setup = run.setup
+        self.console = setup.console
+        self.batches = setup.batches
+        self.every = max(1, setup.span(setup.config.console_log_interval), self.batches // _LINES)
         self.bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
-            console=run.console,
-            disable=not run.console.is_terminal,
+            console=self.console,
+            disable=not self.console.is_terminal,
         )
         self.task = self.bar.add_task(
-            run.config.run_name, total=run.batches, completed=run.batch, state=""
+            setup.config.run_name, total=self.batches, completed=run.batch, state=""
         )
 
     def __enter__(self) -> Progress:
@@ -44,32 +46,34 @@ class Progress:
     ) -> None:
         self.bar.stop()
 
-    def update(self, record: dict[str, Any]) -> None:
-        """Show the record of a step."""
-        state = describe(record)
-        self.bar.update(self.task, completed=record["batch"], state=state)
-        last = record["batch"] == self.run.batches
-        if not self.run.console.is_terminal and (last or record["batch"] % self.every == 0):
-            self.run.console.print(
-                f"batch {record['batch']}/{self.run.batches}: {state}", highlight=False
-            )
+    def show(self, record: dict[str, Any]) -> None:
+        """Show the record of a step, of a skipped step or of an evaluation."""
+        batch = record["batch"]
+        match record["kind"]:
+            case "train":
+                self._trained(batch, describe(record))
+            case "skipped":
+                self.bar.update(self.task, completed=batch)
+                numbers = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+                self.console.print(f"batch {batch} was skipped: {numbers}", highlight=False)
+            case "eval":
+                loss = f"{record['loss']:.4f}, {record['bits_per_byte']:.3f} bits per byte"
+                self.console.print(f"batch {batch}: held-out loss {loss}", highlight=False)
 
-    def skipped(self, record: dict[str, Any]) -> None:
-        """Show that a step was not taken."""
-        text = f"batch {record['batch']} was skipped: loss {record['loss']}, gradient norm {record['grad_norm']}"
-        self.bar.update(self.task, completed=record["batch"])
-        self.run.console.print(text, highlight=False)
-
-    def evaluated(self, record: dict[str, Any]) -> None:
-        """Show the record of an evaluation."""
-        loss = f"{record['loss']:.4f}, {record['bits_per_byte']:.3f} bits per byte"
-        text = f"batch {record['batch']}: held-out loss {loss}"
-        self.run.console.print(text, highlight=False)
+    def _trained(self, batch: int, state: str) -> None:
+        self.bar.update(self.task, completed=batch, state=state)
+        shown = batch == self.batches or batch % self.every == 0
+        if shown and not self.console.is_terminal:
+            self.console.print(f"batch {batch}/{self.batches}: {state}", highlight=False)
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Return loss and speed, and of the worst layer the busiest expert (a multiple of the mean) and the entropy."""
-    text = f"loss {record['loss']:.3f}  {record['tokens_per_s']:,} tokens/s  {record['flops_per_s'] / 1e9:.1f} GFLOP/s"
+    """Return loss and speed, and the least even layer's busiest expert and entropy.
+
+    The busiest expert's load is a multiple of the mean.
+    """
+    speed = f"{record['tokens_per_s']:,} tokens/s  {record['flops_per_s'] / 1e9:.1f} GFLOP/s"
+    text = f"loss {record['loss']:.3f}  {speed}"
     if not record["routing"]:
         return text
     busiest = max(layer["busiest"] for layer in record["routing"])

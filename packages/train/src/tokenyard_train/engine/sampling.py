@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, Model
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.distributed import as_first
 
 
 def continue_texts(
-    model: Any,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int,
@@ -32,10 +31,10 @@ def continue_texts(
         [int(i) for i in tokenizer.encode(prompt.encode())] or [tokenizer.end] for prompt in prompts
     ]
     longest = max(len(ids) for ids in given)
-    room = model.config.max_seq_len - longest
+    room = model.max_seq_len - longest
     if room < 1:
         raise ConfigError(
-            f"the prompt has {longest} tokens and the model's max_seq_len is {model.config.max_seq_len}"
+            f"the prompt has {longest} tokens and the model's max_seq_len is {model.max_seq_len}"
         )
     rows = sample(
         model, given, min(room, max_new_tokens), temperature, seed, {tokenizer.end, *stops}
@@ -45,7 +44,7 @@ def continue_texts(
 
 @torch.no_grad()
 def sample(
-    model: Any,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     tokens: int,
     temperature: float,

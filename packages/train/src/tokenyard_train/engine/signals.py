@@ -1,4 +1,4 @@
-"""Stopping a run when its process is asked to: the step is finished and saved first."""
+"""Stopping a run on a signal: the step is finished and saved first."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from contextlib import contextmanager
 from types import FrameType
 
 from tokenyard import TokenyardError
-from tokenyard_train.engine.setup import Run
+from tokenyard_train.engine.state import Signals
 from tokenyard_train.launch.signals import handling
 
 
 class Stopped(TokenyardError):
-    """A run ended before its time, as it was asked to; what it had done is saved."""
+    """A run stopped early on request. Its last step is saved."""
 
 
 _SAME_REQUEST = 2.0
-"""Seconds in which further signals belong to the first: launchers pass on what a rank also gets itself."""
+"""Seconds in which further signals count as the first one.
+
+A launcher passes on a signal that the rank also receives itself."""
 
 
 @contextmanager
-def stopping(run: Run) -> Iterator[None]:
-    """Let a signal of SIGNALS, sent to any rank, stop the run after the current step; a second one ends it at once."""
+def stopping(signals: Signals) -> Iterator[None]:
+    """Context: a signal sets ``signals.asked``, and a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
@@ -38,7 +40,7 @@ def stopping(run: Run) -> Iterator[None]:
         if time.monotonic() - first > _SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        run.asked = True
+        signals.asked = True
 
     with handling(ask):
         yield

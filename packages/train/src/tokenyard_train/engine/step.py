@@ -1,7 +1,8 @@
 """One optimizer step over a global batch.
 
-The loss is the sum of token losses divided by the tokens of the global batch, whatever the microbatches and ranks. The
-auxiliary losses are taken per microbatch (counts summed over ranks) and weighted by its share of the tokens.
+The loss is the sum of token losses divided by the tokens of the global batch, for any number of
+microbatches and ranks. The auxiliary losses are computed per microbatch, with counts summed over
+ranks, and weighted by its share of the tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenyard import Balance, Output, load_balancing_loss, moe_layers, z_loss
-from tokenyard_train.engine.nonfinite import Skipped, skipped
+from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.optimizer import learning_rate
-from tokenyard_train.engine.setup import Run
+from tokenyard_train.engine.phases import Phases, untimed
+from tokenyard_train.engine.setup import Setup
 from tokenyard_train.records.routing import Fetched, fetch, load_of, routing_stats
 
 
 class StepResult(NamedTuple):
-    """What one step was like."""
+    """The numbers of a step that was taken."""
 
     loss: float  # nats per token
     balance_loss: float  # unweighted; 0 without experts
@@ -35,72 +37,94 @@ class StepResult(NamedTuple):
     routing: list[dict[str, float]]  # per MoE layer, the fields of LayerRouting
 
 
-def train_step(run: Run) -> StepResult | Skipped:
-    """Take step ``run.batch``, or say that it was skipped; raises NonFiniteError before anything is changed."""
-    config = run.config
-    run.model.train()
-    lr = learning_rate(
-        config.scheduler,
-        config.optimizer.lr,
-        run.batch,
-        run.span(config.scheduler.t_warmup),
-        run.span(config.scheduler.t_max),
-    )
-    _seed(run)
-    loss, balances = _accumulate(run)
-    with run.phase("optimizer"):
+class Step(NamedTuple):
+    """What a step did, and which flags any rank raised."""
+
+    result: StepResult | Skipped
+    flags: list[bool]
+
+
+def train_step(
+    setup: Setup, batch: int, flags: Sequence[bool] = (), phase: Phases = untimed
+) -> Step:
+    """Take optimizer step number `batch`, from 0, unless its loss or gradient is not finite.
+
+    `flags` are reduced over ranks with the step's numbers: a flag is true if it is true on any
+    rank. `phase` is a context around each part of the step.
+    """
+    config = setup.config
+    setup.model.train()
+    _seed(setup, batch)
+    # Forward and backward
+    loss, balances = accumulate(setup, batch, phase)
+    # Clip, and bring all numbers to the host in one copy
+    with phase("optimizer"):
         clipping = config.algorithms.gradient_clipping
-        norm = run.strategy.clip(run.model, clipping.clipping_threshold if clipping else math.inf)
-        fetched = fetch(loss, norm, balances, run.strategy.reduce, (run.asked, run.saver.failed))
-        run.stop, run.unsaved = fetched.flags
-        if (instead := skipped(run, fetched.loss, fetched.grad_norm)) is not None:
-            run.optimizer.zero_grad(set_to_none=True)
-            return instead
-        for group in run.optimizer.param_groups:
+        max_norm = clipping.clipping_threshold if clipping else math.inf
+        norm = setup.strategy.clip(setup.model, max_norm)
+        numbers = fetch(loss, norm, balances, setup.strategy.reduce, flags)
+        if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
+            setup.optimizer.zero_grad(set_to_none=True)
+            return Step(Skipped(numbers.loss, numbers.grad_norm), numbers.flags)
+        # Update parameters
+        lr = learning_rate(
+            config.scheduler,
+            config.optimizer.lr,
+            batch,
+            setup.span(config.scheduler.t_warmup),
+            setup.span(config.scheduler.t_max),
+        )
+        for group in setup.optimizer.param_groups:
             group["lr"] = lr
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-    for moe, balance in zip(moe_layers(run.model), balances):
+        setup.optimizer.step()
+        setup.optimizer.zero_grad(set_to_none=True)
+    # Update routers
+    for moe, balance in zip(moe_layers(setup.model), balances):
         moe.router.update(balance.counts)
-    return _result(run, fetched, lr)
+    return Step(_result(setup, numbers, lr), numbers.flags)
 
 
-def _accumulate(run: Run) -> tuple[Tensor, list[Balance]]:
-    """Run forward and backward over this rank's microbatches; return the summed loss and Balances of the batch."""
-    config = run.config
-    rank, world = run.strategy.data
-    size, rows_each = config.global_train_batch_size, int(config.device_train_microbatch_size)
-    with run.phase("data"):
-        batch = run.data.train.batch(run.batch, size, rank, world, rows_each).to(run.device)
-    loss, balances = torch.zeros((), device=run.device), []
-    for rows in batch.split(rows_each):
-        with run.phase("forward"), run.precision():
-            output: Output = run.model(rows[:, :-1])
-            nats = _token_nats(output.logits, rows[:, 1:]) / run.batch_tokens
-        with run.phase("backward"):
-            microbatch = _with_all_counts(run, output.balances)
-            (
-                nats + _auxiliary(run, microbatch, rows.shape[0] * config.max_seq_len * world)
-            ).backward()
+def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> tuple[Tensor, list[Balance]]:
+    """Run forward and backward over this rank's microbatches of a batch.
+
+    Return the loss, summed over ranks, and a Balance for each MoE layer, summed over microbatches.
+    """
+    config = setup.config
+    rank, world = setup.strategy.data
+    rows_each = int(config.device_train_microbatch_size)
+    with phase("data"):
+        samples = setup.data.train.batch(
+            batch, config.global_train_batch_size, rank, world, rows_each
+        ).to(setup.device)
+    loss = torch.zeros((), device=setup.device)
+    balances: list[list[Balance]] = []
+    for rows in samples.split(rows_each):  # [B, S + 1]
+        with phase("forward"), setup.precision():
+            output: Output = setup.model(rows[:, :-1])
+            nats = _token_nats(output.logits, rows[:, 1:]) / setup.batch_tokens
+        with phase("backward"):
+            microbatch = _with_all_counts(setup, output.balances)
+            tokens = rows.shape[0] * config.max_seq_len * world
+            (nats + _auxiliary(setup, microbatch, tokens)).backward()
         loss += nats.detach()
         balances.append([Balance(*(t.detach() for t in b)) for b in microbatch])
-    return run.strategy.reduce(loss), [_summed(layer) for layer in zip(*balances)]
+    return setup.strategy.reduce(loss), [_summed(layer) for layer in zip(*balances)]
 
 
-def _with_all_counts(run: Run, balances: Sequence[Balance]) -> list[Balance]:
-    """Replace the counts of this rank by those of all, of all layers by one collective."""
+def _with_all_counts(setup: Setup, balances: Sequence[Balance]) -> list[Balance]:
+    """Replace this rank's counts by the sum over ranks, in one collective for all layers."""
     if not balances:
         return []
     counts = [balance.counts for balance in balances]
-    summed = run.strategy.reduce(torch.cat(counts)).split([each.numel() for each in counts])
+    summed = setup.strategy.reduce(torch.cat(counts)).split([each.numel() for each in counts])
     return [balance._replace(counts=each) for balance, each in zip(balances, summed)]
 
 
 def _summed(balances: Sequence[Balance]) -> Balance:
-    first, *rest = balances
+    total, *rest = balances
     for balance in rest:
-        first = Balance(*(a + b for a, b in zip(first, balance)))
-    return first
+        total = Balance(*(a + b for a, b in zip(total, balance)))
+    return total
 
 
 def _token_nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -109,33 +133,36 @@ def _token_nats(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def _auxiliary(run: Run, balances: list[Balance], tokens: int) -> Tensor | float:
-    layers = moe_layers(run.model)
+def _auxiliary(setup: Setup, balances: list[Balance], tokens: int) -> Tensor | float:
+    """Return the weighted auxiliary losses of a microbatch of `tokens` tokens over all ranks."""
+    layers = moe_layers(setup.model)
     if not layers:
         return 0.0
-    weighted = run.model.auxiliary(balances, tokens, layers[0].workload.top_k)
-    return weighted * (tokens / run.batch_tokens)
+    weighted = setup.model.auxiliary(balances, tokens, layers[0].workload.top_k)
+    return weighted * (tokens / setup.batch_tokens)
 
 
-def _result(run: Run, fetched: Fetched, lr: float) -> StepResult:
-    loss, norm, balances, _ = fetched
+def _result(setup: Setup, numbers: Fetched, lr: float) -> StepResult:
+    loss, norm, balances, _ = numbers
     if not balances:
         return StepResult(loss, 0.0, 0.0, norm, lr, [], 0, [])
-    tokens, convention = run.batch_tokens, run.model.auxiliary.convention
-    top_k = moe_layers(run.model)[0].workload.top_k
+    tokens = setup.batch_tokens
+    convention = setup.model.auxiliary.convention
+    top_k = moe_layers(setup.model)[0].workload.top_k
+    stats = routing_stats(balances, tokens, top_k, convention)
     return StepResult(
-        loss,
-        load_balancing_loss(balances, tokens, top_k, convention).item(),
-        z_loss(balances, tokens).item(),
-        norm,
-        lr,
-        [[round(share, 6) for share in load_of(balance)] for balance in balances],
-        sum(int(balance.dropped) for balance in balances),
-        [layer._asdict() for layer in routing_stats(balances, tokens, top_k, convention)],
+        loss=loss,
+        balance_loss=load_balancing_loss(balances, tokens, top_k, convention).item(),
+        z_loss=z_loss(balances, tokens).item(),
+        grad_norm=norm,
+        lr=lr,
+        load=[[round(share, 6) for share in load_of(balance)] for balance in balances],
+        dropped=sum(int(balance.dropped) for balance in balances),
+        routing=[layer._asdict() for layer in stats],
     )
 
 
-def _seed(run: Run) -> None:
-    """Seed whatever is random in a step by (seed, step, rank), so that no generator state needs saving."""
-    key = f"{run.config.seed}/{run.batch}/{run.strategy.data[0]}"
+def _seed(setup: Setup, batch: int) -> None:
+    """Seed torch by (seed, step, rank), so that no generator state needs saving."""
+    key = f"{setup.config.seed}/{batch}/{setup.strategy.data[0]}"
     torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1)

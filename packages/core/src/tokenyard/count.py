@@ -1,0 +1,78 @@
+"""Sizes of a model: parameters, floating-point operations, memory. Exact, on the meta device too."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from tokenyard.activations import is_gated
+from tokenyard.feed_forward import FeedForward
+from tokenyard.moe import MoE, moe_layers
+
+_WIDE = 4  # bytes of float32, the dtype of routing and of the stream between blocks
+
+
+class Size(NamedTuple):
+    """Parameters of a model."""
+
+    total: int
+    active: int  # that compute one token: K of every E experts, and all that are no expert's
+    experts: int  # in all experts
+
+
+def count_parameters(model: nn.Module) -> Size:
+    """Count the parameters of a model, tied ones once."""
+    total = sum(p.numel() for p in model.parameters())
+    experts = 0
+    idle = 0
+    for moe in moe_layers(model):
+        numel = sum(p.numel() for p in moe.experts.parameters())
+        experts += numel
+        idle += numel * (moe.workload.num_experts - moe.workload.top_k) // moe.workload.num_experts
+    return Size(total, total - idle, experts)
+
+
+def weight_flops_per_token(model: nn.Module, lookups: Collection[Tensor] = ()) -> float:
+    """Count the floating-point operations of a token's forward pass through the weight matrices.
+
+    They are 2 for each number of a matrix, of experts for K of every E. `lookups` are matrices
+    that are only indexed, such as an embedding that is not also the head.
+    """
+    expert_share = {
+        p: m.workload.top_k / m.workload.num_experts
+        for m in moe_layers(model)
+        for p in m.experts.parameters()
+    }
+    skipped = set(lookups)
+    matrices = [
+        p
+        for name, p in model.named_parameters()
+        if p.dim() > 1 and not name.endswith("_bias") and p not in skipped
+    ]
+    return 2 * sum(p.numel() * expert_share.get(p, 1) for p in matrices)
+
+
+def saved_by_ffn(ffn: MoE | FeedForward, width: int) -> int:
+    """Count the bytes per token that an MoE layer or a dense network keeps for the backward pass.
+
+    `width` is b, the bytes of the compute dtype. U is the rows of an up projection: 2F when
+    gated, else F. A dense network keeps b(U + F), or b(U + 2F) when gated. An MoE layer whose
+    kernel keeps its input and the pre-activation, as core's do, keeps bKU and about 12E + 28K for
+    routing; under autocast the router keeps 4D more. An exchange keeps bD of each row it receives.
+    """
+    if isinstance(ffn, FeedForward):
+        return _saved_by_dense(ffn, width)
+    work = ffn.workload
+    up_rows = ffn.experts.up.shape[1]
+    routing = 12 * work.num_experts + 28 * work.top_k
+    router_input = _WIDE * work.dim if width < _WIDE else 0
+    shared = 0 if ffn.shared is None else _saved_by_dense(ffn.shared, width)
+    received = round(width * work.dim * ffn.experts.exchange.received)
+    return width * work.top_k * up_rows + routing + router_input + shared + received
+
+
+def _saved_by_dense(ffn: FeedForward, width: int) -> int:
+    activations = 2 if is_gated(ffn.activation) else 1
+    return width * (ffn.up.shape[0] + activations * ffn.down.shape[1])

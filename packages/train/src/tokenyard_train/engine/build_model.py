@@ -1,0 +1,53 @@
+"""Building a config's model: on the meta device, with backends chosen, laid out by a strategy."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenyard import ConfigError, Model, Strategy, default_registry, started_processes
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.engine.precision import COMPUTE_DTYPES
+from tokenyard_train.engine.trainable import adapt, freeze
+
+
+def build_model(config: TrainConfig) -> tuple[Strategy, Model]:
+    """Return the strategy and the laid-out model, on the meta device. Raises ConfigError."""
+    model = meta_model(config)
+    if config.lora is not None:
+        adapt(model, config.lora)
+    freeze(model, config.frozen)
+    choice = config.parallel.strategy
+    strategy: Strategy = (
+        default_registry().choose("strategy", choice).construct(device=torch.device(config.device))
+    )
+    processes = started_processes()
+    if strategy.data[1] == 1 and processes > 1:
+        raise ConfigError(
+            f"parallel.strategy is {choice!r}, which is for one process, and {processes} were "
+            "started; give fsdp or ddp"
+        )
+    reason = strategy.unusable(model)
+    if reason is not None:
+        raise ConfigError(f"parallel.strategy: {reason}")
+    return strategy, strategy.layout(model)
+
+
+def meta_model(config: TrainConfig) -> Model:
+    """Build the model on the meta device, with its backends chosen. Raises ConfigError."""
+    name = config.model["name"]
+    options = {key: value for key, value in config.model.items() if key != "name"}
+    chosen = default_registry().choose("model", name)
+    with torch.device("meta"):
+        model = chosen.construct(
+            options,
+            backends=config.backends.model_dump(),
+            device=torch.device(config.device),
+            compute_dtype=COMPUTE_DTYPES[config.precision],
+            expert_parallel=config.parallel.expert_parallel,
+        )
+    if not isinstance(model, Model):
+        raise ConfigError(
+            f"model.name {name!r} names {type(model).__qualname__}, which does not derive from "
+            "tokenyard.Model; derive it, and test it with tokenyard.testing.ModelConformance"
+        )
+    return model

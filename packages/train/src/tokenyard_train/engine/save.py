@@ -1,0 +1,42 @@
+"""Saving: the tensors and the metadata of a run's checkpoint."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokenyard_train.checkpoint import model_tensors
+from tokenyard_train.checkpoint.background import Saver
+from tokenyard_train.engine.optimizer import trainable
+from tokenyard_train.engine.setup import Setup
+from tokenyard_train.engine.state import Run
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(run: Run, writer: Saver) -> None:
+    """Start writing model, optimizer and position as ``ba<batch>``; ``writer.finish()`` waits."""
+    steps = {name: int(state["step"].item()) for name, state in moments(run.setup).items()}
+    meta = {
+        "batch": run.position.batch,
+        "skipped": run.position.skipped,
+        "metrics_bytes": run.metrics.size(),
+        "optimizer_steps": steps,
+        "config": run.setup.config.model_dump(mode="json"),
+    }
+    writer.save(f"ba{run.batch}", run_tensors(run.setup), meta)
+
+
+def run_tensors(setup: Setup) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint by name, for saving or for loading in place."""
+    tensors = model_tensors(setup.model)
+    for name, state in moments(setup).items():
+        tensors |= {f"optimizer.{name}.{key}": state[key] for key in _MOMENTS}
+    return tensors
+
+
+def moments(setup: Setup) -> dict[str, dict[str, Tensor]]:
+    """Return AdamW's state of each trainable parameter, zero where no step was taken."""
+    return {
+        name: setup.optimizer.moments(parameter)
+        for name, parameter in trainable(setup.model).items()
+    }
