@@ -1,4 +1,4 @@
-"""The errors tokenyard raises for a user's mistake: one sentence that names what was given and what would work."""
+"""Errors that a user can cause. Each message is one sentence: what is wrong, what would work."""
 
 from __future__ import annotations
 
@@ -7,18 +7,31 @@ from collections.abc import Iterable
 
 
 class TokenyardError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base class of all errors that a user can cause and fix."""
 
 
 class ConfigError(TokenyardError, ValueError):
-    """A value, key or argument is wrong; the sentence names it and what would work."""
+    """A value, key or argument is wrong. The message names it and says what would work."""
 
 
 class BackendError(TokenyardError):
-    """A backend is unknown, unusable here, broken or offered twice."""
+    """A backend is unknown, unusable on this machine, broken or offered twice."""
+
+
+def one_of(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise ConfigError unless `name` is one of `known`; `what` is the key or argument."""
+    known = list(known)
+    if name not in known:
+        raise ConfigError(unknown(what, name, known))
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """Return ``<what> 'swigl' is unknown (did you mean 'swiglu'?); known are: swiglu, geglu``."""
+    known = list(known)
+    return f"{what} {name!r} is unknown{did_you_mean(name, known)}; known are: {', '.join(known)}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the known name nearest to `name`, or an empty string if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """Return `` (did you mean 'x'?)`` for the closest known name, or "" if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tokenyard.errors import ConfigError
+from tokenyard.errors import one_of
 from tokenyard.interfaces import Balance
 
 Convention = Literal["megablocks", "hf"]
@@ -54,10 +54,7 @@ class AuxiliaryLoss:
     convention: Convention = "megablocks"
 
     def __post_init__(self) -> None:
-        if self.convention not in ("megablocks", "hf"):
-            raise ConfigError(
-                f"load-balancing convention {self.convention!r} is unknown; known are: megablocks, hf"
-            )
+        one_of("load-balancing convention", self.convention, get_args(Convention))
 
     def __call__(
         self, balances: Sequence[Balance], tokens: Tensor | int, top_k: int

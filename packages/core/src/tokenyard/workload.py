@@ -12,16 +12,8 @@ from torch import Tensor
 
 from tokenyard.activations import ACTIVATIONS
 from tokenyard.devices import with_index
-from tokenyard.errors import BackendError, ConfigError, did_you_mean
+from tokenyard.errors import BackendError, ConfigError, one_of
 from tokenyard.numerics import compute_dtype
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        names = ", ".join(known)
-        raise ConfigError(
-            f"{what} {value!r} is unknown{did_you_mean(value, known)}; known are: {names}"
-        )
 
 
 def _indivisible(what: str, value: int, experts: int) -> str:
@@ -61,8 +53,8 @@ class RoutingRule:
     )  # for algorithms of plugins
 
     def __post_init__(self) -> None:
-        _one_of("router score", self.score, ("softmax", "sigmoid"))
-        _one_of("router group_score", self.group_score, ("max", "top2"))
+        one_of("router score", self.score, ("softmax", "sigmoid"))
+        one_of("router group_score", self.group_score, ("max", "top2"))
         if self.select_first and self.score != "softmax":
             raise ConfigError("router select_first goes with score 'softmax', not 'sigmoid'")
         if not 0 <= self.jitter < 1:
@@ -109,7 +101,7 @@ class Workload:
         for name in ("dim", "ffn_dim", "num_experts", "top_k", "expert_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        _one_of("activation", self.activation, ACTIVATIONS)
+        one_of("activation", self.activation, ACTIVATIONS)
         experts, groups = self.num_experts, self.router.num_groups
         if self.top_k > experts:
             raise ConfigError(
