@@ -1,4 +1,4 @@
-"""tokenyard: dropless Mixture-of-Experts layers whose router, permutation, experts and exchange are plugins."""
+"""Dropless Mixture-of-Experts layers whose parts are plugins."""
 
 from tokenyard.__about__ import __version__
 from tokenyard.activations import ACTIVATIONS, activate, is_gated, up_rows

@@ -1,4 +1,4 @@
-"""Core's own backends, registered through the same door as any plugin's."""
+"""Core's own backends, registered with the same hooks as any plugin's."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tokenyard.workload import Workload
 
 def _topk_only(workload: Workload) -> str | None:
     algorithm = workload.router.algorithm
-    return (
-        None
-        if algorithm == "topk"
-        else f"'torch' computes the router algorithm 'topk', not {algorithm!r}"
-    )
+    if algorithm == "topk":
+        return None
+    return f"'torch' computes the router algorithm 'topk', not {algorithm!r}"
 
 
 def _cpu_only(workload: Workload) -> str | None:
     device = workload.device.type
-    return None if device == "cpu" else f"'cpu' computes on a CPU, and the device is {device!r}"
+    if device == "cpu":
+        return None
+    return f"'cpu' computes on a CPU, and the device is {device!r}"
 
 
 def _local_only(workload: Workload) -> str | None:
@@ -35,13 +35,13 @@ def tokenyard_routers() -> list[Backend]:
 
 @hookimpl
 def tokenyard_permutations() -> list[Backend]:
-    """Offer the permutation by sorting."""
+    """Offer the permutation that sorts slots."""
     return [Backend("torch", "tokenyard.permutations:TorchPermutation")]
 
 
 @hookimpl
 def tokenyard_experts() -> list[Backend]:
-    """Offer the kernel of grouped products, one for CPUs, and the loop that serves as their oracle."""
+    """Offer the grouped-GEMM kernel, a CPU kernel, and a reference loop over experts."""
     return [
         Backend("cpu", "tokenyard.experts:CpuExperts", priority=1, unusable=_cpu_only),
         Backend("torch", "tokenyard.experts:TorchExperts"),
@@ -51,11 +51,11 @@ def tokenyard_experts() -> list[Backend]:
 
 @hookimpl
 def tokenyard_exchanges() -> list[Backend]:
-    """Offer the exchange that moves nothing."""
+    """Offer the exchange that keeps tokens on their rank."""
     return [Backend("local", "tokenyard.exchanges:LocalExchange", unusable=_local_only)]
 
 
 @hookimpl
 def tokenyard_strategies() -> list[Backend]:
-    """Offer the layout on one device."""
+    """Offer the strategy for one device."""
     return [Backend("single", "tokenyard.strategies:SingleStrategy")]

@@ -1,4 +1,7 @@
-"""The activations of an expert: a = act(z), where a gated one takes z = [gate | up] and returns act(gate) * up."""
+"""Activations of an expert, a = act(z).
+
+A gated activation takes z = [gate | up] and returns act(gate) * up.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +27,31 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu_squared": relu_squared,
 }
-"""The function of each activation that is not gated."""
+"""Ungated activations: name -> function."""
 
-GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
-"""The function that each gated activation applies to its gate half (Shazeer 2020, arXiv 2002.05202)."""
+GATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "reglu": F.relu,
+}
+"""Gated activations: name -> function of the gate half (Shazeer 2020, arXiv 2002.05202)."""
 
 ACTIVATIONS: tuple[str, ...] = (*GATED, *POINTWISE)
-"""Every activation of the contract, by name."""
+"""Names of all activations that an expert kernel must support."""
 
 
 def is_gated(activation: str) -> bool:
-    """Say whether the up projection of this activation has 2F rows, gate rows first."""
+    """Return True if the up projection has 2F rows, gate rows first."""
     return activation in GATED
 
 
 def up_rows(activation: str, ffn_dim: int) -> int:
-    """Return the rows of one expert's up projection: 2F when gated, else F."""
+    """Return the number of rows of one expert's up projection: 2F if gated, else F."""
     return 2 * ffn_dim if is_gated(activation) else ffn_dim
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
-    """Return a [..., F] for the pre-activation z [..., 2F] or [..., F]."""
+    """Return the activation a [..., F] of the pre-activation z [..., 2F] or [..., F]."""
     if not is_gated(activation):
         return POINTWISE[activation](z)
     gate, up = z.chunk(2, dim=-1)
@@ -52,20 +59,23 @@ def activate(z: Tensor, activation: str) -> Tensor:
 
 
 def activate_with_pullback(z: Tensor, activation: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return ``activate(z)`` and what turns its gradient da [..., F] into dz, without autograd."""
+    """Return ``activate(z)`` and a function that maps its gradient da [..., F] to dz.
+
+    The function does not use autograd.
+    """
     if not is_gated(activation):
         return POINTWISE[activation](z), lambda da: _pointwise_backward(da, z, activation)
     gate, up = z.chunk(2, dim=-1)
-    opened = GATED[activation](gate)
+    gate_act = GATED[activation](gate)
 
     def pullback(da: Tensor) -> Tensor:
         dz = torch.empty_like(z)
-        dgate, dup = dz.chunk(2, dim=-1)
+        dgate, dup = dz.chunk(2, dim=-1)  # views, so both halves are written into dz
         _GATE_BACKWARD[activation](da * up, gate, grad_input=dgate)
-        torch.mul(da, opened, out=dup)
+        torch.mul(da, gate_act, out=dup)
         return dz
 
-    return opened * up, pullback
+    return gate_act * up, pullback
 
 
 _GATE_BACKWARD: dict[str, Callable[..., Tensor]] = {
@@ -73,7 +83,7 @@ _GATE_BACKWARD: dict[str, Callable[..., Tensor]] = {
     "geglu": torch.ops.aten.gelu_backward.grad_input,
     "reglu": partial(torch.ops.aten.threshold_backward.grad_input, threshold=0),
 }
-"""What writes the gradient of each gate; half of dz at once, which needs no joining."""
+"""Gated activations: name -> gate gradient, with an out= form that writes half of dz in place."""
 
 
 def _pointwise_backward(da: Tensor, z: Tensor, activation: str) -> Tensor:

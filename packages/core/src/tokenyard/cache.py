@@ -1,4 +1,4 @@
-"""Where lies what is worth keeping from process to process."""
+"""The on-disk cache folder that all packages share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return the folder that the environment variable ``TOKENYARD_CACHE`` names, or ``~/.cache/tokenyard``.
+    """Return the folder ``$TOKENYARD_CACHE``, by default ``~/.cache/tokenyard``.
 
-    It need not exist, nor be writable: for a user without a home it is a path that never is.
+    The folder may not exist or may not be writable. Without a home directory, the path is one that
+    cannot be created.
     """
     try:
         return Path(os.environ.get("TOKENYARD_CACHE") or "~/.cache/tokenyard").expanduser()
-    except RuntimeError:  # there is no such home
+    except RuntimeError:  # the home directory is unknown
         return Path(os.devnull, "tokenyard")

@@ -1,4 +1,4 @@
-"""Devices by name. A resolved device always names its card: ``cuda:0``, never ``cuda``."""
+"""Device names. A resolved GPU always has an index: ``cuda:0``, never ``cuda``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _CHOICES = "give cpu, cuda, cuda:N or auto"
 
 
 def resolve_device(name: str | torch.device, key: str = "device") -> torch.device:
-    """Return the device that `name` (cpu, cuda, cuda:N or auto) means here, with its index.
+    """Return the device for `name` (cpu, cuda, cuda:N or auto), with an index if it is a GPU.
 
-    `auto` takes a GPU if there is one. Without an index, a GPU is that of this rank (``LOCAL_RANK``), or torch's
-    current one. `key` names the option in the errors. Raises ConfigError for a device that torch does not find.
+    `auto` is a GPU if torch finds one, else the CPU. A GPU without an index becomes the GPU of this
+    rank (``LOCAL_RANK``), by default torch's current one. Error messages name the option `key`.
+    Raises ConfigError for a device that torch does not find.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,7 +25,7 @@ def resolve_device(name: str | torch.device, key: str = "device") -> torch.devic
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"{key} is {name!r}; {_CHOICES}") from None
-    wraps = str(device) != str(name)  # cuda:256 is cuda:0 to torch
+    wraps = str(device) != str(name)  # torch parses cuda:256 as cuda:0
     if device.type not in ("cpu", "cuda") or wraps or (device.type == "cpu" and device.index):
         raise ConfigError(f"{key} is {str(name)!r}; {_CHOICES}")
     if device.type == "cpu":
@@ -45,21 +46,26 @@ def resolve_device(name: str | torch.device, key: str = "device") -> torch.devic
 
 
 def with_index(device: str | torch.device) -> torch.device:
-    """Return a device as its tensors report it: an accelerator with an index, torch's current one; a CPU without."""
+    """Return a device as its tensors report it: a GPU with an index, the CPU without one.
+
+    The default index is that of torch's current device.
+    """
     device = torch.device(device)
     if device.type == "cpu":
         return torch.device("cpu")
     if device.index is not None or device.type == "meta":
         return device
     if device.type == "cuda":
-        return torch.device(
-            "cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0
-        )
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+        return torch.device("cuda", index)
     return torch.zeros(0, device=device).device
 
 
 def _local_rank(count: int) -> int:
-    """Return the GPU of this rank: that of its number, or the current one where each rank sees only its own."""
+    """Return the GPU index of this rank: ``LOCAL_RANK``, by default torch's current device.
+
+    The default also applies if each rank sees only its own GPU.
+    """
     local_rank = os.environ.get("LOCAL_RANK") if started_processes() > 1 else None
     if local_rank is not None and int(local_rank) < count:
         return int(local_rank)

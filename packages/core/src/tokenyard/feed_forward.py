@@ -1,4 +1,4 @@
-"""The dense feed-forward network: a shared expert, or what a layer without experts has."""
+"""The dense feed-forward network: a shared expert, or the FFN of a layer without experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenyard.initial import reset
 
 
 class FeedForward(nn.Module):
-    """One expert that sees every token, unweighted: y = down(act(up(x)))."""
+    """A dense FFN that computes every token: y = down(act(up(x)))."""
 
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
@@ -27,11 +27,10 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw each matrix uniformly within 1/sqrt(fan in), and zero the biases."""
+        """Draw each matrix from U(-b, b) with b = 1/sqrt(fan in), and zero the biases."""
         reset((self.up, self.down), (self.up_bias, self.down_bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [T, D] for tokens x [T, D]."""
-        return F.linear(
-            activate(F.linear(x, self.up, self.up_bias), self.activation), self.down, self.down_bias
-        )
+        z = F.linear(x, self.up, self.up_bias)  # [T, 2F or F]
+        return F.linear(activate(z, self.activation), self.down, self.down_bias)

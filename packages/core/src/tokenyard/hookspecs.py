@@ -1,4 +1,8 @@
-"""The hooks of tokenyard. A plugin implements some with `hookimpl` and is named under the entry point `tokenyard`."""
+"""The hooks of tokenyard.
+
+A plugin is a module that implements some of these hooks, each marked with `hookimpl`. Its
+distribution names the module under the entry point `tokenyard`.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +12,34 @@ from tokenyard.backend import Backend
 
 hookspec = pluggy.HookspecMarker("tokenyard")
 hookimpl = pluggy.HookimplMarker("tokenyard")
-"""Marks a function of a plugin as the implementation of the hook of its name."""
+"""Decorator that marks a plugin's function as the implementation of the hook of the same name."""
 
 
 @hookspec
 def tokenyard_routers() -> list[Backend]:  # type: ignore[empty-body]
-    """Offer implementations of Router: they decide which experts compute a token, and with what weight."""
+    """Offer routers, which choose the experts of each token and their weights (`Router`)."""
 
 
 @hookspec
 def tokenyard_permutations() -> list[Backend]:  # type: ignore[empty-body]
-    """Offer implementations of Permutation: they line slots up by expert and move rows there and back."""
+    """Offer permutations, which sort slots by expert and move rows (`Permutation`)."""
 
 
 @hookspec
 def tokenyard_experts() -> list[Backend]:  # type: ignore[empty-body]
-    """Offer implementations of ExpertKernel: they compute the experts."""
+    """Offer expert kernels, which compute the experts (`ExpertKernel`)."""
 
 
 @hookspec
 def tokenyard_exchanges() -> list[Backend]:  # type: ignore[empty-body]
-    """Offer implementations of Exchange: they carry tokens to the ranks that hold their experts, and back."""
+    """Offer exchanges, which send tokens to the ranks of their experts and back (`Exchange`)."""
 
 
 @hookspec
 def tokenyard_strategies() -> list[Backend]:  # type: ignore[empty-body]
-    """Offer implementations of Strategy: they lay a model out over devices."""
+    """Offer strategies, which shard or replicate a model over devices (`Strategy`)."""
 
 
 @hookspec
 def tokenyard_models() -> list[Backend]:  # type: ignore[empty-body]
-    """Offer implementations of Model: language models that `model.name` in a config may name."""
+    """Offer language models, which a config selects by `model.name` (`Model`)."""

@@ -1,4 +1,4 @@
-"""Initial values of a layer that stands alone; a model has rules of its own."""
+"""Default initial values of a single layer. A model initialises its layers by its own rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def reset(matrices: Iterable[Tensor], zeros: Iterable[Tensor | None]) -> None:
-    """Draw each matrix uniformly within 1/sqrt(fan in), as nn.Linear does, and zero the rest."""
+    """Draw each matrix from U(-b, b) with b = 1/sqrt(fan in), as nn.Linear does; fill `zeros`."""
     for matrix in matrices:
         bound = matrix.shape[-1] ** -0.5
         nn.init.uniform_(matrix, -bound, bound)

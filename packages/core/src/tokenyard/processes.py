@@ -1,4 +1,4 @@
-"""The processes of a run, as far as everybody has to know of them."""
+"""The world size of a run, before and after torch.distributed is initialised."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch.distributed as dist
 
 
 def started_processes() -> int:
-    """Return how many processes torchrun (or whoever sets WORLD_SIZE) started for this run; 1 outside of it."""
-    return (
-        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    )
+    """Return the number of processes of this run: the world size, by default ``WORLD_SIZE`` or 1.
+
+    torchrun and other launchers set ``WORLD_SIZE``.
+    """
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))

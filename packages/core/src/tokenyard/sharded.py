@@ -1,4 +1,4 @@
-"""Sharded tensors (DTensor), recognised without importing ``torch.distributed.tensor``.
+"""Helpers for sharded tensors (DTensor) that do not import ``torch.distributed.tensor``.
 
 That import takes up to 2 seconds, and a run in one process never needs it.
 """
@@ -15,22 +15,21 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Say whether a tensor is a DTensor: only these have a local part.
-
-    The type is asked, since the compiler does not see the method on a traced tensor.
-    """
+    """Return True if a tensor is a DTensor; only DTensors have ``to_local``."""
+    # on the type, because the compiler does not see the method on a traced tensor
     return hasattr(type(tensor), "to_local")
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return the shard of a tensor that this rank holds: the tensor itself, unless it is sharded."""
+    """Return the local shard of a DTensor, and any other tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def allocate(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """Move a model from the meta device to another one, without values; of a sharded one, what this rank holds.
+    """Allocate a model of the meta device on `device`, uninitialised; return the model.
 
-    It does what ``model.to_empty`` does. That one asks the meta device how a tensor lies, which imports sympy.
+    For a sharded model, only the local shards are allocated. Does the same as ``model.to_empty``,
+    which imports sympy because it reads the strides of meta tensors.
     """
 
     def empty(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of installed backends, with the reason where one is unusable."""
+"""The table of installed backends, with a reason for each unusable one."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from tokenyard.workload import Workload
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a backend, who brought it, and whether it can be used."""
+    """One line of the table: a backend, its distribution, and whether it is usable."""
 
     kind: str
     name: str
     distribution: str
-    status: str  # "usable", or the backend's own sentence
+    status: str  # "usable", or the backend's reason
 
 
 def sample_workload() -> Workload:
-    """Return an ordinary layer on this machine's device, by which the table judges: bfloat16 on a GPU, else float32."""
+    """Return a typical layer for which the table checks backends.
+
+    It is in bfloat16 on a GPU if torch finds one, else in float32 on the CPU.
+    """
     device = resolve_device("auto")
     return Workload(
         dim=1024,
@@ -38,7 +41,7 @@ def sample_workload() -> Workload:
 
 
 def rows(registry: Registry, workload: Workload) -> list[Row]:
-    """List every backend, by kind and then by priority."""
+    """Return one row for each backend, sorted by kind, then by priority."""
     return [
         Row(kind, o.backend.name, f"{o.distribution} {o.version}", why_not(o, workload) or "usable")
         for kind in KINDS
@@ -47,7 +50,7 @@ def rows(registry: Registry, workload: Workload) -> list[Row]:
 
 
 def render(registry: Registry, workload: Workload) -> str:
-    """Return the table as text, followed by the plugins that were left out."""
+    """Return the table as text, followed by the plugins that could not be loaded."""
     header = Row("kind", "name", "distribution", "usable here?")
     lines = _columns([header, *rows(registry, workload)])
     lines += [f"left out: {problem.reason}" for problem in registry.problems]

@@ -1,4 +1,4 @@
-"""The `local` exchange: every rank holds all experts, so tokens stay where they are."""
+"""The `local` exchange: every rank holds all experts, so no token moves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenyard.workload import Workload
 
 
 class LocalExchange:
-    """Computes tokens on this rank's experts."""
+    """Computes tokens on the experts of this rank."""
 
     received = 0.0
 
@@ -19,5 +19,5 @@ class LocalExchange:
         pass
 
     def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
-        """Return compute(x, ids, weights)."""
+        """Return y [T, D] for x [T, D], computed on this rank."""
         return compute(x, routing.topk_ids, routing.topk_weights)
