@@ -1,7 +1,7 @@
-"""Low-rank adapters of packed expert weights: W + alpha / rank * B A (Hu et al. 2021, arXiv 2106.09685).
+"""Low-rank adapters (LoRA) of packed expert weights: W + alpha / rank * B A.
 
-Of the experts of a layer each has its own A and B. The sum is formed in every forward pass, so that every expert kernel
-computes it as it is; a kernel that keeps the two apart can come later.
+Source: Hu et al. 2021, arXiv 2106.09685. Each expert has its own A and B. Every forward pass adds
+B A to W before it calls the expert kernel, so adapters work with every kernel.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tokenyard.moe import moe_layers
 from tokenyard.sharded import is_sharded
 
 LoraTarget = Literal["up", "down"]
-"""Which of an expert's matrices."""
+"""The expert weight that an adapter changes."""
 
 
 class LoraAdapter(nn.Module):
-    """Adds to an Experts' `up` and `down`, or to one of them, what its own parameters make.
+    """Adds low-rank matrices to the `up` and `down` weights of an `Experts`, or to one of them.
 
-    For `up` these are `up_a` [E, rank, D] and `up_b` [E, 2F or F, rank], for `down` `down_a` [E, rank, F] and `down_b`
-    [E, D, rank]. B begins as zero, so that an adapter changes nothing at first.
+    Parameters: `up_a` [E, rank, D], `up_b` [E, 2F or F, rank], `down_a` [E, rank, F] and `down_b`
+    [E, D, rank]. B is initially zero, so a new adapter does not change the output.
     """
 
     def __init__(self, experts: Experts, rank: int, alpha: float, targets: Sequence[LoraTarget]):
@@ -45,20 +45,20 @@ class LoraAdapter(nn.Module):
             nn.init.uniform_(getattr(self, f"{target}_a"), -(columns**-0.5), columns**-0.5)
 
     def forward(self, weights: ExpertWeights) -> ExpertWeights:
-        """Return weights with this adapter's part added, in their dtype."""
-        added = {
-            name: w + self.part(name, w.dtype)
-            for name, w in weights._asdict().items()
+        """Return the weights plus their low-rank deltas, in the dtype of the weights."""
+        adapted = {
+            name: weight + self.delta(name, weight.dtype)
+            for name, weight in weights._asdict().items()
             if self.has(name)
         }
-        return weights._replace(**added)
+        return weights._replace(**adapted)
 
     def has(self, target: str) -> bool:
-        """Say whether a weight has a part here."""
+        """Return True if this adapter changes the weight `target`."""
         return f"{target}_a" in self._parameters
 
-    def part(self, target: str, dtype: torch.dtype) -> Tensor:
-        """Return alpha / rank * B A, of the experts of this rank."""
+    def delta(self, target: str, dtype: torch.dtype) -> Tensor:
+        """Return alpha / rank * B A [E, rows, columns] for the experts of this rank."""
         a, b = (local_weight(getattr(self, f"{target}_{name}"), dtype) for name in "ab")
         return self.scale * torch.bmm(b.to(dtype), a.to(dtype))
 
@@ -66,9 +66,9 @@ class LoraAdapter(nn.Module):
 def add_lora(
     model: nn.Module, rank: int, alpha: float, targets: Sequence[LoraTarget] = get_args(LoraTarget)
 ) -> None:
-    """Give the experts of every MoE layer an adapter, and let nothing else of the model be trained.
+    """Add an adapter to the experts of every MoE layer, and freeze all other parameters.
 
-    Raises ConfigError if there are no experts, or they have adapters already.
+    Raises ConfigError if the model has no experts or already has adapters.
     """
     layers = moe_layers(model)
     if not layers:
@@ -85,9 +85,13 @@ def add_lora(
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Make adapters part of the weights that they add to, and drop them. Raises ConfigError for a sharded model."""
+    """Add each adapter's delta to its weights, and remove the adapters.
+
+    Raises ConfigError if the model is sharded.
+    """
     for moe in moe_layers(model):
-        experts, adapter = moe.experts, moe.experts.adapter
+        experts = moe.experts
+        adapter = experts.adapter
         if not isinstance(adapter, LoraAdapter):
             continue
         if is_sharded(experts.up):
@@ -97,5 +101,5 @@ def merge_lora(model: nn.Module) -> None:
         for target in filter(adapter.has, get_args(LoraTarget)):
             weight: Tensor = getattr(experts, target)
             wide = torch.promote_types(weight.dtype, torch.float32)
-            weight.copy_(weight.to(wide) + adapter.part(target, wide))
+            weight.copy_(weight.to(wide) + adapter.delta(target, wide))
         experts.adapter = None

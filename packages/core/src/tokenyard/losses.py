@@ -1,7 +1,7 @@
-"""Auxiliary losses of a router, as explicit values of its Balance; nothing is kept in module globals.
+"""Auxiliary losses of routers, computed from the Balance that each router returns.
 
-Notation: L layers, T tokens seen by each layer, K experts per token, E experts, F_e slots that chose expert e, P_e the
-sum over tokens of its probability.
+Notation: L layers, T tokens per layer, K experts per token, E experts, F_e the number of slots
+routed to expert e, P_e the sum over tokens of the probability of expert e.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ def load_balancing_loss(
     top_k: int,
     convention: Convention = "megablocks",
 ) -> Tensor:
-    """Return the load-balancing loss of some layers; lowest when every expert gets the same number of tokens.
+    """Return the load-balancing loss; it is lowest if all experts get the same number of tokens.
 
-    "megablocks": the mean over layers of E / (K T^2) * sum_e F_e P_e, which is 1 at balance (Fedus et al. 2021,
-    arXiv 2101.03961, for top-k). "hf": transformers' pooling, E * sum_e mean F_e/T * mean P_e/T with the means taken
-    over layers, which is K at balance and blind to layers whose imbalances cancel.
+    "megablocks": the mean over layers of E / (K T^2) * sum_e F_e P_e, which is 1 if balanced
+    (Fedus et al. 2021, arXiv 2101.03961, generalised to top-k).
+
+    "hf": as in transformers, E * sum_e mean(F_e / T) * mean(P_e / T), with means over layers. It is
+    K if balanced. It does not detect imbalances that cancel between layers.
     """
     counts = torch.stack([b.counts for b in balances])  # [L, E]
     probs = torch.stack([b.prob_sum for b in balances])  # [L, E]
@@ -41,13 +43,19 @@ def load_balancing_loss(
 
 
 def z_loss(balances: Sequence[Balance], tokens: Tensor | int) -> Tensor:
-    """Return the mean over layers and tokens of logsumexp(logits)^2 (Zoph et al. 2022, ST-MoE, arXiv 2202.08906)."""
+    """Return the mean over layers and tokens of logsumexp(logits)^2.
+
+    Source: Zoph et al. 2022, ST-MoE, arXiv 2202.08906.
+    """
     return torch.stack([b.z_sum for b in balances]).mean() / tokens
 
 
 @dataclass(frozen=True)
 class AuxiliaryLoss:
-    """The weighted sum of the router losses that a model asks for. Raises ConfigError for an unknown convention."""
+    """The weighted sum of a model's router losses.
+
+    Raises ConfigError for an unknown convention.
+    """
 
     balance_weight: float = 0.0
     z_weight: float = 0.0
@@ -59,7 +67,7 @@ class AuxiliaryLoss:
     def __call__(
         self, balances: Sequence[Balance], tokens: Tensor | int, top_k: int
     ) -> Tensor | float:
-        """Return the loss to add for `tokens` tokens; 0.0 when there is no MoE layer or no weight."""
+        """Return the auxiliary loss of `tokens` tokens; 0.0 without MoE layers or weights."""
         loss: Tensor | float = 0.0
         if balances and self.balance_weight:
             loss = self.balance_weight * load_balancing_loss(

@@ -1,4 +1,4 @@
-"""The MoE layer: a router, its experts, and what every token gets besides."""
+"""The MoE layer: router, experts, shared expert and output bias."""
 
 from __future__ import annotations
 
@@ -22,15 +22,29 @@ _PARTS: tuple[Kind, ...] = ("router", "permutation", "experts", "exchange")
 
 
 class MoE(nn.Module):
-    """A dropless Mixture-of-Experts layer whose parts are backends, chosen once, here.
+    """A dropless Mixture-of-Experts layer. Its parts are backends, chosen when it is constructed.
 
-    ``y = experts(x) [+ shared(x)] [+ bias]``, where `shared_dim` is the width of a shared expert; with
-    `shared_weighted_sum` the sum is K/(K+1) of the experts and 1/(K+1) of the shared one. `output_bias` adds one bias
-    [D] to every token (MegaBlocks'). `backends` maps router, permutation, experts and exchange to a name, "auto" or a
-    mapping with `name` and options. `group` is the process group of expert parallelism.
+    The forward pass has four steps:
 
-    Parameters stand on the workload's device, or on the meta device inside ``with torch.device("meta")``, in `dtype`.
-    `chosen` says which backend each part got and why. Raises BackendError for a choice that cannot be made.
+    1. Router: choose K experts and their weights for each token.
+    2. Exchange: dispatch the tokens to the ranks that hold their experts; compute the experts
+       there (plan, then expert kernel); combine the weighted outputs of each token.
+    3. Shared expert (optional): compute a dense FFN for every token.
+    4. Sum: add the experts, the shared expert and the output bias (optional).
+
+    Arguments:
+
+    - `backends`: maps router, permutation, experts and exchange to a backend's name, to "auto", or
+      to a mapping with `name` and options.
+    - `shared_dim`: width of the shared expert; None for no shared expert.
+    - `shared_weighted_sum`: weight the experts by K/(K+1) and the shared expert by 1/(K+1).
+    - `output_bias`: add a bias [D] to every token, as MegaBlocks does.
+    - `group`: the process group of expert parallelism.
+    - `dtype`: the dtype of the parameters. Their device is the workload's device, or the meta
+      device inside ``with torch.device("meta")``.
+
+    The attribute `chosen` maps each part to its `Chosen`. Raises BackendError if a backend
+    cannot be used.
     """
 
     bias: nn.Parameter | None
@@ -50,7 +64,7 @@ class MoE(nn.Module):
         super().__init__()
         self.workload = workload
         self.chosen = _choose_parts(workload, backends or {}, registry or default_registry())
-        with _placed(workload.device, dtype):
+        with _parameter_defaults(workload.device, dtype):
             self.router = self.chosen["router"].construct(workload)
             permutation = self.chosen["permutation"].construct(workload)
             kernel = self.chosen["experts"].construct(workload, permutation)
@@ -64,25 +78,32 @@ class MoE(nn.Module):
         self._shares = (k / (k + 1), 1 / (k + 1)) if shared_weighted_sum else (1.0, 1.0)
 
     def forward(self, x: Tensor, topk_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Return y, shaped like x [..., D], and the Routing of its T tokens; topk_ids [T, K] override the selection.
+        """Return y, shaped like x [..., D], and the Routing of its T tokens.
 
-        Raises BackendError for an x of another dtype or device than the workload's.
+        `topk_ids` [T, K] override the router's selection. Raises BackendError if x has another
+        dtype or device than the workload.
         """
         self.workload.check_input(x)
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = x.reshape(-1, x.shape[-1])  # [T, D]
+
+        # 1. router: topk_ids [T, K], topk_weights [T, K], logits [T, E]
         routing = self.router(tokens, topk_ids)
+
+        # 2. exchange: dispatch, compute, combine -> [T, D]
         y = self.experts(tokens, routing)
+
+        # 3. and 4. shared expert [T, D] and bias [D], added to y
         if self.shared is not None:
             y = self._shares[0] * y + self._shares[1] * self.shared(tokens)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y.view(x.shape), routing
+        return y.view(x.shape), routing  # [..., D]
 
     def prepare(self, tokens: int) -> None:
-        """Compile, in parallel, the kernels that a forward and backward pass over `tokens` tokens launches.
+        """Compile in parallel all kernels for a forward and backward pass over `tokens` tokens.
 
-        A backend compiles its own in an optional method ``prepare(tokens)``. One without it compiles, if it has
-        anything to compile, when it is first called.
+        A backend compiles its kernels in the optional method ``prepare(tokens)``. A backend without
+        this method compiles them in its first call.
         """
         parts = (self.router, self.experts.permutation, self.experts.kernel)
         methods = [part.prepare for part in parts if hasattr(part, "prepare")]
@@ -92,7 +113,7 @@ class MoE(nn.Module):
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:
-    """List the MoE layers of a model in the order in which it was built, which is that of ``Output.balances``."""
+    """Return the MoE layers of a model in construction order, the order of ``Output.balances``."""
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
@@ -111,18 +132,20 @@ def _choose_parts(
         if part not in _PARTS:
             known = ", ".join(_PARTS)
             raise ConfigError(
-                f"backends.{part} is not a known key{did_you_mean(part, _PARTS)}; known are: {known}"
+                f"backends.{part} is not a known key{did_you_mean(part, _PARTS)}; "
+                f"known are: {known}"
             )
     return {part: registry.choose(part, backends.get(part), workload) for part in _PARTS}
 
 
 @contextmanager
-def _placed(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+def _parameter_defaults(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Context: make new tensors by default in `dtype` on `device`, or on the meta device if set."""
     meta = torch.get_default_device().type == "meta"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or default_dtype)
     try:
         with torch.device("meta" if meta else device):
             yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default_dtype)

@@ -1,7 +1,7 @@
-"""Python functions as torch operators: one call to autograd and the compiler, however many launches are inside.
+"""Register Python functions as torch operators, which autograd and the compiler see as one call.
 
-``torch.library.custom_op`` does the same, but its first call imports the compiler, which takes a process 1 to 3 seconds
-that it may not need, and each later call costs the host some microseconds more.
+``torch.library.custom_op`` does the same, but its first call imports the compiler, which takes 1 to
+3 seconds per process, and each later call costs some microseconds more on the host.
 """
 
 from __future__ import annotations
@@ -15,30 +15,35 @@ import torch
 def operator(
     name: str, schema: str | None = None, device: str = "default"
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that makes a function the operator `name`, such as ``acme::plan``, and returns that.
+    """Return a decorator that registers a function as the operator `name`, such as ``acme::plan``.
 
-    The function must neither change its arguments nor return one of them or a view. `schema` is inferred from the
-    annotations where it is left out; `device` restricts the operator to one type of device ("cpu"). Give the result to
-    ``torch.library.register_fake`` and, if it is differentiable, ``torch.library.register_autograd``.
+    The function must not change its arguments, and must not return an argument or a view of one.
+    The default of `schema` is inferred from the annotations. `device` restricts the operator to one
+    type of device ("cpu").
+
+    The decorator returns the operator. Pass it to ``torch.library.register_fake`` and, if it is
+    differentiable, to ``torch.library.register_autograd``.
     """
 
     def register(compute: Callable[..., Any]) -> Any:
         signature = schema or torch.library.infer_schema(compute, mutates_args=())
         torch.library.define(name, signature, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(name, device, compute)
-        namespace, _, own_name = name.partition("::")
-        return getattr(getattr(torch.ops, namespace), own_name).default
+        namespace, _, short_name = name.partition("::")
+        return getattr(getattr(torch.ops, namespace), short_name).default
 
     return register
 
 
 def refuse_second_derivative(backend: str, instead: str = "torch") -> None:
-    """Raise RuntimeError in a backward pass that will itself be differentiated (``create_graph=True``).
+    """Raise RuntimeError if the backward pass is itself differentiated (``create_graph=True``).
 
-    Call it first in the backward function of an operator whose gradient operator has no gradient: without it, second
-    derivatives would be wrong in silence. `instead` is a backend of that kind whose gradients can be differentiated.
+    Call it first in the backward function of an operator whose gradient has no gradient. Without
+    it, second derivatives are silently wrong. `instead` names a backend of the same kind that has
+    second derivatives.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"gradients of {backend!r} cannot be differentiated (create_graph=True); those of {instead!r} can"
+            f"gradients of {backend!r} cannot be differentiated (create_graph=True); "
+            f"those of {instead!r} can"
         )

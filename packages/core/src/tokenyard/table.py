@@ -54,11 +54,11 @@ def render(registry: Registry, workload: Workload) -> str:
     header = Row("kind", "name", "distribution", "usable here?")
     lines = _columns([header, *rows(registry, workload)])
     lines += [f"left out: {problem.reason}" for problem in registry.problems]
-    where = f"{workload.device.type}, {str(workload.dtype).removeprefix('torch.')}"
     shape = (
         f"{workload.num_experts} experts, top-{workload.top_k}, {workload.dim} x {workload.ffn_dim}"
     )
-    return "\n".join([*lines, f"judged by a layer of {shape} ({where})"])
+    target = f"{workload.device.type}, {str(workload.dtype).removeprefix('torch.')}"
+    return "\n".join([*lines, f"checked for a layer of {shape} ({target})"])
 
 
 def _columns(table: Sequence[Row]) -> list[str]:

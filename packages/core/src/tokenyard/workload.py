@@ -1,4 +1,4 @@
-"""What a backend is asked to compute, so that it can say whether it is usable."""
+"""The description of an MoE layer that decides which backends are usable."""
 
 from __future__ import annotations
 
@@ -23,34 +23,30 @@ def _indivisible(what: str, value: int, experts: int) -> str:
 
 @dataclass(frozen=True)
 class RoutingRule:
-    """How tokens choose experts; what is computed, not who computes it.
+    """How a router chooses experts for a token; independent of the router backend.
 
-    Scores are a softmax or sigmoid of the logits. Selection takes the K highest scores (plus the selection bias, if
-    there is one), equal ones lowest id first. Weights are the chosen scores, without the bias, normalised and scaled.
+    Scores are the softmax or sigmoid of the logits. The router selects the K highest scores, plus
+    the selection bias if there is one. Equal scores are selected lowest id first. Weights are the
+    selected scores without the bias, normalised and scaled. Raises ConfigError for invalid values.
     """
 
     algorithm: str = "topk"
     score: Literal["softmax", "sigmoid"] = "softmax"
     select_first: bool = False  # take the softmax over the K selected logits only
-    normalize: float | None = None  # divide a token's K weights by their p-norm; this is p
-    scale: float = 1.0  # multiply the weights last (DeepSeek-V3's routed_scaling_factor)
-    jitter: float = (
-        0.0  # while training, multiply the router's input by uniform [1 - jitter, 1 + jitter]
-    )
-    bias_update_rate: float = (
-        0.0  # above 0: a selection bias, moved so after each step (arXiv 2408.15664)
-    )
-    num_groups: int = 1  # experts stand in groups of E / num_groups
-    groups_kept: int = 1  # and a token may choose from its best groups only (arXiv 2412.19437)
-    group_score: Literal["max", "top2"] = (
-        "max"  # a group's score: its best expert, or the sum of its best two
-    )
-    capacity_factor: float | None = (
-        None  # an expert keeps int(factor * K * T / E) slots, the first ones
-    )
-    options: Mapping[str, Any] = field(
-        default_factory=dict, hash=False
-    )  # for algorithms of plugins
+    normalize: float | None = None  # p: divide the K weights of a token by their p-norm
+    scale: float = 1.0  # factor of the final weights (DeepSeek-V3's routed_scaling_factor)
+    # while training, multiply the router's input by uniform [1 - jitter, 1 + jitter]
+    jitter: float = 0.0
+    # above 0: update a selection bias by this much after each step (arXiv 2408.15664)
+    bias_update_rate: float = 0.0
+    num_groups: int = 1  # split the experts into this many groups of equal size
+    groups_kept: int = 1  # a token selects experts from its best groups only (arXiv 2412.19437)
+    # the score of a group: its highest score, or the sum of its two highest
+    group_score: Literal["max", "top2"] = "max"
+    # each expert keeps its first int(factor * K * T / E) slots and drops the others
+    capacity_factor: float | None = None
+    # options for routers of plugins
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         one_of("router score", self.score, ("softmax", "sigmoid"))
@@ -60,26 +56,28 @@ class RoutingRule:
         if not 0 <= self.jitter < 1:
             raise ConfigError(f"router jitter is {self.jitter}; it must be at least 0 and below 1")
         for name in ("bias_update_rate", "scale"):
-            if getattr(self, name) < 0:
-                raise ConfigError(
-                    f"router {name} is {getattr(self, name)}; it must not be negative"
-                )
+            value = getattr(self, name)
+            if value < 0:
+                raise ConfigError(f"router {name} is {value}; it must not be negative")
         for name in ("normalize", "capacity_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(
                     f"router {name} is {value}; give a finite number above 0, or leave it out"
                 )
-        groups, kept = self.num_groups, self.groups_kept
-        if not 1 <= kept <= groups:
+        if not 1 <= self.groups_kept <= self.num_groups:
             raise ConfigError(
-                f"router groups_kept is {kept}; choose from 1 to num_groups, {groups}"
+                f"router groups_kept is {self.groups_kept}; "
+                f"choose from 1 to num_groups, {self.num_groups}"
             )
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One MoE layer's size and numerics, and where it runs. Raises ConfigError for an impossible one."""
+    """The sizes, dtype and device of one MoE layer, from which backends are chosen.
+
+    Raises ConfigError for sizes that cannot be combined.
+    """
 
     dim: int  # D
     ffn_dim: int  # F
@@ -88,47 +86,26 @@ class Workload:
     activation: str = "swiglu"
     bias: bool = False  # up_bias and down_bias in every expert
     router: RoutingRule = RoutingRule()
-    dtype: torch.dtype = torch.float32  # what the experts compute in
-    device: torch.device = field(
-        default_factory=lambda: torch.device("cpu")
-    )  # a GPU's always has an index
-    capability: tuple[int, int] | None = (
-        None  # the CUDA compute capability; asked of the device if not given
-    )
-    expert_parallel: int = 1  # ranks that share the experts
+    dtype: torch.dtype = torch.float32  # compute dtype of the experts
+    # a GPU always has an index
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    # CUDA compute capability, by default that of the device
+    capability: tuple[int, int] | None = None
+    expert_parallel: int = 1  # number of ranks that share the experts
 
     def __post_init__(self) -> None:
-        for name in ("dim", "ffn_dim", "num_experts", "top_k", "expert_parallel"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         one_of("activation", self.activation, ACTIVATIONS)
-        experts, groups = self.num_experts, self.router.num_groups
-        if self.top_k > experts:
-            raise ConfigError(
-                f"top_k is {self.top_k} but num_experts is {experts}; choose top_k from 1 to {experts}"
-            )
-        if experts % self.expert_parallel:
-            raise ConfigError(_indivisible("expert_parallel", self.expert_parallel, experts))
-        if experts % groups:
-            raise ConfigError(_indivisible("router num_groups", groups, experts))
-        if self.top_k > experts // groups * self.router.groups_kept:
-            kept = experts // groups * self.router.groups_kept
-            raise ConfigError(
-                f"top_k is {self.top_k} but the groups kept hold {kept} experts; keep more groups"
-            )
-        if self.router.group_score == "top2" and groups > 1 and experts // groups < 2:
-            raise ConfigError(
-                f"router group_score 'top2' needs 2 experts in a group; num_groups {groups} leaves one"
-            )
+        self._check_sizes()
+        self._check_groups()
         object.__setattr__(self, "device", with_index(self.device))
         if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
 
     def check_input(self, x: Tensor) -> None:
-        """Raise BackendError if tokens x would be computed in another dtype or on another device than this one's.
+        """Raise BackendError if x [T, D] would be computed in another dtype or on another device.
 
-        Backends are chosen for one dtype and one device, and need not support any other. On the meta device, where
-        nothing is computed, every dtype and device is accepted.
+        Backends are chosen for one dtype and one device, and may not support any other. Accepts
+        any x on the meta device, where nothing is computed.
         """
         if x.device.type == "meta":
             return
@@ -136,9 +113,39 @@ class Workload:
         if dtype == self.dtype and x.device == self.device:
             return
         raise BackendError(
-            f"the MoE layer's backends were chosen for {_short(self.dtype)} on {self.device}, but x would be "
-            f"computed in {_short(dtype)} on {x.device}; move or cast x, use autocast, or build the layer for that"
+            f"the MoE layer's backends were chosen for {_short(self.dtype)} on {self.device}, "
+            f"but x would be computed in {_short(dtype)} on {x.device}; "
+            "move or cast x, use autocast, or build the layer for that"
         )
+
+    def _check_sizes(self) -> None:
+        for name in ("dim", "ffn_dim", "num_experts", "top_k", "expert_parallel"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        experts = self.num_experts
+        if self.top_k > experts:
+            raise ConfigError(
+                f"top_k is {self.top_k} but num_experts is {experts}; "
+                f"choose top_k from 1 to {experts}"
+            )
+        if experts % self.expert_parallel:
+            raise ConfigError(_indivisible("expert_parallel", self.expert_parallel, experts))
+
+    def _check_groups(self) -> None:
+        groups = self.router.num_groups
+        if self.num_experts % groups:
+            raise ConfigError(_indivisible("router num_groups", groups, self.num_experts))
+        group_size = self.num_experts // groups
+        kept = group_size * self.router.groups_kept
+        if self.top_k > kept:
+            raise ConfigError(
+                f"top_k is {self.top_k} but the groups kept hold {kept} experts; keep more groups"
+            )
+        if self.router.group_score == "top2" and groups > 1 and group_size < 2:
+            raise ConfigError(
+                "router group_score 'top2' needs 2 experts in a group; "
+                f"num_groups {groups} leaves one"
+            )
 
 
 def _short(dtype: torch.dtype) -> str:
