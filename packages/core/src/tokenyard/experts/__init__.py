@@ -1,4 +1,4 @@
-"""The Experts module, the base of unfused expert kernels, core's kernels, and their grouped products."""
+"""The Experts module, core's expert kernels, and tools to write others."""
 
 from tokenyard.experts._cpu import CpuExperts
 from tokenyard.experts._grouped import GroupedExperts

@@ -1,7 +1,8 @@
-"""The `cpu` kernel: one expert after another, so that all but what must be kept stays in the processor's cache.
+"""The `cpu` kernel: compute one expert after another, so that temporaries stay in the CPU cache.
 
-Mathematics and what is saved are the `torch` kernel's. The weight of a slot is applied to the activation, so that a
-token's output is a plain sum of rows, which ``F.embedding_bag`` gathers and adds in one pass.
+The equations and the saved tensors are those of the `torch` kernel. Weights are applied to the
+activation, so a token's output is a plain sum of rows. ``F.embedding_bag`` gathers and adds the
+rows in one pass.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from tokenyard.activations import activate
 from tokenyard.experts._cpu_backward import cpu_backward
-from tokenyard.experts._cpu_rows import lay_out, rows_bound, rows_to_fill, sum_by_token, weighted
+from tokenyard.experts._cpu_rows import max_padded_rows, new_rows, pad_rows, sum_by_token, weighted
 from tokenyard.experts._op import ExpertsCall, register_experts_op
 from tokenyard.interfaces import ExpertWeights, Permutation, Plan
 from tokenyard.workload import Workload
 
 
 class CpuExperts:
-    """Computes experts one after another on a CPU; once differentiable."""
+    """Computes one expert after another on a CPU; once differentiable."""
 
     def __init__(self, workload: Workload, permutation: Permutation):
         self.activation = workload.activation
@@ -31,31 +32,29 @@ class CpuExperts:
 
 
 def _forward(call: ExpertsCall) -> tuple[Tensor, Tensor]:
-    """Return y [T, D] and the pre-activation z [rows of the layout, 2F or F]."""
+    """Return y [T, D] and the pre-activation z [padded rows, 2F or F]."""
     x, plan, topk_weights, (up, down, up_bias, down_bias), activation = call
-    layout = lay_out(plan, topk_weights, x.dtype)
-    z = x.new_empty(layout.rows, up.shape[1])
-    rows = rows_to_fill(layout, x.shape[1], x.dtype)
-    for e, a, b in layout.segments:
-        torch.mm(x.index_select(0, layout.tokens[a:b]), up[e].T, out=z[a:b])
+    padded = pad_rows(plan, topk_weights, x.dtype)
+    z = x.new_empty(padded.max_rows, up.shape[1])
+    rows = new_rows(padded, x.shape[1], x.dtype)
+    for e, start, end in padded.segments:
+        weights = padded.weights[start:end]  # [n, 1]
+        x_e = x.index_select(0, padded.tokens[start:end])  # [n, D]
+        z_e = torch.mm(x_e, up[e].T, out=z[start:end])  # [n, 2F or F]
         if up_bias is not None:
-            z[a:b] += up_bias[e]
-        torch.mm(
-            weighted(activate(z[a:b], activation), layout.weights[a:b]), down[e].T, out=rows[a:b]
-        )
+            z_e += up_bias[e]
+        a = weighted(activate(z_e, activation), weights)  # [n, F]
+        y_e = torch.mm(a, down[e].T, out=rows[start:end])  # [n, D]
         if down_bias is not None:
-            rows[a:b] += weighted(down_bias[e].expand(b - a, -1), layout.weights[a:b])
-    z[len(layout.tokens) :] = 0
-    return sum_by_token(rows, layout), z
+            y_e += weighted(down_bias[e].expand(end - start, -1), weights)
+    z[len(padded.tokens) :] = 0  # rows past L: all of an operator's output must be defined
+    return sum_by_token(rows, padded), z
 
 
 def _saved(call: ExpertsCall) -> tuple[Tensor]:
     up = call.weights.up
-    return (
-        call.x.new_empty(
-            rows_bound(call.plan.order.shape[0], up.shape[0], call.x.dtype), up.shape[1]
-        ),
-    )
+    rows = max_padded_rows(call.plan.order.shape[0], up.shape[0], call.x.dtype)
+    return (call.x.new_empty(rows, up.shape[1]),)
 
 
 _experts = register_experts_op(

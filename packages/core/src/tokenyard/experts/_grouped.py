@@ -1,4 +1,4 @@
-"""The base of unfused expert kernels: permute, compute sorted rows, unpermute."""
+"""The base class of unfused expert kernels: permute, compute sorted rows, unpermute."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from tokenyard.workload import Workload
 
 
 class GroupedExperts(ABC):
-    """An expert kernel of which only `mlp`, on rows sorted by expert, is left to write."""
+    """Base class of an unfused expert kernel. A subclass implements `mlp` on sorted rows."""
 
     def __init__(self, workload: Workload, permutation: Permutation):
-        self.workload, self.permutation = workload, permutation
+        self.workload = workload
+        self.permutation = permutation
 
     def __call__(
         self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
@@ -25,7 +26,8 @@ class GroupedExperts(ABC):
 
     @abstractmethod
     def mlp(self, rows: Tensor, offsets: Tensor, weights: ExpertWeights) -> Tensor:
-        """Return down(act(up(row))) [R, D] for rows [R, D], where ``offsets[e]:offsets[e + 1]`` are of expert e.
+        """Return down(act(up(row))) [R, D] for rows [R, D], differentiable in rows and weights.
 
-        Differentiable in rows and weights. What stands at and past ``offsets[-1]`` is never read; its gradient is zero.
+        Rows ``offsets[e]:offsets[e + 1]`` belong to expert e. Rows from ``offsets[-1]`` on are
+        never read, and their gradient is zero.
         """

@@ -1,8 +1,10 @@
-"""An expert kernel as a torch operator with its gradient: schema, fakes and what is saved, written once for all."""
+"""Register an expert kernel as a torch operator with schema, fake kernels and autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +17,13 @@ _INPUTS = (
     "Tensor x, Tensor order, Tensor inverse, Tensor offsets, Tensor? topk_weights, "
     "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, int top_k, str activation"
 )
-_DIFFERENTIABLE = (0, 4, 5, 6, 7, 8)  # positions in _INPUTS of what ExpertGradients has fields for
+_TENSORS = 9  # the number of tensors in _INPUTS; they come first
+_DIFFERENTIABLE = (0, 4, 5, 6, 7, 8)  # position in _INPUTS of each field of ExpertGradients
 _TYPES = {str: "str", int: "int", float: "float", bool: "bool"}
 
 
 class ExpertNeeds(NamedTuple):
-    """Which gradients a backward pass is asked for."""
+    """The gradients that a backward pass must compute."""
 
     x: bool
     topk_weights: bool
@@ -31,7 +34,7 @@ class ExpertNeeds(NamedTuple):
 
 
 class ExpertGradients(NamedTuple):
-    """The gradients of an expert layer, each shaped like its tensor; None where it was not asked for."""
+    """The gradients of an expert layer, each with the shape of its tensor; None if not needed."""
 
     x: Tensor | None = None  # [T, D]
     topk_weights: Tensor | None = None  # [T, K]
@@ -42,7 +45,7 @@ class ExpertGradients(NamedTuple):
 
 
 class ExpertsCall(NamedTuple):
-    """What a forward pass is given, and a backward pass again."""
+    """The inputs of a forward pass. The backward pass gets the same ones."""
 
     x: Tensor  # [T, D]
     plan: Plan
@@ -52,22 +55,22 @@ class ExpertsCall(NamedTuple):
 
 
 Forward = Callable[..., tuple[Tensor, ...]]
-"""``(call, **options)`` -> y [T, D], then what the backward pass needs besides the call.
+"""``(call, **options)`` -> y [T, D], then the tensors to save for the backward pass.
 
-It neither changes nor returns a tensor of the call.
+It must not change or return a tensor of the call.
 """
 
 Backward = Callable[..., ExpertGradients]
 """``(dy, call, saved, needs, **options)`` -> the gradients that are needed.
 
-dy [T, D] may be strided, and `saved` is the list of what the forward pass returned after y. It neither changes nor
-returns a tensor that it was given.
+dy [T, D] may be strided. `saved` is the list of tensors that the forward pass returned after y. It
+must not change or return a tensor of its arguments.
 """
 
 Saved = Callable[..., tuple[Tensor, ...]]
-"""``(call, **options)`` -> undefined tensors of the shapes and dtypes that the forward pass saves.
+"""``(call, **options)`` -> uninitialised tensors with the shapes and dtypes that are saved.
 
-Only shapes count: the tensors of the call may hold no values.
+It may read shapes and dtypes only: the tensors of the call can be fake tensors.
 """
 
 
@@ -80,118 +83,129 @@ def register_experts_op(
     options: dict[str, type] | None = None,
     device: str = "default",
 ) -> Callable[..., Tensor]:
-    """Register an expert kernel as the operators `name` and `name`_backward, such as ``acme::experts``.
+    """Register an expert kernel as the operators `name` and `name`_backward (``acme::experts``).
 
-    `saves` is how many tensors `forward` returns after y, and `saved` returns. `options` are further arguments of all
-    three functions, by name and type (str, int, float or bool). `device` restricts the kernel to one type of device.
+    `saves` is the number of tensors that `forward` returns after y, and that `saved` returns.
+    `options` are further arguments of all three functions: name -> type (str, int, float or bool).
+    `device` restricts the kernel to one type of device.
 
-    Returns the function to call: ``(x, plan, topk_weights, weights, activation, **options) -> y [T, D]``. It works
-    under autograd (once differentiable), torch.compile and fake tensors.
+    Returns the function ``(x, plan, topk_weights, weights, activation, **options) -> y [T, D]``.
+    It supports autograd (once differentiable), torch.compile and fake tensors.
     """
-    names = tuple(options or {})
-    declared = "".join(f", {_TYPES[kind]} {option}" for option, kind in (options or {}).items())
-    kept = "".join(", Tensor" for _ in range(saves))
+    types = options or {}
+    kernel = _Kernel(forward, backward, saved, tuple(types))
+    inputs = _INPUTS + "".join(f", {_TYPES[kind]} {option}" for option, kind in types.items())
+    outputs = "Tensor" + ", Tensor" * saves
 
-    def compute(*arguments: Any) -> tuple[Tensor, ...]:
-        call, chosen = _unflatten(arguments, names)
-        return forward(call, **chosen)
+    op = operator(name, f"({inputs}) -> ({outputs})", device)(kernel.compute)
+    torch.library.register_fake(op, kernel.fake)
 
-    def compute_gradients(
-        dy: Tensor, keep: list[Tensor], needs: list[bool], *arguments: Any
+    gradient_inputs = f"Tensor dy, Tensor[] saved, bool[] needs, {inputs}"
+    gradient_op = operator(f"{name}_backward", f"({gradient_inputs}) -> Tensor[]", device)(
+        kernel.gradients
+    )
+    torch.library.register_fake(gradient_op, kernel.fake_gradients)
+
+    differentiate = partial(_differentiate, name, gradient_op)
+    torch.library.register_autograd(op, differentiate, setup_context=_save)
+    return _caller(op, kernel.options)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel's functions, adapted to the flat arguments of operators (`_INPUTS`, options)."""
+
+    forward: Forward
+    backward: Backward
+    saved: Saved
+    options: tuple[str, ...]  # names, in the order of the arguments
+
+    def compute(self, *arguments: Any) -> tuple[Tensor, ...]:
+        call, options = self._unflatten(arguments)
+        return self.forward(call, **options)
+
+    def fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        call, options = self._unflatten(arguments)
+        return call.x.new_empty(call.x.shape), *self.saved(call, **options)
+
+    def gradients(
+        self, dy: Tensor, saved: list[Tensor], needs: list[bool], *arguments: Any
     ) -> list[Tensor]:
-        call, chosen = _unflatten(arguments, names)
-        gradients = backward(dy, call, keep, ExpertNeeds(*needs), **chosen)
+        call, options = self._unflatten(arguments)
+        gradients = self.backward(dy, call, saved, ExpertNeeds(*needs), **options)
+        # an operator's list of tensors cannot hold None
         return [dy.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
-    op = operator(name, f"({_INPUTS}{declared}) -> (Tensor{kept})", device)(compute)
-    gradient_inputs = f"Tensor dy, Tensor[] saved, bool[] needs, {_INPUTS}{declared}"
-    gradient_op = operator(f"{name}_backward", f"({gradient_inputs}) -> Tensor[]", device)(
-        compute_gradients
-    )
-
-    def fake(*arguments: Any) -> tuple[Tensor, ...]:
-        call, chosen = _unflatten(arguments, names)
-        return call.x.new_empty(call.x.shape), *saved(call, **chosen)
-
     def fake_gradients(
-        dy: Tensor, keep: list[Tensor], needs: list[bool], *arguments: Any
+        self, dy: Tensor, saved: list[Tensor], needs: list[bool], *arguments: Any
     ) -> list[Tensor]:
-        call, _ = _unflatten(arguments, names)
-        return [
-            like.new_empty(like.shape if need else 0) for like, need in zip(_likes(call), needs)
-        ]
+        call, _ = self._unflatten(arguments)
+        likes = _likes(call)
+        return [like.new_empty(like.shape if need else 0) for like, need in zip(likes, needs)]
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(
-            False
-        )  # else autograd fills a gradient of zeros for each saved tensor
-        ctx.save_for_backward(*inputs[:9], *output[1:])
-        ctx.constants = inputs[9:]
+    def _unflatten(self, arguments: tuple[Any, ...]) -> tuple[ExpertsCall, dict[str, Any]]:
+        x, order, inverse, offsets, topk_weights = arguments[:5]
+        weights = ExpertWeights(*arguments[5:_TENSORS])
+        top_k, activation, *option_values = arguments[_TENSORS:]
+        plan = Plan(order, inverse, offsets, top_k)
+        call = ExpertsCall(x, plan, topk_weights, weights, activation)
+        return call, dict(zip(self.options, option_values))
 
-    def differentiate(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative(name, "loop")
-        if dy is None:
-            return (None,) * (9 + len(ctx.constants))
-        tensors = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-        gradients = gradient_op(dy, list(tensors[9:]), needs, *tensors[:9], *ctx.constants)
-        result: list[Tensor | None] = [None] * (9 + len(ctx.constants))
-        for position, gradient, need in zip(_DIFFERENTIABLE, gradients, needs):
-            result[position] = gradient if need else None
+
+def _likes(call: ExpertsCall) -> tuple[Tensor, ...]:
+    """Return a tensor with the shape and dtype of each gradient, in the order of ExpertNeeds.
+
+    Without topk_weights, their gradient is never needed, and any tensor does.
+    """
+    up = call.weights.up
+    down = call.weights.down
+    topk_weights = call.x if call.topk_weights is None else call.topk_weights
+    up_bias = up.new_empty(up.shape[:2])
+    down_bias = down.new_empty(down.shape[:2])
+    return call.x, topk_weights, up, down, up_bias, down_bias
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save the inputs and the saved outputs for the backward pass."""
+    ctx.mark_non_differentiable(*output[1:])
+    # else autograd allocates a zero gradient for each saved tensor
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_TENSORS], *output[1:])
+    ctx.constants = inputs[_TENSORS:]
+
+
+def _differentiate(
+    name: str, gradient_op: Callable[..., list[Tensor]], ctx: Any, dy: Tensor | None, *unused: None
+) -> tuple[Tensor | None, ...]:
+    """Return a gradient, or None, for each input; dy [T, D] is None if y is unused."""
+    refuse_second_derivative(name, "loop")
+    result: list[Tensor | None] = [None] * (_TENSORS + len(ctx.constants))
+    if dy is None:
         return tuple(result)
+    tensors = ctx.saved_tensors
+    inputs = tensors[:_TENSORS]
+    saved = list(tensors[_TENSORS:])
+    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    gradients = gradient_op(dy, saved, needs, *inputs, *ctx.constants)
+    for position, gradient, need in zip(_DIFFERENTIABLE, gradients, needs):
+        result[position] = gradient if need else None
+    return tuple(result)
 
-    torch.library.register_fake(op, fake)
-    torch.library.register_fake(gradient_op, fake_gradients)
-    torch.library.register_autograd(op, differentiate, setup_context=save)
 
-    def run(
+def _caller(op: Any, options: tuple[str, ...]) -> Callable[..., Tensor]:
+    """Return the function that calls an operator with a Plan and ExpertWeights."""
+
+    def call(
         x: Tensor,
         plan: Plan,
         topk_weights: Tensor | None,
         weights: ExpertWeights,
         activation: str,
-        **chosen: Any,
+        **values: Any,
     ) -> Tensor:
         order, inverse, offsets, top_k = plan
-        constants = (top_k, activation, *(chosen[option] for option in names))
+        constants = (top_k, activation, *(values[option] for option in options))
         y: Tensor = op(x, order, inverse, offsets, topk_weights, *weights, *constants)[0]
         return y
 
-    return run
-
-
-def _unflatten(
-    arguments: tuple[Any, ...], names: tuple[str, ...]
-) -> tuple[ExpertsCall, dict[str, Any]]:
-    (
-        x,
-        order,
-        inverse,
-        offsets,
-        topk_weights,
-        up,
-        down,
-        up_bias,
-        down_bias,
-        top_k,
-        activation,
-        *rest,
-    ) = arguments
-    plan = Plan(order, inverse, offsets, top_k)
-    weights = ExpertWeights(up, down, up_bias, down_bias)
-    return ExpertsCall(x, plan, topk_weights, weights, activation), dict(zip(names, rest))
-
-
-def _likes(call: ExpertsCall) -> tuple[Tensor, ...]:
-    """Return a tensor of the shape and dtype of each gradient; any for topk_weights where there are none."""
-    up, down = call.weights.up, call.weights.down
-    topk_weights = call.x if call.topk_weights is None else call.topk_weights
-    return (
-        call.x,
-        topk_weights,
-        up,
-        down,
-        up.new_empty(up.shape[:2]),
-        down.new_empty(down.shape[:2]),
-    )
+    return call

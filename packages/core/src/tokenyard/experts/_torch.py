@@ -1,8 +1,9 @@
-"""The `torch` kernel: one custom op in plain torch, with its gradient written out, on any device and dtype.
+"""The `torch` kernel: one custom op in plain torch, with a manual backward, for any device and dtype.
 
-For the backward pass it saves x and the pre-activation only. With dY the gradient of a token, w its weight for an
-expert, A the expert's activation: dA' = dY W_down, so dw = <dA', A>, dA = w dA', and dW_down = dY^T (w A). The expert's
-output is thus never saved (the identity is SonicMoE's, arXiv 2512.14080).
+The forward pass saves x and the pre-activation only. Let dY be the gradient of a token's output, w
+its weight for an expert, and A the expert's activation. Then dA' = dY W_down, dw = <dA', A>,
+dA = w dA', and dW_down = dY^T (w A). So the expert's output is not needed (SonicMoE, arXiv
+2512.14080).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tokenyard.workload import Workload
 
 
 class TorchExperts:
-    """Computes experts by grouped matmuls in plain torch; once differentiable."""
+    """Computes experts with grouped matmuls in plain torch; once differentiable."""
 
     def __init__(self, workload: Workload, permutation: Permutation):
         self.activation = workload.activation
@@ -35,8 +36,9 @@ def _forward(call: ExpertsCall) -> tuple[Tensor, Tensor]:
     """Return y [T, D] and the pre-activation z [R, 2F or F]."""
     plan = call.plan
     up, down, up_bias, down_bias = call.weights
-    z = add_bias(rows_times(to_rows(call.x, plan), up.mT, plan.offsets), up_bias, plan.offsets)
-    rows = rows_times(activate(z, call.activation), down.mT, plan.offsets)
+    z = rows_times(to_rows(call.x, plan), up.mT, plan.offsets)  # [R, 2F or F]
+    z = add_bias(z, up_bias, plan.offsets)
+    rows = rows_times(activate(z, call.activation), down.mT, plan.offsets)  # [R, D]
     rows = add_bias(rows, down_bias, plan.offsets)
     return to_tokens(rows, plan, call.topk_weights), z
 
@@ -51,10 +53,10 @@ def _backward(
     x, plan, topk_weights, (up, down, _, down_bias), activation = call
     offsets = plan.offsets
     gradients: dict[str, Tensor] = {}
-    a, pullback = activate_with_pullback(saved[0], activation)
-    drows = to_rows(dy.contiguous(), plan)  # unweighted
-    row_weights = None if topk_weights is None else slots_to_rows(topk_weights, plan)
-    da = rows_times(drows, down, offsets)
+    a, pullback = activate_with_pullback(saved[0], activation)  # [R, F]
+    drows = to_rows(dy.contiguous(), plan)  # [R, D], not multiplied by topk_weights
+    row_weights = None if topk_weights is None else slots_to_rows(topk_weights, plan)  # [R, 1]
+    da = rows_times(drows, down, offsets)  # [R, F], not multiplied by topk_weights
     if needs.topk_weights and topk_weights is not None:
         gradients["topk_weights"] = _gate_gradient(
             da, a, drows, down_bias, plan, topk_weights.dtype
@@ -63,7 +65,7 @@ def _backward(
         gradients["down"] = rows_outer(drows, _weighted(a, row_weights), offsets)
     if needs.down_bias:
         gradients["down_bias"] = rows_sum(_weighted(drows, row_weights), offsets)
-    dz = pullback(_weighted(da, row_weights))
+    dz = pullback(_weighted(da, row_weights))  # [R, 2F or F]
     if needs.up:
         gradients["up"] = rows_outer(dz, to_rows(x, plan), offsets)
     if needs.up_bias:
@@ -79,7 +81,7 @@ _experts = register_experts_op("tokenyard::experts", _forward, _backward, _saved
 def _gate_gradient(
     da: Tensor, a: Tensor, drows: Tensor, down_bias: Tensor | None, plan: Plan, dtype: torch.dtype
 ) -> Tensor:
-    """Return [T, K]: <dA', A> for each slot, and <dY, bias> where there is a bias."""
+    """Return [T, K]: <dA', A> for each slot, plus <dY, bias> if there is a down bias."""
     dots = (da.to(dtype) * a).sum(1, keepdim=True)
     if down_bias is not None:
         dots += (drows.to(dtype) * down_bias[row_experts(drows, plan.offsets)]).sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What a rank computes with of a weight."""
+"""The weights that a rank computes with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from tokenyard.sharded import local_part
 
 
 def local_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return this rank's part of a weight, under autocast in the dtype that is computed in."""
+    """Return the local shard of a weight; under autocast, cast to the compute `dtype`."""
     local = local_part(weight)
     return local.to(dtype) if torch.is_autocast_enabled(local.device.type) else local
