@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenyard_train.cli import main as cli
+import tokenyard_cli
 
 CONFIG = {
     "model": {"name": "mixtral", "size": "tiny"},
@@ -44,5 +44,5 @@ def run(line, monkeypatch):
             sys, "argv", [word for pattern in words for word in glob.glob(pattern) or [pattern]]
         )
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            tokenyard_cli.main()
     assert not ended.value.code, line

@@ -5,14 +5,14 @@ import shlex
 import subprocess
 import sys
 
-import click
 import pytest
 import typer
 import yaml
 from blocks import PAGES, ROOT, blocks, named
 from shell import CONFIG, PATH, lines
+from typer.core import TyperGroup
 
-from tokenyard_train.cli.main import app
+from tokenyard_cli import app
 from tokenyard_train.config import read_config
 
 PLUGIN = ROOT / "docs" / "plugin.md"
@@ -56,9 +56,10 @@ def test_commands_exist(page):
 
 def check_options(words):
     command = typer.main.get_command(app)
-    while isinstance(command, click.Group) or hasattr(command, "commands"):
-        assert words[0] in command.commands, words
-        command, words = command.commands[words[0]], words[1:]
+    while isinstance(command, TyperGroup):
+        assert words[0] in command.list_commands(None), words
+        command = command.get_command(None, words[0])
+        words = words[1:]
     known = {option for parameter in command.params for option in parameter.opts}
     given = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert given <= known, f"{command.name} has no {given - known}"

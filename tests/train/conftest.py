@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tokenyard_train.cli import main as cli
+import tokenyard_cli
 from tokenyard_train.config import TrainConfig, read_config
 from tokenyard_train.engine.setup import Setup, build_setup
 
@@ -72,7 +72,7 @@ def tokenyard(monkeypatch, capsys):
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tokenyard", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            tokenyard_cli.main()
         captured = capsys.readouterr()
         return ended.value.code or 0, captured.out, captured.err
 

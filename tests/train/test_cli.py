@@ -94,7 +94,7 @@ def test_a_mistake_has_no_traceback(path):
 def test_help_and_version_do_not_load_torch():
     code = (
         "import sys; sys.argv = ['tokenyard', '{}']\n"
-        "from tokenyard_train.cli.main import main\n"
+        "from tokenyard_cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules"
     )
@@ -118,7 +118,7 @@ def test_one_of_several_processes_is_not_taken_down():
     """It ends with its code, and with all that was said and registered; what is left then goes with the process."""
     code = (
         "import atexit, os, sys\n"
-        "from tokenyard_train.cli.main import main\n"
+        "from tokenyard_cli import main\n"
         "atexit.register(print, 'at exit')\n"
         "class Left:\n"
         "    def __del__(self, write=os.write):\n"

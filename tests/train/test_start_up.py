@@ -39,9 +39,9 @@ def with_torch():
 
 def test_the_commands_that_only_look(written, with_torch):
     run = """
-import tokenyard_train.cli.main
+import tokenyard_cli
 try:
-    tokenyard_train.cli.main.main()
+    tokenyard_cli.main()
 except SystemExit as ended:
     assert not ended.code
 """

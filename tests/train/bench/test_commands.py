@@ -7,7 +7,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tokenyard import ConfigError
-from tokenyard_train.cli.main import app
+from tokenyard_cli import app
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def bpe(tmp_path_factory) -> Path:
 _MEASURED = """
 import resource, sys
 from pathlib import Path
-from tokenyard_train.cli.main import app
+from tokenyard_cli import app
 try:
     app(sys.argv[1:])
 finally:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tokenyard import ConfigError, TokenyardError
-from tokenyard_train.cli.main import app
+from tokenyard_cli import app
 from tokenyard_train.data import CorruptError, TokenFile, build_data
 from tokenyard_train.data import packing as module
 from tokenyard_train.data.encoding import chunks

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class TokenyardError(Exception):
     """Base class of all errors that a user can cause and fix."""
+
+    exit_code: ClassVar[int] = 2
+    """Exit code of a command that this error ends."""
 
 
 class ConfigError(TokenyardError, ValueError):

@@ -3,6 +3,7 @@
 A package beside `tokenyard`, because importing `tokenyard` imports torch and `--help` should not.
 """
 
+from tokenyard_cli.main import app, main
 from tokenyard_cli.options import dataclass_options
 
-__all__ = ["dataclass_options"]
+__all__ = ["app", "dataclass_options", "main"]

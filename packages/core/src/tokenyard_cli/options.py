@@ -30,7 +30,7 @@ def dataclass_options(function: Callable[..., Result]) -> Callable[..., Result]:
     Raises TypeError if no parameter is a dataclass, or if two parameters have the same name.
     """
     hints = get_type_hints(function, include_extras=True)
-    classes = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    classes: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters = list(_expand(inspect.signature(function), hints, classes))
     _check(function, classes, parameters)
 

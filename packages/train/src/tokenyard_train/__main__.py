@@ -1,6 +1,6 @@
 """``python -m tokenyard_train`` is the `tokenyard` command."""
 
-from tokenyard_train.cli.main import main
+from tokenyard_cli import main
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from tokenyard_cli.console import wide_console
+from tokenyard_train.cli.exit import exit_if_collective_fails
 
 app = typer.Typer(
     name="bench", no_args_is_help=True, help="Measure layers, their pieces and training."
@@ -25,12 +27,6 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Repetitions = Annotated[int, typer.Option(min=3)]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of a CPU; torch decides otherwise.")]
 Out = Annotated[Path, typer.Option(help="The folder for JSON and plot.")]
-
-
-def wide_console() -> Console:
-    """Return a console that is wide enough for the tables where no terminal says how wide it is."""
-    console = Console()
-    return console if console.is_terminal else Console(width=150)
 
 
 @app.command()
@@ -70,6 +66,7 @@ def layer(
 
 
 @app.command()
+@exit_if_collective_fails()
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML config.")],
     overrides: Annotated[

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tokenyard_train.cli.exit import exit_if_collective_fails
+
 app = typer.Typer()
 
 Config = Annotated[Path, typer.Argument(help="A YAML config.")]
@@ -18,9 +20,10 @@ Overrides = Annotated[
 
 
 @app.command()
+@exit_if_collective_fails()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a model from a YAML config."""
-    from tokenyard_train.cli.console import RunConsole
+    from tokenyard_cli.console import RunConsole
     from tokenyard_train.commands.train import train as run
     from tokenyard_train.config import load_config
     from tokenyard_train.distributed import part
@@ -64,11 +67,3 @@ def check(
 
     with imagined(nproc):
         run(load_config(config, overrides or []), Console())
-
-
-@app.command()
-def backends() -> None:
-    """List the installed backends, and why one cannot be used here."""
-    from tokenyard.__main__ import main as table
-
-    raise typer.Exit(table())

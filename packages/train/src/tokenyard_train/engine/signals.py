@@ -12,11 +12,14 @@ from types import FrameType
 
 from tokenyard import TokenyardError
 from tokenyard_train.engine.state import Signals
+from tokenyard_train.launch.exit_codes import STOPPED
 from tokenyard_train.launch.signals import handling
 
 
 class Stopped(TokenyardError):
     """A run stopped early on request. Its last step is saved."""
+
+    exit_code = STOPPED
 
 
 _SAME_REQUEST = 2.0

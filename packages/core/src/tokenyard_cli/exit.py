@@ -1,0 +1,57 @@
+"""End the process of a command: exit code, one sentence for an error, no teardown of ranks."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+MISTAKE = 2
+"""Exit code for a mistake in the config or on the machine. Another attempt would fail again."""
+
+STOPPED = 75
+"""Exit code of a run that stopped on request: EX_TEMPFAIL, which means "try again"."""
+
+
+def run_and_exit(command: Callable[[], Any]) -> None:
+    """Run a command, then exit with 0, MISTAKE, STOPPED or, for any other exception, 1."""
+    try:
+        _run(command)
+    except SystemExit as ending:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and isinstance(ending.code, int | None):
+            _exit_without_teardown(ending.code or 0)
+        raise
+
+
+def _exit_without_teardown(code: int) -> NoReturn:
+    """Run the `atexit` functions, then end this rank without Python's teardown.
+
+    A gloo thread may still hold the tensor of the last collective. If it releases the tensor after
+    teardown has begun, it cannot take the GIL, and the process aborts.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(command: Callable[[], Any]) -> None:
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        command()
+    except Exception as error:
+        from tokenyard.errors import TokenyardError  # imports torch, so not at the top
+
+        if not isinstance(error, TokenyardError):
+            raise
+        if error.exit_code != STOPPED:
+            # One write, so that lines of several ranks do not mix.
+            sys.stderr.write(f"error: {error}\n")
+        elif os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
