@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from tokenyard import ConfigError
 from tokenyard.testing import ranks
 from tokenyard_parallel import imagine
-from tokenyard_parallel.strategies._cut import expert_dim
+from tokenyard_parallel.strategies._shard_dim import expert_dim
 from tokenyard_train.commands.check import check
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.config import load_config, read_config

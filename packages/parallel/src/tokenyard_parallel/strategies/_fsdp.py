@@ -31,10 +31,10 @@ from tokenyard_parallel.meshes import (
 )
 from tokenyard_parallel.processes import connect
 from tokenyard_parallel.strategies._clip import clip
-from tokenyard_parallel.strategies._cut import cut_experts, refuse_uncut
-from tokenyard_parallel.strategies._describe import working_set
 from tokenyard_parallel.strategies._prefetch import gather_ahead
-from tokenyard_parallel.strategies._sum import WideSum
+from tokenyard_parallel.strategies._reduce_scatter import WideSum
+from tokenyard_parallel.strategies._shard_dim import cut_experts, refuse_uncut
+from tokenyard_parallel.strategies._working_set import working_set
 
 
 class FsdpStrategy:
