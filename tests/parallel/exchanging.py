@@ -39,10 +39,10 @@ def spoilt(name, chunks, spoil):
     mistaken = dist.get_rank() == 1
     exchange = made(name, chunks + (mistaken and spoil == "chunks"), validate=True)
     x, routing = routed(TOKENS, 6 if mistaken and spoil == "width" else DIM)
-    sort, all_to_all = exchange.packing.sort, dist.all_to_all_single
+    sort, all_to_all = exchange.row_format.sort, dist.all_to_all_single
     if mistaken and spoil == "slots":
         first = iter([1])
-        exchange.packing.sort = lambda ids: sort(ids)._replace(
+        exchange.row_format.sort = lambda ids: sort(ids)._replace(
             slots=sort(ids).slots + _at_first(next(first, 0))
         )
     if mistaken and spoil == "told":

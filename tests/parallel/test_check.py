@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from tokenyard import ConfigError
 from tokenyard.testing import ranks
 from tokenyard_parallel import imagine
-from tokenyard_parallel.strategies._shard_dim import expert_dim
+from tokenyard_parallel.strategies._shard_dim import expert_shard_dim
 from tokenyard_train.commands.check import check
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.config import load_config, read_config
@@ -177,7 +177,7 @@ EVEN = [((8, 24, 8), 4, 0), ((2, 24, 8), 4, 1), ((2, 6, 8), 4, 2), ((7, 3, 5), 4
     [*EVEN, ((16, 21504, 6144), 9, None), ((8, 3, 5), 7, None), ((2, 3, 5), 4, None)],
 )
 def test_experts_are_cut_where_no_shard_stays_empty(shape, shards, dim):
-    assert expert_dim(shape, shards) == dim
+    assert expert_shard_dim(shape, shards) == dim
     if dim is not None:
         assert len(torch.empty(shape, device="meta").chunk(shards, dim)) == shards
 

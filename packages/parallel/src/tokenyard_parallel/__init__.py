@@ -1,7 +1,7 @@
-"""tokenyard over several processes: strategies and exchanges on torch.distributed. Found through the entry point.
+"""tokenyard over several ranks: strategies and exchanges on torch.distributed.
 
-`connect` joins the processes that torchrun started; strategies do it by themselves. `imagine` stands in for processes
-that do not exist, to see how a model would lie over them.
+`connect` joins the processes that torchrun started; strategies call it themselves. `imagine`
+replaces ranks that do not exist, so that a layout over them can be planned.
 """
 
 from tokenyard_parallel.__about__ import __version__

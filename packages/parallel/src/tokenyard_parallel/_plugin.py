@@ -1,4 +1,4 @@
-"""What the registry finds under the entry point."""
+"""The plugin that the registry loads from the entry point."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tokenyard import Backend, hookimpl
 
 @hookimpl
 def tokenyard_strategies() -> list[Backend]:
-    """Offer layouts over the processes of a run."""
+    """Offer strategies over several ranks."""
     return [
         Backend("fsdp", "tokenyard_parallel.strategies:FsdpStrategy", priority=-1),
         Backend("ddp", "tokenyard_parallel.strategies:DdpStrategy", priority=-2),
@@ -16,7 +16,7 @@ def tokenyard_strategies() -> list[Backend]:
 
 @hookimpl
 def tokenyard_exchanges() -> list[Backend]:
-    """Offer exchanges for expert parallelism; core's `local` is first where there is none."""
+    """Offer exchanges for expert parallelism; core's `local` comes first without it."""
     return [
         Backend("all_to_all_tokens", "tokenyard_parallel.exchanges:TokenExchange", priority=-1),
         Backend("all_to_all", "tokenyard_parallel.exchanges:SlotExchange", priority=-2),

@@ -1,4 +1,4 @@
-"""The processes of a run: how many there are, and joining them."""
+"""Process groups: join the ranks of a run, or act as one of ranks that do not exist."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tokenyard import started_processes
+from tokenyard_parallel._torch_private import init_fake_world
 
 _NO_MULTICAST = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
 }
-"""NVLink's multicast stays off unless the environment asks for it: a program that fails while it uses multicast can
-take a host's GPUs out of service."""
+"""Environment defaults that keep NVLink multicast off: a program that fails while it uses multicast
+can take the GPUs of a host out of service."""
 
 LOOPBACK = "127.0.0.1"
 
-_TO_START = timedelta(minutes=5)
-"""How long processes wait for each other to start, which is no hang yet."""
+_START_TIMEOUT = timedelta(minutes=5)
+"""How long ranks wait for each other at the start; a slow start is not a hang."""
 
 
 def connect(device: torch.device, timeout: timedelta | None = None) -> None:
-    """Join the processes of this run, by gloo on CPUs and NCCL on GPUs; nothing happens if they are joined already.
+    """Initialize the default process group: gloo on CPUs, NCCL on GPUs.
 
-    Outside of torchrun this process is alone. `timeout` is how long a collective may take before it fails.
+    Does nothing if it is initialized. Outside of torchrun the world size is 1. `timeout` is how
+    long a collective may take before it fails.
     """
     if dist.is_initialized():
         return
@@ -45,35 +47,35 @@ def connect(device: torch.device, timeout: timedelta | None = None) -> None:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     elif os.environ.get("MASTER_ADDR") == LOOPBACK and "TORCHELASTIC_RUN_ID" not in os.environ:
-        store, rank = _loopback_store(timeout), int(os.environ["RANK"])  # all are here now
+        store = _loopback_store(timeout)  # all ranks have connected to it by now
+        rank = int(os.environ["RANK"])
+        world_size = started_processes()
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=started_processes(), timeout=timeout
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
     else:
         dist.init_process_group(backend, timeout=timeout)
 
 
 def _loopback_store(timeout: timedelta | None) -> Any:
-    """Return the store where processes of one machine meet; torch's own would listen to the whole network."""
-    first, port = os.environ["RANK"] == "0", int(os.environ["MASTER_PORT"])
-    listener = (
-        socket.create_server((LOOPBACK, port)).detach() if first else None
-    )  # the store closes it
-    patience = max(timeout or _TO_START, _TO_START)
-    return TCPStore(LOOPBACK, port, started_processes(), first, patience, master_listen_fd=listener)
+    """Return a rendezvous store on the loopback; torch's own listens on every interface."""
+    is_server = os.environ["RANK"] == "0"
+    port = int(os.environ["MASTER_PORT"])
+    # the store closes the socket
+    listener = socket.create_server((LOOPBACK, port)).detach() if is_server else None
+    store_timeout = max(timeout or _START_TIMEOUT, _START_TIMEOUT)
+    return TCPStore(
+        LOOPBACK, port, started_processes(), is_server, store_timeout, master_listen_fd=listener
+    )
 
 
 @contextmanager
 def imagine(count: int) -> Iterator[None]:
-    """Meanwhile, be the first of so many processes that do not exist, to see how a model would lie over them.
+    """Context: act as rank 0 of `count` ranks that do not exist, to plan a layout over them.
 
-    Collectives do nothing and give nothing sensible; the model must stay on the meta device.
+    Collectives do nothing, and their results are undefined. The model must stay on the meta device.
     """
-    from torch.testing._internal.distributed.fake_pg import (
-        FakeStore,
-    )  # importing it registers the backend "fake"
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    init_fake_world(count)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Carrying tokens to the ranks that hold their experts."""
+"""Exchanges: they carry tokens to the ranks that hold their experts, and results back."""
 
 from tokenyard_parallel.exchanges._slots import SlotExchange
 from tokenyard_parallel.exchanges._tokens import TokenExchange

@@ -1,4 +1,4 @@
-"""How many rows travel between which ranks: told once for all chunks, and compared if asked to."""
+"""Counts of the rows that travel between ranks: one exchange for all chunks."""
 
 from __future__ import annotations
 
@@ -12,63 +12,74 @@ from tokenyard import Routing
 from tokenyard_parallel.exchanges._transfer import ExchangeError
 
 
-class Counts(NamedTuple):
-    """How many rows of a chunk go to each rank of the group and come from it, and slots that come from all."""
+class ChunkCounts(NamedTuple):
+    """Rows of a chunk to and from each rank of the group, and slots from all ranks."""
 
     sent: list[int]
     received: list[int]
     slots: int
 
 
-def exchange_counts(sent: Tensor, group: Any, kept: Tensor | None = None) -> list[Counts]:
-    """Tell every rank of the group how many rows and slots come to it; return the counts of each chunk.
+def exchange_counts(sent: Tensor, group: Any, kept: Tensor | None = None) -> list[ChunkCounts]:
+    """Exchange the counts of every chunk with all ranks of the group; return them by chunk.
 
-    `sent` [ranks, chunks, 2] int32 are this rank's rows and slots by the rank that they go to. One copy to the host.
-    With `kept`, the slots that the router kept, all ranks' counts are compared; raises ExchangeError on every one.
+    `sent` [ranks, chunks, 2] int32 holds this rank's rows and slots by destination rank. One host
+    sync. With `kept`, the number of slots that the router kept, the counts of all ranks are
+    compared first; raises ExchangeError on every rank if they disagree.
     """
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     if kept is not None:
         _compare_counts(sent, received, kept, group)
-    there, here = (
-        torch.stack((sent, received)).permute(0, 2, 3, 1).tolist()
-    )  # [chunks][2][ranks] each
-    return [Counts(own[0], others[0], sum(others[1])) for own, others in zip(there, here)]
+    both = torch.stack((sent, received)).permute(0, 2, 3, 1)  # [2, chunks, 2, ranks]
+    sent_by_chunk, received_by_chunk = both.tolist()
+    return [
+        ChunkCounts(sent_rows, received_rows, sum(received_slots))
+        for (sent_rows, _), (received_rows, received_slots) in zip(sent_by_chunk, received_by_chunk)
+    ]
 
 
 def compare_kinds(group: Any, chunks: int, x: Tensor, routing: Routing) -> None:
-    """Raise ExchangeError on every rank unless all of them are about to exchange the same kind of rows."""
+    """Raise ExchangeError on every rank unless all ranks exchange the same kind of rows."""
     names = ("tokens of width", "experts a token:", "chunks:", "bytes a number:", "bytes a weight:")
-    ids, weights = routing.topk_ids, routing.topk_weights
-    own = [x.shape[1], ids.shape[1], chunks, x.element_size(), weights.element_size()]
-    first, *rest = _gathered(torch.tensor(own, device=x.device), group).tolist()
-    for rank, other in enumerate(rest, 1):
-        for name, a, b in zip(names, first, other):
-            if a != b:
+    weights = routing.topk_weights
+    width = x.shape[1]
+    top_k = routing.topk_ids.shape[1]
+    kind = [width, top_k, chunks, x.element_size(), weights.element_size()]
+    first, *others = _all_gather(torch.tensor(kind, device=x.device), group).tolist()
+    for rank, other in enumerate(others, 1):
+        for name, expected, actual in zip(names, first, other):
+            if expected != actual:
                 raise ExchangeError(
-                    f"rank {rank} of the exchange's group has {name} {b}, and rank 0 {a}"
+                    f"rank {rank} of the exchange's group has {name} {actual}, "
+                    f"and rank 0 {expected}"
                 )
 
 
 def _compare_counts(sent: Tensor, received: Tensor, kept: Tensor, group: Any) -> None:
-    """Raise ExchangeError unless every rank sends all slots that it kept, and each is told what the others send."""
-    slots = _gathered(kept, group)
-    everyone = _gathered(torch.stack((sent, received)), group)  # [ranks, 2, ranks, chunks, 2]
-    goes, comes = everyone[:, 0], everyone[:, 1]
-    for rank, (own, other) in enumerate(zip(slots.tolist(), goes[..., 1].sum((1, 2)).tolist())):
-        if own != other:
+    """Raise ExchangeError unless the ranks' counts agree with each other and with `kept`."""
+    counts = _all_gather(torch.stack((sent, received)), group)  # [ranks, 2, ranks, chunks, 2]
+    sent_by_rank = counts[:, 0]  # [source, destination, chunks, 2]
+    received_by_rank = counts[:, 1]  # [destination, source, chunks, 2]
+    kept_slots = _all_gather(kept, group).tolist()
+    sent_slots = sent_by_rank[..., 1].sum((1, 2)).tolist()
+    for rank, (kept_here, sent_here) in enumerate(zip(kept_slots, sent_slots)):
+        if kept_here != sent_here:
             raise ExchangeError(
-                f"rank {rank} of the exchange's group sends {other} slots, but its router kept {own}"
+                f"rank {rank} of the exchange's group sends {sent_here} slots, "
+                f"but its router kept {kept_here}"
             )
-    for rank, other in (goes.transpose(0, 1) != comes).flatten(2).any(2).nonzero().tolist():
-        a, b = goes[other, rank].tolist(), comes[rank, other].tolist()
+    differs = (sent_by_rank.transpose(0, 1) != received_by_rank).flatten(2).any(2)
+    for destination, source in differs.nonzero().tolist():
         raise ExchangeError(
-            f"rank {other} of the exchange's group sends {a} to rank {rank}, which was told {b}"
+            f"rank {source} of the exchange's group sends "
+            f"{sent_by_rank[source, destination].tolist()} to rank {destination}, "
+            f"which expects {received_by_rank[destination, source].tolist()}"
         )
 
 
-def _gathered(own: Tensor, group: Any) -> Tensor:
-    """Return every rank's tensor, stacked."""
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own.contiguous(), group=group)
-    return torch.stack(parts)
+def _all_gather(tensor: Tensor, group: Any) -> Tensor:
+    """Return the tensor of every rank, stacked."""
+    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(tensors, tensor.contiguous(), group=group)
+    return torch.stack(tensors)

@@ -1,8 +1,9 @@
-"""What exchanges have in common: chunks of tokens travel, are computed, and travel back, overlapping each other.
+"""The pipeline of all exchanges: dispatch, compute and combine chunks of tokens.
 
-Each chunk's rows are sorted by the rank that they go to. All chunks' counts are exchanged at once and copied to the
-host at once, which is all that the host waits for. Then every chunk is sent off; while one is computed, the later ones
-arrive and the earlier ones' results go home.
+The rows of each chunk are sorted by the rank that they go to. The counts of all chunks are
+exchanged at once and copied to the host at once: that is the only host sync. Then every chunk is
+dispatched. While one chunk is computed, later chunks arrive and the results of earlier chunks
+return.
 """
 
 from __future__ import annotations
@@ -13,42 +14,45 @@ import torch
 from torch import Tensor
 
 from tokenyard import Compute, ConfigError, Permutation, Plan, Routing, Workload
-from tokenyard_parallel.exchanges._counts import Counts, compare_kinds, exchange_counts
+from tokenyard_parallel.exchanges._counts import ChunkCounts, compare_kinds, exchange_counts
 from tokenyard_parallel.exchanges._transfer import ExchangeError, Transfer
 
 
-class Sorted(NamedTuple):
-    """A chunk's rows, lined up by the rank that they go to."""
+class RankOrder(NamedTuple):
+    """The rows of a chunk, sorted by the rank that they go to."""
 
-    plan: Plan  # "experts" are ranks
-    slots: Tensor  # [ranks] int32: expert slots that go to each
+    plan: Plan  # its "experts" are ranks
+    slots: Tensor  # [ranks] int32: expert slots that go to each rank
 
 
-class Packing(Protocol):
-    """What a row is: a slot, or a token."""
+class RowFormat(Protocol):
+    """What one row of the payload is: a slot or a token."""
 
-    rows: float  # for each token, when all experts get the same
+    rows_per_token: float  # rows that a rank sends for each token when routing is uniform
 
-    def sort(self, topk_ids: Tensor) -> Sorted:
-        """Line up the rows of topk_ids [T, K] by the rank that they go to."""
+    def sort(self, topk_ids: Tensor) -> RankOrder:
+        """Sort the rows of topk_ids [T, K] by the rank that they go to."""
         ...
 
-    def describe(self, plan: Plan, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Return for each row [R, 2W] its W weights, and as many expert ids on the rank that it goes to."""
+    def metadata(self, plan: Plan, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Return [R, 2W] for the R rows: W weights, then W expert ids local to the rank."""
         ...
 
 
 class PipelinedExchange:
-    """Sends rows to the ranks of a group that hold their experts, equally many on each, and brings the sums back.
+    """Sends rows to the ranks that hold their experts, and returns each token's sum.
 
-    `chunks` are how many parts a rank's tokens travel in; `validate` compares what the ranks are about to exchange, and
-    raises ExchangeError where they disagree, in place of a hang or of a crash in the collective (for debugging: it
-    takes two more collectives and host waits a call).
+    Each rank of the group holds equally many experts.
+
+    `chunks` is the number of parts that a rank's tokens travel in. `validate` compares what the
+    ranks are about to exchange. It raises ExchangeError where they disagree, instead of a hang or a
+    crash in the collective. It is for debugging: each call takes three more collectives and their
+    host syncs.
     """
 
     def __init__(
         self,
-        packing: Packing,
+        row_format: RowFormat,
         workload: Workload,
         permutation: Permutation,
         group: Any,
@@ -59,77 +63,89 @@ class PipelinedExchange:
             raise ConfigError(
                 f"backends.exchange.chunks is {chunks!r}; give a whole number from 1 on"
             )
-        self.packing, self.workload, self.permutation, self.group = (
-            packing,
-            workload,
-            permutation,
-            group,
-        )
-        self.chunks, self.validate = chunks, validate
-        self.received = packing.rows if workload.expert_parallel > 1 else 0.0
+        self.row_format = row_format
+        self.workload = workload
+        self.permutation = permutation
+        self.group = group
+        self.chunks = chunks
+        self.validate = validate
+        self.received = row_format.rows_per_token if workload.expert_parallel > 1 else 0.0
 
     def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
-        """Return y [T, D] for tokens x [T, D]; ids count over all ranks here, and over this rank's in `compute`."""
+        """Return y [T, D] for tokens x [T, D].
+
+        Expert ids count the experts of all ranks in `routing`, and those of this rank in `compute`.
+        Raises ExchangeError without a process group, or if `validate` finds that ranks disagree.
+        """
         if self.workload.expert_parallel == 1:
             return compute(x, routing.topk_ids, routing.topk_weights)
         if self.group is None:
             raise ExchangeError(
-                f"expert_parallel is {self.workload.expert_parallel}, and the exchange has no process group; lay the "
-                "model out by a strategy, such as fsdp"
+                f"expert_parallel is {self.workload.expert_parallel}, and the exchange has no "
+                "process group; lay the model out by a strategy, such as fsdp"
             )
         if self.validate:
             compare_kinds(self.group, self.chunks, x, routing)
-        tokens, ids, weights = (
-            t.tensor_split(self.chunks) for t in (x, routing.topk_ids, routing.topk_weights)
-        )
-        sortings = [self.packing.sort(i) for i in ids]
-        counts = self._counts(routing.topk_ids, sortings)
-        trips = [Trip(self, *parts) for parts in zip(tokens, ids, weights, sortings, counts)]
-        for trip in trips:
-            trip.depart()
-        for trip in trips:
-            trip.compute(compute)
-        return torch.cat([trip.come_home() for trip in trips])
+        ids_by_chunk = routing.topk_ids.tensor_split(self.chunks)
+        orders = [self.row_format.sort(ids) for ids in ids_by_chunk]
+        transfers = [
+            ChunkTransfer(self, *parts)
+            for parts in zip(
+                x.tensor_split(self.chunks),
+                ids_by_chunk,
+                routing.topk_weights.tensor_split(self.chunks),
+                orders,
+                self._counts(routing.topk_ids, orders),
+            )
+        ]
+        for transfer in transfers:
+            transfer.dispatch()
+        for transfer in transfers:
+            transfer.compute(compute)
+        return torch.cat([transfer.combine() for transfer in transfers])
 
-    def _counts(self, topk_ids: Tensor, sortings: list[Sorted]) -> list[Counts]:
-        sent = torch.stack([torch.stack((s.plan.offsets.diff(), s.slots), 1) for s in sortings], 1)
+    def _counts(self, topk_ids: Tensor, orders: list[RankOrder]) -> list[ChunkCounts]:
+        by_chunk = [torch.stack((order.plan.offsets.diff(), order.slots), 1) for order in orders]
+        sent = torch.stack(by_chunk, 1)  # [ranks, chunks, 2]
         kept = (topk_ids < self.workload.num_experts).sum() if self.validate else None
         return exchange_counts(sent, self.group, kept)
 
 
-class Trip:
-    """One chunk of tokens on its way."""
+class ChunkTransfer:
+    """One chunk of tokens: dispatched to the ranks of its experts, computed, and combined."""
 
     def __init__(
         self,
-        hub: PipelinedExchange,
+        exchange: PipelinedExchange,
         x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        sorting: Sorted,
-        counts: Counts,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        order: RankOrder,
+        counts: ChunkCounts,
     ):
-        plan = sorting.plan
-        self.plan = plan._replace(order=plan.order[: sum(counts.sent)])
-        self.permutation, self.slots = hub.permutation, counts.slots
-        self.rows = self.permutation.permute(x, self.plan)
-        self.described = hub.packing.describe(self.plan, ids, weights)
-        there = (hub.group, counts.sent, counts.received)
-        self.rows_there, self.described_there = Transfer(*there), Transfer(*there)
-        self.back = Transfer(hub.group, counts.received, counts.sent)
+        # the host knows the number of rows now, so the plan keeps no tail
+        plan = order.plan._replace(order=order.plan.order[: sum(counts.sent)])
+        self.plan = plan
+        self.permutation = exchange.permutation
+        self.slots = counts.slots
+        self.rows = self.permutation.permute(x, plan)
+        self.metadata = exchange.row_format.metadata(plan, topk_ids, topk_weights)
+        self.row_transfer = Transfer(exchange.group, counts.sent, counts.received)
+        self.metadata_transfer = Transfer(exchange.group, counts.sent, counts.received)
+        self.return_transfer = Transfer(exchange.group, counts.received, counts.sent)
 
-    def depart(self) -> None:
-        """Send the rows and what describes them."""
-        self.described = self.described_there.begin(self.described)
-        self.rows = self.rows_there.begin(self.rows)
+    def dispatch(self) -> None:
+        """Start to send the rows and their metadata."""
+        self.metadata = self.metadata_transfer.begin(self.metadata)
+        self.rows = self.row_transfer.begin(self.rows)
 
     def compute(self, compute: Compute) -> None:
-        """Compute the rows that arrived, and send the results back."""
-        weights, ids = self.described_there.end(self.described).chunk(2, dim=1)
-        rows = self.rows_there.end(self.rows)
+        """Compute the received rows, and start to send the results back."""
+        weights, ids = self.metadata_transfer.end(self.metadata).chunk(2, dim=1)
+        rows = self.row_transfer.end(self.rows)
         y = compute(rows, ids.detach().to(torch.int32), weights.contiguous(), self.slots)
-        self.rows = self.back.begin(y)
+        self.rows = self.return_transfer.begin(y)
 
-    def come_home(self) -> Tensor:
-        """Return the chunk's tokens [T, D], each the sum of its rows."""
-        return self.permutation.unpermute(self.back.end(self.rows), self.plan, None)
+    def combine(self) -> Tensor:
+        """Return the tokens [T, D] of the chunk, each the sum of its rows."""
+        return self.permutation.unpermute(self.return_transfer.end(self.rows), self.plan, None)

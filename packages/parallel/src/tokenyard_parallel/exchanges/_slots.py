@@ -1,4 +1,4 @@
-"""The exchange `all_to_all`: a row for each slot, so a token travels once for each of its experts."""
+"""The exchange `all_to_all`: a token travels once for each of its experts."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import torch
 from torch import Tensor
 
 from tokenyard import Permutation, Plan, Workload
-from tokenyard_parallel.exchanges._pipeline import PipelinedExchange, Sorted
+from tokenyard_parallel.exchanges._pipeline import PipelinedExchange, RankOrder
 
 
-class SlotPacking:
-    """Rows are slots; each has one expert."""
+class SlotRows:
+    """Rows are slots, and each row has one expert."""
 
     def __init__(self, workload: Workload, permutation: Permutation):
-        self.ranks, self.rows = workload.expert_parallel, float(workload.top_k)
-        self.each, self.permutation = workload.num_experts // self.ranks, permutation
+        self.ranks = workload.expert_parallel
+        self.experts_per_rank = workload.num_experts // self.ranks
+        self.permutation = permutation
+        self.rows_per_token = float(workload.top_k)
 
-    def sort(self, topk_ids: Tensor) -> Sorted:
-        """Line up the slots by the rank that holds their expert; dropped ones stay."""
-        plan = self.permutation.plan((topk_ids // self.each).clamp(max=self.ranks), self.ranks)
-        return Sorted(plan, plan.offsets.diff())
+    def sort(self, topk_ids: Tensor) -> RankOrder:
+        """Sort the slots by the rank that holds their expert; dropped slots are not sent."""
+        ranks = (topk_ids // self.experts_per_rank).clamp(max=self.ranks)  # [T, K]
+        plan = self.permutation.plan(ranks, self.ranks)
+        return RankOrder(plan, plan.offsets.diff())
 
-    def describe(self, plan: Plan, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Return [R, 2]: weight, and id on the rank."""
+    def metadata(self, plan: Plan, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Return [R, 2]: the weight, and the expert id on the rank."""
         weights = topk_weights.flatten().index_select(0, plan.order)
-        ids = topk_ids.flatten().index_select(0, plan.order) % self.each
+        ids = topk_ids.flatten().index_select(0, plan.order) % self.experts_per_rank
         return torch.stack((weights, ids.to(weights.dtype)), 1)
 
 
@@ -44,6 +47,5 @@ class SlotExchange(PipelinedExchange):
         chunks: int = 1,
         validate: bool = False,
     ):
-        super().__init__(
-            SlotPacking(workload, permutation), workload, permutation, group, chunks, validate
-        )
+        rows = SlotRows(workload, permutation)
+        super().__init__(rows, workload, permutation, group, chunks, validate)

@@ -1,7 +1,7 @@
-"""The exchange `all_to_all_tokens`: a row for each token and rank, so a token travels at most once to each rank.
+"""The exchange `all_to_all_tokens`: a token travels at most once to each rank.
 
-Where a token has several experts on one rank, the rank adds up their outputs before the way back. What the token's
-other experts are is told as dropped ids.
+If several experts of a token are on one rank, that rank sums their outputs before it sends them
+back. Experts on other ranks appear there as dropped ids.
 """
 
 from __future__ import annotations
@@ -13,43 +13,49 @@ import torch
 from torch import Tensor
 
 from tokenyard import Permutation, Plan, Workload
-from tokenyard_parallel.exchanges._pipeline import PipelinedExchange, Sorted
+from tokenyard_parallel.exchanges._pipeline import PipelinedExchange, RankOrder
 
 
-class TokenPacking:
-    """Rows are tokens; each has those of its experts that the rank holds."""
+class TokenRows:
+    """Rows are tokens, and each row has those of the token's experts that the rank holds."""
 
     def __init__(self, workload: Workload, permutation: Permutation):
         self.ranks = workload.expert_parallel
-        self.each, self.permutation = workload.num_experts // self.ranks, permutation
-        experts, top_k = workload.num_experts, workload.top_k
-        nowhere = comb(experts - self.each, top_k) / comb(
-            experts, top_k
-        )  # how often a rank holds none of the K
-        self.rows = self.ranks * (1 - nowhere)
+        self.experts_per_rank = workload.num_experts // self.ranks
+        self.permutation = permutation
+        # uniform routing: the chance that a rank holds none of a token's K experts
+        elsewhere = workload.num_experts - self.experts_per_rank
+        unused = comb(elsewhere, workload.top_k) / comb(workload.num_experts, workload.top_k)
+        self.rows_per_token = self.ranks * (1 - unused)
 
-    def sort(self, topk_ids: Tensor) -> Sorted:
-        """Line up tokens by the ranks that hold their experts, by the first slot of each; dropped slots stay."""
-        ranks = self._ranks(topk_ids)
-        seen = (
-            (ranks.unsqueeze(2) == ranks.unsqueeze(1)).tril(-1).any(2)
-        )  # [T, K]: an earlier slot goes there
-        plan = self.permutation.plan(ranks.masked_fill(seen, self.ranks), self.ranks)
-        every = torch.arange(self.ranks, device=ranks.device, dtype=ranks.dtype)
-        return Sorted(plan, (ranks.flatten().unsqueeze(1) == every).sum(0, dtype=torch.int32))
+    def sort(self, topk_ids: Tensor) -> RankOrder:
+        """Sort the tokens by the ranks that hold their experts; dropped slots are not sent.
 
-    def describe(self, plan: Plan, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Return [R, 2K]: the token's weights, and its ids on the rank, where they are dropped if not there."""
-        tokens = plan.order // plan.top_k
-        weights, ids = topk_weights.index_select(0, tokens), topk_ids.index_select(0, tokens)
-        rank = self._ranks(topk_ids).flatten().index_select(0, plan.order).unsqueeze(1)
-        here = ids // self.each == rank
-        return torch.cat(
-            (weights, torch.where(here, ids - rank * self.each, self.each).to(weights.dtype)), 1
-        )
+        The plan holds the first slot of a token on each rank.
+        """
+        ranks = self._ranks(topk_ids)  # [T, K]
+        same_rank = ranks.unsqueeze(2) == ranks.unsqueeze(1)  # [T, K, K]
+        repeated = same_rank.tril(-1).any(2)  # [T, K]: an earlier slot goes to the same rank
+        plan = self.permutation.plan(ranks.masked_fill(repeated, self.ranks), self.ranks)
+        all_ranks = torch.arange(self.ranks, device=ranks.device, dtype=ranks.dtype)
+        slots = (ranks.flatten().unsqueeze(1) == all_ranks).sum(0, dtype=torch.int32)
+        return RankOrder(plan, slots)
+
+    def metadata(self, plan: Plan, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Return [R, 2K]: the token's weights, and its expert ids on the rank.
+
+        Experts on other ranks have dropped ids."""
+        tokens = plan.order // plan.top_k  # [R]
+        weights = topk_weights.index_select(0, tokens)  # [R, K]
+        ids = topk_ids.index_select(0, tokens)  # [R, K]
+        rank = self._ranks(topk_ids).flatten().index_select(0, plan.order).unsqueeze(1)  # [R, 1]
+        on_rank = ids // self.experts_per_rank == rank
+        local_ids = torch.where(on_rank, ids - rank * self.experts_per_rank, self.experts_per_rank)
+        return torch.cat((weights, local_ids.to(weights.dtype)), 1)
 
     def _ranks(self, topk_ids: Tensor) -> Tensor:
-        return (topk_ids // self.each).clamp(max=self.ranks)
+        """Return the rank [T, K] of each slot; that of a dropped slot is `self.ranks`."""
+        return (topk_ids // self.experts_per_rank).clamp(max=self.ranks)
 
 
 class TokenExchange(PipelinedExchange):
@@ -66,6 +72,5 @@ class TokenExchange(PipelinedExchange):
         chunks: int = 1,
         validate: bool = False,
     ):
-        super().__init__(
-            TokenPacking(workload, permutation), workload, permutation, group, chunks, validate
-        )
+        rows = TokenRows(workload, permutation)
+        super().__init__(rows, workload, permutation, group, chunks, validate)

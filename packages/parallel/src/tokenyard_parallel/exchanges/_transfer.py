@@ -1,7 +1,8 @@
-"""Rows on their way between ranks, there and, for their gradients, back.
+"""One all-to-all of rows between ranks, and the reverse one for their gradients.
 
-A transfer is two nodes of autograd's graph. Between them other work can be done: forward, the first starts the
-collective and the second waits for it; backward it is the other way round, so that what overlapped does so again.
+A transfer is two autograd nodes, and other work can run between them. In the forward pass `begin`
+starts the collective and `end` waits for it. In the backward pass `end` starts it and `begin`
+waits, so the same work overlaps with it again.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ from tokenyard import TokenyardError
 
 
 class ExchangeError(TokenyardError):
-    """Ranks do not agree on what they exchange."""
+    """Ranks disagree on what they exchange, or the exchange has no process group."""
 
 
 class Transfer:
-    """One exchange of rows between the ranks of a group: `sent[r]` rows go to rank r, `received[r]` come from it."""
+    """One all-to-all: `sent[r]` rows go to rank r, `received[r]` rows come from it."""
 
     def __init__(self, group: Any, sent: Sequence[int], received: Sequence[int]):
-        self.group, self.sent, self.received = group, list(sent), list(received)
-        self.work: Any = None
-        self.gradient: Tensor | None = None  # on its way back
+        self.group = group
+        self.sent = list(sent)
+        self.received = list(received)
+        self.work: Any = None  # the collective in flight
+        self.gradient: Tensor | None = None  # its result in the backward pass
 
     def begin(self, rows: Tensor) -> Tensor:
-        """Start sending rows [sum(sent), ...]; what is returned is defined after `end`."""
+        """Start to send rows [sum(sent), ...]; return a tensor that only `end` may read."""
         out: Tensor = _Begin.apply(rows, self)
         return out
 
     def end(self, rows: Tensor) -> Tensor:
-        """Return the rows [sum(received), ...] that `begin` was for."""
+        """Return the received rows [sum(received), ...]; `rows` is the result of `begin`."""
         out: Tensor = _End.apply(rows, self)
         return out
 
@@ -47,7 +50,7 @@ class Transfer:
         return out
 
     def end_all_to_all(self) -> None:
-        """Wait for the collective that was started; on a GPU its stream does, and not the host."""
+        """Wait for the collective in flight: on a GPU the stream waits, and the host does not."""
         self.work.wait()
         self.work = None
 
@@ -62,7 +65,8 @@ class _Begin(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         transfer = ctx.transfer
         transfer.end_all_to_all()
-        gradient, transfer.gradient = transfer.gradient, None
+        gradient = transfer.gradient
+        transfer.gradient = None
         return gradient, None
 
 
@@ -77,7 +81,5 @@ class _End(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
         transfer.gradient = transfer.begin_all_to_all(grad, transfer.received, transfer.sent)
-        return (
-            grad,
-            None,
-        )  # of the shape that autograd asks for; the gradient is what `_Begin` waits for
+        # autograd requires this shape here; `_Begin.backward` returns the real gradient
+        return grad, None

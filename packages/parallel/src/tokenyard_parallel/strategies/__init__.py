@@ -1,4 +1,4 @@
-"""Laying a model out over the processes of a run."""
+"""Strategies: they lay a model out over the ranks of a run."""
 
 from tokenyard_parallel.strategies._fsdp import DdpStrategy, FsdpStrategy
 

@@ -1,4 +1,4 @@
-"""One gradient norm over parameters that lie on different meshes."""
+"""Gradient clipping by one norm over parameters on different meshes."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from tokenyard.sharded import is_sharded, local_part
 
 
 def clip(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients to a global norm of at most max_norm; return the norm before, the same on every rank.
+    """Scale all gradients to a global norm of at most max_norm; return the norm before scaling.
 
-    One collective over all ranks, whatever the meshes; what is not finite on one rank so reaches all of them.
+    The norm is the same on every rank. It takes one collective over all ranks, whatever the meshes,
+    so a non-finite gradient on one rank makes it non-finite on all of them.
     """
     groups = _by_mesh([p for p in model.parameters() if p.grad is not None])
     norm = _global_norm(groups)
     if math.isfinite(max_norm):
-        for group in groups:  # torch scales no list of tensors that lie on different meshes
+        # one call a mesh: torch cannot scale a list of tensors on different meshes
+        for group in groups:
             nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 
 def _global_norm(groups: list[list[nn.Parameter]]) -> Tensor:
-    """Add up the squares of all ranks' shards, each rank's by the share of them that are no other rank's copies."""
+    """Return the norm over all ranks; each shard counts once, however many ranks hold it."""
     total = torch.zeros((), dtype=torch.float64, device=groups[0][0].device if groups else None)
     for group in groups:
         gradients = [p.grad for p in group if p.grad is not None]
-        local = nn.utils.get_total_norm(
-            [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        )
-        total += local.double().square() * _shards(gradients[0]) / dist.get_world_size()
+        norm = nn.utils.get_total_norm([local_part(gradient) for gradient in gradients])
+        total += norm.double().square() * _shards(gradients[0]) / dist.get_world_size()
     dist.all_reduce(total)
     return total.sqrt().to(groups[0][0].dtype if groups else torch.float32)
 
 
 def _shards(gradient: Tensor) -> int:
-    """Return how many different shards there are of a gradient."""
-    if not isinstance(gradient, DTensor):
+    """Return the number of different shards of a gradient."""
+    if not is_sharded(gradient):
         return 1
     mesh = gradient.device_mesh
     return math.prod(
-        mesh.size(i)
-        for i, placement in enumerate(gradient.placements)
+        mesh.size(dim)
+        for dim, placement in enumerate(gradient.placements)
         if not placement.is_replicate()
     )
 
@@ -51,7 +52,6 @@ def _shards(gradient: Tensor) -> int:
 def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     groups: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
-        groups.setdefault(
-            parameter.device_mesh if isinstance(parameter, DTensor) else None, []
-        ).append(parameter)
+        mesh = parameter.device_mesh if is_sharded(parameter) else None
+        groups.setdefault(mesh, []).append(parameter)
     return list(groups.values())

@@ -1,8 +1,9 @@
-"""When the units of a sharded model are gathered.
+"""Prefetch of FSDP units: a whole block ahead.
 
-By itself FSDP gathers one unit ahead. A block is two units, all of it but its experts, and the experts, which hold
-nearly all of its parameters and are the first to be needed in its backward pass: their gathering would be hidden behind
-the attention's computation at best. So the whole of the next block is gathered while a block's experts compute.
+FSDP prefetches one unit by default. A block is two units: its experts, and everything else. The
+experts hold nearly all parameters of the block, and the backward pass needs them first, so their
+all-gather would overlap with attention alone. Here the whole next block is gathered while a block's
+experts compute.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Let each sharded block's last unit gather the units of the block after it, and backward of the one before it."""
-    each: list[list[Any]] = [
+def set_prefetch(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Let each block prefetch the next one, and in the backward pass the previous one."""
+    units_by_block: list[list[Any]] = [
         [unit for unit in block.modules() if isinstance(unit, FSDPModule)] for block in blocks
     ]
-    if each and isinstance(model, FSDPModule):
-        model.set_modules_to_forward_prefetch(each[0])
-    for units, following in pairwise(each):
-        units[-1].set_modules_to_forward_prefetch(following)
-        following[-1].set_modules_to_backward_prefetch(units)
+    if units_by_block and isinstance(model, FSDPModule):
+        model.set_modules_to_forward_prefetch(units_by_block[0])
+    for units, next_units in pairwise(units_by_block):
+        units[-1].set_modules_to_forward_prefetch(next_units)
+        next_units[-1].set_modules_to_backward_prefetch(units)

@@ -1,79 +1,86 @@
-"""Which dimension of a parameter is cut into shards.
+"""The dimension along which a parameter is sharded.
 
-torch cuts the first dimension and leaves ranks empty where there are fewer rows than ranks. Packed experts have few
-rows, one for each expert, and nearly all the numbers of a model: where the experts of a rank cannot be shared out
-evenly, their own rows or columns are cut instead.
+torch shards dimension 0, and leaves ranks empty if it has fewer rows than ranks. Packed experts
+have one row for each expert and nearly all numbers of a model. If the experts of a rank cannot be
+sharded evenly, another dimension of them is sharded instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch import nn
+from torch.distributed.tensor import Shard
 
 from tokenyard import ConfigError, MoE
-from tokenyard_parallel.meshes import Sizes, dense_sizes, divisors, expert_sizes
+from tokenyard.sharded import local_part
+from tokenyard_parallel.meshes import MeshSizes, dense_sizes, divisors, expert_sizes
 
 
-def expert_dim(shape: Sequence[int], shards: int) -> int | None:
-    """Return the dimension of packed experts [E, ...] that is cut into `shards`; None if that would leave one empty.
+def expert_shard_dim(shape: Sequence[int], shards: int) -> int | None:
+    """Return the dimension of packed experts [E, ...] to shard; None if a shard would be empty.
 
-    The first that `shards` divide; else experts, if the last shard gets some: torch gives each the same, rounded up.
+    This is the first dimension that `shards` divides. Without one it is dimension 0, if the last
+    shard gets an expert: torch gives every shard but the last the same number, rounded up.
     """
     even = [dim for dim, size in enumerate(shape) if size % shards == 0]
     if even:
         return even[0]
-    return 0 if -(-shape[0] // shards) * (shards - 1) < shape[0] else None
+    rows_per_shard = -(-shape[0] // shards)
+    return 0 if rows_per_shard * (shards - 1) < shape[0] else None
 
 
-def cut_experts(shards: int) -> Callable[[nn.Parameter], Shard]:
-    """Return what tells torch where to cut each parameter of packed experts."""
+def expert_placement(shards: int) -> Callable[[nn.Parameter], Shard]:
+    """Return FSDP's `shard_placement_fn` for packed experts."""
 
-    def place(parameter: nn.Parameter) -> Shard:
-        dim = expert_dim(local(parameter).shape, shards)
+    def placement(parameter: nn.Parameter) -> Shard:
+        dim = expert_shard_dim(local_part(parameter).shape, shards)
         if dim is None:
             raise ConfigError(
-                f"experts {list(parameter.shape)} cannot be cut into {shards} shards; see `unusable`"
+                f"experts {list(parameter.shape)} cannot be cut into {shards} shards; "
+                "see `unusable`"
             )
         return Shard(dim)
 
-    return place
+    return placement
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def check_shardable(moe: MoE, dense: MeshSizes, experts: MeshSizes) -> None:
+    """Check that every rank holds a part of every expert parameter.
 
-
-def refuse_uncut(moe: MoE, dense: Sizes, experts: Sizes) -> None:
-    """Raise ConfigError if some rank would hold nothing of a parameter of the experts, saying what would do.
-
-    `dense` and `experts` are the meshes of all other parameters, and of the experts.
+    `dense` and `experts` are the mesh sizes of the dense parameters and of the experts.
+    Raises ConfigError, with the values that would work, if a rank would hold nothing.
     """
-    if (name := _uncut(moe, experts)) is None:
+    name = _unshardable(moe, experts)
+    if name is None:
         return
-    degrees = [d for d in divisors(moe.workload.num_experts) if _fits(moe, dense, d)]
-    ranks, degree = dense.replicate * dense.shard, experts.expert_parallel
-    copies = [r for r in divisors(ranks) if _fits(moe, dense_sizes(ranks, r), degree)]
-    what, values = ("expert_parallel", degrees) if degrees else ("replicate", copies)
+    key = "expert_parallel"
+    values = [degree for degree in divisors(moe.workload.num_experts) if _fits(moe, dense, degree)]
+    if not values:
+        ranks = dense.replicate * dense.shard
+        key = "replicate"
+        values = [
+            replicas
+            for replicas in divisors(ranks)
+            if _fits(moe, dense_sizes(ranks, replicas), experts.expert_parallel)
+        ]
     raise ConfigError(
-        f"{name} cannot be cut into {experts.shard} equal shards along any dimension; {what} "
+        f"{name} cannot be cut into {experts.shard} equal shards along any dimension; {key} "
         f"{', '.join(map(str, values))} would do"
     )
 
 
-def _fits(moe: MoE, dense: Sizes, expert_parallel: int) -> bool:
+def _fits(moe: MoE, dense: MeshSizes, expert_parallel: int) -> bool:
     try:
-        return _uncut(moe, expert_sizes(dense, expert_parallel)) is None
+        return _unshardable(moe, expert_sizes(dense, expert_parallel)) is None
     except ConfigError:
         return False
 
 
-def _uncut(moe: MoE, sizes: Sizes) -> str | None:
-    """Name a parameter of the experts that cannot be cut, with its shape on a rank; None if all can."""
+def _unshardable(moe: MoE, sizes: MeshSizes) -> str | None:
+    """Return the name and local shape of an expert parameter that cannot be sharded."""
     for name, parameter in moe.experts.named_parameters():
         shape = (parameter.shape[0] // sizes.expert_parallel, *parameter.shape[1:])
-        if expert_dim(shape, sizes.shard) is None:
+        if expert_shard_dim(shape, sizes.shard) is None:
             return f"experts.{name} {list(shape)}"
     return None

@@ -1,4 +1,4 @@
-"""How much of a sharded model is gathered at a time."""
+"""Peak memory of gathered parameters and unreduced gradients in a sharded model."""
 
 from __future__ import annotations
 
@@ -12,58 +12,68 @@ from torch.distributed.tensor import DTensor
 from tokenyard import moe_layers
 from tokenyard_parallel.meshes import EXPERT_PARALLEL
 
-_AT_ONCE = 2  # blocks: the one that is computed, and the next, whose parameters are on their way
+_GATHERED_BLOCKS = 2  # the block that computes, and the next one, which is prefetched
 
 
 def working_set(model: nn.Module, reshard_after_forward: bool) -> int:
-    """Return the bytes that a step holds at most of gathered parameters, and of gradients not yet scattered.
+    """Return the peak bytes of gathered parameters and of gradients before their reduce-scatter.
 
-    What is not in a block is gathered all the while. Of the blocks, two are at a time, or all if they are kept from the
-    forward to the backward pass. One unit's gradients stand whole twice, in the dtype that they are computed in.
+    Parameters outside of blocks stay gathered for the whole step. Of the blocks, two are gathered
+    at a time, or all of them if they are not resharded after the forward pass. The gradients of one
+    unit exist twice at full size, in their compute dtype.
     """
     units = [_Unit(module, model) for module in model.modules() if isinstance(module, FSDPModule)]
-    within = [_block_of(unit.module, getattr(model, "blocks", ())) for unit in units]
-    blocks: dict[int, int] = {}
-    for unit, block in zip(units, within):
-        if block is not None:
-            blocks[block] = blocks.get(block, 0) + unit.gathered
-    outside = sum(unit.gathered for unit, block in zip(units, within) if block is None)
-    at_once = (
-        sorted(blocks.values())[-_AT_ONCE:] if reshard_after_forward else list(blocks.values())
-    )
-    return outside + sum(at_once) + max((unit.gradients for unit in units), default=0)
+    outside = 0
+    by_block: dict[int, int] = {}
+    for unit in units:
+        block = _block_index(unit.module, getattr(model, "blocks", ()))
+        if block is None:
+            outside += unit.gathered
+        else:
+            by_block[block] = by_block.get(block, 0) + unit.gathered
+    blocks = sorted(by_block.values())
+    gathered_blocks = blocks[-_GATHERED_BLOCKS:] if reshard_after_forward else blocks
+    gradients = max((unit.gradients for unit in units), default=0)
+    return outside + sum(gathered_blocks) + gradients
 
 
 class _Unit:
-    """One FSDP unit: its own parameters, without those of units inside it."""
+    """The bytes of one FSDP unit, without the units nested in it."""
 
     def __init__(self, module: nn.Module, model: nn.Module):
         self.module = module
-        inner = {
-            p
-            for m in module.modules()
-            if m is not module and isinstance(m, FSDPModule)
-            for p in m.parameters()
+        nested = {
+            parameter
+            for child in module.modules()
+            if child is not module and isinstance(child, FSDPModule)
+            for parameter in child.parameters()
         }
-        own = [p for p in module.parameters() if p not in inner]
-        computed = {
-            p: moe.workload.dtype for moe in moe_layers(model) for p in moe.experts.parameters()
+        compute_dtypes = {
+            parameter: moe.workload.dtype
+            for moe in moe_layers(model)
+            for parameter in moe.experts.parameters()
         }
-        self.gathered = sum(_numbers(p) * _narrower(p.dtype, computed.get(p)).itemsize for p in own)
-        trained = [p for p in own if p.requires_grad]
-        self.gradients = sum(
-            2 * _numbers(p) * _narrower(p.dtype, computed.get(p)).itemsize for p in trained
-        )
+        self.gathered = 0
+        self.gradients = 0
+        for parameter in module.parameters():
+            if parameter in nested:
+                continue
+            dtype = _narrower(parameter.dtype, compute_dtypes.get(parameter))
+            gathered = _gathered_numel(parameter) * dtype.itemsize
+            self.gathered += gathered
+            if parameter.requires_grad:
+                self.gradients += 2 * gathered
 
 
-def _block_of(module: nn.Module, blocks: Iterable[nn.Module]) -> int | None:
-    return next(
-        (i for i, block in enumerate(blocks) if any(m is module for m in block.modules())), None
-    )
+def _block_index(module: nn.Module, blocks: Iterable[nn.Module]) -> int | None:
+    for index, block in enumerate(blocks):
+        if any(child is module for child in block.modules()):
+            return index
+    return None
 
 
-def _numbers(parameter: nn.Parameter) -> int:
-    """Return how many numbers a rank has of a parameter that was gathered: the experts of other ranks are not."""
+def _gathered_numel(parameter: nn.Parameter) -> int:
+    """Return the numel of a gathered parameter; experts of other ranks are not gathered."""
     if not isinstance(parameter, DTensor) or EXPERT_PARALLEL not in (
         parameter.device_mesh.mesh_dim_names or ()
     ):
