@@ -1,16 +1,25 @@
-"""Lets tests, and the processes that they start, import the modules beside them."""
+"""Shared by the tests of several ranks; tests and the ranks that they start can import `harness`."""
 
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(autouse=True)
+def no_process_group():
+    """Destroy the process group that a strategy leaves in the test process, so that tests can run in any order."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.fixture
 def settings(tmp_path):
-    """A small training config; four samples are computed together in every layout."""
+    """A small training config whose microbatches hold four samples over all ranks, in every layout."""
     text = tmp_path / "text.txt"
     text.write_text(
         "".join(f"{i} times 3 is {3 * i}, and 7 more is {3 * i + 7}.\n" for i in range(200))

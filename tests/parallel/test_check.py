@@ -4,10 +4,10 @@ import io
 import re
 import time
 
-import layout_runs as runs
 import pytest
 import torch
 import yaml
+from harness import layout_runs as runs
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 

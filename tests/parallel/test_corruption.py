@@ -8,9 +8,9 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import disturbed_runs
-import layout_runs as runs
 import pytest
+from harness import fault_runs
+from harness import layout_runs as runs
 from test_training import run
 
 from tokenyard_train.checkpoint import newest_good, verify
@@ -158,7 +158,7 @@ def test_all_damaged_ends_every_process_with_the_same_sentence(saved, settings, 
     for folder in saved.glob("ba*"):
         (Path(folder) / "run.json").unlink()
     said = run(
-        disturbed_runs.refused_resume,
+        fault_runs.refused_resume,
         "fsdp-2-ep2",
         settings,
         tmp_path,

@@ -5,7 +5,7 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from equality import Case, Layout, numbers_of_experts, on_rank, train
+from harness.equality import Case, Layout, numbers_of_experts, on_rank, train
 
 from tokenyard.numerics import relative_error
 from tokenyard.testing import ranks

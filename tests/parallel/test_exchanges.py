@@ -1,7 +1,7 @@
 """What exchanges do besides what the kit asks of them: they notice that ranks disagree, and wait for the host once."""
 
-import exchanging
 import pytest
+from harness import exchange_runs
 
 from tokenyard.testing import ranks
 
@@ -21,7 +21,7 @@ def test_ranks_that_disagree_are_named_on_every_rank_before_anything_moves(name,
         ("slots", "rank 1 of the exchange's group sends 41 slots, but its router kept 40"),
         ("told", "rank 0 of the exchange's group sends"),
     ):
-        said = ranks(2).run(exchanging.spoilt, name, chunks, spoil)
+        said = ranks(2).run(exchange_runs.spoilt, name, chunks, spoil)
         assert said[0] == said[1], said
         assert sentence in said[0]
 
@@ -29,11 +29,11 @@ def test_ranks_that_disagree_are_named_on_every_rank_before_anything_moves(name,
 @pytest.mark.parametrize(("name", "chunks"), EXCHANGES)
 def test_the_host_is_told_once_a_forward_pass(name, chunks):
     """Whatever the chunks; not at all in the backward pass."""
-    assert ranks(2).run(exchanging.copies_to_host, name, chunks) == [(1, 0), (1, 0)]
+    assert ranks(2).run(exchange_runs.copies_to_host, name, chunks) == [(1, 0), (1, 0)]
 
 
 @pytest.mark.parametrize("name", ["all_to_all", "all_to_all_tokens"])
 def test_how_many_rows_come_is_foretold(name):
     """On average, for a router that is fair."""
-    for told, came in ranks(2).run(exchanging.rows_a_token, name):
+    for told, came in ranks(2).run(exchange_runs.rows_a_token, name):
         assert came == pytest.approx(told, rel=0.05)

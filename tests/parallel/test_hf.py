@@ -1,7 +1,7 @@
 """A Hugging Face folder goes straight into shards."""
 
-import layout_runs as runs
 import pytest
+from harness import layout_runs as runs
 from test_training import LAYOUTS
 
 from tokenyard.testing import ranks

@@ -4,10 +4,10 @@ import json
 import signal
 from pathlib import Path
 
-import layout_runs as runs
 import pytest
+from harness import layout_runs as runs
+from harness.supervisor import Supervised, drawn
 from safetensors.torch import load_file
-from supervised import Supervised, drawn
 from test_training import run
 
 BATCHES, INTERVAL, TIMEOUT = 60, 5, 5

@@ -1,7 +1,7 @@
 """Adapters are trained in every layout as in one process."""
 
-import layout_runs as runs
 import pytest
+from harness import layout_runs as runs
 from test_training import run
 
 

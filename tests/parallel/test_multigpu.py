@@ -1,9 +1,9 @@
 """Two GPUs compute what one does, over NCCL."""
 
-import layout_runs as runs
 import pytest
 import torch
-from equality import Case, Layout, train
+from harness import layout_runs as runs
+from harness.equality import Case, Layout, train
 from test_equality import ROUTINGS, compare
 
 from tokenyard.numerics import relative_error

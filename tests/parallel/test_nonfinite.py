@@ -3,8 +3,8 @@
 import math
 import random
 
-import disturbed_runs
 import pytest
+from harness import fault_runs
 from test_training import LAYOUTS, run
 
 STEP, STEPS, ALWAYS = 2, 4, 6
@@ -34,7 +34,7 @@ def test_all_ranks_decide_alike_and_keep_their_weights(
 ):
     changes = {"nonfinite": policy, "max_duration": f"{STEPS}ba"}
     digests, missed, said = run(
-        disturbed_runs.spoilt, layout, settings, tmp_path, rank, STEP, where, value, **changes
+        fault_runs.spoilt, layout, settings, tmp_path, rank, STEP, where, value, **changes
     )
     if policy == "stop":
         assert f"of batch {STEP + 1} is " in said

@@ -1,8 +1,8 @@
 """A thousand steps and more with skewed routing: no rank waits for ever, and memory does not grow."""
 
 import pytest
-from equality import Layout
-from soaking import soak
+from harness.equality import Layout
+from harness.soak import soak
 
 from tokenyard.testing import ranks
 

@@ -1,8 +1,8 @@
 """Gradients that are computed in 16 bits are summed over ranks in float32."""
 
-import layout_runs as runs
 import pytest
 import torch
+from harness import layout_runs as runs
 from test_training import run
 
 from tokenyard.numerics import relative_error

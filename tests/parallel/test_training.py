@@ -4,9 +4,9 @@ import json
 from itertools import permutations
 from pathlib import Path
 
-import disturbed_runs
-import layout_runs as runs
 import pytest
+from harness import fault_runs
+from harness import layout_runs as runs
 
 from tokenyard.testing import ranks
 
@@ -122,7 +122,7 @@ def test_training_over_ranks_is_measured(settings, tmp_path, file):
 def test_all_stop_together_when_one_is_asked_to(settings, tmp_path, rank, where):
     """Whenever it hears the signal; after the same step, which is saved."""
     said, batch = run(
-        disturbed_runs.asked, "fsdp-2-ep2", settings, tmp_path, rank, 2, where, max_duration="9ba"
+        fault_runs.asked, "fsdp-2-ep2", settings, tmp_path, rank, 2, where, max_duration="9ba"
     )
     assert batch == 3
     assert said.startswith("stopped as asked, after batch 3 of 9, which is saved in")
@@ -132,7 +132,7 @@ def test_all_stop_together_when_one_is_asked_to(settings, tmp_path, rank, where)
 def test_a_checkpoint_that_one_process_cannot_write_ends_all_of_them(settings, tmp_path):
     """With the same sentence, at the same step; the checkpoint before stands."""
     said = run(
-        disturbed_runs.unwritable,
+        fault_runs.unwritable,
         "fsdp-2-ep2",
         settings,
         tmp_path,

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from equality import DIM, EXPERTS, Case, Layout, build
+
+from harness.equality import DIM, EXPERTS, Case, Layout, build
 
 TOKENS = 256
 

@@ -7,9 +7,9 @@ import os
 import signal
 
 import torch.distributed as dist
-from layout_runs import Watch, digest, loaded
 from rich.console import Console
 
+from harness.layout_runs import Watch, digest, loaded
 from tokenyard_train.checkpoint import CheckpointError, dcp
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
