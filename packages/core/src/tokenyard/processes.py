@@ -15,3 +15,14 @@ def started_processes() -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def disable_multicast() -> None:
+    """Disable NVLink multicast in NCCL, symmetric memory and NVSHMEM; variables that are set win.
+
+    A program that fails while it uses multicast can take the GPUs of a host out of service.
+    Call this before the first process group.
+    """
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")

@@ -5,13 +5,16 @@ That import takes up to 2 seconds, and a run in one process never needs it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -38,3 +41,15 @@ def allocate(model: nn.Module, device: torch.device | str) -> nn.Module:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     return model._apply(empty)
+
+
+def group_by_mesh(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
+    """Group tensors by device mesh; those that are not sharded form one group.
+
+    torch's ``foreach`` operators raise on a list of tensors of several meshes.
+    """
+    groups: dict[object, list[AnyTensor]] = {}
+    for tensor in tensors:
+        mesh = tensor.device_mesh if is_sharded(tensor) else None
+        groups.setdefault(mesh, []).append(tensor)
+    return list(groups.values())

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tokenyard import ConfigError
+from tokenyard.divisors import divisors
 from tokenyard_parallel._torch_private import set_timeout
 
 REPLICATE = "replicate"
@@ -24,11 +25,6 @@ class MeshSizes(NamedTuple):
     replicate: int
     shard: int
     expert_parallel: int = 1
-
-
-def divisors(number: int) -> list[int]:
-    """List the divisors of a number, ascending."""
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def dense_sizes(ranks: int, replicate: int) -> MeshSizes:

@@ -13,16 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from tokenyard import started_processes
+from tokenyard.processes import disable_multicast, started_processes
 from tokenyard_parallel._torch_private import init_fake_world
-
-_NO_MULTICAST = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
-"""Environment defaults that keep NVLink multicast off: a program that fails while it uses multicast
-can take the GPUs of a host out of service."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -38,8 +30,7 @@ def connect(device: torch.device, timeout: timedelta | None = None) -> None:
     """
     if dist.is_initialized():
         return
-    for name, value in _NO_MULTICAST.items():
-        os.environ.setdefault(name, value)
+    disable_multicast()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -129,18 +129,28 @@ def _workload(expert_parallel: int) -> Workload:
 
 
 def _laid_out(strategy: Any, expert_parallel: int, case: str, seed: int) -> nn.Module:
-    """Lay out a model, and give it values that depend on the seed alone: each shard is cut from the whole."""
+    """Lay out a model, and initialize it from the seed."""
     with torch.device("meta"):
         model: nn.Module = Net(_workload(expert_parallel))
     for moe in moe_layers(model) if case == "frozen" else ():
         moe.experts.requires_grad_(False)
     model = strategy.layout(model).to_empty(device="cpu")
+    initialize(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Draw every parameter from the seed alone: each shard is cut from the whole parameter."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         whole = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4
-        with torch.no_grad():
-            _fill(parameter, whole)
-    return model
+        _fill(parameter, whole)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor, gathered from its shards; a collective if it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def _fill(parameter: Tensor, whole: Tensor) -> None:
@@ -156,5 +166,4 @@ def _fill(parameter: Tensor, whole: Tensor) -> None:
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
-    found = [p.grad for p in model.parameters() if p.grad is not None]
-    return [g.full_tensor() if isinstance(g, DTensor) else g.clone() for g in found]
+    return [full(p.grad) for p in model.parameters() if p.grad is not None]

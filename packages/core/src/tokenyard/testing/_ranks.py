@@ -21,11 +21,6 @@ from pathlib import Path
 from typing import Any
 
 _START = 120.0  # seconds that the processes have to start and meet
-_NO_MULTICAST = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
 
 
 class RanksError(RuntimeError):
@@ -109,11 +104,12 @@ def _serve(rank: int, size: int, device: str, store: str, end: Connection, timeo
     import torch
     import torch.distributed as dist
 
+    from tokenyard.processes import disable_multicast
+
     torch.set_num_threads(1)
-    for name, value in (
-        _NO_MULTICAST | {"GLOO_SOCKET_IFNAME": "lo", "LOCAL_RANK": str(rank)}
-    ).items():
-        os.environ.setdefault(name, value)
+    disable_multicast()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("LOCAL_RANK", str(rank))
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tokenyard.sharded import is_sharded, local_part
+from tokenyard.sharded import group_by_mesh, is_sharded, local_part
 
 
 def clip(model: nn.Module, max_norm: float) -> Tensor:
@@ -17,7 +17,7 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
     The norm is the same on every rank. It takes one collective over all ranks, whatever the meshes,
     so a non-finite gradient on one rank makes it non-finite on all of them.
     """
-    groups = _by_mesh([p for p in model.parameters() if p.grad is not None])
+    groups = group_by_mesh(p for p in model.parameters() if p.grad is not None)
     norm = _global_norm(groups)
     if math.isfinite(max_norm):
         # one call a mesh: torch cannot scale a list of tensors on different meshes
@@ -47,11 +47,3 @@ def _shards(gradient: Tensor) -> int:
         for dim, placement in enumerate(gradient.placements)
         if not placement.is_replicate()
     )
-
-
-def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    groups: dict[object, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        mesh = parameter.device_mesh if is_sharded(parameter) else None
-        groups.setdefault(mesh, []).append(parameter)
-    return list(groups.values())

@@ -13,8 +13,9 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from tokenyard import ConfigError, MoE
+from tokenyard.divisors import divisors
 from tokenyard.sharded import local_part
-from tokenyard_parallel.meshes import MeshSizes, dense_sizes, divisors, expert_sizes
+from tokenyard_parallel.meshes import MeshSizes, dense_sizes, expert_sizes
 
 
 def expert_shard_dim(shape: Sequence[int], shards: int) -> int | None:
