@@ -262,7 +262,7 @@ def test_nothing_half_written_is_left(original, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tokenyard_models.hf._write.save_file", full)
+    monkeypatch.setattr("tokenyard_models.hf._shards.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         to_hf(from_hf(original), tmp_path / "new")
     assert not list(tmp_path.iterdir())

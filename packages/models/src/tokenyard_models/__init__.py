@@ -1,12 +1,12 @@
 """One transformer that can be read top to bottom, and the published models that it is."""
 
 from tokenyard_models.__about__ import __version__
-from tokenyard_models.cache import Cache
 from tokenyard_models.config import MoEConfig, TransformerConfig
 from tokenyard_models.dbrx import Dbrx
 from tokenyard_models.hf import WeightsError, from_hf, to_hf, upcycle
-from tokenyard_models.hf.inside import use_in_transformers
-from tokenyard_models.init import draw_rows, initialize
+from tokenyard_models.hf.transformers_plugin import use_in_transformers
+from tokenyard_models.init_weights import draw_rows, initialize
+from tokenyard_models.kv_cache import Cache
 from tokenyard_models.llama import Llama
 from tokenyard_models.mixtral import Mixtral
 from tokenyard_models.mpt import Mpt

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tokenyard_models.cache import LayerCache
 from tokenyard_models.config import TransformerConfig
+from tokenyard_models.kv_cache import LayerCache
 from tokenyard_models.rotary import rotate
 
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from tokenyard import ConfigError
-from tokenyard_models.faults import sections, sentences, tag_of
+from tokenyard_models.config_errors import sections, sentences, tag_of
 
 log = logging.getLogger("tokenyard")
 

@@ -27,9 +27,9 @@ from tokenyard import (
 from tokenyard.count import saved_by_ffn, weight_flops_per_token
 from tokenyard.registry import Request
 from tokenyard_models.attention import Attention
-from tokenyard_models.cache import Cache, LayerCache
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.init import initialize
+from tokenyard_models.init_weights import initialize
+from tokenyard_models.kv_cache import Cache, LayerCache
 
 _WIDE = 4  # bytes of float32, the dtype of the stream between blocks
 

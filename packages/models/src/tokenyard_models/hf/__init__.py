@@ -3,8 +3,8 @@
 from tokenyard_models.hf._folder import Folder, WeightsError
 from tokenyard_models.hf._load import from_hf, load_weights
 from tokenyard_models.hf._megablocks import to_megablocks
+from tokenyard_models.hf._read_config import model_section
 from tokenyard_models.hf._save import to_hf
-from tokenyard_models.hf._told import model_section
 from tokenyard_models.hf._upcycle import upcycle
 
 __all__ = [

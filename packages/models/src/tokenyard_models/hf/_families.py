@@ -10,10 +10,8 @@ from torch import Tensor
 
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.dbrx import Dbrx
-from tokenyard_models.hf import _published as published
-from tokenyard_models.hf._defaults import DEFAULTS
-from tokenyard_models.hf._folder import WeightsError
-from tokenyard_models.hf._pieces import (
+from tokenyard_models.hf import _config_json as published
+from tokenyard_models.hf._boxes import (
     Operation,
     Piece,
     below,
@@ -23,6 +21,8 @@ from tokenyard_models.hf._pieces import (
     stacked,
     stacked_transposed,
 )
+from tokenyard_models.hf._defaults import DEFAULTS
+from tokenyard_models.hf._folder import WeightsError
 from tokenyard_models.llama import Llama
 from tokenyard_models.mixtral import Mixtral
 from tokenyard_models.olmoe import Olmoe

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from tokenyard import Registry, default_registry
 from tokenyard.sharded import allocate
+from tokenyard_models.hf._boxes import Piece, slices
 from tokenyard_models.hf._families import Layout, layout_of
 from tokenyard_models.hf._folder import Folder, Reader, WeightsError
-from tokenyard_models.hf._pieces import Piece, slices
-from tokenyard_models.hf._told import dtype_of, family_of, model_section
-from tokenyard_models.init import unwrapped
+from tokenyard_models.hf._read_config import dtype_of, family_of, model_section
+from tokenyard_models.init_weights import unwrapped
 from tokenyard_models.sharding import own_part
 from tokenyard_models.transformer import Transformer
 

@@ -14,8 +14,8 @@ from tokenyard import ConfigError, is_gated
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.hf._families import MEGABLOCKS, layout_of
 from tokenyard_models.hf._folder import WeightsError
-from tokenyard_models.hf._write import SHARD_BYTES, dtypes, gathered, new_folder, write_weights
-from tokenyard_models.init import unwrapped
+from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, gathered, new_folder, write_weights
+from tokenyard_models.init_weights import unwrapped
 
 ARGUMENTS = "megablocks.json"
 

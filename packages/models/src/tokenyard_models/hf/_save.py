@@ -16,8 +16,8 @@ from torch import nn
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.hf._families import FAMILIES, Family, layout_of
 from tokenyard_models.hf._folder import CONFIG, WeightsError, read_json
-from tokenyard_models.hf._write import SHARD_BYTES, dtypes, gathered, new_folder, write_weights
-from tokenyard_models.init import unwrapped
+from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, gathered, new_folder, write_weights
+from tokenyard_models.init_weights import unwrapped
 from tokenyard_models.transformer import Transformer
 
 _OF_TRAINING = (

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from tokenyard_models.config import TransformerConfig
+from tokenyard_models.hf._boxes import Piece
 from tokenyard_models.hf._families import FAMILIES, Family, layout_of
 from tokenyard_models.hf._folder import Folder, WeightsError
 from tokenyard_models.hf._load import checked_layout, fill
-from tokenyard_models.hf._pieces import Piece
+from tokenyard_models.hf._read_config import dtype_of, family_of, model_section
 from tokenyard_models.hf._save import config_json, write_config
-from tokenyard_models.hf._told import dtype_of, family_of, model_section
-from tokenyard_models.hf._write import SHARD_BYTES, dtypes, new_folder, write_weights
+from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, new_folder, write_weights
 from tokenyard_models.transformer import Transformer
 from tokenyard_models.upcycling import Upcycling
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenyard.sharded import is_sharded
+from tokenyard_models.hf._boxes import Piece, slices
 from tokenyard_models.hf._families import Layout
 from tokenyard_models.hf._folder import INDEX, SINGLE, WeightsError
-from tokenyard_models.hf._pieces import Piece, slices
 
 SHARD_BYTES = 5 * 10**9
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tokenyard_models import Dbrx, Mpt, draw_rows, init
+from tokenyard_models import Dbrx, Mpt, draw_rows, init_weights
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from tokenyard_models import Dbrx, Mpt, draw_rows, init
 )
 @pytest.mark.parametrize("stripe", [8, 24, 1 << 15])  # a row, three, more than all
 def test_a_rank_draws_its_own_rows_of_packed_experts(block, stripe, monkeypatch):
-    monkeypatch.setattr(init, "_STRIPE", stripe)
+    monkeypatch.setattr(init_weights, "_STRIPE", stripe)
     whole = torch.empty(6, 10, 8)
     draw_rows(whole, 7, "up", 0.1)
     first = [s.start or 0 for s in block] + [0] * (3 - len(block))
@@ -92,7 +92,7 @@ def test_wrapping_blocks_changes_nothing():
 
 
 def test_seed_name_and_row_all_matter(monkeypatch):
-    monkeypatch.setattr(init, "_STRIPE", 64)
+    monkeypatch.setattr(init_weights, "_STRIPE", 64)
     draws = [torch.empty(2, 64) for _ in range(3)]
     for tensor, (seed, name) in zip(draws, [(1, "a"), (2, "a"), (1, "b")]):
         draw_rows(tensor, seed, name, 1.0)

@@ -14,7 +14,7 @@ from transformers.models.dbrx import modeling_dbrx
 from tokenyard import ConfigError
 from tokenyard.numerics import relative_error
 from tokenyard_models import use_in_transformers
-from tokenyard_models.hf import inside
+from tokenyard_models.hf import transformers_plugin as inside
 
 DBRX = tuple(name for name in MODELS if name.startswith("dbrx"))
 LEAST = 1e-5
