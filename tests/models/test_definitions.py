@@ -7,9 +7,9 @@ import torch
 
 from tokenyard import ConfigError
 from tokenyard_models import Dbrx, Llama, Mixtral, Mpt
-from tokenyard_models.dbrx import resolve as dbrx
-from tokenyard_models.mixtral import resolve as mixtral
-from tokenyard_models.mpt import resolve as mpt
+from tokenyard_models.families.dbrx import resolve as dbrx
+from tokenyard_models.families.mixtral import resolve as mixtral
+from tokenyard_models.families.mpt import resolve as mpt
 
 EXPERTS = {"ffn_type": "mb_dmoe", "moe_num_experts": 16, "moe_top_k": 4, "moe_world_size": 1}
 

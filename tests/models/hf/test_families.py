@@ -13,8 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tokenyard.numerics import relative_error
 from tokenyard_models import from_hf, to_hf
+from tokenyard_models.families._boxes import slices
 from tokenyard_models.hf import Folder, load_weights
-from tokenyard_models.hf._boxes import slices
 from tokenyard_models.hf._families import FAMILIES, layout_of
 
 

@@ -2,17 +2,17 @@
 
 from tokenyard_models.__about__ import __version__
 from tokenyard_models.config import MoEConfig, TransformerConfig
-from tokenyard_models.dbrx import Dbrx
+from tokenyard_models.families.dbrx import Dbrx
+from tokenyard_models.families.llama import Llama
+from tokenyard_models.families.mixtral import Mixtral
+from tokenyard_models.families.mpt import Mpt
+from tokenyard_models.families.olmoe import Olmoe
+from tokenyard_models.families.qwen3 import Qwen3
+from tokenyard_models.families.qwen3_moe import Qwen3Moe
 from tokenyard_models.hf import WeightsError, from_hf, to_hf, upcycle
 from tokenyard_models.hf.transformers_plugin import use_in_transformers
 from tokenyard_models.init_weights import draw_rows, initialize
 from tokenyard_models.kv_cache import Cache
-from tokenyard_models.llama import Llama
-from tokenyard_models.mixtral import Mixtral
-from tokenyard_models.mpt import Mpt
-from tokenyard_models.olmoe import Olmoe
-from tokenyard_models.qwen3 import Qwen3
-from tokenyard_models.qwen3_moe import Qwen3Moe
 from tokenyard_models.rotary import RopeScaling
 from tokenyard_models.schema import Strict, parse
 from tokenyard_models.transformer import Block, Transformer

@@ -9,9 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.dbrx import Dbrx
-from tokenyard_models.hf import _config_json as published
-from tokenyard_models.hf._boxes import (
+from tokenyard_models.families._boxes import (
     Operation,
     Piece,
     below,
@@ -21,13 +19,15 @@ from tokenyard_models.hf._boxes import (
     stacked,
     stacked_transposed,
 )
+from tokenyard_models.families.dbrx import Dbrx
+from tokenyard_models.families.llama import Llama
+from tokenyard_models.families.mixtral import Mixtral
+from tokenyard_models.families.olmoe import Olmoe
+from tokenyard_models.families.qwen3 import Qwen3
+from tokenyard_models.families.qwen3_moe import Qwen3Moe
+from tokenyard_models.hf import _config_json as published
 from tokenyard_models.hf._defaults import DEFAULTS
 from tokenyard_models.hf._folder import WeightsError
-from tokenyard_models.llama import Llama
-from tokenyard_models.mixtral import Mixtral
-from tokenyard_models.olmoe import Olmoe
-from tokenyard_models.qwen3 import Qwen3
-from tokenyard_models.qwen3_moe import Qwen3Moe
 from tokenyard_models.schema import without_ignored
 
 Entry = tuple[str, tuple[str, ...], Operation]

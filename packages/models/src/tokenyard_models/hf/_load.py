@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenyard import Registry, default_registry
 from tokenyard.sharded import allocate
-from tokenyard_models.hf._boxes import Piece, slices
+from tokenyard_models.families._boxes import Piece, slices
 from tokenyard_models.hf._families import Layout, layout_of
 from tokenyard_models.hf._folder import Folder, Reader, WeightsError
 from tokenyard_models.hf._read_config import dtype_of, family_of, model_section

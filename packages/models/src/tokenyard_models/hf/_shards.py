@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenyard.sharded import is_sharded
-from tokenyard_models.hf._boxes import Piece, slices
+from tokenyard_models.families._boxes import Piece, slices
 from tokenyard_models.hf._families import Layout
 from tokenyard_models.hf._folder import INDEX, SINGLE, WeightsError
 

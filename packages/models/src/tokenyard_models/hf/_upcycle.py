@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.hf._boxes import Piece
+from tokenyard_models.families._boxes import Piece
 from tokenyard_models.hf._families import FAMILIES, Family, layout_of
 from tokenyard_models.hf._folder import Folder, WeightsError
 from tokenyard_models.hf._load import checked_layout, fill

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tokenyard_models.config import TransformerConfig, check_divides
-from tokenyard_models.published import Published
+from tokenyard_models.families._hf_keys import Published
 from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tokenyard_models.config import TransformerConfig, check_divides
+from tokenyard_models.families._hf_keys import RopeParameters
 from tokenyard_models.ffn import ActivationName, FfnConfig, merged
-from tokenyard_models.published import RopeParameters
 from tokenyard_models.schema import HOUSEKEEPING, Strict, only, parse
 from tokenyard_models.transformer import Transformer
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tokenyard import RoutingRule
 from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
-from tokenyard_models.published import PublishedMoE
+from tokenyard_models.families._hf_keys import PublishedMoE
 from tokenyard_models.schema import Strict, only, parse
 from tokenyard_models.transformer import Transformer
 
