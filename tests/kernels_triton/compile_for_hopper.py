@@ -174,8 +174,8 @@ CASES = (
 
 def main():
     import tokenyard_kernels_triton._device as device
-    import tokenyard_kernels_triton.hopper_tiling as tiling
-    import tokenyard_kernels_triton.ops._hopper as hopper
+    import tokenyard_kernels_triton.gluon_tiling as tiling
+    import tokenyard_kernels_triton.ops._gluon as hopper
     import tokenyard_kernels_triton.ops._portable as portable
 
     device.processors = hopper.processors = portable.processors = functools.cache(

@@ -87,9 +87,9 @@ def test_wide_experts(backend):
 @pytest.mark.parametrize("dim", [64, 200, 1032])
 def test_collected_rows_give_the_same_bits_as_copied_ones(dim):
     """In every product that takes rows of tokens; some slots are dropped, and an expert has none."""
-    from tokenyard_kernels_triton.ops import _hopper
-    from tokenyard_kernels_triton.ops._layout import Layout
+    from tokenyard_kernels_triton.ops import _gluon
     from tokenyard_kernels_triton.ops._moves import to_rows
+    from tokenyard_kernels_triton.ops._row_tiles import RowTiles
     from tokenyard_kernels_triton.permutation import TritonPermutation
 
     tokens, ffn_dim, experts, top_k = 777, 264, 9, 4
@@ -97,7 +97,7 @@ def test_collected_rows_give_the_same_bits_as_copied_ones(dim):
     ids = torch.rand(tokens, experts - 1, device="cuda").topk(top_k).indices.int()
     ids[::5, 0] = experts
     plan = TritonPermutation(workload).plan(ids, experts)
-    layout, kept = Layout(plan.offsets, plan.order.shape[0]), int(plan.offsets[-1])
+    layout, kept = RowTiles(plan.offsets, plan.order.shape[0]), int(plan.offsets[-1])
 
     def random(*size):
         return torch.randn(size, device="cuda", dtype=torch.bfloat16)
@@ -111,13 +111,13 @@ def test_collected_rows_give_the_same_bits_as_copied_ones(dim):
 
     def products(rows):
         return (
-            _hopper.up_and_activate(rows, up, None, layout, "swiglu")[0][:kept],
-            _hopper.times_weight(rows, down, None, layout, False, "activation_gradient")[:kept],
-            _hopper.weight_gradient(z, rows, layout, "up_gradient"),
-            _hopper.weight_gradient(rows, a, layout, "down_gradient"),
+            _gluon.up_and_activate(rows, up, None, layout, "swiglu")[0][:kept],
+            _gluon.times_weight(rows, down, None, layout, False, "activation_gradient")[:kept],
+            _gluon.weight_gradient(z, rows, layout, "up_gradient"),
+            _gluon.weight_gradient(rows, a, layout, "down_gradient"),
         )
 
-    collected = _hopper.rows_of(x, plan, ffn_dim)
+    collected = _gluon.rows_of(x, plan, ffn_dim)
     assert not isinstance(collected, torch.Tensor)
     for got, want in zip(products(collected), products(to_rows(x, plan))):
         assert torch.equal(got, want)

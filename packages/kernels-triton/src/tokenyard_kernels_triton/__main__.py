@@ -46,7 +46,7 @@ def _workload(dim: int, ffn_dim: int, num_experts: int, top_k: int) -> Workload:
 
 
 def _tune_and_keep(tokens: int, dim: int, ffn_dim: int, num_experts: int, top_k: int) -> None:
-    from tokenyard_kernels_triton.hopper_tiling import gpu_key, keep_tuned
+    from tokenyard_kernels_triton.gluon_tiling import gpu_key, keep_tuned
     from tokenyard_kernels_triton.tune import tune
 
     results = tune(tokens, dim, ffn_dim, num_experts, top_k)

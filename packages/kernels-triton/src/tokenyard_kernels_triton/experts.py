@@ -67,4 +67,4 @@ class TritonExperts:
 class GluonExperts(TritonExperts):
     """The same with its products written in Gluon, for Hopper: warps that load, and warpgroups that multiply."""
 
-    products = "hopper"
+    products = "gluon"

@@ -11,8 +11,8 @@ from tokenyard.workload import Workload
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops._logits import logits_op
-from tokenyard_kernels_triton.ops._narrow import split_in_two
-from tokenyard_kernels_triton.ops._select import select, weigh, weigh_gradient
+from tokenyard_kernels_triton.ops._quantize import split_in_two
+from tokenyard_kernels_triton.ops._topk import select, weigh, weigh_gradient
 
 _NARROW = (torch.bfloat16, torch.float16)
 

@@ -12,21 +12,21 @@ from torch import Tensor
 
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import current_device
-from tokenyard_kernels_triton.hopper_tiling import (
+from tokenyard_kernels_triton.gluon_tiling import (
     CHUNKS,
     PRODUCTS,
-    HopperTiling,
+    GluonTiling,
     Product,
     bucket,
-    hopper_tiling,
+    gluon_tiling,
 )
-from tokenyard_kernels_triton.ops import _hopper
-from tokenyard_kernels_triton.ops._layout import Layout
+from tokenyard_kernels_triton.ops import _gluon
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
 _FLUSH_BYTES = 1 << 29  # more than L2 holds
 _WARM, _TIMED = 2, 7
 
-Launch = Callable[[HopperTiling], object]
+Launch = Callable[[GluonTiling], object]
 Clock = Callable[[Callable[[], object]], float]
 
 
@@ -37,14 +37,14 @@ class Result(NamedTuple):
     bucket: str
     shipped_ms: float
     best_ms: float
-    best: HopperTiling
+    best: GluonTiling
 
 
-def candidates(product: Product) -> list[HopperTiling]:
+def candidates(product: Product) -> list[GluonTiling]:
     """List the tiles to try: those that fit into shared memory."""
     sizes = combinations((3, 4), CHUNKS, (1, 2), (4, 16, 32))
     tilings = [
-        HopperTiling(stages, chunk, buffers, group=group) for stages, chunk, buffers, group in sizes
+        GluonTiling(stages, chunk, buffers, group=group) for stages, chunk, buffers, group in sizes
     ]
     return [tiling for tiling in tilings if tiling.fits(product)]
 
@@ -65,7 +65,7 @@ def tune(
 def _best(
     product: Product, launch: Launch, dim: int, ffn_dim: int, clock: Clock, device: torch.device
 ) -> Result:
-    shipped = clock(lambda: launch(hopper_tiling(product, dim, ffn_dim, device)))
+    shipped = clock(lambda: launch(gluon_tiling(product, dim, ffn_dim, device)))
     times = {tiling: clock(lambda tiling=tiling: launch(tiling)) for tiling in candidates(product)}  # type: ignore[misc]
     best = min(times, key=lambda tiling: times[tiling])
     return Result(product, bucket(product, dim, ffn_dim), shipped, times[best], best)
@@ -84,19 +84,19 @@ def _launches(
         return torch.randn(size, device=device, dtype=torch.bfloat16)
 
     x, z, a = (
-        _hopper.rows_of(random(tokens, dim), plan, ffn_dim),
+        _gluon.rows_of(random(tokens, dim), plan, ffn_dim),
         random(rows, 2 * ffn_dim),
         random(rows, ffn_dim),
     )
     up, down = random(experts, 2 * ffn_dim, dim), random(experts, dim, ffn_dim)
 
-    def layout() -> Layout:
-        return Layout(offsets, rows)
+    def layout() -> RowTiles:
+        return RowTiles(offsets, rows)
 
-    times, gradient = _hopper.times_weight, _hopper.weight_gradient
+    times, gradient = _gluon.times_weight, _gluon.weight_gradient
     return {
         "up": (
-            lambda how: _hopper.up_and_activate(x, up, None, layout(), "swiglu", how=how),
+            lambda how: _gluon.up_and_activate(x, up, None, layout(), "swiglu", how=how),
             dim,
             ffn_dim,
         ),

@@ -14,15 +14,15 @@ from tokenyard.interfaces import ExpertWeights, Plan
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
-from tokenyard_kernels_triton.ops._layout import Layout
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
-from tokenyard_kernels_triton.ops._narrow import narrow, narrow_shapes, widen
+from tokenyard_kernels_triton.ops._quantize import narrow, narrow_shapes, widen
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
 Save = Literal["pre_activation", "fp8", "recompute"]
 """What a forward pass keeps of the pre-activation for its backward pass."""
 
-Products = Literal["portable", "hopper"]
-"""The module that launches the matmuls: ``ops._portable`` or ``ops._hopper``."""
+Products = Literal["portable", "gluon"]
+"""The module that launches the matmuls: ``ops._portable`` or ``ops._gluon``."""
 
 
 class Rows(Protocol):
@@ -35,7 +35,7 @@ class Rows(Protocol):
 
 
 class Matmuls(Protocol):
-    """What ``ops._portable`` and ``ops._hopper`` both define; every function allocates what it returns."""
+    """What ``ops._portable`` and ``ops._gluon`` both define; every function allocates what it returns."""
 
     def rows_of(self, tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
         """Return the rows of tokens [T, D] as an operand."""
@@ -46,7 +46,7 @@ class Matmuls(Protocol):
         x: Rows,
         up: Tensor,
         bias: Tensor | None,
-        layout: Layout,
+        layout: RowTiles,
         activation: str,
         keep_z: bool = True,
         keep_a: bool = True,
@@ -59,14 +59,14 @@ class Matmuls(Protocol):
         rows: Rows,
         weight: Tensor,
         bias: Tensor | None,
-        layout: Layout,
+        layout: RowTiles,
         transposed: bool,
         product: str,
     ) -> Tensor:
         """Return rows [R, M] times each expert's weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
         ...
 
-    def weight_gradient(self, left: Rows, right: Rows, layout: Layout, product: str) -> Tensor:
+    def weight_gradient(self, left: Rows, right: Rows, layout: RowTiles, product: str) -> Tensor:
         """Return [E, M, N]: over each expert's rows, left [R, M] transposed times right [R, N]."""
         ...
 
@@ -82,7 +82,7 @@ def _forward(call: ExpertsCall, save: str, kernels: str) -> tuple[Tensor, Tensor
         return torch.zeros_like(call.x), *_saved(call, save, kernels)
     x, plan, topk_weights, (up, down, up_bias, down_bias), activation = _aligned_call(call)
     with on_device_of(x):
-        layout = Layout(plan.offsets, plan.order.shape[0])
+        layout = RowTiles(plan.offsets, plan.order.shape[0])
         matmuls = _matmuls(kernels)
         rows = matmuls.rows_of(x, plan, down.shape[2])
         z, a = matmuls.up_and_activate(rows, up, up_bias, layout, activation, save != "recompute")
@@ -121,7 +121,7 @@ def _gradients(
     matmuls: Matmuls,
 ) -> ExpertGradients:
     x, plan, topk_weights, (up, down, _, down_bias), activation = call
-    layout = Layout(plan.offsets, plan.order.shape[0])
+    layout = RowTiles(plan.offsets, plan.order.shape[0])
     ffn_dim = down.shape[2]
     gradients: dict[str, Tensor] = {}
 
@@ -161,7 +161,7 @@ def _gradients(
 
 
 def _pre_activation(
-    call: ExpertsCall, layout: Layout, saved: list[Tensor], save: str, matmuls: Matmuls
+    call: ExpertsCall, layout: RowTiles, saved: list[Tensor], save: str, matmuls: Matmuls
 ) -> Tensor:
     """Return z [R, 2F or F] as saved, widened, or computed again."""
     z, scales = saved

@@ -10,7 +10,7 @@ from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _moves
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
 from tokenyard_kernels_triton.launching import launch
-from tokenyard_kernels_triton.ops._layout import Layout
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
 
 def differentiate(
@@ -20,7 +20,7 @@ def differentiate(
     down_bias: Tensor | None,
     order: Tensor,
     topk_weights: Tensor | None,
-    layout: Layout,
+    layout: RowTiles,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, .] that sum to a row's gate gradient.
@@ -55,7 +55,7 @@ def differentiate(
     return dz, weighted, dots
 
 
-def sum_rows(rows: Tensor, layout: Layout, order: Tensor, topk_weights: Tensor | None) -> Tensor:
+def sum_rows(rows: Tensor, layout: RowTiles, order: Tensor, topk_weights: Tensor | None) -> Tensor:
     """Return [E, W]: the sum of each expert's rows [R, W], weighted if weights are given; zero where it has none."""
     out = rows.new_empty(layout.num_experts, rows.shape[1])
     launch(_moves.sum_rows, (layout.num_experts, ceil_div(rows.shape[1], 64)))(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard_kernels_triton._device import on_device_of
-from tokenyard_kernels_triton.ops._narrow import split_in_two
+from tokenyard_kernels_triton.ops._quantize import split_in_two
 
 
 @operator("tokenyard_triton::logits")

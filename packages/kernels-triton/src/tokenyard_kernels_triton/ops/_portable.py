@@ -1,6 +1,6 @@
 """Launching the products of an expert layer for any GPU; every function allocates what it returns.
 
-``_hopper`` has the same functions, for Hopper, where tiles depend on the product.
+``_gluon`` has the same functions, for Hopper, where tiles depend on the product.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from tokenyard.activations import is_gated
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors, shared_memory
-from tokenyard_kernels_triton.hopper_tiling import Product
+from tokenyard_kernels_triton.gluon_tiling import Product
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
 from tokenyard_kernels_triton.launching import launch
-from tokenyard_kernels_triton.ops._layout import Layout
 from tokenyard_kernels_triton.ops._moves import to_rows
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.portable_tiling import Tiling, portable_tiling
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -34,7 +34,7 @@ def up_and_activate(
     x: Tensor,
     up: Tensor,
     bias: Tensor | None,
-    layout: Layout,
+    layout: RowTiles,
     activation: str,
     keep_z: bool = True,
     keep_a: bool = True,
@@ -74,7 +74,7 @@ def times_weight(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    layout: Layout,
+    layout: RowTiles,
     transposed: bool,
     product: Product,
 ) -> Tensor:
@@ -101,7 +101,7 @@ def times_weight(
     return out
 
 
-def weight_gradient(left: Tensor, right: Tensor, layout: Layout, product: Product) -> Tensor:
+def weight_gradient(left: Tensor, right: Tensor, layout: RowTiles, product: Product) -> Tensor:
     """Return [E, M, N]: over each expert's rows, left [R, M] transposed times right [R, N]; zero where it has none."""
     rows, columns = left.shape[1], right.shape[1]
     out = left.new_empty(layout.num_experts, rows, columns)

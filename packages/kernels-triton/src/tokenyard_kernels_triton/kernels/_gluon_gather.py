@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from tokenyard_kernels_triton.kernels._hopper_pipeline import load, ragged_at
+from tokenyard_kernels_triton.kernels._gluon_pipeline import load, ragged_at
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # as Triton 3.6 calls it

@@ -12,7 +12,7 @@ from tokenyard_kernels_triton.launching import launch
 
 
 @dataclass
-class Layout:
+class RowTiles:
     """The rows of a plan, and their tile lists, made once for each tile size."""
 
     offsets: Tensor  # [E + 1]

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors
-from tokenyard_kernels_triton.hopper_tiling import HopperTiling, Product, hopper_tiling
-from tokenyard_kernels_triton.kernels import _hopper
+from tokenyard_kernels_triton.gluon_tiling import GluonTiling, Product, gluon_tiling
+from tokenyard_kernels_triton.kernels import _gluon
 from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
 from tokenyard_kernels_triton.launching import launch
-from tokenyard_kernels_triton.ops._hopper_operands import Rows, operand, ragged, rows_of, stacked
-from tokenyard_kernels_triton.ops._layout import Layout
+from tokenyard_kernels_triton.ops._gluon_operands import Rows, operand, ragged, rows_of, stacked
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
 __all__ = ["rows_of", "times_weight", "up_and_activate", "weight_gradient"]
 
@@ -22,7 +22,7 @@ ROWS = 128  # of a tile
 _REGISTERS = 168  # of a thread, at the start: two warpgroups and the loader's share 65536
 
 
-def _options(device: torch.device, how: HopperTiling) -> dict[str, Any]:
+def _options(device: torch.device, how: GluonTiling) -> dict[str, Any]:
     return how.options() | {"PROGRAMS": processors(device), "num_warps": 4, "maxnreg": _REGISTERS}
 
 
@@ -30,24 +30,24 @@ def up_and_activate(
     x: Rows,
     up: Tensor,
     bias: Tensor | None,
-    layout: Layout,
+    layout: RowTiles,
     activation: str,
     keep_z: bool = True,
     keep_a: bool = True,
-    how: HopperTiling | None = None,
+    how: GluonTiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
     parts = 2 if is_gated(activation) else 1
     width = up.shape[1]
     ffn_dim = width // parts
-    how = how or hopper_tiling("up", x.shape[1], ffn_dim, x.device)
+    how = how or gluon_tiling("up", x.shape[1], ffn_dim, x.device)
     columns = how.columns // parts
     z = x.new_empty(layout.rows if keep_z else 0, width)
     a = x.new_empty(layout.rows if keep_a else 0, ffn_dim)
     described = a if keep_a else a.new_empty(1, ffn_dim)  # of nothing no descriptor can be made
     left, order, top_k = operand(x, (64, how.depth))
     launch(
-        _hopper.up_and_activate,
+        _gluon.up_and_activate,
         persistent_grid(x.device, layout.bound(ROWS) * ceil_div(ffn_dim, columns)),
     )(
         left,
@@ -74,20 +74,20 @@ def times_weight(
     rows: Rows,
     weight: Tensor,
     bias: Tensor | None,
-    layout: Layout,
+    layout: RowTiles,
     transposed: bool,
     product: Product,
-    how: HopperTiling | None = None,
+    how: GluonTiling | None = None,
 ) -> Tensor:
     """Return rows [R, M] times each expert's weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
     width = weight.shape[1 if transposed else 2]
     dim, ffn_dim = _widths(product, rows.shape[1], width)
-    how = how or hopper_tiling(product, dim, ffn_dim, rows.device)
+    how = how or gluon_tiling(product, dim, ffn_dim, rows.device)
     out = rows.new_empty(layout.rows, width)
     block = (how.columns, how.depth) if transposed else (how.depth, how.columns)
     left, order, top_k = operand(rows, (64, how.depth))
     launch(
-        _hopper.times_weight,
+        _gluon.times_weight,
         persistent_grid(rows.device, layout.bound(ROWS) * ceil_div(width, how.columns)),
     )(
         left,
@@ -107,18 +107,18 @@ def times_weight(
 
 
 def weight_gradient(
-    left: Rows, right: Rows, layout: Layout, product: Product, how: HopperTiling | None = None
+    left: Rows, right: Rows, layout: RowTiles, product: Product, how: GluonTiling | None = None
 ) -> Tensor:
     """Return [E, M, N]: over each expert's rows, left [R, M] transposed times right [R, N]; zero where it has none."""
     rows, columns = left.shape[1], right.shape[1]
     dim, ffn_dim = _widths(product, rows, columns)
     device = layout.offsets.device
-    how = how or hopper_tiling(product, dim, ffn_dim, device)
+    how = how or gluon_tiling(product, dim, ffn_dim, device)
     a, left_order, left_top_k = operand(left, (how.depth, 64))
     b, right_order, right_top_k = operand(right, (how.depth, how.columns))
     out = left.new_empty(layout.num_experts, rows, columns)
     each = ceil_div(rows, ROWS) * ceil_div(columns, how.columns)
-    launch(_hopper.weight_gradient, persistent_grid(device, layout.num_experts * each))(
+    launch(_gluon.weight_gradient, persistent_grid(device, layout.num_experts * each))(
         a,
         b,
         right_order if left_order is None else left_order,

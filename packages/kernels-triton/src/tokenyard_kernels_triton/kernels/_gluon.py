@@ -1,4 +1,4 @@
-"""The products of an expert layer for Hopper, in Gluon; ``_hopper_pipeline`` says how they work."""
+"""The products of an expert layer for Hopper, in Gluon; ``_gluon_pipeline`` says how they work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from tokenyard_kernels_triton.kernels._activations import function
-from tokenyard_kernels_triton.kernels._hopper_loads import (
+from tokenyard_kernels_triton.kernels._gluon_loads import (
     arrivals,
     left_slices,
     load_column_tiles,
@@ -16,7 +16,7 @@ from tokenyard_kernels_triton.kernels._hopper_loads import (
     registers,
     right_slices,
 )
-from tokenyard_kernels_triton.kernels._hopper_pipeline import (
+from tokenyard_kernels_triton.kernels._gluon_pipeline import (
     accumulate,
     barriers,
     pass_on,

@@ -1,6 +1,6 @@
 """The loaders of the products for Hopper, in Gluon: the copy engine brings every slice, from one warp.
 
-With TOP_K, one operand's rows are those of tokens, TOP_K for each, and ``_hopper_collect`` loads instead.
+With TOP_K, one operand's rows are those of tokens, TOP_K for each, and ``_gluon_gather`` loads instead.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from tokenyard_kernels_triton.kernels._hopper_collect import collect_column_tiles, collect_row_tiles
-from tokenyard_kernels_triton.kernels._hopper_pipeline import load, ragged_at
+from tokenyard_kernels_triton.kernels._gluon_gather import collect_column_tiles, collect_row_tiles
+from tokenyard_kernels_triton.kernels._gluon_pipeline import load, ragged_at
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
-from tokenyard_kernels_triton.kernels import _narrow
-from tokenyard_kernels_triton.kernels._narrow import BLOCK
+from tokenyard_kernels_triton.kernels import _quantize
+from tokenyard_kernels_triton.kernels._quantize import BLOCK
 from tokenyard_kernels_triton.launching import launch
 
 _DTYPE = torch.float8_e4m3fn
@@ -18,7 +18,7 @@ def narrow(z: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """Return z [R, W] in float8, as bytes, and the scales [R, W / 128] of its blocks; the tail is undefined."""
     rows, width = z.shape
     out, scales = narrow_shapes(z, rows, width)
-    launch(_narrow.narrow_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
+    launch(_quantize.narrow_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
         z,
         out.view(_DTYPE),
         scales,
@@ -42,7 +42,7 @@ def widen(z: Tensor, scales: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor
     """Return z [R, W] in `dtype`."""
     rows, width = z.shape
     out = z.new_empty(rows, width, dtype=dtype)
-    launch(_narrow.widen_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
+    launch(_quantize.widen_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
         z.view(_DTYPE), scales, out, live, width, scales.shape[1], ROWS=_ROWS, BLOCK=BLOCK
     )
     return out
@@ -54,7 +54,7 @@ def split_in_two(wide: Tensor, dtype: torch.dtype) -> Tensor:
     both = wide.new_empty(rows, 2 * width, dtype=dtype)
     if rows:
         columns = min(128, power_of_two(width))
-        launch(_narrow.split_in_two, (ceil_div(rows, _ROWS), ceil_div(width, columns)))(
+        launch(_quantize.split_in_two, (ceil_div(rows, _ROWS), ceil_div(width, columns)))(
             wide.contiguous(), both, rows, width, COLUMNS=columns, ROWS=_ROWS
         )
     return both

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard.workload import RoutingRule
 from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_two
-from tokenyard_kernels_triton.kernels import _select
+from tokenyard_kernels_triton.kernels import _topk
 from tokenyard_kernels_triton.launching import launch
 
 _ENTRIES = 4096  # of [T, E] that one program holds
@@ -32,7 +32,7 @@ def select_op(
     ids = logits.new_empty(tokens, top_k, dtype=torch.int32)
     if tokens:
         with on_device_of(logits):
-            launch(_select.select_experts, _grid(tokens, experts))(
+            launch(_topk.select_experts, _grid(tokens, experts))(
                 logits.contiguous(),
                 bias,
                 ids,
@@ -70,7 +70,7 @@ def weigh_op(
     weights = logits.new_empty(ids.shape)
     if ids.shape[0]:
         with on_device_of(logits):
-            launch(_select.weigh_experts, _grid(*logits.shape))(
+            launch(_topk.weigh_experts, _grid(*logits.shape))(
                 logits.contiguous(),
                 ids.contiguous(),
                 weights,
@@ -103,7 +103,7 @@ def weigh_backward_op(
     dlogits = logits.new_empty(logits.shape)
     if ids.shape[0]:
         with on_device_of(logits):
-            launch(_select.weigh_experts_backward, _grid(*logits.shape))(
+            launch(_topk.weigh_experts_backward, _grid(*logits.shape))(
                 dweights.contiguous(),
                 logits.contiguous(),
                 ids.contiguous(),

@@ -33,7 +33,7 @@ log = logging.getLogger("tokenyard")
 
 
 @dataclass(frozen=True)
-class HopperTiling:
+class GluonTiling:
     """The tile of one product on Hopper: 128 rows by `columns` of the output."""
 
     stages: int = 3  # slices that are loaded ahead
@@ -61,24 +61,24 @@ class HopperTiling:
 
     def fits(self, product: Product) -> bool:
         """Say whether a program can run a product with it."""
-        same = (self.columns, self.depth) == (HopperTiling.columns, HopperTiling.depth)
+        same = (self.columns, self.depth) == (GluonTiling.columns, GluonTiling.depth)
         return same and self.chunk in CHUNKS and self.shared(product) <= _SHARED
 
 
 # For fine experts, and for wide ones. Products over rows that share a group share their tile list.
-_TABLE: dict[Product, tuple[HopperTiling, HopperTiling]] = {
-    "up": (HopperTiling(3, 64, 1, group=16), HopperTiling(3, 64, 1)),
-    "down": (HopperTiling(3, 128, 2, group=16), HopperTiling(3, 128, 2)),
-    "activation_gradient": (HopperTiling(3, 128, 2, group=16), HopperTiling(3, 128, 2)),
-    "input_gradient": (HopperTiling(4, 64, 2, group=16), HopperTiling(4, 64, 2)),
-    "up_gradient": (HopperTiling(4, 64, 2, group=16), HopperTiling(4, 64, 2, group=16)),
-    "down_gradient": (HopperTiling(4, 64, 2, group=4), HopperTiling(4, 64, 2, group=16)),
+_TABLE: dict[Product, tuple[GluonTiling, GluonTiling]] = {
+    "up": (GluonTiling(3, 64, 1, group=16), GluonTiling(3, 64, 1)),
+    "down": (GluonTiling(3, 128, 2, group=16), GluonTiling(3, 128, 2)),
+    "activation_gradient": (GluonTiling(3, 128, 2, group=16), GluonTiling(3, 128, 2)),
+    "input_gradient": (GluonTiling(4, 64, 2, group=16), GluonTiling(4, 64, 2)),
+    "up_gradient": (GluonTiling(4, 64, 2, group=16), GluonTiling(4, 64, 2, group=16)),
+    "down_gradient": (GluonTiling(4, 64, 2, group=4), GluonTiling(4, 64, 2, group=16)),
 }
 # Wide experts on an H100, whose memory is slower: in a layer, not alone, the tile above takes up to half as long again.
-_WIDE_ON_H100: dict[Product, HopperTiling] = {"input_gradient": HopperTiling(3, 32, 1, group=16)}
+_WIDE_ON_H100: dict[Product, GluonTiling] = {"input_gradient": GluonTiling(3, 32, 1, group=16)}
 
 
-def hopper_tiling(product: Product, dim: int, ffn_dim: int, device: torch.device) -> HopperTiling:
+def gluon_tiling(product: Product, dim: int, ffn_dim: int, device: torch.device) -> GluonTiling:
     """Return the tiles of a product between the model's width and the experts'.
 
     Where the gradient of the pre-activation is an operand (input_gradient, up_gradient), its width counts: gate and up.
@@ -89,7 +89,7 @@ def hopper_tiling(product: Product, dim: int, ffn_dim: int, device: torch.device
     )
 
 
-def _shipped(gpu: str, product: Product, wide: bool) -> HopperTiling:
+def _shipped(gpu: str, product: Product, wide: bool) -> GluonTiling:
     other = _WIDE_ON_H100.get(product) if wide and "H100" in gpu else None
     return other or _TABLE[product][wide]
 
@@ -111,7 +111,7 @@ def tuned_path() -> Path:
     return cache_folder() / "triton_tiles.json"
 
 
-def keep_tuned(gpu: str, tiles: dict[str, HopperTiling]) -> Path:
+def keep_tuned(gpu: str, tiles: dict[str, GluonTiling]) -> Path:
     """Add tiles by bucket to the file, in place of older ones of the same GPU and bucket; return its path."""
     path = tuned_path()
     known = _read(path)
@@ -125,7 +125,7 @@ def keep_tuned(gpu: str, tiles: dict[str, HopperTiling]) -> Path:
 
 
 @functools.cache
-def _tuned(gpu: str) -> dict[str, HopperTiling]:
+def _tuned(gpu: str) -> dict[str, GluonTiling]:
     entries = _read(tuned_path()).get(gpu, {})
     tiles = {name: _tiling(entry) for name, entry in entries.items()}
     return {name: t for name, t in tiles.items() if t is not None and t.fits(name.split()[0])}  # type: ignore[arg-type]
@@ -146,12 +146,12 @@ def _read(path: Path) -> dict[str, Any]:
     )
 
 
-def _tiling(entry: object) -> HopperTiling | None:
-    names = {field.name for field in fields(HopperTiling)}
+def _tiling(entry: object) -> GluonTiling | None:
+    names = {field.name for field in fields(GluonTiling)}
     if (
         not isinstance(entry, dict)
         or set(entry) != names
         or not all(type(v) is int and v > 0 for v in entry.values())
     ):
         return None
-    return HopperTiling(**entry)
+    return GluonTiling(**entry)
