@@ -28,7 +28,14 @@ from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 
 @gluon.jit
-def _biased(tile, bias, column, width, PARTS: gl.constexpr, COLUMNS: gl.constexpr):
+def _biased(
+    tile,
+    bias,
+    column,
+    width,
+    PARTS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
     """Add an expert's bias [PARTS * width] to a tile that has the same columns of each part side by side."""
     WIDTH: gl.constexpr = COLUMNS // PARTS
     index = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, tile.type.layout))
@@ -38,7 +45,23 @@ def _biased(tile, bias, column, width, PARTS: gl.constexpr, COLUMNS: gl.constexp
 
 
 @gluon.jit
-def _activate_and_send(total, z, a_out, buffers, buffer, row, end, first, INDEX: gl.constexpr, FUNCTION: gl.constexpr, PARTS: gl.constexpr, KEEP_Z: gl.constexpr, KEEP_A: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr):
+def _activate_and_send(
+    total,
+    z,
+    a_out,
+    buffers,
+    buffer,
+    row,
+    end,
+    first,
+    INDEX: gl.constexpr,
+    FUNCTION: gl.constexpr,
+    PARTS: gl.constexpr,
+    KEEP_Z: gl.constexpr,
+    KEEP_A: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    CHUNK: gl.constexpr,
+):
     """Send CHUNK columns of z and of a = act(z) on their way, through PARTS + 1 buffers from `buffer` on."""
     column = first + INDEX * CHUNK
     gate = piece(total, INDEX, COLUMNS, CHUNK).to(a_out.dtype)
@@ -61,7 +84,23 @@ def _activate_and_send(total, z, a_out, buffers, buffer, row, end, first, INDEX:
 
 
 @gluon.jit
-def _multiply_up(tensors, sizes, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BIAS: gl.constexpr, KEEP_Z: gl.constexpr, KEEP_A: gl.constexpr, TOP_K: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
+def _multiply_up(
+    tensors,
+    sizes,
+    FUNCTION: gl.constexpr,
+    PARTS: gl.constexpr,
+    BIAS: gl.constexpr,
+    KEEP_Z: gl.constexpr,
+    KEEP_A: gl.constexpr,
+    TOP_K: gl.constexpr,
+    WARPGROUP: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):
     bias, z, a_out, a, b, full, empty, buffers, tiles = tensors
     dim, ffn_dim = sizes
     WIDTH: gl.constexpr = COLUMNS // PARTS
@@ -73,13 +112,50 @@ def _multiply_up(tensors, sizes, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BI
         expert, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
-            total = accumulate(a, b, full, empty, done, steps, False, False, TOP_K > 0, WARPGROUP, DEPTH, COLUMNS, STAGES)
+            total = accumulate(
+                a,
+                b,
+                full,
+                empty,
+                done,
+                steps,
+                False,
+                False,
+                TOP_K > 0,
+                WARPGROUP,
+                DEPTH,
+                COLUMNS,
+                STAGES,
+            )
             if BIAS:
-                total = _biased(total, bias + expert * PARTS * ffn_dim, n * WIDTH, ffn_dim, PARTS, COLUMNS)
+                total = _biased(
+                    total,
+                    bias + expert * PARTS * ffn_dim,
+                    n * WIDTH,
+                    ffn_dim,
+                    PARTS,
+                    COLUMNS,
+                )
             for i in gl.static_range(WIDTH // CHUNK):
                 buffer = (BUFFERS * WARPGROUP + sent % BUFFERS) * (PARTS + 1)
                 tma.store_wait((BUFFERS - 1) * (PARTS * KEEP_Z + KEEP_A))
-                _activate_and_send(total, z, a_out, buffers, buffer, row, end, n * WIDTH, i, FUNCTION, PARTS, KEEP_Z, KEEP_A, COLUMNS, CHUNK)
+                _activate_and_send(
+                    total,
+                    z,
+                    a_out,
+                    buffers,
+                    buffer,
+                    row,
+                    end,
+                    n * WIDTH,
+                    i,
+                    FUNCTION,
+                    PARTS,
+                    KEEP_Z,
+                    KEEP_A,
+                    COLUMNS,
+                    CHUNK,
+                )
                 sent += 1
         else:
             pass_on(full, empty, done, steps, STAGES)
@@ -89,10 +165,27 @@ def _multiply_up(tensors, sizes, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BI
 
 @gluon.jit
 def up_and_activate(
-    x, order, weight, bias, z, a_out, tiles, dim, ffn_dim,
-    TOP_K: gl.constexpr, FUNCTION: gl.constexpr, PARTS: gl.constexpr, BIAS: gl.constexpr, KEEP_Z: gl.constexpr, KEEP_A: gl.constexpr,
-    DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr,
-    STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    x,
+    order,
+    weight,
+    bias,
+    z,
+    a_out,
+    tiles,
+    dim,
+    ffn_dim,
+    TOP_K: gl.constexpr,
+    FUNCTION: gl.constexpr,
+    PARTS: gl.constexpr,
+    BIAS: gl.constexpr,
+    KEEP_Z: gl.constexpr,
+    KEEP_A: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
 ):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F].
 
@@ -100,15 +193,58 @@ def up_and_activate(
     """
     a = left_slices(x, weight.dtype, TOP_K, DEPTH, STAGES)
     b = gl.allocate_shared_memory(weight.dtype, [STAGES] + weight.block_type.shape, weight.layout)
-    sent = gl.allocate_shared_memory(weight.dtype, [2 * BUFFERS * (PARTS + 1)] + a_out.block_type.shape, a_out.layout)
+    sent = gl.allocate_shared_memory(
+        weight.dtype, [2 * BUFFERS * (PARTS + 1)] + a_out.block_type.shape, a_out.layout
+    )
     full, empty = barriers(STAGES, arrivals(TOP_K)), barriers(STAGES, 2)
     tensors, sizes = (bias, z, a_out, a, b, full, empty, sent, tiles), (dim, ffn_dim)
     operands = (x, order, weight, a, b, full, empty, tiles)
     gl.warp_specialize(
         [
-            (_multiply_up, (tensors, sizes, FUNCTION, PARTS, BIAS, KEEP_Z, KEEP_A, TOP_K, 0, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
-            (_multiply_up, (tensors, sizes, FUNCTION, PARTS, BIAS, KEEP_Z, KEEP_A, TOP_K, 1, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
-            (load_row_tiles, (operands, sizes, PARTS, False, TOP_K, DEPTH, COLUMNS, PROGRAMS, STAGES)),
+            (
+                _multiply_up,
+                (
+                    tensors,
+                    sizes,
+                    FUNCTION,
+                    PARTS,
+                    BIAS,
+                    KEEP_Z,
+                    KEEP_A,
+                    TOP_K,
+                    0,
+                    DEPTH,
+                    COLUMNS,
+                    CHUNK,
+                    PROGRAMS,
+                    STAGES,
+                    BUFFERS,
+                ),
+            ),
+            (
+                _multiply_up,
+                (
+                    tensors,
+                    sizes,
+                    FUNCTION,
+                    PARTS,
+                    BIAS,
+                    KEEP_Z,
+                    KEEP_A,
+                    TOP_K,
+                    1,
+                    DEPTH,
+                    COLUMNS,
+                    CHUNK,
+                    PROGRAMS,
+                    STAGES,
+                    BUFFERS,
+                ),
+            ),
+            (
+                load_row_tiles,
+                (operands, sizes, PARTS, False, TOP_K, DEPTH, COLUMNS, PROGRAMS, STAGES),
+            ),
         ],
         [4, loading_warps(TOP_K)],
         registers(TOP_K),
@@ -116,7 +252,20 @@ def up_and_activate(
 
 
 @gluon.jit
-def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr, TOP_K: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
+def _multiply_rows(
+    tensors,
+    sizes,
+    B_BY_DEPTH: gl.constexpr,
+    BIAS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    WARPGROUP: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):
     bias, out, a, b, full, empty, buffers, tiles = tensors
     depth, width = sizes
     columns = gl.cdiv(width, COLUMNS)
@@ -127,9 +276,30 @@ def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr,
         expert, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
-            total = accumulate(a, b, full, empty, done, steps, False, B_BY_DEPTH, TOP_K > 0, WARPGROUP, DEPTH, COLUMNS, STAGES)
+            total = accumulate(
+                a,
+                b,
+                full,
+                empty,
+                done,
+                steps,
+                False,
+                B_BY_DEPTH,
+                TOP_K > 0,
+                WARPGROUP,
+                DEPTH,
+                COLUMNS,
+                STAGES,
+            )
             if BIAS:
-                total = _biased(total, bias + expert * width, n * COLUMNS, width, 1, COLUMNS)
+                total = _biased(
+                    total,
+                    bias + expert * width,
+                    n * COLUMNS,
+                    width,
+                    1,
+                    COLUMNS,
+                )
             for i in gl.static_range(COLUMNS // CHUNK):
                 tma.store_wait(BUFFERS - 1)
                 buffer = buffers.index(BUFFERS * WARPGROUP + sent % BUFFERS)
@@ -145,10 +315,23 @@ def _multiply_rows(tensors, sizes, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr,
 
 @gluon.jit
 def times_weight(
-    left, order, weight, bias, out, tiles, depth, width,
-    TOP_K: gl.constexpr, B_BY_DEPTH: gl.constexpr, BIAS: gl.constexpr,
-    DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, PROGRAMS: gl.constexpr,
-    STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    left,
+    order,
+    weight,
+    bias,
+    out,
+    tiles,
+    depth,
+    width,
+    TOP_K: gl.constexpr,
+    B_BY_DEPTH: gl.constexpr,
+    BIAS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
 ):
     """Write out [R, width] = left [R, depth] @ weight + bias; weight is [depth, width] if B_BY_DEPTH, else transposed."""
     a = left_slices(left, weight.dtype, TOP_K, DEPTH, STAGES)
@@ -159,9 +342,44 @@ def times_weight(
     operands = (left, order, weight, a, b, full, empty, tiles)
     gl.warp_specialize(
         [
-            (_multiply_rows, (tensors, sizes, B_BY_DEPTH, BIAS, TOP_K, 0, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
-            (_multiply_rows, (tensors, sizes, B_BY_DEPTH, BIAS, TOP_K, 1, DEPTH, COLUMNS, CHUNK, PROGRAMS, STAGES, BUFFERS)),
-            (load_row_tiles, (operands, sizes, 1, B_BY_DEPTH, TOP_K, DEPTH, COLUMNS, PROGRAMS, STAGES)),
+            (
+                _multiply_rows,
+                (
+                    tensors,
+                    sizes,
+                    B_BY_DEPTH,
+                    BIAS,
+                    TOP_K,
+                    0,
+                    DEPTH,
+                    COLUMNS,
+                    CHUNK,
+                    PROGRAMS,
+                    STAGES,
+                    BUFFERS,
+                ),
+            ),
+            (
+                _multiply_rows,
+                (
+                    tensors,
+                    sizes,
+                    B_BY_DEPTH,
+                    BIAS,
+                    TOP_K,
+                    1,
+                    DEPTH,
+                    COLUMNS,
+                    CHUNK,
+                    PROGRAMS,
+                    STAGES,
+                    BUFFERS,
+                ),
+            ),
+            (
+                load_row_tiles,
+                (operands, sizes, 1, B_BY_DEPTH, TOP_K, DEPTH, COLUMNS, PROGRAMS, STAGES),
+            ),
         ],
         [4, loading_warps(TOP_K)],
         registers(TOP_K),
@@ -169,7 +387,19 @@ def times_weight(
 
 
 @gluon.jit
-def _multiply_columns(tensors, sizes, TOP_K: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr):
+def _multiply_columns(
+    tensors,
+    sizes,
+    TOP_K: gl.constexpr,
+    WARPGROUP: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):
     out, a, b, full, empty, buffers, offsets, by_rows = tensors
     num_experts, rows, columns = sizes
     m_tiles, n_tiles = gl.cdiv(rows, 128), gl.cdiv(columns, COLUMNS)
@@ -181,7 +411,21 @@ def _multiply_columns(tensors, sizes, TOP_K: gl.constexpr, WARPGROUP: gl.constex
         m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
         row = m * 128 + WARPGROUP * 64
         steps = gl.cdiv(gl.load(offsets + expert + 1) - gl.load(offsets + expert), DEPTH)
-        total = accumulate(a, b, full, empty, done, steps, True, True, TOP_K > 0, WARPGROUP, DEPTH, COLUMNS, STAGES)
+        total = accumulate(
+            a,
+            b,
+            full,
+            empty,
+            done,
+            steps,
+            True,
+            True,
+            TOP_K > 0,
+            WARPGROUP,
+            DEPTH,
+            COLUMNS,
+            STAGES,
+        )
         for i in gl.static_range(COLUMNS // CHUNK):
             tma.store_wait(BUFFERS - 1)
             buffer = buffers.index(BUFFERS * WARPGROUP + sent % BUFFERS)
@@ -195,22 +439,77 @@ def _multiply_columns(tensors, sizes, TOP_K: gl.constexpr, WARPGROUP: gl.constex
 
 @gluon.jit
 def weight_gradient(
-    left, right, order, out, offsets, by_rows, num_experts, rows, columns,
-    TOP_K: gl.constexpr, COLLECT_LEFT: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr, GROUP: gl.constexpr,
-    PROGRAMS: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+    left,
+    right,
+    order,
+    out,
+    offsets,
+    by_rows,
+    num_experts,
+    rows,
+    columns,
+    TOP_K: gl.constexpr,
+    COLLECT_LEFT: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
 ):
     """Write out [E, rows, columns]: over each expert's rows, left [R, rows] transposed times right [R, columns]."""
     a = left_slices(left, out.dtype, TOP_K * COLLECT_LEFT, DEPTH, STAGES)
-    b = right_slices(right, out.dtype, TOP_K * (1 - COLLECT_LEFT), DEPTH, COLUMNS, STAGES)
+    b = right_slices(
+        right,
+        out.dtype,
+        TOP_K * (1 - COLLECT_LEFT),
+        DEPTH,
+        COLUMNS,
+        STAGES,
+    )
     sent = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
     full, empty = barriers(STAGES, arrivals(TOP_K)), barriers(STAGES, 2)
     tensors, sizes = (out, a, b, full, empty, sent, offsets, by_rows), (num_experts, rows, columns)
     operands = (left, right, order, a, b, full, empty, offsets, by_rows)
     gl.warp_specialize(
         [
-            (_multiply_columns, (tensors, sizes, TOP_K, 0, DEPTH, COLUMNS, CHUNK, GROUP, PROGRAMS, STAGES, BUFFERS)),
-            (_multiply_columns, (tensors, sizes, TOP_K, 1, DEPTH, COLUMNS, CHUNK, GROUP, PROGRAMS, STAGES, BUFFERS)),
-            (load_column_tiles, (operands, sizes, TOP_K, COLLECT_LEFT, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES)),
+            (
+                _multiply_columns,
+                (
+                    tensors,
+                    sizes,
+                    TOP_K,
+                    0,
+                    DEPTH,
+                    COLUMNS,
+                    CHUNK,
+                    GROUP,
+                    PROGRAMS,
+                    STAGES,
+                    BUFFERS,
+                ),
+            ),
+            (
+                _multiply_columns,
+                (
+                    tensors,
+                    sizes,
+                    TOP_K,
+                    1,
+                    DEPTH,
+                    COLUMNS,
+                    CHUNK,
+                    GROUP,
+                    PROGRAMS,
+                    STAGES,
+                    BUFFERS,
+                ),
+            ),
+            (
+                load_column_tiles,
+                (operands, sizes, TOP_K, COLLECT_LEFT, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES),
+            ),
         ],
         [4, loading_warps(TOP_K)],
         registers(TOP_K),

@@ -16,12 +16,26 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from tokenyard_kernels_triton.kernels._gluon_pipeline import load, ragged_at
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
-_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # as Triton 3.6 calls it
-_BOX = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 64 rows of 64 columns, 16 bytes a thread
+_copy = (
+    getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+)  # as Triton 3.6 calls it
+_BOX = gl.constexpr(
+    gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+)  # 64 rows of 64 columns, 16 bytes a thread
 
 
 @gluon.jit
-def collect_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.constexpr, TOP_K: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):
+def collect_row_tiles(
+    operands,
+    sizes,
+    PARTS: gl.constexpr,
+    B_BY_DEPTH: gl.constexpr,
+    TOP_K: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Load the slices of every tile of rows times weight."""
     x, order, weight, a, b, full, empty, tiles = operands
     depth, width = sizes
@@ -42,14 +56,38 @@ def collect_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.const
             mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
             mbarrier.expect(ready, weight.block_type.nbytes)
             load(weight, at, ready, b.index(stage))
-            _collect(x, upper, in_upper, k, depth, a.index(2 * stage))
-            _collect(x, lower, in_lower, k, depth, a.index(2 * stage + 1))
+            _collect(
+                x,
+                upper,
+                in_upper,
+                k,
+                depth,
+                a.index(2 * stage),
+            )
+            _collect(
+                x,
+                lower,
+                in_lower,
+                k,
+                depth,
+                a.index(2 * stage + 1),
+            )
             async_copy.mbarrier_arrive(ready, increment_count=False)
             done += 1
 
 
 @gluon.jit
-def collect_column_tiles(operands, sizes, TOP_K: gl.constexpr, COLLECT_LEFT: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):
+def collect_column_tiles(
+    operands,
+    sizes,
+    TOP_K: gl.constexpr,
+    COLLECT_LEFT: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Load the slices of every tile of a weight gradient; the left operand's rows are those of tokens, or the right's."""
     left, right, order, a, b, full, empty, offsets, by_rows = operands
     num_experts, rows, columns = sizes
@@ -62,7 +100,9 @@ def collect_column_tiles(operands, sizes, TOP_K: gl.constexpr, COLLECT_LEFT: gl.
         first, end = gl.load(offsets + expert), gl.load(offsets + expert + 1)
         tokens, inside = _tokens_at(order, first, end, TOP_K)
         for k in range(first, end, DEPTH):
-            later, in_later = _tokens_at(order, k + DEPTH, end, TOP_K)  # under way while this slice is waited for
+            later, in_later = _tokens_at(
+                order, k + DEPTH, end, TOP_K
+            )  # under way while this slice is waited for
             stage = done % STAGES
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
@@ -70,14 +110,33 @@ def collect_column_tiles(operands, sizes, TOP_K: gl.constexpr, COLLECT_LEFT: gl.
                 mbarrier.expect(ready, right.block_type.nbytes)
                 load(right, ragged_at(k, end, 0, n * COLUMNS), ready, b.index(stage))
                 for half in gl.static_range(2):
-                    _collect(left, tokens, inside, m * 128 + 64 * half, rows, a.index(2 * stage + half))
+                    _collect(
+                        left,
+                        tokens,
+                        inside,
+                        m * 128 + 64 * half,
+                        rows,
+                        a.index(2 * stage + half),
+                    )
             else:
                 mbarrier.expect(ready, 2 * left.block_type.nbytes)
                 for half in gl.static_range(2):
-                    load(left, ragged_at(k, end, 0, m * 128 + 64 * half), ready, a.index(2 * stage + half))
+                    load(
+                        left,
+                        ragged_at(k, end, 0, m * 128 + 64 * half),
+                        ready,
+                        a.index(2 * stage + half),
+                    )
                 for quarter in gl.static_range(COLUMNS // 64):
                     room = b.index(stage).slice(64 * quarter, 64, 1)
-                    _collect(right, tokens, inside, n * COLUMNS + 64 * quarter, columns, room)
+                    _collect(
+                        right,
+                        tokens,
+                        inside,
+                        n * COLUMNS + 64 * quarter,
+                        columns,
+                        room,
+                    )
             async_copy.mbarrier_arrive(ready, increment_count=False)
             tokens, inside = later, in_later
             done += 1
@@ -91,7 +150,14 @@ def _tokens_at(order, row, end, TOP_K: gl.constexpr):
 
 
 @gluon.jit
-def _collect(x, tokens, inside, first, dim, room):
+def _collect(
+    x,
+    tokens,
+    inside,
+    first,
+    dim,
+    room,
+):
     """Start copying 64 columns from `first` on of 64 tokens x [T, dim]; zeros where a row or column is outside."""
     eighths = dim // 8  # 16 bytes each; so the compiler sees that no copy is torn
     column = first + gl.arange(0, 64, gl.SliceLayout(0, _BOX))

@@ -33,7 +33,13 @@ def registers(TOP_K):
 
 
 @gluon.jit
-def left_slices(rows, dtype: gl.constexpr, TOP_K: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr):
+def left_slices(
+    rows,
+    dtype: gl.constexpr,
+    TOP_K: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Allocate a left operand's slices, two for each stage: boxes of a descriptor, or [64, DEPTH] of tokens."""
     if TOP_K:
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -43,7 +49,14 @@ def left_slices(rows, dtype: gl.constexpr, TOP_K: gl.constexpr, DEPTH: gl.conste
 
 
 @gluon.jit
-def right_slices(rows, dtype: gl.constexpr, TOP_K: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+def right_slices(
+    rows,
+    dtype: gl.constexpr,
+    TOP_K: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Allocate a right operand's slices, one for each stage: boxes of a descriptor, or [DEPTH, COLUMNS] of tokens."""
     if TOP_K:
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -53,10 +66,30 @@ def right_slices(rows, dtype: gl.constexpr, TOP_K: gl.constexpr, DEPTH: gl.const
 
 
 @gluon.jit
-def load_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.constexpr, TOP_K: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):
+def load_row_tiles(
+    operands,
+    sizes,
+    PARTS: gl.constexpr,
+    B_BY_DEPTH: gl.constexpr,
+    TOP_K: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Load the slices of every tile of rows times weight."""
     if TOP_K:
-        collect_row_tiles(operands, sizes, PARTS, B_BY_DEPTH, TOP_K, DEPTH, COLUMNS, PROGRAMS, STAGES)
+        collect_row_tiles(
+            operands,
+            sizes,
+            PARTS,
+            B_BY_DEPTH,
+            TOP_K,
+            DEPTH,
+            COLUMNS,
+            PROGRAMS,
+            STAGES,
+        )
     else:
         left, _, weight, a, b, full, empty, tiles = operands
         depth, width = sizes
@@ -70,14 +103,46 @@ def load_row_tiles(operands, sizes, PARTS: gl.constexpr, B_BY_DEPTH: gl.constexp
                     at = [expert, 0, k, column]
                 else:
                     at = [expert, 0, column, k]
-                done = _load_slice(left, weight, ragged_at(row, end, 0, k), at, a, b, full, empty, done, 2, STAGES)
+                done = _load_slice(
+                    left,
+                    weight,
+                    ragged_at(row, end, 0, k),
+                    at,
+                    a,
+                    b,
+                    full,
+                    empty,
+                    done,
+                    2,
+                    STAGES,
+                )
 
 
 @gluon.jit
-def load_column_tiles(operands, sizes, TOP_K: gl.constexpr, COLLECT_LEFT: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):
+def load_column_tiles(
+    operands,
+    sizes,
+    TOP_K: gl.constexpr,
+    COLLECT_LEFT: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Load the slices of every tile of a weight gradient."""
     if TOP_K:
-        collect_column_tiles(operands, sizes, TOP_K, COLLECT_LEFT, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES)
+        collect_column_tiles(
+            operands,
+            sizes,
+            TOP_K,
+            COLLECT_LEFT,
+            DEPTH,
+            COLUMNS,
+            GROUP,
+            PROGRAMS,
+            STAGES,
+        )
     else:
         left, right, _, a, b, full, empty, offsets, by_rows = operands
         num_experts, rows, columns = sizes
@@ -90,11 +155,35 @@ def load_column_tiles(operands, sizes, TOP_K: gl.constexpr, COLLECT_LEFT: gl.con
             end = gl.load(offsets + expert + 1)
             for k in range(gl.load(offsets + expert), end, DEPTH):
                 at, other = ragged_at(k, end, 0, m * 128), ragged_at(k, end, 0, n * COLUMNS)
-                done = _load_slice(left, right, at, other, a, b, full, empty, done, 4, STAGES)
+                done = _load_slice(
+                    left,
+                    right,
+                    at,
+                    other,
+                    a,
+                    b,
+                    full,
+                    empty,
+                    done,
+                    4,
+                    STAGES,
+                )
 
 
 @gluon.jit
-def _load_slice(left, right, at_left, at_right, a, b, full, empty, done, AXIS: gl.constexpr, STAGES: gl.constexpr):
+def _load_slice(
+    left,
+    right,
+    at_left,
+    at_right,
+    a,
+    b,
+    full,
+    empty,
+    done,
+    AXIS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Load the operands of one slice: for each warpgroup a box of `left`, 64 further along AXIS, and one of `right`."""
     stage = done % STAGES
     ready = full.index(stage)

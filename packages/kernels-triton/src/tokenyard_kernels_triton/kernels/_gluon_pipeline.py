@@ -45,7 +45,21 @@ def barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def accumulate(a, b, full, empty, done, steps, A_BY_DEPTH: gl.constexpr, B_BY_DEPTH: gl.constexpr, COLLECTED: gl.constexpr, WARPGROUP: gl.constexpr, DEPTH: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+def accumulate(
+    a,
+    b,
+    full,
+    empty,
+    done,
+    steps,
+    A_BY_DEPTH: gl.constexpr,
+    B_BY_DEPTH: gl.constexpr,
+    COLLECTED: gl.constexpr,
+    WARPGROUP: gl.constexpr,
+    DEPTH: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """Return the sum [64, COLUMNS] of the products of `steps` slices, after `done` ones.
 
     BY_DEPTH: the first dimension of a slice is what is summed over. COLLECTED: threads brought one of the operands.
@@ -75,7 +89,13 @@ def accumulate(a, b, full, empty, done, steps, A_BY_DEPTH: gl.constexpr, B_BY_DE
 
 
 @gluon.jit
-def pass_on(full, empty, done, steps, STAGES: gl.constexpr):
+def pass_on(
+    full,
+    empty,
+    done,
+    steps,
+    STAGES: gl.constexpr,
+):
     """Let `steps` slices go unused, after `done` ones."""
     for k in range(done, done + steps):
         mbarrier.wait(full.index(k % STAGES), (k // STAGES) & 1)

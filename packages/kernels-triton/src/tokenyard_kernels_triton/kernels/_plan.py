@@ -17,7 +17,14 @@ def _bucket(ids, slot, slots, num_experts):
 
 
 @triton.jit(do_not_specialize=["slots"])
-def count_blocks(ids, counts, slots, num_experts, SLOTS: tl.constexpr, BUCKETS: tl.constexpr):
+def count_blocks(
+    ids,
+    counts,
+    slots,
+    num_experts,
+    SLOTS: tl.constexpr,
+    BUCKETS: tl.constexpr,
+):
     """Write counts [blocks, E + 1]: how many of a block's slots go to each bucket."""
     block = tl.program_id(0)
     bucket = _bucket(ids, block * SLOTS + tl.arange(0, SLOTS), slots, num_experts)
@@ -28,7 +35,14 @@ def count_blocks(ids, counts, slots, num_experts, SLOTS: tl.constexpr, BUCKETS: 
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def add_up_blocks(counts, totals, blocks, num_experts, BLOCKS: tl.constexpr, BUCKETS: tl.constexpr):
+def add_up_blocks(
+    counts,
+    totals,
+    blocks,
+    num_experts,
+    BLOCKS: tl.constexpr,
+    BUCKETS: tl.constexpr,
+):
     """Replace counts [blocks, E + 1] by the sum over the blocks before; write totals [E + 1]."""
     e = tl.program_id(0) * BUCKETS + tl.arange(0, BUCKETS)
     carried = tl.zeros([BUCKETS], tl.int32)
@@ -43,7 +57,20 @@ def add_up_blocks(counts, totals, blocks, num_experts, BLOCKS: tl.constexpr, BUC
 
 
 @triton.jit(do_not_specialize=["slots", "bound"])
-def place_slots(ids, before, totals, order, inverse, offsets, slots, bound, num_experts, SLOTS: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr):
+def place_slots(
+    ids,
+    before,
+    totals,
+    order,
+    inverse,
+    offsets,
+    slots,
+    bound,
+    num_experts,
+    SLOTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
     """Write the plan: offsets [E + 1], inverse [N], and order [R] as far as `bound`, which is R, goes."""
     block = tl.program_id(0)
     position = tl.arange(0, SLOTS)

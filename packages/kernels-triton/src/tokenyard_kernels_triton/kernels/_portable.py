@@ -26,10 +26,25 @@ from tokenyard_kernels_triton.kernels._tiles import (
 
 @triton.jit
 def up_and_activate(
-    x, weight, bias, z, a, tiles, dim, ffn_dim,
-    FUNCTION: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, KEEP_Z: tl.constexpr, KEEP_A: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
-    PRECISION: tl.constexpr, TYPE: tl.constexpr,
+    x,
+    weight,
+    bias,
+    z,
+    a,
+    tiles,
+    dim,
+    ffn_dim,
+    FUNCTION: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEEP_Z: tl.constexpr,
+    KEEP_A: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TYPE: tl.constexpr,
 ):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F], COLUMNS of F at a time."""
     columns = tl.cdiv(ffn_dim, COLUMNS)
@@ -38,8 +53,26 @@ def up_and_activate(
         column = n * COLUMNS
         total = tl.zeros([ROWS, PARTS * COLUMNS], tl.float32)
         for k in range(0, dim, DEPTH):
-            left = load_rows(x, row, end, k, dim, ROWS, DEPTH)
-            right = load_weight(weight, expert, column, k, ffn_dim, dim, PARTS, COLUMNS, DEPTH)
+            left = load_rows(
+                x,
+                row,
+                end,
+                k,
+                dim,
+                ROWS,
+                DEPTH,
+            )
+            right = load_weight(
+                weight,
+                expert,
+                column,
+                k,
+                ffn_dim,
+                dim,
+                PARTS,
+                COLUMNS,
+                DEPTH,
+            )
             total = dot(left, right.T, total, PRECISION)
         c = column + tl.arange(0, COLUMNS)
         if PARTS == 2:
@@ -50,26 +83,83 @@ def up_and_activate(
                 up += tl.load(first + ffn_dim, mask=c < ffn_dim, other=0.0).to(tl.float32)[None, :]
             gate, up = rounded(gate, TYPE), rounded(up, TYPE)
             if KEEP_Z:
-                store_rows(z, gate, row, end, 0, column, ffn_dim, 2, ROWS, COLUMNS)
-                store_rows(z, up, row, end, 1, column, ffn_dim, 2, ROWS, COLUMNS)
+                store_rows(
+                    z,
+                    gate,
+                    row,
+                    end,
+                    0,
+                    column,
+                    ffn_dim,
+                    2,
+                    ROWS,
+                    COLUMNS,
+                )
+                store_rows(
+                    z,
+                    up,
+                    row,
+                    end,
+                    1,
+                    column,
+                    ffn_dim,
+                    2,
+                    ROWS,
+                    COLUMNS,
+                )
             act = function(gate.to(tl.float32), FUNCTION) * up.to(tl.float32)
         else:
             if BIAS:
-                total += tl.load(bias + expert * ffn_dim + c, mask=c < ffn_dim, other=0.0).to(tl.float32)[None, :]
+                total += tl.load(bias + expert * ffn_dim + c, mask=c < ffn_dim, other=0.0).to(
+                    tl.float32
+                )[None, :]
             narrow = rounded(total, TYPE)
             if KEEP_Z:
-                store_rows(z, narrow, row, end, 0, column, ffn_dim, 1, ROWS, COLUMNS)
+                store_rows(
+                    z,
+                    narrow,
+                    row,
+                    end,
+                    0,
+                    column,
+                    ffn_dim,
+                    1,
+                    ROWS,
+                    COLUMNS,
+                )
             act = function(narrow.to(tl.float32), FUNCTION)
         if KEEP_A:
-            store_rows(a, rounded(act, TYPE), row, end, 0, column, ffn_dim, 1, ROWS, COLUMNS)
+            store_rows(
+                a,
+                rounded(act, TYPE),
+                row,
+                end,
+                0,
+                column,
+                ffn_dim,
+                1,
+                ROWS,
+                COLUMNS,
+            )
 
 
 @triton.jit
 def times_weight(
-    left, weight, bias, out, tiles, depth, width,
-    TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
-    PRECISION: tl.constexpr, TYPE: tl.constexpr,
+    left,
+    weight,
+    bias,
+    out,
+    tiles,
+    depth,
+    width,
+    TRANSPOSED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TYPE: tl.constexpr,
 ):
     """Write out [R, width] = left [R, depth] @ weight [depth, width] + bias; TRANSPOSED: weight is [width, depth]."""
     columns = tl.cdiv(width, COLUMNS)
@@ -78,23 +168,76 @@ def times_weight(
         column = n * COLUMNS
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
-            rows = load_rows(left, row, end, k, depth, ROWS, DEPTH)
+            rows = load_rows(
+                left,
+                row,
+                end,
+                k,
+                depth,
+                ROWS,
+                DEPTH,
+            )
             if TRANSPOSED:
-                right = load_weight(weight, expert, column, k, width, depth, 1, COLUMNS, DEPTH).T
+                right = load_weight(
+                    weight,
+                    expert,
+                    column,
+                    k,
+                    width,
+                    depth,
+                    1,
+                    COLUMNS,
+                    DEPTH,
+                ).T
             else:
-                right = load_weight(weight, expert, k, column, depth, width, 1, DEPTH, COLUMNS)
+                right = load_weight(
+                    weight,
+                    expert,
+                    k,
+                    column,
+                    depth,
+                    width,
+                    1,
+                    DEPTH,
+                    COLUMNS,
+                )
             total = dot(rows, right, total, PRECISION)
         if BIAS:
             c = column + tl.arange(0, COLUMNS)
-            total += tl.load(bias + expert * width + c, mask=c < width, other=0.0).to(tl.float32)[None, :]
-        store_rows(out, rounded(total, TYPE), row, end, 0, column, width, 1, ROWS, COLUMNS)
+            total += tl.load(bias + expert * width + c, mask=c < width, other=0.0).to(tl.float32)[
+                None, :
+            ]
+        store_rows(
+            out,
+            rounded(total, TYPE),
+            row,
+            end,
+            0,
+            column,
+            width,
+            1,
+            ROWS,
+            COLUMNS,
+        )
 
 
 @triton.jit
 def weight_gradient(
-    left, right, out, offsets, by_rows, num_experts, rows, columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    PRECISION: tl.constexpr, TYPE: tl.constexpr,
+    left,
+    right,
+    out,
+    offsets,
+    by_rows,
+    num_experts,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TYPE: tl.constexpr,
 ):
     """Write out [E, rows, columns]: over each expert's rows, left [R, rows] transposed times right [R, columns].
 
@@ -108,7 +251,33 @@ def weight_gradient(
         start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(start, end, DEPTH):
-            a = load_rows(left, k, end, m * ROWS, rows, DEPTH, ROWS)
-            b = load_rows(right, k, end, n * COLUMNS, columns, DEPTH, COLUMNS)
+            a = load_rows(
+                left,
+                k,
+                end,
+                m * ROWS,
+                rows,
+                DEPTH,
+                ROWS,
+            )
+            b = load_rows(
+                right,
+                k,
+                end,
+                n * COLUMNS,
+                columns,
+                DEPTH,
+                COLUMNS,
+            )
             total = dot(a.T, b, total, PRECISION)
-        store_weight(out, rounded(total, TYPE), expert, m * ROWS, n * COLUMNS, rows, columns, ROWS, COLUMNS)
+        store_weight(
+            out,
+            rounded(total, TYPE),
+            expert,
+            m * ROWS,
+            n * COLUMNS,
+            rows,
+            columns,
+            ROWS,
+            COLUMNS,
+        )

@@ -16,8 +16,14 @@ FIELDS = tl.constexpr(5)
 
 @triton.jit
 def list_tiles(
-    offsets, tiles, by_rows, num_experts,
-    TILE: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    offsets,
+    tiles,
+    by_rows,
+    num_experts,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Write the tiles of one expert, and its place among the experts by falling rows; a program for each expert."""
     expert = tl.program_id(0)
@@ -52,7 +58,12 @@ def tile_at(tiles, columns, index, TILE: tl.constexpr):
     entry = tiles + 1 + FIELDS * (index // columns)
     first, size = tl.load(entry + 3), tl.load(entry + 4)
     place = index - first * columns
-    return tl.load(entry), tl.load(entry + 1) + place % size * TILE, tl.load(entry + 2), place // size
+    return (
+        tl.load(entry),
+        tl.load(entry + 1) + place % size * TILE,
+        tl.load(entry + 2),
+        place // size,
+    )
 
 
 @triton.jit

@@ -10,7 +10,17 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def row_pointers(base, row, end, part, column, width, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def row_pointers(
+    base,
+    row,
+    end,
+    part,
+    column,
+    width,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Return pointers to a tile [ROWS, COLUMNS] of rows [R, PARTS * width], within a part, and which of them exist."""
     r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     first = (r.to(tl.int64) * PARTS + part) * width
@@ -18,21 +28,70 @@ def row_pointers(base, row, end, part, column, width, PARTS: tl.constexpr, ROWS:
 
 
 @triton.jit
-def load_rows(source, row, end, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_rows(
+    source,
+    row,
+    end,
+    column,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Read a tile [ROWS, COLUMNS] of rows [R, width]; zero at and past row `end`."""
-    pointers, mask = row_pointers(source, row, end, 0, column, width, 1, ROWS, COLUMNS)
+    pointers, mask = row_pointers(
+        source,
+        row,
+        end,
+        0,
+        column,
+        width,
+        1,
+        ROWS,
+        COLUMNS,
+    )
     return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(target, tile, row, end, part, column, width, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def store_rows(
+    target,
+    tile,
+    row,
+    end,
+    part,
+    column,
+    width,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Write a tile [ROWS, COLUMNS] of a part; nothing at and past row `end`."""
-    pointers, mask = row_pointers(target, row, end, part, column, width, PARTS, ROWS, COLUMNS)
+    pointers, mask = row_pointers(
+        target,
+        row,
+        end,
+        part,
+        column,
+        width,
+        PARTS,
+        ROWS,
+        COLUMNS,
+    )
     tl.store(pointers, tile, mask=mask)
 
 
 @triton.jit
-def load_weight(source, expert, row, column, rows, columns, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_weight(
+    source,
+    expert,
+    row,
+    column,
+    rows,
+    columns,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Read [PARTS * ROWS, COLUMNS]: the same tile of each part, `rows` by `columns`, of an expert's weight."""
     index = tl.arange(0, PARTS * ROWS)
     r, c = row + index % ROWS, column + tl.arange(0, COLUMNS)
@@ -42,7 +101,17 @@ def load_weight(source, expert, row, column, rows, columns, PARTS: tl.constexpr,
 
 
 @triton.jit
-def store_weight(target, tile, expert, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def store_weight(
+    target,
+    tile,
+    expert,
+    row,
+    column,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Write a tile [ROWS, COLUMNS] of an expert's weight, `rows` by `columns`."""
     r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     mask = (r < rows)[:, None] & (c < columns)[None, :]
@@ -55,7 +124,9 @@ def dot(left, right, total, PRECISION: tl.constexpr):
     """Return total + left @ right, accumulated in float32."""
     if INTERPRETED:  # which would multiply the bits of bfloat16 as integers
         left, right = left.to(tl.float32), right.to(tl.float32)
-    if PRECISION == "ieee":  # slice by slice, which errs less; by fma, since a plain sum is folded into the product
+    if (
+        PRECISION == "ieee"
+    ):  # slice by slice, which errs less; by fma, since a plain sum is folded into the product
         return tl.fma(tl.dot(left, right, input_precision=PRECISION), 1.0, total)
     return tl.dot(left, right, total, input_precision=PRECISION)
 

@@ -23,7 +23,15 @@ def _take_best(values, column, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _keep_groups(values, column, group_size, num_groups, groups_kept, TOP_TWO: tl.constexpr, WIDTH: tl.constexpr):
+def _keep_groups(
+    values,
+    column,
+    group_size,
+    num_groups,
+    groups_kept,
+    TOP_TWO: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Set the values of all but the best groups to -inf."""
     worth = values
     for g in range(num_groups):
@@ -43,23 +51,48 @@ def _keep_groups(values, column, group_size, num_groups, groups_kept, TOP_TWO: t
 
 @triton.jit(do_not_specialize=["tokens"])
 def select_experts(
-    logits, bias, ids, tokens, num_experts, top_k, group_size, num_groups, groups_kept,
-    SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, TOP_TWO: tl.constexpr,
-    TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+    logits,
+    bias,
+    ids,
+    tokens,
+    num_experts,
+    top_k,
+    group_size,
+    num_groups,
+    groups_kept,
+    SIGMOID: tl.constexpr,
+    SELECT_FIRST: tl.constexpr,
+    BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_TWO: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """Write ids [T, K] of the highest scores of logits [T, E], best first, equal ones lowest id first."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     e = tl.arange(0, EXPERTS)
     inside = e < num_experts
     mask = (token < tokens)[:, None] & inside[None, :]
-    values = tl.load(logits + token[:, None] * num_experts + e[None, :], mask=mask, other=float("-inf"))
+    values = tl.load(
+        logits + token[:, None] * num_experts + e[None, :], mask=mask, other=float("-inf")
+    )
     if not SELECT_FIRST:
-        values = tl.where((token < tokens)[:, None], values, 0.0)  # or -inf - -inf is NaN, and warns
+        values = tl.where(
+            (token < tokens)[:, None], values, 0.0
+        )  # or -inf - -inf is NaN, and warns
         values = tl.where(mask, _scores(values, inside, SIGMOID), float("-inf"))
     if BIAS:
         values += tl.load(bias + e, mask=inside, other=0.0)[None, :]
     if GROUPS:
-        values = _keep_groups(values, e, group_size, num_groups, groups_kept, TOP_TWO, EXPERTS)
+        values = _keep_groups(
+            values,
+            e,
+            group_size,
+            num_groups,
+            groups_kept,
+            TOP_TWO,
+            EXPERTS,
+        )
     for k in range(top_k):
         best = _take_best(values, e, EXPERTS)
         tl.store(ids + token * top_k + k, best, mask=token < tokens)
@@ -67,12 +100,25 @@ def select_experts(
 
 
 @triton.jit
-def _chosen(logits, ids, token, tokens, num_experts, top_k, SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr):
+def _chosen(
+    logits,
+    ids,
+    token,
+    tokens,
+    num_experts,
+    top_k,
+    SIGMOID: tl.constexpr,
+    SELECT_FIRST: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
     """Return (scores of the chosen experts, ids, whether kept [T, K]; all scores [T, E])."""
     e, k = tl.arange(0, EXPERTS), tl.arange(0, TOP_K)
     inside = e < num_experts
     mask = (token < tokens)[:, None] & inside[None, :]
-    values = tl.load(logits + token[:, None] * num_experts + e[None, :], mask=mask, other=float("-inf"))
+    values = tl.load(
+        logits + token[:, None] * num_experts + e[None, :], mask=mask, other=float("-inf")
+    )
     values = tl.where((token < tokens)[:, None], values, 0.0)
     there = (token < tokens)[:, None] & (k < top_k)[None, :]
     chosen = tl.load(ids + token[:, None] * top_k + k[None, :], mask=there, other=0).to(tl.int32)
@@ -80,7 +126,9 @@ def _chosen(logits, ids, token, tokens, num_experts, top_k, SIGMOID: tl.constexp
     own = tl.load(logits + token[:, None] * num_experts + chosen, mask=kept, other=float("-inf"))
     if SELECT_FIRST:
         highest = tl.max(own, 1)[:, None]
-        shifted = tl.where(kept, tl.exp(own - tl.where(highest == float("-inf"), 0.0, highest)), 0.0)
+        shifted = tl.where(
+            kept, tl.exp(own - tl.where(highest == float("-inf"), 0.0, highest)), 0.0
+        )
         total = tl.sum(shifted, 1)[:, None]
         return shifted / tl.where(total == 0.0, 1.0, total), chosen, kept, values
     elif SIGMOID:
@@ -104,22 +152,51 @@ def _norm(scores, power, POWER: tl.constexpr):
         if POWER == 2:
             norm = highest * tl.sqrt(tl.sum(scores * scores, 1))
         else:
-            powers = tl.where(scores > 0.0, tl.exp(power * tl.log(tl.where(scores > 0.0, scores, 1.0))), 0.0)
+            powers = tl.where(
+                scores > 0.0, tl.exp(power * tl.log(tl.where(scores > 0.0, scores, 1.0))), 0.0
+            )
             total = tl.sum(powers, 1)
-            norm = tl.where(total > 0.0, highest * tl.exp(tl.log(tl.where(total > 0.0, total, 1.0)) / power), 0.0)
+            norm = tl.where(
+                total > 0.0,
+                highest * tl.exp(tl.log(tl.where(total > 0.0, total, 1.0)) / power),
+                0.0,
+            )
     return tl.maximum(norm, 1.1754943508222875e-38)[:, None]
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def weigh_experts(
-    logits, ids, weights, tokens, num_experts, top_k, power, scale,
-    SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, POWER: tl.constexpr, NORMALIZE: tl.constexpr,
-    TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
+    logits,
+    ids,
+    weights,
+    tokens,
+    num_experts,
+    top_k,
+    power,
+    scale,
+    SIGMOID: tl.constexpr,
+    SELECT_FIRST: tl.constexpr,
+    POWER: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """Write weights [T, K] of the chosen ids; a dropped one weighs 0."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     k = tl.arange(0, TOP_K)
-    scores, _, _, _ = _chosen(logits, ids, token, tokens, num_experts, top_k, SIGMOID, SELECT_FIRST, TOP_K, EXPERTS)
+    scores, _, _, _ = _chosen(
+        logits,
+        ids,
+        token,
+        tokens,
+        num_experts,
+        top_k,
+        SIGMOID,
+        SELECT_FIRST,
+        TOP_K,
+        EXPERTS,
+    )
     if NORMALIZE:
         scores = scores / _norm(scores, power, POWER)
     there = (token < tokens)[:, None] & (k < top_k)[None, :]
@@ -128,14 +205,38 @@ def weigh_experts(
 
 @triton.jit(do_not_specialize=["tokens"])
 def weigh_experts_backward(
-    dweights, logits, ids, dlogits, tokens, num_experts, top_k, power, scale,
-    SIGMOID: tl.constexpr, SELECT_FIRST: tl.constexpr, POWER: tl.constexpr, NORMALIZE: tl.constexpr,
-    TOKENS: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
+    dweights,
+    logits,
+    ids,
+    dlogits,
+    tokens,
+    num_experts,
+    top_k,
+    power,
+    scale,
+    SIGMOID: tl.constexpr,
+    SELECT_FIRST: tl.constexpr,
+    POWER: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """Write dlogits [T, E] from dweights [T, K]."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     e, k = tl.arange(0, EXPERTS), tl.arange(0, TOP_K)
-    own, chosen, kept, scores = _chosen(logits, ids, token, tokens, num_experts, top_k, SIGMOID, SELECT_FIRST, TOP_K, EXPERTS)
+    own, chosen, kept, scores = _chosen(
+        logits,
+        ids,
+        token,
+        tokens,
+        num_experts,
+        top_k,
+        SIGMOID,
+        SELECT_FIRST,
+        TOP_K,
+        EXPERTS,
+    )
     there = (token < tokens)[:, None] & (k < top_k)[None, :]
     given = tl.load(dweights + token[:, None] * top_k + k[None, :], mask=there, other=0.0) * scale
     if NORMALIZE:
