@@ -1,1 +1,1 @@
-"""The Triton kernels, which know pointers and sizes only; ``ops`` launches them."""
+"""The Triton kernels. They see pointers and sizes only; ``ops`` launches them."""

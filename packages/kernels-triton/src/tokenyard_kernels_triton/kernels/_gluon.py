@@ -1,4 +1,12 @@
-"""The products of an expert layer for Hopper, in Gluon; ``_gluon_pipeline`` says how they work."""
+"""The matmuls of an expert layer for Hopper GPUs, in Gluon.
+
+``_gluon_pipeline`` describes the warp-specialized pipeline that they share. Each kernel has two
+parts: a ``_multiply_*`` function, which the two warp groups run, and the kernel itself, which
+allocates shared memory and starts the warp groups and the loader.
+
+Legend: T tokens, R rows, E experts, D model width, F expert width. PARTS is 2 for a gated
+activation (gate and up) and 1 otherwise.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +27,26 @@ from tokenyard_kernels_triton.kernels._gluon_loads import (
 from tokenyard_kernels_triton.kernels._gluon_pipeline import (
     accumulate,
     barriers,
-    pass_on,
-    piece,
     ragged_at,
+    skip_slices,
     store,
+    take_chunk,
 )
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 
 @gluon.jit
-def _biased(
-    tile,
-    bias,
-    column,
+def _add_bias(
+    tile,  # [64, COLUMNS] float32
+    bias,  # [PARTS * width] of the tile's expert
+    column,  # the tile's first column within a part
     width,
     PARTS: gl.constexpr,
     COLUMNS: gl.constexpr,
 ):
-    """Add an expert's bias [PARTS * width] to a tile that has the same columns of each part side by side."""
+    """Add the bias to a tile that holds the same columns of each part side by side."""
     WIDTH: gl.constexpr = COLUMNS // PARTS
+    # Column `index` of the tile is column `c` of part `index // WIDTH`.
     index = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, tile.type.layout))
     c = column + index % WIDTH
     value = gl.load(bias + index // WIDTH * width + c, mask=c < width, other=0.0)
@@ -45,15 +54,15 @@ def _biased(
 
 
 @gluon.jit
-def _activate_and_send(
-    total,
-    z,
-    a_out,
-    buffers,
-    buffer,
+def _activate_and_store(
+    total,  # [64, COLUMNS] float32
+    z,  # [R, PARTS * F]
+    a_out,  # [R, F]
+    buffers,  # [2 * BUFFERS * (PARTS + 1), 64, CHUNK] in shared memory
+    buffer,  # the first of PARTS + 1 buffers to use
     row,
     end,
-    first,
+    first,  # the tile's first column of F
     INDEX: gl.constexpr,
     FUNCTION: gl.constexpr,
     PARTS: gl.constexpr,
@@ -62,19 +71,23 @@ def _activate_and_send(
     COLUMNS: gl.constexpr,
     CHUNK: gl.constexpr,
 ):
-    """Send CHUNK columns of z and of a = act(z) on their way, through PARTS + 1 buffers from `buffer` on."""
+    """Start storing chunk INDEX of z and of a = act(z), CHUNK columns of each."""
     column = first + INDEX * CHUNK
-    gate = piece(total, INDEX, COLUMNS, CHUNK).to(a_out.dtype)
+
+    # Round z to the output dtype first, so that recomputing it gives the same activation.
+    gate = take_chunk(total, INDEX, COLUMNS, CHUNK).to(a_out.dtype)
     act = function(gate.to(gl.float32), FUNCTION)
     if KEEP_Z:
         buffers.index(buffer).reshape([64, CHUNK]).store(gate)
     if PARTS == 2:
-        up = piece(total, INDEX + COLUMNS // PARTS // CHUNK, COLUMNS, CHUNK).to(a_out.dtype)
+        up = take_chunk(total, INDEX + COLUMNS // PARTS // CHUNK, COLUMNS, CHUNK).to(a_out.dtype)
         act *= up.to(gl.float32)
         if KEEP_Z:
             buffers.index(buffer + 1).reshape([64, CHUNK]).store(up)
     if KEEP_A:
         buffers.index(buffer + PARTS).reshape([64, CHUNK]).store(act.to(a_out.dtype))
+
+    # TMA stores: the fence makes the buffers visible to the copy engine.
     fence_async_shared()
     if KEEP_Z:
         for part in gl.static_range(PARTS):
@@ -101,17 +114,19 @@ def _multiply_up(
     STAGES: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
+    """Compute 64 rows of each tile of `up_and_activate`: WARPGROUP selects which 64."""
     bias, z, a_out, a, b, full, empty, buffers, tiles = tensors
     dim, ffn_dim = sizes
     WIDTH: gl.constexpr = COLUMNS // PARTS
     columns = gl.cdiv(ffn_dim, WIDTH)
     steps = gl.cdiv(dim, DEPTH)
-    done = 0
-    sent = 0
+    done = 0  # slices consumed by all tiles so far
+    stored = 0  # chunks stored by all tiles so far
     for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
         expert, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
+            # Main loop.
             total = accumulate(
                 a,
                 b,
@@ -119,16 +134,18 @@ def _multiply_up(
                 empty,
                 done,
                 steps,
-                False,
-                False,
-                TOP_K > 0,
+                False,  # A_BY_DEPTH
+                False,  # B_BY_DEPTH
+                TOP_K > 0,  # GATHERED
                 WARPGROUP,
                 DEPTH,
                 COLUMNS,
                 STAGES,
             )
+
+            # Epilogue: bias, activation and stores, CHUNK columns at a time.
             if BIAS:
-                total = _biased(
+                total = _add_bias(
                     total,
                     bias + expert * PARTS * ffn_dim,
                     n * WIDTH,
@@ -137,9 +154,10 @@ def _multiply_up(
                     COLUMNS,
                 )
             for i in gl.static_range(WIDTH // CHUNK):
-                buffer = (BUFFERS * WARPGROUP + sent % BUFFERS) * (PARTS + 1)
+                buffer = (BUFFERS * WARPGROUP + stored % BUFFERS) * (PARTS + 1)
+                # Wait until the stores that used this buffer have read it.
                 tma.store_wait((BUFFERS - 1) * (PARTS * KEEP_Z + KEEP_A))
-                _activate_and_send(
+                _activate_and_store(
                     total,
                     z,
                     a_out,
@@ -156,24 +174,24 @@ def _multiply_up(
                     COLUMNS,
                     CHUNK,
                 )
-                sent += 1
-        else:
-            pass_on(full, empty, done, steps, STAGES)
+                stored += 1
+        else:  # the tile has no rows for this warp group
+            skip_slices(full, empty, done, steps, STAGES)
         done += steps
-    tma.store_wait(0)
+    tma.store_wait(0)  # before the program ends and its buffers are freed
 
 
 @gluon.jit
 def up_and_activate(
-    x,
-    order,
-    weight,
-    bias,
-    z,
-    a_out,
-    tiles,
-    dim,
-    ffn_dim,
+    x,  # [R, D] rows, or with TOP_K tokens [T, D]
+    order,  # [R] slot of each row, or None without TOP_K
+    weight,  # [E, PARTS * F, D]
+    bias,  # [E, PARTS * F] or None
+    z,  # [R, PARTS * F] or None
+    a_out,  # [R, F]
+    tiles,  # tile list, see ``_schedule``
+    dim,  # D
+    ffn_dim,  # F
     TOP_K: gl.constexpr,
     FUNCTION: gl.constexpr,
     PARTS: gl.constexpr,
@@ -189,16 +207,22 @@ def up_and_activate(
 ):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F].
 
-    x are rows; or, with TOP_K, tokens [T, dim] whose rows are collected by their order, in the other products too.
+    With TOP_K, x holds tokens, and the loader gathers the row of slot s from token s // TOP_K. The
+    other kernels gather their operands in the same way.
     """
+    # Prologue: slices of both operands, output buffers, and barriers in shared memory.
     a = left_slices(x, weight.dtype, TOP_K, DEPTH, STAGES)
     b = gl.allocate_shared_memory(weight.dtype, [STAGES] + weight.block_type.shape, weight.layout)
-    sent = gl.allocate_shared_memory(
+    buffers = gl.allocate_shared_memory(
         weight.dtype, [2 * BUFFERS * (PARTS + 1)] + a_out.block_type.shape, a_out.layout
     )
-    full, empty = barriers(STAGES, arrivals(TOP_K)), barriers(STAGES, 2)
-    tensors, sizes = (bias, z, a_out, a, b, full, empty, sent, tiles), (dim, ffn_dim)
+    full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
+    empty = barriers(STAGES, 2)  # completed by both warp groups
+    tensors = (bias, z, a_out, a, b, full, empty, buffers, tiles)
+    sizes = (dim, ffn_dim)
     operands = (x, order, weight, a, b, full, empty, tiles)
+
+    # Partitions: warp group 0, warp group 1, loader.
     gl.warp_specialize(
         [
             (
@@ -212,7 +236,7 @@ def up_and_activate(
                     KEEP_Z,
                     KEEP_A,
                     TOP_K,
-                    0,
+                    0,  # WARPGROUP
                     DEPTH,
                     COLUMNS,
                     CHUNK,
@@ -232,7 +256,7 @@ def up_and_activate(
                     KEEP_Z,
                     KEEP_A,
                     TOP_K,
-                    1,
+                    1,  # WARPGROUP
                     DEPTH,
                     COLUMNS,
                     CHUNK,
@@ -242,7 +266,7 @@ def up_and_activate(
                 ),
             ),
             (
-                load_row_tiles,
+                load_row_tiles,  # B_BY_DEPTH is False
                 (operands, sizes, PARTS, False, TOP_K, DEPTH, COLUMNS, PROGRAMS, STAGES),
             ),
         ],
@@ -266,16 +290,18 @@ def _multiply_rows(
     STAGES: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
+    """Compute 64 rows of each tile of `times_weight`: WARPGROUP selects which 64."""
     bias, out, a, b, full, empty, buffers, tiles = tensors
     depth, width = sizes
     columns = gl.cdiv(width, COLUMNS)
     steps = gl.cdiv(depth, DEPTH)
-    done = 0
-    sent = 0
+    done = 0  # slices consumed by all tiles so far
+    stored = 0  # chunks stored by all tiles so far
     for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
         expert, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
+            # Main loop.
             total = accumulate(
                 a,
                 b,
@@ -283,16 +309,18 @@ def _multiply_rows(
                 empty,
                 done,
                 steps,
-                False,
+                False,  # A_BY_DEPTH
                 B_BY_DEPTH,
-                TOP_K > 0,
+                TOP_K > 0,  # GATHERED
                 WARPGROUP,
                 DEPTH,
                 COLUMNS,
                 STAGES,
             )
+
+            # Epilogue: bias and stores, CHUNK columns at a time.
             if BIAS:
-                total = _biased(
+                total = _add_bias(
                     total,
                     bias + expert * width,
                     n * COLUMNS,
@@ -301,26 +329,27 @@ def _multiply_rows(
                     COLUMNS,
                 )
             for i in gl.static_range(COLUMNS // CHUNK):
+                # Wait until the store that used this buffer has read it.
                 tma.store_wait(BUFFERS - 1)
-                buffer = buffers.index(BUFFERS * WARPGROUP + sent % BUFFERS)
-                buffer.reshape([64, CHUNK]).store(piece(total, i, COLUMNS, CHUNK).to(a.dtype))
+                buffer = buffers.index(BUFFERS * WARPGROUP + stored % BUFFERS)
+                buffer.reshape([64, CHUNK]).store(take_chunk(total, i, COLUMNS, CHUNK).to(a.dtype))
                 fence_async_shared()
                 store(out, ragged_at(row, end, 0, n * COLUMNS + i * CHUNK), buffer)
-                sent += 1
-        else:
-            pass_on(full, empty, done, steps, STAGES)
+                stored += 1
+        else:  # the tile has no rows for this warp group
+            skip_slices(full, empty, done, steps, STAGES)
         done += steps
-    tma.store_wait(0)
+    tma.store_wait(0)  # before the program ends and its buffers are freed
 
 
 @gluon.jit
 def times_weight(
-    left,
-    order,
-    weight,
-    bias,
-    out,
-    tiles,
+    left,  # [R, depth] rows, or with TOP_K tokens [T, depth]
+    order,  # [R] slot of each row, or None without TOP_K
+    weight,  # [E, depth, width] if B_BY_DEPTH, else [E, width, depth]
+    bias,  # [E, width] or None
+    out,  # [R, width]
+    tiles,  # tile list, see ``_schedule``
     depth,
     width,
     TOP_K: gl.constexpr,
@@ -333,13 +362,20 @@ def times_weight(
     STAGES: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
-    """Write out [R, width] = left [R, depth] @ weight + bias; weight is [depth, width] if B_BY_DEPTH, else transposed."""
+    """Write out = left @ weight + bias, with each expert's weight and bias for its rows."""
+    # Prologue: slices of both operands, output buffers, and barriers in shared memory.
     a = left_slices(left, weight.dtype, TOP_K, DEPTH, STAGES)
     b = gl.allocate_shared_memory(weight.dtype, [STAGES] + weight.block_type.shape, weight.layout)
-    sent = gl.allocate_shared_memory(weight.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
-    full, empty = barriers(STAGES, arrivals(TOP_K)), barriers(STAGES, 2)
-    tensors, sizes = (bias, out, a, b, full, empty, sent, tiles), (depth, width)
+    buffers = gl.allocate_shared_memory(
+        weight.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout
+    )
+    full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
+    empty = barriers(STAGES, 2)  # completed by both warp groups
+    tensors = (bias, out, a, b, full, empty, buffers, tiles)
+    sizes = (depth, width)
     operands = (left, order, weight, a, b, full, empty, tiles)
+
+    # Partitions: warp group 0, warp group 1, loader.
     gl.warp_specialize(
         [
             (
@@ -350,7 +386,7 @@ def times_weight(
                     B_BY_DEPTH,
                     BIAS,
                     TOP_K,
-                    0,
+                    0,  # WARPGROUP
                     DEPTH,
                     COLUMNS,
                     CHUNK,
@@ -367,7 +403,7 @@ def times_weight(
                     B_BY_DEPTH,
                     BIAS,
                     TOP_K,
-                    1,
+                    1,  # WARPGROUP
                     DEPTH,
                     COLUMNS,
                     CHUNK,
@@ -377,7 +413,7 @@ def times_weight(
                 ),
             ),
             (
-                load_row_tiles,
+                load_row_tiles,  # PARTS is 1
                 (operands, sizes, 1, B_BY_DEPTH, TOP_K, DEPTH, COLUMNS, PROGRAMS, STAGES),
             ),
         ],
@@ -400,17 +436,21 @@ def _multiply_columns(
     STAGES: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
+    """Compute 64 rows of each tile of `weight_gradient`: WARPGROUP selects which 64."""
     out, a, b, full, empty, buffers, offsets, by_rows = tensors
     num_experts, rows, columns = sizes
-    m_tiles, n_tiles = gl.cdiv(rows, 128), gl.cdiv(columns, COLUMNS)
-    each = m_tiles * n_tiles
-    done = 0
-    sent = 0
-    for index in range(gl.program_id(0), num_experts * each, PROGRAMS):
-        expert = gl.load(by_rows + index // each)
-        m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
+    m_tiles = gl.cdiv(rows, 128)
+    n_tiles = gl.cdiv(columns, COLUMNS)
+    per_expert = m_tiles * n_tiles
+    done = 0  # slices consumed by all tiles so far
+    stored = 0  # chunks stored by all tiles so far
+    for index in range(gl.program_id(0), num_experts * per_expert, PROGRAMS):
+        expert = gl.load(by_rows + index // per_expert)
+        m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
         row = m * 128 + WARPGROUP * 64
         steps = gl.cdiv(gl.load(offsets + expert + 1) - gl.load(offsets + expert), DEPTH)
+
+        # Main loop over the expert's rows; the sum is zero if it has none.
         total = accumulate(
             a,
             b,
@@ -418,38 +458,41 @@ def _multiply_columns(
             empty,
             done,
             steps,
-            True,
-            True,
-            TOP_K > 0,
+            True,  # A_BY_DEPTH
+            True,  # B_BY_DEPTH
+            TOP_K > 0,  # GATHERED
             WARPGROUP,
             DEPTH,
             COLUMNS,
             STAGES,
         )
+
+        # Epilogue: store CHUNK columns at a time.
         for i in gl.static_range(COLUMNS // CHUNK):
+            # Wait until the store that used this buffer has read it.
             tma.store_wait(BUFFERS - 1)
-            buffer = buffers.index(BUFFERS * WARPGROUP + sent % BUFFERS)
-            buffer.reshape([64, CHUNK]).store(piece(total, i, COLUMNS, CHUNK).to(a.dtype))
+            buffer = buffers.index(BUFFERS * WARPGROUP + stored % BUFFERS)
+            buffer.reshape([64, CHUNK]).store(take_chunk(total, i, COLUMNS, CHUNK).to(a.dtype))
             fence_async_shared()
             store(out, [expert, 0, row, n * COLUMNS + i * CHUNK], buffer)
-            sent += 1
+            stored += 1
         done += steps
-    tma.store_wait(0)
+    tma.store_wait(0)  # before the program ends and its buffers are freed
 
 
 @gluon.jit
 def weight_gradient(
-    left,
-    right,
-    order,
-    out,
-    offsets,
-    by_rows,
-    num_experts,
+    left,  # [R, rows], or tokens [T, rows] with TOP_K and GATHER_LEFT
+    right,  # [R, columns], or tokens [T, columns] with TOP_K and not GATHER_LEFT
+    order,  # [R] slot of each row, or None without TOP_K
+    out,  # [E, rows, columns]
+    offsets,  # [E + 1]
+    by_rows,  # [E] experts, those with most rows first
+    num_experts,  # E
     rows,
     columns,
     TOP_K: gl.constexpr,
-    COLLECT_LEFT: gl.constexpr,
+    GATHER_LEFT: gl.constexpr,
     DEPTH: gl.constexpr,
     COLUMNS: gl.constexpr,
     CHUNK: gl.constexpr,
@@ -458,20 +501,25 @@ def weight_gradient(
     STAGES: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
-    """Write out [E, rows, columns]: over each expert's rows, left [R, rows] transposed times right [R, columns]."""
-    a = left_slices(left, out.dtype, TOP_K * COLLECT_LEFT, DEPTH, STAGES)
+    """Write out[e] = left[rows of e].T @ right[rows of e] for each expert e."""
+    # Prologue: slices of both operands, output buffers, and barriers in shared memory.
+    a = left_slices(left, out.dtype, TOP_K * GATHER_LEFT, DEPTH, STAGES)
     b = right_slices(
         right,
         out.dtype,
-        TOP_K * (1 - COLLECT_LEFT),
+        TOP_K * (1 - GATHER_LEFT),
         DEPTH,
         COLUMNS,
         STAGES,
     )
-    sent = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
-    full, empty = barriers(STAGES, arrivals(TOP_K)), barriers(STAGES, 2)
-    tensors, sizes = (out, a, b, full, empty, sent, offsets, by_rows), (num_experts, rows, columns)
+    buffers = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
+    full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
+    empty = barriers(STAGES, 2)  # completed by both warp groups
+    tensors = (out, a, b, full, empty, buffers, offsets, by_rows)
+    sizes = (num_experts, rows, columns)
     operands = (left, right, order, a, b, full, empty, offsets, by_rows)
+
+    # Partitions: warp group 0, warp group 1, loader.
     gl.warp_specialize(
         [
             (
@@ -480,7 +528,7 @@ def weight_gradient(
                     tensors,
                     sizes,
                     TOP_K,
-                    0,
+                    0,  # WARPGROUP
                     DEPTH,
                     COLUMNS,
                     CHUNK,
@@ -496,7 +544,7 @@ def weight_gradient(
                     tensors,
                     sizes,
                     TOP_K,
-                    1,
+                    1,  # WARPGROUP
                     DEPTH,
                     COLUMNS,
                     CHUNK,
@@ -508,7 +556,7 @@ def weight_gradient(
             ),
             (
                 load_column_tiles,
-                (operands, sizes, TOP_K, COLLECT_LEFT, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES),
+                (operands, sizes, TOP_K, GATHER_LEFT, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES),
             ),
         ],
         [4, loading_warps(TOP_K)],

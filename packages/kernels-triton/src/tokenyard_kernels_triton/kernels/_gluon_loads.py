@@ -1,6 +1,6 @@
-"""The loaders of the products for Hopper, in Gluon: the copy engine brings every slice, from one warp.
+"""The loaders of the matmuls for Hopper GPUs, in Gluon: one warp loads every slice by TMA.
 
-With TOP_K, one operand's rows are those of tokens, TOP_K for each, and ``_gluon_gather`` loads instead.
+With TOP_K, one operand holds tokens, TOP_K rows for each, and ``_gluon_gather`` loads instead.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from tokenyard_kernels_triton.kernels._gluon_gather import collect_column_tiles, collect_row_tiles
+from tokenyard_kernels_triton.kernels._gluon_gather import gather_column_tiles, gather_row_tiles
 from tokenyard_kernels_triton.kernels._gluon_pipeline import load, ragged_at
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 
 @gluon.constexpr_function
 def loading_warps(TOP_K):
-    """Return how many warps load."""
+    """Return the number of warps that load."""
     return 4 if TOP_K else 1
 
 
 @gluon.constexpr_function
 def arrivals(TOP_K):
-    """Return how many arrivals complete a slice: the copy engine's, and one of every thread that copies."""
+    """Return the arrivals that complete a slice: TMA's, and one of each thread that copies."""
     return 129 if TOP_K else 1
 
 
 @gluon.constexpr_function
 def registers(TOP_K):
-    """Return the registers of a thread of the second warpgroup, and of one that loads."""
+    """Return the registers per thread: of the second warp group, and of the loader."""
     return [216, 72] if TOP_K else [240, 24]
 
 
@@ -40,7 +40,10 @@ def left_slices(
     DEPTH: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Allocate a left operand's slices, two for each stage: boxes of a descriptor, or [64, DEPTH] of tokens."""
+    """Allocate the left operand's slices, two for each stage, one for each warp group.
+
+    A slice is a box of the descriptor `rows`, or [64, DEPTH] if it is gathered from tokens.
+    """
     if TOP_K:
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
         return gl.allocate_shared_memory(dtype, [2 * STAGES, 64, DEPTH], layout)
@@ -57,7 +60,10 @@ def right_slices(
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Allocate a right operand's slices, one for each stage: boxes of a descriptor, or [DEPTH, COLUMNS] of tokens."""
+    """Allocate the right operand's slices, one for each stage.
+
+    A slice is a box of the descriptor `rows`, or [DEPTH, COLUMNS] if it is gathered from tokens.
+    """
     if TOP_K:
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
         return gl.allocate_shared_memory(dtype, [STAGES, DEPTH, COLUMNS], layout)
@@ -77,9 +83,9 @@ def load_row_tiles(
     PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Load the slices of every tile of rows times weight."""
+    """Load the slices of every output tile of rows @ weight."""
     if TOP_K:
-        collect_row_tiles(
+        gather_row_tiles(
             operands,
             sizes,
             PARTS,
@@ -94,7 +100,7 @@ def load_row_tiles(
         left, _, weight, a, b, full, empty, tiles = operands
         depth, width = sizes
         columns = gl.cdiv(width, COLUMNS // PARTS)
-        done = 0
+        done = 0  # slices loaded by all tiles so far
         for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
             expert, row, end, n = tile_at(tiles, columns, index, 128)
             column = n * (COLUMNS // PARTS)
@@ -113,7 +119,7 @@ def load_row_tiles(
                     full,
                     empty,
                     done,
-                    2,
+                    2,  # AXIS: the warp groups' boxes differ in rows
                     STAGES,
                 )
 
@@ -123,7 +129,7 @@ def load_column_tiles(
     operands,
     sizes,
     TOP_K: gl.constexpr,
-    COLLECT_LEFT: gl.constexpr,
+    GATHER_LEFT: gl.constexpr,
     DEPTH: gl.constexpr,
     COLUMNS: gl.constexpr,
     GROUP: gl.constexpr,
@@ -132,11 +138,11 @@ def load_column_tiles(
 ):
     """Load the slices of every tile of a weight gradient."""
     if TOP_K:
-        collect_column_tiles(
+        gather_column_tiles(
             operands,
             sizes,
             TOP_K,
-            COLLECT_LEFT,
+            GATHER_LEFT,
             DEPTH,
             COLUMNS,
             GROUP,
@@ -146,26 +152,28 @@ def load_column_tiles(
     else:
         left, right, _, a, b, full, empty, offsets, by_rows = operands
         num_experts, rows, columns = sizes
-        m_tiles, n_tiles = gl.cdiv(rows, 128), gl.cdiv(columns, COLUMNS)
-        each = m_tiles * n_tiles
-        done = 0
-        for index in range(gl.program_id(0), num_experts * each, PROGRAMS):
-            expert = gl.load(by_rows + index // each)
-            m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
+        m_tiles = gl.cdiv(rows, 128)
+        n_tiles = gl.cdiv(columns, COLUMNS)
+        per_expert = m_tiles * n_tiles
+        done = 0  # slices loaded by all tiles so far
+        for index in range(gl.program_id(0), num_experts * per_expert, PROGRAMS):
+            expert = gl.load(by_rows + index // per_expert)
+            m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
             end = gl.load(offsets + expert + 1)
             for k in range(gl.load(offsets + expert), end, DEPTH):
-                at, other = ragged_at(k, end, 0, m * 128), ragged_at(k, end, 0, n * COLUMNS)
+                at_left = ragged_at(k, end, 0, m * 128)
+                at_right = ragged_at(k, end, 0, n * COLUMNS)
                 done = _load_slice(
                     left,
                     right,
-                    at,
-                    other,
+                    at_left,
+                    at_right,
                     a,
                     b,
                     full,
                     empty,
                     done,
-                    4,
+                    4,  # AXIS: the warp groups' boxes differ in columns
                     STAGES,
                 )
 
@@ -176,18 +184,21 @@ def _load_slice(
     right,
     at_left,
     at_right,
-    a,
-    b,
+    a,  # [2 * STAGES, ...] slices of `left` in shared memory
+    b,  # [STAGES, ...] slices of `right` in shared memory
     full,
     empty,
     done,
     AXIS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Load the operands of one slice: for each warpgroup a box of `left`, 64 further along AXIS, and one of `right`."""
+    """Load one slice: two boxes of `left`, 64 apart along AXIS, and one of `right`."""
+    # Wait until both warp groups have consumed the stage's previous slice.
     stage = done % STAGES
     ready = full.index(stage)
     mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
+
+    # TMA arrives at the barrier when all bytes of the three boxes are there.
     mbarrier.expect(ready, 2 * left.block_type.nbytes + right.block_type.nbytes)
     for half in gl.static_range(2):
         at = at_left

@@ -1,15 +1,18 @@
-"""How products stream through a Hopper multiprocessor, in Gluon: a warp that loads, and two warpgroups that multiply.
+"""The pipeline that the matmuls for Hopper GPUs share, in Gluon: a loader and two warp groups.
 
-Each program walks over output tiles of 128 rows, 64 for each warpgroup, and COLUMNS columns. The loader runs ahead by
-STAGES slices of what is summed over, across tiles, so that the next tile's operands are there when a tile is done. The
-warpgroups do not wait for each other; where a tile's rows end before those of the second one begin, it only passes its
-slices on, so that an expert's rows cost what they would if padded to 64. Results leave by the copy engine through
-BUFFERS small buffers of each warpgroup, CHUNK columns at a time.
+Each program walks over output tiles of 128 rows, 64 for each warp group, and COLUMNS columns. The
+reduction dimension is cut into slices of DEPTH. The loader runs up to STAGES slices ahead, across
+tiles, so that the next tile's operands are loaded when a tile is done. The warp groups do not wait
+for each other. If a tile has no rows for the second warp group, that group only releases the tile's
+slices, so an expert's rows cost as much as if they were padded to 64.
 
-Operands and results are tensor descriptors. Rows sorted by expert are *ragged*: a box that reaches past the last row of
-its expert reads zeros there and writes nothing. The copy engine does both by itself if the matrix is described with two
-more dimensions, whose strides add up to an address that wraps around 2^64: an idea of ``triton.tools.ragged_tma``. So
-rows are described as [., ., R, part, W], and weights as [E, part, M, N].
+Results leave by TMA. Each warp group has BUFFERS buffers of CHUNK columns for them.
+
+Operands and results are tensor descriptors. Rows sorted by expert are *ragged*: a box that reaches
+past the last row of its expert reads zeros there and writes nothing. TMA does both if the matrix is
+described with two more dimensions, whose strides add up to an address that wraps around 2^64 (the
+idea of ``triton.tools.ragged_tma``). So rows are described as [., ., R, part, W], and weights as
+[E, part, M, N].
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # as Triton 3.6 calls it
+# Triton 3.6 has the second names only.
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
@@ -37,7 +41,7 @@ def ragged_at(row, end, part, column):
 
 @gluon.jit
 def barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
-    """Make a barrier for each stage, which COUNT arrivals complete."""
+    """Allocate a barrier for each stage, which COUNT arrivals complete."""
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=COUNT)
@@ -46,32 +50,32 @@ def barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def accumulate(
-    a,
-    b,
-    full,
-    empty,
-    done,
-    steps,
-    A_BY_DEPTH: gl.constexpr,
-    B_BY_DEPTH: gl.constexpr,
-    COLLECTED: gl.constexpr,
+    a,  # [2 * STAGES, ...] slices of the left operand, one for each warp group
+    b,  # [STAGES, ...] slices of the right operand
+    full,  # barriers that the loader completes
+    empty,  # barriers that the warp groups complete
+    done,  # slices consumed before these
+    steps,  # slices to sum over
+    A_BY_DEPTH: gl.constexpr,  # the first dimension of a left slice is the reduction dimension
+    B_BY_DEPTH: gl.constexpr,  # the first dimension of a right slice is the reduction dimension
+    GATHERED: gl.constexpr,  # threads have copied one of the operands
     WARPGROUP: gl.constexpr,
     DEPTH: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Return the sum [64, COLUMNS] of the products of `steps` slices, after `done` ones.
-
-    BY_DEPTH: the first dimension of a slice is what is summed over. COLLECTED: threads brought one of the operands.
-    """
+    """Return the sum [64, COLUMNS] of the matmuls of `steps` slices, in float32."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     total = gl.zeros([64, COLUMNS], gl.float32, layout)
     for k in range(done, done + steps):
         stage = k % STAGES
         mbarrier.wait(full.index(stage), (k // STAGES) & 1)
-        if COLLECTED:
-            fence_async_shared()
-        left, right = a.index(2 * stage + WARPGROUP), b.index(stage)
+        if GATHERED:
+            fence_async_shared()  # make the threads' copies visible to the tensor cores
+
+        # View the slices as [64, DEPTH] and [DEPTH, COLUMNS].
+        left = a.index(2 * stage + WARPGROUP)
+        right = b.index(stage)
         if A_BY_DEPTH:
             left = left.reshape([DEPTH, 64]).permute([1, 0])
         else:
@@ -80,23 +84,21 @@ def accumulate(
             right = right.reshape([DEPTH, COLUMNS])
         else:
             right = right.reshape([COLUMNS, DEPTH]).permute([1, 0])
+
+        # Keep one matmul in flight, and release the slice of the one before it.
         total = warpgroup_mma(left, right, total, is_async=True)
         total = warpgroup_mma_wait(1, deps=[total])
         mbarrier.arrive(empty.index((k + STAGES - 1) % STAGES), pred=k > done)
+
+    # Drain: wait for the last matmul and release its slice.
     total = warpgroup_mma_wait(0, deps=[total])
     mbarrier.arrive(empty.index((done + steps + STAGES - 1) % STAGES), pred=steps > 0)
     return total
 
 
 @gluon.jit
-def pass_on(
-    full,
-    empty,
-    done,
-    steps,
-    STAGES: gl.constexpr,
-):
-    """Let `steps` slices go unused, after `done` ones."""
+def skip_slices(full, empty, done, steps, STAGES: gl.constexpr):
+    """Release `steps` slices unused, after `done` ones."""
     for k in range(done, done + steps):
         mbarrier.wait(full.index(k % STAGES), (k // STAGES) & 1)
         mbarrier.arrive(empty.index(k % STAGES))
@@ -108,15 +110,16 @@ def _halves(tile, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def piece(tile, INDEX: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr):
-    """Return the INDEX-th CHUNK columns of a tile [64, COLUMNS]; nothing moves."""
+def take_chunk(tile, INDEX: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr):
+    """Return chunk INDEX [64, CHUNK] of a tile [64, COLUMNS]; no data moves between threads."""
     if COLUMNS == CHUNK:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
         return gl.convert_layout(tile, layout, assert_trivial=True)
     else:
+        # Halve the columns until one half is the chunk.
         one, two = _halves(tile, COLUMNS)
         HALF: gl.constexpr = COLUMNS // 2
         if INDEX * CHUNK < HALF:
-            return piece(one, INDEX, HALF, CHUNK)
+            return take_chunk(one, INDEX, HALF, CHUNK)
         else:
-            return piece(two, INDEX - HALF // CHUNK, HALF, CHUNK)
+            return take_chunk(two, INDEX - HALF // CHUNK, HALF, CHUNK)

@@ -1,6 +1,6 @@
-"""Moving rows between tokens and experts, and the sums of few numbers that go along. Every move is of whole tokens.
+"""Copies between tokens and rows, and elementwise kernels and sums over rows.
 
-Copying from tokens, rather than collecting rows, reads each token once.
+The copies walk over tokens, not over rows, so that each token is read once.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from tokenyard_kernels_triton.kernels._tiles import rounded
 
 @triton.jit
 def copy_to_rows(
-    x,
-    rows,
-    inverse,
-    live,
-    dim,
+    x,  # [T, D]
+    rows,  # [R, D]
+    inverse,  # [N] row of each slot
+    live,  # [1], rows before the tail
+    dim,  # D
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Copy each token x [T, D] to its rows [R, D]; rows at and past `live` are left alone."""
+    """Copy each token to its rows; the tail is not written."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dim
     kept = tl.load(live)
-    value = tl.load(x + token * dim + column, mask=inside, other=0.0)
+    value = tl.load(x + token * dim + column, mask=inside, other=0.0)  # [COLUMNS]
     for k in range(TOP_K):
         row = tl.load(inverse + token * TOP_K + k)
         if row < kept:
@@ -37,14 +37,14 @@ def copy_to_rows(
 
 @triton.jit(do_not_specialize=["bound"])
 def clear_tail(
-    rows,
-    live,
-    bound,
-    dim,
+    rows,  # [R, D]
+    live,  # [1], rows before the tail
+    bound,  # R
+    dim,  # D
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write zeros to the rows [R, D] from `live` on."""
+    """Write zeros to the tail."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = ((row >= tl.load(live)) & (row < bound))[:, None] & (column < dim)[None, :]
@@ -54,17 +54,17 @@ def clear_tail(
 
 @triton.jit
 def sum_to_tokens(
-    rows,
-    y,
-    inverse,
-    topk_weights,
-    live,
-    dim,
+    rows,  # [R, D]
+    y,  # [T, D]
+    inverse,  # [N] row of each slot
+    topk_weights,  # [T, K], read if WEIGHTED
+    live,  # [1], rows before the tail
+    dim,  # D
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """Write y [T, D]: the sum of each token's kept rows, weighted if WEIGHTED, in float32."""
+    """Write the sum of each token's kept rows, weighted if WEIGHTED, added in float32."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dim
@@ -73,90 +73,85 @@ def sum_to_tokens(
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k
         row = tl.load(inverse + slot)
-        width = tl.where(row < kept, dim, 0)
-        value = tl.load(rows + row.to(tl.int64) * dim + column, mask=column < width, other=0.0).to(
-            tl.float32
-        )
-        if WEIGHTED:  # a dropped slot's weight counts for nothing, whatever it is
-            value = tl.where(
-                column < width, value * tl.load(topk_weights + slot).to(tl.float32), 0.0
-            )
+        width = tl.where(row < kept, dim, 0)  # a dropped slot reads no columns
+        mask = column < width
+        value = tl.load(rows + row.to(tl.int64) * dim + column, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            # A dropped slot's weight may be inf or nan, and 0 times it nan.
+            weight = tl.load(topk_weights + slot).to(tl.float32)
+            value = tl.where(mask, value * weight, 0.0)
         total += value
     tl.store(y + token * dim + column, rounded(total, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def weigh_to_rows(
-    dy,
-    rows,
-    inverse,
-    topk_weights,
-    live,
-    dim,
+    dy,  # [T, D]
+    rows,  # [R, D]
+    inverse,  # [N] row of each slot
+    topk_weights,  # [T, K]
+    live,  # [1], rows before the tail
+    dim,  # D
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write each token dy [T, D], times the slot's weight, to its rows [R, D]."""
+    """Write each token, times the slot's weight, to its rows; the tail is not written."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dim
     kept = tl.load(live)
-    value = tl.load(dy + token * dim + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(dy + token * dim + column, mask=inside, other=0.0).to(tl.float32)  # [COLUMNS]
     for k in range(TOP_K):
         row = tl.load(inverse + token * TOP_K + k)
         if row < kept:
             w = tl.load(topk_weights + token * TOP_K + k).to(tl.float32)
-            tl.store(
-                rows + row.to(tl.int64) * dim + column,
-                rounded(value * w, rows.dtype.element_ty),
-                mask=inside,
-            )
+            target = rows + row.to(tl.int64) * dim + column
+            tl.store(target, rounded(value * w, rows.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def dot_with_rows(
-    dy,
-    rows,
-    dweights,
-    inverse,
-    live,
-    dim,
+    dy,  # [T, D]
+    rows,  # [R, D]
+    dweights,  # [T, K]
+    inverse,  # [N] row of each slot
+    live,  # [1], rows before the tail
+    dim,  # D
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write dweights [T, K]: the dot product of dy [T, D] and each of the token's rows; 0 for a dropped slot."""
+    """Write the dot product of each token's dy and each of its rows; 0 for a dropped slot."""
     slot = tl.program_id(0).to(tl.int64)
     row = tl.load(inverse + slot)
-    width = tl.where(row < tl.load(live), dim, 0)
+    width = tl.where(row < tl.load(live), dim, 0)  # a dropped slot reads no columns
     total = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, dim, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         mask = column < width
         left = tl.load(dy + slot // TOP_K * dim + column, mask=mask, other=0.0).to(tl.float32)
-        total += left * tl.load(rows + row.to(tl.int64) * dim + column, mask=mask, other=0.0).to(
-            tl.float32
-        )
+        right = tl.load(rows + row.to(tl.int64) * dim + column, mask=mask, other=0.0)
+        total += left * right.to(tl.float32)
     tl.store(dweights + slot, tl.sum(total))
 
 
 @triton.jit
 def differentiate(
-    da,
-    z,
-    dz,
-    weighted,
-    dots,
-    order,
-    topk_weights,
-    live,
-    ffn_dim,
+    da,  # [R, F], not weighted
+    z,  # [R, PARTS * F]
+    dz,  # [R, PARTS * F]
+    weighted,  # [R, F]
+    dots,  # [R, dots_width]
+    order,  # [R] slot of each row
+    topk_weights,  # [N], read if WEIGHTED
+    live,  # [1], rows before the tail
+    ffn_dim,  # F
     dots_width,
     FUNCTION: tl.constexpr,
     PARTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """From a row of da' [R, F], not weighted, write dz, the weighted activation w * a, and the row dot <da', a>."""
+    """Write one row of dz, of the weighted activation w * a, and of the row dot <da, a>."""
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(live):
         w = 1.0
@@ -168,58 +163,56 @@ def differentiate(
             mask = column < ffn_dim
             gradient = tl.load(da + row * ffn_dim + column, mask=mask, other=0.0).to(tl.float32)
             gate = tl.load(z + row * PARTS * ffn_dim + column, mask=mask, other=0.0).to(tl.float32)
+
+            # f(gate) and f'(gate) times the weighted gradient; with a gate, times `up` as well.
             a, slope = function_and_slope(gate, FUNCTION)
             slope *= gradient * w
             at = dz + row * PARTS * ffn_dim + column
             if PARTS == 2:
-                up = tl.load(z + (row * 2 + 1) * ffn_dim + column, mask=mask, other=0.0).to(
-                    tl.float32
-                )
+                up = tl.load(z + (row * 2 + 1) * ffn_dim + column, mask=mask, other=0.0)
+                up = up.to(tl.float32)
                 tl.store(at + ffn_dim, rounded(gradient * w * a, dz.dtype.element_ty), mask=mask)
-                a, slope = a * up, slope * up
+                a = a * up
+                slope = slope * up
             tl.store(at, rounded(slope, dz.dtype.element_ty), mask=mask)
-            tl.store(
-                weighted + row * ffn_dim + column, rounded(a * w, dz.dtype.element_ty), mask=mask
-            )
+            at = weighted + row * ffn_dim + column
+            tl.store(at, rounded(a * w, dz.dtype.element_ty), mask=mask)
             total += gradient * a
         tl.store(dots + row * dots_width, tl.sum(total))
 
 
 @triton.jit(do_not_specialize=["slots"])
 def sum_dots(
-    dots,
-    dweights,
-    inverse,
-    live,
-    slots,
+    dots,  # [R, WIDTH]
+    dweights,  # [N]
+    inverse,  # [N] row of each slot
+    live,  # [1], rows before the tail
+    slots,  # N
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Write dweights [N]: the sum over each slot's row of dots [R, WIDTH]; 0 for a dropped slot."""
+    """Write the sum over each slot's row of dots; 0 for a dropped slot."""
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    row = tl.load(inverse + slot, mask=slot < slots, other=0)
+    row = tl.load(inverse + slot, mask=slot < slots, other=0)  # [SLOTS]
     kept = (slot < slots) & (row < tl.load(live))
     pointers = dots + row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tl.store(
-        dweights + slot,
-        tl.sum(tl.load(pointers, mask=kept[:, None], other=0.0), 1),
-        mask=slot < slots,
-    )
+    target = dweights + slot
+    tl.store(target, tl.sum(tl.load(pointers, mask=kept[:, None], other=0.0), 1), mask=slot < slots)
 
 
 @triton.jit
 def bias_dots(
-    dy,
-    bias,
-    dots,
-    tiles,
-    dim,
+    dy,  # [R, D]
+    bias,  # [E, D]
+    dots,  # [R, dots_width]
+    tiles,  # tile list, see ``_schedule``
+    dim,  # D
     dots_width,
-    at,
+    at,  # column of dots
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write column `at` of dots [R, .]: the dot product of each row dy [R, D] and its expert's bias [E, D]."""
+    """Write column `at` of dots: the dot product of each row of dy and its expert's bias."""
     tile = tl.program_id(0)
     if tile < tl.load(tiles):
         expert, row, end, _ = tile_at(tiles, 1, tile, ROWS)
@@ -227,46 +220,44 @@ def bias_dots(
         total = tl.zeros([ROWS], tl.float32)
         for first in range(0, dim, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
-            b = tl.load(bias + expert.to(tl.int64) * dim + column, mask=column < dim, other=0.0).to(
-                tl.float32
-            )
+            b = tl.load(bias + expert.to(tl.int64) * dim + column, mask=column < dim, other=0.0)
+            b = b.to(tl.float32)  # [COLUMNS]
             mask = (r < end)[:, None] & (column < dim)[None, :]
-            tile_dy = tl.load(
-                dy + r.to(tl.int64)[:, None] * dim + column[None, :], mask=mask, other=0.0
-            )
+            pointers = dy + r.to(tl.int64)[:, None] * dim + column[None, :]
+            tile_dy = tl.load(pointers, mask=mask, other=0.0)  # [ROWS, COLUMNS]
             total += tl.sum(tile_dy.to(tl.float32) * b[None, :], 1)
         tl.store(dots + r.to(tl.int64) * dots_width + at, total, mask=r < end)
 
 
 @triton.jit
 def sum_rows(
-    rows,
-    out,
-    offsets,
-    order,
-    topk_weights,
+    rows,  # [R, width]
+    out,  # [E, width]
+    offsets,  # [E + 1]
+    order,  # [R] slot of each row
+    topk_weights,  # [N], read if WEIGHTED
     width,
     WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write out [E, width]: the sum of each expert's rows [R, width], weighted if WEIGHTED; zero where it has none."""
+    """Write the sum of each expert's rows, weighted if WEIGHTED; zero if it has none."""
     expert = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    start = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+
+    # Add rows r, r + ROWS, ... in lane r, and the lanes at the end.
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(start, end, ROWS):
         r = first + tl.arange(0, ROWS)
         mask = (r < end)[:, None] & (column < width)[None, :]
-        value = tl.load(
-            rows + r.to(tl.int64)[:, None] * width + column[None, :], mask=mask, other=0.0
-        ).to(tl.float32)
+        pointers = rows + r.to(tl.int64)[:, None] * width + column[None, :]
+        value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             slot = tl.load(order + r, mask=r < end, other=0)
-            value *= tl.load(topk_weights + slot, mask=r < end, other=0.0).to(tl.float32)[:, None]
+            weight = tl.load(topk_weights + slot, mask=r < end, other=0.0)
+            value *= weight.to(tl.float32)[:, None]
         total += value
-    tl.store(
-        out + expert * width + column,
-        rounded(tl.sum(total, 0), out.dtype.element_ty),
-        mask=column < width,
-    )
+    target = out + expert * width + column
+    tl.store(target, rounded(tl.sum(total, 0), out.dtype.element_ty), mask=column < width)

@@ -1,7 +1,10 @@
-"""A stable sort of slots by expert in three launches: count by blocks, add up, place. No atomics, no host.
+"""A stable sort of slots by expert in three launches: count by block, add up, place.
 
-Bucket E, after the experts, takes dropped slots. Within a block of slots each is compared with every other. Numbers that
-change from step to step are not specialised, here and elsewhere, or each new kind of them would compile anew.
+It needs no atomics and no host sync. Bucket E, after the experts, takes dropped slots. Within a
+block every slot is compared with every other.
+
+Numbers that change from step to step are not specialized (``do_not_specialize``), so that no new
+value compiles a kernel again. The other modules do the same.
 """
 
 from __future__ import annotations
@@ -18,39 +21,41 @@ def _bucket(ids, slot, slots, num_experts):
 
 @triton.jit(do_not_specialize=["slots"])
 def count_blocks(
-    ids,
-    counts,
-    slots,
-    num_experts,
+    ids,  # [N]
+    counts,  # [blocks, E + 1]
+    slots,  # N
+    num_experts,  # E
     SLOTS: tl.constexpr,
     BUCKETS: tl.constexpr,
 ):
-    """Write counts [blocks, E + 1]: how many of a block's slots go to each bucket."""
+    """Write the number of slots of each block in each bucket; one program per block of SLOTS."""
     block = tl.program_id(0)
-    bucket = _bucket(ids, block * SLOTS + tl.arange(0, SLOTS), slots, num_experts)
+    bucket = _bucket(ids, block * SLOTS + tl.arange(0, SLOTS), slots, num_experts)  # [SLOTS]
     for first in range(0, num_experts + 1, BUCKETS):
         e = first + tl.arange(0, BUCKETS)
-        found = tl.sum((bucket[:, None] == e[None, :]).to(tl.int32), 0)
-        tl.store(counts + block * (num_experts + 1) + e, found, mask=e <= num_experts)
+        count = tl.sum((bucket[:, None] == e[None, :]).to(tl.int32), 0)  # [BUCKETS]
+        tl.store(counts + block * (num_experts + 1) + e, count, mask=e <= num_experts)
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def add_up_blocks(
-    counts,
-    totals,
+    counts,  # [blocks, E + 1]
+    totals,  # [E + 1]
     blocks,
-    num_experts,
+    num_experts,  # E
     BLOCKS: tl.constexpr,
     BUCKETS: tl.constexpr,
 ):
-    """Replace counts [blocks, E + 1] by the sum over the blocks before; write totals [E + 1]."""
+    """Replace each count by the sum over the blocks before it, and write each bucket's total."""
     e = tl.program_id(0) * BUCKETS + tl.arange(0, BUCKETS)
     carried = tl.zeros([BUCKETS], tl.int32)
     for first in range(0, blocks, BLOCKS):
         block = first + tl.arange(0, BLOCKS)
         mask = (block < blocks)[:, None] & (e <= num_experts)[None, :]
         pointers = counts + block[:, None] * (num_experts + 1) + e[None, :]
-        value = tl.load(pointers, mask=mask, other=0)
+        value = tl.load(pointers, mask=mask, other=0)  # [BLOCKS, BUCKETS]
+
+        # An exclusive sum: without the block's own count.
         tl.store(pointers, carried[None, :] + tl.cumsum(value, 0) - value, mask=mask)
         carried += tl.sum(value, 0)
     tl.store(totals + e, carried, mask=e <= num_experts)
@@ -58,36 +63,40 @@ def add_up_blocks(
 
 @triton.jit(do_not_specialize=["slots", "bound"])
 def place_slots(
-    ids,
-    before,
-    totals,
-    order,
-    inverse,
-    offsets,
-    slots,
-    bound,
-    num_experts,
+    ids,  # [N]
+    before,  # [blocks, E + 1], from add_up_blocks
+    totals,  # [E + 1]
+    order,  # [R]
+    inverse,  # [N]
+    offsets,  # [E + 1]
+    slots,  # N
+    bound,  # R
+    num_experts,  # E
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Write the plan: offsets [E + 1], inverse [N], and order [R] as far as `bound`, which is R, goes."""
+    """Write the plan: offsets, inverse, and the first `bound` entries of order."""
     block = tl.program_id(0)
     position = tl.arange(0, SLOTS)
     slot = block * SLOTS + position
-    bucket = _bucket(ids, slot, slots, num_experts)
+    bucket = _bucket(ids, slot, slots, num_experts)  # [SLOTS]
+
+    # The first row of each bucket, then the first row of its slots in this block.
     e = tl.arange(0, EXPERTS)
-    total = tl.load(totals + e, mask=e <= num_experts, other=0)
+    total = tl.load(totals + e, mask=e <= num_experts, other=0)  # [EXPERTS]
     starts = tl.cumsum(total, 0) - total
     if block == 0:
         tl.store(offsets + e, starts, mask=e <= num_experts)
     first = starts + tl.load(before + block * (num_experts + 1) + e, mask=e <= num_experts, other=0)
-    earlier = tl.zeros([SLOTS, CHUNK], tl.int32)  # added up over lanes at the end only
+
+    # Rank of each slot in its bucket and block, CHUNK slots at a time. Lanes are summed at the end.
+    earlier = tl.zeros([SLOTS, CHUNK], tl.int32)
     for chunk in range(0, SLOTS, CHUNK):
         other = chunk + tl.arange(0, CHUNK)
         same = _bucket(ids, block * SLOTS + other, slots, num_experts)[None, :] == bucket[:, None]
         earlier += (same & (other[None, :] < position[:, None])).to(tl.int32)
-    rank = tl.sum(earlier, 1)
+    rank = tl.sum(earlier, 1)  # [SLOTS]
     row = tl.gather(first, tl.minimum(bucket, EXPERTS - 1), 0) + rank
     tl.store(inverse + slot, row, mask=slot < slots)
     tl.store(order + row, slot, mask=(slot < slots) & (row < bound))

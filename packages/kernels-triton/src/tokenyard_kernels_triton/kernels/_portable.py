@@ -1,10 +1,11 @@
-"""The products of an expert layer for any GPU, over rows sorted by expert.
+"""The matmuls of an expert layer for any GPU, over rows sorted by expert.
 
-Every kernel is persistent: PROGRAMS of them walk over all output tiles. Legend: R rows, D model width, F expert width,
-PARTS 2 for a gated activation (gate and up stand side by side) else 1.
+Every kernel is persistent: PROGRAMS of them walk over all output tiles. Legend: R rows, E experts,
+D model width, F expert width, PARTS 2 for a gated activation (gate and up side by side), else 1.
 
-Operands are read by pointers. Tensor descriptors would be faster on Hopper, but Triton 3.6 overwrites, in its software
-pipeline, tiles whose descriptor has more than two dimensions while they are still being multiplied.
+Kernels read their operands by pointers. Tensor descriptors would be faster on Hopper, but the
+software pipeline of Triton 3.6 has a fault: if a descriptor has more than two dimensions, it
+overwrites the descriptor's tiles while a matmul still reads them.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from tokenyard_kernels_triton.kernels._tiles import (
 
 @triton.jit
 def up_and_activate(
-    x,
-    weight,
-    bias,
-    z,
-    a,
-    tiles,
-    dim,
-    ffn_dim,
+    x,  # [R, D]
+    weight,  # [E, PARTS * F, D]
+    bias,  # [E, PARTS * F] or None
+    z,  # [R, PARTS * F]
+    a,  # [R, F]
+    tiles,  # tile list, see ``_schedule``
+    dim,  # D
+    ffn_dim,  # F
     FUNCTION: tl.constexpr,
     PARTS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -51,6 +52,8 @@ def up_and_activate(
     for index in range(tl.program_id(0), tl.load(tiles) * columns, PROGRAMS):
         expert, row, end, n = tile_at(tiles, columns, index, ROWS)
         column = n * COLUMNS
+
+        # Main loop.
         total = tl.zeros([ROWS, PARTS * COLUMNS], tl.float32)
         for k in range(0, dim, DEPTH):
             left = load_rows(
@@ -72,8 +75,11 @@ def up_and_activate(
                 PARTS,
                 COLUMNS,
                 DEPTH,
-            )
+            )  # [PARTS * COLUMNS, DEPTH]
             total = dot(left, right.T, total, PRECISION)
+
+        # Epilogue: bias, rounding and activation. The activation sees the rounded z, so that
+        # recomputing z gives the same bits.
         c = column + tl.arange(0, COLUMNS)
         if PARTS == 2:
             gate, up = tl.split(tl.permute(tl.reshape(total, [ROWS, 2, COLUMNS]), [0, 2, 1]))
@@ -81,17 +87,18 @@ def up_and_activate(
                 first = bias + expert * 2 * ffn_dim + c
                 gate += tl.load(first, mask=c < ffn_dim, other=0.0).to(tl.float32)[None, :]
                 up += tl.load(first + ffn_dim, mask=c < ffn_dim, other=0.0).to(tl.float32)[None, :]
-            gate, up = rounded(gate, TYPE), rounded(up, TYPE)
+            gate = rounded(gate, TYPE)
+            up = rounded(up, TYPE)
             if KEEP_Z:
                 store_rows(
                     z,
                     gate,
                     row,
                     end,
-                    0,
+                    0,  # part
                     column,
                     ffn_dim,
-                    2,
+                    2,  # PARTS
                     ROWS,
                     COLUMNS,
                 )
@@ -100,19 +107,18 @@ def up_and_activate(
                     up,
                     row,
                     end,
-                    1,
+                    1,  # part
                     column,
                     ffn_dim,
-                    2,
+                    2,  # PARTS
                     ROWS,
                     COLUMNS,
                 )
             act = function(gate.to(tl.float32), FUNCTION) * up.to(tl.float32)
         else:
             if BIAS:
-                total += tl.load(bias + expert * ffn_dim + c, mask=c < ffn_dim, other=0.0).to(
-                    tl.float32
-                )[None, :]
+                first = bias + expert * ffn_dim + c
+                total += tl.load(first, mask=c < ffn_dim, other=0.0).to(tl.float32)[None, :]
             narrow = rounded(total, TYPE)
             if KEEP_Z:
                 store_rows(
@@ -120,10 +126,10 @@ def up_and_activate(
                     narrow,
                     row,
                     end,
-                    0,
+                    0,  # part
                     column,
                     ffn_dim,
-                    1,
+                    1,  # PARTS
                     ROWS,
                     COLUMNS,
                 )
@@ -134,10 +140,10 @@ def up_and_activate(
                 rounded(act, TYPE),
                 row,
                 end,
-                0,
+                0,  # part
                 column,
                 ffn_dim,
-                1,
+                1,  # PARTS
                 ROWS,
                 COLUMNS,
             )
@@ -145,11 +151,11 @@ def up_and_activate(
 
 @triton.jit
 def times_weight(
-    left,
-    weight,
-    bias,
-    out,
-    tiles,
+    left,  # [R, depth]
+    weight,  # [E, width, depth] if TRANSPOSED, else [E, depth, width]
+    bias,  # [E, width] or None
+    out,  # [R, width]
+    tiles,  # tile list, see ``_schedule``
     depth,
     width,
     TRANSPOSED: tl.constexpr,
@@ -161,11 +167,13 @@ def times_weight(
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """Write out [R, width] = left [R, depth] @ weight [depth, width] + bias; TRANSPOSED: weight is [width, depth]."""
+    """Write out = left @ weight + bias, with each row's expert's weight and bias."""
     columns = tl.cdiv(width, COLUMNS)
     for index in range(tl.program_id(0), tl.load(tiles) * columns, PROGRAMS):
         expert, row, end, n = tile_at(tiles, columns, index, ROWS)
         column = n * COLUMNS
+
+        # Main loop.
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, depth, DEPTH):
             rows = load_rows(
@@ -185,7 +193,7 @@ def times_weight(
                     k,
                     width,
                     depth,
-                    1,
+                    1,  # PARTS
                     COLUMNS,
                     DEPTH,
                 ).T
@@ -197,25 +205,26 @@ def times_weight(
                     column,
                     depth,
                     width,
-                    1,
+                    1,  # PARTS
                     DEPTH,
                     COLUMNS,
                 )
             total = dot(rows, right, total, PRECISION)
+
+        # Epilogue: bias and rounding.
         if BIAS:
             c = column + tl.arange(0, COLUMNS)
-            total += tl.load(bias + expert * width + c, mask=c < width, other=0.0).to(tl.float32)[
-                None, :
-            ]
+            value = tl.load(bias + expert * width + c, mask=c < width, other=0.0)
+            total += value.to(tl.float32)[None, :]
         store_rows(
             out,
             rounded(total, TYPE),
             row,
             end,
-            0,
+            0,  # part
             column,
             width,
-            1,
+            1,  # PARTS
             ROWS,
             COLUMNS,
         )
@@ -223,12 +232,12 @@ def times_weight(
 
 @triton.jit
 def weight_gradient(
-    left,
-    right,
-    out,
-    offsets,
-    by_rows,
-    num_experts,
+    left,  # [R, rows]
+    right,  # [R, columns]
+    out,  # [E, rows, columns]
+    offsets,  # [E + 1]
+    by_rows,  # [E] experts, those with most rows first
+    num_experts,  # E
     rows,
     columns,
     ROWS: tl.constexpr,
@@ -239,16 +248,20 @@ def weight_gradient(
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """Write out [E, rows, columns]: over each expert's rows, left [R, rows] transposed times right [R, columns].
+    """Write out[e] = left[rows of e].T @ right[rows of e] for each expert e.
 
-    The experts with most rows come first. One that has none gets exact zeros.
+    The experts with most rows come first. An expert without rows gets exact zeros.
     """
-    m_tiles, n_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    each = m_tiles * n_tiles
-    for index in range(tl.program_id(0), num_experts * each, PROGRAMS):
-        expert = tl.load(by_rows + index // each)
-        m, n = matrix_tile_at(m_tiles, n_tiles, index % each, GROUP)
-        start, end = tl.load(offsets + expert), tl.load(offsets + expert + 1)
+    m_tiles = tl.cdiv(rows, ROWS)
+    n_tiles = tl.cdiv(columns, COLUMNS)
+    per_expert = m_tiles * n_tiles
+    for index in range(tl.program_id(0), num_experts * per_expert, PROGRAMS):
+        expert = tl.load(by_rows + index // per_expert)
+        m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
+        start = tl.load(offsets + expert)
+        end = tl.load(offsets + expert + 1)
+
+        # Main loop over the expert's rows.
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(start, end, DEPTH):
             a = load_rows(
@@ -270,6 +283,8 @@ def weight_gradient(
                 COLUMNS,
             )
             total = dot(a.T, b, total, PRECISION)
+
+        # Epilogue.
         store_weight(
             out,
             rounded(total, TYPE),

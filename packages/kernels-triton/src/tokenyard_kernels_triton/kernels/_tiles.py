@@ -1,4 +1,4 @@
-"""Reading and writing tiles of matrices by pointers, which every GPU can; and what the interpreter needs besides."""
+"""Loads and stores of matrix tiles by pointers, for any GPU, and arithmetic on tiles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def row_pointers(
-    base,
+    base,  # [R, PARTS * width]
     row,
     end,
     part,
@@ -21,15 +21,16 @@ def row_pointers(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Return pointers to a tile [ROWS, COLUMNS] of rows [R, PARTS * width], within a part, and which of them exist."""
-    r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    """Return the pointers to a tile [ROWS, COLUMNS] of a part, and a mask of those that exist."""
+    r = row + tl.arange(0, ROWS)
+    c = column + tl.arange(0, COLUMNS)
     first = (r.to(tl.int64) * PARTS + part) * width
     return base + first[:, None] + c[None, :], (r < end)[:, None] & (c < width)[None, :]
 
 
 @triton.jit
 def load_rows(
-    source,
+    source,  # [R, width]
     row,
     end,
     column,
@@ -37,15 +38,15 @@ def load_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Read a tile [ROWS, COLUMNS] of rows [R, width]; zero at and past row `end`."""
+    """Return a tile [ROWS, COLUMNS] of rows; zero from row `end` on."""
     pointers, mask = row_pointers(
         source,
         row,
         end,
-        0,
+        0,  # part
         column,
         width,
-        1,
+        1,  # PARTS
         ROWS,
         COLUMNS,
     )
@@ -54,8 +55,8 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    target,
-    tile,
+    target,  # [R, PARTS * width]
+    tile,  # [ROWS, COLUMNS]
     row,
     end,
     part,
@@ -65,7 +66,7 @@ def store_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write a tile [ROWS, COLUMNS] of a part; nothing at and past row `end`."""
+    """Write a tile of a part; nothing from row `end` on."""
     pointers, mask = row_pointers(
         target,
         row,
@@ -82,7 +83,7 @@ def store_rows(
 
 @triton.jit
 def load_weight(
-    source,
+    source,  # [E, PARTS * rows, columns]
     expert,
     row,
     column,
@@ -92,9 +93,10 @@ def load_weight(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Read [PARTS * ROWS, COLUMNS]: the same tile of each part, `rows` by `columns`, of an expert's weight."""
+    """Return [PARTS * ROWS, COLUMNS]: the same tile of each part of an expert's weight."""
     index = tl.arange(0, PARTS * ROWS)
-    r, c = row + index % ROWS, column + tl.arange(0, COLUMNS)
+    r = row + index % ROWS
+    c = column + tl.arange(0, COLUMNS)
     first = (expert.to(tl.int64) * PARTS + index // ROWS) * rows + r
     mask = (r < rows)[:, None] & (c < columns)[None, :]
     return tl.load(source + first[:, None] * columns + c[None, :], mask=mask, other=0.0)
@@ -102,8 +104,8 @@ def load_weight(
 
 @triton.jit
 def store_weight(
-    target,
-    tile,
+    target,  # [E, rows, columns]
+    tile,  # [ROWS, COLUMNS]
     expert,
     row,
     column,
@@ -112,8 +114,9 @@ def store_weight(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write a tile [ROWS, COLUMNS] of an expert's weight, `rows` by `columns`."""
-    r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    """Write a tile of an expert's weight."""
+    r = row + tl.arange(0, ROWS)
+    c = column + tl.arange(0, COLUMNS)
     mask = (r < rows)[:, None] & (c < columns)[None, :]
     first = expert.to(tl.int64) * rows + r
     tl.store(target + first[:, None] * columns + c[None, :], tile, mask=mask)
@@ -122,11 +125,12 @@ def store_weight(
 @triton.jit
 def dot(left, right, total, PRECISION: tl.constexpr):
     """Return total + left @ right, accumulated in float32."""
-    if INTERPRETED:  # which would multiply the bits of bfloat16 as integers
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    if (
-        PRECISION == "ieee"
-    ):  # slice by slice, which errs less; by fma, since a plain sum is folded into the product
+    if INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    if PRECISION == "ieee":
+        # Adding slice by slice errs less. The fma keeps the compiler from folding a plain sum
+        # into the dot.
         return tl.fma(tl.dot(left, right, input_precision=PRECISION), 1.0, total)
     return tl.dot(left, right, total, input_precision=PRECISION)
 
@@ -134,7 +138,8 @@ def dot(left, right, total, PRECISION: tl.constexpr):
 @triton.jit
 def rounded(value, TYPE: tl.constexpr):
     """Return float32 values in a narrower type, rounded to nearest even."""
-    if INTERPRETED and tl.bfloat16 == TYPE:  # which would cut the last bits off
+    # The interpreter would truncate, so that these round the bits themselves.
+    if INTERPRETED and tl.bfloat16 == TYPE:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = bits.to(tl.float32, bitcast=True)

@@ -129,7 +129,7 @@ def weight_gradient(
         rows,
         columns,
         TOP_K=left_top_k or right_top_k,
-        COLLECT_LEFT=left_order is not None,
+        GATHER_LEFT=left_order is not None,
         GROUP=how.group,
         **_options(device, how),
     )

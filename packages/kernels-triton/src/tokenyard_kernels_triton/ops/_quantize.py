@@ -18,7 +18,7 @@ def narrow(z: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """Return z [R, W] in float8, as bytes, and the scales [R, W / 128] of its blocks; the tail is undefined."""
     rows, width = z.shape
     out, scales = narrow_shapes(z, rows, width)
-    launch(_quantize.narrow_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
+    launch(_quantize.quantize_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
         z,
         out.view(_DTYPE),
         scales,
@@ -42,7 +42,7 @@ def widen(z: Tensor, scales: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor
     """Return z [R, W] in `dtype`."""
     rows, width = z.shape
     out = z.new_empty(rows, width, dtype=dtype)
-    launch(_quantize.widen_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
+    launch(_quantize.dequantize_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
         z.view(_DTYPE), scales, out, live, width, scales.shape[1], ROWS=_ROWS, BLOCK=BLOCK
     )
     return out
