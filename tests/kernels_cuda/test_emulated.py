@@ -14,7 +14,7 @@ from tokenyard.testing import _router_oracle as oracle
 from tokenyard.testing._compare import assert_close
 from tokenyard_kernels_cuda.ops._logits import logits_backward_op, logits_op
 from tokenyard_kernels_cuda.ops._plan import MOST_EXPERTS
-from tokenyard_kernels_cuda.ops._route import route, weigh
+from tokenyard_kernels_cuda.ops._topk import route, weigh
 from tokenyard_kernels_cuda.permutation import CudaPermutation
 
 pytestmark = [pytest.mark.usefixtures("emulation"), pytest.mark.xdist_group("emulated")]

@@ -86,13 +86,13 @@ def test_on_amd_s_gpus_it_says_whose_it_is_for(monkeypatch):
 
 
 def test_how_many_experts():
-    from tokenyard_kernels_cuda.ops import _plan, _route
+    from tokenyard_kernels_cuda.ops import _plan, _topk
 
-    most = {"experts": _plan.MOST_EXPERTS + 1, "routed": _route.MOST_EXPERTS + 1}
+    most = {"experts": _plan.MOST_EXPERTS + 1, "routed": _topk.MOST_EXPERTS + 1}
     assert f"at most {_plan.MOST_EXPERTS} experts" in _plugin.no_permutation(
         workload(num_experts=most["experts"])
     )
-    assert f"at most {_route.MOST_EXPERTS} experts" in _plugin.no_router(
+    assert f"at most {_topk.MOST_EXPERTS} experts" in _plugin.no_router(
         workload(num_experts=most["routed"])
     )
 

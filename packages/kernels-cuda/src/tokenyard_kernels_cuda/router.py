@@ -9,7 +9,7 @@ from tokenyard.numerics import compute_dtype
 from tokenyard.routers import TopKRouter
 from tokenyard.workload import Workload
 from tokenyard_kernels_cuda.ops._logits import NARROW, logits_op, split_kernel
-from tokenyard_kernels_cuda.ops._route import route, routes, weigh
+from tokenyard_kernels_cuda.ops._topk import route, routes, weigh
 from tokenyard_kernels_cuda.toolchain import compile_kernels
 
 

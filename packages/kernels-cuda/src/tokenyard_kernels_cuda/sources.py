@@ -5,8 +5,8 @@ from __future__ import annotations
 from tokenyard_kernels_cuda.ops._logits import NARROW, split_kernel
 from tokenyard_kernels_cuda.ops._moves import ELEMENTS, moves, vectors_of
 from tokenyard_kernels_cuda.ops._plan import KERNELS
-from tokenyard_kernels_cuda.ops._route import MOST_EXPERTS, routes
 from tokenyard_kernels_cuda.ops._sizes import WARP
+from tokenyard_kernels_cuda.ops._topk import MOST_EXPERTS, routes
 from tokenyard_kernels_cuda.toolchain import Kernel, Source
 
 
