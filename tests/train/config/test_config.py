@@ -370,7 +370,7 @@ def test_a_resolved_config_survives_json(config):
     assert read_config(first.model_dump(mode="json")) == first
 
 
-README = Path(__file__).parents[2] / "packages" / "train" / "README.md"
+README = Path(__file__).parents[3] / "packages" / "train" / "README.md"
 
 
 def test_the_readme_s_config_loads_and_every_key_is_explained(load):
