@@ -63,7 +63,7 @@ def _bytes(config: TokenizerConfig) -> Tokenizer:
 
 
 def _tiktoken(config: TokenizerConfig) -> Tokenizer:
-    from tokenyard_train.data.tiktokens import TiktokenTokenizer
+    from tokenyard_train.data.tiktoken_tokenizer import TiktokenTokenizer
 
     return TiktokenTokenizer(config.kwargs)
 
