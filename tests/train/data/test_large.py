@@ -1,4 +1,4 @@
-"""A gigabyte of text: how fast it is packed, in how much memory, and how fast it is read back."""
+"""Pack a gigabyte of text and read it back: speed and memory."""
 
 import json
 import os
@@ -18,7 +18,7 @@ GIGABYTE = 10**9
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """Write a gigabyte of the standard library's text, each document with a line of its own, as jsonl."""
+    """A gigabyte of the standard library's text as jsonl; a first line makes each text unique."""
     path = tmp_path_factory.mktemp("large") / "text.jsonl"
     documents = [document.text.decode() for document in python_stdlib(held_out=False)]
     written = number = 0
@@ -26,13 +26,14 @@ def text(tmp_path_factory) -> Path:
         while written < GIGABYTE:
             line = f"# copy {number}\n" + documents[number % len(documents)]
             file.write(json.dumps({"text": line}) + "\n")
-            written, number = written + len(line.encode()), number + 1
+            written += len(line.encode())
+            number += 1
     return path
 
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory) -> Path:
-    """Train a byte-level BPE tokenizer of 32,000 ids on the standard library."""
+    """A byte-level BPE tokenizer of 32,000 ids, trained on the standard library."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,10 +54,11 @@ from tokenyard_cli import app
 try:
     app(sys.argv[1:])
 finally:
-    # ru_maxrss of this process would be its parent's, if that was larger when it forked
-    own = next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l) / 1024
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"peak memory: {own:.0f} MiB in the process itself, {children:.0f} MiB in the largest worker")
+    # A forked process inherits ru_maxrss from its parent, so read VmHWM instead.
+    status = Path("/proc/self/status").read_text().splitlines()
+    main = next(int(line.split()[1]) for line in status if "VmHWM" in line) / 1024
+    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"peak memory: {main:.0f} MiB in the main process, {worker:.0f} MiB in one worker")
 """
 
 
@@ -80,9 +82,9 @@ def test_packing_and_reading_a_gigabyte(tmp_path, text, bpe, tokenizer):
         [*command, "--workers", str(workers)], check=True, capture_output=True, text=True
     )
     seconds = time.perf_counter() - began
-    print(
-        f"\n{tokenizer}: {GIGABYTE / 1e6 / seconds:.1f} MB/s with {workers} workers; {ran.stdout.splitlines()[-1]}"
-    )
+    rate = GIGABYTE / 1e6 / seconds
+    memory = ran.stdout.splitlines()[-1]
+    print(f"\n{tokenizer}: {rate:.1f} MB/s with {workers} workers; {memory}")
 
     tokens = TokenFile(tmp_path / "packed")
     began = time.perf_counter()
@@ -94,6 +96,6 @@ def test_packing_and_reading_a_gigabyte(tmp_path, text, bpe, tokenizer):
         read = sum(samples.batch(step, 16).numel() for step in range(400))
         rate = read / (time.perf_counter() - began)
         print(
-            f"samples of {length}: {rate / 1e6:.1f} million tokens/s, each block verified when first touched"
+            f"samples of {length}: {rate / 1e6:.1f} million tokens/s, blocks verified on first read"
         )
-        assert rate > 20 * 25_000  # twenty times what the quickstart trains on
+        assert rate > 20 * 25_000  # 20 times the quickstart's training throughput

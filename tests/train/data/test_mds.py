@@ -1,4 +1,4 @@
-"""MDS shards, written here from the published format: read as text, or as ids that need no more tokenizing."""
+"""Read MDS shards as text or as token ids. The shards are written from the published format."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ TEXTS = ["one", "zwei — ü", "", "four\nlines"]
 
 
 def write(folder: Path, shards, names, encodings, sizes, compress=None) -> Path:
-    """Write shards (lists of samples, which are lists of each column's bytes) and their index."""
+    """Write shards and their index. A shard is a list of samples, a sample the bytes per column."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number, samples in enumerate(shards):
@@ -36,9 +36,10 @@ def write(folder: Path, shards, names, encodings, sizes, compress=None) -> Path:
         )
         name = f"shard.{number:05}.mds"
         entry = {
-            "column_names": names, "column_encodings": encodings, "column_sizes": sizes, "compression": None,
-            "format": "mds", "hashes": [], "samples": len(samples), "size_limit": 1 << 26, "version": 2,
+            "column_names": names, "column_encodings": encodings, "column_sizes": sizes,
+            "format": "mds", "version": 2, "samples": len(samples), "size_limit": 1 << 26,
             "raw_data": {"basename": name, "bytes": len(raw), "hashes": {}}, "zip_data": None,
+            "hashes": [], "compression": None,
         }  # fmt: skip
         if compress is None:
             (folder / name).write_bytes(raw)
@@ -93,7 +94,7 @@ def test_a_compressed_shard_that_was_changed_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "ndarray:uint16:5", "ndarray:int32:5"])
-def test_ids_are_one_stream_whatever_slice_is_asked(tmp_path, encoding):
+def test_any_slice_of_ids_reads_one_stream(tmp_path, encoding):
     ids = np.arange(60).reshape(12, 5)
     dtype = np.dtype("int64" if encoding == "bytes" else encoding.split(":")[1])
     size = None if encoding == "bytes" else 5 * dtype.itemsize
@@ -140,11 +141,11 @@ def test_nothing_is_unpickled(tmp_path):
         ),
         (
             lambda f: (f / "index.json").write_text("{}"),
-            r"index.json is no index of MDS shards: KeyError\('shards'\)",
+            r"index.json is not an index of MDS shards: KeyError\('shards'\)",
         ),
         (
             lambda f: (f / "shard.00000.mds").unlink(),
-            r"shard.00000.mds is missing or empty; bring it here again",
+            r"shard.00000.mds is missing or empty; copy it again",
         ),
         (
             lambda f: (f / "shard.00000.mds").write_bytes(b"123"),

@@ -1,4 +1,4 @@
-"""A packed folder: the same bytes however it came to be, and no changed bit goes unseen."""
+"""Pack text: equal bytes after any interruption, and every changed bit is detected."""
 
 import json
 import os
@@ -17,23 +17,23 @@ from tokenyard import ConfigError, TokenyardError
 from tokenyard_cli import app
 from tokenyard_train.data import CorruptError, TokenFile, build_data
 from tokenyard_train.data import packing as module
-from tokenyard_train.data.encoding import chunks
+from tokenyard_train.data.encoding import split_chunks
 from tokenyard_train.data.packing import pack
-from tokenyard_train.data.schema import Tokenizer
+from tokenyard_train.data.schema import TokenizerConfig
 
 DOCUMENTS = [f"document {i}: {'word ' * (i * 37 % 200)}é\n".encode() for i in range(300)]
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks and blocks of a size that a small text fills many of."""
+    """Shrink chunks and blocks, so that a small text fills many."""
     monkeypatch.setattr(module, "CHUNK_BYTES", 5000)
     for name in (module.__name__, "tokenyard_train.data.tokens"):
         monkeypatch.setattr(f"{name}.BLOCK_BYTES", 4096)
 
 
 def packed(folder: Path, documents=DOCUMENTS, workers=1, progress=lambda done: None) -> Path:
-    pack(folder, lambda: iter(documents), Tokenizer(), [{"name": "test"}], workers, progress)
+    pack(folder, lambda: iter(documents), TokenizerConfig(), [{"name": "test"}], workers, progress)
     return folder
 
 
@@ -53,8 +53,8 @@ def test_documents_are_read_back_with_their_ends(tmp_path):
 
 
 def test_chunks_depend_on_the_text_alone():
-    assert [d for chunk in chunks(DOCUMENTS, 5000) for d in chunk] == DOCUMENTS
-    sizes = [sum(map(len, chunk)) for chunk in chunks(DOCUMENTS, 5000)]
+    assert [d for chunk in split_chunks(DOCUMENTS, 5000) for d in chunk] == DOCUMENTS
+    sizes = [sum(map(len, chunk)) for chunk in split_chunks(DOCUMENTS, 5000)]
     assert all(size >= 5000 for size in sizes[:-1])
 
 
@@ -63,36 +63,36 @@ def test_the_same_bytes_from_any_number_of_workers(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
-def test_an_interrupted_packing_goes_on_to_the_same_bytes(tmp_path):
+def test_a_resumed_packing_has_the_same_bytes(tmp_path):
     whole = content(packed(tmp_path / "whole"))
     rng = random.Random(5)
     for number in range(6):
-        folder, left = tmp_path / str(number), rng.randrange(1, 8)
+        folder = tmp_path / str(number)
+        last = rng.randrange(1, 8)
 
-        def interrupt(done, left=left):
-            if done.chunks == left:
+        def interrupt(done, last=last):
+            if done.chunks == last:
                 raise Killed
 
         with pytest.raises(Killed):
             packed(folder, progress=interrupt)
-        with (folder / "tokens.bin").open(
-            "ab"
-        ) as file:  # what was written, but not yet vouched for
+        # Written ids that the journal does not record yet.
+        with (folder / "tokens.bin").open("ab") as file:
             file.write(bytes(rng.randrange(5000)))
         with (folder / "journal.jsonl").open("a") as file:
             file.write("[12, 3")
         seen = []
         packed(folder, progress=seen.append)
-        assert seen[0].chunks == left  # nothing is tokenized twice
+        assert seen[0].chunks == last  # nothing is tokenized twice
         assert content(folder) == whole
 
 
 @pytest.fixture
 def big(tmp_path):
-    """Some megabytes of text in a file, so that a process takes a while to pack it."""
+    """A file of some megabytes, so that packing takes long enough to be killed."""
     path = tmp_path / "big.jsonl"
     with path.open("w") as file:
         for i in range(60_000):
@@ -100,11 +100,12 @@ def big(tmp_path):
     return path
 
 
-def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path, big):
+def test_a_killed_and_resumed_process_writes_the_same_bytes(tmp_path, big):
     command = [sys.executable, "-m", "tokenyard_train", "data", "pack"]
     options = [str(big), "--workers", "1"]
     subprocess.run([*command, str(tmp_path / "whole"), *options], check=True, capture_output=True)
-    folder, kills = tmp_path / "killed", 0
+    folder = tmp_path / "killed"
+    kills = 0
     for chunk in (1, 3, 4):
         with subprocess.Popen(
             [*command, str(folder), *options], stdout=subprocess.DEVNULL
@@ -126,18 +127,20 @@ def _chunks_done(folder: Path) -> int:
 def test_a_flipped_bit_is_found_where_it_is_read(tmp_path):
     folder = packed(tmp_path / "p")
     tokens = folder / "tokens.bin"
-    rng, sound = random.Random(1), tokens.read_bytes()
+    rng = random.Random(1)
+    sound = tokens.read_bytes()
     for _ in range(20):
-        place = rng.randrange(len(sound))
+        position = rng.randrange(len(sound))
         changed = bytearray(sound)
-        changed[place] ^= 1 << rng.randrange(8)
+        changed[position] ^= 1 << rng.randrange(8)
         tokens.write_bytes(changed)
-        opened, block = TokenFile(folder), place // 4096
+        opened = TokenFile(folder)
+        block = position // 4096
         with pytest.raises(
             CorruptError,
             match=rf"tokens.bin was changed after packing, in bytes {block * 4096} to ",
         ):
-            opened[place // 2 : place // 2 + 1]
+            opened[position // 2 : position // 2 + 1]
         with pytest.raises(CorruptError):
             opened.verify()
         before = opened[: block * 2048]  # the blocks before it are sound
@@ -160,12 +163,12 @@ def test_a_truncated_file_is_found_when_it_is_opened(tmp_path):
     folder = packed(tmp_path / "p")
     os.truncate(folder / "tokens.bin", 100)
     with pytest.raises(
-        CorruptError, match=r"tokens.bin has 100 bytes, and \d+ were packed; copy the folder anew"
+        CorruptError, match=r"tokens.bin has 100 bytes, and \d+ were packed; copy the folder again"
     ):
         TokenFile(folder)
 
 
-def test_only_the_same_packing_is_gone_on_with(tmp_path):
+def test_only_the_same_packing_is_resumed(tmp_path):
     def interrupt(done):
         if done.chunks:
             raise Killed
@@ -182,14 +185,14 @@ def test_only_the_same_packing_is_gone_on_with(tmp_path):
         pack(
             tmp_path / "p",
             lambda: iter(DOCUMENTS),
-            Tokenizer(),
+            TokenizerConfig(),
             [{"name": "other"}],
             1,
             lambda done: None,
         )
 
 
-def test_what_is_there_is_not_overwritten(tmp_path):
+def test_a_packed_folder_is_not_overwritten(tmp_path):
     folder = packed(tmp_path / "p")
     before = content(folder)
     with pytest.raises(
@@ -199,7 +202,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     assert content(folder) == before
 
 
-def test_no_text_is_no_packing(tmp_path):
+def test_empty_text_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no text to pack"):
         packed(tmp_path / "p", documents=[])
 
@@ -210,7 +213,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         packed(tmp_path / "file" / "p")
 
 
-def test_training_reads_the_folder_as_it_reads_the_text(tmp_path, config, text):
+def test_training_samples_of_the_folder_equal_those_of_the_text(tmp_path, config, text):
     ran = CliRunner().invoke(
         app, ["data", "pack", str(tmp_path / "p"), str(text), "--workers", "1"]
     )
@@ -221,17 +224,17 @@ def test_training_reads_the_folder_as_it_reads_the_text(tmp_path, config, text):
     assert all((by_text[i] == by_folder[i]).all() for i in range(2 * len(by_text)))
 
 
-def test_the_commands_say_what_a_folder_holds(tmp_path, text):
+def test_the_commands_print_a_folder_s_content(tmp_path, text):
     run = CliRunner().invoke
     folder = str(tmp_path / "p")
 
-    def said(*arguments):
-        """In one line, however long the folder's name makes them."""
+    def output(*arguments):
+        """Return a command's output on one line, because the folder's name may wrap it."""
         return " ".join(run(app, ["data", *arguments]).output.split())
 
-    assert "2 documents" in said("pack", folder, str(text), "--workers", "1")
-    assert "tokenizer bytes" in said("info", folder)
-    assert "tokens are as they were packed" in said("verify", folder)
+    assert "2 documents" in output("pack", folder, str(text), "--workers", "1")
+    assert "tokenizer bytes" in output("info", folder)
+    assert "tokens are as they were packed" in output("verify", folder)
     assert (
         run(app, ["data", "pack", folder, str(text), "--overwrite", "--workers", "1"]).exit_code
         == 0

@@ -1,4 +1,4 @@
-"""Text becomes samples whose order depends on nothing but the seed."""
+"""Text becomes samples whose order depends only on the seed."""
 
 import numpy as np
 import pytest
@@ -17,12 +17,12 @@ from tokenyard_train.data import (
 )
 from tokenyard_train.data.schema import Source
 from tokenyard_train.data.sources import read_documents
-from tokenyard_train.data.sources.files import files_of
+from tokenyard_train.data.sources.files import find_files
 
 TOKENS = np.arange(1000, dtype=np.uint16)
 
 
-def test_bytes_there_and_back():
+def test_bytes_round_trip():
     tokenizer = BytesTokenizer()
     text = "naïve café — ✓\n"
     ids = tokenizer.encode(text.encode())
@@ -33,8 +33,9 @@ def test_bytes_there_and_back():
 
 
 def test_the_standard_library_is_split_by_file():
-    train, held_out = python_stdlib(held_out=False), python_stdlib(held_out=True)
-    names = {d.name for d in train}, {d.name for d in held_out}
+    train = python_stdlib(held_out=False)
+    held_out = python_stdlib(held_out=True)
+    names = ({d.name for d in train}, {d.name for d in held_out})
     assert not names[0] & names[1]
     assert "json/decoder.py" in names[0] | names[1]
     assert 0.02 < len(held_out) / (len(train) + len(held_out)) < 0.08
@@ -56,7 +57,7 @@ def test_files_and_folders_of_text(text):
     (text / "c.bin").write_bytes(b"\xff")
     (text / "below").mkdir()
     (text / "below" / "d.md").write_text("d")
-    files = files_of([str(text), str(text / "b.txt")], [".txt", ".md"], "path")
+    files = find_files([str(text), str(text / "b.txt")], [".txt", ".md"], "path")
     assert [file.name for file in files] == ["a.txt", "b.txt", "d.md", "b.txt"]
 
 
@@ -94,7 +95,7 @@ def test_text_that_is_empty_or_too_short(tmp_path, config):
         build_data(config(train_loader=loader).data())
 
 
-def test_the_sentence_names_the_loader(config, tmp_path):
+def test_the_error_names_the_loader(config, tmp_path):
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "nowhere")}}
     with pytest.raises(ConfigError, match=r"^eval_loader.dataset.path '.*nowhere' does not exist"):
         build_data(config(eval_loader=loader).data())
@@ -121,7 +122,7 @@ def test_an_epoch_shows_every_window_once_in_an_order_of_its_own():
     assert not torch.equal(samples[5], Samples(TOKENS, 10, seed=4)[5])
 
 
-def test_windows_overlap_by_the_token_that_is_only_read():
+def test_windows_overlap_by_one_token():
     samples = Samples(TOKENS, 10, seed=0, shuffle=False)
     assert samples[0].tolist() == list(range(11))
     assert samples[1].tolist() == list(range(10, 21))
@@ -144,7 +145,7 @@ def test_a_batch_that_the_ranks_cannot_share():
 
 
 def test_samples_are_counted_upwards():
-    with pytest.raises(IndexError, match="-1 was asked for"):
+    with pytest.raises(IndexError, match="and -1 was given"):
         Samples(TOKENS, 10, seed=0)[-1]
 
 
@@ -157,7 +158,7 @@ def test_held_out_windows_predict_every_token_but_the_first_once(count, length, 
     assert seen[seen != IGNORED].tolist() == list(range(1, count)) == held_out.predicted.tolist()
 
 
-def test_held_out_inputs_stand_before_their_targets():
+def test_held_out_inputs_precede_their_targets():
     inputs, targets = HeldOut(TOKENS[:8], 5, 2).batch(0)
     assert inputs.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 0, 0]]
     assert targets.tolist() == [[1, 2, 3, 4, 5], [6, 7, *[IGNORED] * 3]]
@@ -165,7 +166,7 @@ def test_held_out_inputs_stand_before_their_targets():
 
 def test_fewer_held_out_batches_are_spread_over_the_text():
     held_out = HeldOut(TOKENS, 10, batch_size=3, batches=2)
-    starts = [0, 160, 330, 500, 660, 830]  # of the 100 windows, each sixth of them begins with one
+    starts = [0, 160, 330, 500, 660, 830]  # 6 of 100 windows, evenly spaced
     assert len(held_out) == 2
     inputs, targets = (torch.cat(parts) for parts in zip(*(held_out.batch(i) for i in range(2))))
     assert inputs[:, 0].tolist() == starts
@@ -175,7 +176,7 @@ def test_fewer_held_out_batches_are_spread_over_the_text():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 7), st.integers(1, 5) | st.just(-1))
-def test_pairs_for_counting_are_those_that_the_model_predicts(count, length, batch_size, batches):
+def test_counted_pairs_equal_the_predicted_ones(count, length, batch_size, batches):
     held_out = HeldOut(TOKENS[:count], length, batch_size, batches)
     inputs, targets = (
         torch.cat(parts) for parts in zip(*(held_out.batch(i) for i in range(len(held_out))))

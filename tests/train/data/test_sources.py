@@ -1,4 +1,4 @@
-"""Documents from files and datasets, in one order, and one sentence for what cannot be read."""
+"""Read documents from files and datasets in a fixed order, with one-sentence errors."""
 
 import gzip
 import json
@@ -42,7 +42,7 @@ def test_parquet_row_by_row(tmp_path):
     with pytest.raises(ConfigError, match=r"has no column 'text'; it has body, n; see text_key"):
         read(path=str(tmp_path))
     (tmp_path / "b.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ConfigError, match=r"b.parquet is no parquet file: "):
+    with pytest.raises(ConfigError, match=r"b.parquet is not a parquet file: "):
         read(path=str(tmp_path / "b.parquet"))
 
 
@@ -112,16 +112,16 @@ def test_a_description_changes_with_the_content(tmp_path, lines):
 
 
 @pytest.mark.parametrize(
-    ("given", "has"),
+    ("keys", "has"),
     [
         ({}, "none"),
         ({"path": "a", "packed": "b"}, "path and packed"),
         ({"path": "a", "streams": {"b": {"path": "c"}}}, "path and streams"),
     ],
 )
-def test_a_source_is_in_exactly_one_place(given, has):
+def test_a_source_has_exactly_one_location(keys, has):
     with pytest.raises(
         ConfigError,
         match=f"it has {has}; give exactly one of path, packed, local, hf_name, streams",
     ):
-        parse(TextDataset, given)
+        parse(TextDataset, keys)

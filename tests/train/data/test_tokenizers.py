@@ -1,4 +1,4 @@
-"""Tokenizers of others: Hugging Face's files and tiktoken's ranks, made here."""
+"""Tokenizers from Hugging Face files and tiktoken ranks."""
 
 import base64
 import json
@@ -10,14 +10,14 @@ from tokenyard import ConfigError
 from tokenyard_models.schema import parse
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.commands import parse_tokenizer
-from tokenyard_train.data.schema import Tokenizer
+from tokenyard_train.data.schema import TokenizerConfig
 
 TEXT = "The café — naïve ✓ 東京 costs 3.50 €.\n\tdef f(x):\n        return x ** 2\n" * 3
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model folder with a byte-level BPE tokenizer, as transformers saves one."""
+    """A model folder with a byte-level BPE tokenizer, in the layout of transformers."""
     tokenizers = pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("hf")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """A file of ranks as tiktoken reads it: all bytes, and a few merges."""
+    """A file of tiktoken ranks: all bytes, and a few merges."""
     pytest.importorskip("tiktoken")
     merges = [b"th", b"re", b"\xc3\xa9", b"caf", b"ca", b"  ", b"ret"]
     lines = [
@@ -47,26 +47,26 @@ def ranks(tmp_path_factory):
     return path
 
 
-def tiktoken(ranks: Path, **changes: object) -> Tokenizer:
+def tiktoken(ranks: Path, **changes: object) -> TokenizerConfig:
     kwargs = {
         "file": str(ranks),
         "pattern": r"\w+|\s+|[^\w\s]+",
         "special_tokens": {"<|endoftext|>": 263},
     }
-    return parse(Tokenizer, {"name": "tiktoken", "kwargs": kwargs | changes})
+    return parse(TokenizerConfig, {"name": "tiktoken", "kwargs": kwargs | changes})
 
 
 @pytest.fixture(params=["folder", "file", "tiktoken"])
 def tokenizer(request, folder, ranks):
     configs = {
-        "folder": Tokenizer(name=str(folder)),
-        "file": Tokenizer(name=str(folder / "tokenizer.json"), eos_token="</s>"),
+        "folder": TokenizerConfig(name=str(folder)),
+        "file": TokenizerConfig(name=str(folder / "tokenizer.json"), eos_token="</s>"),
         "tiktoken": tiktoken(ranks),
     }
     return build_tokenizer(configs[request.param])
 
 
-def test_text_there_and_back(tokenizer):
+def test_text_round_trip(tokenizer):
     ids = tokenizer.encode(TEXT.encode())
     assert tokenizer.decode(ids.tolist()) == TEXT
     assert tokenizer.decode([*ids.tolist(), tokenizer.end]) == TEXT
@@ -74,7 +74,7 @@ def test_text_there_and_back(tokenizer):
     assert 0 <= ids.max() < tokenizer.vocab_size
 
 
-def test_bytes_are_counted_exactly_wherever_a_window_ends(tokenizer):
+def test_bytes_are_counted_exactly_at_any_window_end(tokenizer):
     ids = tokenizer.encode(TEXT.encode())
     for cut in (1, 7, len(ids) // 2, len(ids)):
         assert tokenizer.bytes_in(ids[:cut]) + tokenizer.bytes_in(ids[cut:]) == len(TEXT.encode())
@@ -86,19 +86,19 @@ def test_identity_tells_tokenizers_apart(folder, ranks, tmp_path):
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 400, "content": "<more>"})
     changed.write_text(json.dumps(content))
     configs = [
-        Tokenizer(),
-        Tokenizer(name=str(folder)),
-        Tokenizer(name=str(changed), eos_token="</s>"),
+        TokenizerConfig(),
+        TokenizerConfig(name=str(folder)),
+        TokenizerConfig(name=str(changed), eos_token="</s>"),
         tiktoken(ranks),
     ]
     assert len({build_tokenizer(config).identity for config in configs}) == 4
     assert (
         build_tokenizer(configs[1]).identity
-        == build_tokenizer(Tokenizer(name=str(folder))).identity
+        == build_tokenizer(TokenizerConfig(name=str(folder))).identity
     )
 
 
-def test_what_looks_special_in_a_document_is_text(ranks):
+def test_a_special_token_s_text_in_a_document_is_plain_text(ranks):
     tokenizer = build_tokenizer(tiktoken(ranks))
     assert tokenizer.end not in tokenizer.encode(b"a <|endoftext|> b")
 
@@ -111,7 +111,7 @@ def test_what_looks_special_in_a_document_is_text(ranks):
         ({"file": "nowhere"}, r"kwargs.file: 'nowhere' does not exist"),
         (
             {"file": None, "encoding_name": "cl200k"},
-            r"'cl200k', which tiktoken does not know; encodings: .*cl100k_base",
+            r"'cl200k', which is unknown to tiktoken; encodings: .*cl100k_base",
         ),
         (
             {"file": None},
@@ -119,7 +119,7 @@ def test_what_looks_special_in_a_document_is_text(ranks):
         ),
     ],
 )
-def test_a_tiktoken_that_cannot_be_had(ranks, change, said):
+def test_an_unavailable_tiktoken_encoding_is_refused(ranks, change, said):
     with pytest.raises(ConfigError, match=said):
         build_tokenizer(tiktoken(ranks, **change))
 
@@ -130,20 +130,20 @@ def test_a_tokenizer_that_does_not_say_how_a_document_ends(folder, tmp_path):
         ConfigError,
         match=r"must say how a document ends, and has no token for it; give .*eos_token",
     ):
-        build_tokenizer(Tokenizer(name=str(tmp_path)))
+        build_tokenizer(TokenizerConfig(name=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"has no token '<eos>'; give tokenizer.eos_token"):
-        build_tokenizer(Tokenizer(name=str(tmp_path), eos_token="<eos>"))
+        build_tokenizer(TokenizerConfig(name=str(tmp_path), eos_token="<eos>"))
 
 
-def test_a_path_that_is_no_tokenizer(tmp_path):
+def test_a_path_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"tokenizer.name is 'byte'; give bytes, tiktoken, or the path"
     ):
-        build_tokenizer(Tokenizer(name="byte"))
+        build_tokenizer(TokenizerConfig(name="byte"))
     pytest.importorskip("tokenizers")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"tokenizer.json is no tokenizer: "):
-        build_tokenizer(Tokenizer(name=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"tokenizer.json is not a tokenizer: "):
+        build_tokenizer(TokenizerConfig(name=str(tmp_path)))
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path):
@@ -153,10 +153,12 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
         ConfigError,
         match=r'needs tokenizers, which is not installed; pip install "tokenyard-train\[data',
     ):
-        build_tokenizer(Tokenizer(name=str(tmp_path)))
+        build_tokenizer(TokenizerConfig(name=str(tmp_path)))
 
 
 def test_the_option_of_data_pack():
-    assert parse_tokenizer("bytes", None) == Tokenizer()
-    assert parse_tokenizer("some/folder", "</s>") == Tokenizer(name="some/folder", eos_token="</s>")
+    assert parse_tokenizer("bytes", None) == TokenizerConfig()
+    assert parse_tokenizer("some/folder", "</s>") == TokenizerConfig(
+        name="some/folder", eos_token="</s>"
+    )
     assert parse_tokenizer("tiktoken:cl100k_base", None).kwargs.encoding_name == "cl100k_base"

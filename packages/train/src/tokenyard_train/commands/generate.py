@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.data import build_tokenizer
-from tokenyard_train.data.schema import Tokenizer
+from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.engine.sampling import continue_texts
 
 
@@ -27,7 +27,9 @@ def generate(
     Raises TokenyardError.
     """
     found = load_trained(path, device, precision)
-    reads = build_tokenizer(found.tokenizer if tokenizer is None else Tokenizer(name=tokenizer))
+    reads = build_tokenizer(
+        found.tokenizer if tokenizer is None else TokenizerConfig(name=tokenizer)
+    )
     with found.computing():
         return continue_texts(
             found.model, reads, prompts, max_new_tokens, temperature, seed, found.stops

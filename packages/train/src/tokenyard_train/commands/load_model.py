@@ -15,7 +15,7 @@ from tokenyard_models import from_hf
 from tokenyard_train.checkpoint import model_tensors, newest_good, read_meta, read_tensors, verify
 from tokenyard_train.config.comparable import layout_free
 from tokenyard_train.config.load import read_config
-from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
+from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import COMPUTE_DTYPES, check_precision, computing_in
 

@@ -13,8 +13,8 @@ from tokenyard import ConfigError, moe_layers
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.routing_counts import LayerReport, route
 from tokenyard_train.data import Tokenizer, build_tokenizer
-from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
-from tokenyard_train.data.sources.files import documents_of, files_of
+from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.sources.files import find_files, read_file
 from tokenyard_train.records.results import write_results
 
 
@@ -66,8 +66,8 @@ def report(
 
 def _ids(data: Path, text_key: str, tokenizer: Tokenizer, most: int) -> Tensor:
     ids: list[int] = []
-    for file in files_of(str(data), (".txt",), "--data"):
-        for document in documents_of(file, text_key, "--data"):
+    for file in find_files(str(data), (".txt",), "--data"):
+        for document in read_file(file, text_key, "--data"):
             ids += [*tokenizer.encode(document).tolist(), tokenizer.end]
             if len(ids) >= most:
                 return torch.tensor(ids[:most])

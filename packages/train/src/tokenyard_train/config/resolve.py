@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenyard import ConfigError, resolve_device, started_processes
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.data.schema import PythonStdlib
+from tokenyard_train.data.schema import StdlibLoader
 from tokenyard_train.data.tokenizer import build_tokenizer
 
 _AUTO_TOKENS = 16384  # of one forward pass, when the microbatch size is left to us
@@ -64,8 +64,8 @@ def _model(config: TrainConfig, length: int) -> dict[str, Any]:
     return {"max_seq_len": length, "vocab_size": vocabulary} | config.model
 
 
-def _own_held_out(config: TrainConfig) -> PythonStdlib | None:
-    return config.train_loader if isinstance(config.train_loader, PythonStdlib) else None
+def _own_held_out(config: TrainConfig) -> StdlibLoader | None:
+    return config.train_loader if isinstance(config.train_loader, StdlibLoader) else None
 
 
 def _microbatch(config: TrainConfig, length: int) -> int:

@@ -13,7 +13,7 @@ from tokenyard_models.schema import Strict
 from tokenyard_train.config import foundry
 from tokenyard_train.config.duration import Duration, Span
 from tokenyard_train.config.loggers import Loggers
-from tokenyard_train.data.schema import DataSettings, Loader, Tokenizer
+from tokenyard_train.data.schema import DataSettings, LoaderConfig, TokenizerConfig
 
 CALLBACKS = "tokenyard.callbacks"
 """The group of entry points by which installed distributions offer callbacks."""
@@ -151,9 +151,9 @@ class TrainConfig(Strict):
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     max_seq_len: Count = 1024  # tokens of a sample; goes into the model
     model: dict[str, Any]  # `name`, and what that model's own config declares
-    tokenizer: Tokenizer = Tokenizer()
-    train_loader: Loader
-    eval_loader: Loader | None = None
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    train_loader: LoaderConfig
+    eval_loader: LoaderConfig | None = None
     optimizer: Optimizer = Optimizer()
     scheduler: Scheduler = Scheduler()
     algorithms: Algorithms = Algorithms()

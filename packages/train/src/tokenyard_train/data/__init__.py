@@ -1,4 +1,4 @@
-"""Text as batches of token ids, deterministic by global sample index."""
+"""Read text as batches of token ids, deterministic by global sample index."""
 
 from tokenyard_train.data.build import Data, build_data
 from tokenyard_train.data.corpus import Document, python_stdlib

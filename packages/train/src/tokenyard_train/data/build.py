@@ -1,4 +1,4 @@
-"""The data that a config names."""
+"""Build the data of a training config."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tokenyard import ConfigError
 from tokenyard_train.data.corpus import python_stdlib
 from tokenyard_train.data.mixture import Mixture
 from tokenyard_train.data.samples import HeldOut, Samples
-from tokenyard_train.data.schema import DataSettings, PythonStdlib, Source, Text
+from tokenyard_train.data.schema import DataSettings, Source, StdlibLoader, TextLoader
 from tokenyard_train.data.sources import mds_folder, read_documents
 from tokenyard_train.data.sources.mds import MdsTokens, has_tokens
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import Ids, TokenFile, Tokens, ids_dtype
 
-_IN_MEMORY = 1 << 30  # bytes of text that are tokenized at the start of a run
+_IN_MEMORY = 1 << 30  # bytes of text that may be tokenized at start-up
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads."""
+    """The tokenizer, training samples and held-out windows of a run."""
 
     tokenizer: Tokenizer
     train: Samples | Mixture
@@ -30,69 +30,78 @@ class Data:
 
 
 def build_data(settings: DataSettings) -> Data:
-    """Open, or read and tokenize, the text that a config names. Raises ConfigError for text missing or too short."""
+    """Open packed text, or read and tokenize text. Raises ConfigError if it is missing or short."""
     tokenizer = build_tokenizer(settings.tokenizer)
-    train = _train(settings, tokenizer)
+    train = _train_samples(settings, tokenizer)
     if settings.eval_loader is None:
         return Data(tokenizer, train, None)
-    held_out = _tokens(settings.eval_loader, tokenizer, "eval_loader")
-    scored = HeldOut(
-        held_out, settings.max_seq_len, settings.eval_batch_size, settings.eval_batches
+    held_out = HeldOut(
+        _loader_tokens(settings.eval_loader, tokenizer, "eval_loader"),
+        settings.max_seq_len,
+        settings.eval_batch_size,
+        settings.eval_batches,
     )
-    return Data(tokenizer, train, scored)
+    return Data(tokenizer, train, held_out)
 
 
-def _train(settings: DataSettings, tokenizer: Tokenizer) -> Samples | Mixture:
-    loader, length, seed = settings.train_loader, settings.max_seq_len, settings.seed
+def _train_samples(settings: DataSettings, tokenizer: Tokenizer) -> Samples | Mixture:
+    loader = settings.train_loader
     shuffle = loader.dataset.shuffle
-    if isinstance(loader, PythonStdlib) or loader.dataset.streams is None:
-        return Samples(_tokens(loader, tokenizer, "train_loader"), length, seed, shuffle)
+
+    def samples(tokens: Tokens) -> Samples:
+        return Samples(tokens, settings.max_seq_len, settings.seed, shuffle)
+
+    if isinstance(loader, StdlibLoader) or loader.dataset.streams is None:
+        return samples(_loader_tokens(loader, tokenizer, "train_loader"))
     key = "train_loader.dataset.streams"
     streams = {
-        name: Samples(_opened(stream, tokenizer, f"{key}.{name}"), length, seed, shuffle)
+        name: samples(_source_tokens(stream, tokenizer, f"{key}.{name}"))
         for name, stream in loader.dataset.streams.items()
     }
     weights = {name: stream.proportion for name, stream in loader.dataset.streams.items()}
-    return Mixture(streams, weights, seed)
+    return Mixture(streams, weights, settings.seed)
 
 
-def _tokens(loader: PythonStdlib | Text, tokenizer: Tokenizer, where: str) -> Tokens:
-    if isinstance(loader, PythonStdlib):
+def _loader_tokens(loader: StdlibLoader | TextLoader, tokenizer: Tokenizer, key: str) -> Tokens:
+    if isinstance(loader, StdlibLoader):
         try:
-            documents = python_stdlib(held_out=where == "eval_loader")
+            documents = python_stdlib(held_out=key == "eval_loader")
         except ConfigError as error:
-            raise ConfigError(f"{where}.{error}") from None
-        return tokenize((document.text for document in documents), tokenizer, where)
+            raise ConfigError(f"{key}.{error}") from None
+        return tokenize((document.text for document in documents), tokenizer, key)
     if loader.dataset.streams is not None:
-        raise ConfigError(
-            f"{where}.dataset.streams mixes training text; score one source at a time"
-        )
-    return _opened(loader.dataset, tokenizer, f"{where}.dataset")
+        raise ConfigError(f"{key}.dataset.streams mixes training text; score one source at a time")
+    return _source_tokens(loader.dataset, tokenizer, f"{key}.dataset")
 
 
-def _opened(source: Source, tokenizer: Tokenizer, key: str) -> Tokens:
+def _source_tokens(source: Source, tokenizer: Tokenizer, key: str) -> Tokens:
     if source.packed is not None:
-        return _packed(source.packed, tokenizer, key)
+        return _open_packed(source.packed, tokenizer, key)
     if source.local is not None and has_tokens(mds_folder(source), f"{key}.local"):
         return MdsTokens(mds_folder(source), tokenizer.vocab_size, f"{key}.local")
     return tokenize(read_documents(source, key), tokenizer, key)
 
 
-def _packed(folder: str, tokenizer: Tokenizer, key: str) -> TokenFile:
+def _open_packed(folder: str, tokenizer: Tokenizer, key: str) -> TokenFile:
     try:
         tokens = TokenFile(folder)
     except ConfigError as error:
         raise ConfigError(f"{key}.packed {error}") from None
-    if tokens.manifest["tokenizer"] != tokenizer.identity:
+    packed_by = tokens.manifest["tokenizer"]
+    if packed_by != tokenizer.identity:
         raise ConfigError(
-            f"{key}.packed {folder!r} was packed by the tokenizer {tokens.manifest['tokenizer']}, and the config's is "
+            f"{key}.packed {folder!r} was packed by the tokenizer {packed_by}, and the config's is "
             f"{tokenizer.identity}; name that one, or pack the text again"
         )
     return tokens
 
 
 def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer, key: str) -> Ids:
-    """Return the ids of documents, each followed by the end id. Raises ConfigError for none, or for too much text."""
+    """Return the ids of all documents [tokens], each document followed by the end id.
+
+    Raises ConfigError if there is no text, or more than fits in memory. `key` is the config key
+    that the error names.
+    """
     dtype = ids_dtype(tokenizer.vocab_size)
     parts: list[Ids] = []
     end = np.array([tokenizer.end], dtype=dtype)
@@ -101,8 +110,8 @@ def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer, key: str) -> Ids:
         size += len(document)
         if size > _IN_MEMORY:
             raise ConfigError(
-                f"{key} has more than {_IN_MEMORY >> 20} MiB of text; run tokenyard data pack on it, and name the "
-                "folder by dataset.packed"
+                f"{key} has more than {_IN_MEMORY >> 20} MiB of text; run tokenyard data pack "
+                "on it, and name the folder by dataset.packed"
             )
         parts += [tokenizer.encode(document).astype(dtype, copy=False), end]
     if not parts:

@@ -1,11 +1,11 @@
-"""What the subcommands of `tokenyard data` do."""
+"""Run the subcommands of `tokenyard data`."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +14,63 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeed
 
 from tokenyard import ConfigError
 from tokenyard_models.schema import parse
-from tokenyard_train.data.packing import JOURNAL, Counts, pack
-from tokenyard_train.data.schema import Source, Tokenizer
+from tokenyard_train.data.packing import UNFINISHED_MANIFEST, PackProgress, pack
+from tokenyard_train.data.schema import Source, TokenizerConfig
 from tokenyard_train.data.sources import describe_source, read_documents
 from tokenyard_train.data.tokens import (
     DOCUMENTS,
     HASHES,
+    JOURNAL,
     MANIFEST,
     TOKENS,
     TokenFile,
     read_manifest,
 )
 
+_PACKED_FILES = frozenset((MANIFEST, TOKENS, DOCUMENTS, HASHES, JOURNAL, UNFINISHED_MANIFEST))
 
-def run_pack(
-    console: Console,
-    out: Path,
-    sources: Sequence[str],
-    tokenizer: str,
-    eos_token: str | None,
-    hf: bool,
-    mds: bool,
-    split: str | None,
-    text_key: str,
-    workers: int | None,
-    overwrite: bool,
-) -> None:
-    """Pack sources into a folder, with a bar. Raises ConfigError for what cannot be read."""
-    source = _source(sources, hf, mds, split, text_key)
-    if overwrite:
-        _clear(out)
-    began = time.monotonic()
-    with _bar(console) as bar:
+
+@dataclass(frozen=True)
+class PackOptions:
+    """The options of `tokenyard data pack`."""
+
+    out: Path
+    sources: list[str]
+    tokenizer: str = "bytes"
+    eos_token: str | None = None
+    hf: bool = False
+    mds: bool = False
+    split: str | None = None
+    text_key: str = "text"
+    workers: int | None = None
+    overwrite: bool = False
+
+
+def run_pack(console: Console, options: PackOptions) -> None:
+    """Pack sources into a folder, with a progress bar. Raises ConfigError for unreadable text."""
+    source = _source(options)
+    if options.overwrite:
+        _delete_packed(options.out)
+    start = time.monotonic()
+    with _progress_bar(console) as bar:
         task = bar.add_task("packing", total=None, state="")
 
-        def show(done: Counts) -> None:
+        def report(done: PackProgress) -> None:
             state = f"{done.documents:,} documents, {done.tokens:,} tokens"
             bar.update(task, completed=done.text_bytes, state=state)
 
         done = pack(
-            out,
+            options.out,
             lambda: read_documents(source, "SOURCE"),
-            parse_tokenizer(tokenizer, eos_token),
+            parse_tokenizer(options.tokenizer, options.eos_token),
             describe_source(source, "SOURCE"),
-            workers or os.cpu_count() or 1,
-            show,
+            options.workers or os.cpu_count() or 1,
+            report,
         )
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     console.print(
-        f"{out}: {done.documents:,} documents, {done.tokens:,} tokens of {done.text_bytes / 1e6:,.1f} MB of text "
-        f"in {seconds:.1f} s",
+        f"{options.out}: {done.documents:,} documents, {done.tokens:,} tokens "
+        f"of {done.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s",
         highlight=False,
     )
 
@@ -86,41 +93,40 @@ def run_info(console: Console, folder: Path) -> None:
         console.print(f"source       {source.get('file', source)}", highlight=False)
 
 
-def parse_tokenizer(text: str, eos_token: str | None) -> Tokenizer:
-    """Return the tokenizer config of an option: a name or path, or ``tiktoken:<encoding>``."""
+def parse_tokenizer(text: str, eos_token: str | None) -> TokenizerConfig:
+    """Return the config of a `--tokenizer` value: a name or path, or ``tiktoken:<encoding>``."""
     name, _, encoding = text.partition(":")
     if name == "tiktoken":
-        return parse(Tokenizer, {"name": "tiktoken", "kwargs": {"encoding_name": encoding or None}})
-    return parse(Tokenizer, {"name": text, "eos_token": eos_token})
+        kwargs = {"encoding_name": encoding or None}
+        return parse(TokenizerConfig, {"name": "tiktoken", "kwargs": kwargs})
+    return parse(TokenizerConfig, {"name": text, "eos_token": eos_token})
 
 
-def _source(
-    sources: Sequence[str], hf: bool, mds: bool, split: str | None, text_key: str
-) -> Source:
-    if hf and mds:
+def _source(options: PackOptions) -> Source:
+    if options.hf and options.mds:
         raise ConfigError("--hf and --mds were given; a source is one of them")
-    place: dict[str, Any] = {"path": list(sources)}
-    if hf or mds:
-        if len(sources) != 1:
-            raise ConfigError(
-                f"--{'hf' if hf else 'mds'} takes one SOURCE, and {len(sources)} were given"
-            )
-        place = {"hf_name" if hf else "local": sources[0], "split": split}
-    return parse(Source, place | {"text_key": text_key})
+    location: dict[str, Any] = {"path": list(options.sources)}
+    if options.hf or options.mds:
+        if len(options.sources) != 1:
+            flag = "--hf" if options.hf else "--mds"
+            raise ConfigError(f"{flag} takes one SOURCE, and {len(options.sources)} were given")
+        key = "hf_name" if options.hf else "local"
+        location = {key: options.sources[0], "split": options.split}
+    return parse(Source, location | {"text_key": options.text_key})
 
 
-def _clear(out: Path) -> None:
-    """Delete a packing, and nothing else."""
-    ours = {MANIFEST, TOKENS, DOCUMENTS, HASHES, JOURNAL, MANIFEST + ".unfinished"}
-    others = sorted(path.name for path in out.glob("*") if path.name not in ours)
+def _delete_packed(folder: Path) -> None:
+    """Delete a packed folder. Raises ConfigError if it holds any other file."""
+    others = sorted(path.name for path in folder.glob("*") if path.name not in _PACKED_FILES)
     if others:
         raise ConfigError(
-            f"--overwrite deletes a packed folder, and {str(out)!r} holds something else: {others[0]}"
+            f"--overwrite deletes a packed folder, and {str(folder)!r} holds something else: "
+            f"{others[0]}"
         )
-    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _bar(console: Console) -> Progress:
+def _progress_bar(console: Console) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         TransferSpeedColumn(),

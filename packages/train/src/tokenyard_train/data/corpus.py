@@ -1,4 +1,4 @@
-"""The text of Python's standard library: some megabytes that every machine has."""
+"""The source of Python's standard library as a corpus: about 12 MB that every machine has."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ from typing import NamedTuple
 from tokenyard import ConfigError
 from tokenyard_train.data.sources.files import list_files
 
-_NOT_LIBRARY = frozenset(
+_EXCLUDED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
 )
-_HELD_OUT_SHARE = 20  # one file of so many
+_HELD_OUT_ONE_IN = 20  # files
 
 
 class Document(NamedTuple):
-    """One text."""
+    """A text and its name."""
 
     name: str
     text: bytes  # UTF-8
 
 
 def python_stdlib(held_out: bool) -> list[Document]:
-    """Read the modules of the running Python's standard library, without its tests: one file in 20 is held out.
+    """Read the standard library's modules, tests excluded: the held-out files or the others.
 
-    Which ones depends on their path in the library only, so a module stays on its side from version to version. Raises
-    ConfigError where the library is installed without its source.
+    One file in 20 is held out. The split depends only on a file's path in the library, so it is
+    stable across Python versions. Raises ConfigError if the library is installed without source.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    library = (
-        path.relative_to(root).as_posix() for path in list_files(root, (".py",), _NOT_LIBRARY)
+    names = (
+        path.relative_to(root).as_posix() for path in list_files(root, (".py",), _EXCLUDED_FOLDERS)
     )
     documents = [
         Document(name, (root / name).read_bytes())
-        for name in library
+        for name in names
         if _is_held_out(name) == held_out
     ]
     kept = [document for document in documents if document.text and _is_utf8(document.text)]
     if not kept:
         raise ConfigError(
-            f"name is 'python_stdlib', but {root} holds no source of the library; give files by 'text'"
+            f"name is 'python_stdlib', but {root} holds no source of the library; "
+            "give files by 'text'"
         )
     return kept
 
@@ -55,7 +56,5 @@ def _is_utf8(text: bytes) -> bool:
 
 
 def _is_held_out(name: str) -> bool:
-    return (
-        int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) % _HELD_OUT_SHARE
-        == 0
-    )
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) % _HELD_OUT_ONE_IN == 0

@@ -1,83 +1,83 @@
-"""Documents into chunks of token ids, in order, by any number of processes."""
+"""Tokenize documents in chunks, in order, with one or more worker processes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
 from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
 
-from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
+from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import ids_dtype
 
 
-class Encoded(NamedTuple):
-    """What a chunk of documents became."""
+class EncodedChunk(NamedTuple):
+    """The token ids of a chunk of documents."""
 
-    ids: bytes  # each document's ids and the end id
-    ends: list[int]  # where each document ends, in ids, from the start of the chunk
+    ids: bytes  # each document's ids followed by the end id
+    ends: list[int]  # position after each document's end id, from the start of the chunk
     text_bytes: int
 
 
-def chunks(documents: Iterable[bytes], least: int) -> Iterator[list[bytes]]:
-    """Cut documents into lists of at least so many bytes of text each, the last one excepted."""
+def split_chunks(documents: Iterable[bytes], min_bytes: int) -> Iterator[list[bytes]]:
+    """Group documents into lists of at least `min_bytes` of text; the last may be smaller."""
     chunk: list[bytes] = []
     size = 0
     for document in documents:
         chunk.append(document)
         size += len(document)
-        if size >= least:
+        if size >= min_bytes:
             yield chunk
-            chunk, size = [], 0
+            chunk = []
+            size = 0
     if chunk:
         yield chunk
 
 
-def encoded(
-    work: Iterator[list[bytes]], config: TokenizerConfig, workers: int, skip: int
-) -> Iterator[Encoded]:
-    """Tokenize the chunks after the first `skip`, in order, by so many processes; few are in memory at a time."""
-    for _ in zip(range(skip), work):
-        pass
+def encode_chunks(
+    chunks: Iterator[list[bytes]], config: TokenizerConfig, workers: int, skip: int
+) -> Iterator[EncodedChunk]:
+    """Tokenize all chunks but the first `skip`, in order, with `workers` processes.
+
+    About 2 * workers chunks are in memory at a time.
+    """
+    remaining = islice(chunks, skip, None)
     if workers == 1:
         tokenizer = build_tokenizer(config)
-        yield from (_encode(tokenizer, chunk) for chunk in work)
+        yield from (_encode(tokenizer, chunk) for chunk in remaining)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (config,)) as pool:
-        waiting: list[Future[Encoded]] = []
-        for chunk in work:
-            waiting.append(pool.submit(_work, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.pop(0).result()
-        for future in waiting:
+        pending: list[Future[EncodedChunk]] = []
+        for chunk in remaining:
+            pending.append(pool.submit(_encode_in_worker, chunk))
+            if len(pending) > 2 * workers:
+                yield pending.pop(0).result()
+        for future in pending:
             yield future.result()
 
 
-_worker: list[Tokenizer] = []  # of a worker process, which has nothing else to keep it in
+# A pool passes no state to its tasks, so a worker process keeps its tokenizer in a global.
+_worker_tokenizer: list[Tokenizer] = []
 
 
 def _start_worker(config: TokenizerConfig) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker.append(build_tokenizer(config))
+    _worker_tokenizer.append(build_tokenizer(config))
 
 
-def _work(documents: list[bytes]) -> Encoded:
-    return _encode(_worker[0], documents)
+def _encode_in_worker(documents: list[bytes]) -> EncodedChunk:
+    return _encode(_worker_tokenizer[0], documents)
 
 
-def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> Encoded:
+def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> EncodedChunk:
     dtype = ids_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.end], dtype=dtype)
-    parts = [
-        part
-        for document in documents
-        for part in (tokenizer.encode(document).astype(dtype, copy=False), end)
-    ]
-    lengths = [len(parts[i]) + 1 for i in range(0, len(parts), 2)]
-    return Encoded(
-        np.concatenate(parts).tobytes(), np.cumsum(lengths).tolist(), sum(map(len, documents))
-    )
+    encoded = [tokenizer.encode(document).astype(dtype, copy=False) for document in documents]
+    ids = np.concatenate([part for document in encoded for part in (document, end)])
+    ends = np.cumsum([len(document) + 1 for document in encoded]).tolist()
+    return EncodedChunk(ids.tobytes(), ends, sum(map(len, documents)))

@@ -1,4 +1,4 @@
-"""Keys of LLM Foundry that loaders, datasets and tokenizers here do without; they are ignored with a warning."""
+"""Keys of LLM Foundry's loaders, datasets and tokenizers that are ignored with a warning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOADER = frozenset(
         "timeout",
     )
 )
-"""In train_loader and eval_loader: samples here are read by index, in the process itself."""
+"""In train_loader and eval_loader. Samples are read by index, without worker processes."""
 
 DATASET = frozenset(
     (
@@ -37,9 +37,9 @@ DATASET = frozenset(
         "validate_hash",
     )
 )
-"""In a loader's dataset: how streaming fetches and shuffles shards."""
+"""In a loader's dataset: options for fetching and shuffling shards."""
 
 TOKENIZER_KWARGS = frozenset(
     ("add_bos_token", "add_eos_token", "model_max_length", "padding_side", "trust_remote_code")
 )
-"""In tokenizer.kwargs: documents are cut where training cuts them, and nothing is padded."""
+"""In tokenizer.kwargs. Documents are cut into windows of max_seq_len, and nothing is padded."""

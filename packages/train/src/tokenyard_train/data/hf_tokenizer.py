@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer files."""
+"""Tokenize with a Hugging Face tokenizer.json."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from tokenyard_train.optional import needs
 
 
 class HfTokenizer:
-    """A tokenizer.json, by itself or in a model's folder. Raises ConfigError if it cannot be used.
+    """A tokenizer.json, given by its path or its folder.
 
-    The id that ends a document is that of `eos_token`, or what the tokenizer_config.json beside it calls so.
+    The end-of-document token is `eos_token`, or else the eos_token of the tokenizer_config.json
+    beside the file. Raises ConfigError if the file is unusable or no such token exists.
     """
 
     def __init__(self, name: str, eos_token: str | None):
-        path = _find(Path(name))
+        path = _tokenizer_file(Path(name))
         tokenizers = needs("tokenizers", f"tokenizer.name {name!r}", "tokenyard-train[data]")
         content = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exceptions
-            raise ConfigError(f"tokenizer.name {name!r}: {path} is no tokenizer: {error}") from None
+            raise ConfigError(
+                f"tokenizer.name {name!r}: {path} is not a tokenizer: {error}"
+            ) from None
         eos = eos_token or _configured_eos(path)
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.end = self._end(name, eos)
+        self.end = self._end_id(name, eos)
         self.identity = f"tokenizer.json {hashlib.sha256(content).hexdigest()} {eos}"
         self._special = {
             i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special
@@ -51,53 +54,61 @@ class HfTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def bytes_in(self, ids: Ids) -> int:
-        """Return how many bytes of text the ids stand for; exact for byte-level ones, else as they decode together."""
+        """Return the number of text bytes that the ids represent.
+
+        Exact for a byte-level tokenizer. For others, the size of the ids' decoded text.
+        """
         if self._sizes is None:
             return len(self.decode(ids.tolist()).encode())
         return int(self._sizes[ids].sum())
 
-    def _end(self, name: str, eos: str | None) -> int:
+    def _end_id(self, name: str, eos: str | None) -> int:
         end = None if eos is None else self._tokenizer.token_to_id(eos)
         if end is None:
-            found = "has no token for it" if eos is None else f"has no token {eos!r}"
+            problem = "has no token for it" if eos is None else f"has no token {eos!r}"
             raise ConfigError(
-                f"tokenizer.name {name!r} must say how a document ends, and {found}; give tokenizer.eos_token"
+                f"tokenizer.name {name!r} must say how a document ends, and {problem}; "
+                "give tokenizer.eos_token"
             )
         return int(end)
 
     def _byte_sizes(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-        """Return the bytes of each id if tokens are byte-level (one character stands for one byte each), else None."""
+        """Return the text bytes of each id [vocab_size], or None if tokens are not byte-level.
+
+        In a byte-level tokenizer, each character of a token is one byte of text. Special tokens
+        have no text, and other added tokens are stored as plain text.
+        """
         decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {}
         if decoder.get("type") != "ByteLevel":
             return None
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         added = self._tokenizer.get_added_tokens_decoder()
         for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            sizes[i] = (
-                0 if i in self._special else len(token.encode()) if i in added else len(token)
-            )
+            if i in self._special:
+                continue
+            sizes[i] = len(token.encode()) if i in added else len(token)
         return sizes
 
 
-def _find(path: Path) -> Path:
-    found = path / "tokenizer.json" if path.is_dir() else path
-    if not found.is_file():
+def _tokenizer_file(path: Path) -> Path:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
         what = ", a folder without a tokenizer.json" if path.is_dir() else ""
         raise ConfigError(
-            f"tokenizer.name is {str(path)!r}{what}; give bytes, tiktoken, or the path of a tokenizer.json or its "
-            "folder (to generate and routing as --tokenizer)"
+            f"tokenizer.name is {str(path)!r}{what}; give bytes, tiktoken, or the path of a "
+            "tokenizer.json or its folder (to generate and routing as --tokenizer)"
         )
-    return found
+    return file
 
 
 def _configured_eos(path: Path) -> str | None:
-    beside = path.with_name("tokenizer_config.json")
-    if not beside.is_file():
+    config = path.with_name("tokenizer_config.json")
+    if not config.is_file():
         return None
     try:
-        eos = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
+        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
     except (ValueError, AttributeError):
         raise ConfigError(
-            f"{beside} is not a JSON object; mend it, or give tokenizer.eos_token"
+            f"{config} is not a JSON object; fix it, or give tokenizer.eos_token"
         ) from None
     return eos.get("content") if isinstance(eos, dict) else eos

@@ -1,4 +1,4 @@
-"""`tokenyard data pack`: text into a folder that TokenFile reads; killed and run again, it goes on."""
+"""Pack text into a folder of token ids that TokenFile reads. An interrupted run is resumed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenyard import ConfigError, TokenyardError
-from tokenyard_train.data.encoding import Encoded, chunks, encoded
-from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
+from tokenyard_train.data.encoding import EncodedChunk, encode_chunks, split_chunks
+from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import (
     BLOCK_BYTES,
     DOCUMENTS,
     FORMAT,
     HASHES,
+    JOURNAL,
     MANIFEST,
     TOKENS,
     ids_dtype,
     manifest_digest,
 )
 
-JOURNAL = "journal.jsonl"
-CHUNK_BYTES = 4 << 20  # of text; documents are never split
+CHUNK_BYTES = 4 << 20  # text per chunk, at least; documents are never split
+UNFINISHED_MANIFEST = MANIFEST + ".unfinished"
 
 
-class Counts(NamedTuple):
-    """How far a packing is."""
+class PackProgress(NamedTuple):
+    """Counts of what is packed so far. The journal holds one per chunk."""
 
     chunks: int = 0
     tokens: int = 0
@@ -42,99 +43,105 @@ class Counts(NamedTuple):
 def pack(
     folder: Path,
     documents: Callable[[], Iterable[bytes]],
-    tokenizer: TokenizerConfig,
+    config: TokenizerConfig,
     sources: list[dict[str, Any]],
     workers: int,
-    progress: Callable[[Counts], None],
-) -> Counts:
-    """Tokenize documents, which come in the same order each time, into a packed folder.
+    report: Callable[[PackProgress], None],
+) -> PackProgress:
+    """Tokenize documents into a packed folder, and return the final counts.
 
-    The bytes that result do not depend on the number of workers, nor on how often the packing was killed: the text is
-    cut in chunks by one rule, their ids are appended in order, and a journal says after which chunk a new run goes on.
-    Raises ConfigError if another packing was begun in the folder, and TokenyardError if it cannot be written.
+    `documents` must yield the same UTF-8 texts in the same order on each call; `sources` describes
+    them in the manifest. `report` is called at the start and after each chunk. The output does not
+    depend on `workers` or on interruptions: one rule cuts the text into chunks, ids are appended in
+    order, and a journal records each finished chunk. Raises ConfigError if the folder holds another
+    packing, TokenyardError if it cannot be written.
     """
-    built = build_tokenizer(tokenizer)
+    tokenizer = build_tokenizer(config)
     settings = {
         "format": FORMAT,
-        "tokenizer": built.identity,
+        "tokenizer": tokenizer.identity,
         "sources": sources,
         "chunk_bytes": CHUNK_BYTES,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        done = _begin(folder, settings, ids_dtype(built.vocab_size).itemsize)
-        progress(done)
-        text = chunks(documents(), CHUNK_BYTES)
-        done = _append(
-            folder, encoded(text, tokenizer, workers, done.chunks), done, built, progress
-        )
-        _finish(folder, settings, done, built)
+        done = _start_or_resume(folder, settings, ids_dtype(tokenizer.vocab_size).itemsize)
+        report(done)
+        chunks = split_chunks(documents(), CHUNK_BYTES)
+        encoded = encode_chunks(chunks, config, workers, skip=done.chunks)
+        done = _append(folder, encoded, done, tokenizer, report)
+        _finish(folder, settings, done, tokenizer)
     except OSError as error:
         raise TokenyardError(
-            f"{folder} cannot be written: {error.strerror}; what is packed so far stays"
+            f"{folder} cannot be written: {error.strerror}; what is packed so far is kept"
         ) from None
     return done
 
 
-def _begin(folder: Path, settings: dict[str, Any], itemsize: int) -> Counts:
-    """Start a journal, or take up the one that stands; cut the files back to what it vouches for."""
-    journal = folder / JOURNAL
+def _start_or_resume(folder: Path, settings: dict[str, Any], itemsize: int) -> PackProgress:
+    """Start a journal or resume an existing one, and truncate the files to what it records."""
     if (folder / MANIFEST).exists():
         raise ConfigError(f"{str(folder)!r} is packed already; give another folder, or --overwrite")
-    done = Counts()
-    if journal.exists() and (lines := _whole_lines(journal)):
-        if json.loads(lines[0]) != settings:
-            raise ConfigError(
-                f"{str(folder)!r} holds an unfinished packing of other text or by another tokenizer; "
-                "give the same ones to go on, another folder, or --overwrite"
-            )
-        done = Counts(*json.loads(lines[-1])) if len(lines) > 1 else done
-        journal.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    else:
-        journal.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    journal = folder / JOURNAL
+    done = PackProgress()
+    lines = _complete_lines(journal)
+    if lines and json.loads(lines[0]) != settings:
+        raise ConfigError(
+            f"{str(folder)!r} holds an unfinished packing of other text or by another tokenizer; "
+            "give the same ones to resume, another folder, or --overwrite"
+        )
+    if len(lines) > 1:
+        done = PackProgress(*json.loads(lines[-1]))
+    lines = lines or [json.dumps(settings)]
+    journal.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     for name, size in ((TOKENS, done.tokens * itemsize), (DOCUMENTS, done.documents * 8)):
         with (folder / name).open("ab") as file:
             file.truncate(size)
     return done
 
 
-def _whole_lines(journal: Path) -> list[str]:
-    return journal.read_text(encoding="utf-8").split("\n")[
-        :-1
-    ]  # what follows the last line end was not finished
+def _complete_lines(journal: Path) -> list[str]:
+    if not journal.exists():
+        return []
+    # An interrupted write leaves text after the last line end.
+    return journal.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def _append(
     folder: Path,
-    parts: Iterator[Encoded],
-    done: Counts,
+    chunks: Iterator[EncodedChunk],
+    done: PackProgress,
     tokenizer: Tokenizer,
-    progress: Callable[[Counts], None],
-) -> Counts:
+    report: Callable[[PackProgress], None],
+) -> PackProgress:
     itemsize = ids_dtype(tokenizer.vocab_size).itemsize
     with (
         (folder / TOKENS).open("ab") as tokens,
         (folder / DOCUMENTS).open("ab") as documents,
         (folder / JOURNAL).open("a", encoding="utf-8") as journal,
     ):
-        for part in parts:
-            tokens.write(part.ids)
-            documents.write((np.array(part.ends, dtype="<u8") + np.uint64(done.tokens)).tobytes())
-            done = Counts(
+        for chunk in chunks:
+            tokens.write(chunk.ids)
+            documents.write((np.array(chunk.ends, dtype="<u8") + np.uint64(done.tokens)).tobytes())
+            done = PackProgress(
                 done.chunks + 1,
-                done.tokens + len(part.ids) // itemsize,
-                done.documents + len(part.ends),
-                done.text_bytes + part.text_bytes,
+                done.tokens + len(chunk.ids) // itemsize,
+                done.documents + len(chunk.ends),
+                done.text_bytes + chunk.text_bytes,
             )
+            # The journal must not record a chunk before its ids are on disk.
             for file in (tokens, documents):
                 _sync(file)
             journal.write(json.dumps(done) + "\n")
             _sync(journal)
-            progress(done)
+            report(done)
     return done
 
 
-def _finish(folder: Path, settings: dict[str, Any], done: Counts, tokenizer: Tokenizer) -> None:
+def _finish(
+    folder: Path, settings: dict[str, Any], done: PackProgress, tokenizer: Tokenizer
+) -> None:
+    """Write the hashes, then the manifest, which marks the folder as complete."""
     if done.documents == 0:
         raise ConfigError("there is no text to pack; every source that was named is empty")
     with (folder / TOKENS).open("rb") as file:
@@ -156,11 +163,10 @@ def _finish(folder: Path, settings: dict[str, Any], done: Counts, tokenizer: Tok
         "documents_sha256": hashlib.sha256((folder / DOCUMENTS).read_bytes()).hexdigest(),
     }
     text = json.dumps(manifest | {"digest": manifest_digest(manifest)}, indent=1)
-    unfinished = folder / (MANIFEST + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as written:
-        written.write(text)
-        _sync(written)
-    unfinished.rename(folder / MANIFEST)
+    with (folder / UNFINISHED_MANIFEST).open("w", encoding="utf-8") as unfinished:
+        unfinished.write(text)
+        _sync(unfinished)
+    (folder / UNFINISHED_MANIFEST).rename(folder / MANIFEST)
     (folder / JOURNAL).unlink()
 
 

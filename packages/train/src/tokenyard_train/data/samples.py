@@ -1,4 +1,4 @@
-"""Training samples by global index, and held-out windows in order."""
+"""Cut a token stream into training samples by global index, and into held-out windows in order."""
 
 from __future__ import annotations
 
@@ -8,81 +8,85 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenyard import ConfigError
-from tokenyard_train.data.shuffle import shuffled
+from tokenyard_train.data.shuffle import permute_index
 from tokenyard_train.data.tokens import Ids, Tokens
 
 IGNORED = -100
-"""The target of a position that is not scored; ``F.cross_entropy`` skips it by default."""
+"""The target of a position that is not scored. It is the default of ``F.cross_entropy``."""
 
 
 class Samples:
-    """Windows of `length` + 1 tokens of a stream, of which each predicts all but its first token.
+    """Windows of `length` + 1 tokens; each predicts all of its tokens but the first.
 
-    Sample i >= 0 is a pure function of i: epoch ``i // n`` shows each of the n windows once, in an order drawn from
-    (seed, epoch), which is computed and not kept. So a run needs no cursor, resumes at no cost however much text there
-    is, and sees the same samples on any number of processes.
+    Sample i >= 0 is a pure function of i. Epoch ``i // n`` shows each of the n windows once, in an
+    order that is computed from (seed, epoch) and never stored. So a run needs no cursor, resumes at
+    constant cost, and sees the same samples on any number of ranks. Raises ConfigError if the text
+    is shorter than one window.
     """
 
     def __init__(self, tokens: Tokens, length: int, seed: int, shuffle: bool = True):
-        self.tokens, self.length, self.seed, self.shuffle = tokens, length, seed, shuffle
+        self.tokens = tokens
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
         self.windows = (len(tokens) - 1) // length
         if self.windows < 1:
             raise ConfigError(
-                f"the text has {len(tokens)} tokens; a sample of max_seq_len {length} needs {length + 1}"
+                f"the text has {len(tokens)} tokens; "
+                f"a sample of max_seq_len {length} needs {length + 1}"
             )
 
     def __len__(self) -> int:
-        """Return the windows of an epoch."""
+        """Return the number of windows in an epoch."""
         return self.windows
 
     def __getitem__(self, index: int) -> Tensor:
         """Return sample `index` [length + 1] int64, for any index >= 0."""
         if index < 0:
-            raise IndexError(f"samples are counted from 0 upwards, and {index} was asked for")
-        epoch, place = divmod(index, self.windows)
+            raise IndexError(f"sample indices start at 0, and {index} was given")
+        epoch, window = divmod(index, self.windows)
         if self.shuffle:
-            place = shuffled(place, self.windows, f"{self.seed}/{epoch}")
-        start = place * self.length
+            window = permute_index(window, self.windows, f"{self.seed}/{epoch}")
+        start = window * self.length
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
     def batch(
         self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None
     ) -> Tensor:
-        """Return this rank's share [size / world, length + 1] of samples ``step * size ... (step + 1) * size``.
+        """Return one rank's samples of a step's batch [size / world, length + 1] int64.
 
-        Its microbatches follow each other; see `ranks_share`.
+        The batch is samples ``step * size`` to ``(step + 1) * size - 1``; see `sample_indices`.
         """
-        return torch.stack([self[i] for i in ranks_share(step, size, rank, world, microbatch)])
+        return torch.stack([self[i] for i in sample_indices(step, size, rank, world, microbatch)])
 
 
-def ranks_share(
+def sample_indices(
     step: int, size: int, rank: int, world: int, microbatch: int | None = None
 ) -> list[int]:
-    """Return the samples of a step's batch that one of `world` ranks reads, one microbatch after the other.
+    """Return the sample indices [size / world] that one rank reads in a step, by microbatch.
 
-    The first microbatches of all ranks are the first samples of the batch, and so on: what is computed together does
-    not depend on how many ranks there are, if `microbatch` * world does not. Raises ConfigError for an uneven share.
+    The first microbatches of all ranks cover the first samples of the batch, and so on. So the
+    samples that are computed together depend only on `microbatch` * world. Raises ConfigError if
+    `size` is not a multiple of `world`.
     """
     if size % world:
         raise ConfigError(
             f"global_train_batch_size is {size}, which {world} data ranks cannot share evenly"
         )
     share = size // world
-    each = microbatch or share
-    firsts = (
-        step * size + (at * world + rank * min(each, share - at)) for at in range(0, share, each)
-    )
-    return [
-        first + i
-        for at, first in zip(range(0, share, each), firsts)
-        for i in range(min(each, share - at))
-    ]
+    indices: list[int] = []
+    for start in range(0, share, microbatch or share):
+        count = min(microbatch or share, share - start)
+        first = step * size + start * world + rank * count
+        indices += range(first, first + count)
+    return indices
 
 
 class HeldOut:
-    """The windows of a held-out stream in order; together they predict every token but the first, once.
+    """Windows of a held-out stream in order. Together they predict every token but the first once.
 
-    With `batches`, only so many batches of windows, spread evenly over the stream, so that they are of many documents.
+    `batches` limits the number of batches. Their windows are then evenly spaced over the stream, so
+    that they cover many documents. Raises ConfigError if the text has fewer than two tokens.
     """
 
     def __init__(self, tokens: Tokens, length: int, batch_size: int, batches: int = -1):
@@ -92,15 +96,20 @@ class HeldOut:
                 f"the held-out text has {len(tokens)} tokens; scoring needs 2 at least"
             )
         kept = windows if batches == -1 else min(windows, batches * batch_size)
-        self.tokens, self.length, self.batch_size = tokens, length, batch_size
+        self.tokens = tokens
+        self.length = length
+        self.batch_size = batch_size
         self._starts: NDArray[np.int64] = np.arange(kept) * windows // kept * length
 
     def __len__(self) -> int:
-        """Return the batches."""
+        """Return the number of batches."""
         return -(-len(self._starts) // self.batch_size)
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets [b, length] int64; past the end of the text, inputs are 0 and targets IGNORED."""
+        """Return inputs and targets, each [b, length] int64.
+
+        Past the end of the text, inputs are 0 and targets are IGNORED.
+        """
         first = index * self.batch_size
         rows = torch.stack(
             [self._window(int(start)) for start in self._starts[first : first + self.batch_size]]
@@ -109,12 +118,12 @@ class HeldOut:
 
     @property
     def predicted(self) -> Ids:
-        """The tokens that are predicted, in order."""
+        """The predicted tokens, in order [tokens]."""
         return np.concatenate([self.tokens[s + 1 : s + 1 + self.length] for s in self._starts])
 
     @property
     def previous(self) -> Ids:
-        """The token before each one that is predicted."""
+        """The token before each predicted token [tokens]."""
         last = len(self.tokens) - 1
         return np.concatenate([self.tokens[s : min(s + self.length, last)] for s in self._starts])
 

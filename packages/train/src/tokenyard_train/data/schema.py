@@ -1,4 +1,4 @@
-"""What a config says of text: the tokenizer, where documents come from, and how streams are mixed."""
+"""Config sections for text: tokenizer, document sources, and mixtures of streams."""
 
 from __future__ import annotations
 
@@ -12,63 +12,63 @@ from tokenyard_train.data import foundry
 
 
 class TiktokenKwargs(Strict):
-    """Which encoding of tiktoken: by name, or from a file of ranks with the pattern that splits text."""
+    """A tiktoken encoding, by name or from a file of ranks with the pattern that splits text."""
 
     ignored: ClassVar[frozenset[str]] = foundry.TOKENIZER_KWARGS
 
     encoding_name: str | None = None  # such as cl100k_base
-    model_name: str | None = None  # the encoding of a model, such as gpt-4
-    file: str | None = None  # of ranks, as tiktoken writes them
-    pattern: str | None = None  # splits text before ranks are used; with file
-    special_tokens: dict[str, int] = {}  # ids by text; with file
+    model_name: str | None = None  # use the encoding of this model, such as gpt-4
+    file: str | None = None  # ranks in tiktoken's file format
+    pattern: str | None = None  # with file: regular expression that splits text before BPE
+    special_tokens: dict[str, int] = {}  # with file: token text to id
 
 
-class Tokenizer(Strict):
-    """How text becomes ids. `bytes`: each byte its value, and 256 ends a document."""
+class TokenizerConfig(Strict):
+    """The tokenizer. `bytes` maps each byte to its value and ends a document with 256."""
 
-    name: str = (
-        "bytes"  # bytes, tiktoken, or the path of a Hugging Face tokenizer.json or its folder
-    )
+    name: str = "bytes"  # bytes, tiktoken, or the path of a tokenizer.json or its folder
     eos_token: str | None = (
-        None  # of a tokenizer.json; None: what the tokenizer_config.json beside it says
+        # end-of-document token of a tokenizer.json; None: read from tokenizer_config.json beside it
+        None
     )
-    kwargs: TiktokenKwargs | None = None  # of tiktoken
+    kwargs: TiktokenKwargs | None = None  # options of tiktoken
 
 
 class StdlibDataset(Strict):
-    """How the standard library is read."""
+    """Options for reading the standard library."""
 
     ignored: ClassVar[frozenset[str]] = foundry.DATASET | {"split"}
 
-    shuffle: bool = True  # samples, anew in each epoch
+    shuffle: bool = True  # draw a new sample order for each epoch
 
 
-class PythonStdlib(Strict):
-    """The text of the installed Python's standard library; a fixed share of its files is held out for evaluation."""
+class StdlibLoader(Strict):
+    """The installed Python's standard library as text. One file in 20 is held out."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOADER
 
-    name: Literal["python_stdlib"]  # this one
+    name: Literal["python_stdlib"]  # selects this loader
     dataset: StdlibDataset = StdlibDataset()
 
 
-PLACES = ("path", "packed", "local", "hf_name")
-"""The keys that say where text comes from; a source has exactly one of them."""
+LOCATION_KEYS = ("path", "packed", "local", "hf_name")
+"""The keys that locate text. A source sets exactly one of them."""
 
 
 class Source(Strict):
-    """Where documents come from."""
+    """A location to read documents from."""
 
     ignored: ClassVar[frozenset[str]] = foundry.DATASET
 
     path: str | list[str] | None = None  # files and folders: text, .jsonl (.gz, .zst), .parquet
-    packed: str | None = None  # a folder that tokenyard data pack wrote
-    local: str | None = None  # a folder of MDS shards
-    hf_name: str | None = None  # a dataset of Hugging Face's: a folder, or a name on its hub
-    split: str | None = None  # of local: a folder in it; of hf_name: a split, train if not given
-    streaming: bool = True  # hf_name: read while it downloads
-    text_key: str = "text"  # the column of .jsonl, .parquet, MDS and hf_name that holds the text
+    packed: str | None = None  # output folder of tokenyard data pack
+    local: str | None = None  # folder of MDS shards
+    hf_name: str | None = None  # Hugging Face dataset: a folder, or a name on the hub
+    split: str | None = None  # local: subfolder; hf_name: split of the dataset, default train
+    streaming: bool = True  # hf_name: read while downloading
+    text_key: str = "text"  # column that holds the text, in .jsonl, .parquet, MDS and hf_name
     suffixes: list[str] = [
+        # file suffixes to read from folders
         ".txt",
         ".md",
         ".py",
@@ -76,63 +76,63 @@ class Source(Strict):
         ".jsonl.gz",
         ".jsonl.zst",
         ".parquet",
-    ]  # taken from folders
+    ]
 
-    def places(self) -> list[str]:
-        """List which of PLACES are given."""
-        return [name for name in PLACES if getattr(self, name) is not None]
+    def locations(self) -> list[str]:
+        """Return the names of the LOCATION_KEYS that are set."""
+        return [name for name in LOCATION_KEYS if getattr(self, name) is not None]
 
     @model_validator(mode="after")
-    def _one_place(self) -> Source:
-        _exactly_one(self.places(), PLACES)
+    def _one_location(self) -> Source:
+        _check_exactly_one(self.locations(), LOCATION_KEYS)
         return self
 
 
 class Stream(Source):
     """One of several sources that are mixed."""
 
-    proportion: float = Field(1.0, gt=0)  # of the samples, in proportion to the other streams'
+    proportion: float = Field(1.0, gt=0)  # share of the samples, relative to the other streams
 
 
 class TextDataset(Source):
     """One source, or several streams mixed by weight."""
 
     streams: dict[str, Stream] | None = None
-    shuffle: bool = True  # samples, anew in each epoch
+    shuffle: bool = True  # draw a new sample order for each epoch
 
     @model_validator(mode="after")
-    def _one_place(self) -> TextDataset:
-        given = self.places() + (["streams"] if self.streams else [])
-        _exactly_one(given, (*PLACES, "streams"))
+    def _one_location(self) -> TextDataset:
+        locations = self.locations() + (["streams"] if self.streams else [])
+        _check_exactly_one(locations, (*LOCATION_KEYS, "streams"))
         return self
 
 
-def _exactly_one(given: list[str], known: tuple[str, ...]) -> None:
-    if len(given) != 1:
-        has = " and ".join(given) if given else "none"
+def _check_exactly_one(keys: list[str], known: tuple[str, ...]) -> None:
+    if len(keys) != 1:
+        has = " and ".join(keys) if keys else "none"
         raise ValueError(f"it has {has}; give exactly one of {', '.join(known)}")
 
 
-class Text(Strict):
-    """Text of the user's."""
+class TextLoader(Strict):
+    """The user's own text."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOADER
 
-    name: Literal["text"]  # this one
+    name: Literal["text"]  # selects this loader
     dataset: TextDataset
 
 
-Loader = Annotated[PythonStdlib | Text, Field(discriminator="name")]
+LoaderConfig = Annotated[StdlibLoader | TextLoader, Field(discriminator="name")]
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What a resolved training config says of data."""
+    """The data-related values of a resolved training config."""
 
-    tokenizer: Tokenizer
-    train_loader: PythonStdlib | Text
-    eval_loader: PythonStdlib | Text | None
-    max_seq_len: int  # tokens of a sample
-    seed: int  # of shuffling
-    eval_batch_size: int  # samples of a forward pass when scoring
-    eval_batches: int  # of held-out text to score; -1: all
+    tokenizer: TokenizerConfig
+    train_loader: StdlibLoader | TextLoader
+    eval_loader: StdlibLoader | TextLoader | None
+    max_seq_len: int  # tokens per sample
+    seed: int  # for shuffling
+    eval_batch_size: int  # samples per forward pass in evaluation
+    eval_batches: int  # held-out batches to score; -1: all

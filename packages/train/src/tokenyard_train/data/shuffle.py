@@ -1,4 +1,4 @@
-"""Orders that need no memory: the place of any sample in a shuffled epoch, by computation."""
+"""Shuffle by computation: a permutation that is evaluated per index and uses no memory."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import hashlib
 _ROUNDS = 6
 
 
-def shuffled(place: int, size: int, key: str) -> int:
-    """Return where a permutation of 0 ... size - 1, drawn by a key, puts `place`.
+def permute_index(index: int, size: int, key: str) -> int:
+    """Return the image of `index` under a permutation of 0 ... size - 1 that `key` selects.
 
-    A Feistel network over the next power of four, walked until it falls into the range again: Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains". Each lookup costs the same for any size; less than four walks on average.
+    A Feistel network over the next power of four, repeated until the result is below `size`
+    (cycle walking): Black and Rogaway 2002, "Ciphers with arbitrary finite domains". The cost does
+    not depend on `size`: less than four evaluations of the network on average.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     while True:
-        place = _feistel(place, half, key)
-        if place < size:
-            return place
+        index = _feistel(index, half_bits, key)
+        if index < size:
+            return index
 
 
-def _feistel(place: int, half: int, key: str) -> int:
-    mask = (1 << half) - 1
-    left, right = place >> half, place & mask
+def _feistel(index: int, half_bits: int, key: str) -> int:
+    mask = (1 << half_bits) - 1
+    left = index >> half_bits
+    right = index & mask
     for number in range(_ROUNDS):
         digest = hashlib.blake2b(f"{key}/{number}/{right}".encode(), digest_size=8).digest()
-        left, right = right, left ^ (int.from_bytes(digest) & mask)
-    return left << half | right
+        mixed = left ^ (int.from_bytes(digest) & mask)
+        left = right
+        right = mixed
+    return left << half_bits | right

@@ -1,4 +1,4 @@
-"""tiktoken's encodings, by name or from a file of ranks."""
+"""Tokenize with a tiktoken encoding, by name or from a file of ranks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tokenyard_train.data.schema import TiktokenKwargs
 from tokenyard_train.data.tokens import Ids, ids_dtype
 from tokenyard_train.optional import needs
 
-_END = "<|endoftext|>"
+_END = "<|endoftext|>"  # ends a document
 
 
 class TiktokenTokenizer:
-    """An encoding of tiktoken. Raises ConfigError if it cannot be had, or does not say how a document ends."""
+    """A tiktoken encoding. Raises ConfigError if it is unavailable or has no end-of-document id."""
 
     def __init__(self, kwargs: TiktokenKwargs | None):
         tiktoken = needs("tiktoken", "tokenizer.name 'tiktoken'", "tokenyard-train[data]")
@@ -27,7 +27,8 @@ class TiktokenTokenizer:
         special = self._encoding._special_tokens
         if _END not in special:
             raise ConfigError(
-                f"tokenizer.kwargs.special_tokens must hold {_END!r}, the end of a document, and its id"
+                f"tokenizer.kwargs.special_tokens must hold {_END!r}, the end of a document, "
+                "and its id"
             )
         self.end: int = special[_END]
         self.vocab_size: int = self._encoding.max_token_value + 1
@@ -36,18 +37,18 @@ class TiktokenTokenizer:
         self._sizes = _byte_sizes(self._encoding, self.vocab_size)
 
     def encode(self, text: bytes) -> Ids:
-        """Return the ids of UTF-8 text; what looks like a special token is text too."""
+        """Return the ids of UTF-8 text. The text of a special token is encoded as plain text."""
         return np.array(self._encoding.encode_ordinary(text.decode("utf-8")), dtype=self._dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special ones left out."""
+        """Return the text of ids, without special tokens."""
         special = set(self._encoding._special_tokens.values())
         return str(
             self._encoding.decode([int(i) for i in ids if i not in special], errors="replace")
         )
 
     def bytes_in(self, ids: Ids) -> int:
-        """Return how many bytes of text the ids stand for."""
+        """Return the number of text bytes that the ids represent."""
         return int(self._sizes[ids].sum())
 
 
@@ -55,14 +56,16 @@ def _from_file(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
     from tiktoken.load import load_tiktoken_bpe
 
     path = Path(str(kwargs.file))
-    if kwargs.pattern is None or not path.is_file():
-        wrong = (
-            f"{str(path)!r} does not exist"
-            if not path.is_file()
-            else "needs tokenizer.kwargs.pattern beside it"
-        )
+    if not path.is_file():
+        problem = f"{str(path)!r} does not exist"
+    elif kwargs.pattern is None:
+        problem = "needs tokenizer.kwargs.pattern beside it"
+    else:
+        problem = ""
+    if problem:
         raise ConfigError(
-            f"tokenizer.kwargs.file: {wrong}; give a file of ranks, and the pattern that splits text"
+            f"tokenizer.kwargs.file: {problem}; "
+            "give a file of ranks, and the pattern that splits text"
         )
     try:
         ranks = load_tiktoken_bpe(str(path))
@@ -73,7 +76,9 @@ def _from_file(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
             special_tokens=kwargs.special_tokens,
         )
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"tokenizer.kwargs.file: {path} is no file of ranks: {error}") from None
+        raise ConfigError(
+            f"tokenizer.kwargs.file: {path} is not a file of ranks: {error}"
+        ) from None
 
 
 def _by_name(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
@@ -88,12 +93,13 @@ def _by_name(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
     except (KeyError, ValueError):
         known = ", ".join(tiktoken.list_encoding_names())
         raise ConfigError(
-            f"tokenizer.kwargs names {name!r}, which tiktoken does not know; encodings: {known}"
+            f"tokenizer.kwargs names {name!r}, which is unknown to tiktoken; encodings: {known}"
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"tokenizer.kwargs names {name!r}, which tiktoken downloads, and that failed ({type(error).__name__}); set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it, or give file and pattern"
+            f"tokenizer.kwargs names {name!r}, which tiktoken downloads, and that failed "
+            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it, or give "
+            "file and pattern"
         ) from None
 
 

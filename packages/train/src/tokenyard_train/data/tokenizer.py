@@ -1,4 +1,4 @@
-"""From text to token ids and back."""
+"""Convert text to token ids and back."""
 
 from __future__ import annotations
 
@@ -7,34 +7,32 @@ from typing import Protocol
 
 import numpy as np
 
-from tokenyard_train.data.schema import Tokenizer as TokenizerConfig
+from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.tokens import Ids
 
 
 class Tokenizer(Protocol):
-    """What training and generation need of a tokenizer."""
+    """The tokenizer interface of training and generation."""
 
     vocab_size: int
-    end: int  # the id that ends a document
-    identity: (
-        str  # equal for two that give the same ids: a name, and the digest of what it was read from
-    )
+    end: int  # the end-of-document id
+    identity: str  # equal only for equal ids: a name, and the digest of the tokenizer's content
 
     def encode(self, text: bytes) -> Ids:
-        """Return the ids of UTF-8 text, without any that begin or end it."""
+        """Return the ids of UTF-8 text, without begin or end ids."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; what is no valid UTF-8 becomes a replacement character."""
+        """Return the text of ids. Invalid UTF-8 becomes a replacement character."""
         ...
 
     def bytes_in(self, ids: Ids) -> int:
-        """Return how many bytes of text the ids stand for."""
+        """Return the number of text bytes that the ids represent."""
         ...
 
 
 class BytesTokenizer:
-    """Each byte is its value; 256 ends a document and stands for no text."""
+    """Maps each byte to its value. Id 256 ends a document and has no text."""
 
     vocab_size = 257
     end = 256
@@ -49,12 +47,15 @@ class BytesTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def bytes_in(self, ids: Ids) -> int:
-        """Return how many of the ids are bytes."""
+        """Return the number of ids that are bytes."""
         return int((ids < 256).sum())
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Return the tokenizer that a config names: bytes, tiktoken, or a path of Hugging Face's. Raises ConfigError."""
+    """Build the configured tokenizer: bytes, tiktoken, or Hugging Face's from a path.
+
+    Raises ConfigError.
+    """
     return _BUILDERS.get(config.name, _from_path)(config)
 
 
