@@ -11,7 +11,7 @@ from tokenyard_train.checkpoint import CheckpointError, read_tensors
 from tokenyard_train.checkpoint import background as saver
 from tokenyard_train.checkpoint.background import Saver
 
-from ..test_run import records, tensors
+from ..engine.test_loop import records, tensors
 
 
 @pytest.fixture

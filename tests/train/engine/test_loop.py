@@ -24,7 +24,7 @@ from tokenyard_train.engine import signals as stopping
 from tokenyard_train.engine.signals import Stopped
 from tokenyard_train.records.metrics import TIMINGS
 
-from .conftest import MODEL
+from ..conftest import MODEL
 
 WHOLE = {
     "eval_interval": "3ba",

@@ -15,7 +15,7 @@ from tokenyard_train.commands.train import train
 from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped
 from tokenyard_train.engine.step import accumulate, train_step
 
-from .conftest import MODEL
+from ..conftest import MODEL
 
 NO_AUXILIARY = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_loss_weight": 0.0}}
 

@@ -12,8 +12,7 @@ from tokenyard_train.engine.state import Position, Run
 from tokenyard_train.engine.step import train_step
 from tokenyard_train.records.metrics import Metrics
 
-from .conftest import MODEL
-
+from ..conftest import MODEL
 
 AT_START = Position()
 

@@ -7,7 +7,7 @@ from tokenyard import Layout
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.engine.build_model import build_model
 
-from .conftest import MODEL
+from ..conftest import MODEL
 
 LARGER = MODEL | {
     "d_model": 64,
