@@ -68,8 +68,10 @@ class Model(nn.Module, ABC):
         """
 
     @abstractmethod
-    def saved_bytes_per_token(self, width: int) -> SavedBytes:
-        """Return what the backward pass needs of a token, for a compute dtype of `width` bytes.
+    def saved_bytes_per_token(self, seq_len: int, width: int) -> SavedBytes:
+        """Return what the backward pass needs of a token.
+
+        The mean over a sequence of `seq_len` tokens, for a compute dtype of `width` bytes.
 
         ``tokenyard.count.saved_by_ffn`` counts it for MoE layers and dense networks.
         """

@@ -164,10 +164,11 @@ class Transformer(Model):
         scores = 4 * self.config.heads * self.config.head_dim * (seq_len + 1) / 2
         return weight_flops_per_token(self, lookups) + self.config.layers * scores
 
-    def saved_bytes_per_token(self, width: int) -> SavedBytes:
+    def saved_bytes_per_token(self, seq_len: int, width: int) -> SavedBytes:
         """Return what the backward pass needs of a token, for a compute dtype of `width` bytes.
 
-        A norm saves its input and its output, 4D + bD, and RMSNorm 4D more.
+        A norm saves its input and its output, 4D + bD, and RMSNorm 4D more. Attention keeps no
+        scores, so `seq_len` does not matter.
         """
         wide = 2 * _WIDE if self.config.norm == "rms" else _WIDE
         norm = (wide + width) * self.config.dim

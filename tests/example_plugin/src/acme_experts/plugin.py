@@ -1,20 +1,41 @@
-"""What tokenyard finds under the entry point: the offer, without importing the kernel."""
+"""The offers of the plugin, without importing what they name."""
 
 from __future__ import annotations
 
 from tokenyard import Backend, Workload, hookimpl
 
 
-def unusable(workload: Workload) -> str | None:
+def only_cpu(workload: Workload) -> str | None:
     """Accept CPUs only."""
-    return (
-        None
-        if workload.device.type == "cpu"
-        else f"'acme' runs on CPUs, not on {workload.device.type}"
-    )
+    kind = workload.device.type
+    return None if kind == "cpu" else f"'acme' runs on CPUs, not on {kind}"
+
+
+def other_algorithm(workload: Workload) -> str | None:
+    """Accept the algorithm 'acme_choice' only."""
+    algorithm = workload.router.algorithm
+    if algorithm == "acme_choice":
+        return None
+    return f"'acme_choice' computes the router algorithm 'acme_choice', not {algorithm!r}"
 
 
 @hookimpl
 def tokenyard_experts() -> list[Backend]:
-    """Offer `acme`, below core's own in priority: it is taken when asked for."""
-    return [Backend("acme", "acme_experts.kernel:AcmeExperts", priority=-1, unusable=unusable)]
+    """Offer `acme`, below core's kernels in priority: `auto` never takes it."""
+    return [Backend("acme", "acme_experts.kernel:AcmeExperts", priority=-1, unusable=only_cpu)]
+
+
+@hookimpl
+def tokenyard_routers() -> list[Backend]:
+    """Offer `acme_choice`, the only router of its algorithm: `auto` takes it."""
+    return [
+        Backend(
+            "acme_choice", "acme_experts.router:ExpertChoiceRouter", unusable=other_algorithm
+        )
+    ]
+
+
+@hookimpl
+def tokenyard_models() -> list[Backend]:
+    """Offer `acme`, for ``model.name``."""
+    return [Backend("acme", "acme_experts.model:AcmeModel")]

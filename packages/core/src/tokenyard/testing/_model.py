@@ -145,11 +145,11 @@ class ModelConformance(Conformance):
     def test_saved_bytes(self) -> None:
         """`saved_bytes_per_token` names each block, and recomputing blocks never keeps more."""
         model = self._model()
-        saved = model.saved_bytes_per_token(4)
+        saved = model.saved_bytes_per_token(16, 4)
         assert len(saved.blocks) == len(model.blocks)
         assert all(0 < saved.block_input <= block for block in saved.blocks)
         assert saved.rest >= 0
-        assert sum(model.saved_bytes_per_token(2).blocks) < sum(saved.blocks)
+        assert sum(model.saved_bytes_per_token(16, 2).blocks) < sum(saved.blocks)
 
     def _model(self, seed: int = 0) -> Model:
         with torch.device("meta"):

@@ -36,7 +36,7 @@ def estimate(config: TrainConfig, model: Model, layout: Layout) -> Memory:
     trained = _numel(p for p in model.parameters() if p.requires_grad)
     width = 2 if config.precision == "amp_bf16" else _WIDE
     tokens = int(config.device_train_microbatch_size) * config.max_seq_len
-    saved = model.saved_bytes_per_token(width)
+    saved = model.saved_bytes_per_token(config.max_seq_len, width)
     in_blocks = sum(saved.blocks)
     if config.activation_checkpointing:
         in_blocks = len(saved.blocks) * saved.block_input + max(saved.blocks)
