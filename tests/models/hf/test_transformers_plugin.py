@@ -14,7 +14,7 @@ from transformers.models.dbrx import modeling_dbrx
 from tokenyard import ConfigError
 from tokenyard.numerics import relative_error
 from tokenyard_models import use_in_transformers
-from tokenyard_models.hf import transformers_plugin as inside
+from tokenyard_models.hf import transformers_plugin
 
 DBRX = tuple(name for name in MODELS if name.startswith("dbrx"))
 LEAST = 1e-5
@@ -174,7 +174,7 @@ def test_autocast_is_followed(registered):
 
 def test_a_model_with_a_gate_of_its_own_goes_on_by_itself(registered, caplog):
     """And says so once, for all its layers."""
-    inside._say_once.cache_clear()
+    transformers_plugin._warn_once.cache_clear()
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 16,

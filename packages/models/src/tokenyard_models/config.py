@@ -1,4 +1,4 @@
-"""What a transformer is made of; every definition resolves its own keys to one of these."""
+"""The config of a transformer. Every definition resolves its keys to a TransformerConfig."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ class MoEConfig:
     bias: bool = False  # in every expert
     output_bias: bool = False  # one for all experts
     rule: RoutingRule = field(default_factory=RoutingRule)
-    shared_dim: int | None = None
+    shared_dim: int | None = None  # width of the shared expert; None: no shared expert
     shared_weighted_sum: bool = False
-    forced_balance: bool = (
-        False  # slots take experts in turn, whatever the router says (benchmarking)
-    )
+    forced_balance: bool = False  # benchmarks: slots take experts in turn, the router has no effect
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A decoder-only transformer. Raises ConfigError for an impossible one."""
+    """A decoder-only transformer. Raises ConfigError for impossible sizes."""
 
     vocab_size: int  # V
     max_seq_len: int
@@ -38,8 +36,8 @@ class TransformerConfig:
     heads: int
     kv_heads: int
     head_dim: int
-    moe: MoEConfig | None
-    dense_ffn_dim: int | None = None  # of the layers without experts
+    moe: MoEConfig | None  # None: dense
+    dense_ffn_dim: int | None = None  # F of dense layers
     dense_layers: frozenset[int] = frozenset()
     dense_activation: str = "swiglu"
     bias: bool = False  # in attention, norms and dense layers
@@ -47,17 +45,15 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     rope_theta: float | None = 10000.0  # None: learned positions
     rope_scaling: RopeScaling | None = None
-    qk_norm: Literal["head", "all"] | None = (
-        None  # RMSNorm of queries and keys: of each head, or of all together
-    )
+    qk_norm: Literal["head", "all"] | None = None  # RMSNorm of queries and keys: by head, or of all
     clip_qkv: float | None = None
     tied_head: bool = False
     auxiliary: AuxiliaryLoss = field(default_factory=AuxiliaryLoss)
-    expert_parallel: int | None = None  # asked for by the config itself (moe_world_size)
+    expert_parallel: int | None = None  # ranks that the model's own config sets (moe_world_size)
 
     @property
     def dense_width(self) -> int:
-        """Return F of the layers without experts."""
+        """Return F of the dense layers."""
         return self.dense_ffn_dim or 4 * self.dim
 
     def __post_init__(self) -> None:
@@ -72,12 +68,13 @@ class TransformerConfig:
         outside = sorted(i for i in self.dense_layers if not 0 <= i < self.layers)
         if outside:
             raise ConfigError(
-                f"model: dense_layers names layer {outside[0]}; there are layers 0 to {self.layers - 1}"
+                f"model: dense_layers names layer {outside[0]}; "
+                f"there are layers 0 to {self.layers - 1}"
             )
 
 
 def check_divides(key: str, value: int, whole_key: str, whole: int) -> None:
-    """Raise ConfigError, with the numbers up to 256 that would do, unless `value` divides `whole`."""
+    """Raise ConfigError unless `value` divides `whole`. The error lists divisors up to 256."""
     if whole % value:
         divisors = ", ".join(str(d) for d in range(1, min(whole, 256) + 1) if whole % d == 0)
         raise ConfigError(
@@ -86,7 +83,7 @@ def check_divides(key: str, value: int, whole_key: str, whole: int) -> None:
 
 
 def check_top_k(key: str, top_k: int, experts_key: str, experts: int) -> None:
-    """Raise ConfigError if a token is to go to more experts than there are."""
+    """Raise ConfigError if a token needs more experts than there are."""
     if top_k > experts:
         raise ConfigError(
             f"{key} is {top_k} but {experts_key} is {experts}; choose from 1 to {experts}"

@@ -1,4 +1,4 @@
-"""What is wrong with a config, in sentences that name the key, what was given, and what would work."""
+"""Turn pydantic's errors into sentences: the key, the value, and what would work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from tokenyard.errors import did_you_mean
 
-_WANTED = {
+_EXPECTED = {
     "bool": "true or false",
     "int": "a whole number",
     "float": "a number",
@@ -21,7 +21,7 @@ _WANTED = {
     "dict": "a mapping of keys to values",
     "model": "a mapping of keys to values",
 }
-"""What a value should have been, by the first word of pydantic's name for the fault."""
+"""The expected value, by the first word of pydantic's error type."""
 
 _LIMITS = {
     "greater_than": "above",
@@ -32,11 +32,11 @@ _LIMITS = {
 
 
 def sentences(section: type[BaseModel], where: str, error: ValidationError) -> str:
-    """Return one sentence for each key of a `section` standing at key `where` that has a fault."""
-    faults = [
+    """Return one sentence for each wrong key of a `section` at key `where`."""
+    located = [
         (*_locate(section, where, fault["loc"]), fault) for fault in error.errors(include_url=False)
     ]
-    by_key = groupby(faults, key=lambda fault: fault[0])
+    by_key = groupby(located, key=lambda entry: entry[0])
     return "; ".join(
         _sentence(key, [(owner, fault) for _, owner, fault in group]) for key, group in by_key
     )
@@ -51,42 +51,48 @@ def sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def tag_of(section: type[BaseModel]) -> Any:
-    """Return the only value that the section's `name` can have, by which a union tells its members apart."""
+    """Return the only value of the section's `name`, which selects a member of a union, or None."""
     field = section.model_fields.get("name")
     values = get_args(field.annotation) if field is not None else ()
     return values[0] if len(values) == 1 else None
 
 
 def _sentence(key: str, faults: list[tuple[type[BaseModel], Any]]) -> str:
+    """Return the sentence for one key, whose faults are (section that holds it, pydantic error)."""
     owner, fault = faults[0]
-    kind, message = fault["type"], fault["msg"].removeprefix("Value error, ")
+    kind = fault["type"]
     if kind == "extra_forbidden":
-        last, known = key.rpartition(".")[2], sorted(owner.model_fields)
+        last = key.rpartition(".")[2]
+        known = sorted(owner.model_fields)
         return f"{key} is not a known key{did_you_mean(last, known)}; known are: {', '.join(known)}"
     if kind == "missing":
         return f"{key} is missing; it has no default"
     if kind.startswith("union_tag"):
         return _unknown_tag(key, fault["ctx"])
-    if kind == "value_error":  # a rule of ours; one over several keys names them itself
-        return f"{key} is {_shown(fault['input'])}: {message}" if fault["loc"] else message
-    wanted = dict.fromkeys(_wanted(each) for _, each in faults)
+    value = fault["input"]
+    if kind == "value_error":
+        message: str = fault["msg"].removeprefix("Value error, ")
+        # A rule over several keys has no location and names its keys itself.
+        return f"{key} is {_shortened(value)}: {message}" if fault["loc"] else message
+    expected = dict.fromkeys(_expected(each) for _, each in faults)
     names = [
         name
         for _, each in faults
         if each["type"] == "literal_error"
         for name in _quoted(each["ctx"])
     ]
-    return f"{key} is {_shown(fault['input'])}{_nearest(fault['input'], names)}; give {' or '.join(wanted)}"
+    return f"{key} is {_shortened(value)}{_nearest(value, names)}; give {' or '.join(expected)}"
 
 
-def _wanted(fault: Mapping[str, Any]) -> str:
-    kind, context = fault["type"], fault.get("ctx", {})
+def _expected(fault: Mapping[str, Any]) -> str:
+    kind = fault["type"]
+    context = fault.get("ctx", {})
     if kind == "literal_error":
         return str(context["expected"])
     if kind in _LIMITS:
         return f"a number {_LIMITS[kind]} {_plain(next(iter(context.values())))}"
     message = fault["msg"]
-    return _WANTED.get(kind.split("_")[0], f"something else: {message[0].lower()}{message[1:]}")
+    return _EXPECTED.get(kind.split("_")[0], f"something else: {message[0].lower()}{message[1:]}")
 
 
 def _plain(limit: float) -> str:
@@ -97,10 +103,8 @@ def _unknown_tag(key: str, context: Mapping[str, Any]) -> str:
     name = context["discriminator"].strip("'")
     if "tag" not in context:
         return f"{key}.{name} is missing; it says which kind it is"
-    tag, known = (
-        str(context["tag"]),
-        [tag.strip(" '") for tag in context["expected_tags"].split(",")],
-    )
+    tag = str(context["tag"])
+    known = [each.strip(" '") for each in context["expected_tags"].split(",")]
     return (
         f"{key}.{name} {tag!r} is unknown{did_you_mean(tag, known)}; known are: {', '.join(known)}"
     )
@@ -114,7 +118,7 @@ def _nearest(value: Any, names: Iterable[str]) -> str:
     return did_you_mean(value, names) if isinstance(value, str) else ""
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -122,23 +126,25 @@ def _shown(value: Any) -> str:
 def _locate(
     section: type[BaseModel], where: str, location: tuple[Any, ...]
 ) -> tuple[str, type[BaseModel]]:
-    """Return the key of a fault's location as the user wrote it, and the section that holds its last part.
+    """Return a fault's key as the user wrote it, and the section that holds its last part.
 
-    Pydantic puts names of union members between keys; those are skipped.
+    Pydantic puts names of union members between keys; the key leaves them out.
     """
     path: list[Any] = [where] if where else []
-    owner, below = section, [section]
+    owner = section
+    candidates = [section]
     for i, part in enumerate(location):
-        holders = [s for s in below if part in s.model_fields]
+        holders = [s for s in candidates if part in s.model_fields]
         if holders:
             owner = holders[0]
             path.append(part)
-            below = list(sections(owner.model_fields[part].annotation))
+            candidates = list(sections(owner.model_fields[part].annotation))
         elif isinstance(part, int):
             path.append(part)
-        elif tagged := [s for s in below if tag_of(s) == part]:
-            owner, below = tagged[0], tagged
-        elif i == len(location) - 1 and below:
-            owner = below[0]
+        elif tagged := [s for s in candidates if tag_of(s) == part]:
+            owner = tagged[0]
+            candidates = tagged
+        elif i == len(location) - 1 and candidates:
+            owner = candidates[0]
             path.append(part)
     return ".".join(map(str, path)) or "the config", owner

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, RoPE, arXiv 2104.09864), rotated by halves, and how they are stretched."""
+"""Rotary positions by halves (Su et al. 2021, RoPE, arXiv 2104.09864), and their scaling."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of rotations to more positions than a model was first trained on (arXiv 2407.21783).
+    """Llama 3.1's scaling of the frequencies to longer sequences (arXiv 2407.21783).
 
-    A frequency that turns less than `low_freq_factor` times over those positions is divided by `factor`, one that turns
-    more than `high_freq_factor` times is kept, and between them is a straight line.
+    A frequency that turns less than `low_freq_factor` times over the original positions is divided
+    by `factor`. One that turns more than `high_freq_factor` times is kept. Between the two, the
+    share that is kept rises linearly.
     """
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_max_position_embeddings: int  # how many positions those were
+    original_max_position_embeddings: int  # positions that the model was first trained on
 
-    def stretched(self, frequencies: Tensor) -> Tensor:
-        """Return frequencies [head_dim / 2], in radians a position, stretched."""
+    def scaled(self, frequencies: Tensor) -> Tensor:
+        """Scale frequencies [head_dim / 2], in radians per position."""
         turns = frequencies * (self.original_max_position_embeddings / (2 * math.pi))
-        kept = (
-            (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        ).clamp(0, 1)
+        span = self.high_freq_factor - self.low_freq_factor
+        kept = ((turns - self.low_freq_factor) / span).clamp(0, 1)
         return frequencies * (kept + (1 - kept) / self.factor)
 
 
 def rotate(
     x: Tensor, positions: Tensor, theta: float, scaling: RopeScaling | None = None
 ) -> Tensor:
-    """Rotate x [B, H, S, head_dim] by its positions [S]; angles in float32 at least."""
+    """Rotate x [B, H, S, head_dim] by its positions [S]. Angles are at least float32."""
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     frequencies = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
     if scaling is not None:
-        frequencies = scaling.stretched(frequencies)
+        frequencies = scaling.scaled(frequencies)
     angles = positions.to(wide).unsqueeze(1) * frequencies  # [S, head_dim / 2]
-    cos, sin = angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
     first, second = x.to(wide).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,4 +1,7 @@
-"""Strict configuration: unknown keys are errors with a suggestion, and every error is one sentence naming its key."""
+"""Parse config sections strictly: an unknown key is an error with a suggestion.
+
+Every error is one sentence that names its key.
+"""
 
 from __future__ import annotations
 
@@ -39,27 +42,27 @@ HOUSEKEEPING = frozenset(
         "use_cache",
     ]
 )
-"""Keys of a published config.json that say nothing of what a model computes."""
+"""Keys of a published config.json that do not change what a model computes."""
 
 
 class Strict(BaseModel):
-    """A section of a config: immutable, and closed to keys that it does not declare.
+    """A config section: immutable, without keys that it does not declare.
 
-    Keys in `ignored` are accepted, mean nothing here, and are named in a warning.
+    Keys in `ignored` are accepted, have no effect, and are named in a warning.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     ignored: ClassVar[frozenset[str]] = frozenset()
 
 
-def only(value: Any, feature: str) -> AfterValidator:
-    """Return a validator for a key that asks for a feature that is not there: it may only say `value`."""
+def only(supported: Any, feature: str) -> AfterValidator:
+    """Return a validator for the key of an unsupported feature; it accepts only `supported`."""
 
-    def check(given: Any) -> Any:
-        if given != value:
-            said = json.dumps(value)  # as YAML has it, too
-            raise ValueError(f"{feature} is not supported; say {said}, where the weights allow it")
-        return given
+    def check(value: Any) -> Any:
+        if value != supported:
+            shown = json.dumps(supported)  # JSON is how YAML writes it too
+            raise ValueError(f"{feature} is not supported; say {shown}, where the weights allow it")
+        return value
 
     return AfterValidator(check)
 
@@ -68,7 +71,10 @@ Section = TypeVar("Section", bound=Strict)
 
 
 def parse(section: type[Section], data: Mapping[str, Any], where: str = "") -> Section:
-    """Validate `data` as a `section` that stands at key `where`; raises ConfigError, one sentence for each fault."""
+    """Validate `data` as a `section` at key `where`.
+
+    Raises ConfigError with one sentence for each wrong key.
+    """
     ignored: list[str] = []
     kept = without_ignored(section, data, where, ignored)
     warn_ignored(ignored)
@@ -81,25 +87,41 @@ def parse(section: type[Section], data: Mapping[str, Any], where: str = "") -> S
 def without_ignored(
     section: type[Strict], data: Mapping[str, Any], where: str, ignored: list[str]
 ) -> dict[str, Any]:
-    """Return `data` without the keys that the section ignores, at any depth, and add those to the list."""
+    """Return `data` without the keys that the section ignores, at any depth.
+
+    Appends the paths of those keys to `ignored`.
+    """
     kept: dict[str, Any] = {}
     for key, value in data.items():
         path = f"{where}.{key}" if where else str(key)
         if key in section.ignored:
             ignored.append(path)
             continue
-        below = _member(section, key, value)
-        kept[key] = value if below is None else without_ignored(below, value, path, ignored)
+        member = _member(section, key, value)
+        kept[key] = value if member is None else without_ignored(member, value, path, ignored)
     return kept
 
 
 def warn_ignored(ignored: list[str]) -> None:
-    """Name keys that mean nothing here in one warning, if there are any."""
+    """Log one warning that names the ignored keys, if there are any."""
     if ignored:
         log.warning("these keys mean nothing here and are ignored: %s", ", ".join(ignored))
 
 
+def merged(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `defaults` updated by `overrides`, section by section."""
+    result = dict(defaults)
+    for key, value in overrides.items():
+        default = result.get(key)
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            result[key] = merged(default, value)
+        else:
+            result[key] = value
+    return result
+
+
 def _member(section: type[Strict], key: str, value: Any) -> type[Strict] | None:
+    """Return the section that a value of a key is, or None if it is not one."""
     if key not in section.model_fields or not isinstance(value, Mapping):
         return None
     members = [s for s in sections(section.model_fields[key].annotation) if issubclass(s, Strict)]

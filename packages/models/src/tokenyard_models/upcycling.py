@@ -1,8 +1,9 @@
-"""What becomes of a dense layer's weights when it is made experts.
+"""Convert the weights of a dense feed-forward layer to experts.
 
-Sparse upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055): every expert is a copy of the dense layer. Granular
-upcycling (He et al. 2024, arXiv 2410.07524): every expert is a slice of it, `granularity` slices make a group, and the
-rows of the router are the same within a group, so that tokens take whole groups.
+Sparse upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055): every expert is a copy of the dense
+layer. Granular upcycling (He et al. 2024, arXiv 2410.07524): every expert is a slice of the layer,
+`granularity` slices form a group, and the router has equal rows within a group, so that a token
+takes whole groups.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from tokenyard_models.init_weights import draw_rows
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What becomes of a dense feed-forward layer: `num_experts` slices of it, each one `granularity`-th of its width.
+    """How to convert a dense layer: to `num_experts` slices of 1/`granularity` of its width each.
 
-    With granularity 1 an expert is a copy; with as many as there are experts, they are the layer, split.
-    Raises ConfigError for numbers that do not go together.
+    With granularity 1, every expert is a copy. With granularity `num_experts`, the layer is split.
+    Raises ConfigError for numbers that contradict each other.
     """
 
     num_experts: int  # E
@@ -40,27 +41,33 @@ class Upcycling:
 
     @property
     def keeps_function(self) -> bool:
-        """Say whether a token takes whole groups, whose sum is what the dense layer computes."""
+        """Return whether a token takes whole groups, whose sum equals the dense layer's output."""
         return self.top_k % self.granularity == 0
 
     def experts_of(self, ffn_dim: int) -> MoEConfig:
-        """Return the MoE layers in place of dense ones [D, ffn_dim]; the chosen weights sum to one."""
+        """Return the MoE layers that replace dense layers of width `ffn_dim`.
+
+        The routing weights of a token sum to one. Raises ConfigError if the width cannot be split.
+        """
         check_divides("granularity", self.granularity, "the width of the dense layers,", ffn_dim)
         width = ffn_dim // self.granularity
         return MoEConfig(width, self.num_experts, self.top_k, rule=RoutingRule(normalize=1))
 
     def up(self, dense: Tensor) -> Tensor:
-        """Return the experts' up [E, 2 F / G, D] from the dense layer's [2 F, D]."""
+        """Convert the dense layer's up [2 F, D] to the experts' [E, 2 F / G, D]."""
         slices = dense.unflatten(0, (2, self.granularity, -1)).transpose(0, 1).flatten(1, 2)
         return slices.repeat(self.num_experts // self.granularity, 1, 1)
 
     def down(self, dense: Tensor) -> Tensor:
-        """Return the experts' down [E, D, F / G] from the dense layer's [D, F]: G times, since weights sum to one."""
+        """Convert the dense layer's down [D, F] to the experts' [E, D, F / G].
+
+        Multiplies it by G, because the routing weights sum to one.
+        """
         slices = dense.unflatten(1, (self.granularity, -1)).transpose(0, 1) * self.granularity
         return slices.repeat(self.num_experts // self.granularity, 1, 1)
 
     def router(self, name: str, dim: int) -> Tensor:
-        """Return a router [E, D]: a row for each group, or for each expert if tokens do not take whole groups."""
+        """Draw a router [E, D]: equal rows within a group, if tokens take whole groups."""
         same = self.granularity if self.keeps_function else 1
         rows = torch.empty(self.num_experts // same, dim)
         draw_rows(rows, self.seed, name, 1 / math.sqrt(dim))

@@ -1,7 +1,8 @@
-"""Our expert kernels inside transformers' models, by its own door for implementations of experts.
+"""Use tokenyard's expert kernels in transformers' models.
 
-`use_in_transformers` opens it; then ``from_pretrained(..., experts_implementation="tokenyard")`` computes experts by
-the best backend that is usable. The parameters stay transformers', so training, saving and generating are too.
+`use_in_transformers` registers them in transformers' interface for experts. Then
+``from_pretrained(..., experts_implementation="tokenyard")`` computes experts with the best usable
+backend. The parameters remain transformers', so training, saving and generating do too.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ _ACTIVATIONS = {
     "ReLU": "relu",
     "ReLUSquaredActivation": "relu_squared",
 }
-"""Core's name of an activation by the class of transformers' `act_fn`."""
+"""Core's name of an activation, by the class of transformers' `act_fn`."""
 _GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
 
 log = logging.getLogger("tokenyard")
 
 
 def use_in_transformers() -> None:
-    """Offer ``experts_implementation="tokenyard"``, and give DBRX, which has no such choice, our experts.
+    """Register ``experts_implementation="tokenyard"``, and replace the class of DBRX's experts.
 
-    What is built or loaded by transformers in this process from now on can use it; a model whose experts compute
-    something that core has no name for goes on by itself, and says so once. Raises ConfigError where transformers is
-    not installed or is older than 5.14.
+    DBRX has no `experts_implementation`. Affects models that transformers builds or loads after
+    this call. A model whose experts core cannot compute falls back to transformers' eager code and
+    logs one warning. Raises ConfigError if transformers is not installed or older than 5.14.
     """
     try:
         from transformers.integrations.moe import ExpertsInterface
@@ -50,34 +51,34 @@ def use_in_transformers() -> None:
             f'transformers 5.14 or later is needed ({error}); pip install "transformers>=5.14"'
         ) from None
     ExpertsInterface.register(NAME, compute_experts)
-    theirs = modeling_dbrx.DbrxExperts
-    if (
-        theirs.__name__ != _DBRX
-    ):  # transformers' own way to exchange a class imports all of its models
-        modeling_dbrx.DbrxExperts = type(_DBRX, (theirs,), {"forward": _dbrx})
+    # Not by transformers' own API to replace a class: that one imports all of its models.
+    hf_experts = modeling_dbrx.DbrxExperts
+    if hf_experts.__name__ != _DBRX:
+        modeling_dbrx.DbrxExperts = type(_DBRX, (hf_experts,), {"forward": _dbrx_forward})
 
 
 def compute_experts(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Return y [T, D] of tokens [T, D] by the experts that `module` holds; an id past the last one is nobody's."""
-    reason = _unusual(module)
+    """Return y [T, D] of tokens [T, D] by the experts of `module`.
+
+    An id at or past the number of experts is dropped.
+    """
+    reason = _unsupported(module)
     if reason is not None:
-        _say_once(type(module).__name__, reason)
-        own: Tensor = type(module).forward.__wrapped__(
+        _warn_once(type(module).__name__, reason)
+        eager: Tensor = type(module).forward.__wrapped__(
             module, hidden_states, top_k_index, top_k_weights
         )
-        return own
+        return eager
     up = module.gate_up_proj if module.has_gate else module.up_proj
     weights = [up, module.down_proj]
     if getattr(module, "is_transposed", False):
         weights = [weight.transpose(1, 2) for weight in weights]
     biases: list[Tensor | None] = [None, None]
     if getattr(module, "has_bias", False):
-        biases = [
-            module.gate_up_proj_bias if module.has_gate else module.up_proj_bias,
-            module.down_proj_bias,
-        ]
+        up_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+        biases = [up_bias, module.down_proj_bias]
     return _compute(
         ExpertWeights(*weights, *biases),
         _activation(module),
@@ -87,18 +88,22 @@ def compute_experts(
     )
 
 
-def _dbrx(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute DBRX's experts, whose three matrices of all experts stand one below the other."""
-    shape = (module.num_experts, module.ffn_hidden_size, module.hidden_size)
-    w1, v1, w2 = (getattr(module.mlp, name).view(shape) for name in ("w1", "v1", "w2"))
-    x = hidden_states.reshape(-1, module.hidden_size)
-    weights = ExpertWeights(torch.cat((w1, v1), 1), w2.transpose(1, 2))
+def _dbrx_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Compute DBRX's experts. Each of its three matrices holds all experts, [E F, D]."""
     name = type(module.mlp.activation_fn).__name__
     activation = _GATED.get(_ACTIVATIONS.get(name, ""))
     if activation is None:
-        _say_once(_DBRX, f"its activation is {name}")
-        own: Tensor = super(type(module), module).forward(hidden_states, top_k_index, top_k_weights)
-        return own
+        _warn_once(_DBRX, f"its activation is {name}")
+        eager: Tensor = super(type(module), module).forward(
+            hidden_states, top_k_index, top_k_weights
+        )
+        return eager
+    shape = (module.num_experts, module.ffn_hidden_size, module.hidden_size)
+    w1, v1, w2 = (getattr(module.mlp, name).view(shape) for name in ("w1", "v1", "w2"))
+    weights = ExpertWeights(torch.cat((w1, v1), 1), w2.transpose(1, 2))
+    x = hidden_states.reshape(-1, module.hidden_size)
     y = _compute(weights, activation, x, top_k_index, top_k_weights)
     return y.view(hidden_states.shape[0], -1, module.hidden_size)
 
@@ -106,34 +111,31 @@ def _dbrx(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
 def _compute(
     weights: ExpertWeights, activation: str, x: Tensor, ids: Tensor, topk_weights: Tensor
 ) -> Tensor:
+    """Return y [T, D] of x [T, D]. Follows autocast, as transformers' eager experts do."""
     experts, dim, ffn_dim = weights.down.shape
     bias = weights.up_bias is not None
-    dtype = compute_dtype(weights.up)  # autocast's, which transformers' eager experts follow too
-    permutation, kernel = _chosen(
-        Workload(
-            dim, ffn_dim, experts, ids.shape[1], activation, bias=bias, dtype=dtype, device=x.device
-        )
+    dtype = compute_dtype(weights.up)
+    workload = Workload(
+        dim, ffn_dim, experts, ids.shape[1], activation, bias=bias, dtype=dtype, device=x.device
     )
+    permutation, kernel = _backends(workload)
     plan = permutation.plan(ids.to(torch.int32), experts)
     wide = topk_weights.to(torch.promote_types(dtype, torch.float32))
-    up_bias, down_bias = (
-        None if b is None else b.to(dtype) for b in (weights.up_bias, weights.down_bias)
-    )
-    narrow = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), up_bias, down_bias)
+    biases = [None if b is None else b.to(dtype) for b in (weights.up_bias, weights.down_bias)]
+    narrow = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), *biases)
     return kernel(x.to(dtype), plan, wide, narrow).to(x.dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _chosen(workload: Workload) -> tuple[Permutation, ExpertKernel]:
+def _backends(workload: Workload) -> tuple[Permutation, ExpertKernel]:
     registry = default_registry()
     permutation = registry.choose("permutation", "auto", workload).construct(workload)
-    return permutation, registry.choose("experts", "auto", workload).construct(
-        workload, permutation
-    )
+    kernel = registry.choose("experts", "auto", workload).construct(workload, permutation)
+    return permutation, kernel
 
 
-def _unusual(module: Any) -> str | None:
-    """Say why our kernels do not compute what a module of experts does; None if they do."""
+def _unsupported(module: Any) -> str | None:
+    """Return why core cannot compute a module of experts, or None if it can."""
     from transformers.integrations import moe
 
     if type(module)._apply_gate is not moe._default_apply_gate:
@@ -155,5 +157,5 @@ def _activation(module: Any) -> Any:
 
 
 @functools.cache
-def _say_once(name: str, reason: str) -> None:
+def _warn_once(name: str, reason: str) -> None:
     log.warning("%s is computed by transformers' own eager implementation: %s", name, reason)
