@@ -1,40 +1,15 @@
-"""Every definition passes core's kit for models, tiny."""
+"""Every family passes core's kit for models, tiny."""
 
 from tokenyard.testing import ModelConformance
+from tokenyard_models.families import FAMILIES
+
+for _name, _path in FAMILIES.items():
+    _class = "Test" + _path.rpartition(":")[2]
+    _attributes = {"backend": _name, "config": {"size": "tiny", "vocab_size": 61}}
+    globals()[_class] = type(_class, (ModelConformance,), _attributes)
 
 
-class TestDbrx(ModelConformance):
-    backend = "dbrx"
-    config = {
-        "size": "tiny",
-        "d_model": 32,
-        "vocab_size": 61,
-        "ffn_config": {"ffn_hidden_size": 24},
-    }
-
-
-class TestMixtral(ModelConformance):
-    backend = "mixtral"
-    config = {"size": "tiny", "hidden_size": 32, "vocab_size": 61, "intermediate_size": 24}
-
-
-class TestLlama(ModelConformance):
-    backend = "llama"
-    config = {"size": "tiny", "hidden_size": 32, "vocab_size": 61, "intermediate_size": 24}
-
-
-class TestQwen3(ModelConformance):
-    backend = "qwen3"
-    config = {
-        "size": "tiny",
-        "hidden_size": 32,
-        "vocab_size": 61,
-        "intermediate_size": 24,
-        "head_dim": 8,
-    }
-
-
-class TestQwen3Moe(ModelConformance):
+class TestQwen3MoeWithADenseLayer(ModelConformance):
     backend = "qwen3_moe"
     config = {
         "size": "tiny",
@@ -43,11 +18,6 @@ class TestQwen3Moe(ModelConformance):
         "moe_intermediate_size": 24,
         "mlp_only_layers": [0],
     }
-
-
-class TestOlmoe(ModelConformance):
-    backend = "olmoe"
-    config = {"size": "tiny", "hidden_size": 32, "vocab_size": 61, "intermediate_size": 24}
 
 
 class TestMptWithExperts(ModelConformance):
@@ -65,7 +35,7 @@ class TestMptWithExperts(ModelConformance):
     }
 
 
-class TestMptDense(ModelConformance):
+class TestMptWithRotaryPositions(ModelConformance):
     backend = "mpt_causal_lm"
     config = {
         "size": "tiny",

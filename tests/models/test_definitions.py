@@ -7,9 +7,10 @@ import torch
 
 from tokenyard import ConfigError
 from tokenyard_models import Dbrx, Llama, Mixtral, Mpt
-from tokenyard_models.families.dbrx import resolve as dbrx
-from tokenyard_models.families.mixtral import resolve as mixtral
-from tokenyard_models.families.mpt import resolve as mpt
+
+dbrx = Dbrx.resolve
+mixtral = Mixtral.resolve
+mpt = Mpt.resolve
 
 EXPERTS = {"ffn_type": "mb_dmoe", "moe_num_experts": 16, "moe_top_k": 4, "moe_world_size": 1}
 

@@ -15,7 +15,7 @@ from tokenyard.numerics import relative_error
 from tokenyard_models import from_hf, to_hf
 from tokenyard_models.families._boxes import slices
 from tokenyard_models.hf import Folder, load_weights
-from tokenyard_models.hf._families import FAMILIES, layout_of
+from tokenyard_models.hf._folder_map import formats, map_folder
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -49,17 +49,19 @@ def test_logits_and_all_gradients_are_those_of_transformers(saved):
     (want * weights).sum().backward()
     (got * weights).sum().backward()
     held, parameters = dict(theirs.named_parameters()), dict(ours.named_parameters())
-    family, seen = FAMILIES[theirs.config.model_type], set()
-    layout = layout_of(family.model, family.entries(fused=True), ours.config, parameters)
-    for name, piece in (made_of for found in layout.values() for made_of in found):
-        got = piece.turned(parameters[name].grad[slices(piece.ours)])
-        want = held[piece.key].grad[slices(piece.theirs)]
+    hf_format = formats()[theirs.config.model_type]
+    rows = hf_format.rows(fused=True)
+    folder_map = map_folder(hf_format.name, rows, ours.config, parameters)
+    seen = set()
+    for name, piece in (part for parts in folder_map.values() for part in parts):
+        got = piece.orient(parameters[name].grad[slices(piece.box)])
+        want = held[piece.key].grad[slices(piece.file_box)]
         assert relative_error(got.reshape(want.shape), want) < 1e-5, name
         seen |= {name, piece.key}
     assert seen >= parameters.keys() | held.keys()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", formats())
 @torch.no_grad()
 def test_greedy_text_is_the_same(family, tmp_path):
     """64 tokens, ours through its cache."""
@@ -79,7 +81,7 @@ def test_greedy_text_is_the_same(family, tmp_path):
 def test_what_is_written_is_what_transformers_reads(saved, tmp_path, fused):
     """In shards of a few kilobytes, with an index; the token ids go along."""
     theirs, folder = saved
-    if fused and not FAMILIES[theirs.config.model_type].fused:
+    if fused and not formats()[theirs.config.model_type].fused:
         pytest.skip("it has no fused form")
     to_hf(from_hf(folder), tmp_path / "ours", like=folder, fused=fused, shard_bytes=4000)
     assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 3

@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tokenyard import ConfigError
 from tokenyard.numerics import relative_error
 from tokenyard_models import WeightsError, from_hf
-from tokenyard_models.hf._families import FAMILIES
+from tokenyard_models.hf._folder_map import formats
 
 LLAMAS = {
     made_by.__name__: made_by for made_by in (llama, mistral, mixtral, qwen3, qwen3_moe, olmoe)
@@ -33,8 +33,8 @@ LLAMAS = {
 
 def read(told):
     """Return the TransformerConfig that a config.json tells."""
-    family = FAMILIES[told["model_type"]]
-    return family.definition.resolve(family.section(told))
+    hf_format = formats()[told["model_type"]]
+    return hf_format.definition.resolve(hf_format.section(told))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def folder(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", formats())
 def test_what_is_left_out_means_what_transformers_takes(model_type):
     """But for the base of DBRX's rotations, which every folder tells: transformers has another than Databricks."""
     told = {"model_type": model_type} | (

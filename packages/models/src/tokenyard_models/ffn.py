@@ -1,8 +1,11 @@
-"""The `ffn_config` that DBRX and LLM Foundry's MPT share: MegaBlocks' key names, and ours for what it did not have."""
+"""Read the `ffn_config` section that DBRX and LLM Foundry's MPT share.
+
+The keys are MegaBlocks', and ours for what MegaBlocks does not have.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,21 +22,24 @@ _POINTWISE = {
     ("relu", "none"): "relu",
     ("relu_squared", "none"): "relu_squared",
 }
-_OF_EXPERTS = ("moe_", "shared_expert", "uniform_expert", "dense_layers")
+_EXPERT_KEYS = ("moe_", "shared_expert", "uniform_expert", "dense_layers")
 
 
 FfnType = Literal["mptmlp", "mptglu", "mb_dmoe", "mb_moe", "torch_dmoe"]
 
 
 class ActivationName(Strict):
-    """An activation by its name in torch.nn.functional; gated when the layer is (silu becomes SwiGLU)."""
+    """An activation by its name in torch.nn.functional. A gated layer makes SwiGLU of silu."""
 
     name: Literal["silu", "gelu", "relu", "gelu_tanh", "relu_squared"]  # the function
-    approximate: Literal["none", "tanh"] = "none"  # of gelu
+    approximate: Literal["none", "tanh"] = "none"  # approximation of gelu
 
 
 class FfnConfig(Strict):
-    """A feed-forward layer: dense (mptmlp, mptglu), or experts, dropless (mb_dmoe, torch_dmoe) or not (mb_moe)."""
+    """A feed-forward layer: dense (mptmlp, mptglu) or with experts.
+
+    Experts are dropless (mb_dmoe, torch_dmoe) or have a capacity (mb_moe).
+    """
 
     ignored: ClassVar[frozenset[str]] = frozenset(
         [
@@ -58,75 +64,76 @@ class FfnConfig(Strict):
         ]
     )
 
-    ffn_type: FfnType = "mptmlp"  # dense, or experts; mb_moe has a capacity
+    ffn_type: FfnType = "mptmlp"  # dense (mptmlp, mptglu) or with experts; mb_moe has a capacity
     ffn_hidden_size: int | None = Field(None, ge=1)  # F
     ffn_act_fn: ActivationName | None = None
     mlp_type: Literal["mlp", "glu"] = "mlp"  # glu: gated
     moe_num_experts: int = Field(1, ge=1)  # E
     moe_top_k: int = Field(1, ge=1)  # K
-    moe_world_size: int | None = Field(None, ge=1)  # ranks that share the experts
-    moe_loss_weight: float = Field(0.1, ge=0)  # of the load-balancing loss
-    moe_zloss_weight: float = Field(0.0, ge=0)  # of the z-loss
+    moe_world_size: int | None = Field(None, ge=1)  # expert-parallel ranks
+    moe_loss_weight: float = Field(0.1, ge=0)  # weight of the load-balancing loss
+    moe_zloss_weight: float = Field(0.0, ge=0)  # weight of the z-loss
     moe_loss_convention: Literal["megablocks", "hf"] = (
-        "megablocks"  # by which the load-balancing loss is scaled
+        "megablocks"  # scale of the load-balancing loss
     )
     moe_jitter_eps: float | None = Field(
-        None, ge=0, lt=1
-    )  # in training the router's input varies by as much
-    moe_normalize_expert_weights: float | None = Field(None, gt=0)  # p of the norm
-    moe_capacity_factor: float = Field(1.0, ge=0)  # of mb_moe; 0 drops nothing
-    uniform_expert_assignment: bool = False  # experts in turn, for benchmarks
-    shared_expert: bool = False  # one expert more, for all tokens
-    shared_expert_hidden_size: int | None = Field(None, ge=1)  # its width; F if not given
-    shared_expert_weighted_sum: bool = False  # K / (K + 1) of the experts and 1 / (K + 1) of it
-    moe_score_function: Literal["softmax", "sigmoid"] = "softmax"  # of the logits
-    moe_select_first: bool = False  # softmax over the K selected logits only
-    moe_weight_scale: float = Field(1.0, gt=0)  # multiplies the weights last
-    moe_bias_update_rate: float = Field(
-        0.0, ge=0
-    )  # above 0: a selection bias, moved so after each step
-    moe_num_groups: int = Field(1, ge=1)  # experts stand in so many groups
-    moe_groups_kept: int = Field(1, ge=1)  # a token chooses from its best ones
-    moe_group_score: Literal["max", "top2"] = (
-        "max"  # of the best expert, or the sum of the best two
+        None,  # in training, the router's input is multiplied by uniform [1 - eps, 1 + eps]
+        ge=0,
+        lt=1,
     )
-    dense_layers: list[int] = []  # layers without experts
+    moe_normalize_expert_weights: float | None = Field(
+        None,  # divide a token's K routing weights by their p-norm; this is p
+        gt=0,
+    )
+    moe_capacity_factor: float = Field(1.0, ge=0)  # capacity of mb_moe; 0 drops nothing
+    uniform_expert_assignment: bool = False  # slots take experts in turn, for benchmarks
+    shared_expert: bool = False  # add one expert that computes all tokens
+    shared_expert_hidden_size: int | None = Field(None, ge=1)  # its width; default: F
+    shared_expert_weighted_sum: bool = False  # weights K / (K + 1) and, for it, 1 / (K + 1)
+    moe_score_function: Literal["softmax", "sigmoid"] = "softmax"  # scores from router logits
+    moe_select_first: bool = False  # softmax over the K selected logits only
+    moe_weight_scale: float = Field(1.0, gt=0)  # multiplies the routing weights last
+    moe_bias_update_rate: float = Field(0.0, ge=0)  # step of the selection bias; 0: no bias
+    moe_num_groups: int = Field(1, ge=1)  # number of expert groups
+    moe_groups_kept: int = Field(1, ge=1)  # best groups that a token chooses experts from
+    moe_group_score: Literal["max", "top2"] = "max"  # a group's best expert, or sum of best two
+    dense_layers: list[int] = []  # numbers of dense layers, from 0
 
     @property
     def has_experts(self) -> bool:
-        """Say whether the layers are MoE layers."""
+        """Return whether the layers are MoE layers."""
         return self.ffn_type in ("mb_dmoe", "mb_moe", "torch_dmoe")
 
     def activation(self) -> str:
-        """Return core's name of the activation; raises ConfigError for one that there is not.
+        """Return core's name of the activation. Raises ConfigError if core has none.
 
-        The default is GELU; of experts that are not gated, its tanh form, which is MegaBlocks' default.
+        The default is GELU, in its tanh form for experts that are not gated (as in MegaBlocks).
         """
         gated = self.ffn_type == "mptglu" or (self.has_experts and self.mlp_type == "glu")
-        default = ActivationName(
-            name="gelu", approximate="tanh" if self.has_experts and not gated else "none"
-        )
-        given, known = self.ffn_act_fn or default, _GATED if gated else _POINTWISE
-        if (given.name, given.approximate) not in known:
-            names = ", ".join(name if how == "none" else f"{name} ({how})" for name, how in known)
-            kind, asked = (
-                "gated" if gated else "plain",
-                f"{given.name!r} with approximate {given.approximate!r}",
+        approximate: Literal["none", "tanh"] = "tanh" if self.has_experts and not gated else "none"
+        activation = self.ffn_act_fn or ActivationName(name="gelu", approximate=approximate)
+        known = _GATED if gated else _POINTWISE
+        key = (activation.name, activation.approximate)
+        if key not in known:
+            names = ", ".join(
+                name if form == "none" else f"{name} ({form})" for name, form in known
             )
+            kind = "gated" if gated else "plain"
             raise ConfigError(
-                f"model.ffn_config.ffn_act_fn is {asked}, which has no {kind} form; these have: {names}"
+                f"model.ffn_config.ffn_act_fn is {activation.name!r} with approximate "
+                f"{activation.approximate!r}, which has no {kind} form; these have: {names}"
             )
-        return known[given.name, given.approximate]
+        return known[key]
 
     def moe(self, ffn_dim: int, bias: bool = False) -> MoEConfig | None:
-        """Return the MoE layers, whose single output bias MegaBlocks has where the model has biases.
+        """Return the MoE layers, or None for a dense model.
 
-        Raises ConfigError for keys that contradict each other.
+        `bias` adds MegaBlocks' single output bias. Raises ConfigError for contradicting keys.
         """
         self._check_agreement()
         if not self.has_experts:
             return None
-        shared = (self.shared_expert_hidden_size or ffn_dim) if self.shared_expert else None
+        shared_dim = (self.shared_expert_hidden_size or ffn_dim) if self.shared_expert else None
         return MoEConfig(
             ffn_dim,
             self.moe_num_experts,
@@ -134,7 +141,7 @@ class FfnConfig(Strict):
             activation=self.activation(),
             output_bias=bias,
             rule=self.rule(),
-            shared_dim=shared,
+            shared_dim=shared_dim,
             shared_weighted_sum=self.shared_expert_weighted_sum,
             forced_balance=self.uniform_expert_assignment,
         )
@@ -143,18 +150,20 @@ class FfnConfig(Strict):
         check_top_k(
             "model.ffn_config.moe_top_k", self.moe_top_k, "moe_num_experts", self.moe_num_experts
         )
-        of_experts = sorted(key for key in self.model_fields_set if key.startswith(_OF_EXPERTS))
-        if of_experts and not self.has_experts:
-            fault = f"model.ffn_config.{of_experts[0]} is for experts, but ffn_type is {self.ffn_type!r}"
-            raise ConfigError(f"{fault}; set ffn_type: mb_dmoe, or drop the key")
-        if self.shared_expert_hidden_size is not None and not self.shared_expert:
-            fault = (
-                "model.ffn_config.shared_expert_hidden_size is given, but shared_expert is false"
+        expert_keys = sorted(key for key in self.model_fields_set if key.startswith(_EXPERT_KEYS))
+        if expert_keys and not self.has_experts:
+            raise ConfigError(
+                f"model.ffn_config.{expert_keys[0]} is for experts, but ffn_type is "
+                f"{self.ffn_type!r}; set ffn_type: mb_dmoe, or drop the key"
             )
-            raise ConfigError(f"{fault}; set shared_expert: true, or drop the key")
+        if self.shared_expert_hidden_size is not None and not self.shared_expert:
+            raise ConfigError(
+                "model.ffn_config.shared_expert_hidden_size is given, but shared_expert is false; "
+                "set shared_expert: true, or drop the key"
+            )
 
     def rule(self) -> RoutingRule:
-        """Return how tokens choose experts."""
+        """Return the routing rule."""
         return RoutingRule(
             score=self.moe_score_function,
             select_first=self.moe_select_first,
@@ -169,16 +178,5 @@ class FfnConfig(Strict):
         )
 
     def auxiliary(self) -> AuxiliaryLoss:
-        """Return the losses of the routers."""
+        """Return the routers' losses."""
         return AuxiliaryLoss(self.moe_loss_weight, self.moe_zloss_weight, self.moe_loss_convention)
-
-
-def merged(preset: dict[str, Any], given: Any) -> dict[str, Any]:
-    """Return a preset with what was given in its place, section by section."""
-    result = dict(preset)
-    for key, value in dict(given).items():
-        below = result.get(key)
-        result[key] = (
-            merged(below, value) if isinstance(below, dict) and hasattr(value, "items") else value
-        )
-    return result

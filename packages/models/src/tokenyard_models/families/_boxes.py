@@ -1,6 +1,6 @@
-"""How a tensor of ours is put together from tensors of a file: a list of boxes, each one moved whole or transposed.
+"""Map boxes of a model's parameters to boxes of the tensors in a file.
 
-The operations below say which boxes; reading, resharding and writing follow from the boxes alone.
+An operation lists the boxes of one parameter. Loading, resharding and writing use the boxes alone.
 """
 
 from __future__ import annotations
@@ -12,124 +12,108 @@ from torch import Tensor
 
 from tokenyard_models.config import TransformerConfig
 
+Shape = tuple[int, ...]
+
 Box = tuple[tuple[int, int], ...]
-"""(first, end) of each dimension."""
+"""(start, end) of each dimension."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of one of our tensors, and the box of a file's tensor that it is."""
+    """A box of a parameter, and the box of a file's tensor that holds the same numbers."""
 
-    key: str  # the tensor's name in the file
-    shape: tuple[int, ...]  # the whole tensor's, in the file
-    ours: Box
-    theirs: Box
-    transposed: bool = False  # the last two dimensions are the other way round in the file
+    key: str  # name of the tensor in the file
+    shape: Shape  # of the whole tensor in the file
+    box: Box  # in the parameter
+    file_box: Box  # in the file's tensor
+    transposed: bool = False  # the file swaps the last two dimensions
 
     def within(self, box: Box) -> Piece | None:
-        """Return the part of this piece that lies within a box of ours; None if there is none."""
-        cut = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(self.ours, box))
-        if any(a >= b for a, b in cut):
+        """Return the part of this piece inside a box of the parameter, or None."""
+        cut = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(self.box, box))
+        if any(start >= end for start, end in cut):
             return None
-        inside = [(a - first, b - first) for (a, b), (first, _) in zip(cut, self.ours)]
-        inside = inside[
-            len(inside) - len(self.theirs) :
-        ]  # leading dimensions that a file does not have are 1 here
+        offsets = [(a - start, b - start) for (a, b), (start, _) in zip(cut, self.box)]
+        # Leading dimensions that the file lacks have size 1 here.
+        offsets = offsets[len(offsets) - len(self.file_box) :]
         if self.transposed:
-            inside[-2:] = inside[:-3:-1]
-        theirs = tuple((first + a, first + b) for (first, _), (a, b) in zip(self.theirs, inside))
-        return Piece(self.key, self.shape, cut, theirs, self.transposed)
+            offsets[-2:] = offsets[:-3:-1]
+        file_box = tuple(
+            (start + a, start + b) for (start, _), (a, b) in zip(self.file_box, offsets)
+        )
+        return Piece(self.key, self.shape, cut, file_box, self.transposed)
 
-    def turned(self, tensor: Tensor) -> Tensor:
-        """Return what was read as it lies in ours, or what lies in ours as it is written."""
+    def orient(self, tensor: Tensor) -> Tensor:
+        """Convert between the file's and the parameter's order of dimensions (its own inverse)."""
         return tensor.transpose(-1, -2) if self.transposed else tensor
 
 
-def whole(shape: Sequence[int]) -> Box:
-    """Return the box of a whole tensor."""
+def full_box(shape: Sequence[int]) -> Box:
+    """Return the box that covers a whole tensor."""
     return tuple((0, size) for size in shape)
 
 
 def slices(box: Box) -> tuple[slice, ...]:
-    """Return a box as an index."""
-    return tuple(slice(first, end) for first, end in box)
+    """Convert a box to an index."""
+    return tuple(slice(start, end) for start, end in box)
 
 
-Operation = Callable[[Sequence[str], tuple[int, ...], TransformerConfig], Iterator[Piece]]
-"""(names in the file, the shape of ours, the model) -> pieces."""
+Operation = Callable[[Sequence[str], Shape, TransformerConfig], Iterator[Piece]]
+"""(names in the file, shape of the parameter, config) -> pieces."""
 
 
-def same(keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig) -> Iterator[Piece]:
-    """One tensor as it is."""
-    yield Piece(keys[0], shape, whole(shape), whole(shape))
+def copy(keys: Sequence[str], shape: Shape, config: TransformerConfig) -> Iterator[Piece]:
+    """Map one tensor unchanged."""
+    yield Piece(keys[0], shape, full_box(shape), full_box(shape))
 
 
-def heads(
-    keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig
-) -> Iterator[Piece]:
-    """Queries, keys and values [heads * head_dim, D], one below the other."""
-    first = 0
-    for key, count in zip(keys, (config.heads, config.kv_heads, config.kv_heads)):
-        height = count * config.head_dim
-        yield Piece(
-            key,
-            (height, shape[1]),
-            ((first, first + height), (0, shape[1])),
-            whole((height, shape[1])),
-        )
-        first += height
+def concat_heads(keys: Sequence[str], shape: Shape, config: TransformerConfig) -> Iterator[Piece]:
+    """Concatenate query, key and value rows: each [heads * head_dim, D]."""
+    width = shape[1]
+    start = 0
+    for key, heads in zip(keys, (config.heads, config.kv_heads, config.kv_heads)):
+        height = heads * config.head_dim
+        box = ((start, start + height), (0, width))
+        yield Piece(key, (height, width), box, full_box((height, width)))
+        start += height
 
 
-def below(
-    keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig
-) -> Iterator[Piece]:
-    """Tensors [F, D] of one height, one below the other."""
+def concat(keys: Sequence[str], shape: Shape, config: TransformerConfig) -> Iterator[Piece]:
+    """Concatenate tensors [F, D] of equal height."""
     height = shape[0] // len(keys)
+    width = shape[1]
     for i, key in enumerate(keys):
-        yield Piece(
-            key,
-            (height, shape[1]),
-            ((i * height, (i + 1) * height), (0, shape[1])),
-            whole((height, shape[1])),
-        )
+        box = ((i * height, (i + 1) * height), (0, width))
+        yield Piece(key, (height, width), box, full_box((height, width)))
 
 
-def by_expert(
-    keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig
-) -> Iterator[Piece]:
-    """For each expert, tensors of its own, one below the other."""
-    experts, height, width = shape[0], shape[1] // len(keys), shape[2]
+def per_expert(keys: Sequence[str], shape: Shape, config: TransformerConfig) -> Iterator[Piece]:
+    """Concatenate the tensors of each expert; `{expert}` in a key is the expert's number."""
+    experts, rows, width = shape
+    height = rows // len(keys)
     for e in range(experts):
         for i, key in enumerate(keys):
-            ours = ((e, e + 1), (i * height, (i + 1) * height), (0, width))
-            yield Piece(key.format(expert=e), (height, width), ours, whole((height, width)))
+            box = ((e, e + 1), (i * height, (i + 1) * height), (0, width))
+            yield Piece(key.format(expert=e), (height, width), box, full_box((height, width)))
 
 
-def stacked(
-    keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig
-) -> Iterator[Piece]:
-    """Tensors [E F, D] of all experts, one expert below the other (MegaBlocks' w1 and, of gated experts, v1)."""
-    experts, width = shape[0], shape[2]
-    height = config.moe.ffn_dim if config.moe is not None else shape[1]
+def stacked(keys: Sequence[str], shape: Shape, config: TransformerConfig) -> Iterator[Piece]:
+    """Split tensors [E F, D] by expert (MegaBlocks' w1, and v1 if the experts are gated)."""
+    experts, rows, width = shape
+    height = config.moe.ffn_dim if config.moe is not None else rows
     for e in range(experts):
-        for i, key in enumerate(keys[: shape[1] // height]):
-            ours = ((e, e + 1), (i * height, (i + 1) * height), (0, width))
-            yield Piece(
-                key, (experts * height, width), ours, ((e * height, (e + 1) * height), (0, width))
-            )
+        for i, key in enumerate(keys[: rows // height]):
+            box = ((e, e + 1), (i * height, (i + 1) * height), (0, width))
+            file_box = ((e * height, (e + 1) * height), (0, width))
+            yield Piece(key, (experts * height, width), box, file_box)
 
 
 def stacked_transposed(
-    keys: Sequence[str], shape: tuple[int, ...], config: TransformerConfig
+    keys: Sequence[str], shape: Shape, config: TransformerConfig
 ) -> Iterator[Piece]:
-    """A tensor [E F, D] of all experts, each transposed (MegaBlocks' w2)."""
+    """Split a tensor [E F, D] by expert and transpose each part (MegaBlocks' w2)."""
     experts, dim, ffn_dim = shape
     for e in range(experts):
-        theirs = ((e * ffn_dim, (e + 1) * ffn_dim), (0, dim))
-        yield Piece(
-            keys[0],
-            (experts * ffn_dim, dim),
-            ((e, e + 1), (0, dim), (0, ffn_dim)),
-            theirs,
-            transposed=True,
-        )
+        box = ((e, e + 1), (0, dim), (0, ffn_dim))
+        file_box = ((e * ffn_dim, (e + 1) * ffn_dim), (0, dim))
+        yield Piece(keys[0], (experts * ffn_dim, dim), box, file_box, transposed=True)

@@ -1,24 +1,35 @@
-"""Mixtral (Jiang et al. 2024, arXiv 2401.04088): 8 experts of which each token takes 2, RMSNorm.
+"""Mixtral (Jiang et al. 2024, arXiv 2401.04088): top-2 routing over 8 experts, RMSNorm.
 
-Keys are those of its published config.json.
+The keys are those of the published config.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from tokenyard import RoutingRule
-from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
-from tokenyard_models.families._hf_keys import PublishedMoE, check_window
-from tokenyard_models.schema import Strict, parse
-from tokenyard_models.transformer import Transformer
+from tokenyard_models.config import TransformerConfig
+from tokenyard_models.families._boxes import copy, per_expert
+from tokenyard_models.families._config_json import experts, llama_keys, router_keys
+from tokenyard_models.families._definition import Definition
+from tokenyard_models.families._format import HfFormat, Row
+from tokenyard_models.families._hf_keys import LlamaMoEKeys, check_window
+from tokenyard_models.families._names import (
+    DOWN,
+    FUSED,
+    FUSED_SUFFIX,
+    HF_BLOCK,
+    LLAMA,
+    ROUTER,
+    UP,
+    names,
+)
 
 
-class MixtralConfig(PublishedMoE):
-    """Mixtral's sizes: 8x7B's (`size: full`, 46.7 B parameters) or a tiny model's, and what is given besides."""
+class MixtralConfig(LlamaMoEKeys):
+    """Mixtral's keys. Defaults: 8x7B (`size: full`, 46.7 B parameters) or `size: tiny`."""
 
     vocab_size: int = Field(32000, ge=1)
     hidden_size: int = Field(4096, ge=1)
@@ -26,73 +37,77 @@ class MixtralConfig(PublishedMoE):
     num_hidden_layers: int = Field(32, ge=1)
     num_attention_heads: int = Field(32, ge=1)
     num_key_value_heads: int = Field(8, ge=1)
-    head_dim: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=1)  # default: hidden_size / num_attention_heads
     max_position_embeddings: int = Field(32768, ge=1)
-    rms_norm_eps: float = Field(1e-5, gt=0)
     rope_theta: float = Field(1e6, gt=0)
-    sliding_window: int | None = Field(
-        None, ge=1
-    )  # of no less than there are positions, so that it is none
-    num_local_experts: int = Field(8, ge=1)
+    sliding_window: int | None = Field(None, ge=1)  # at least the longest sequence: no effect
+    num_local_experts: int = Field(8, ge=1)  # E
     num_experts_per_tok: int = Field(2, ge=1)
     router_aux_loss_coef: float = Field(0.02, ge=0)
-    router_jitter_noise: float = Field(0.0, ge=0, lt=1)
+    router_jitter_noise: float = Field(0.0, ge=0, lt=1)  # noise on the router's input in training
+
+    def resolve(self) -> TransformerConfig:
+        """Return the config of the transformer. Raises ConfigError."""
+        check_window(self.sliding_window, self.length)
+        rule = RoutingRule(normalize=1, jitter=self.router_jitter_noise)
+        moe = self.experts(self.intermediate_size, "num_local_experts", rule)
+        return self.transformer(self.head_dim, moe=moe)
 
 
-TINY: dict[str, Any] = {
-    "vocab_size": 257,
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rope_theta": 10000.0,
-}
-
-
-def resolve(config: Mapping[str, Any]) -> TransformerConfig:
-    """Read the keys of a `model:` section; raises ConfigError."""
-    read = parse(
-        MixtralConfig, TINY | dict(config) if config.get("size") == "tiny" else config, "model"
-    )
-    check_window(read.sliding_window, read.length)
-    heads = read.num_attention_heads
-    if read.head_dim is None:
-        check_divides("model.num_attention_heads", heads, "hidden_size", read.hidden_size)
-    check_divides(
-        "model.num_key_value_heads", read.num_key_value_heads, "num_attention_heads", heads
-    )
-    experts, top_k = read.num_local_experts, read.num_experts_per_tok
-    check_top_k("model.num_experts_per_tok", top_k, "num_local_experts", experts)
-    rule = RoutingRule(normalize=1, jitter=read.router_jitter_noise)
-    return TransformerConfig(
-        vocab_size=read.vocab_size,
-        max_seq_len=read.length,
-        dim=read.hidden_size,
-        layers=read.num_hidden_layers,
-        heads=heads,
-        kv_heads=read.num_key_value_heads,
-        head_dim=read.head_dim or read.hidden_size // heads,
-        moe=MoEConfig(read.intermediate_size, experts, top_k, rule=rule),
-        norm_eps=read.rms_norm_eps,
-        rope_theta=read.theta,
-        rope_scaling=read.scaling,
-        tied_head=read.tie_word_embeddings,
-        auxiliary=read.auxiliary(),
-        expert_parallel=read.moe_world_size,
-    )
-
-
-class Mixtral(Transformer):
-    """Mixtral. The two chosen weights sum to one; jitter reaches the router only.
-
-    `config` is a `model:` section; the other arguments are Transformer's.
-    """
+class Mixtral(Definition):
+    """Mixtral. The two routing weights of a token sum to one; jitter affects the router only."""
 
     definition = "mixtral"
-    schema: ClassVar[type[Strict]] = MixtralConfig
-    resolve = staticmethod(resolve)
+    schema = MixtralConfig
+    readme = (
+        "Mixtral's published config.json",
+        "`size: full` (8x7B: 46.7 B, 12.9 B active) or `tiny`",
+    )
+    tiny: ClassVar[dict[str, Any]] = {
+        "vocab_size": 257,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+    }
 
-    def __init__(self, config: Mapping[str, Any], **placement: Any):
-        super().__init__(resolve(config), **placement)
+
+MOE = HF_BLOCK + "block_sparse_moe."
+WEIGHTS = (
+    *LLAMA,
+    Row(ROUTER, (MOE + "gate.weight",), copy),
+    Row(UP, names(MOE + "experts.{expert}.", "w1.weight", "w3.weight"), per_expert),
+    Row(DOWN, (MOE + "experts.{expert}.w2.weight",), per_expert),
+)
+
+
+def config_json(config: TransformerConfig) -> dict[str, Any]:
+    """Return Mixtral's config.json. Raises ConfigError for a dense model."""
+    moe = experts(config)
+    return (
+        llama_keys(config, "MixtralForCausalLM", "mixtral")
+        | router_keys(config)
+        | {
+            "intermediate_size": moe.ffn_dim,
+            "head_dim": config.head_dim,
+            "num_local_experts": moe.num_experts,
+            "router_jitter_noise": moe.rule.jitter,
+            "sliding_window": None,
+        }
+    )
+
+
+FORMATS = (
+    HfFormat(
+        Mixtral,
+        "mixtral",
+        WEIGHTS,
+        config_json,
+        defaults={"max_position_embeddings": 131072, "router_aux_loss_coef": 0.001},
+        fused=FUSED,
+        fused_suffix=FUSED_SUFFIX,
+    ),
+)

@@ -1,25 +1,27 @@
-"""Qwen3's dense models (Qwen team 2025, arXiv 2505.09388): queries and keys are normalised by head.
+"""Qwen3's dense models (Qwen team 2025, arXiv 2505.09388): RMSNorm of each query and key head.
 
-Keys are those of its published config.json.
+The keys are those of the published config.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tokenyard_models.config import TransformerConfig, check_divides
-from tokenyard_models.families._hf_keys import Published
-from tokenyard_models.schema import Strict, only, parse
-from tokenyard_models.transformer import Transformer
+from tokenyard_models.config import TransformerConfig
+from tokenyard_models.families._config_json import llama_keys
+from tokenyard_models.families._definition import Definition
+from tokenyard_models.families._format import HfFormat
+from tokenyard_models.families._hf_keys import LlamaKeys
+from tokenyard_models.families._names import DENSE
+from tokenyard_models.schema import only
 
 
-class Qwen3Config(Published):
-    """Its sizes: 8B's (`size: full`, 8.2 B parameters) or a tiny model's, and what is given besides."""
+class Qwen3Config(LlamaKeys):
+    """Qwen3's keys. Defaults: 8B (`size: full`, 8.2 B parameters) or `size: tiny`."""
 
-    ignored: ClassVar[frozenset[str]] = Published.ignored | {"max_window_layers"}
+    ignored: ClassVar[frozenset[str]] = LlamaKeys.ignored | {"max_window_layers"}
 
     vocab_size: int = Field(151936, ge=1)
     hidden_size: int = Field(4096, ge=1)
@@ -27,63 +29,68 @@ class Qwen3Config(Published):
     num_hidden_layers: int = Field(36, ge=1)
     num_attention_heads: int = Field(32, ge=1)
     num_key_value_heads: int = Field(8, ge=1)
-    head_dim: int = Field(128, ge=1)
+    head_dim: int = Field(128, ge=1)  # width of a head
     max_position_embeddings: int = Field(40960, ge=1)
     rms_norm_eps: float = Field(1e-6, gt=0)
     rope_theta: float = Field(1e6, gt=0)
     attention_bias: Annotated[bool, only(False, "a bias in attention")] = False
     use_sliding_window: Annotated[bool, only(False, "sliding-window attention")] = False
-    sliding_window: int | None = None  # means something only with use_sliding_window
-    layer_types: list[Literal["full_attention"]] | None = None
+    sliding_window: int | None = None  # unused without use_sliding_window
+    layer_types: list[Literal["full_attention"]] | None = None  # attention of each layer
+
+    def resolve(self) -> TransformerConfig:
+        """Return the config of the transformer. Raises ConfigError."""
+        return self.transformer(
+            self.head_dim, moe=None, dense_ffn_dim=self.intermediate_size, qk_norm="head"
+        )
 
 
-TINY: dict[str, Any] = {
-    "vocab_size": 257,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "rope_theta": 10000.0,
-}
-
-
-def resolve(config: Mapping[str, Any]) -> TransformerConfig:
-    """Read the keys of a `model:` section; raises ConfigError."""
-    read = parse(
-        Qwen3Config, TINY | dict(config) if config.get("size") == "tiny" else config, "model"
-    )
-    heads, kv_heads = read.num_attention_heads, read.num_key_value_heads
-    check_divides("model.num_key_value_heads", kv_heads, "num_attention_heads", heads)
-    return TransformerConfig(
-        vocab_size=read.vocab_size,
-        max_seq_len=read.length,
-        dim=read.hidden_size,
-        layers=read.num_hidden_layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=read.head_dim,
-        moe=None,
-        dense_ffn_dim=read.intermediate_size,
-        norm_eps=read.rms_norm_eps,
-        rope_theta=read.theta,
-        rope_scaling=read.scaling,
-        qk_norm="head",
-        tied_head=read.tie_word_embeddings,
-    )
-
-
-class Qwen3(Transformer):
-    """Qwen3, without experts: the model that `upcycle` makes a Qwen3-MoE of.
-
-    `config` is a `model:` section; the other arguments are Transformer's.
-    """
+class Qwen3(Definition):
+    """Qwen3: dense. `upcycle` makes a Qwen3-MoE of it."""
 
     definition = "qwen3"
-    schema: ClassVar[type[Strict]] = Qwen3Config
-    resolve = staticmethod(resolve)
+    schema = Qwen3Config
+    readme = (
+        "the config.json of Qwen3's dense models",
+        "`size: full` (8B) or `tiny`; no experts",
+    )
+    tiny: ClassVar[dict[str, Any]] = {
+        "vocab_size": 257,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+    }
 
-    def __init__(self, config: Mapping[str, Any], **placement: Any):
-        super().__init__(resolve(config), **placement)
+
+def config_json(config: TransformerConfig) -> dict[str, Any]:
+    """Return Qwen3's config.json."""
+    return llama_keys(config, "Qwen3ForCausalLM", "qwen3") | {
+        "intermediate_size": config.dense_width,
+        "head_dim": config.head_dim,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+FORMATS = (
+    HfFormat(
+        Qwen3,
+        "qwen3",
+        DENSE,
+        config_json,
+        defaults={
+            "intermediate_size": 22016,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 32768,
+            "rope_theta": 10000.0,
+        },
+        upcycled="qwen3_moe",
+    ),
+)

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face folders, in and out; transformers is not needed here, and proves it in the tests."""
+"""Read and write Hugging Face folders. transformers is not needed; a test proves it."""
 
 from tokenyard_models.hf._folder import Folder, WeightsError
 from tokenyard_models.hf._load import from_hf, load_weights

@@ -1,6 +1,6 @@
-"""A Hugging Face folder as it lies on disk: config.json, and tensors in safetensors files, read a box at a time.
+"""Read a Hugging Face folder: config.json, and boxes of tensors in safetensors files.
 
-Nothing in it is run, and nothing outside of it is read.
+Nothing in the folder is executed, and nothing outside the folder is read.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from torch import Tensor
 
 from tokenyard import TokenyardError
 
-INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-_MAX_JSON = 1 << 26
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_JSON = 1 << 26  # bytes
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_AT_ONCE = (
-    1 << 28
-)  # bytes that are read before a file is opened anew: what was mapped counts as memory until then
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+# Bytes to read before reopening a file: mapped pages count as memory until the file is closed.
+_REOPEN_AFTER = 1 << 28
 
 
 class WeightsError(TokenyardError):
-    """A folder of weights is not whole, not safe, or not of the model."""
+    """A folder of weights is incomplete, unsafe, or for another model."""
 
 
 class Folder:
-    """A folder with a model's config.json and weights. Raises WeightsError for one that is none."""
+    """A folder with a model's config.json and weights. Raises WeightsError for any other folder."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -37,7 +40,7 @@ class Folder:
                 f"{self.path} is no folder; give one that holds config.json and model.safetensors"
             )
         self.config = read_json(self.path / CONFIG)
-        self.files = self._files()  # the names of tensors in each file
+        self.files = self._files()  # file name -> tensor names
 
     @property
     def keys(self) -> set[str]:
@@ -49,89 +52,93 @@ class Folder:
             return self._indexed(read_json(self.path / INDEX).get("weight_map"))
         if (self.path / SINGLE).exists():
             return {SINGLE: list(_open(self.path / SINGLE).keys())}
-        pickles = sorted(
-            p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern)
-        )
+        pickles = sorted(p.name for pattern in _PICKLES for p in self.path.glob(pattern))
         if pickles:
             raise WeightsError(
-                f"{self.path} has weights as pickles ({pickles[0]}), which can run code when they are read; convert "
-                "them where you trust them: load the model by transformers and save it by save_pretrained"
+                f"{self.path} has weights as pickles ({pickles[0]}), which can run code when they "
+                "are read; convert them where you trust them: load the model by transformers and "
+                "save it by save_pretrained"
             )
         raise WeightsError(f"{self.path} holds neither {INDEX} nor {SINGLE}")
 
     def _indexed(self, weight_map: Any) -> dict[str, list[str]]:
-        where = self.path / INDEX
+        """Return the tensor names of each file. Raises WeightsError if index and files differ."""
+        index = self.path / INDEX
         if not isinstance(weight_map, dict) or not weight_map:
             raise WeightsError(
-                f"{where} has no weight_map, which says in which file each tensor is"
+                f"{index} has no weight_map, which says in which file each tensor is"
             )
-        found: dict[str, list[str]] = {}
+        files: dict[str, list[str]] = {}
         for key, name in weight_map.items():
-            if (
-                not isinstance(name, str)
-                or Path(name).name != name
-                or not name.endswith(".safetensors")
-            ):
+            if not _is_file_name(name):
                 raise WeightsError(
-                    f"{where} sends {key} to {name!r}, which is no safetensors file in the folder"
+                    f"{index} sends {key} to {name!r}, which is no safetensors file in the folder"
                 )
-            found.setdefault(name, []).append(key)
-        for name, keys in found.items():
+            files.setdefault(name, []).append(key)
+        for name, keys in files.items():
             self._compare(name, keys)
-        return found
+        return files
 
-    def _compare(self, name: str, keys: list[str]) -> None:
-        there = set(_open(self.path / name).keys())
-        if missing := sorted(set(keys) - there):
+    def _compare(self, name: str, indexed: list[str]) -> None:
+        stored = set(_open(self.path / name).keys())
+        if missing := sorted(set(indexed) - stored):
             raise WeightsError(
                 f"{self.path / name} lacks {missing[0]}, which {INDEX} says is there"
             )
-        if extra := sorted(there - set(keys)):
+        if extra := sorted(stored - set(indexed)):
             raise WeightsError(
                 f"{INDEX} of {self.path} does not list {extra[0]}, which is in {name}"
             )
 
     def check(self, key: str, shape: tuple[int, ...], file: Any, name: str) -> None:
-        """Raise WeightsError unless a tensor has this shape, and numbers that can be read."""
+        """Raise WeightsError unless a tensor has this shape and a floating-point dtype."""
         tensor = file.get_slice(key)
-        if tuple(tensor.get_shape()) != shape:
-            found = list(tensor.get_shape())
+        stored = list(tensor.get_shape())
+        if tuple(stored) != shape:
             raise WeightsError(
-                f"{key} in {self.path / name} is {found}, and config.json makes it {list(shape)}"
+                f"{key} in {self.path / name} is {stored}, and config.json makes it {list(shape)}"
             )
         if tensor.get_dtype() not in _DTYPES:
             raise WeightsError(
-                f"{key} in {self.path / name} is {tensor.get_dtype()}; weights are read in {', '.join(_DTYPES)}, and "
-                "quantised ones not at all"
+                f"{key} in {self.path / name} is {tensor.get_dtype()}; weights are read in "
+                f"{', '.join(_DTYPES)}, and quantised ones not at all"
             )
 
     def stored_dtype(self) -> str:
-        """Return the dtype of the first tensor, by safetensors' name of it."""
+        """Return the dtype of the first tensor, as safetensors names it."""
         name, keys = next(iter(self.files.items()))
         dtype: str = self.reader(name).file.get_slice(keys[0]).get_dtype()
         return dtype
 
     def reader(self, name: str) -> Reader:
-        """Return what reads boxes of tensors from a file."""
+        """Open a file of the folder."""
         return Reader(self.path / name)
 
 
 class Reader:
-    """Reads boxes of tensors; what it has read does not stay in memory."""
+    """Reads boxes of tensors from a file without keeping them in memory."""
 
     def __init__(self, path: Path):
-        self.path, self._read, self.file = path, 0, _open(path)
+        self.path = path
+        self.file = _open(path)
+        self._bytes_read = 0
 
     def read(self, key: str, box: tuple[slice, ...]) -> Tensor:
         """Return a box of a tensor. Raises WeightsError if the file cannot be read."""
-        if self._read > _AT_ONCE:
-            self.file, self._read = _open(self.path), 0
+        if self._bytes_read > _REOPEN_AFTER:
+            self.file = _open(self.path)
+            self._bytes_read = 0
         try:
             tensor: Tensor = self.file.get_slice(key)[box]
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{key} in {self.path} cannot be read: {error}") from None
-        self._read += tensor.nbytes
+        self._bytes_read += tensor.nbytes
         return tensor
+
+
+def _is_file_name(name: Any) -> bool:
+    """Return whether an index entry names a safetensors file inside the folder."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def _open(path: Path) -> Any:
@@ -146,7 +153,7 @@ def _open(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object. Raises WeightsError if it is none, or too large."""
+    """Return a file's JSON object. Raises WeightsError if the file is too large or holds none."""
     try:
         if path.stat().st_size > _MAX_JSON:
             raise WeightsError(

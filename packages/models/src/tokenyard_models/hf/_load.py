@@ -1,4 +1,7 @@
-"""Reading a Hugging Face folder into a model: tensor by tensor, and of a sharded model only what this rank holds."""
+"""Load a Hugging Face folder into a model, one tensor at a time.
+
+Of a sharded model, each rank reads only its shards.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from torch import Tensor, nn
 from tokenyard import Registry, default_registry
 from tokenyard.sharded import allocate
 from tokenyard_models.families._boxes import Piece, slices
-from tokenyard_models.hf._families import Layout, layout_of
 from tokenyard_models.hf._folder import Folder, Reader, WeightsError
-from tokenyard_models.hf._read_config import dtype_of, family_of, model_section
+from tokenyard_models.hf._folder_map import FolderMap, map_folder
+from tokenyard_models.hf._read_config import dtype_of, format_of, model_section
 from tokenyard_models.init_weights import unwrapped
-from tokenyard_models.sharding import own_part
+from tokenyard_models.sharding import local_shard
 from tokenyard_models.transformer import Transformer
 
-_COMPUTED = ("rotary_emb.inv_freq",)  # what older files hold, though it follows from config.json
+_DERIVED = ("rotary_emb.inv_freq",)  # in older files, though config.json determines it
 
 
 def from_hf(
@@ -31,17 +34,17 @@ def from_hf(
     registry: Registry | None = None,
     **placement: Any,
 ) -> Any:
-    """Return the model of a Hugging Face folder of one of FAMILIES, with its weights.
+    """Load the model of a Hugging Face folder, with its weights.
 
-    `dtype` is that of the parameters; left out, the one that config.json tells. `compute_dtype` is what the experts
-    compute in, by default `dtype`: give another one to use the model under autocast. `placement` is the rest that
-    Transformer takes, such as `backends`. Raises WeightsError for a folder that is not whole, or of another
-    architecture, and ConfigError for a feature that is not supported; each names it.
+    `dtype` is the dtype of the parameters (default: the folder's). `compute_dtype` is the dtype
+    that the experts compute in (default: `dtype`); set it to use the model under autocast.
+    `placement` holds other arguments of Transformer, such as `backends`. Raises WeightsError for an
+    incomplete folder or an unknown architecture, and ConfigError for an unsupported feature.
     """
     folder = Folder(path)
     name, section = model_section(folder)
     dtype = dtype or dtype_of(folder)
-    chosen = (registry or default_registry()).choose("model", name)
+    backend = (registry or default_registry()).choose("model", name)
     placement |= {
         "device": device,
         "dtype": dtype,
@@ -49,7 +52,7 @@ def from_hf(
         "registry": registry,
     }
     with torch.device("meta"):
-        model = chosen.construct(section, **placement)
+        model = backend.construct(section, **placement)
     allocate(model, device)
     for buffer in model.buffers():
         buffer.zero_()
@@ -59,50 +62,53 @@ def from_hf(
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: Folder) -> None:
-    """Fill a model's parameters, but for adapters, from a folder; of one that is sharded, each rank reads its shards.
+    """Fill a model's parameters, except adapters, from a folder.
 
-    Raises WeightsError for a tensor that is missing, left over, or of another shape, before anything is filled.
+    Of a sharded model, each rank reads its shards. Raises WeightsError for a tensor that is
+    missing, left over, or of another shape, before it changes any parameter.
     """
     parameters = {
         unwrapped(name): p for name, p in model.named_parameters() if ".adapter." not in name
     }
-    wanted = checked_layout(model, folder, parameters)
-    for name in folder.files:
-        reader = folder.reader(name)
-        for key in folder.files[name]:
-            for ours, piece in wanted.get(key, []):
-                fill(parameters[ours], piece, reader)
+    folder_map = checked_map(model, folder, parameters)
+    for file_name, keys in folder.files.items():
+        reader = folder.reader(file_name)
+        for key in keys:
+            for name, piece in folder_map.get(key, []):
+                fill(parameters[name], piece, reader)
 
 
 def fill(parameter: Tensor, piece: Piece, reader: Reader) -> None:
-    """Read a piece of a parameter, of one that is sharded the part that this rank holds."""
-    local, first = own_part(parameter)
-    part = piece.within(tuple((f, f + n) for f, n in zip(first, local.shape)))
-    if part is not None:
-        read = part.turned(reader.read(part.key, slices(part.theirs)))
-        place = local[slices(tuple((a - f, b - f) for (a, b), f in zip(part.ours, first)))]
-        place.copy_(read.reshape(place.shape))
+    """Read a piece into a parameter; of a sharded one, the part that this rank holds."""
+    shard, offsets = local_shard(parameter)
+    box = tuple((offset, offset + size) for offset, size in zip(offsets, shard.shape))
+    part = piece.within(box)
+    if part is None:
+        return
+    tensor = part.orient(reader.read(part.key, slices(part.file_box)))
+    local_box = tuple((a - offset, b - offset) for (a, b), offset in zip(part.box, offsets))
+    target = shard[slices(local_box)]
+    target.copy_(tensor.reshape(target.shape))
 
 
-def checked_layout(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) -> Layout:
-    """Say what each tensor of a folder is of a model. Raises WeightsError unless it holds just those of the model."""
-    family = family_of(folder)
-    if not isinstance(model, Transformer) or model.definition != family.model:
+def checked_map(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) -> FolderMap:
+    """Map a folder's tensors to a model's parameters. Raises WeightsError unless they match."""
+    hf_format = format_of(folder)
+    if not isinstance(model, Transformer) or model.definition != hf_format.name:
         other = getattr(model, "definition", type(model).__name__)
-        raise WeightsError(f"{folder.path} holds a {family.model}, and the model is {other}")
-    fused = bool(family.marks_fused) and any(
-        key.endswith(family.marks_fused) for key in folder.keys
-    )
-    wanted = layout_of(family.model, family.entries(fused), model.config, parameters)
-    _check(folder, wanted)
-    return wanted
+        raise WeightsError(f"{folder.path} holds a {hf_format.name}, and the model is {other}")
+    suffix = hf_format.fused_suffix
+    fused = bool(suffix) and any(key.endswith(suffix) for key in folder.keys)
+    folder_map = map_folder(hf_format.name, hf_format.rows(fused), model.config, parameters)
+    _check(folder, folder_map)
+    return folder_map
 
 
-def _check(folder: Folder, wanted: Layout) -> None:
-    left_over = {key for key in folder.keys - wanted.keys() if not key.endswith(_COMPUTED)}
-    if "head.weight" not in {name for found in wanted.values() for name, _ in found}:
-        left_over.discard("lm_head.weight")  # which some folders hold though it is the embedding
-    if missing := sorted(wanted.keys() - folder.keys):
+def _check(folder: Folder, folder_map: FolderMap) -> None:
+    left_over = {key for key in folder.keys - folder_map.keys() if not key.endswith(_DERIVED)}
+    if "head.weight" not in {name for parts in folder_map.values() for name, _ in parts}:
+        left_over.discard("lm_head.weight")  # some folders store a tied head too
+    if missing := sorted(folder_map.keys() - folder.keys):
         raise WeightsError(f"{folder.path} lacks {missing[0]}{_and_others(missing)}")
     if left_over:
         extra = sorted(left_over)
@@ -112,8 +118,8 @@ def _check(folder: Folder, wanted: Layout) -> None:
     for name, keys in folder.files.items():
         file = folder.reader(name).file
         for key in keys:
-            if key in wanted:
-                folder.check(key, wanted[key][0][1].shape, file, name)
+            if key in folder_map:
+                folder.check(key, folder_map[key][0][1].shape, file, name)
 
 
 def _and_others(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Writing a model as LLM Foundry and MegaBlocks hold it."""
+"""Write a model in the format of LLM Foundry and MegaBlocks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,42 @@ from torch import nn
 
 from tokenyard import ConfigError, is_gated
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.hf._families import MEGABLOCKS, layout_of
+from tokenyard_models.families._boxes import copy, stacked, stacked_transposed
+from tokenyard_models.families._format import Row
+from tokenyard_models.families._names import BLOCK, DOWN, ROUTER, UP, names
 from tokenyard_models.hf._folder import WeightsError
-from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, gathered, new_folder, write_weights
+from tokenyard_models.hf._folder_map import map_folder
+from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, gather, new_folder, write_weights
 from tokenyard_models.init_weights import unwrapped
 
 ARGUMENTS = "megablocks.json"
+
+_FOUNDRY_BLOCK = "transformer.blocks.{layer}."
+_FOUNDRY_NAMES = {
+    "norm_1": "norm_1",
+    "attention.qkv": "attn.Wqkv",
+    "attention.q_norm": "attn.q_ln",
+    "attention.k_norm": "attn.k_ln",
+    "attention.out": "attn.out_proj",
+    "norm_2": "norm_2",
+}
+WEIGHTS = (
+    Row("embed.weight", ("transformer.wte.weight",), copy),
+    Row("positions.weight", ("transformer.wpe.weight",), copy),
+    *(
+        Row(f"{BLOCK}{module}.{kind}", (f"{_FOUNDRY_BLOCK}{foundry_module}.{kind}",), copy)
+        for module, foundry_module in _FOUNDRY_NAMES.items()
+        for kind in ("weight", "bias")
+    ),
+    Row(ROUTER, (_FOUNDRY_BLOCK + "ffn.router.layer.weight",), copy),
+    Row(UP, names(_FOUNDRY_BLOCK + "ffn.experts.mlp.", "w1", "v1"), stacked),
+    Row(DOWN, (_FOUNDRY_BLOCK + "ffn.experts.mlp.w2",), stacked_transposed),
+    Row(BLOCK + "ffn.bias", (_FOUNDRY_BLOCK + "ffn.experts.bias",), copy),
+    Row("norm.weight", ("transformer.norm_f.weight",), copy),
+    Row("norm.bias", ("transformer.norm_f.bias",), copy),
+    Row("head.weight", ("lm_head.weight",), copy),
+)
+"""The names that LLM Foundry gives to a model with MegaBlocks' experts."""
 
 
 @torch.no_grad()
@@ -28,11 +58,12 @@ def to_megablocks(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a model under LLM Foundry's names, its experts as MegaBlocks' w1, v1 and w2 [E F, D].
+    """Write a model under LLM Foundry's names, with experts as MegaBlocks' w1, v1 and w2 [E F, D].
 
-    Beside the safetensors files stands ``megablocks.json`` with the fields of MegaBlocks' Arguments that describe the
-    layers. The folder must not exist; it does when all is written. Raises WeightsError for a parameter that MegaBlocks
-    has no name for (of dense layers, shared experts, biases of single experts), ConfigError if there are no experts.
+    The folder also holds ``megablocks.json`` with the fields of MegaBlocks' Arguments that describe
+    the layers. `path` must not exist; it appears once everything is written. Raises WeightsError
+    for a parameter that MegaBlocks has no name for (of dense layers, shared experts, biases of
+    single experts), and ConfigError for a dense model.
     """
     path = Path(path)
     if path.exists():
@@ -40,15 +71,16 @@ def to_megablocks(
     parameters = {unwrapped(name): p for name, p in model.named_parameters()}
     config: Any = model.config
     arguments = _arguments(config)
-    layout = layout_of("MegaBlocks", MEGABLOCKS, config, parameters)
+    folder_map = map_folder("MegaBlocks", WEIGHTS, config, parameters)
     with new_folder(path) as folder:
         write_weights(
-            folder, layout, partial(gathered, parameters), dtypes(parameters, dtype), shard_bytes
+            folder, folder_map, partial(gather, parameters), dtypes(parameters, dtype), shard_bytes
         )
         (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 
 def _arguments(config: TransformerConfig) -> dict[str, Any]:
+    """Return the fields of MegaBlocks' Arguments. Raises ConfigError for a dense model."""
     moe = config.moe
     if moe is None:
         raise ConfigError(

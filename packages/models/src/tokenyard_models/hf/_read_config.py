@@ -1,4 +1,4 @@
-"""What a folder's config.json tells of a model: its family, its keys, the dtype of its weights."""
+"""Read a folder's config.json: the format, the `model:` section, the dtype of the weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from tokenyard.errors import did_you_mean
-from tokenyard_models.hf._families import FAMILIES, Family
+from tokenyard_models.families._format import HfFormat
 from tokenyard_models.hf._folder import Folder, WeightsError
+from tokenyard_models.hf._folder_map import formats
 
 log = logging.getLogger("tokenyard")
 
@@ -21,58 +22,61 @@ _DTYPES = {
 }
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _WINDOW = (
-    "%s attends within windows of %d tokens, which is not supported: it is read as a model of %d positions, which "
-    "computes the same for texts up to that length"
+    "%s attends within windows of %d tokens, which is not supported: it is read as a model of %d "
+    "positions, which computes the same for texts up to that length"
 )
 
 
 def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
-    """Return a folder's model as a config's `model:` section tells it: its name, and its keys.
+    """Return the name of a folder's definition and the keys of its `model:` section.
 
-    One that attends within windows is told as one of no more positions than a window has, to which it is the same; a
-    warning says so. Raises WeightsError for an architecture that is not known here.
+    A sliding-window model is read with max_seq_len = window, where both compute the same; a
+    warning says so. Raises WeightsError for an unknown architecture.
     """
-    family = family_of(folder)
-    section = family.section(folder.config)
-    window, length = section.get("sliding_window"), section.get("max_position_embeddings")
+    hf_format = format_of(folder)
+    section = hf_format.section(folder.config)
+    window = section.get("sliding_window")
+    length = section.get("max_position_embeddings")
     if (
-        _always_windowed(family)
+        _always_windowed(hf_format)
         and isinstance(window, int)
         and isinstance(length, int)
         and window < length
     ):
         log.warning(_WINDOW, folder.path, window, window)
         section["max_seq_len"] = window
-    return family.model, section
+    return hf_format.name, section
 
 
-def _always_windowed(family: Family) -> bool:
-    """Say whether a `sliding_window` means one by itself; elsewhere `use_sliding_window` has to say so, too."""
-    return "use_sliding_window" not in family.definition.schema.model_fields
+def _always_windowed(hf_format: HfFormat) -> bool:
+    """Return whether `sliding_window` alone sets a window, without `use_sliding_window`."""
+    return "use_sliding_window" not in hf_format.definition.schema.model_fields
 
 
 def dtype_of(folder: Folder) -> torch.dtype:
-    """Return the dtype of the weights that config.json tells; if it tells none, that of the first tensor in the files.
+    """Return the dtype that config.json names, or else the dtype of the first tensor.
 
-    Raises WeightsError for one that is not known here.
+    Raises WeightsError for an unknown dtype.
     """
-    told = folder.config.get("dtype") or folder.config.get("torch_dtype")
-    told = told or _STORED.get(folder.stored_dtype(), "float32")  # of another, check() tells
-    if not isinstance(told, str) or told not in _DTYPES:
+    name = folder.config.get("dtype") or folder.config.get("torch_dtype")
+    # Folder.check reports a stored dtype that is unknown here.
+    name = name or _STORED.get(folder.stored_dtype(), "float32")
+    if not isinstance(name, str) or name not in _DTYPES:
         known = ", ".join(_DTYPES)
         raise WeightsError(
-            f"{folder.path / 'config.json'} has dtype {told!r}; weights are read in: {known}"
+            f"{folder.path / 'config.json'} has dtype {name!r}; weights are read in: {known}"
         )
-    return _DTYPES[told]
+    return _DTYPES[name]
 
 
-def family_of(folder: Folder) -> Family:
-    """Return a folder's family. Raises WeightsError for an architecture that is not known here."""
-    kind = folder.config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        hint = did_you_mean(kind, FAMILIES) if isinstance(kind, str) else ""
+def format_of(folder: Folder) -> HfFormat:
+    """Return a folder's format. Raises WeightsError for an unknown architecture."""
+    model_type = folder.config.get("model_type")
+    known = formats()
+    if not isinstance(model_type, str) or model_type not in known:
+        hint = did_you_mean(model_type, known) if isinstance(model_type, str) else ""
         raise WeightsError(
-            f"{folder.path / 'config.json'} has model_type {kind!r}{hint}; known are: {known}"
+            f"{folder.path / 'config.json'} has model_type {model_type!r}{hint}; "
+            f"known are: {', '.join(known)}"
         )
-    return FAMILIES[kind]
+    return known[model_type]

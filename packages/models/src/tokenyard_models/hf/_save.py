@@ -1,4 +1,4 @@
-"""Writing a model as a Hugging Face folder."""
+"""Write a model as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.hf._families import FAMILIES, Family, layout_of
+from tokenyard_models.families._format import HfFormat
 from tokenyard_models.hf._folder import CONFIG, WeightsError, read_json
-from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, gathered, new_folder, write_weights
+from tokenyard_models.hf._folder_map import formats, map_folder
+from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, gather, new_folder, write_weights
 from tokenyard_models.init_weights import unwrapped
 from tokenyard_models.transformer import Transformer
 
-_OF_TRAINING = (
+_TRAINING_FIELDS = (
     "auxiliary",
     "expert_parallel",
     "moe.forced_balance",
@@ -28,7 +29,7 @@ _OF_TRAINING = (
     "moe.rule.jitter",
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_BESIDE = (
+_COPIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,7 +41,6 @@ _BESIDE = (
     "tiktoken.model",
     "chat_template.jinja",
 )
-"""What belongs to a model's text, and goes from folder to folder as it is."""
 
 
 @torch.no_grad()
@@ -53,86 +53,99 @@ def to_hf(
     fused: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a model as a folder that transformers loads: shards of at most `shard_bytes`, index, config.json.
+    """Write a model as a folder that transformers loads: shards, index and config.json.
 
-    `like` is a folder whose tokenizer, generation settings and token ids go along; `dtype` is that of the weights, left
-    out the parameters' own; `fused` writes one tensor for all experts of a layer where the family has such a form.
-    A shard is put together at a time. The folder must not exist; it does when all is written. Raises WeightsError for a
-    model of no such family.
+    `like` is a folder whose tokenizer, generation settings and token ids are copied. `dtype` is the
+    dtype of the weights (default: the parameters' own). `fused` writes one tensor for all experts
+    of a layer, if the family has that form. A shard has at most `shard_bytes` bytes; one is in
+    memory at a time. `path` must not exist; it appears once everything is written. Raises
+    WeightsError for a model without a Hugging Face format.
     """
     path = Path(path)
     if path.exists():
         raise WeightsError(f"{path} exists already; give the name of a new folder")
-    family = _family(model, fused)
+    hf_format = _format(model, fused)
     parameters = {unwrapped(name): p for name, p in model.named_parameters()}
     config: Any = model.config
-    layout = layout_of(family.model, family.entries(fused), config, parameters)
-    published = config_json(family, config)
+    folder_map = map_folder(hf_format.name, hf_format.rows(fused), config, parameters)
+    published = config_json(hf_format, config)
     with new_folder(path) as folder:
         write_weights(
-            folder, layout, partial(gathered, parameters), dtypes(parameters, dtype), shard_bytes
+            folder, folder_map, partial(gather, parameters), dtypes(parameters, dtype), shard_bytes
         )
         write_config(folder, published, like, dtype or next(iter(parameters.values())).dtype)
 
 
-def _family(model: nn.Module, fused: bool) -> Family:
+def _format(model: nn.Module, fused: bool) -> HfFormat:
     definition = getattr(model, "definition", None)
-    found = [family for family in FAMILIES.values() if family.model == definition]
-    if not isinstance(model, Transformer) or not found:
-        known = ", ".join(dict.fromkeys(family.model for family in FAMILIES.values()))
+    known = formats().values()
+    matching = [hf_format for hf_format in known if hf_format.name == definition]
+    if not isinstance(model, Transformer) or not matching:
+        names = ", ".join(dict.fromkeys(hf_format.name for hf_format in known))
         raise WeightsError(
-            f"a {definition or type(model).__name__} has no Hugging Face form here; these have: {known}"
+            f"a {definition or type(model).__name__} has no Hugging Face form here; "
+            f"these have: {names}"
         )
-    if fused and not found[0].fused:
+    if fused and not matching[0].fused:
         raise WeightsError(
-            f"{definition} has no fused form, with one tensor for all experts in place of many; drop it"
+            f"{definition} has no fused form, with one tensor for all experts in place of many; "
+            "drop it"
         )
-    return found[0]
+    return matching[0]
 
 
-def config_json(family: Family, config: TransformerConfig) -> dict[str, Any]:
-    """Return a model's config.json. Raises WeightsError for what it cannot say: whoever reads it would err."""
-    published = family.publish(config)
-    told, meant = (
-        _computed(asdict(c)) for c in (family.definition.resolve(family.section(published)), config)
-    )
-    for name, value in meant.items():
-        if told.get(name) != value:
+def config_json(hf_format: HfFormat, config: TransformerConfig) -> dict[str, Any]:
+    """Return a model's config.json.
+
+    Raises WeightsError if reading it back would give a model that computes something else.
+    """
+    published = hf_format.config_json(config)
+    section = hf_format.section(published)
+    read_back = _computed_fields(asdict(hf_format.definition.resolve(section)))
+    for name, value in _computed_fields(asdict(config)).items():
+        if read_back.get(name) != value:
             raise WeightsError(
-                f"a {family.model} folder cannot say that {name} is {value!r}, only {told.get(name)!r}"
+                f"a {hf_format.name} folder cannot say that {name} is {value!r}, "
+                f"only {read_back.get(name)!r}"
             )
     return published
 
 
-def _computed(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Return, by name, what decides what a model computes; not how it is trained."""
-    found: dict[str, Any] = {}
+def _computed_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the fields that decide what a model computes, without those of training."""
+    fields: dict[str, Any] = {}
     for key, value in config.items():
-        name = where + key
-        if not name.startswith(_OF_TRAINING):
-            found |= _computed(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return found
+        name = prefix + key
+        if name.startswith(_TRAINING_FIELDS):
+            continue
+        nested = isinstance(value, Mapping)
+        fields |= _computed_fields(value, f"{name}.") if nested else {name: value}
+    return fields
 
 
 def write_config(
     folder: Path, config: dict[str, Any], like: Path | str | None, dtype: torch.dtype
 ) -> None:
-    """Write config.json and generation_config.json, with the token ids of `like`, and copy its tokenizer."""
+    """Write config.json and generation_config.json.
+
+    Takes the token ids from `like` and copies its tokenizer.
+    """
     if like is not None:
-        theirs = read_json(Path(like) / CONFIG) if (Path(like) / CONFIG).exists() else {}
-        config = {key: theirs[key] for key in _TOKENS if key in theirs} | config
-        for name in _BESIDE:
-            if (Path(like) / name).is_file():
-                shutil.copy(Path(like) / name, folder / name)
-    config |= {
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    (folder / CONFIG).write_text(
-        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
-    if not (folder / "generation_config.json").exists():
+        source = Path(like)
+        source_config = read_json(source / CONFIG) if (source / CONFIG).exists() else {}
+        config = {key: source_config[key] for key in _TOKENS if key in source_config} | config
+        for name in _COPIED_FILES:
+            if (source / name).is_file():
+                shutil.copy(source / name, folder / name)
+    dtype_name = str(dtype).removeprefix("torch.")
+    config |= {"dtype": dtype_name, "torch_dtype": dtype_name}
+    _write_json(folder / CONFIG, config, sort_keys=True)
+    generation = folder / "generation_config.json"
+    if not generation.exists():
         ids = {key: config[key] for key in _TOKENS if config.get(key) is not None}
-        (folder / "generation_config.json").write_text(
-            json.dumps(ids, indent=2) + "\n", encoding="utf-8"
-        )
+        _write_json(generation, ids)
+
+
+def _write_json(path: Path, content: Mapping[str, Any], sort_keys: bool = False) -> None:
+    text = json.dumps(content, indent=2, sort_keys=sort_keys)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Writing a folder of weights: shards, one put together at a time, and an index."""
+"""Write a folder of weights: shards, built one at a time, and an index."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from tokenyard.sharded import is_sharded
 from tokenyard_models.families._boxes import Piece, slices
-from tokenyard_models.hf._families import Layout
 from tokenyard_models.hf._folder import INDEX, SINGLE, WeightsError
+from tokenyard_models.hf._folder_map import FolderMap
 
 SHARD_BYTES = 5 * 10**9
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a folder to write into, which has the name `path` when all is written, and is gone if that fails.
+    """Yield a temporary folder, renamed to `path` on success and removed on failure.
 
-    Raises WeightsError where it cannot be made.
+    Raises WeightsError if it cannot be created.
     """
     unfinished = path.with_name(path.name + ".unfinished")
     if unfinished.exists():
@@ -43,37 +43,37 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def gathered(parameters: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return a parameter as a whole, of one that is sharded, too."""
+def gather(parameters: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a whole parameter, gathered if it is sharded."""
     parameter = parameters[name]
     return parameter.full_tensor() if is_sharded(parameter) else parameter.detach()
 
 
 def dtypes(parameters: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Return the dtype that each parameter is written in: `dtype`, or its own."""
+    """Return the dtype to write each parameter in: `dtype`, or the parameter's own."""
     return {name: dtype or parameter.dtype for name, parameter in parameters.items()}
 
 
 def write_weights(
     folder: Path,
-    layout: Layout,
+    folder_map: FolderMap,
     parameter: Callable[[str], Tensor],
     dtypes: Mapping[str, torch.dtype],
     shard_bytes: int,
 ) -> None:
-    """Write tensors in shards of at most so many bytes, each put together from pieces of parameters, and an index.
+    """Write tensors in shards of at most `shard_bytes` bytes, and an index if there are several.
 
-    `parameter` gives one by our name; it is asked for the next when all pieces of the last are written. `dtypes` are
-    those in the file, by our name.
+    `parameter` returns a parameter by name; it is called again only when all pieces of the last
+    one are written. `dtypes` are those in the file, by parameter.
     """
-    sizes = {key: _numel(found) * dtypes[found[0][0]].itemsize for key, found in layout.items()}
+    sizes = {key: _numel(parts) * dtypes[parts[0][0]].itemsize for key, parts in folder_map.items()}
     shards = list(_shards(sizes, shard_bytes))
     weight_map: dict[str, str] = {}
-    last = _Last(parameter)
+    cached = _LastParameter(parameter)
     total = 0
     for number, keys in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {key: _tensor(layout[key], last, dtypes) for key in keys}
+        tensors = {key: _tensor(folder_map[key], cached, dtypes) for key in keys}
         save_file(tensors, folder / name, {"format": "pt"})
         total += sum(t.nbytes for t in tensors.values())
         weight_map |= dict.fromkeys(keys, name)
@@ -82,43 +82,50 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-class _Last:
-    """Gives parameters by our names; the last one is kept until another is asked for."""
+class _LastParameter:
+    """Returns parameters by name and caches the last one."""
 
     def __init__(self, parameter: Callable[[str], Tensor]):
-        self._parameter, self._name, self._value = parameter, "", torch.empty(0)
+        self._parameter = parameter
+        self._name = ""
+        self._value = torch.empty(0)
 
     def __call__(self, name: str) -> Tensor:
         if name != self._name:
-            self._value = torch.empty(0)  # before the next one is made
-            self._name, self._value = name, self._parameter(name)
+            self._value = torch.empty(0)  # free the last one before the next is allocated
+            self._value = self._parameter(name)
+            self._name = name
         return self._value
 
 
-def _shards(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    """Share tensors out, in order, over files of at most so many bytes (or of one tensor that has more)."""
+def _shards(sizes: Mapping[str, int], max_bytes: int) -> Iterator[list[str]]:
+    """Split tensors, in order, into files of at most `max_bytes`, or of one larger tensor."""
     keys: list[str] = []
     filled = 0
     for key, size in sizes.items():
-        if keys and filled + size > most:
+        if keys and filled + size > max_bytes:
             yield keys
-            keys, filled = [], 0
+            keys = []
+            filled = 0
         keys.append(key)
         filled += size
     yield keys
 
 
 def _tensor(
-    found: list[tuple[str, Piece]],
+    parts: list[tuple[str, Piece]],
     parameter: Callable[[str], Tensor],
     dtypes: Mapping[str, torch.dtype],
 ) -> Tensor:
-    out = torch.empty(found[0][1].shape, dtype=dtypes[found[0][0]], device="cpu")
-    for name, piece in found:
-        place = out[slices(piece.theirs)]
-        place.copy_(piece.turned(parameter(name)[slices(piece.ours)]).reshape(place.shape))
+    """Build a tensor of the file from its parts."""
+    first_name, first_piece = parts[0]
+    out = torch.empty(first_piece.shape, dtype=dtypes[first_name], device="cpu")
+    for name, piece in parts:
+        target = out[slices(piece.file_box)]
+        source = piece.orient(parameter(name)[slices(piece.box)])
+        target.copy_(source.reshape(target.shape))
     return out
 
 
-def _numel(found: list[tuple[str, Piece]]) -> int:
-    return torch.Size(found[0][1].shape).numel()
+def _numel(parts: list[tuple[str, Piece]]) -> int:
+    return torch.Size(parts[0][1].shape).numel()
