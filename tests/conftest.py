@@ -1,6 +1,9 @@
 """What every test shares."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,3 +45,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(
                 f"{mark}: needs {needed} CUDA GPU{'s' if needed > 1 else ''}, and torch finds {found}"
             )
+
+
+@pytest.fixture(scope="session")
+def example_plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Install the example plugin into a folder; return an environment that finds it there."""
+    target = tmp_path_factory.mktemp("site")
+    project = Path(__file__).parent / "example_plugin"
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--target", str(target))
+    command = [sys.executable, "-m", "pip", "install", *options, str(project)]
+    subprocess.run(command, check=True, timeout=120)
+    return os.environ | {"PYTHONPATH": str(target)}

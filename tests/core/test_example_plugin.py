@@ -1,11 +1,8 @@
 """A third party's plugin, installed for real from its own project: chosen by config and environment, and proven."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 PROJECT = Path(__file__).parents[1] / "example_plugin"
 ASK = """
@@ -13,24 +10,6 @@ from tokenyard import MoE, Workload
 moe = MoE(Workload(8, 8, 4, 2), backends={backends})
 print(moe.chosen["experts"].backend.name, type(moe.experts.kernel).__module__)
 """
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> dict[str, str]:
-    """Install the plugin into a folder of its own; return an environment whose imports find it there."""
-    target = tmp_path_factory.mktemp("site")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-    ]
-    subprocess.run([*pip, str(target), str(PROJECT)], check=True, timeout=120)
-    return os.environ | {"PYTHONPATH": str(target)}
 
 
 def ask(environment: dict[str, str], backends: dict | None) -> str:
@@ -45,23 +24,23 @@ def ask(environment: dict[str, str], backends: dict | None) -> str:
     ).stdout.strip()
 
 
-def test_config_selects_it(installed):
+def test_config_selects_it(example_plugin):
     request = {"experts": {"name": "acme", "chunk": 2}}
-    assert ask(installed, request) == "acme acme_experts.kernel"
+    assert ask(example_plugin, request) == "acme acme_experts.kernel"
 
 
-def test_environment_selects_it(installed):
-    assert ask(installed | {"TOKENYARD_EXPERTS": "acme"}, None) == "acme acme_experts.kernel"
+def test_environment_selects_it(example_plugin):
+    assert ask(example_plugin | {"TOKENYARD_EXPERTS": "acme"}, None) == "acme acme_experts.kernel"
 
 
-def test_auto_leaves_it_to_those_who_ask(installed):
-    assert ask(installed, None) == "cpu tokenyard.experts._cpu"
+def test_auto_leaves_it_to_those_who_ask(example_plugin):
+    assert ask(example_plugin, None) == "cpu tokenyard.experts._cpu"
 
 
-def test_the_table_shows_it(installed):
+def test_the_table_shows_it(example_plugin):
     table = subprocess.run(
         [sys.executable, "-m", "tokenyard"],
-        env=installed,
+        env=example_plugin,
         check=True,
         timeout=120,
         capture_output=True,
@@ -72,10 +51,10 @@ def test_the_table_shows_it(installed):
     ]
 
 
-def test_its_own_tests_pass_the_kit(installed, tmp_path):
+def test_its_own_tests_pass_the_kit(example_plugin, tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PROJECT / "tests")],
-        env=installed,
+        env=example_plugin,
         cwd=tmp_path,
         timeout=300,
         capture_output=True,

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from tokenyard import MoE, RoutingRule, Workload, default_registry, load_balancing_loss, z_loss
-from tokenyard_models import draw_rows
+from tokenyard.draw import draw_rows
 
 DIM, FFN, EXPERTS = 8, 12, 8
 

@@ -53,3 +53,11 @@ def group_by_mesh(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:
         mesh = tensor.device_mesh if is_sharded(tensor) else None
         groups.setdefault(mesh, []).append(tensor)
     return list(groups.values())
+
+
+def local_shard(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return this rank's shard and the index of its first element in the whole parameter."""
+    if not is_sharded(parameter):
+        return parameter, (0,) * parameter.dim()
+    (chunk,) = parameter.__create_chunk_list__()  # the API that torch's checkpoints use
+    return parameter.to_local(), tuple(chunk.offsets)

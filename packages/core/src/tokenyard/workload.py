@@ -49,6 +49,11 @@ class RoutingRule:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        if self.options and self.algorithm == "topk":
+            raise ConfigError(
+                f"router options {dict(self.options)} are for algorithms of plugins, and the "
+                "algorithm is 'topk'; leave them out, or name another algorithm"
+            )
         one_of("router score", self.score, ("softmax", "sigmoid"))
         one_of("router group_score", self.group_score, ("max", "top2"))
         if self.select_first and self.score != "softmax":

@@ -11,7 +11,7 @@ from tokenyard_models.families.qwen3 import Qwen3
 from tokenyard_models.families.qwen3_moe import Qwen3Moe
 from tokenyard_models.hf import WeightsError, from_hf, to_hf, upcycle
 from tokenyard_models.hf.transformers_plugin import use_in_transformers
-from tokenyard_models.init_weights import draw_rows, initialize
+from tokenyard_models.init_weights import initialize
 from tokenyard_models.kv_cache import Cache
 from tokenyard_models.rotary import RopeScaling
 from tokenyard_models.schema import Strict, parse
@@ -36,7 +36,6 @@ __all__ = [
     "Upcycling",
     "WeightsError",
     "__version__",
-    "draw_rows",
     "from_hf",
     "initialize",
     "parse",

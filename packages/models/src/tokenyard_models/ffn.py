@@ -5,7 +5,7 @@ The keys are MegaBlocks', and ours for what MegaBlocks does not have.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -97,6 +97,8 @@ class FfnConfig(Strict):
     moe_num_groups: int = Field(1, ge=1)  # number of expert groups
     moe_groups_kept: int = Field(1, ge=1)  # best groups that a token chooses experts from
     moe_group_score: Literal["max", "top2"] = "max"  # a group's best expert, or sum of best two
+    moe_router_algorithm: str = "topk"  # how experts are selected; plugins offer others
+    moe_router_options: dict[str, Any] = {}  # options of a plugin's algorithm
     dense_layers: list[int] = []  # numbers of dense layers, from 0
 
     @property
@@ -165,6 +167,7 @@ class FfnConfig(Strict):
     def rule(self) -> RoutingRule:
         """Return the routing rule."""
         return RoutingRule(
+            self.moe_router_algorithm,
             score=self.moe_score_function,
             select_first=self.moe_select_first,
             normalize=self.moe_normalize_expert_weights,
@@ -175,6 +178,7 @@ class FfnConfig(Strict):
             groups_kept=self.moe_groups_kept,
             group_score=self.moe_group_score,
             capacity_factor=self.moe_capacity_factor or None if self.ffn_type == "mb_moe" else None,
+            options=self.moe_router_options,
         )
 
     def auxiliary(self) -> AuxiliaryLoss:

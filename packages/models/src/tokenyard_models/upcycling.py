@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tokenyard import ConfigError, RoutingRule
+from tokenyard.draw import draw_rows
 from tokenyard_models.config import MoEConfig, check_divides, check_top_k
-from tokenyard_models.init_weights import draw_rows
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,7 @@ def tokenyard_experts() -> list[Backend]:
 def tokenyard_routers() -> list[Backend]:
     """Offer `acme_choice`, the only router of its algorithm: `auto` takes it."""
     return [
-        Backend(
-            "acme_choice", "acme_experts.router:ExpertChoiceRouter", unusable=other_algorithm
-        )
+        Backend("acme_choice", "acme_experts.router:ExpertChoiceRouter", unusable=other_algorithm)
     ]
 
 

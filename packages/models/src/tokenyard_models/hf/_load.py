@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenyard import Registry, default_registry
-from tokenyard.sharded import allocate
+from tokenyard.draw import unwrapped
+from tokenyard.sharded import allocate, local_shard
 from tokenyard_models.families._boxes import Piece, slices
 from tokenyard_models.hf._folder import Folder, Reader, WeightsError
 from tokenyard_models.hf._folder_map import FolderMap, map_folder
 from tokenyard_models.hf._read_config import dtype_of, format_of, model_section
-from tokenyard_models.init_weights import unwrapped
-from tokenyard_models.sharding import local_shard
 from tokenyard_models.transformer import Transformer
 
 _DERIVED = ("rotary_emb.inv_freq",)  # in older files, though config.json determines it

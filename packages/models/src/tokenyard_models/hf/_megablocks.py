@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tokenyard import ConfigError, is_gated
+from tokenyard.draw import unwrapped
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.families._boxes import copy, stacked, stacked_transposed
 from tokenyard_models.families._format import Row
@@ -18,7 +19,6 @@ from tokenyard_models.families._names import BLOCK, DOWN, ROUTER, UP, names
 from tokenyard_models.hf._folder import WeightsError
 from tokenyard_models.hf._folder_map import map_folder
 from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, gather, new_folder, write_weights
-from tokenyard_models.init_weights import unwrapped
 
 ARGUMENTS = "megablocks.json"
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenyard.draw import unwrapped
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.families._format import HfFormat
 from tokenyard_models.hf._folder import CONFIG, WeightsError, read_json
 from tokenyard_models.hf._folder_map import formats, map_folder
 from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, gather, new_folder, write_weights
-from tokenyard_models.init_weights import unwrapped
 from tokenyard_models.transformer import Transformer
 
 _TRAINING_FIELDS = (
