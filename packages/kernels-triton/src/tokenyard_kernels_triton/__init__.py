@@ -1,6 +1,7 @@
-"""tokenyard's backends in Triton: router, permutation and experts. Found through the entry point `tokenyard`.
+"""tokenyard's backends in Triton: router, permutation and experts.
 
-Nothing here imports triton before a backend is chosen. `TritonExperts` says what the options of the experts mean.
+The registry finds them by the entry point `tokenyard`. Triton is imported when a backend is chosen.
+`TritonExperts` documents the options of the experts.
 """
 
 from tokenyard_kernels_triton.__about__ import __version__

@@ -1,4 +1,4 @@
-"""What the launches ask of a device."""
+"""Properties of a device, and arithmetic for launches."""
 
 from __future__ import annotations
 
@@ -9,50 +9,47 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-_INTERPRETED_PROGRAMS = 2  # enough that a loop over tiles has several to do
+_INTERPRETED_PROGRAMS = 2  # few, so that each one's loop has several tiles
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Return how many multiprocessors a GPU has, which is how many persistent programs are started."""
+    """Return the number of a GPU's multiprocessors, which is that of persistent programs."""
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def persistent_grid(device: torch.device, tiles: int) -> tuple[int]:
-    """Return how many programs walk over so many tiles."""
+    """Return the grid of a persistent kernel over `tiles` tiles."""
     return (min(processors(device), tiles),)
 
 
 def current_device() -> torch.device:
-    """Return the GPU that is current, or the CPU where there is none."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """Return the current GPU, or the CPU if there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that one program can have; without a GPU, a Hopper's."""
+    """Return the bytes of shared memory that a program can have; on a CPU, those of Hopper."""
     if device.type != "cuda":
         return 232448
-    return int(
-        getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 101376)
-    )
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 101376))
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make a tensor's GPU the current one, which is where Triton launches."""
+    """Make a tensor's GPU the current one, because Triton launches on that."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def triton_version() -> str:
-    """Return the version of the installed Triton, under whichever name it was distributed; "unknown" if under none."""
+    """Return the version of Triton under any of its distributions' names, or "unknown"."""
     for name in ("triton", "pytorch-triton", "triton-nightly"):
         with suppress(metadata.PackageNotFoundError):
             return metadata.version(name)
@@ -60,7 +57,7 @@ def triton_version() -> str:
 
 
 def power_of_two(number: int) -> int:
-    """Return the least power of two that is not below a number."""
+    """Return the least power of two that is at least a number."""
     return 1 << max(0, number - 1).bit_length()
 
 

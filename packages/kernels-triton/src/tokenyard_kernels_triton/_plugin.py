@@ -1,4 +1,4 @@
-"""What this package offers, and when it can be used; importing it imports no triton."""
+"""The backends of this package and the workloads they support. Does not import triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tokenyard_kernels_triton._device import triton_version
 _SCORES = ("softmax", "sigmoid")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GLUON = ("3.6", "3.7", "3.8", "3.9")  # Gluon is experimental: its names change between versions
-_FAST, _LAST = 20, -20  # before core's backends on a GPU, behind all of them in the interpreter
+_FAST = 20  # before core's backends, on a GPU
+_LAST = -20  # after all others, in the interpreter
 
 
 def _interpreted() -> bool:
@@ -21,18 +22,17 @@ def _interpreted() -> bool:
 
 
 def no_triton(workload: Workload) -> str | None:
-    """Say why Triton cannot run for a workload at all."""
+    """Return why Triton cannot run a workload, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "'triton' needs the library triton, which is not installed; it comes for Linux"
     if workload.device.type != "cuda" and not (_interpreted() and workload.device.type == "cpu"):
-        device = workload.device.type
-        return f"'triton' computes on a GPU, and the device is {device!r} (TRITON_INTERPRET=1 is for tests on a CPU)"
-    if (
-        workload.device.type == "cuda"
-        and workload.capability is not None
-        and workload.capability < (8, 0)
-    ):
-        major, minor = workload.capability
+        return (
+            f"'triton' computes on a GPU, and the device is {workload.device.type!r} "
+            "(TRITON_INTERPRET=1 is for tests on a CPU)"
+        )
+    capability = workload.capability if workload.device.type == "cuda" else None
+    if capability is not None and capability < (8, 0):
+        major, minor = capability
         return (
             f"'triton' needs a GPU of compute capability 8.0 or later, and this is {major}.{minor}"
         )
@@ -44,7 +44,7 @@ def no_triton(workload: Workload) -> str | None:
 
 
 def no_gluon(workload: Workload) -> str | None:
-    """Say why the kernels for Hopper cannot be used for a workload."""
+    """Return why the Gluon kernels cannot run a workload, or None if they can."""
     if (reason := no_triton(workload)) is not None:
         return reason.replace("'triton'", "'gluon'", 1)
     hopper = (
@@ -52,13 +52,16 @@ def no_gluon(workload: Workload) -> str | None:
         and workload.capability is not None
         and workload.capability[0] == 9
     )
-    if not hopper or torch.version.hip is not None:  # AMD counts its GPUs by such numbers, too
+    if not hopper or torch.version.hip is not None:  # AMD GPUs have such numbers, too
         return "'gluon' needs a Hopper GPU (compute capability 9.0)"
     if workload.dtype not in (torch.bfloat16, torch.float16):
         return f"'gluon' computes in bfloat16 and float16, not in {_short(workload.dtype)}"
     for name in ("dim", "ffn_dim"):
         if getattr(workload, name) % 8:
-            return f"'gluon' needs rows of whole 16 bytes, and {name} is {getattr(workload, name)}, not a multiple of 8"
+            size = getattr(workload, name)
+            return (
+                f"'gluon' needs rows of whole 16 bytes, and {name} is {size}, not a multiple of 8"
+            )
     version = ".".join(triton_version().split(".")[:2])
     if version not in _GLUON:
         return f"'gluon' was tried with Triton {', '.join(_GLUON)}, and {version} is installed"
@@ -66,11 +69,12 @@ def no_gluon(workload: Workload) -> str | None:
 
 
 def no_router(workload: Workload) -> str | None:
-    """Say why the router cannot be used for a workload."""
+    """Return why the router cannot run a workload, or None if it can."""
     if workload.router.algorithm != "topk":
         return f"'triton' computes the router algorithm 'topk', not {workload.router.algorithm!r}"
-    if workload.router.score not in _SCORES:  # as a later core may have
-        return f"'triton' computes the router scores {', '.join(_SCORES)}, not {workload.router.score!r}"
+    score = workload.router.score
+    if score not in _SCORES:  # a later core may have more scores
+        return f"'triton' computes the router scores {', '.join(_SCORES)}, not {score!r}"
     if workload.num_experts > 1024:
         return f"'triton' routes to at most 1024 experts, and num_experts is {workload.num_experts}"
     return no_triton(workload)
@@ -91,7 +95,7 @@ def tokenyard_routers() -> list[Backend]:
 
 @hookimpl
 def tokenyard_permutations() -> list[Backend]:
-    """Offer the plan in three launches, and its moves."""
+    """Offer the permutation: a plan in three launches, and its copies."""
     return [
         Backend(
             "triton", "tokenyard_kernels_triton.permutation:TritonPermutation", _PRIORITY, no_triton
@@ -101,7 +105,7 @@ def tokenyard_permutations() -> list[Backend]:
 
 @hookimpl
 def tokenyard_experts() -> list[Backend]:
-    """Offer the experts: for any GPU, and for Hopper."""
+    """Offer the experts for any GPU, and those for Hopper GPUs."""
     return [
         Backend("triton", "tokenyard_kernels_triton.experts:TritonExperts", _PRIORITY, no_triton),
         Backend("gluon", "tokenyard_kernels_triton.experts:GluonExperts", _PRIORITY + 10, no_gluon),

@@ -1,4 +1,4 @@
-"""The `triton` experts: gather, two products with the activation between, and the weighted sum, without host waits."""
+"""The `triton` and `gluon` experts: gather, two matmuls around the activation, weighted sum."""
 
 from __future__ import annotations
 
@@ -13,58 +13,69 @@ from tokenyard.errors import ConfigError
 from tokenyard.experts import ExpertsCall
 from tokenyard.interfaces import ExpertWeights, Permutation, Plan, logits_dtype
 from tokenyard.workload import Workload
-from tokenyard_kernels_triton.ops._experts import Products, Save, compile_experts, experts
+from tokenyard_kernels_triton.ops._experts import Save, compile_experts, experts
+from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
 
 
 class TritonExperts:
-    """Computes experts by Triton kernels; once differentiable.
+    """Experts computed by Triton kernels, without host syncs; differentiable once.
 
-    `save` says what stands between forward and backward besides x: the pre-activation ("pre_activation", 4KF bytes a
-    token in bfloat16 when gated), the same in 8-bit blocks ("fp8", 0.516 of it, with a relative error of some 2.5 % in
-    the pre-activation that gradients see), or nothing ("recompute", which computes it again). Raises ConfigError for
-    another word.
+    `save` selects what the forward pass keeps for the backward pass besides x:
+
+    * "pre_activation": 4KF bytes a token, in a 16-bit dtype and with a gated activation.
+    * "fp8": the same in 8-bit blocks, 0.516 of the bytes. Gradients see a relative error of about
+      2.5 % in the pre-activation; the output does not.
+    * "recompute": nothing; the backward pass computes the pre-activation again.
+
+    Raises ConfigError for another value.
     """
 
-    products: ClassVar[Products] = "portable"
+    kernels: ClassVar[KernelSetName] = "portable"
 
     def __init__(self, workload: Workload, permutation: Permutation, save: Save = "pre_activation"):
         if save not in get_args(Save):
             known = ", ".join(get_args(Save))
             raise ConfigError(f"backends.experts.save is {save!r}; known are: {known}")
-        self.workload, self.activation, self.save = workload, workload.activation, save
+        self.workload = workload
+        self.activation = workload.activation
+        self.save = save
 
     def prepare(self, tokens: int) -> None:
-        """Compile the kernels for so many tokens, in parallel. Holds one layer's weights and gradients meanwhile."""
+        """Compile the kernels for batches of `tokens` tokens, in parallel.
+
+        Until it returns, it allocates one layer's weights and gradients.
+        """
+        call = self._empty_call(tokens)
+        compile_experts(call, self.save, self.kernels)
+
+    def _empty_call(self, tokens: int) -> ExpertsCall:
+        """Return a call with undefined tensors."""
         w = self.workload
-        experts, slots = w.num_experts // w.expert_parallel, tokens * w.top_k
-        empty = functools.partial(torch.empty, device=w.device)
-        order, inverse, offsets = (
-            empty(size, dtype=torch.int32) for size in (slots, slots, experts + 1)
-        )
+        experts = w.num_experts // w.expert_parallel
+        slots = tokens * w.top_k
         rows = up_rows(w.activation, w.ffn_dim)
+        values = functools.partial(torch.empty, dtype=w.dtype, device=w.device)
+        indices = functools.partial(torch.empty, dtype=torch.int32, device=w.device)
         weights = ExpertWeights(
-            empty(experts, rows, w.dim, dtype=w.dtype),
-            empty(experts, w.dim, w.ffn_dim, dtype=w.dtype),
-            empty(experts, rows, dtype=w.dtype) if w.bias else None,
-            empty(experts, w.dim, dtype=w.dtype) if w.bias else None,
+            values(experts, rows, w.dim),
+            values(experts, w.dim, w.ffn_dim),
+            values(experts, rows) if w.bias else None,
+            values(experts, w.dim) if w.bias else None,
         )
-        x = empty(tokens, w.dim, dtype=w.dtype)
-        topk_weights = empty(tokens, w.top_k, dtype=logits_dtype(w.dtype))
-        plan = Plan(order, inverse, offsets, w.top_k)
-        compile_experts(
-            ExpertsCall(x, plan, topk_weights, weights, w.activation), self.save, self.products
-        )
+        plan = Plan(indices(slots), indices(slots), indices(experts + 1), w.top_k)
+        topk_weights = torch.empty(tokens, w.top_k, dtype=logits_dtype(w.dtype), device=w.device)
+        return ExpertsCall(values(tokens, w.dim), plan, topk_weights, weights, w.activation)
 
     def __call__(
         self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
     ) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
         return experts(
-            x, plan, topk_weights, weights, self.activation, save=self.save, kernels=self.products
+            x, plan, topk_weights, weights, self.activation, save=self.save, kernels=self.kernels
         )
 
 
 class GluonExperts(TritonExperts):
-    """The same with its products written in Gluon, for Hopper: warps that load, and warpgroups that multiply."""
+    """Experts for Hopper GPUs, with matmuls in Gluon whose warps load or multiply."""
 
-    products = "gluon"
+    kernels = "gluon"

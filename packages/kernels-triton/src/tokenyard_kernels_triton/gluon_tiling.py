@@ -1,7 +1,8 @@
-"""How large the tiles of each product are on Hopper: from a table, or from what tuning found on this machine.
+"""The tile sizes of each matmul on Hopper GPUs: from a table, or from a file of tuned ones.
 
-The shipped table was measured on one H200, and what differs on an H100 there. No training step ever tries tiles;
-``python -m tokenyard_kernels_triton`` does, and keeps what it finds in a file, which is read once, at the first launch.
+The table was measured on one H200, and its entries for an H100 on an H100. Training never tries
+other tiles. ``python -m tokenyard_kernels_triton`` tries them and writes the file. The first launch
+reads the file, once.
 """
 
 from __future__ import annotations
@@ -12,39 +13,41 @@ import logging
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from tokenyard import cache_folder
 from tokenyard_kernels_triton._device import triton_version
 
-Product = Literal[
+Matmul = Literal[
     "up", "down", "activation_gradient", "input_gradient", "up_gradient", "down_gradient"
 ]
-PRODUCTS: tuple[Product, ...] = get_args(Product)
+"""A matmul of an expert layer: two of the forward pass, four of the backward pass."""
 
-CHUNKS = (32, 64, 128)  # columns that can leave at a time
-_SHARED = 232448  # bytes of shared memory that a program can have
-_ALIGNING = 1024  # of them, for barriers and alignment
-_FINE = 4096  # experts narrower than this are many and small
+MATMULS: tuple[Matmul, ...] = get_args(Matmul)
+
+CHUNKS = (32, 64, 128)  # numbers of columns that can be stored at a time
+_SHARED = 232448  # bytes of shared memory of a program
+_RESERVED = 1024  # of them, for barriers and alignment
+_WIDE = 4096  # expert width from which the table's second column applies
 
 log = logging.getLogger("tokenyard")
 
 
 @dataclass(frozen=True)
 class GluonTiling:
-    """The tile of one product on Hopper: 128 rows by `columns` of the output."""
+    """The tile of one matmul on Hopper GPUs: 128 rows by `columns` of the output."""
 
-    stages: int = 3  # slices that are loaded ahead
-    chunk: int = 64  # columns that leave at a time
-    buffers: int = 1  # of so many columns
+    stages: int = 3  # slices loaded ahead
+    chunk: int = 64  # columns stored at a time
+    buffers: int = 1  # of `chunk` columns, for each warp group
     columns: int = 256
-    depth: int = 64
-    group: int = 32  # row tiles that one column of weights is used for while it is in cache
+    depth: int = 64  # of a slice of the reduction dimension
+    group: int = 32  # row tiles that use a column tile of the weights while it is in cache
 
     def options(self) -> dict[str, int]:
-        """Return what every product's launch takes."""
+        """Return the arguments of every matmul's launch."""
         return {
             "COLUMNS": self.columns,
             "DEPTH": self.depth,
@@ -53,20 +56,20 @@ class GluonTiling:
             "BUFFERS": self.buffers,
         }
 
-    def shared(self, product: Product) -> int:
-        """Return the bytes of shared memory that a product takes with it; up sends three results of a column."""
-        sent = 3 if product == "up" else 1
+    def shared(self, matmul: Matmul) -> int:
+        """Return the bytes of shared memory that a matmul takes with this tile."""
+        results = 3 if matmul == "up" else 1  # up stores gate, up and activation
         slices = self.stages * self.depth * (128 + self.columns)
-        return 2 * (slices + 2 * 64 * self.buffers * sent * self.chunk) + _ALIGNING
+        return 2 * (slices + 2 * 64 * self.buffers * results * self.chunk) + _RESERVED
 
-    def fits(self, product: Product) -> bool:
-        """Say whether a program can run a product with it."""
+    def fits(self, matmul: Matmul) -> bool:
+        """Return whether a program can run a matmul with this tile."""
         same = (self.columns, self.depth) == (GluonTiling.columns, GluonTiling.depth)
-        return same and self.chunk in CHUNKS and self.shared(product) <= _SHARED
+        return same and self.chunk in CHUNKS and self.shared(matmul) <= _SHARED
 
 
-# For fine experts, and for wide ones. Products over rows that share a group share their tile list.
-_TABLE: dict[Product, tuple[GluonTiling, GluonTiling]] = {
+# (fine experts, wide experts). Matmuls over rows share their tile list if they have the same group.
+_TABLE: dict[Matmul, tuple[GluonTiling, GluonTiling]] = {
     "up": (GluonTiling(3, 64, 1, group=16), GluonTiling(3, 64, 1)),
     "down": (GluonTiling(3, 128, 2, group=16), GluonTiling(3, 128, 2)),
     "activation_gradient": (GluonTiling(3, 128, 2, group=16), GluonTiling(3, 128, 2)),
@@ -74,45 +77,49 @@ _TABLE: dict[Product, tuple[GluonTiling, GluonTiling]] = {
     "up_gradient": (GluonTiling(4, 64, 2, group=16), GluonTiling(4, 64, 2, group=16)),
     "down_gradient": (GluonTiling(4, 64, 2, group=4), GluonTiling(4, 64, 2, group=16)),
 }
-# Wide experts on an H100, whose memory is slower: in a layer, not alone, the tile above takes up to half as long again.
-_WIDE_ON_H100: dict[Product, GluonTiling] = {"input_gradient": GluonTiling(3, 32, 1, group=16)}
+# Wide experts on an H100, whose memory is slower. In a layer (not alone), the tile in the table
+# takes up to 1.5 times as long.
+_WIDE_ON_H100: dict[Matmul, GluonTiling] = {"input_gradient": GluonTiling(3, 32, 1, group=16)}
 
 
-def gluon_tiling(product: Product, dim: int, ffn_dim: int, device: torch.device) -> GluonTiling:
-    """Return the tiles of a product between the model's width and the experts'.
+def gluon_tiling(matmul: Matmul, dim: int, ffn_dim: int, device: torch.device) -> GluonTiling:
+    """Return the tile of a matmul between the model width and the expert width: tuned, or shipped.
 
-    Where the gradient of the pre-activation is an operand (input_gradient, up_gradient), its width counts: gate and up.
+    In input_gradient and up_gradient, where the gradient of the pre-activation is an operand,
+    ffn_dim is that gradient's width: gate and up together.
     """
     gpu = gpu_key(device)
-    return _tuned(gpu).get(bucket(product, dim, ffn_dim)) or _shipped(
-        gpu, product, ffn_dim >= _FINE
-    )
+    tuned = _tuned(gpu).get(bucket(matmul, dim, ffn_dim))
+    return tuned or _shipped(gpu, matmul, ffn_dim >= _WIDE)
 
 
-def _shipped(gpu: str, product: Product, wide: bool) -> GluonTiling:
-    other = _WIDE_ON_H100.get(product) if wide and "H100" in gpu else None
-    return other or _TABLE[product][wide]
+def _shipped(gpu: str, matmul: Matmul, wide: bool) -> GluonTiling:
+    override = _WIDE_ON_H100.get(matmul) if wide and "H100" in gpu else None
+    return override or _TABLE[matmul][wide]
 
 
-def bucket(product: Product, dim: int, ffn_dim: int) -> str:
-    """Return what tuned tiles are filed under: the product, and both widths rounded up to a power of two."""
-    return f"{product} {1 << (dim - 1).bit_length()} {1 << (ffn_dim - 1).bit_length()}"
+def bucket(matmul: Matmul, dim: int, ffn_dim: int) -> str:
+    """Return the key of tuned tiles: the matmul, and both widths rounded up to a power of two."""
+    return f"{matmul} {1 << (dim - 1).bit_length()} {1 << (ffn_dim - 1).bit_length()}"
 
 
 @functools.cache
 def gpu_key(device: torch.device) -> str:
-    """Return which GPU and compiler tuned tiles are good for."""
+    """Return the GPU and compiler that tuned tiles are valid for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, Triton {triton_version()}"
 
 
 def tuned_path() -> Path:
-    """Return the file of tuned tiles."""
+    """Return the path of the file of tuned tiles."""
     return cache_folder() / "triton_tiles.json"
 
 
 def keep_tuned(gpu: str, tiles: dict[str, GluonTiling]) -> Path:
-    """Add tiles by bucket to the file, in place of older ones of the same GPU and bucket; return its path."""
+    """Add tiles by bucket to the file and return its path.
+
+    They replace older ones of the same GPU and bucket.
+    """
     path = tuned_path()
     known = _read(path)
     known[gpu] = known.get(gpu, {}) | {name: asdict(tiling) for name, tiling in tiles.items()}
@@ -128,7 +135,11 @@ def keep_tuned(gpu: str, tiles: dict[str, GluonTiling]) -> Path:
 def _tuned(gpu: str) -> dict[str, GluonTiling]:
     entries = _read(tuned_path()).get(gpu, {})
     tiles = {name: _tiling(entry) for name, entry in entries.items()}
-    return {name: t for name, t in tiles.items() if t is not None and t.fits(name.split()[0])}  # type: ignore[arg-type]
+    return {name: t for name, t in tiles.items() if t is not None and t.fits(_matmul_of(name))}
+
+
+def _matmul_of(bucket_name: str) -> Matmul:
+    return cast(Matmul, bucket_name.split()[0])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -139,19 +150,15 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         log.warning("tuned tiles in %s are left aside, since they cannot be read: %s", path, error)
         return {}
-    return (
-        known
-        if isinstance(known, dict) and all(isinstance(v, dict) for v in known.values())
-        else {}
-    )
+    valid = isinstance(known, dict) and all(isinstance(v, dict) for v in known.values())
+    return known if valid else {}
 
 
 def _tiling(entry: object) -> GluonTiling | None:
+    """Return an entry of the file as a tile, or None if it is not one."""
     names = {field.name for field in fields(GluonTiling)}
-    if (
-        not isinstance(entry, dict)
-        or set(entry) != names
-        or not all(type(v) is int and v > 0 for v in entry.values())
-    ):
+    if not isinstance(entry, dict) or set(entry) != names:
+        return None
+    if not all(type(value) is int and value > 0 for value in entry.values()):
         return None
     return GluonTiling(**entry)

@@ -1,4 +1,4 @@
-"""Launching Triton kernels, or only compiling them: several at once, before the first launch needs them."""
+"""Launch Triton kernels, or only compile them, in parallel and before the first launch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ _compile_only: ContextVar[bool] = ContextVar("tokenyard_triton_compile_only", de
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """Return what starts a kernel on a grid when it is called; within `compiling`, what compiles it instead."""
+    """Return a function that launches a kernel on a grid; within `compiling`, that compiles it."""
     if _compile_only.get():
         return functools.partial(kernel.warmup, grid=grid)
-    started: Callable[..., Any] = kernel[grid]
-    return started
+    run: Callable[..., Any] = kernel[grid]
+    return run
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Compile every kernel that this thread launches, in parallel, and start none; wait for all at the end.
+    """Compile the kernels that this thread launches, in parallel, instead of running them.
 
-    Nothing is computed, so tensors may hold anything. Compiled kernels are in Triton's cache afterwards. Autograd runs
-    backward passes in a thread of its own, so call gradient functions directly.
+    The end of the block waits for all of them. Compiled kernels are in Triton's cache afterwards.
+    Nothing is computed, so tensors may hold anything. Call gradient functions directly, because
+    autograd runs backward passes in another thread.
     """
     token = _compile_only.set(True)
     try:

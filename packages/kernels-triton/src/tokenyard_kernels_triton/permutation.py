@@ -1,4 +1,4 @@
-"""The `triton` permutation: plans in three launches without host waits, and moves that read each token once."""
+"""The `triton` permutation: a plan in three launches, and copies that read each token once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tokenyard_kernels_triton.ops._plan import plan_op
 
 
 class TritonPermutation:
-    """Plans and moves by Triton kernels; repeatable, without atomics."""
+    """Plans and copies by Triton kernels: deterministic, without atomics or host syncs."""
 
     def __init__(self, workload: Workload):
         self.workload = workload
 
     def prepare(self, tokens: int) -> None:
-        """Compile the kernels for so many tokens, in parallel."""
+        """Compile the kernels for batches of `tokens` tokens, in parallel."""
         w = self.workload
         ids = torch.empty(tokens, w.top_k, dtype=torch.int32, device=w.device)
         x = torch.empty(tokens, w.dim, dtype=w.dtype, device=w.device)
@@ -32,11 +32,10 @@ class TritonPermutation:
             weights_backward_op(x, rows, *plan)
 
     def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
-        """Sort the slots of topk_ids [T, K] by expert, stably; dropped ones go last, into the tail."""
+        """Sort the slots of topk_ids [T, K] by expert, stably; dropped slots form the tail."""
         slots = topk_ids.numel()
-        order, inverse, offsets = plan_op(
-            topk_ids, num_experts, slots if rows is None else min(rows, slots)
-        )
+        rows = slots if rows is None else min(rows, slots)
+        order, inverse, offsets = plan_op(topk_ids, num_experts, rows)
         return Plan(order, inverse, offsets, topk_ids.shape[1])
 
     def permute(self, x: Tensor, plan: Plan) -> Tensor:

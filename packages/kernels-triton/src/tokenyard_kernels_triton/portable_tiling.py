@@ -1,4 +1,4 @@
-"""How large the tiles of the portable products are: by rule."""
+"""The tile sizes of the portable matmuls, by rule."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from tokenyard_kernels_triton.kernels._tiles import INTERPRETED
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """The tile of one portable product: `rows` by `columns` of the output, `depth` of what is summed over at a time."""
+class PortableTiling:
+    """The tile of a portable matmul: `rows` by `columns` of the output."""
 
     rows: int
-    columns: int  # of the output; of a gated up product, gate and up together
-    depth: int
+    columns: int  # in a gated up matmul, of gate and up together
+    depth: int  # of a slice of the reduction dimension
     warps: int
-    stages: int  # slices that are loaded ahead
-    group: int = 16  # row tiles that one column of weights is used for while it is in cache
+    stages: int  # slices loaded ahead
+    group: int = 16  # row tiles that use a column tile of the weights while it is in cache
 
     def shared(self) -> int:
-        """Return the bytes of shared memory that the slices take, of 2 bytes a number."""
+        """Return the bytes of shared memory that the slices take in a 16-bit dtype."""
         return 2 * self.stages * self.depth * (self.rows + self.columns)
 
     def options(self) -> dict[str, Any]:
-        """Return what every product's launch takes."""
+        """Return the arguments of every matmul's launch."""
         return {
             "ROWS": self.rows,
             "DEPTH": self.depth,
@@ -35,19 +35,20 @@ class Tiling:
         }
 
 
-_INTERPRETER = Tiling(32, 32, 32, 4, 1, group=2)
-_FLOAT32 = Tiling(64, 64, 16, 8, 2)
-_NARROW = Tiling(128, 256, 64, 8, 3)  # 144 KiB of shared memory
-_SMALL = Tiling(128, 128, 32, 8, 3)  # 48 KiB
+_INTERPRETER = PortableTiling(32, 32, 32, 4, 1, group=2)
+_FLOAT32 = PortableTiling(64, 64, 16, 8, 2)
+_LARGE = PortableTiling(128, 256, 64, 8, 3)  # 144 KiB of shared memory
+_SMALL = PortableTiling(128, 128, 32, 8, 3)  # 48 KiB
 
 
-def portable_tiling(dtype: torch.dtype, shared: int, even: bool) -> Tiling:
-    """Return the tiles of products in a dtype on a GPU with so many bytes of shared memory for a program.
+def portable_tiling(dtype: torch.dtype, shared: int, even: bool) -> PortableTiling:
+    """Return the tile of matmuls in a dtype, given the bytes of shared memory of a program.
 
-    Rows that are not `even`, whole 16 bytes, are addressed one by one, which takes registers.
+    `even` says that rows are a multiple of 16 bytes. Other rows are addressed number by number,
+    which takes registers.
     """
     if INTERPRETED.value:
         return _INTERPRETER
     if dtype == torch.float32:
         return _FLOAT32
-    return _NARROW if even and shared >= _NARROW.shared() else _SMALL
+    return _LARGE if even and shared >= _LARGE.shared() else _SMALL

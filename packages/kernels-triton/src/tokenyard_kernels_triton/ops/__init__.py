@@ -1,1 +1,1 @@
-"""Custom ops around the kernels: what PyTorch sees, with fake kernels and gradients."""
+"""Custom operators that launch the kernels, with fake kernels and gradients for PyTorch."""

@@ -1,190 +1,170 @@
-"""The expert layer as an operator; `Save` says what its forward pass keeps for the backward pass."""
+"""The expert layer as an operator; `Save` selects what the forward pass keeps for the backward."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-from typing import Literal, Protocol, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tokenyard.experts import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
-from tokenyard.interfaces import ExpertWeights, Plan
+from tokenyard.interfaces import ExpertWeights
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
+from tokenyard_kernels_triton.ops._kernel_set import KernelSet, KernelSetName, kernel_set
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
-from tokenyard_kernels_triton.ops._quantize import narrow, narrow_shapes, widen
+from tokenyard_kernels_triton.ops._quantize import dequantize, quantize, quantized_shapes
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
 Save = Literal["pre_activation", "fp8", "recompute"]
-"""What a forward pass keeps of the pre-activation for its backward pass."""
-
-Products = Literal["portable", "gluon"]
-"""The module that launches the matmuls: ``ops._portable`` or ``ops._gluon``."""
+"""What the forward pass keeps of the pre-activation for the backward pass."""
 
 
-class Rows(Protocol):
-    """Rows [R, D] sorted by expert: a tensor, or tokens whose rows each matmul gathers itself."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(R, D)."""
-        ...
-
-
-class Matmuls(Protocol):
-    """What ``ops._portable`` and ``ops._gluon`` both define; every function allocates what it returns."""
-
-    def rows_of(self, tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
-        """Return the rows of tokens [T, D] as an operand."""
-        ...
-
-    def up_and_activate(
-        self,
-        x: Rows,
-        up: Tensor,
-        bias: Tensor | None,
-        layout: RowTiles,
-        activation: str,
-        keep_z: bool = True,
-        keep_a: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
-        ...
-
-    def times_weight(
-        self,
-        rows: Rows,
-        weight: Tensor,
-        bias: Tensor | None,
-        layout: RowTiles,
-        transposed: bool,
-        product: str,
-    ) -> Tensor:
-        """Return rows [R, M] times each expert's weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
-        ...
-
-    def weight_gradient(self, left: Rows, right: Rows, layout: RowTiles, product: str) -> Tensor:
-        """Return [E, M, N]: over each expert's rows, left [R, M] transposed times right [R, N]."""
-        ...
-
-
-@functools.cache
-def _matmuls(name: str) -> Matmuls:
-    return cast(Matmuls, importlib.import_module(f"tokenyard_kernels_triton.ops._{name}"))
-
-
-def _forward(call: ExpertsCall, save: str, kernels: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    call: ExpertsCall, save: Save, kernels: KernelSetName
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [T, D], what is saved of the pre-activation, and its scales."""
     if _is_empty(call):
         return torch.zeros_like(call.x), *_saved(call, save, kernels)
     x, plan, topk_weights, (up, down, up_bias, down_bias), activation = _aligned_call(call)
     with on_device_of(x):
-        layout = RowTiles(plan.offsets, plan.order.shape[0])
-        matmuls = _matmuls(kernels)
+        row_tiles = RowTiles(plan.offsets, plan.order.shape[0])
+        matmuls = kernel_set(kernels)
+        keep_z = save != "recompute"
         rows = matmuls.rows_of(x, plan, down.shape[2])
-        z, a = matmuls.up_and_activate(rows, up, up_bias, layout, activation, save != "recompute")
-        del rows
-        rows = matmuls.times_weight(a, down, down_bias, layout, True, "down")
+        z, a = matmuls.up_and_activate(rows, up, up_bias, row_tiles, activation, keep_z)
+        del rows  # free each operand before the next allocation
+        y_rows = matmuls.times_weight(a, down, down_bias, row_tiles, True, "down")
         del a
-        y = to_tokens(rows, plan, topk_weights)
+        y = to_tokens(y_rows, plan, topk_weights)
         if save == "fp8":
-            return y, *narrow(z, layout.live)
+            return y, *quantize(z, row_tiles.live)
         return y, z, x.new_empty(0)
 
 
-def _saved(call: ExpertsCall, save: str, kernels: str) -> tuple[Tensor, Tensor]:
-    x, rows, width = call.x, call.plan.order.shape[0], call.weights.up.shape[1]
+def _saved(call: ExpertsCall, save: Save, kernels: KernelSetName) -> tuple[Tensor, Tensor]:
+    x = call.x
+    rows = call.plan.order.shape[0]
+    width = call.weights.up.shape[1]
     if save == "fp8":
-        return narrow_shapes(x, rows, width)
+        return quantized_shapes(x, rows, width)
     return x.new_empty(0 if save == "recompute" else rows, width), x.new_empty(0)
 
 
 def _backward(
-    dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: ExpertNeeds, save: str, kernels: str
-) -> ExpertGradients:
-    if _is_empty(call):
-        return _zero_gradients(call, needs)
-    call = _aligned_call(call)
-    with on_device_of(call.x):
-        return _gradients(_aligned(dy), call, saved, needs, save, _matmuls(kernels))
-
-
-def _gradients(
     dy: Tensor,
     call: ExpertsCall,
     saved: list[Tensor],
     needs: ExpertNeeds,
-    save: str,
-    matmuls: Matmuls,
+    save: Save,
+    kernels: KernelSetName,
 ) -> ExpertGradients:
-    x, plan, topk_weights, (up, down, _, down_bias), activation = call
-    layout = RowTiles(plan.offsets, plan.order.shape[0])
-    ffn_dim = down.shape[2]
+    if _is_empty(call):
+        return _zero_gradients(call, needs)
+    call = _aligned_call(call)
+    row_tiles = RowTiles(call.plan.offsets, call.plan.order.shape[0])
+    matmuls = kernel_set(kernels)
+    with on_device_of(call.x):
+        dy = _aligned(dy)
+        dz, gradients = _through_down(dy, call, saved, needs, save, row_tiles, matmuls)
+        if dz is not None:
+            gradients |= _through_up(dz, call, needs, row_tiles, matmuls)
+    return ExpertGradients(**gradients)
+
+
+def _through_down(
+    dy: Tensor,
+    call: ExpertsCall,
+    saved: list[Tensor],
+    needs: ExpertNeeds,
+    save: Save,
+    row_tiles: RowTiles,
+    matmuls: KernelSet[Any],
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Return dz [R, 2F or F] (None if the down bias alone needs a gradient), and gradients.
+
+    The gradients are those of the down projection and of topk_weights.
+    """
+    _, plan, topk_weights, (_, down, _, down_bias), activation = call
     gradients: dict[str, Tensor] = {}
 
     # Rows of dy: copied if a bias reads them, else gathered by the matmuls if that is faster.
     bias = down_bias if needs.topk_weights else None
     copied = to_rows(dy, plan) if needs.down_bias or bias is not None else None
-    drows = matmuls.rows_of(dy, plan, ffn_dim) if copied is None else copied
+    drows = matmuls.rows_of(dy, plan, down.shape[2]) if copied is None else copied
     if needs.down_bias and copied is not None:
-        gradients["down_bias"] = sum_rows(copied, layout, plan.order, topk_weights)
+        gradients["down_bias"] = sum_rows(copied, row_tiles, plan.order, topk_weights)
     if not any(needs[:5]):
-        return ExpertGradients(**gradients)
+        return None, gradients
 
     # Through the down projection and the activation.
-    z = _pre_activation(call, layout, saved, save, matmuls)
-    da = matmuls.times_weight(drows, down, None, layout, False, "activation_gradient")
+    z = _pre_activation(call, saved, save, row_tiles, matmuls)
+    da = matmuls.times_weight(drows, down, None, row_tiles, False, "activation_gradient")
     dz, weighted, dots = differentiate(
-        da, copied, z, bias, plan.order, topk_weights, layout, activation
+        da, copied, z, bias, plan.order, topk_weights, row_tiles, activation
     )
-    del z, da
+    del z, da  # free both before the next allocation
     if needs.topk_weights and topk_weights is not None:
         gradients["topk_weights"] = sum_dots(dots, plan)
     if needs.down:
-        gradients["down"] = matmuls.weight_gradient(drows, weighted, layout, "down_gradient")
-    del copied, drows, weighted, dots
+        gradients["down"] = matmuls.weight_gradient(drows, weighted, row_tiles, "down_gradient")
+    return dz, gradients
 
-    # Through the up projection.
+
+def _through_up(
+    dz: Tensor,
+    call: ExpertsCall,
+    needs: ExpertNeeds,
+    row_tiles: RowTiles,
+    matmuls: KernelSet[Any],
+) -> dict[str, Tensor]:
+    """Return the gradients of the up projection and of x."""
+    x, plan, _, (up, down, _, _), _ = call
+    gradients: dict[str, Tensor] = {}
     if needs.up:
-        rows = matmuls.rows_of(x, plan, ffn_dim)
-        gradients["up"] = matmuls.weight_gradient(dz, rows, layout, "up_gradient")
-        del rows
+        rows = matmuls.rows_of(x, plan, down.shape[2])
+        gradients["up"] = matmuls.weight_gradient(dz, rows, row_tiles, "up_gradient")
+        del rows  # free them before the next allocation
     if needs.up_bias:
-        gradients["up_bias"] = sum_rows(dz, layout, plan.order, None)
+        gradients["up_bias"] = sum_rows(dz, row_tiles, plan.order, None)
     if needs.x:
-        dx_rows = matmuls.times_weight(dz, up, None, layout, False, "input_gradient")
+        dx_rows = matmuls.times_weight(dz, up, None, row_tiles, False, "input_gradient")
         gradients["x"] = to_tokens(dx_rows, plan, None)
-    return ExpertGradients(**gradients)
+    return gradients
 
 
 def _pre_activation(
-    call: ExpertsCall, layout: RowTiles, saved: list[Tensor], save: str, matmuls: Matmuls
+    call: ExpertsCall,
+    saved: list[Tensor],
+    save: Save,
+    row_tiles: RowTiles,
+    matmuls: KernelSet[Any],
 ) -> Tensor:
-    """Return z [R, 2F or F] as saved, widened, or computed again."""
+    """Return z [R, 2F or F] as saved, dequantized, or recomputed."""
     z, scales = saved
     if save == "fp8":
-        return widen(z, scales, layout.live, call.x.dtype)
+        return dequantize(z, scales, row_tiles.live, call.x.dtype)
     if save == "recompute":
-        rows = matmuls.rows_of(call.x, call.plan, call.weights.down.shape[2])
-        up, up_bias = call.weights.up, call.weights.up_bias
-        z, _ = matmuls.up_and_activate(rows, up, up_bias, layout, call.activation, keep_a=False)
+        up, down, up_bias, _ = call.weights
+        rows = matmuls.rows_of(call.x, call.plan, down.shape[2])
+        z, _ = matmuls.up_and_activate(rows, up, up_bias, row_tiles, call.activation, keep_a=False)
     return z
 
 
-def compile_experts(call: ExpertsCall, save: str, kernels: str) -> None:
-    """Compile what a forward and a backward pass launch, for a call whose tensors may hold anything."""
+def compile_experts(call: ExpertsCall, save: Save, kernels: KernelSetName) -> None:
+    """Compile what a forward and a backward pass launch. The call's tensors may hold anything."""
+    weights = call.weights
+    needs = ExpertNeeds(
+        x=True,
+        topk_weights=call.topk_weights is not None,
+        up=True,
+        down=True,
+        up_bias=weights.up_bias is not None,
+        down_bias=weights.down_bias is not None,
+    )
     with compiling():
         y, *saved = _forward(call, save, kernels)
-        needs = ExpertNeeds(
-            True,
-            call.topk_weights is not None,
-            True,
-            True,
-            *(b is not None for b in call.weights[2:]),
-        )
         _backward(y, call, saved, needs, save, kernels)
 
 
@@ -193,7 +173,7 @@ def _is_empty(call: ExpertsCall) -> bool:
 
 
 def _zero_gradients(call: ExpertsCall, needs: ExpertNeeds) -> ExpertGradients:
-    up, down = call.weights.up, call.weights.down
+    up, down, _, _ = call.weights
     topk_weights = call.x if call.topk_weights is None else call.topk_weights
     likes = (call.x, topk_weights, up, down, up[..., 0], down[..., 0])
     return ExpertGradients(
@@ -202,7 +182,10 @@ def _zero_gradients(call: ExpertsCall, needs: ExpertNeeds) -> ExpertGradients:
 
 
 def _aligned_call(call: ExpertsCall) -> ExpertsCall:
-    """Return the call with tensors as the kernels read them: contiguous, and x, up and down aligned."""
+    """Return the call with tensors that the kernels can read.
+
+    All of them are contiguous, and x, up and down are aligned to 16 bytes.
+    """
     up, down, up_bias, down_bias = call.weights
     weights = ExpertWeights(
         _aligned(up), _aligned(down), _contiguous(up_bias), _contiguous(down_bias)
@@ -217,7 +200,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor that is contiguous and begins at a multiple of 16 bytes, as the copy engine needs it."""
+    """Return a contiguous tensor whose address is a multiple of 16, as TMA requires."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 

@@ -1,4 +1,4 @@
-"""What the products for Hopper take: descriptors for the copy engine, or tokens whose rows they collect."""
+"""Operands of the matmuls for Hopper GPUs: TMA descriptors, or tokens whose rows are gathered."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton.ops._moves import to_rows
 
+# Sizes of the two dimensions that make a matrix ragged; see ``kernels._gluon_pipeline``.
 _RAGGED_ROWS = 1 << 30  # more than a ragged matrix has
 _MANY = 0x7FFF0000
 _WRAP = 1 << 34  # times _RAGGED_ROWS, it is a multiple of 2^64
-_NARROW = 1280  # columns; experts up to this width collect rows: their products are too short to be worth a copy
+
+# Columns of an expert: up to this width the matmuls gather rows, since a copy would take longer.
+_NARROW = 1280
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The rows of tokens, sorted by expert, before anybody copied them; it has as much of a tensor as operands need."""
+    """The rows of tokens, sorted by expert and not copied; with some attributes of a tensor."""
 
     tokens: Tensor  # [T, D]
     order: Tensor  # [R], of a plan
@@ -48,29 +51,36 @@ Rows = Tensor | TokenRows
 
 
 def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
-    """Return the rows of tokens [T, D] as an operand: copied, or to be collected by each product if that is faster."""
+    """Return the rows of tokens [T, D] as an operand.
+
+    They are copied, or gathered by each matmul if the experts are narrow.
+    """
     if ffn_dim > _NARROW:
         return to_rows(tokens, plan)
     return TokenRows(tokens, plan.order, plan.top_k)
 
 
 def operand(rows: Rows, block: tuple[int, int]) -> tuple[Any, Tensor | None, int]:
-    """Return what a kernel takes for `rows`: (descriptor, None, 0), or (tokens, order, top_k)."""
+    """Return a kernel's arguments for `rows`: (descriptor, None, 0) or (tokens, order, top_k)."""
     if isinstance(rows, TokenRows):
         return rows.tokens, rows.order, rows.top_k
     return ragged(rows, 1, block), None, 0
 
 
 def ragged(rows: Tensor, parts: int, block: tuple[int, int]) -> TensorDescriptor:
-    """Describe rows [R, parts * W], for boxes of `block` rows and columns of one part that end with their expert."""
-    width, box = rows.shape[1], [1, 1, block[0], 1, block[1]]
+    """Describe rows [R, parts * W], for boxes of one part that end with their expert's rows.
+
+    A box has `block` (rows, columns).
+    """
+    width = rows.shape[1]
+    box = [1, 1, block[0], 1, block[1]]
     shape = [_MANY, _MANY, _RAGGED_ROWS, parts, width // parts]
     strides = [_WRAP - width, width, width, width // parts, 1]
     return TensorDescriptor(rows, shape, strides, box, _layout(box, rows))
 
 
 def stacked(weights: Tensor, parts: int, block: tuple[int, int]) -> TensorDescriptor:
-    """Describe weights [E, parts * M, N], for boxes of `block` rows of each part and columns."""
+    """Describe weights [E, parts * M, N], for boxes of `block` (rows of each part, columns)."""
     experts, rows, columns = weights.shape
     box = [1, parts, *block]
     split = weights.view(experts, parts, rows // parts, columns)

@@ -1,4 +1,7 @@
-"""The gradient through the activation, and sums over an expert's rows; every function allocates what it returns."""
+"""The gradient through the activation, and sums over an expert's rows.
+
+Every function allocates what it returns.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,20 @@ def differentiate(
     down_bias: Tensor | None,
     order: Tensor,
     topk_weights: Tensor | None,
-    layout: RowTiles,
+    row_tiles: RowTiles,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, .] that sum to a row's gate gradient.
+    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, 1 or 2].
 
-    da' = dy @ down [R, F] is not weighted. One pass over da' and z. The rows dy [R, D] are needed for a bias alone.
+    A row of dots sums to the gradient of the slot's weight. da = dy @ down [R, F] is not weighted.
+    One pass reads da and z. Only a bias needs the rows dy [R, D].
     """
     ffn_dim = da.shape[1]
-    dz, weighted = torch.empty_like(z), torch.empty_like(da)
+    dz = torch.empty_like(z)
+    weighted = torch.empty_like(da)
     width = 1 if down_bias is None else 2
-    dots = da.new_empty(layout.rows, width, dtype=torch.float32)
-    launch(_moves.differentiate, (layout.rows,))(
+    dots = da.new_empty(row_tiles.rows, width, dtype=torch.float32)
+    launch(_moves.differentiate, (row_tiles.rows,))(
         da,
         z,
         dz,
@@ -39,7 +44,7 @@ def differentiate(
         dots,
         order,
         topk_weights,
-        layout.live,
+        row_tiles.live,
         ffn_dim,
         width,
         FUNCTION=FUNCTIONS.get(activation, activation),
@@ -48,23 +53,34 @@ def differentiate(
         COLUMNS=min(2048, power_of_two(ffn_dim)),
     )
     if dy is not None and down_bias is not None:
-        dim = dy.shape[1]
-        launch(_moves.bias_dots, (layout.bound(64),))(
-            dy, down_bias, dots, layout.tiles(64, 16), dim, width, 1, ROWS=64, COLUMNS=32
-        )
+        _write_bias_dots(dots, dy, down_bias, row_tiles)
     return dz, weighted, dots
 
 
-def sum_rows(rows: Tensor, layout: RowTiles, order: Tensor, topk_weights: Tensor | None) -> Tensor:
-    """Return [E, W]: the sum of each expert's rows [R, W], weighted if weights are given; zero where it has none."""
-    out = rows.new_empty(layout.num_experts, rows.shape[1])
-    launch(_moves.sum_rows, (layout.num_experts, ceil_div(rows.shape[1], 64)))(
+def _write_bias_dots(dots: Tensor, dy: Tensor, down_bias: Tensor, row_tiles: RowTiles) -> None:
+    """Write column 1 of dots [R, 2]: the dot products of rows dy [R, D] and their expert's bias."""
+    tiles = row_tiles.tile_list(64, 16)
+    launch(_moves.bias_dots, (row_tiles.bound(64),))(
+        dy, down_bias, dots, tiles, dy.shape[1], dots.shape[1], 1, ROWS=64, COLUMNS=32
+    )
+
+
+def sum_rows(
+    rows: Tensor, row_tiles: RowTiles, order: Tensor, topk_weights: Tensor | None
+) -> Tensor:
+    """Return [E, W]: the sum of each expert's rows [R, W], weighted if weights are given.
+
+    It is zero for an expert without rows.
+    """
+    width = rows.shape[1]
+    out = rows.new_empty(row_tiles.num_experts, width)
+    launch(_moves.sum_rows, (row_tiles.num_experts, ceil_div(width, 64)))(
         rows,
         out,
-        layout.offsets,
+        row_tiles.offsets,
         order,
         topk_weights,
-        rows.shape[1],
+        width,
         WEIGHTED=topk_weights is not None,
         ROWS=64,
         COLUMNS=64,

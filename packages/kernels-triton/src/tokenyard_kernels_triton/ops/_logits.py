@@ -1,8 +1,9 @@
-"""Router logits of narrow operands on a GPU: one product, accumulated and returned in float32.
+"""Router logits of 16-bit operands on a GPU: one matmul, accumulated and returned in float32.
 
-The gradient that comes back is float32. It is split into the sum of two narrow numbers, so that both products of the
-backward pass also run on the matrix units, and lose some 2^-16 of it instead of 2^-8 in
-bfloat16. In float16 what is below 6e-8 is lost, and above 65504 is too large: scale the loss, as float16 needs anyway.
+The incoming gradient is float32. It is split into the sum of two 16-bit numbers, so that both
+matmuls of the backward pass run on the tensor cores. In bfloat16 this loses about 2^-16 of the
+gradient; rounding it would lose 2^-8. In float16, parts below 6e-8 are lost and numbers above 65504
+overflow: use loss scaling, which float16 needs anyway.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from tokenyard_kernels_triton.ops._quantize import split_in_two
 
 @operator("tokenyard_triton::logits")
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x [T, D] times weight.T [D, E] in float32."""
-    return _wide_product(x, weight.t())
+    """Return x [T, D] @ weight.T [D, E] in float32."""
+    return _matmul_float32(x, weight.t())
 
 
 @torch.library.register_fake(logits_op)
@@ -32,14 +33,15 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 def logits_backward_op(
     dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
 ) -> list[Tensor]:
-    """Return the gradients of x and of weight; an empty one where none is needed."""
+    """Return the gradients of x and of weight; empty if not needed."""
     with on_device_of(x):
         both = split_in_two(dlogits, x.dtype)  # [T, 2E]
-    dx, dweight = x.new_empty(0), x.new_empty(0)
+    dx = x.new_empty(0)
+    dweight = x.new_empty(0)
     if needs[0]:
         dx = both @ torch.cat((weight, weight))
     if needs[1]:
-        dweight = _wide_product(both.t(), x).view(2, *weight.shape).sum(0).to(weight.dtype)
+        dweight = _matmul_float32(both.t(), x).view(2, *weight.shape).sum(0).to(weight.dtype)
     return [dx, dweight]
 
 
@@ -48,8 +50,8 @@ def _(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Ten
     return [t.new_empty(t.shape if need else 0) for t, need in zip((x, weight), needs)]
 
 
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply narrow matrices into float32; a CPU has no product for that."""
+def _matmul_float32(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right in float32. A CPU has no such matmul for 16-bit operands."""
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()

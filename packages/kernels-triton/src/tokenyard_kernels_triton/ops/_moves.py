@@ -1,4 +1,4 @@
-"""Launching the moves between tokens and rows; every function allocates what it returns."""
+"""Launches of the copies between tokens and rows; every function allocates what it returns."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _moves
 from tokenyard_kernels_triton.launching import launch
 
-_COLUMNS = 2048  # that one program moves at most
+_COLUMNS = 2048  # at most, for one program
 
 
 def to_rows(
     x: Tensor, plan: Plan, topk_weights: Tensor | None = None, tail: bool = False
 ) -> Tensor:
-    """Copy tokens x [T, D], times their weights if given, to rows [R, D]; the tail is undefined, or zero if asked."""
+    """Copy tokens x [T, D], weighted if weights [T, K] are given, to rows [R, D].
+
+    The tail is zero if `tail`, else undefined.
+    """
     tokens, dim = x.shape
     rows = x.new_empty(plan.order.shape[0], dim)
     columns = _columns(dim)
-    grid, live = (tokens, ceil_div(dim, columns)), plan.offsets[-1:]
+    grid = (tokens, ceil_div(dim, columns))
+    live = plan.offsets[-1:]
     if topk_weights is None:
         launch(_moves.copy_to_rows, grid)(
             x, rows, plan.inverse, live, dim, TOP_K=plan.top_k, COLUMNS=columns
@@ -37,7 +41,7 @@ def to_rows(
 
 
 def to_tokens(rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
-    """Sum each token's rows [R, D], weighted if weights [T, K] are given, in float32, to [T, D]."""
+    """Sum each token's rows [R, D] in float32 to [T, D], weighted if weights [T, K] are given."""
     dim = rows.shape[1]
     tokens = plan.inverse.shape[0] // plan.top_k
     y = rows.new_empty(tokens, dim)
@@ -57,7 +61,7 @@ def to_tokens(rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
 
 
 def dot_with_rows(dy: Tensor, rows: Tensor, plan: Plan) -> Tensor:
-    """Return [T, K] float32: the dot product of dy [T, D] and each of a token's rows; 0 for a dropped slot."""
+    """Return [T, K] float32: the dot products of dy [T, D] and the token's rows; 0 if dropped."""
     tokens, dim = dy.shape
     out = dy.new_empty(tokens, plan.top_k, dtype=torch.float32)
     launch(_moves.dot_with_rows, (tokens * plan.top_k,))(
@@ -67,7 +71,7 @@ def dot_with_rows(dy: Tensor, rows: Tensor, plan: Plan) -> Tensor:
 
 
 def sum_dots(dots: Tensor, plan: Plan) -> Tensor:
-    """Return [T, K] float32: the sum over each slot's row of dots [R, 1 or 2]; 0 for a dropped slot."""
+    """Return [T, K] float32: the sums of the slots' rows of dots [R, 1 or 2]; 0 if dropped."""
     slots = plan.inverse.shape[0]
     out = dots.new_empty(slots // plan.top_k, plan.top_k)
     launch(_moves.sum_dots, (ceil_div(slots, 128),))(

@@ -1,4 +1,4 @@
-"""Permute and unpermute as custom ops."""
+"""Permute and unpermute as custom operators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def permute_op(
     offsets: Tensor,
     top_k: int,
 ) -> Tensor:
-    """Copy tokens x [T, D], weighted if weights [T, K] are given, to rows [R, D]; the tail is zero."""
+    """Copy tokens x [T, D], weighted if weights [T, K] are given, to rows [R, D]; zero the tail."""
     if order.shape[0] == 0:
         return x.new_empty(0, x.shape[1])
     with on_device_of(x):
@@ -75,7 +75,7 @@ def _(
 def weights_backward_op(
     dy: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
 ) -> Tensor:
-    """Return [T, K] float32: the dot product of dy [T, D] and each of a token's rows; 0 for a dropped slot."""
+    """Return [T, K] float32: the dot products of dy [T, D] and the token's rows; 0 if dropped."""
     if inverse.shape[0] == 0:
         return dy.new_empty(0, top_k, dtype=torch.float32)
     with on_device_of(dy):

@@ -1,4 +1,4 @@
-"""The plan as a custom op of three launches."""
+"""The plan as a custom operator of three launches."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_tw
 from tokenyard_kernels_triton.kernels import _plan
 from tokenyard_kernels_triton.launching import launch
 
-_SLOTS = 256  # in a block
-_BUCKETS = 32  # that a program counts at a time
-_BLOCKS = 256  # whose counts are added up at a time
+_SLOTS = 256  # of a block
+_BUCKETS = 32  # counted at a time
+_BLOCKS = 256  # added up at a time
 
 
 @operator("tokenyard_triton::plan")

@@ -1,4 +1,4 @@
-"""Launching the conversion of numbers to fewer bits and back."""
+"""Launches of the conversions to fewer bits and back."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ _DTYPE = torch.float8_e4m3fn
 _ROWS = 32
 
 
-def narrow(z: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Return z [R, W] in float8, as bytes, and the scales [R, W / 128] of its blocks; the tail is undefined."""
+def quantize(z: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Return z [R, W] in float8 as bytes, and its blocks' scales [R, W / 128] in float32.
+
+    The tail is undefined.
+    """
     rows, width = z.shape
-    out, scales = narrow_shapes(z, rows, width)
+    values, scales = quantized_shapes(z, rows, width)
     launch(_quantize.quantize_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
         z,
-        out.view(_DTYPE),
+        values.view(_DTYPE),
         scales,
         live,
         width,
@@ -29,27 +32,34 @@ def narrow(z: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
         ROWS=_ROWS,
         BLOCK=BLOCK,
     )
-    return out, scales
+    return values, scales
 
 
-def narrow_shapes(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return what `narrow` returns, undefined."""
+def quantized_shapes(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return undefined tensors of the shapes and dtypes that `quantize` returns."""
     scales = like.new_empty(rows, ceil_div(width, BLOCK), dtype=torch.float32)
     return like.new_empty(rows, width, dtype=torch.uint8), scales
 
 
-def widen(z: Tensor, scales: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return z [R, W] in `dtype`."""
-    rows, width = z.shape
-    out = z.new_empty(rows, width, dtype=dtype)
+def dequantize(values: Tensor, scales: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return z [R, W] in `dtype` from what `quantize` returned."""
+    rows, width = values.shape
+    z = values.new_empty(rows, width, dtype=dtype)
     launch(_quantize.dequantize_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
-        z.view(_DTYPE), scales, out, live, width, scales.shape[1], ROWS=_ROWS, BLOCK=BLOCK
+        values.view(_DTYPE),
+        scales,
+        z,
+        live,
+        width,
+        scales.shape[1],
+        ROWS=_ROWS,
+        BLOCK=BLOCK,
     )
-    return out
+    return z
 
 
 def split_in_two(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return [R, 2W] in a narrow dtype: float32 numbers [R, W], and beside them what rounding has left out."""
+    """Return [R, 2W] in a 16-bit dtype: float32 numbers [R, W] rounded, and the rounding errors."""
     rows, width = wide.shape
     both = wide.new_empty(rows, 2 * width, dtype=dtype)
     if rows:

@@ -1,4 +1,4 @@
-"""Where the rows of a plan stand, and the tile lists that the products walk over."""
+"""The rows of a plan, and the tile lists that the matmuls walk over."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenyard_kernels_triton.launching import launch
 
 @dataclass
 class RowTiles:
-    """The rows of a plan, and their tile lists, made once for each tile size."""
+    """The rows of a plan and their tile lists; each tile size's list is built once."""
 
     offsets: Tensor  # [E + 1]
     rows: int  # R
@@ -27,15 +27,18 @@ class RowTiles:
 
     @property
     def live(self) -> Tensor:
-        """[1]: how many rows there are before the tail."""
+        """[1]: the number of rows before the tail."""
         return self.offsets[-1:]
 
     def bound(self, tile: int) -> int:
-        """Return how many tiles of so many rows there are at most."""
+        """Return the largest possible number of tiles of `tile` rows."""
         return ceil_div(self.rows, tile) + self.num_experts
 
-    def tiles(self, tile: int, group: int) -> Tensor:
-        """Return the list of tiles of so many rows, at most `group` in a group; see ``kernels._schedule``."""
+    def tile_list(self, tile: int, group: int) -> Tensor:
+        """Return the list of tiles of `tile` rows, at most `group` in a group.
+
+        ``kernels._schedule`` describes the format.
+        """
         if (tile, group) not in self._lists:
             tiles = self.offsets.new_empty(1 + _schedule.FIELDS.value * self.bound(tile))
             self.by_rows = self.offsets.new_empty(self.num_experts)
@@ -54,8 +57,8 @@ class RowTiles:
         return self._lists[tile, group]
 
     def largest_first(self) -> Tensor:
-        """Return the experts by falling number of rows."""
+        """Return the experts [E] int32, those with most rows first."""
         if self.by_rows is None:
-            self.tiles(128, 32)
+            self.tile_list(128, 32)
         assert self.by_rows is not None
         return self.by_rows

@@ -1,4 +1,4 @@
-"""Selection and weights of the top-k router as custom ops."""
+"""Selection and weights of the top-k router as custom operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_tw
 from tokenyard_kernels_triton.kernels import _topk
 from tokenyard_kernels_triton.launching import launch
 
-_ENTRIES = 4096  # of [T, E] that one program holds
+_ENTRIES = 4096  # of [T, E], held by one program
 
 
 @operator("tokenyard_triton::select_experts")
@@ -27,7 +27,10 @@ def select_op(
     groups_kept: int,
     top_two: bool,
 ) -> Tensor:
-    """Return ids [T, K] int32 of the highest scores of logits [T, E], best first, equal ones lowest id first."""
+    """Return ids [T, K] int32 of the highest scores of logits [T, E], best first.
+
+    Equal scores come with the lowest id first.
+    """
     tokens, experts = logits.shape
     ids = logits.new_empty(tokens, top_k, dtype=torch.int32)
     if tokens:
@@ -66,7 +69,7 @@ def weigh_op(
     normalize: float | None,
     scale: float,
 ) -> Tensor:
-    """Return the weights [T, K] float32 of chosen ids [T, K], by logits [T, E]; a dropped one weighs 0."""
+    """Return the weights [T, K] float32 of selected ids [T, K] from logits [T, E]; 0 if dropped."""
     weights = logits.new_empty(ids.shape)
     if ids.shape[0]:
         with on_device_of(logits):
@@ -156,7 +159,7 @@ torch.library.register_autograd(weigh_op, _backward, setup_context=_save)
 
 
 def select(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) -> Tensor:
-    """Return the ids [T, K] that a rule selects by logits [T, E]."""
+    """Return the ids [T, K] that a rule selects from logits [T, E]."""
     groups = (rule.num_groups, rule.groups_kept, rule.group_score == "top2")
     return select_op(
         logits.detach(), bias, top_k, rule.score == "sigmoid", rule.select_first, *groups
@@ -164,12 +167,12 @@ def select(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) -
 
 
 def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
-    """Return the weights [T, K] of chosen ids, differentiable in logits."""
+    """Return the weights [T, K] of selected ids, differentiable in the logits."""
     return weigh_op(logits, ids, *_weighing(rule))
 
 
 def weigh_gradient(dweights: Tensor, logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
-    """Return the gradient of logits [T, E], given that of the weights [T, K]."""
+    """Return the gradient of the logits [T, E] from that of the weights [T, K]."""
     return weigh_backward_op(dweights, logits, ids, *_weighing(rule))
 
 

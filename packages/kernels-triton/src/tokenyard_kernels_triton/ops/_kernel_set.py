@@ -1,0 +1,77 @@
+"""The interface of a kernel set: the module that launches the matmuls of an expert layer."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
+
+from torch import Tensor
+
+from tokenyard.interfaces import Plan
+from tokenyard_kernels_triton.gluon_tiling import Matmul
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+
+KernelSetName = Literal["portable", "gluon"]
+"""The kernel set for any GPU, ``ops._portable``, or the one for Hopper GPUs, ``ops._gluon``."""
+
+Rows = TypeVar("Rows")
+"""Rows [R, D] sorted by expert in a form other than a tensor, if the kernel set has one."""
+
+
+class KernelSet(Protocol[Rows]):
+    """The functions that each kernel set defines. Every function allocates what it returns."""
+
+    def rows_of(self, tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows | Tensor:
+        """Return the rows [R, D] of tokens [T, D] as an operand."""
+        ...
+
+    def up_and_activate(
+        self,
+        x: Rows | Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        row_tiles: RowTiles,
+        activation: str,
+        keep_z: bool = True,
+        keep_a: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
+        ...
+
+    def times_weight(
+        self,
+        rows: Rows | Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row_tiles: RowTiles,
+        transposed: bool,
+        matmul: Matmul,
+    ) -> Tensor:
+        """Return rows [R, M] @ weight + bias, with each expert's weight and bias for its rows.
+
+        The weight is [E, M, N], or [E, N, M] if `transposed`; the bias is [E, N].
+        """
+        ...
+
+    def weight_gradient(
+        self, left: Rows | Tensor, right: Rows | Tensor, row_tiles: RowTiles, matmul: Matmul
+    ) -> Tensor:
+        """Return [E, M, N]: left [R, M] transposed @ right [R, N] over each expert's rows.
+
+        It is zero for an expert without rows.
+        """
+        ...
+
+
+@functools.cache
+def kernel_set(name: KernelSetName) -> KernelSet[Any]:
+    """Import a kernel set. The one for Hopper GPUs needs a Triton version with its Gluon names."""
+    return cast(KernelSet[Any], importlib.import_module(f"tokenyard_kernels_triton.ops._{name}"))
+
+
+if TYPE_CHECKING:  # mypy checks both modules against the protocol
+    from tokenyard_kernels_triton.ops import _gluon, _portable
+    from tokenyard_kernels_triton.ops._gluon_operands import TokenRows
+
+    _CHECKED: tuple[KernelSet[Tensor], KernelSet[TokenRows]] = (_portable, _gluon)
