@@ -1,7 +1,8 @@
-"""Compile what an expert layer launches for sm_90, on a machine that needs no GPU; print one JSON record a kernel.
+"""Compile the kernels of an expert layer for sm_90 without a GPU; print a JSON record per kernel.
 
-Run as a program, with Triton not interpreting. The launches are the package's own, on CPU tensors whose contents nobody
-reads: instead of running, each kernel is compiled, and its binary asked for registers, spills and wgmma instructions.
+Run it as a program, without Triton's interpreter. The package launches its kernels on CPU tensors
+of undefined contents. Each launch compiles the kernel instead, and the record holds what its binary
+says about registers, spills and wgmma instructions.
 """
 
 import contextlib
@@ -34,8 +35,8 @@ SHAPES = {  # T, D, F, E, K
 }
 
 
-class Hopper:
-    """As much of a driver as compiling asks for."""
+class HopperDriver:
+    """The part of a Triton driver that compiling uses."""
 
     def get_current_target(self):
         return TARGET
@@ -51,16 +52,16 @@ class Hopper:
 
 
 @contextlib.contextmanager
-def compiling(found):
-    """Compile every launched kernel instead, and append (name, kernel) to `found`."""
+def compiling(compiled):
+    """Compile every launched kernel instead of running it; append (name, kernel) to `compiled`."""
     run = JITFunction.run
 
     def warm_up(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append((self.fn.__name__, kernel))
+        compiled.append((self.fn.__name__, kernel))
         return kernel
 
-    driver.set_active(Hopper())
+    driver.set_active(HopperDriver())
     JITFunction.run = warm_up
     try:
         yield
@@ -69,7 +70,7 @@ def compiling(found):
 
 
 def usage(kernel):
-    """Return registers, bytes spilled, shared memory and matrix instructions of a compiled kernel."""
+    """Return the registers, spilled bytes, shared memory and matrix instructions of a kernel."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
@@ -85,7 +86,7 @@ def usage(kernel):
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m\d+n\d+k\d+)", ptx))),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tma": "cp.async.bulk.tensor" in ptx,
-        "collects": bool(re.search(r"cp\.async\.cg\S* \[[^]]*\], \[[^]]*\], 0x10", ptx)),
+        "gathers": bool(re.search(r"cp\.async\.cg\S* \[[^]]*\], \[[^]]*\], 0x10", ptx)),
     }
 
 
@@ -112,20 +113,21 @@ def layer(kernels, shape, dtype, activation, bias, save):
 
     biases = (leaf(experts, rows), leaf(experts, dim)) if bias else (None, None)
     weights = ExpertWeights(leaf(experts, rows, dim), leaf(experts, dim, ffn_dim), *biases)
-    x, router = leaf(tokens, dim), TritonRouter(workload).to(dtype)
+    x = leaf(tokens, dim)
+    router = TritonRouter(workload).to(dtype)
     y = kernel(x, Plan(*plan), router(x).topk_weights, weights)
     y.backward(torch.zeros_like(y))
     move(TritonPermutation(workload), x, Plan(*plan), router(x).topk_weights)
 
 
 def move(permutation, x, plan, weights):
-    """Carry tokens to rows and back by themselves, as an exchange does, with the gradients of both."""
+    """Permute and unpermute without experts, as an exchange does, and run both backward passes."""
     y = permutation.unpermute(permutation.permute(x, plan), plan, weights)
     y.backward(torch.zeros_like(y))
 
 
 def not_prepared():
-    """Return the names of kernels that a layer launches, and that `prepare` of its parts has not compiled."""
+    """Return the names of kernels that a layer launches and `prepare` does not compile."""
     from tokenyard_kernels_triton.experts import GluonExperts
     from tokenyard_kernels_triton.permutation import TritonPermutation
     from tokenyard_kernels_triton.router import TritonRouter
@@ -135,7 +137,8 @@ def not_prepared():
         score="sigmoid", normalize=1.0, bias_update_rate=0.01, num_groups=2, groups_kept=1
     )
     workload = Workload(dim, ffn_dim, experts, top_k, dtype=torch.bfloat16, router=rule)
-    ahead, launched = [], []
+    ahead = []
+    launched = []
     with compiling(ahead):
         router = TritonRouter(workload).bfloat16()
         for part in (GluonExperts(workload, None), router, TritonPermutation(workload)):
@@ -160,14 +163,8 @@ CASES = (
     ("TritonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("TritonExperts", "odd", torch.bfloat16, "geglu", True, "fp8"),
     ("TritonExperts", "wide", torch.float32, "swiglu", False, "pre_activation"),
-    (
-        "GluonExperts",
-        "more tokens",
-        torch.bfloat16,
-        "swiglu",
-        False,
-        "pre_activation",
-    ),  # compiles nothing anew
+    # The last two compile nothing new.
+    ("GluonExperts", "more tokens", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("GluonExperts", "one token", torch.bfloat16, "swiglu", False, "pre_activation"),
 )
 
@@ -175,28 +172,28 @@ CASES = (
 def main():
     import tokenyard_kernels_triton._device as device
     import tokenyard_kernels_triton.gluon_tiling as tiling
-    import tokenyard_kernels_triton.ops._gluon as hopper
+    import tokenyard_kernels_triton.ops._gluon as gluon
     import tokenyard_kernels_triton.ops._portable as portable
 
-    device.processors = hopper.processors = portable.processors = functools.cache(
-        lambda device: 132
-    )
-    seen, gpu_key = set(), tiling.gpu_key
+    for module in (device, gluon, portable):
+        module.processors = functools.cache(lambda device: 132)
+    seen = set()
+    gpu_key = tiling.gpu_key
     for kernels, name, dtype, activation, bias, save in CASES:
-        found = []
+        compiled = []
         tiling.gpu_key = (lambda _: "NVIDIA H100") if name.endswith("H100") else gpu_key
-        with compiling(found):
+        with compiling(compiled):
             layer(kernels, SHAPES[name], dtype, activation, bias, save)
-        for kernel_name, kernel in found:
+        case = {
+            "kernels": kernels,
+            "case": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "activation": activation,
+        }
+        for kernel_name, kernel in compiled:
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                head = {
-                    "kernels": kernels,
-                    "case": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                }
-                head |= {"activation": activation}
-                print(json.dumps(head | {"kernel": kernel_name} | usage(kernel)), flush=True)
+                print(json.dumps(case | {"kernel": kernel_name} | usage(kernel)), flush=True)
     tiling.gpu_key = gpu_key
     print(json.dumps({"not prepared": not_prepared()}), flush=True)
 

@@ -1,4 +1,4 @@
-"""The backends pass core's kit: Triton in the interpreter on a CPU, and everything on a GPU as it is."""
+"""The backends pass core's kit: Triton's on a CPU in the interpreter, all of them on a GPU."""
 
 import pytest
 
@@ -58,11 +58,13 @@ class TestGluonExpertsRecompute(ExpertsConformance):
 class TestGluonExpertsOfManySlices(ExpertsConformance):
     backend = "gluon"
     tile = 128
-    dim, ffn_dim = 328, 456
+    dim = 328
+    ffn_dim = 456
 
 
 @pytest.mark.gpu
 class TestTritonExpertsOfManySlices(ExpertsConformance):
     backend = "triton"
     tile = 128
-    dim, ffn_dim = 330, 452
+    dim = 330
+    ffn_dim = 452

@@ -1,4 +1,4 @@
-"""What the experts keep for the backward pass, and what that costs; on the CPU by the interpreter."""
+"""What the experts keep for the backward pass, and its cost; in the interpreter on a CPU."""
 
 import functools
 
@@ -26,20 +26,20 @@ def experts(save: str):
 def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     sizes = {"x": (T, D), "up": (E, 2 * F, D), "down": (E, D, F)}
-    made = {
+    leaves = {
         n: torch.randn(s, device=DEVICE).mul(s[-1] ** -0.5).bfloat16().requires_grad_()
         for n, s in sizes.items()
     }
-    return made | {"weights": torch.rand(T, K, device=DEVICE).requires_grad_()}
+    return leaves | {"weights": torch.rand(T, K, device=DEVICE).requires_grad_()}
 
 
-@functools.cache  # the interpreter takes seconds
+@functools.cache  # a run takes seconds in the interpreter
 def run(save: str) -> tuple[dict[str, torch.Tensor], int]:
     """Return output and gradients, and the bytes kept besides x, the weights and the plan."""
     permutation, kernel = experts(save)
-    given = tensors()
+    inputs = tensors()
     plan = permutation.plan(torch.arange(T * K, device=DEVICE, dtype=torch.int32).view(T, K) % E, E)
-    known = {t.data_ptr() for t in (*given.values(), *plan[:3])}
+    known = {t.data_ptr() for t in (*inputs.values(), *plan[:3])}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,9 +48,11 @@ def run(save: str) -> tuple[dict[str, torch.Tensor], int]:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = kernel(given["x"], plan, given["weights"], ExpertWeights(given["up"], given["down"]))
-    gradients = torch.autograd.grad(y, list(given.values()), torch.ones_like(y))
-    return {"y": y.detach(), **dict(zip(given, gradients))}, sum(kept.values())
+        y = kernel(
+            inputs["x"], plan, inputs["weights"], ExpertWeights(inputs["up"], inputs["down"])
+        )
+    gradients = torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
+    return {"y": y.detach(), **dict(zip(inputs, gradients))}, sum(kept.values())
 
 
 def test_pre_activation_alone_is_kept_by_default():
@@ -70,16 +72,19 @@ def test_recompute_keeps_nothing():
 
 def test_recompute_changes_no_bit():
     """The activation is always computed from the rounded pre-activation."""
-    first, second = run("pre_activation")[0], run("recompute")[0]
+    first = run("pre_activation")[0]
+    second = run("recompute")[0]
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_fp8_costs_a_few_percent_in_gradients_only():
-    """e4m3 has a rounding error of up to 1/16, some 2.5 % in the mean; the output does not see it."""
-    exact, narrow = run("pre_activation")[0], run("fp8")[0]
-    assert torch.equal(exact["y"], narrow["y"])
+    """e4m3 has a rounding error of up to 1/16, 2.5 % on average. The output does not see it."""
+    exact = run("pre_activation")[0]
+    quantized = run("fp8")[0]
+    assert torch.equal(exact["y"], quantized["y"])
     errors = {
-        name: relative_error(narrow[name], exact[name]) for name in ("x", "up", "down", "weights")
+        name: relative_error(quantized[name], exact[name])
+        for name in ("x", "up", "down", "weights")
     }
     assert all(0 < error < 0.06 for error in errors.values()), errors
 

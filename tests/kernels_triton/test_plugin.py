@@ -1,4 +1,4 @@
-"""What the package offers, where, and how it declines."""
+"""The backends that the package offers, and the reasons why it declines a workload."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def workload(**changes) -> Workload:
 
 
 def test_importing_it_imports_no_triton():
-    code = "import sys, tokenyard_kernels_triton, tokenyard_kernels_triton._plugin; assert 'triton' not in sys.modules"
+    code = "import sys, tokenyard_kernels_triton._plugin; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -26,7 +26,7 @@ def test_everything_is_usable_on_hopper():
     assert _plugin.no_router(workload()) is None
 
 
-def test_gluon_wants_hopper_and_a_triton_it_knows(monkeypatch):
+def test_gluon_needs_hopper_and_a_known_triton_version(monkeypatch):
     monkeypatch.setattr(_plugin, "triton_version", lambda: "3.6.0")
     assert _plugin.no_gluon(workload()) is None
     assert "Hopper" in _plugin.no_gluon(workload(capability=(8, 0)))
@@ -51,27 +51,27 @@ def test_gluon_wants_hopper_and_a_triton_it_knows(monkeypatch):
         ),
     ],
 )
-def test_what_it_cannot_do_is_said(changes, sentence):
+def test_unsupported_workloads_have_a_reason(changes, sentence):
     assert _plugin.no_triton(workload(**changes)) == sentence
 
 
-def test_without_a_gpu_it_declines_politely(monkeypatch):
+def test_without_a_gpu_it_declines(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     sentence = _plugin.no_triton(workload(device="cpu", capability=None))
     assert sentence.startswith("'triton' computes on a GPU, and the device is 'cpu'")
 
 
-def test_without_triton_it_says_so(monkeypatch):
+def test_without_triton_it_declines(monkeypatch):
     monkeypatch.setattr(_plugin.importlib.util, "find_spec", lambda name: None)
     assert "is not installed" in _plugin.no_triton(workload())
 
 
-def test_the_interpreter_is_never_taken_by_auto():
+def test_auto_never_selects_the_interpreter():
     chosen = default_registry().choose("experts", "auto", workload(device="cpu", capability=None))
     assert chosen.backend.name == "cpu"
 
 
-def test_a_router_of_another_algorithm_is_left_to_others():
+def test_another_router_algorithm_is_declined():
     from tokenyard import RoutingRule
 
     assert "'expert_choice'" in _plugin.no_router(
@@ -80,7 +80,7 @@ def test_a_router_of_another_algorithm_is_left_to_others():
     assert "at most 1024" in _plugin.no_router(workload(num_experts=2048))
 
 
-def test_a_score_that_a_later_core_may_have_is_left_to_others():
+def test_an_unknown_router_score_is_declined():
     from tokenyard import RoutingRule
 
     rule = RoutingRule()
