@@ -15,7 +15,7 @@ WORKLOAD = Workload(8, 8, 4, 2)
 def test_a_plugin_of_higher_priority_is_taken_by_auto(offer, registry, caplog):
     offer("fast-experts", "fast", priority=5)
     offer("faster-experts", "faster", priority=9, reason="'faster' needs a unicorn")
-    _choose._say_once.cache_clear()
+    _choose._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "tokenyard"):
         chosen = registry().choose("experts", "auto", WORKLOAD)
         registry().choose("experts", "auto", WORKLOAD)

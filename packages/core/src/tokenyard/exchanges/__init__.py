@@ -1,4 +1,4 @@
-"""Core's exchanges."""
+"""The exchange of core."""
 
 from tokenyard.exchanges._local import LocalExchange
 

@@ -98,7 +98,7 @@ class _Backward:
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:
-    """Return [n, 1]: the dot product of each row of left with that of right, in float32 at least."""
+    """Return [n, 1]: the dot product of each row of left and right, in float32 at least."""
     return (left.to(logits_dtype(left.dtype)) * right).sum(1, keepdim=True)
 
 

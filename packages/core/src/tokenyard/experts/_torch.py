@@ -1,4 +1,4 @@
-"""The `torch` kernel: one custom op in plain torch, with a manual backward, for any device and dtype.
+"""The `torch` kernel: a custom op in plain torch with a manual backward, for any device and dtype.
 
 The forward pass saves x and the pre-activation only. Let dY be the gradient of a token's output, w
 its weight for an expert, and A the expert's activation. Then dA' = dY W_down, dw = <dA', A>,

@@ -1,4 +1,4 @@
-"""Core's permutations."""
+"""The permutation of core."""
 
 from tokenyard.permutations._torch import TorchPermutation
 

@@ -1,4 +1,7 @@
-"""The `torch` permutation: a stable sort and index_select, on any device; without atomics, so repeatable."""
+"""The `torch` permutation: stable sort and index_select, for any device.
+
+It uses no atomics, so results are deterministic.
+"""
 
 from __future__ import annotations
 
@@ -20,34 +23,34 @@ from tokenyard.workload import Workload
 
 
 class TorchPermutation:
-    """Plans and moves in plain torch."""
+    """Makes plans and moves rows in plain torch."""
 
     def __init__(self, workload: Workload):
         pass
 
     def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
-        """Sort the slots of topk_ids [T, K] by expert; dropped ones go last, into the tail."""
-        ids = topk_ids.reshape(-1).clamp(max=num_experts)
-        sorted_ids, order = ids.sort(stable=True)
+        """Return the plan of topk_ids [T, K]: slots sorted by expert, dropped slots in the tail."""
+        ids = topk_ids.reshape(-1).clamp(max=num_experts)  # [N]
+        sorted_ids, order = ids.sort(stable=True)  # [N], [N]
         experts = torch.arange(num_experts + 1, device=ids.device, dtype=ids.dtype)
-        offsets = torch.searchsorted(sorted_ids, experts, out_int32=True)
-        ranks = torch.arange(ids.numel(), device=ids.device, dtype=torch.int32)
-        inverse = torch.empty_like(ranks).scatter(0, order, ranks)
-        bound = ids.numel() if rows is None else min(rows, ids.numel())
-        return Plan(order[:bound].int(), inverse, offsets, topk_ids.shape[1])
+        offsets = torch.searchsorted(sorted_ids, experts, out_int32=True)  # [E + 1]
+        positions = torch.arange(ids.numel(), device=ids.device, dtype=torch.int32)
+        inverse = torch.empty_like(positions).scatter(0, order, positions)  # [N]
+        num_rows = ids.numel() if rows is None else min(rows, ids.numel())
+        return Plan(order[:num_rows].int(), inverse, offsets, topk_ids.shape[1])
 
     def permute(self, x: Tensor, plan: Plan) -> Tensor:
-        """Copy tokens x [T, D] to their rows [R, D]; the tail is zero."""
+        """Gather tokens x [T, D] to rows [R, D]. The tail is zero."""
         return permute_op(x, *plan)
 
     def unpermute(self, rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
-        """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
+        """Return [T, D]: the sum of each token's rows [R, D], weighted by topk_weights [T, K]."""
         return unpermute_op(rows, topk_weights, *plan)
 
 
 @operator("tokenyard::permute")
 def permute_op(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
-    """Copy tokens x [T, D] to rows [R, D]."""
+    """Gather tokens x [T, D] to rows [R, D]."""
     return to_rows(x, Plan(order, inverse, offsets, top_k))
 
 
@@ -65,7 +68,7 @@ def unpermute_op(
     offsets: Tensor,
     top_k: int,
 ) -> Tensor:
-    """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
+    """Return [T, D]: the sum of each token's rows [R, D], weighted by topk_weights [T, K]."""
     return to_tokens(rows, Plan(order, inverse, offsets, top_k), topk_weights)
 
 
@@ -98,11 +101,14 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     rows, weights, order, inverse, offsets = ctx.saved_tensors
     plan = Plan(order, inverse, offsets, ctx.top_k)
-    drows = dweights = None
+    drows: Tensor | None = None  # [R, D]
+    dweights: Tensor | None = None  # [T, K]
     if ctx.needs_input_grad[0]:
-        drows = permute_op(dy, *plan)
-        if weights is not None:
-            drows = (drows * slots_to_rows(weights, plan)).to(dy.dtype)
+        dy_rows: Tensor = permute_op(dy, *plan)
+        if weights is None:
+            drows = dy_rows
+        else:
+            drows = (dy_rows * slots_to_rows(weights, plan)).to(dy.dtype)
     if weights is not None and ctx.needs_input_grad[1]:
         dots = (rows_to_slots(rows, plan).to(weights.dtype) * dy.unsqueeze(1)).sum(-1)
         dweights = torch.where(kept_slots(plan), dots, 0)

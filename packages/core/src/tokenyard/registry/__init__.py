@@ -1,4 +1,4 @@
-"""Finding the installed backends and choosing among them, once, at construction."""
+"""Find the installed backends, and choose one for each part of a layer."""
 
 from tokenyard.registry._choose import Chosen, Request
 from tokenyard.registry._discover import Plugin, Problem, installed_plugins

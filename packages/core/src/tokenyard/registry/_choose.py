@@ -1,4 +1,4 @@
-"""Choosing one backend, and the sentences that say why another was not."""
+"""Choose one backend, or raise an error that says why none fits."""
 
 from __future__ import annotations
 
@@ -23,34 +23,39 @@ log = logging.getLogger("tokenyard")
 
 @dataclass(frozen=True)
 class Chosen:
-    """A backend that was chosen, the options for its constructor, and why better ones were passed over."""
+    """The backend chosen for a part, its options, and why better backends are unusable."""
 
     kind: Kind
     backend: Backend
     options: Mapping[str, Any] = field(default_factory=dict)
-    passed_over: Mapping[str, str] = field(default_factory=dict)  # name -> its sentence
+    passed_over: Mapping[str, str] = field(default_factory=dict)  # name of a better one -> reason
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
-        """Construct the backend; raises BackendError naming the options if its constructor refuses them."""
+        """Construct the backend. Raises BackendError if its constructor rejects the options."""
         cls = self.backend.load()
         try:
             return cls(*args, **kwargs, **self.options)
         except TypeError as error:
             if not self.options:
                 raise
-            given = ", ".join(self.options)
+            names = ", ".join(self.options)
             raise BackendError(
-                f"{self.kind} backend {self.backend.name!r} refused the options {given}: {error}"
+                f"{self.kind} backend {self.backend.name!r} refused the options {names}: {error}"
             ) from error
 
 
 def parse_request(kind: Kind, request: Request) -> tuple[str, dict[str, Any]]:
-    """Return (name, options) of a request, with the environment's ``TOKENYARD_<KIND>`` in place of a config's name."""
+    """Return (name, options) of a request. ``$TOKENYARD_<KIND>`` overrides the name.
+
+    An overridden request loses its options, which belong to another backend. Raises ConfigError if
+    the name is not a string.
+    """
     if isinstance(request, Mapping):
         options = dict(request)
         name = options.pop("name", "auto")
     else:
-        name, options = request or "auto", {}
+        options = {}
+        name = request or "auto"
     if not isinstance(name, str):
         raise ConfigError(
             f"backends.{kind} is {request!r}; give a name, or a mapping with `name` and options"
@@ -60,12 +65,12 @@ def parse_request(kind: Kind, request: Request) -> tuple[str, dict[str, Any]]:
 
 
 def variable(kind: Kind) -> str:
-    """Return the name of the environment's variable that goes before a config's backend of a kind."""
+    """Return the environment variable that overrides the backend of a kind."""
     return f"TOKENYARD_{kind.upper()}"
 
 
 def overridden(kind: Kind) -> str | None:
-    """Return the backend that the environment asks for, if it does."""
+    """Return the backend name set in the environment, or None."""
     return os.environ.get(variable(kind))
 
 
@@ -77,7 +82,7 @@ def choose(
     problems: Sequence[Problem],
     workload: Workload | None,
 ) -> Chosen:
-    """Pick the offer called `name`, or for "auto" the first usable of `offers` (which stand best first)."""
+    """Choose the offer called `name`; "auto" chooses the first usable one. `offers`: best first."""
     if name == "auto":
         return _auto(kind, options, offers, problems, workload)
     offer = next((o for o in offers if o.backend.name == name), None)
@@ -102,21 +107,20 @@ def _auto(
     for offer in offers:
         reason = why_not(offer, workload)
         if reason is None:
-            _say_once(kind, offer.backend.name, tuple(passed_over.items()))
+            _log_once(kind, offer.backend.name, tuple(passed_over.items()))
             return Chosen(kind, offer.backend, options, passed_over)
         passed_over[offer.backend.name] = reason
-    reasons = "; ".join(
-        [f"{n}: {r}" for n, r in passed_over.items()] + [p.reason for p in problems]
-    )
-    sentence = f"no {kind} backend is usable here ({reasons or 'none is installed'})"
+    reasons = [f"{name}: {reason}" for name, reason in passed_over.items()]
+    reasons += [problem.reason for problem in problems]
+    missing = [name for name in provided_by_extras(kind) if name not in passed_over]
     raise BackendError(
-        sentence
-        + hint(kind, [name for name in provided_by_extras(kind) if name not in passed_over])
+        f"no {kind} backend is usable here ({'; '.join(reasons) or 'none is installed'})"
+        + hint(kind, missing)
     )
 
 
 def why_not(offer: Offer, workload: Workload | None) -> str | None:
-    """Return the sentence of a backend that is unusable for the workload; None if it is usable, or none is given."""
+    """Return why a backend is unusable for the workload; None if usable or without a workload."""
     if workload is None:
         return None
     try:
@@ -126,13 +130,16 @@ def why_not(offer: Offer, workload: Workload | None) -> str | None:
 
 
 def _unknown(kind: Kind, name: str, offers: Sequence[Offer], problems: Sequence[Problem]) -> str:
-    names = [o.backend.name for o in offers]
-    sentence = f"{kind} backend {name!r} is unknown{did_you_mean(name, names)}; installed: {', '.join(names) or 'none'}"
-    sentence += hint(kind, [name])
-    return sentence + "".join(f"; {p.reason}" for p in problems)
+    names = [offer.backend.name for offer in offers]
+    return (
+        f"{kind} backend {name!r} is unknown{did_you_mean(name, names)}; "
+        f"installed: {', '.join(names) or 'none'}"
+        + hint(kind, [name])
+        + "".join(f"; {problem.reason}" for problem in problems)
+    )
 
 
 @functools.cache
-def _say_once(kind: Kind, name: str, passed_over: tuple[tuple[str, str], ...]) -> None:
+def _log_once(kind: Kind, name: str, passed_over: tuple[tuple[str, str], ...]) -> None:
     reasons = "".join(f"; not {other}: {reason}" for other, reason in passed_over)
     log.info("%s backend: auto took %r%s", kind, name, reasons)

@@ -1,4 +1,4 @@
-"""Import the installed plugins, one at a time, so that a broken one costs only itself."""
+"""Import the installed plugins. A broken plugin does not affect the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROUP = "tokenyard"
 
 @dataclass(frozen=True)
 class Plugin:
-    """An imported plugin module and the distribution that brought it."""
+    """An imported plugin module and its distribution."""
 
     module: Any
     distribution: str
@@ -25,38 +25,41 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Problem:
-    """A plugin that is installed but was left out, and why, in one sentence."""
+    """A plugin that is installed but could not be loaded, with the reason in one sentence."""
 
     distribution: str
     reason: str
 
 
 def installed_plugins(
-    found: Iterable[Distribution] | None = None,
+    search: Iterable[Distribution] | None = None,
 ) -> tuple[list[Plugin], list[Problem]]:
-    """Import every plugin of the distributions found (default: all installed); report those that fail."""
+    """Import all plugins of some distributions (default: all installed); report those that fail."""
     plugins: list[Plugin] = []
     problems: list[Problem] = []
-    for distribution, entry in _entry_points(distributions() if found is None else found):
-        name, version = distribution.metadata["Name"], distribution.version
-        reason = _refuse(distribution)
+    for distribution, entry in _entry_points(distributions() if search is None else search):
+        name = distribution.metadata["Name"]
+        version = distribution.version
+        reason = _incompatible(distribution)
         if reason is None:
             try:
                 plugins.append(Plugin(entry.load(), name, version))
             except Exception as error:
-                reason = f"plugin {entry.name!r} ({entry.value}) of {name} {version} failed to import: {error!r}"
+                reason = (
+                    f"plugin {entry.name!r} ({entry.value}) of {name} {version} "
+                    f"failed to import: {error!r}"
+                )
         if reason is not None:
             problems.append(Problem(name, reason))
     return plugins, problems
 
 
-def _entry_points(found: Iterable[Distribution]) -> Iterator[tuple[Distribution, EntryPoint]]:
+def _entry_points(search: Iterable[Distribution]) -> Iterator[tuple[Distribution, EntryPoint]]:
     seen: set[str] = set()
-    for distribution in found:
+    for distribution in search:
         name = distribution.metadata["Name"]
-        if (
-            name is None or name in seen
-        ):  # the first on the path shadows later copies, as for an import
+        # the first copy on the path shadows later ones, as in an import
+        if name is None or name in seen:
             continue
         seen.add(name)
         for entry in distribution.entry_points:
@@ -64,7 +67,8 @@ def _entry_points(found: Iterable[Distribution]) -> Iterator[tuple[Distribution,
                 yield distribution, entry
 
 
-def _refuse(distribution: Distribution) -> str | None:
+def _incompatible(distribution: Distribution) -> str | None:
+    """Return the reason if a distribution requires another version of core, else None."""
     for text in distribution.requires or []:
         try:
             requirement = Requirement(text)
@@ -74,9 +78,10 @@ def _refuse(distribution: Distribution) -> str | None:
             continue
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if applies and not requirement.specifier.contains(__version__, prereleases=True):
-            name, version = distribution.metadata["Name"], distribution.version
+            name = distribution.metadata["Name"]
             return (
-                f"{name} {version} was written for tokenyard-core {requirement.specifier}, but {__version__} is "
-                f"installed; install a {name} made for {__version__}, or the tokenyard-core it asks for"
+                f"{name} {distribution.version} was written for tokenyard-core "
+                f"{requirement.specifier}, but {__version__} is installed; install a {name} "
+                f"made for {__version__}, or the tokenyard-core it asks for"
             )
     return None

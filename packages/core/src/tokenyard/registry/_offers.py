@@ -1,4 +1,4 @@
-"""What an installed distribution offers."""
+"""The backends that installed distributions offer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenyard.backend import Backend, Kind
 
 @dataclass(frozen=True)
 class Offer:
-    """A backend together with the distribution that offers it."""
+    """A backend and the distribution that offers it."""
 
     kind: Kind
     backend: Backend

@@ -1,4 +1,4 @@
-"""The registry: every offer of the installed plugins, by kind and name."""
+"""The registry: all backends of the installed plugins, by kind and name."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ HOOKS: dict[Kind, str] = {
 
 
 class Registry:
-    """All offers of some plugins. Raises BackendError if two of them offer one name."""
+    """The backends of some plugins. Raises BackendError if two plugins offer the same name."""
 
     def __init__(self, plugins: Iterable[Plugin], problems: Iterable[Problem] = ()):
-        self.problems: list[Problem] = list(problems)  # plugins left out, and why
+        self.problems: list[Problem] = list(problems)  # plugins that could not be loaded
         self._offers: dict[Kind, dict[str, Offer]] = {kind: {} for kind in KINDS}
         for plugin in plugins:
             self._add(plugin)
 
     def offers(self, kind: Kind) -> list[Offer]:
-        """List the offers of one kind, best priority first."""
+        """Return the offers of one kind, highest priority first."""
         return sorted(
             self._offers[kind].values(), key=lambda o: (-o.backend.priority, o.backend.name)
         )
@@ -43,10 +43,11 @@ class Registry:
     def choose(
         self, kind: Kind, request: Request = None, workload: Workload | None = None
     ) -> Chosen:
-        """Choose a backend: the environment's ``TOKENYARD_<KIND>``, else `request`, else "auto".
+        """Choose a backend: ``$TOKENYARD_<KIND>`` overrides `request`; the default is "auto".
 
-        `request` is a name, "auto", or a mapping with `name` and options. A named backend is never replaced; "auto"
-        takes the usable one of highest priority. Raises BackendError with what was asked, why not and what would work.
+        `request` is a name, "auto", or a mapping with `name` and options. A named backend has no
+        fallback. "auto" chooses the usable backend of highest priority. Raises BackendError with
+        the request, the reason, and what would work.
         """
         name, options = parse_request(kind, request)
         try:
@@ -62,9 +63,8 @@ class Registry:
         manager.register(plugin.module)
         for kind, hook in HOOKS.items():
             try:
-                backends = [
-                    backend for offered in getattr(manager.hook, hook)() for backend in offered
-                ]
+                offered = getattr(manager.hook, hook)()
+                backends = [backend for group in offered for backend in group]
             except Exception as error:
                 reason = (
                     f"{plugin.distribution} {plugin.version} failed in its hook {hook}: {error!r}"
@@ -79,12 +79,13 @@ class Registry:
         other = self._offers[offer.kind].setdefault(name, offer)
         if other is not offer:
             raise BackendError(
-                f"{offer.kind} backend {name!r} is offered by both {other.distribution} {other.version} and "
-                f"{offer.distribution} {offer.version}; uninstall one of them"
+                f"{offer.kind} backend {name!r} is offered by both "
+                f"{other.distribution} {other.version} and {offer.distribution} {offer.version}; "
+                "uninstall one of them"
             )
 
 
 @functools.cache
 def default_registry() -> Registry:
-    """Return the registry of all installed plugins; they are looked for once per process."""
+    """Return the registry of all installed plugins. It is built once per process."""
     return Registry(*installed_plugins())

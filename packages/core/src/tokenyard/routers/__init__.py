@@ -1,4 +1,4 @@
-"""Core's routers."""
+"""The router of core."""
 
 from tokenyard.routers._topk import TopKRouter
 

@@ -1,4 +1,7 @@
-"""Selecting experts: the K best, by groups if asked, within a capacity if there is one. Nothing has a gradient here."""
+"""Select experts: the K highest scores, from the best groups only, within a capacity.
+
+No function has a gradient.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,46 @@ from tokenyard.workload import RoutingRule
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """Return the ids [..., k] of the highest scores, best first, equal scores lowest id first.
-
-    ``torch.topk`` promises no order among equal scores; a stable sort does.
-    """
+    """Return the ids [..., k] of the highest scores, best first, equal scores lowest id first."""
+    # a stable sort, because torch.topk does not define the order of equal scores
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def select(scores: Tensor, top_k: int, rule: RoutingRule) -> Tensor:
-    """Return the ids [T, K] that the rule selects by scores [T, E] (selection bias included)."""
+    """Return the selected ids [T, K] for scores [T, E], which include the selection bias."""
     if rule.num_groups > 1 and rule.groups_kept < rule.num_groups:
         scores = _keep_best_groups(scores, rule)
     return best(scores, top_k)
 
 
 def drop_over_capacity(topk_ids: Tensor, num_experts: int, capacity: int) -> Tensor:
-    """Replace by ``E + 1 + e`` the id of every slot that expert e has no room for; the first slots in order stay."""
-    ids = topk_ids.reshape(-1)
-    sorted_ids, order = ids.sort(stable=True)
-    first = torch.searchsorted(
-        sorted_ids, torch.arange(num_experts, device=ids.device, dtype=ids.dtype)
-    )
-    rank = torch.arange(ids.numel(), device=ids.device) - first[sorted_ids]
-    kept = torch.where(rank < capacity, sorted_ids, sorted_ids + num_experts + 1)
-    return torch.empty_like(ids).scatter(0, order, kept).view_as(topk_ids)
+    """Return topk_ids [T, K] with ``E + 1 + e`` for each slot that exceeds expert e's capacity.
+
+    An expert keeps its first `capacity` slots in token order.
+    """
+    ids = topk_ids.reshape(-1)  # [N]
+    sorted_ids, order = ids.sort(stable=True)  # [N], [N]
+    experts = torch.arange(num_experts, device=ids.device, dtype=ids.dtype)
+    first = torch.searchsorted(sorted_ids, experts)  # [E] first position of each expert
+    position = torch.arange(ids.numel(), device=ids.device) - first[sorted_ids]  # [N]
+    new_ids = torch.where(position < capacity, sorted_ids, sorted_ids + num_experts + 1)
+    return torch.empty_like(ids).scatter(0, order, new_ids).view_as(topk_ids)
 
 
 def chosen_experts(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Return the expert the router chose for each slot, dropped for capacity or not; E where that is unknown."""
-    undropped = torch.where(topk_ids > num_experts, topk_ids - (num_experts + 1), topk_ids)
-    return undropped.clamp(max=num_experts)
+    """Return the expert that the router chose for each slot; E if it is unknown.
+
+    Undoes `drop_over_capacity`.
+    """
+    ids = torch.where(topk_ids > num_experts, topk_ids - (num_experts + 1), topk_ids)
+    return ids.clamp(max=num_experts)
 
 
 def _keep_best_groups(scores: Tensor, rule: RoutingRule) -> Tensor:
+    """Return scores [T, E] with -inf for the experts outside of each token's best groups."""
     grouped = scores.unflatten(-1, (rule.num_groups, -1))  # [T, G, E/G]
-    top = grouped.topk(2 if rule.group_score == "top2" else 1, dim=-1).values.sum(-1)
-    kept = torch.zeros_like(top, dtype=torch.bool).scatter(-1, best(top, rule.groups_kept), True)
+    summands = 2 if rule.group_score == "top2" else 1
+    group_scores = grouped.topk(summands, dim=-1).values.sum(-1)  # [T, G]
+    kept = torch.zeros_like(group_scores, dtype=torch.bool)
+    kept = kept.scatter(-1, best(group_scores, rule.groups_kept), True)  # [T, G]
     return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)

@@ -1,4 +1,4 @@
-"""The top-k router: softmax or sigmoid scores, and every option of RoutingRule."""
+"""The top-k router, with every option of RoutingRule."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from tokenyard.workload import Workload
 
 
 class TopKRouter(nn.Module):
-    """Scores tokens by one matrix and selects the K best experts, as ``workload.router`` says.
+    """Computes logits with one weight matrix, and selects K experts by ``workload.router``.
 
-    Logits are the product of operands rounded to the compute dtype, accumulated in float32 (float64 for float64), also
-    under autocast, so that mixed precision by autocast and by FSDP routes alike.
+    The logits are a matmul of operands rounded to the compute dtype, accumulated in float32
+    (float64 for float64). This also holds under autocast, so mixed precision by autocast and by
+    FSDP give the same routing.
     """
 
     selection_bias: Tensor | None
@@ -25,22 +26,19 @@ class TopKRouter(nn.Module):
     def __init__(self, workload: Workload):
         super().__init__()
         self.rule = workload.router
-        self.num_experts, self.top_k = workload.num_experts, workload.top_k
-        self.weight = nn.Parameter(torch.empty(workload.num_experts, workload.dim))
-        bias = (
-            torch.zeros(workload.num_experts, dtype=torch.float32)
-            if self.rule.bias_update_rate
-            else None
-        )
-        self.register_buffer("selection_bias", bias)
+        self.num_experts = workload.num_experts
+        self.top_k = workload.top_k
+        self.weight = nn.Parameter(torch.empty(self.num_experts, workload.dim))
+        bias = torch.zeros(self.num_experts, dtype=torch.float32)
+        self.register_buffer("selection_bias", bias if self.rule.bias_update_rate else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight uniformly within 1/sqrt(D), as nn.Linear does, and zero the selection bias."""
+        """Draw the weight from U(-b, b) with b = 1/sqrt(D), and zero the selection bias."""
         reset((self.weight,), (self.selection_bias,))
 
     def forward(self, x: Tensor, topk_ids: Tensor | None = None) -> Routing:
-        """Route x [T, D]; topk_ids [T, K] given are taken as they are, and only weighted."""
+        """Route x [T, D]. topk_ids [T, K] override the selection."""
         logits = self.logits(self._jitter(x))
         ids, weights = self.choose(logits, topk_ids)
         if topk_ids is None and self.rule.capacity_factor is not None:
@@ -49,33 +47,46 @@ class TopKRouter(nn.Module):
         return Routing(ids.int(), weights, logits)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return x [T, D] times the weight's transpose, [T, E]; a faster router overrides this and `choose`."""
+        """Return the logits [T, E] of x [T, D].
+
+        A faster router overrides this method and `choose`.
+        """
         narrow = compute_dtype(x)
         wide = logits_dtype(narrow)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(narrow).to(wide), self.weight.to(narrow).to(wide))
 
     def choose(self, logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return ids and weights [T, K] by logits [T, E], without regard to capacity; given ids are only weighted."""
+        """Return ids [T, K] and weights [T, K] for logits [T, E].
+
+        Ignores the capacity. topk_ids override the selection.
+        """
         scores = logits.sigmoid() if self.rule.score == "sigmoid" else logits.softmax(-1)
         ids = self._select(logits, scores) if topk_ids is None else topk_ids.long()
         return ids, self._weigh(logits, scores, ids)
 
     def balance(self, routing: Routing) -> Balance:
-        """Reduce a routing to sums; probabilities are the softmax, or the sigmoid scores divided by their sum."""
+        """Return the Balance of a routing.
+
+        Probabilities are the softmax of the logits, or the sigmoid scores divided by their sum.
+        """
         chosen = chosen_experts(routing.topk_ids.reshape(-1).long(), self.num_experts)
         counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=chosen.device)
         counts = counts.scatter_add(0, chosen, torch.ones_like(chosen))[:-1]
-        scores = (
-            routing.logits.sigmoid() if self.rule.score == "sigmoid" else routing.logits.softmax(-1)
-        )
-        probs = scores / scores.sum(-1, keepdim=True) if self.rule.score == "sigmoid" else scores
+        if self.rule.score == "sigmoid":
+            scores = routing.logits.sigmoid()
+            probs = scores / scores.sum(-1, keepdim=True)
+        else:
+            probs = routing.logits.softmax(-1)
         dropped = (routing.topk_ids >= self.num_experts).sum()
         return Balance(counts, dropped, probs.sum(0), routing.logits.logsumexp(-1).square().sum())
 
     @torch.no_grad()
     def update(self, counts: Tensor) -> None:
-        """Move the selection bias towards the experts that got less than the mean (arXiv 2408.15664, algorithm 1)."""
+        """Raise the selection bias of experts with fewer slots than the mean, and lower the others.
+
+        Source: arXiv 2408.15664, algorithm 1.
+        """
         if self.selection_bias is not None:
             counts = counts.to(self.selection_bias)
             self.selection_bias += self.rule.bias_update_rate * (counts.mean() - counts).sign()
@@ -93,11 +104,12 @@ class TopKRouter(nn.Module):
         return select(scores, self.top_k, self.rule)
 
     def _weigh(self, logits: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
+        """Return the weights [T, K] of ids [T, K]; dropped slots weigh 0."""
         kept = ids < self.num_experts
         ids = ids.clamp(max=self.num_experts - 1)
         if self.rule.select_first:
-            chosen = logits.gather(1, ids).masked_fill(~kept, torch.finfo(logits.dtype).min)
-            weights = chosen.softmax(-1) * kept
+            topk_logits = logits.gather(1, ids).masked_fill(~kept, torch.finfo(logits.dtype).min)
+            weights = topk_logits.softmax(-1) * kept
         else:
             weights = scores.gather(1, ids) * kept
         if self.rule.normalize is not None:
@@ -106,10 +118,11 @@ class TopKRouter(nn.Module):
 
 
 def _norm(weights: Tensor, power: float) -> Tensor:
-    """Return the p-norm [T, 1] of weights [T, K], above 0. The highest is taken out first: powers may underflow."""
+    """Return the p-norm [T, 1] of weights [T, K], clamped to be positive."""
     tiny = torch.finfo(weights.dtype).tiny
     if power == 1:
         return weights.sum(-1, keepdim=True).clamp_min(tiny)
+    # factor out the highest weight, because powers of small weights underflow
     highest = weights.detach().amax(-1, keepdim=True).clamp_min(tiny)
     norm: Tensor = highest * torch.linalg.vector_norm(
         weights / highest, ord=power, dim=-1, keepdim=True

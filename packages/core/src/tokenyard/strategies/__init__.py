@@ -1,4 +1,4 @@
-"""Core's strategies."""
+"""The strategy of core."""
 
 from tokenyard.strategies._single import SingleStrategy
 

@@ -20,18 +20,21 @@ class SingleStrategy(Strategy):
         self.device = torch.device(device)
 
     def unusable(self, model: nn.Module) -> str | None:
-        """Refuse a model whose experts are to be shared out."""
+        """Return a reason if the model wants expert parallelism, else None."""
         degree = max((moe.workload.expert_parallel for moe in moe_layers(model)), default=1)
         if degree == 1:
             return None
-        return f"'single' keeps all experts in one process, and expert_parallel is {degree}; give fsdp or ddp, or 1"
+        return (
+            f"'single' keeps all experts in one process, and expert_parallel is {degree}; "
+            "give fsdp or ddp, or 1"
+        )
 
     def layout(self, model: M) -> M:
-        """Return the model as it is: this process holds all of it."""
+        """Return the model unchanged: one process holds all of it."""
         return model
 
     def describe(self, model: nn.Module) -> Layout:
-        """Say that there is one rank, which gathers nothing."""
+        """Return an empty report: one rank, which gathers nothing."""
         return Layout({}, 0)
 
     def reduce(self, x: Tensor) -> Tensor:
@@ -39,7 +42,7 @@ class SingleStrategy(Strategy):
         return x
 
     def clip(self, model: nn.Module, max_norm: float = math.inf) -> Tensor:
-        """Scale all gradients to a global norm of at most max_norm; return the norm before."""
+        """Scale all gradients to a global norm of at most max_norm; return the original norm."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if math.isfinite(max_norm):
