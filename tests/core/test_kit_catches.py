@@ -95,14 +95,14 @@ class TestTheGuard:
         with pytest.raises(
             AssertionError, match="test_same_result_twice is a standard test; mark it xfail"
         ):
-            Sly().test_standard_tests_stand()
+            Sly().test_no_standard_test_is_overridden()
 
     def test_removing_fails(self):
         class Removed(ExpertsConformance):
             test_routings = None
 
         with pytest.raises(AssertionError, match="test_routings is a standard test"):
-            Removed().test_standard_tests_stand()
+            Removed().test_no_standard_test_is_overridden()
 
     def test_expected_failure_with_a_reason_stands(self):
         class Honest(ExpertsConformance):
@@ -110,7 +110,7 @@ class TestTheGuard:
             def test_same_result_twice(self):
                 super().test_same_result_twice()
 
-        Honest().test_standard_tests_stand()
+        Honest().test_no_standard_test_is_overridden()
 
 
 def test_an_unusable_backend_is_skipped_with_its_own_sentence():

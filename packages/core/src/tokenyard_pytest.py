@@ -1,4 +1,7 @@
-"""Loaded by pytest in every project that has tokenyard-core installed, outside `tokenyard` so that torch stays out."""
+"""The pytest plugin of tokenyard-core, which pytest loads in every project.
+
+It is outside the package `tokenyard`, so that loading it does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker of tests that need a GPU."""
+    """Register the marker `gpu`."""
     config.addinivalue_line("markers", "gpu: needs one CUDA GPU")
 
 
-pytest.register_assert_rewrite(  # so that a failing assert in the kit is explained like a test's own
+# a failing assert in the kit shows its values, as in a test
+pytest.register_assert_rewrite(
     "tokenyard.testing._base",
     "tokenyard.testing._compare",
     "tokenyard.testing._exchange",

@@ -1,12 +1,13 @@
-"""The conformance kit: standard tests that a backend must pass, in four lines of the plugin author's.
+"""The conformance kit: standard tests for a backend, in four lines of a plugin's test.
 
     from tokenyard.testing import ExpertsConformance
 
     class TestAcme(ExpertsConformance):
         backend = "acme"
 
-Results are compared with a float64 oracle by relative norm; the tolerance is twice the error that plain torch code
-makes in the same dtype, plus that dtype's eps. A backend unusable for a case skips it with its own sentence.
+The tests compare results with a float64 oracle by relative norm. The tolerance is twice the error
+of plain torch code in the same dtype, plus the eps of that dtype. If a backend is unusable for a
+case, the case is skipped with the backend's reason.
 """
 
 from tokenyard.testing._exchange import ExchangeConformance

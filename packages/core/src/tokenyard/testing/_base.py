@@ -1,4 +1,4 @@
-"""What every conformance class shares: constructing the backend under test, skipping politely, guarding the tests."""
+"""The base class of all conformance classes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tokenyard.workload import Workload
 
 
 class Conformance:
-    """Base of the standard tests of one kind of backend."""
+    """Base class of the standard tests for one kind of backend."""
 
     kind: ClassVar[Kind]
-    backend: ClassVar[str]  # the name under test
-    options: ClassVar[Mapping[str, Any]] = {}  # for its constructor
-    device: ClassVar[str] = "auto"  # cuda where there is one
+    backend: ClassVar[str]  # name of the backend under test
+    options: ClassVar[Mapping[str, Any]] = {}  # options of its constructor
+    device: ClassVar[str] = "auto"  # a GPU if torch finds one
 
     def registry(self) -> Registry:
-        """Return the registry that offers the backend; override it to test one that is not installed."""
+        """Return the registry that offers the backend. Override it for an uninstalled backend."""
         return default_registry()
 
     def offered(self) -> Backend:
-        """Return the offer under test; the environment does not override it."""
+        """Return the backend under test. Environment variables do not override it."""
         for offer in self.registry().offers(self.kind):
             if offer.backend.name == self.backend:
                 return offer.backend
@@ -39,28 +39,32 @@ class Conformance:
         return pytest.fail(f"{self.kind} backend {self.backend!r} is not offered")
 
     def run_device(self) -> torch.device:
-        """Return the device that the tests run on."""
+        """Return the device of all tests."""
         return resolve_device(self.device)
 
     def construct(self, *args: Any, workload: Workload | None = None, **kwargs: Any) -> Any:
-        """Construct the backend, or skip with its own sentence if it is unusable for the workload."""
+        """Construct the backend, or skip the test with its reason if it is unusable."""
         offer = self.offered()
         reason = offer.unusable(workload) if workload is not None else None
         if reason is not None:
             pytest.skip(f"{self.backend}: {reason}")
         return offer.load()(*args, **self.options, **kwargs)
 
-    def test_standard_tests_stand(self) -> None:
-        """A standard test may be overridden only by one marked xfail with a reason."""
+    def test_no_standard_test_is_overridden(self) -> None:
+        """A standard test is only overridden by a test marked ``xfail(reason=...)``.
+
+        If this fails, a method of your class has the name of a standard test.
+        """
         standard = next(
             cls for cls in type(self).__mro__ if cls.__module__.startswith("tokenyard.testing.")
         )
         for name in (n for n in dir(standard) if n.startswith("test_")):
-            mine = getattr(type(self), name, None)
-            if mine is getattr(standard, name):
+            override = getattr(type(self), name, None)
+            if override is getattr(standard, name):
                 continue
-            marks = getattr(mine, "pytestmark", [])
+            marks = getattr(override, "pytestmark", [])
             excused = any(mark.name == "xfail" and mark.kwargs.get("reason") for mark in marks)
             assert excused, (
-                f"{name} is a standard test; mark it xfail(reason=...) if the backend cannot pass it"
+                f"{name} is a standard test; "
+                "mark it xfail(reason=...) if the backend cannot pass it"
             )

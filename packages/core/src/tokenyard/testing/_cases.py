@@ -1,4 +1,4 @@
-"""The inputs that expert kernels are tried on, and how they are called."""
+"""Test cases of expert kernels: routings, tensors and the call of a kernel."""
 
 from __future__ import annotations
 
@@ -14,88 +14,92 @@ from tokenyard.permutations import TorchPermutation
 from tokenyard.workload import Workload
 
 ROUTINGS = ("natural", "all to one expert", "empty experts", "some dropped", "all dropped")
-"""The names of `routings`."""
+"""The keys of `routings`."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an expert kernel: tensors that require grad, and the gradient that comes back."""
+    """The inputs of an expert kernel, which require grad, and the gradient of its output."""
 
     workload: Workload
     ids: Tensor  # [T, K]
-    tensors: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # x, topk_weights and the ExpertWeights' fields
-    dy: Tensor = field(default_factory=lambda: torch.empty(0))
+    # by name: x, topk_weights and the fields of ExpertWeights
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    dy: Tensor = field(default_factory=lambda: torch.empty(0))  # [T, D]
 
     def weights(self) -> ExpertWeights:
-        """Return the experts' weights among the tensors."""
+        """Return the expert weights."""
         return _expert_weights(self.tensors)
 
     def to(self, dtype: torch.dtype) -> Case:
-        """Return the same case in another dtype, with fresh leaves."""
+        """Return a copy in another dtype, whose tensors are leaves."""
         tensors = {
-            n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.tensors.items()
+            name: tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+            for name, tensor in self.tensors.items()
         }
         return replace(self, tensors=tensors, dy=self.dy.to(dtype))
 
 
 class Call:
-    """A kernel together with the plan it needs, callable on a case."""
+    """A kernel that can be called on a case: it makes the plan itself."""
 
     def __init__(self, kernel: Any, permutation: TorchPermutation, workload: Workload):
-        self.kernel, self.permutation, self.num_experts = kernel, permutation, workload.num_experts
+        self.kernel = kernel
+        self.permutation = permutation
+        self.num_experts = workload.num_experts
 
     def __call__(self, case: Case, rows: int | None = None) -> Tensor:
         return self.call(case.tensors, case.ids, rows)
 
     def call(self, tensors: dict[str, Tensor], ids: Tensor, rows: int | None = None) -> Tensor:
         plan: Plan = self.permutation.plan(ids, self.num_experts, rows)
-        return self.kernel(
-            tensors["x"], plan, tensors.get("topk_weights"), _expert_weights(tensors)
-        )
+        weights = _expert_weights(tensors)
+        return self.kernel(tensors["x"], plan, tensors.get("topk_weights"), weights)
 
 
 def _expert_weights(tensors: dict[str, Tensor]) -> ExpertWeights:
-    return ExpertWeights(*(tensors.get(name) for name in ExpertWeights._fields))  # type: ignore[arg-type]
+    biases = {name: tensors.get(name) for name in ("up_bias", "down_bias")}
+    return ExpertWeights(tensors["up"], tensors["down"], **biases)
 
 
 def make_case(workload: Workload, ids: Tensor) -> Case:
-    """Return fresh random tensors of the workload's dtype and device for routing ids [T, K]."""
-    wide = logits_dtype(workload.dtype)
+    """Return a case of random tensors in the workload's dtype, on its device, for ids [T, K]."""
+    experts = workload.num_experts
+    dim = workload.dim
     rows = up_rows(workload.activation, workload.ffn_dim)
-    experts, dim, ffn_dim = workload.num_experts, workload.dim, workload.ffn_dim
-    shapes: dict[str, Any] = {"up": (experts, rows, dim), "down": (experts, dim, ffn_dim)}
-    if workload.bias:
-        shapes |= {"up_bias": (experts, rows), "down_bias": (experts, dim)}
-    kind: dict[str, Any] = {"device": workload.device, "dtype": workload.dtype}
-    tensors = {"x": torch.randn(ids.shape[0], dim, **kind)}
+    shapes = {"up": (experts, rows, dim), "down": (experts, dim, workload.ffn_dim)}
+    biases = {"up_bias": (experts, rows), "down_bias": (experts, dim)} if workload.bias else {}
+    wide = logits_dtype(workload.dtype)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=workload.device, dtype=workload.dtype)
+
+    tensors = {"x": randn(ids.shape[0], dim)}
     tensors["topk_weights"] = torch.rand(ids.shape, device=workload.device, dtype=wide) + 0.1
-    tensors |= {
-        name: torch.randn(shape, **kind) * shape[-1] ** -0.5 for name, shape in shapes.items()
-    }
+    for name, shape in (shapes | biases).items():
+        tensors[name] = randn(*shape) * shape[-1] ** -0.5
     for tensor in tensors.values():
         tensor.requires_grad_()
-    return Case(workload, ids.to(workload.device), tensors, torch.randn(ids.shape[0], dim, **kind))
+    return Case(workload, ids.to(workload.device), tensors, randn(ids.shape[0], dim))
 
 
 def random_ids(tokens: int, num_experts: int, top_k: int) -> Tensor:
-    """Return [T, K] int32 ids, distinct within a token."""
+    """Return random ids [T, K] int32, distinct for each token."""
     if tokens == 0:
         return torch.empty(0, top_k, dtype=torch.int32)
     return torch.rand(tokens, num_experts).argsort(-1)[:, :top_k].int()
 
 
 def routings(tokens: int, num_experts: int, top_k: int) -> dict[str, Tensor]:
-    """Return the routings that go wrong first, by name; E marks a dropped slot."""
+    """Return name -> ids [T, K] for edge cases of routing. An id >= E is a dropped slot."""
     ids = random_ids(tokens, num_experts, top_k)
     some_dropped = torch.where(torch.rand(ids.shape) < 0.4, num_experts, ids).int()
     some_dropped[0] = num_experts  # a token without any expert
+    one_expert = torch.full((tokens, top_k), num_experts, dtype=torch.int32)
+    one_expert[:, 0] = 1
     return {
         "natural": ids,
-        "all to one expert": torch.cat(
-            (torch.full((tokens, 1), 1), torch.full((tokens, top_k - 1), num_experts)), 1
-        ).int(),
+        "all to one expert": one_expert,
         "empty experts": torch.where(ids % 2 == 0, ids, ids - 1).int(),
         "some dropped": some_dropped,
         "all dropped": torch.full_like(ids, num_experts + 2),

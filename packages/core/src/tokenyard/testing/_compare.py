@@ -1,4 +1,4 @@
-"""Comparing with a float64 oracle."""
+"""Comparison with a float64 oracle, and tools to catch hidden errors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ def assert_close(
     oracle: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Assert that each result is as near to the oracle as twice what plain torch code is, plus eps.
+    """Assert that each error against the oracle is at most twice that of plain code, plus eps.
 
-    The eps is that of `dtype`, which was computed in, or of the result: a lone gate gradient, kept in float32 but made
-    of bfloat16 numbers, may be off by their rounding although plain code happens to hit it.
+    The eps is that of the compute `dtype`; the default is the dtype of the result. It matters for a
+    single topk_weights gradient, which is in float32 but computed from bfloat16 numbers: plain code
+    may have no error by chance.
     """
     for name, want in oracle.items():
-        error, allowed = relative_error(got[name], want), allowed_error(plain[name], want, dtype)
+        error = relative_error(got[name], want)
+        allowed = allowed_error(plain[name], want, dtype)
         assert got[name].dtype == plain[name].dtype, (
             f"{name} is {got[name].dtype}, not {plain[name].dtype}"
         )
@@ -34,41 +36,38 @@ def assert_close(
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill every new uninitialised tensor with NaN (or the largest integer), so that none is returned unwritten."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    """Context: fill new uninitialised tensors with NaN, or the largest integer.
+
+    So a result that was never written does not pass by chance.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # torch fills uninitialised memory in its deterministic mode
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 class CustomOps(TorchDispatchMode):
-    """Records every custom op that runs inside, for ``torch.library.opcheck``: the op, its arguments, and whether
-
-    autograd was on, so that its gradient is wanted (it is off in a backward pass).
-    """
+    """Context that records the calls of custom ops, for ``torch.library.opcheck``."""
 
     def __init__(self) -> None:
         super().__init__()
+        # (op, args, kwargs, whether autograd is on; it is off in a backward pass)
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], bool]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the op, and note it if it is not one of torch's own."""
+        """Run the op, and record it if it is not part of torch."""
         if func.namespace not in ("aten", "prim", "prims", "inductor", "c10d", "_c10d_functional"):
             self.calls.append((func, args, kwargs or {}, torch.is_grad_enabled()))
         return func(*args, **(kwargs or {}))
 
 
 def fresh(argument: Any, differentiable: bool) -> Any:
-    """Return an argument that was recorded as a leaf of its own, requiring grad if it can and should."""
-    if isinstance(argument, Tensor):
-        return (
-            argument.detach()
-            .clone()
-            .requires_grad_(differentiable and argument.is_floating_point())
-        )
-    return argument
+    """Return a recorded argument as a new leaf tensor, which requires grad if `differentiable`."""
+    if not isinstance(argument, Tensor):
+        return argument
+    leaf = argument.detach().clone()
+    return leaf.requires_grad_(differentiable and argument.is_floating_point())

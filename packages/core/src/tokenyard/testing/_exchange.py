@@ -1,4 +1,4 @@
-"""Standard tests of exchanges, in one process and over two: the result is that of computing in place."""
+"""Standard tests of exchanges, in one process and over two ranks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from tokenyard.backend import Kind
-from tokenyard.interfaces import ExpertWeights, Routing
+from tokenyard.interfaces import Compute, ExpertWeights, Routing
 from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import _oracle
@@ -20,18 +21,26 @@ from tokenyard.workload import Workload
 
 
 class ExchangeConformance(Conformance):
-    """What every exchange must do, without a process group and with one."""
+    """Standard tests of every exchange, with and without a process group."""
 
     kind: ClassVar[Kind] = "exchange"
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_equals_computing_in_place(self, routing: str) -> None:
-        """Outputs and the gradients of x and topk_weights, in float64."""
-        exchange, case = self._exchange(), make_case(self._workload(), routings(21, 4, 2)[routing])
+        """In one process, y and the gradients of x and topk_weights equal those of `compute`.
+
+        If this fails, the exchange loses, repeats or reorders slots. Run in float64.
+        """
+        exchange = self._exchange()
+        case = make_case(self._workload(), routings(21, 4, 2)[routing])
         inputs = [case.tensors["x"], case.tensors["topk_weights"]]
         logits = torch.zeros(21, 4, dtype=torch.float64, device=self.run_device())
+
+        def in_place(x: Tensor, routing: Routing, compute: Compute) -> Tensor:
+            return compute(x, routing.topk_ids, routing.topk_weights)
+
         results = []
-        for run in (exchange, lambda x, r, compute: compute(x, r.topk_ids, r.topk_weights)):
+        for run in (exchange, in_place):
             y = run(
                 inputs[0],
                 Routing(case.ids, inputs[1], logits),
@@ -42,11 +51,12 @@ class ExchangeConformance(Conformance):
             assert relative_error(got, want) < 1e-13
 
     def test_no_tokens(self) -> None:
-        """An empty batch comes back empty, with a gradient."""
-        exchange, case = (
-            self._exchange(),
-            make_case(self._workload(), torch.empty(0, 2, dtype=torch.int32)),
-        )
+        """T = 0 gives an empty y with an empty gradient.
+
+        If this fails, the exchange needs at least one token, or detaches an empty result.
+        """
+        exchange = self._exchange()
+        case = make_case(self._workload(), torch.empty(0, 2, dtype=torch.int32))
         x = case.tensors["x"]
         routing = Routing(case.ids, case.tensors["topk_weights"], x.new_zeros(0, 4))
         y = exchange(x, routing, lambda *args: self._compute(case.weights(), *args))
@@ -59,11 +69,13 @@ class ExchangeConformance(Conformance):
     def test_equals_computing_in_place_over_two_ranks(
         self, routing: str, shares: list[int]
     ) -> None:
-        """Outputs, and the gradients of x, topk_weights and the experts' weights on their rank, in float64, by gloo."""
-        offer, workload = (
-            self.offered(),
-            Workload(8, 12, 4, 2, dtype=torch.float64, expert_parallel=2),
-        )
+        """Over two ranks (gloo, float64), y and all gradients equal those of one process.
+
+        The gradients are those of x, topk_weights and the local expert weights. If this fails only
+        for a rank without tokens, that rank skips a collective.
+        """
+        offer = self.offered()
+        workload = Workload(8, 12, 4, 2, dtype=torch.float64, expert_parallel=2)
         reason = offer.unusable(workload)
         if reason is not None:
             pytest.skip(f"{self.backend}: {reason}")

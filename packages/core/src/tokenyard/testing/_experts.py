@@ -25,9 +25,11 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExpertsConformance(LayerPartConformance):
-    """What every expert kernel must do. `tile` is the kernel's row tile: token counts around it are tried.
+    """Standard tests of every expert kernel.
 
-    A quantised kernel sets `quantised`: its errors are then recorded as test properties instead of judged.
+    `tile` is the number of rows of the kernel's tiles; the tests use token counts around it. Set
+    `quantised` for a quantised kernel: the tests then record its errors as test properties, and do
+    not compare them with a tolerance.
     """
 
     kind: ClassVar[Kind] = "experts"
@@ -42,34 +44,38 @@ class ExpertsConformance(LayerPartConformance):
     def test_matches_oracle(
         self, dtype: torch.dtype, activation: str, bias: bool, record_property: Any
     ) -> None:
-        """Output and every gradient, in every dtype, for every activation, with and without biases."""
-        self._check(
-            self._case(random_ids(37, 4, 2), 4, dtype=dtype, activation=activation, bias=bias),
-            record_property,
-        )
+        """y and all gradients match the oracle, in every dtype, for every activation and bias.
+
+        If only one gradient fails, check its equation. If only low precision fails, accumulate in
+        float32.
+        """
+        ids = random_ids(37, 4, 2)
+        case = self._case(ids, 4, dtype=dtype, activation=activation, bias=bias)
+        self._check(case, record_property)
 
     @pytest.mark.parametrize("count", ["0", "1", "7", "tile-1", "tile", "tile+1"])
     def test_token_counts(self, count: str, record_property: Any) -> None:
-        """No token, one, few, and a tile's worth less and more, all to few experts."""
-        tokens = {
-            "0": 0,
-            "1": 1,
-            "7": 7,
-            "tile-1": self.tile - 1,
-            "tile": self.tile,
-            "tile+1": self.tile + 1,
-        }[count]
+        """Results match the oracle for 0, 1 and 7 tokens, and for counts around a tile.
+
+        If this fails, check the masks of the last tile and the launch with an empty grid.
+        """
+        tile = self.tile
+        tile_counts = {"tile-1": tile - 1, "tile": tile, "tile+1": tile + 1}
+        tokens = tile_counts[count] if count in tile_counts else int(count)
         case = self._case(random_ids(tokens, 4, 1), 4)
-        with (
-            torch.no_grad()
-        ):  # a lone token's weight gradient is <dy, y>: random dy could make it vanish
+        # the weight gradient of a single token is <dy, y>, which could be near 0 for a random dy
+        with torch.no_grad():
             case = replace(case, dy=self._oracle(case))
         self._check(case, record_property)
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     @pytest.mark.parametrize("top_k", [1, 3, 5], ids="top{}".format)
     def test_routings(self, routing: str, top_k: int, record_property: Any) -> None:
-        """Skew, empty experts (their gradients exactly zero), repeated ids, dropped slots, and K = E."""
+        """Results match for skew, empty experts, repeated ids, dropped slots, and K = E.
+
+        The weight gradients of an empty expert are exactly zero. If this fails for them, the
+        kernel skips empty experts and leaves their gradients uninitialised.
+        """
         ids = routings(41, 5, top_k)[routing]
         case = self._case(ids, 5, bias=True)
         got = self._check(case, record_property)
@@ -81,25 +87,34 @@ class ExpertsConformance(LayerPartConformance):
 
     @pytest.mark.parametrize("wanted", ["x", "topk_weights", "up", "down", "up_bias", "down_bias"])
     def test_one_gradient_alone(self, wanted: str, record_property: Any) -> None:
-        """With one input requiring grad, its gradient is right and no other is made."""
+        """If one input requires grad, its gradient is right and no other is returned.
+
+        If this fails, the backward pass computes a gradient only together with another one.
+        """
         case = self._case(random_ids(23, 4, 2), 4, bias=True)
         if wanted not in case.tensors:
-            pytest.skip(
-                f"{self.backend}: {self.offered().unusable(replace(case.workload, bias=True))}"
-            )
+            reason = self.offered().unusable(replace(case.workload, bias=True))
+            pytest.skip(f"{self.backend}: {reason}")
         for name, tensor in case.tensors.items():
             tensor.requires_grad_(name == wanted)
         got = self._check(case, record_property)
         assert set(got) == {"y", f"d {wanted}"}
 
     def test_without_weights(self, record_property: Any) -> None:
-        """K = 1 with topk_weights None: rows that an exchange sent are summed as they are."""
+        """With K = 1 and topk_weights None, rows are not weighted.
+
+        An exchange calls the kernel like this for rows that it weights itself.
+        """
         case = self._case(random_ids(29, 4, 1), 4)
         del case.tensors["topk_weights"]
         self._check(case, record_property)
 
     def test_static_rows_bound(self, record_property: Any) -> None:
-        """A bound above the real row count changes nothing; tokens and weights that were dropped are not read."""
+        """A bound above the real row count changes nothing, and dropped slots are not read.
+
+        Dropped tokens, weights and gradients are NaN. If this fails, the kernel multiplies them by
+        zero; mask them with a select (``torch.where``).
+        """
         ids = torch.where(torch.rand(40, 2) < 0.5, 4, random_ids(40, 4, 2)).int()
         ids[10:20] = 4
         case = self._case(ids, 4)
@@ -117,7 +132,10 @@ class ExpertsConformance(LayerPartConformance):
         self._judge(got, expected, record_property)
 
     def test_strided_inputs(self, record_property: Any) -> None:
-        """x that is not contiguous, and an incoming gradient that is expanded."""
+        """x may be strided, and the gradient of y may be expanded.
+
+        If this fails, the kernel assumes contiguous inputs: use their strides or ``contiguous()``.
+        """
         case = self._case(random_ids(31, 4, 2), 4)
         wide = torch.randn(31, 2 * self.dim, dtype=case.dy.dtype, device=case.dy.device)
         case.tensors["x"] = wide[:, ::2].detach().requires_grad_()
@@ -126,25 +144,32 @@ class ExpertsConformance(LayerPartConformance):
         self._check(case, record_property)
 
     def test_inputs_are_not_mutated(self) -> None:
-        """Neither inputs nor the incoming gradient change, in forward or backward."""
+        """Forward and backward change neither the inputs nor the gradient of y."""
         case = self._case(random_ids(33, 4, 2), 4, bias=True)
-        before = {name: t.detach().clone() for name, t in case.tensors.items()} | {
-            "dy": case.dy.clone()
-        }
+        tensors = {**case.tensors, "dy": case.dy}
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._results(case, self._kernel(case))
-        after = {name: t.detach() for name, t in case.tensors.items()} | {"dy": case.dy}
-        for name in before:
-            assert torch.equal(before[name], after[name]), f"the kernel changed {name} in place"
+        for name, copy in copies.items():
+            unchanged = torch.equal(tensors[name].detach(), copy)
+            assert unchanged, f"the kernel changed {name} in place"
 
     def test_same_result_twice(self) -> None:
-        """Bit by bit, forward and backward."""
+        """Two runs give bitwise equal results, forward and backward.
+
+        If this fails, the kernel adds with atomics, or reads uninitialised memory.
+        """
         case = self._case(random_ids(97, 4, 3), 4, bias=True)
-        first, second = (self._results(case, self._kernel(case)) for _ in range(2))
+        first = self._results(case, self._kernel(case))
+        second = self._results(case, self._kernel(case))
         for name in first:
             assert torch.equal(first[name], second[name]), f"{name} differs from run to run"
 
     def test_compiles_whole(self, record_property: Any) -> None:
-        """``torch.compile(fullgraph=True)`` gives the same, also when the token count changes."""
+        """``torch.compile(fullgraph=True)`` gives the same results for two token counts.
+
+        If this fails with a graph break, register the kernel as an operator
+        (``register_experts_op``).
+        """
         torch.compiler.reset()
         case = self._case(random_ids(26, 4, 2), 4, bias=True)
         kernel = self._kernel(case)
@@ -155,7 +180,11 @@ class ExpertsConformance(LayerPartConformance):
             self._judge(got, self._expected(again), record_property)
 
     def test_custom_ops_pass_opcheck(self) -> None:
-        """Every custom op that the kernel runs has a right schema, fake kernel and autograd registration."""
+        """All custom ops of the kernel pass ``torch.library.opcheck``.
+
+        It checks the schema, the fake kernel and the autograd registration. If this fails, an op
+        returns other shapes or dtypes than its fake kernel, or changes an input.
+        """
         case = self._case(random_ids(18, 4, 2), 4, bias=True)
         with CustomOps() as ops:
             self._results(case, self._kernel(case))
@@ -179,7 +208,7 @@ class ExpertsConformance(LayerPartConformance):
         return make_case(workload, ids)
 
     def _narrowed(self, workload: Workload) -> Workload:
-        """Return the workload as the backend can do it, where the test is about neither dtype nor biases."""
+        """Return the workload with a dtype and bias that the backend supports."""
         for bias, dtype in product(dict.fromkeys((workload.bias, False)), DTYPES[1:]):
             candidate = replace(workload, bias=bias, dtype=dtype)
             if self.offered().unusable(candidate) is None:
@@ -188,11 +217,8 @@ class ExpertsConformance(LayerPartConformance):
 
     def _kernel(self, case: Case) -> Call:
         permutation = TorchPermutation(case.workload)
-        return Call(
-            self.construct(case.workload, permutation, workload=case.workload),
-            permutation,
-            case.workload,
-        )
+        kernel = self.construct(case.workload, permutation, workload=case.workload)
+        return Call(kernel, permutation, case.workload)
 
     def _oracle(self, case: Case) -> Tensor:
         return _oracle.experts(
@@ -214,10 +240,9 @@ class ExpertsConformance(LayerPartConformance):
         return {"y": y.detach()} | {f"d {name}": grad for name, grad in zip(leaves, grads)}
 
     def _expected(self, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the results of plain torch code in the case's dtype, and those of the float64 oracle."""
-        return self._results(case, self._oracle), self._results(
-            case.to(torch.float64), self._oracle
-        )
+        """Return the results of plain torch code in the case's dtype, and of the float64 oracle."""
+        plain = self._results(case, self._oracle)
+        return plain, self._results(case.to(torch.float64), self._oracle)
 
     def _check(self, case: Case, record_property: Any) -> dict[str, Tensor]:
         got = self._results(case, self._kernel(case))

@@ -1,4 +1,4 @@
-"""Standard tests of the parts of an MoE layer that are about the layer's own checks."""
+"""Standard tests of routers, permutations and expert kernels inside an MoE layer."""
 
 from __future__ import annotations
 
@@ -16,71 +16,82 @@ from tokenyard.testing._base import Conformance
 from tokenyard.workload import RoutingRule, Workload
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_D, _F, _E, _K = 32, 48, 4, 2
+_DIM = 32
+_FFN_DIM = 48
+_NUM_EXPERTS = 4
+_TOP_K = 2
 
 
-class _WithTheRest(Registry):
-    """The registry under test for its own kind, and the installed backends for all others."""
+class _OneKindRegistry(Registry):
+    """The registry under test for one kind of backend, and the default registry for all others."""
 
-    def __init__(self, own: Registry, kind: Kind):
+    def __init__(self, registry: Registry, kind: Kind):
         super().__init__(())
-        self._own, self._kind = own, kind
+        self._registry = registry
+        self._kind = kind
 
     def choose(
         self, kind: Kind, request: Request = None, workload: Workload | None = None
     ) -> Chosen:
-        """Choose from the registry of that kind."""
-        registry = self._own if kind == self._kind else default_registry()
+        """Choose a backend from the registry for its kind."""
+        registry = self._registry if kind == self._kind else default_registry()
         return registry.choose(kind, request, workload)
 
 
 class LayerPartConformance(Conformance):
-    """What holds for every router, permutation and expert kernel inside ``tokenyard.MoE``."""
+    """Standard tests of every router, permutation and expert kernel inside ``tokenyard.MoE``."""
 
     rule: ClassVar[RoutingRule] = RoutingRule()  # the routing of the layer
 
     def test_other_dtype_is_refused(self) -> None:
-        """A layer called in another dtype than its workload's raises one sentence and never reaches the backend.
+        """A layer called in another dtype than its workload raises, and never calls the backend.
 
-        If this test fails, something between ``MoE`` and the backend casts or catches what it should not.
+        If this fails, code between ``MoE`` and the backend casts x, or catches the error.
         """
         layer, workload = self._layer()
         other = next(dtype for dtype in _DTYPES if dtype != workload.dtype)
-        self._refused(
-            layer, torch.randn(5, workload.dim, dtype=other, device=workload.device), str(other)[6:]
-        )
+        x = torch.randn(5, workload.dim, dtype=other, device=workload.device)
+        self._refused(layer, x, str(other).removeprefix("torch."))
 
     def test_other_device_is_refused(self) -> None:
-        """A layer called on another device than its workload's raises one sentence."""
+        """A layer called on another device than its workload raises, and never calls the backend.
+
+        If this fails, code between ``MoE`` and the backend moves x, or catches the error.
+        """
         layer, workload = self._layer()
         if not torch.cuda.is_available():
             pytest.skip("needs a second device, and torch finds no CUDA GPU here")
         other = torch.device("cuda:0" if workload.device.type == "cpu" else "cpu")
-        self._refused(
-            layer, torch.randn(5, workload.dim, dtype=workload.dtype, device=other), str(other)
-        )
+        x = torch.randn(5, workload.dim, dtype=workload.dtype, device=other)
+        self._refused(layer, x, str(other))
 
     def _layer(self) -> tuple[MoE, Workload]:
-        """Return a layer with the backend under test, in the first dtype that it supports."""
+        """Return a layer with the backend under test, in the first dtype it supports."""
         reasons = []
         for dtype in _DTYPES:
             workload = Workload(
-                _D, _F, _E, _K, router=self.rule, dtype=dtype, device=self.run_device()
+                _DIM,
+                _FFN_DIM,
+                _NUM_EXPERTS,
+                _TOP_K,
+                router=self.rule,
+                dtype=dtype,
+                device=self.run_device(),
             )
             reason = self.offered().unusable(workload)
             if reason is None:
-                chosen: dict[str, Any] = {self.kind: {"name": self.backend, **self.options}}
-                registry = _WithTheRest(self.registry(), self.kind)
-                return MoE(workload, backends=chosen, registry=registry, dtype=dtype), workload
+                backends: dict[str, Any] = {self.kind: {"name": self.backend, **self.options}}
+                registry = _OneKindRegistry(self.registry(), self.kind)
+                return MoE(workload, backends=backends, registry=registry, dtype=dtype), workload
             reasons.append(reason)
         return pytest.skip(f"{self.backend}: {reasons[0]}")
 
-    def _refused(self, layer: MoE, x: torch.Tensor, named: str) -> None:
-        def reached(*arguments: Any) -> Any:
+    def _refused(self, layer: MoE, x: torch.Tensor, message: str) -> None:
+        def fail(*arguments: Any) -> Any:
             pytest.fail("the backend was called")
 
-        layer.router.forward = reached
-        layer.experts.permutation = SimpleNamespace(plan=reached)  # type: ignore[assignment]
-        layer.experts.kernel = reached  # type: ignore[assignment]
-        with pytest.raises(BackendError, match=named):
+        layer.router.forward = fail
+        layer.experts.permutation = SimpleNamespace(plan=fail)  # type: ignore[assignment]
+        layer.experts.kernel = fail  # type: ignore[assignment]
+        with pytest.raises(BackendError, match=message):
             layer(x)

@@ -1,6 +1,7 @@
-"""The definition of what experts compute, as plain differentiable torch code, one expert after another.
+"""The reference implementation of experts, in plain differentiable torch code.
 
-In float64 it is the oracle; in a lower dtype its error is the yardstick. It shares no code with any backend.
+In float64 it is the oracle. In a lower dtype its error sets the tolerance. It shares no code with
+any backend.
 """
 
 from __future__ import annotations
@@ -53,14 +54,17 @@ _ACT: dict[str, Callable[[Tensor], Tensor]] = {
 def experts(
     x: Tensor, ids: Tensor, topk_weights: Tensor | None, weights: ExpertWeights, activation: str
 ) -> Tensor:
-    """Return y [T, D] = sum over the kept slots of weight * down(act(up(x))), summed in float32 at least."""
+    """Return y [T, D]: the sum over a token's kept slots of weight * down(act(up(x))).
+
+    The sum is in float32 at least.
+    """
     y = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for e in range(weights.up.shape[0]):
-        token, k = (ids == e).nonzero(as_tuple=True)
-        z = x[token] @ weights.up[e].T
+        token, k = (ids == e).nonzero(as_tuple=True)  # [n], [n]: the slots of expert e
+        z = x[token] @ weights.up[e].T  # [n, 2F or F]
         z = z if weights.up_bias is None else z + weights.up_bias[e]
-        row = _ACT[activation](z) @ weights.down[e].T
+        row = _ACT[activation](z) @ weights.down[e].T  # [n, D]
         row = row if weights.down_bias is None else row + weights.down_bias[e]
-        gate = 1 if topk_weights is None else topk_weights[token, k].unsqueeze(1)
+        gate = 1 if topk_weights is None else topk_weights[token, k].unsqueeze(1)  # [n, 1]
         y = y.index_add(0, token, gate * row.to(y.dtype))
     return y.to(x.dtype)

@@ -1,4 +1,4 @@
-"""What one rank does in the standard tests of exchanges and strategies over several processes."""
+"""Functions that each rank runs in the standard tests of exchanges and strategies."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.strategies import SingleStrategy
 from tokenyard.testing import _oracle
-from tokenyard.testing._cases import make_case, routings
+from tokenyard.testing._cases import Case, make_case, routings
 from tokenyard.workload import Workload
 
-EXPERTS, DIM = 4, 8
+EXPERTS = 4
+DIM = 8
+FFN_DIM = 12
+TOP_K = 2
 
 
 class Net(nn.Module):
-    """A linear layer before one with experts."""
+    """A linear layer followed by an MoE layer."""
 
     def __init__(self, workload: Workload, backends: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -41,95 +44,126 @@ class Net(nn.Module):
 def exchange_on_rank(
     path: str, options: Mapping[str, Any], routing: str, shares: list[int], seed: int
 ) -> list[float]:
-    """Return the relative errors of y and of the gradients of x, topk_weights and this rank's up and down weights.
+    """Return the relative errors of an exchange on this rank: y, dx, dweights, dup, ddown.
 
-    Every rank knows all tokens and weights; it exchanges `shares[rank]` tokens of its own, and compares with computing
-    in place.
+    The weight gradients are those of the local experts. Every rank knows all tokens and weights. It
+    exchanges `shares[rank]` tokens, and compares with one process that computes all of them.
     """
     torch.manual_seed(seed)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    workload = Workload(DIM, 12, EXPERTS, 2, dtype=torch.float64, expert_parallel=ranks)
-    case = make_case(workload, routings(sum(shares), EXPERTS, 2)[routing])
+    rank = dist.get_rank()
+    ranks = dist.get_world_size()
+    workload = _workload(expert_parallel=ranks)
+    case = make_case(workload, routings(sum(shares), EXPERTS, TOP_K)[routing])
     exchange = Backend("under test", path).load()(
         workload, TorchPermutation(workload), dist.group.WORLD, **options
     )
-    each, first = EXPERTS // ranks, sum(shares[:rank])
-    mine, own = slice(first, first + shares[rank]), slice(rank * each, (rank + 1) * each)
-    x, weights = (case.tensors[n].detach()[mine].requires_grad_() for n in ("x", "topk_weights"))
-    up, down = (case.tensors[n].detach()[own].requires_grad_() for n in ("up", "down"))
+    first = sum(shares[:rank])
+    local_tokens = slice(first, first + shares[rank])
+    experts_per_rank = EXPERTS // ranks
+    local_experts = slice(rank * experts_per_rank, (rank + 1) * experts_per_rank)
+
+    # this rank's part, with leaves of its own
+    x, weights = (_leaf(case.tensors[name], local_tokens) for name in ("x", "topk_weights"))
+    up, down = (_leaf(case.tensors[name], local_experts) for name in ("up", "down"))
 
     def compute(
         rows: Tensor, ids: Tensor, gates: Tensor | None, bound: int | None = None
     ) -> Tensor:
         return _oracle.experts(rows, ids, gates, ExpertWeights(up, down), "swiglu")
 
-    y = exchange(x, Routing(case.ids[mine], weights, x.new_zeros(shares[rank], EXPERTS)), compute)
-    got = [y, *torch.autograd.grad(y, [x, weights, up, down], case.dy[mine])]
-    leaves = [case.tensors[n] for n in ("x", "topk_weights", "up", "down")]
-    whole = _oracle.experts(leaves[0], case.ids, leaves[1], case.weights(), "swiglu")
-    dx, dweights, dup, ddown = torch.autograd.grad(whole, leaves, case.dy)
-    want = [whole[mine], dx[mine], dweights[mine], dup[own], ddown[own]]
-    return [
-        float(relative_error(a, b)) if b.numel() else float(a.numel()) for a, b in zip(got, want)
-    ]
+    logits = x.new_zeros(shares[rank], EXPERTS)
+    y = exchange(x, Routing(case.ids[local_tokens], weights, logits), compute)
+    gradients = torch.autograd.grad(y, [x, weights, up, down], case.dy[local_tokens])
+    want = _on_one_process(case, local_tokens, local_experts)
+    return [_error(got, expected) for got, expected in zip([y, *gradients], want)]
 
 
-class Laid(NamedTuple):
-    """What a strategy made of a model, beside one process: relative errors, and what all ranks must agree on."""
+def _leaf(tensor: Tensor, part: slice) -> Tensor:
+    return tensor.detach()[part].requires_grad_()
 
-    data: tuple[int, int]
-    gradients: float  # the worst of all parameters
+
+def _on_one_process(case: Case, tokens: slice, experts: slice) -> list[Tensor]:
+    """Compute the whole case; return y, dx, dweights, dup and ddown of one rank's part."""
+    leaves = [case.tensors[name] for name in ("x", "topk_weights", "up", "down")]
+    y = _oracle.experts(leaves[0], case.ids, leaves[1], case.weights(), "swiglu")
+    dx, dweights, dup, ddown = torch.autograd.grad(y, leaves, case.dy)
+    return [y[tokens], dx[tokens], dweights[tokens], dup[experts], ddown[experts]]
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    """Return the relative error; for an empty `want`, the number of elements of `got`."""
+    return float(relative_error(got, want)) if want.numel() else float(got.numel())
+
+
+class StrategyErrors(NamedTuple):
+    """How a strategy on this rank differs from one process: relative errors."""
+
+    data: tuple[int, int]  # the strategy's (rank, size)
+    gradients: float  # the maximum over all parameters
     norm: float
     clipped: float
     reduced: float
-    held: int  # numbers that this rank holds
+    held: int  # number of parameter elements on this rank
 
 
 def strategy_on_rank(
     path: str, options: Mapping[str, Any], expert_parallel: int, case: str, seed: int
-) -> Laid | str:
-    """Lay a model out, run this rank's share of a batch, clip; or return why the strategy is unusable.
+) -> StrategyErrors | str:
+    """Train a sharded model on this rank's tokens, and compare it with one process.
 
     `case` is "even", "idle" (the last rank has no tokens) or "frozen" (experts are not trained).
+    Returns the reason instead if the strategy is unusable.
     """
     torch.manual_seed(seed)
     strategy = Backend("under test", path).load()(device="cpu", **options)
-    rank, ranks = strategy.data
     tokens = torch.randn(12, DIM, dtype=torch.float64)
-    alone = _laid_out(SingleStrategy(), 1, case, seed)
     with torch.device("meta"):
         reason = strategy.unusable(Net(_workload(expert_parallel)))
     if reason is not None:
         return str(reason)
+    single = _laid_out(SingleStrategy(), 1, case, seed)
     model = _laid_out(strategy, expert_parallel, case, seed)
     held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
-    alone(tokens).square().sum().backward()
-    busy = ranks - (case == "idle" and ranks > 1)
-    shares = (*tokens.tensor_split(busy), tokens[:0])
-    model(shares[rank]).square().sum().backward()
-    pairs = list(zip(_gradients(model), _gradients(alone)))
-    want = torch.cat([b.flatten() for _, b in pairs]).norm()
-    errors = [float(relative_error(a, b)) for a, b in pairs]
-    norm = float(relative_error(strategy.clip(model, float(want) / 2).cpu(), want))
-    clipped = torch.cat([g.flatten() for g in _gradients(model)]).norm()
-    total = strategy.reduce(torch.tensor([float(rank + 1), 1.0]))
-    summed = torch.tensor([ranks * (ranks + 1) / 2, float(ranks)])
-    return Laid(
-        (rank, ranks),
-        max(errors),
-        norm,
-        abs(float(clipped / want) - 0.5),
-        float((total - summed).abs().max()) if total.shape == summed.shape else math.inf,
-        held,
+    single(tokens).square().sum().backward()
+    model(_local_tokens(tokens, strategy.data, case)).square().sum().backward()
+
+    want = _gradients(single)
+    want_norm = torch.cat([gradient.flatten() for gradient in want]).norm()
+    errors = [float(relative_error(got, b)) for got, b in zip(_gradients(model), want)]
+    norm = strategy.clip(model, float(want_norm) / 2).cpu()
+    clipped_norm = torch.cat([gradient.flatten() for gradient in _gradients(model)]).norm()
+    return StrategyErrors(
+        data=strategy.data,
+        gradients=max(errors),
+        norm=float(relative_error(norm, want_norm)),
+        clipped=abs(float(clipped_norm / want_norm) - 0.5),
+        reduced=_reduce_error(strategy),
+        held=held,
     )
 
 
+def _local_tokens(tokens: Tensor, data: tuple[int, int], case: str) -> Tensor:
+    rank, ranks = data
+    busy = ranks - 1 if case == "idle" and ranks > 1 else ranks
+    shares = (*tokens.tensor_split(busy), tokens[:0])
+    return shares[rank]
+
+
+def _reduce_error(strategy: Any) -> float:
+    rank, ranks = strategy.data
+    total = strategy.reduce(torch.tensor([float(rank + 1), 1.0]))
+    want = torch.tensor([ranks * (ranks + 1) / 2, float(ranks)])
+    return float((total - want).abs().max()) if total.shape == want.shape else math.inf
+
+
 def _workload(expert_parallel: int) -> Workload:
-    return Workload(DIM, 12, EXPERTS, 2, dtype=torch.float64, expert_parallel=expert_parallel)
+    return Workload(
+        DIM, FFN_DIM, EXPERTS, TOP_K, dtype=torch.float64, expert_parallel=expert_parallel
+    )
 
 
 def _laid_out(strategy: Any, expert_parallel: int, case: str, seed: int) -> nn.Module:
-    """Lay out a model, and initialize it from the seed."""
+    """Return a sharded model. Its full parameters depend on `seed` alone, not on the strategy."""
     with torch.device("meta"):
         model: nn.Module = Net(_workload(expert_parallel))
     for moe in moe_layers(model) if case == "frozen" else ():
@@ -141,11 +175,11 @@ def _laid_out(strategy: Any, expert_parallel: int, case: str, seed: int) -> nn.M
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """Draw every parameter from the seed alone: each shard is cut from the whole parameter."""
+    """Initialise all parameters from `seed`, with the same values for every strategy."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        whole = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4
-        _fill(parameter, whole)
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4
+        _fill(parameter, values)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -153,17 +187,17 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def _fill(parameter: Tensor, whole: Tensor) -> None:
+def _fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy values into a parameter, or its local part into a DTensor."""
     if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
+        parameter.copy_(values)
     elif parameter.to_local().numel():
-        (chunk,) = (
-            parameter.__create_chunk_list__()
-        )  # how torch's checkpoints ask a shard where it lies
-        parameter.to_local().copy_(
-            whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes))]
-        )
+        # torch's checkpoints find the position of a shard in this way
+        (chunk,) = parameter.__create_chunk_list__()
+        bounds = zip(chunk.offsets, chunk.sizes)
+        parameter.to_local().copy_(values[tuple(slice(o, o + size) for o, size in bounds)])
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
+    """Return copies of all gradients, gathered from their shards."""
     return [full(p.grad) for p in model.parameters() if p.grad is not None]

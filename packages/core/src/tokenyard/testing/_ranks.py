@@ -1,6 +1,6 @@
-"""Several processes on one machine that run functions together, for tests of what needs ranks.
+"""Local worker processes for tests over several ranks.
 
-They are started once and serve many cases, since starting them takes longer than most cases.
+Tests share the processes, because starting them takes longer than most tests.
 """
 
 from __future__ import annotations
@@ -20,43 +20,48 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-_START = 120.0  # seconds that the processes have to start and meet
+_START = 120.0  # timeout in seconds for the start of all processes and of their group
 
 
 class RanksError(RuntimeError):
-    """A rank raised, died, or did not answer in time; what each of them said follows."""
+    """A rank raised, died, or timed out. The message holds the traceback of each such rank."""
 
 
 class Ranks:
-    """`size` processes in one group, by gloo on the CPU, or by NCCL with a GPU each.
+    """A process group of `size` local processes: gloo on the CPU, or NCCL with one GPU each.
 
-    `timeout` is how many seconds a collective, and a case, may take.
+    `timeout` is the limit of a collective and of a call, in seconds.
     """
 
     def __init__(self, size: int, device: str = "cpu", timeout: float = 120.0):
-        self.size, self.timeout, self.closed = size, timeout, False
+        self.size = size
+        self.timeout = timeout
+        self.closed = False
         context = get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(size)]
-        self._ends = [ours for ours, _ in pipes]
+        self._connections = [parent for parent, _ in pipes]
         store = str(Path(self._folder.name) / "store")
         self._processes = [
             context.Process(
-                target=_serve, args=(rank, size, device, store, theirs, timeout), daemon=True
+                target=_serve, args=(rank, size, device, store, child, timeout), daemon=True
             )
-            for rank, (_, theirs) in enumerate(pipes)
+            for rank, (_, child) in enumerate(pipes)
         ]
-        for process, (_, theirs) in zip(self._processes, pipes):
+        for process, (_, child) in zip(self._processes, pipes):
             process.start()
-            theirs.close()  # so that its death is heard here
+            child.close()  # so that recv() raises EOFError if the process dies
         self._collect(_START)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call a function of a module on every rank; return what each returned. After a RanksError it is closed."""
+        """Call a module's function on every rank; return the results by rank.
+
+        Raises RanksError if a rank fails; all processes are then stopped.
+        """
         code = function.__code__
-        for end in self._ends:
-            end.send((function.__module__, code.co_filename, function.__name__))
-            end.send_bytes(pickle.dumps(args))
+        for connection in self._connections:
+            connection.send((function.__module__, code.co_filename, function.__name__))
+            connection.send_bytes(pickle.dumps(args))
         return self._collect(self.timeout + 10)
 
     def close(self) -> None:
@@ -68,39 +73,44 @@ class Ranks:
         self._folder.cleanup()
 
     def _collect(self, seconds: float) -> list[Any]:
-        answers = [_answer(end, seconds) for end in self._ends]
-        faults = [f"rank {rank}: {said}" for rank, (good, said) in enumerate(answers) if not good]
-        if faults:
+        answers = [_receive(connection, seconds) for connection in self._connections]
+        errors = [f"rank {rank}: {error}" for rank, (ok, error) in enumerate(answers) if not ok]
+        if errors:
             self.close()
             self.closed = True
-            raise RanksError("\n".join(faults))
-        return [said for _, said in answers]
+            raise RanksError("\n".join(errors))
+        return [result for _, result in answers]
 
 
 _SHARED: dict[tuple[int, str], Ranks] = {}
-"""Processes take seconds to start, so the tests of a session have them in common."""
+"""(size, device) -> the processes that all tests of a session share."""
 
 
 def ranks(size: int, device: str = "cpu") -> Ranks:
-    """Return the processes that all tests of so many ranks share."""
-    made = _SHARED.get((size, device))
-    if made is None or made.closed:
-        made = _SHARED[size, device] = Ranks(size, device)
-        atexit.register(made.close)
-    return made
+    """Return the shared processes for `size` ranks. Starts them if needed."""
+    group = _SHARED.get((size, device))
+    if group is None or group.closed:
+        group = Ranks(size, device)
+        _SHARED[size, device] = group
+        atexit.register(group.close)
+    return group
 
 
-def _answer(end: Connection, seconds: float) -> tuple[bool, Any]:
-    if not end.poll(seconds):
+def _receive(connection: Connection, seconds: float) -> tuple[bool, Any]:
+    """Return (True, result) or (False, error) of one rank."""
+    if not connection.poll(seconds):
         return False, f"no answer in {seconds:.0f} s"
     try:
-        good, said = end.recv()
+        ok, result = connection.recv()
     except (EOFError, ConnectionResetError):
         return False, "died"
-    return good, said
+    return ok, result
 
 
-def _serve(rank: int, size: int, device: str, store: str, end: Connection, timeout: float) -> None:
+def _serve(
+    rank: int, size: int, device: str, store: str, connection: Connection, timeout: float
+) -> None:
+    """Join the process group, then run the functions that the parent sends until it closes."""
     import torch
     import torch.distributed as dist
 
@@ -120,21 +130,22 @@ def _serve(rank: int, size: int, device: str, store: str, end: Connection, timeo
         world_size=size,
         timeout=timedelta(seconds=timeout),
     )
-    end.send((True, None))
+    connection.send((True, None))
     while True:
         try:
-            where = end.recv()
+            location = connection.recv()
         except EOFError:
             return
         try:
-            function = _load(*where)
-            end.send((True, function(*pickle.loads(end.recv_bytes()))))  # noqa: S301 (our own process sent it)
+            function = _load(*location)
+            args = pickle.loads(connection.recv_bytes())  # noqa: S301 (from our parent process)
+            connection.send((True, function(*args)))
         except BaseException:
-            end.send((False, traceback.format_exc()))
+            connection.send((False, traceback.format_exc()))
 
 
 def _load(module: str, path: str, name: str) -> Callable[..., Any]:
-    """Return a function of a module, which is imported from its file if it has no place on the path."""
+    """Return a function of a module. Imports the file `path` if the module cannot be found."""
     if module not in sys.modules:
         try:
             importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""The definition of the top-k router's selection and weights, token by token in plain Python."""
+"""The reference implementation of the top-k router, token by token in plain Python."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ from tokenyard.workload import RoutingRule
 
 
 def scores(logits: Tensor, rule: RoutingRule) -> Tensor:
-    """Return the scores [T, E] of logits."""
+    """Return the scores [T, E] of logits [T, E]."""
     return 1 / (1 + torch.exp(-logits)) if rule.score == "sigmoid" else torch.softmax(logits, -1)
 
 
 def select(logits: Tensor, bias: Tensor | None, rule: RoutingRule, top_k: int) -> list[list[int]]:
-    """Return each token's K experts, best first; equal scores lowest id first."""
-    by = (
-        logits
-        if rule.select_first
-        else (logits.sigmoid() if rule.score == "sigmoid" else logits.softmax(-1))
-    )
-    by = by if bias is None else by + bias
-    return [_select_one(row, rule, top_k) for row in by.tolist()]
+    """Return the K experts of each token, best first; equal scores lowest id first."""
+    if rule.select_first:
+        ranking = logits
+    elif rule.score == "sigmoid":
+        ranking = logits.sigmoid()
+    else:
+        ranking = logits.softmax(-1)
+    if bias is not None:
+        ranking = ranking + bias
+    return [_select_one(row, rule, top_k) for row in ranking.tolist()]
 
 
 def within_capacity(
     chosen: list[list[int]], rule: RoutingRule, num_experts: int
 ) -> list[list[int]]:
-    """Return the ids with ``E + 1 + e`` for every slot that expert e has no room for, first come first served."""
+    """Return the ids with ``E + 1 + e`` for each slot that exceeds expert e's capacity.
+
+    Earlier tokens have priority.
+    """
     if rule.capacity_factor is None:
         return chosen
     slots = sum(len(row) for row in chosen)
@@ -43,12 +48,11 @@ def within_capacity(
 
 
 def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
-    """Return the weights [T, K] of chosen experts."""
-    weights = (
-        torch.softmax(logits.gather(1, ids), -1)
-        if rule.select_first
-        else scores(logits, rule).gather(1, ids)
-    )
+    """Return the weights [T, K] of the experts ids [T, K]."""
+    if rule.select_first:
+        weights = torch.softmax(logits.gather(1, ids), -1)
+    else:
+        weights = scores(logits, rule).gather(1, ids)
     if rule.normalize is not None:
         weights = weights / (weights**rule.normalize).sum(1, keepdim=True) ** (1 / rule.normalize)
     return weights * rule.scale
@@ -57,7 +61,10 @@ def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
 def results(
     routing: Routing, x: Tensor, weight: Tensor, gradients: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Return weights and logits of a routing, and the gradients of x and weight by those of both."""
+    """Return a routing's weights and logits, and the gradients of x and weight.
+
+    `gradients` are those of topk_weights [T, K] and logits [T, E].
+    """
     outputs = [routing.topk_weights, routing.logits]
     dx, dweight = torch.autograd.grad(outputs, [x, weight], gradients)
     return {
@@ -76,7 +83,7 @@ def plain(
     gradients: list[Tensor],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Return the results of chosen experts, computed by plain torch code in a dtype."""
+    """Return the results of plain torch code in `dtype` for the experts ids [T, K]."""
     x, weight = (t.to(dtype).requires_grad_() for t in (x, weight))
     logits = x.to(logits_dtype(dtype)) @ weight.to(logits_dtype(dtype)).T
     routing = Routing(ids, weigh(logits, ids, rule), logits)
@@ -84,6 +91,7 @@ def plain(
 
 
 def _select_one(row: list[float], rule: RoutingRule, top_k: int) -> list[int]:
+    """Return the experts of one token for its scores `row`."""
     size = len(row) // rule.num_groups
     groups = [row[g * size : (g + 1) * size] for g in range(rule.num_groups)]
     best = 2 if rule.group_score == "top2" else 1

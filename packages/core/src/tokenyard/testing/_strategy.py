@@ -1,4 +1,4 @@
-"""Standard tests of strategies, in one process and over two."""
+"""Standard tests of strategies, in one process and over two ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenyard.backend import Kind
 from tokenyard.numerics import relative_error
@@ -18,12 +18,15 @@ from tokenyard.workload import Workload
 
 
 class StrategyConformance(Conformance):
-    """What every strategy must do on one process, and one that is for several on two."""
+    """Standard tests of every strategy; one for several processes is also tested on two ranks."""
 
     kind: ClassVar[Kind] = "strategy"
 
     def test_lays_out_a_meta_model(self) -> None:
-        """A model on the meta device becomes an allocated one that trains."""
+        """A model of the meta device stays there in `layout`, and trains after `to_empty`.
+
+        If this fails, `layout` allocates parameters, or detaches them from the model.
+        """
         strategy = self._strategy()
         model = self._laid_out(strategy)
         assert all(not p.is_meta for p in model.parameters())
@@ -32,7 +35,7 @@ class StrategyConformance(Conformance):
         assert all(p.grad is not None for p in model.parameters())
 
     def test_data_rank(self) -> None:
-        """One process reads all the data, and sums over itself."""
+        """In one process, `data` is (0, 1) and `reduce` returns its input."""
         strategy = self._strategy()
         rank, size = strategy.data
         assert (rank, size) == (0, 1)
@@ -40,40 +43,41 @@ class StrategyConformance(Conformance):
         assert torch.equal(strategy.reduce(x.clone()), x)
 
     def test_clips_by_the_global_norm(self) -> None:
-        """The norm returned is that of all gradients before; afterwards they have the one asked for, or their own."""
+        """`clip` returns the global norm of all gradients, and scales them to `max_norm`.
+
+        If this fails, `clip` misses parameters, or returns the norm after scaling.
+        """
         strategy = self._strategy()
-        for max_norm, share in ((0.5, 0.5), (math.inf, None)):
+        for max_norm in (0.5, math.inf):
             model = self._laid_out(strategy)
             model(torch.randn(64, 8, device=self.run_device())).square().sum().backward()
-            before = (
-                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-                .double()
-                .norm()
-            )
+            norm_before = _gradient_norm(model)
             norm = strategy.clip(model, max_norm)
-            after = (
-                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-                .double()
-                .norm()
-            )
-            assert relative_error(norm, before) < 1e-5
-            assert relative_error(after, before if share is None else torch.tensor(share)) < 1e-4
+            want = torch.tensor(max_norm) if math.isfinite(max_norm) else norm_before
+            assert relative_error(norm, norm_before) < 1e-5
+            assert relative_error(_gradient_norm(model), want) < 1e-4
 
     @pytest.mark.parametrize("case", ["even", "idle", "frozen"])
     @pytest.mark.parametrize("expert_parallel", [1, 2])
     def test_equals_one_process_over_two(self, expert_parallel: int, case: str) -> None:
-        """Gradients, their norm and its clipping, in float64, by gloo; each rank reads other data, or none."""
+        """Over two ranks (gloo, float64), gradients, norm and clipping equal those of one process.
+
+        Each rank has other tokens, or none ("idle"). If only "idle" fails, a rank without tokens
+        skips a collective. If only "frozen" fails, the strategy expects a gradient for every
+        parameter.
+        """
         seed = int(torch.randint(1 << 30, ()).item())
-        path, options = self.offered().path, dict(self.options)
-        found = ranks(2).run(strategy_on_rank, path, options, expert_parallel, case, seed)
-        if isinstance(found[0], str):
-            pytest.skip(f"{self.backend}: {found[0]}")
-        if found[0].data == (0, 1):
+        options = dict(self.options)
+        arguments = (self.offered().path, options, expert_parallel, case, seed)
+        results = ranks(2).run(strategy_on_rank, *arguments)
+        if isinstance(results[0], str):
+            pytest.skip(f"{self.backend}: {results[0]}")
+        if results[0].data == (0, 1):
             pytest.skip(f"{self.backend}: is for one process")
-        assert [laid.data for laid in found] == [(0, 2), (1, 2)]
-        for laid in found:
-            assert max(laid.gradients, laid.norm, laid.reduced) < 1e-12, laid
-            assert laid.clipped < 1e-5, laid  # torch adds 1e-6 to the norm that it divides by
+        assert [result.data for result in results] == [(0, 2), (1, 2)]
+        for result in results:
+            assert max(result.gradients, result.norm, result.reduced) < 1e-12, result
+            assert result.clipped < 1e-5, result  # torch divides by the norm plus 1e-6
 
     def _strategy(self) -> Any:
         return self.construct(device=self.run_device())
@@ -90,3 +94,8 @@ class StrategyConformance(Conformance):
         for parameter in model.parameters():
             nn.init.normal_(parameter)
         return model
+
+
+def _gradient_norm(model: nn.Module) -> Tensor:
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat(gradients).double().norm()
