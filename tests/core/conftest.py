@@ -12,7 +12,8 @@ from tokenyard import Backend, hookimpl
 
 @hookimpl
 def tokenyard_experts():
-    return [Backend({name!r}, "tokenyard.experts:TorchExperts", {priority}, lambda workload: {reason!r})]
+    path = "tokenyard.experts:TorchExperts"
+    return [Backend({name!r}, path, {priority}, lambda workload: {reason!r})]
 """
 
 Install = Callable[..., None]
@@ -20,19 +21,20 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Install a plugin distribution onto the import path: one module, its metadata and its entry point."""
+    """Write a plugin distribution onto the import path: module, metadata and entry point."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def install(
         distribution: str, source: str, requires: str = "tokenyard-core", entry: str = "plugin"
     ) -> None:
         module = distribution.replace("-", "_") + "_plugin"
-        monkeypatch.delitem(sys.modules, module, raising=False)  # an earlier test's
+        monkeypatch.delitem(sys.modules, module, raising=False)  # of an earlier test
         (tmp_path / f"{module}.py").write_text(source)
         info = tmp_path / f"{distribution.replace('-', '_')}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\nRequires-Dist: {requires}\n"
+            "Metadata-Version: 2.1\n"
+            f"Name: {distribution}\nVersion: 1.0\nRequires-Dist: {requires}\n"
         )
         (info / "entry_points.txt").write_text(f"[tokenyard]\n{entry} = {module}\n")
 
@@ -53,5 +55,5 @@ def offer(install: Install) -> Install:
 
 @pytest.fixture
 def registry() -> Callable[[], Registry]:
-    """Look for plugins anew, as a fresh process would."""
+    """Discover plugins again, as a new process would."""
     return lambda: Registry(*installed_plugins())

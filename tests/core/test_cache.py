@@ -1,4 +1,4 @@
-"""Where compiled and tuned things are kept."""
+"""The cache folder."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from tokenyard import cache_folder
 
 
-def test_it_is_where_the_environment_says_or_at_home(monkeypatch, tmp_path):
+def test_the_environment_overrides_the_folder_in_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("TOKENYARD_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
     monkeypatch.setenv("TOKENYARD_CACHE", "")
@@ -16,7 +16,7 @@ def test_it_is_where_the_environment_says_or_at_home(monkeypatch, tmp_path):
     assert cache_folder() == Path.home() / ".cache" / "tokenyard"
 
 
-def test_without_a_home_nothing_can_be_kept(monkeypatch):
+def test_without_a_home_directory_the_folder_cannot_be_created(monkeypatch):
     monkeypatch.setenv("TOKENYARD_CACHE", "~nobody-of-this-name/cache")
     with pytest.raises(OSError, match="Not a directory"):
         cache_folder().mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Core's own backends pass the kit that it asks of others; on a GPU those that run there, once more."""
+"""Core's own backends pass the conformance kit, on the CPU and on a GPU."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A resolved device always names its card."""
+"""A resolved GPU always has an index."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def two_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "card"),
+    ("name", "device"),
     [
         ("auto", "cuda:0"),
         ("cuda", "cuda:0"),
@@ -25,22 +25,22 @@ def two_gpus(monkeypatch):
         ("cpu", "cpu"),
     ],
 )
-def test_every_name_becomes_one_card(two_gpus, name, card):
-    assert str(resolve_device(name)) == card
-    assert str(resolve_device(torch.device(card))) == card
+def test_every_name_resolves_to_one_device(two_gpus, name, device):
+    assert str(resolve_device(name)) == device
+    assert str(resolve_device(torch.device(device))) == device
     if name != "auto":
-        assert str(Workload(8, 8, 2, 1, device=name).device) == card
+        assert str(Workload(8, 8, 2, 1, device=name).device) == device
 
 
-def test_a_rank_takes_the_card_of_its_number(two_gpus, monkeypatch):
+def test_the_default_gpu_of_a_rank_is_local_rank(two_gpus, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert str(resolve_device("auto")) == "cuda:1"
     assert str(resolve_device("cuda:0")) == "cuda:0"
 
 
-def test_a_rank_that_sees_only_its_own_card_takes_that(two_gpus, monkeypatch):
-    """Slurm and one CUDA_VISIBLE_DEVICES a rank: its number says nothing here."""
+def test_a_rank_that_sees_one_gpu_uses_it(two_gpus, monkeypatch):
+    """With one CUDA_VISIBLE_DEVICES per rank, as in Slurm, LOCAL_RANK is no index."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -48,18 +48,18 @@ def test_a_rank_that_sees_only_its_own_card_takes_that(two_gpus, monkeypatch):
     assert str(Workload(8, 8, 2, 1, device="cuda").device) == "cuda:0"
 
 
-def test_a_workload_s_device_is_what_tensors_report():
-    """Which for a processor has no index."""
+def test_the_device_of_a_workload_is_that_of_its_tensors():
+    """The CPU has no index."""
     assert Workload(8, 8, 2, 1, device="cpu:0").device == torch.zeros(1, device="cpu:0").device
 
 
-def test_torch_s_current_card_counts_where_there_is_one(two_gpus, monkeypatch):
+def test_the_default_index_is_that_of_the_current_device(two_gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert str(with_index("cuda")) == "cuda:1"
 
 
-def test_wrong_names_are_one_sentence(two_gpus, monkeypatch):
+def test_wrong_names_are_refused(two_gpus, monkeypatch):
     for name in ("tpu", "cuda:x", "meta", "cpu:1", "cuda:256"):
         with pytest.raises(
             ConfigError, match=f"--device is '{name}'; give cpu, cuda, cuda:N or auto"
@@ -76,9 +76,8 @@ def test_wrong_names_are_one_sentence(two_gpus, monkeypatch):
         resolve_device("cuda")
 
 
-def test_without_a_gpu_auto_is_the_processor(monkeypatch):
+def test_without_a_gpu_auto_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert str(resolve_device("auto")) == "cpu"
-    assert (
-        Workload(8, 8, 2, 1, device="cuda", capability=(9, 0)).device.index == 0
-    )  # planned for, on a laptop
+    planned = Workload(8, 8, 2, 1, device="cuda", capability=(9, 0))  # for another machine
+    assert planned.device.index == 0

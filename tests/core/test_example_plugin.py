@@ -1,19 +1,19 @@
-"""A third party's plugin, installed for real from its own project: chosen by config and environment, and proven."""
+"""A third-party plugin, installed with pip, is selectable by config and environment."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[1] / "example_plugin"
-ASK = """
+PRINT_CHOICE = """
 from tokenyard import MoE, Workload
 moe = MoE(Workload(8, 8, 4, 2), backends={backends})
 print(moe.chosen["experts"].backend.name, type(moe.experts.kernel).__module__)
 """
 
 
-def ask(environment: dict[str, str], backends: dict | None) -> str:
-    code = ASK.format(backends=backends)
+def choose(environment: dict[str, str], backends: dict | None) -> str:
+    code = PRINT_CHOICE.format(backends=backends)
     return subprocess.run(
         [sys.executable, "-c", code],
         env=environment,
@@ -26,15 +26,16 @@ def ask(environment: dict[str, str], backends: dict | None) -> str:
 
 def test_config_selects_it(example_plugin):
     request = {"experts": {"name": "acme", "chunk": 2}}
-    assert ask(example_plugin, request) == "acme acme_experts.kernel"
+    assert choose(example_plugin, request) == "acme acme_experts.kernel"
 
 
 def test_environment_selects_it(example_plugin):
-    assert ask(example_plugin | {"TOKENYARD_EXPERTS": "acme"}, None) == "acme acme_experts.kernel"
+    environment = example_plugin | {"TOKENYARD_EXPERTS": "acme"}
+    assert choose(environment, None) == "acme acme_experts.kernel"
 
 
-def test_auto_leaves_it_to_those_who_ask(example_plugin):
-    assert ask(example_plugin, None) == "cpu tokenyard.experts._cpu"
+def test_auto_does_not_select_it(example_plugin):
+    assert choose(example_plugin, None) == "cpu tokenyard.experts._cpu"
 
 
 def test_the_table_shows_it(example_plugin):

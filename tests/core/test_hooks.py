@@ -1,4 +1,4 @@
-"""Every hook works from a plugin, and says in its docstring what it is for."""
+"""Every hook works in a plugin, and has a docstring."""
 
 import inspect
 
@@ -10,13 +10,13 @@ from tokenyard.registry._registry import HOOKS
 SPECS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("tokenyard_")}
 
 
-def test_every_kind_has_a_hook_and_every_hook_a_kind():
+def test_kinds_and_hooks_correspond():
     assert set(HOOKS) == set(KINDS)
     assert set(HOOKS.values()) == set(SPECS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hook_brings_its_backend(kind, install, registry):
+def test_a_plugin_offers_a_backend_by_its_hook(kind, install, registry):
     install(
         "one-plugin",
         "from tokenyard import Backend, hookimpl\n"

@@ -1,4 +1,4 @@
-"""Who imports whom: packages meet through the registry, and core stays light."""
+"""Imports between packages: only core is imported by others, and core imports little."""
 
 import ast
 import subprocess
@@ -31,7 +31,7 @@ def test_packages_import_core_and_never_each_other(folder):
     breaches = {
         path.name: imports(path) & others for path in (PACKAGES / folder / "src").rglob("*.py")
     }
-    assert not {name: found for name, found in breaches.items() if found}
+    assert not {name: modules for name, modules in breaches.items() if modules}
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def test_packages_import_core_and_never_each_other(folder):
 )
 def test_core_imports_only_what_it_declares(package, libraries):
     allowed = set(sys.stdlib_module_names) | {package} | libraries
-    found = {
+    undeclared = {
         path.name: imports(path) - allowed
         for path in (PACKAGES / "core" / "src" / package).rglob("*.py")
     }
-    assert not {name: extra for name, extra in found.items() if extra}
+    assert not {name: modules for name, modules in undeclared.items() if modules}
 
 
 def test_only_the_kit_imports_pytest():
@@ -66,11 +66,16 @@ def run(code: str) -> None:
 
 def test_importing_core_and_building_a_layer_loads_neither_triton_nor_another_package():
     others = ", ".join(repr(name) for name in {*OURS.values(), "triton", "pydantic"} - {CORE})
-    run(f"import sys, tokenyard; found = {{{others}}} & set(sys.modules); assert not found, found")
+    run(
+        "import sys, tokenyard\n"
+        f"loaded = {{{others}}} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
 
 
 def test_the_pytest_plugin_does_not_import_torch():
     run(
         "import sys; from importlib.metadata import entry_points\n"
-        "entry_points(group='pytest11', name='tokenyard')['tokenyard'].load(); assert 'torch' not in sys.modules"
+        "entry_points(group='pytest11', name='tokenyard')['tokenyard'].load()\n"
+        "assert 'torch' not in sys.modules"
     )

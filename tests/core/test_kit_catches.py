@@ -1,4 +1,4 @@
-"""The kit fails backends that are deliberately wrong, and says what is wrong with them."""
+"""The kit fails for deliberately wrong backends, with a message that names the fault."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def conformance(kernel: type) -> ExpertsConformance:
 
 
 def record(name: str, value: object) -> None:
-    """Stand in for pytest's record_property."""
+    """Replace pytest's record_property."""
 
 
 def matches_oracle(kit):
@@ -85,7 +85,7 @@ def test_a_wrong_kernel_fails(kernel, test, complaint):
 
 
 class TestTheGuard:
-    """A standard test stands, unless it is expected to fail for a reason."""
+    """A standard test may only be overridden by an expected failure with a reason."""
 
     def test_overriding_fails(self):
         class Sly(ExpertsConformance):
@@ -104,7 +104,7 @@ class TestTheGuard:
         with pytest.raises(AssertionError, match="test_routings is a standard test"):
             Removed().test_no_standard_test_is_overridden()
 
-    def test_expected_failure_with_a_reason_stands(self):
+    def test_an_expected_failure_with_a_reason_passes(self):
         class Honest(ExpertsConformance):
             @pytest.mark.xfail(reason="sums by atomics")
             def test_same_result_twice(self):
@@ -113,7 +113,7 @@ class TestTheGuard:
         Honest().test_no_standard_test_is_overridden()
 
 
-def test_an_unusable_backend_is_skipped_with_its_own_sentence():
+def test_an_unusable_backend_is_skipped_with_its_reason():
     class Offer:
         @staticmethod
         @hookimpl
@@ -131,7 +131,7 @@ def test_an_unusable_backend_is_skipped_with_its_own_sentence():
 
 
 class TestABackendWithoutBiases:
-    """It is tried on all that is not about biases."""
+    """A backend without biases is tested in all other respects."""
 
     class Kit(ExpertsConformance):
         backend = "plain"
@@ -153,13 +153,13 @@ class TestABackendWithoutBiases:
         with pytest.raises(Exception, match="graph_break"):
             self.Kit().test_compiles_whole(record)
 
-    def test_what_is_about_biases_is_skipped(self):
+    def test_cases_with_biases_are_skipped(self):
         self.Kit().test_one_gradient_alone("up", record)
         with pytest.raises(pytest.skip.Exception, match="plain: 'plain' has no biases"):
             self.Kit().test_one_gradient_alone("up_bias", record)
 
 
-def test_a_backend_that_is_not_installed_fails_with_the_registry_s_sentence():
+def test_a_backend_that_is_not_installed_fails_with_the_error_of_the_registry():
     class Kit(ExpertsConformance):
         backend = "torhc"
 

@@ -1,4 +1,4 @@
-"""Adapters add a product of two thin matrices to each expert's weights, and nothing else is trained."""
+"""Adapters add B A to each expert's weights, and are the only trained parameters."""
 
 import pytest
 import torch
@@ -6,7 +6,11 @@ import torch
 from tokenyard import ConfigError, MoE, Workload, add_lora, merge_lora
 from tokenyard.numerics import relative_error
 
-D, F, E, RANK, ALPHA = 12, 10, 5, 3, 6.0
+D = 12
+F = 10
+E = 5
+RANK = 3
+ALPHA = 6.0
 
 
 @pytest.fixture
@@ -16,7 +20,7 @@ def moe():
 
 
 def adapted(moe, targets=("up", "down")):
-    """Return it with adapters that do something."""
+    """Add adapters whose B is not zero."""
     add_lora(moe, RANK, ALPHA, targets)
     for name, parameter in moe.experts.adapter.named_parameters():
         if name.endswith("_b"):
@@ -35,20 +39,21 @@ def test_a_new_adapter_changes_nothing(moe):
 
 
 @pytest.mark.parametrize("targets", [("up",), ("down",), ("up", "down")], ids=str)
-def test_gradients_are_those_of_the_sum_and_reach_the_adapter_alone(moe, targets):
-    """d B = s dW A^T and d A = s B^T dW, where dW is the gradient of a layer whose weights are the sums."""
-    adapted(moe, targets)
-    adapter, dy = moe.experts.adapter, torch.randn(40, D, dtype=torch.float64)
+def test_only_adapters_get_gradients_and_they_follow_from_those_of_the_weights(moe, targets):
+    """d B = s dW A^T and d A = s B^T dW, where dW is the gradient of the merged weights."""
+    adapter = adapted(moe, targets).experts.adapter
+    dy = torch.randn(40, D, dtype=torch.float64)
     moe(tokens())[0].backward(dy)
     assert {n for n, p in moe.named_parameters() if p.grad is not None} == {
         f"experts.adapter.{target}_{one}" for target in targets for one in "ab"
     }
-    whole = MoE(Workload(D, F, E, 2, dtype=torch.float64), dtype=torch.float64)
+    merged = MoE(Workload(D, F, E, 2, dtype=torch.float64), dtype=torch.float64)
     merge_lora(moe)
-    whole.load_state_dict(moe.state_dict())
-    whole(tokens())[0].backward(dy)
+    merged.load_state_dict(moe.state_dict())
+    merged(tokens())[0].backward(dy)
+    scale = ALPHA / RANK
     for target in targets:
-        dw, scale = getattr(whole.experts, target).grad, ALPHA / RANK
+        dw = getattr(merged.experts, target).grad
         a, b = (getattr(adapter, f"{target}_{one}") for one in "ab")
         assert relative_error(b.grad, scale * dw @ a.mT) < 1e-12
         assert relative_error(a.grad, scale * b.mT @ dw) < 1e-12
@@ -59,7 +64,7 @@ def test_merging_computes_the_same_without_an_adapter(moe):
     merge_lora(moe)
     assert not any("adapter" in name for name, _ in moe.named_parameters())
     assert relative_error(moe(tokens())[0], before) < 1e-12
-    add_lora(moe, RANK, ALPHA)  # and it can be adapted anew
+    add_lora(moe, RANK, ALPHA)  # adapters can be added again
 
 
 def test_mistakes(moe):

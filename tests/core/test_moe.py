@@ -25,7 +25,10 @@ from tokenyard.numerics import relative_error
 from tokenyard.registry import installed_plugins
 from tokenyard.testing._oracle import experts as oracle
 
-D, F_, E, K = 16, 24, 6, 2
+D = 16
+F_ = 24
+E = 6
+K = 2
 
 
 def layer(rule: RoutingRule | None = None, **kwargs) -> MoE:
@@ -40,29 +43,33 @@ def tokens(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, D, dtype=torch.float64)
 
 
-def test_output_and_gradients_equal_the_published_equation():
-    moe, x = layer(RoutingRule(normalize=1)), tokens(50).requires_grad_()
+def test_output_and_gradients_equal_the_equation():
+    moe = layer(RoutingRule(normalize=1))
+    x = tokens(50).requires_grad_()
     weights = ExpertWeights(moe.experts.up, moe.experts.down)
     probs = (x @ moe.router.weight.T).softmax(-1)
     top, ids = probs.topk(K)
     want = oracle(x, ids, top / top.sum(1, keepdim=True), weights, "swiglu")
     got, routing = moe(x)
     assert torch.equal(routing.topk_ids.long(), ids)
-    leaves, dy = [x, *moe.parameters()], torch.randn_like(want)
+    leaves = [x, *moe.parameters()]
+    dy = torch.randn_like(want)
     for a, b in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy)):
         assert relative_error(a, b) < 1e-13
     assert relative_error(got, want) < 1e-13
 
 
 def test_any_leading_shape():
-    moe, x = layer(), tokens(3, 7)
+    moe = layer()
+    x = tokens(3, 7)
     assert torch.equal(moe(x)[0], moe(x.view(21, D))[0].view(3, 7, D))
     assert moe(tokens(0))[0].shape == (0, D)
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 def test_shared_expert_and_output_bias(weighted):
-    moe, x = layer(shared_dim=10, shared_weighted_sum=weighted, output_bias=True), tokens(9)
+    moe = layer(shared_dim=10, shared_weighted_sum=weighted, output_bias=True)
+    x = tokens(9)
     nn.init.normal_(moe.bias)
     gate, up = F.linear(x, moe.shared.up).chunk(2, -1)
     shared = F.linear(F.silu(gate) * up, moe.shared.down)
@@ -71,8 +78,9 @@ def test_shared_expert_and_output_bias(weighted):
     assert relative_error(moe(x)[0], want + moe.bias) < 1e-14
 
 
-def test_given_ids_override_the_selection():
-    moe, x = layer(), tokens(12)
+def test_ids_override_the_selection():
+    moe = layer()
+    x = tokens(12)
     forced = torch.arange(12).unsqueeze(1).add(torch.arange(K)).remainder(E)
     y, routing = moe(x, forced)
     want = oracle(
@@ -87,15 +95,17 @@ def test_given_ids_override_the_selection():
 
 
 def test_dropped_slots_add_nothing():
-    moe, x = layer(RoutingRule(capacity_factor=0.5)), tokens(30)
+    moe = layer(RoutingRule(capacity_factor=0.5))
+    x = tokens(30)
     y, routing = moe(x)
     dropped = (routing.topk_ids >= E).all(1)
     assert dropped.any()
     assert not y[dropped].any()
 
 
-def test_backends_share_one_state_dict_and_one_result():
-    first, x = layer(), tokens(20)
+def test_backends_have_the_same_state_dict_and_result():
+    first = layer()
+    x = tokens(20)
     for name in ("cpu", "torch", "loop"):
         moe = layer(backends={"experts": name})
         moe.load_state_dict(first.state_dict())
@@ -104,7 +114,8 @@ def test_backends_share_one_state_dict_and_one_result():
 
 
 def test_loop_has_second_derivatives():
-    moe, x = layer(backends={"experts": "loop"}), tokens(4).requires_grad_()
+    moe = layer(backends={"experts": "loop"})
+    x = tokens(4).requires_grad_()
     ids = moe.router(x).topk_ids
     assert torch.autograd.gradgradcheck(lambda x: moe(x, ids)[0], (x,))
 
@@ -116,7 +127,8 @@ def test_loop_has_second_derivatives():
 )
 def test_compiles_whole(rule):
     torch.compiler.reset()
-    moe, x = layer(rule, shared_dim=8, output_bias=True), tokens(2, 11)
+    moe = layer(rule, shared_dim=8, output_bias=True)
+    x = tokens(2, 11)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
     gradients = []
     for run in (moe, compiled):
@@ -131,7 +143,8 @@ def test_compiles_whole(rule):
 
 
 def test_autocast_computes_in_low_precision_and_keeps_float32_weights():
-    moe, x = MoE(Workload(D, F_, E, K, dtype=torch.bfloat16)), torch.randn(40, D)
+    moe = MoE(Workload(D, F_, E, K, dtype=torch.bfloat16))
+    x = torch.randn(40, D)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, routing = moe(x)
     assert y.dtype == torch.bfloat16
@@ -162,16 +175,16 @@ def test_unknown_part_is_named():
         layer(backends={"expert": "torch"})
 
 
-def test_expert_parallelism_needs_an_exchange_that_moves():
-    alone = Registry(*installed_plugins([distribution("tokenyard-core")]))
+def test_expert_parallelism_needs_an_exchange_over_ranks():
+    core_only = Registry(*installed_plugins([distribution("tokenyard-core")]))
     with pytest.raises(
         BackendError,
         match=r"no exchange backend is usable here \(local: 'local' keeps tokens on their rank",
     ):
-        MoE(Workload(D, F_, E, K, expert_parallel=2), registry=alone)
+        MoE(Workload(D, F_, E, K, expert_parallel=2), registry=core_only)
 
 
-def test_unknown_router_algorithm_is_nobody_s():
+def test_no_router_supports_an_unknown_algorithm():
     with pytest.raises(
         BackendError,
         match=r"no router backend is usable.*'torch' computes the router algorithm 'topk'",
@@ -222,14 +235,14 @@ def test_shared_width_out_of_range():
         layer(shared_dim=0)
 
 
-def test_preparing_asks_each_part_that_can(monkeypatch):
-    """And whatever goes wrong there is raised."""
-    moe, asked = MoE(Workload(D, F_, E, K)), []
+def test_prepare_calls_each_part_and_raises_its_errors():
+    calls = []
+    moe = MoE(Workload(D, F_, E, K))
     moe.prepare(64)  # core's own parts have nothing to compile
-    moe.router.prepare = lambda tokens: asked.append(("router", tokens))
-    moe.experts.kernel.prepare = lambda tokens: asked.append(("experts", tokens))
+    moe.router.prepare = lambda tokens: calls.append(("router", tokens))
+    moe.experts.kernel.prepare = lambda tokens: calls.append(("experts", tokens))
     moe.prepare(64)
-    assert sorted(asked) == [("experts", 64), ("router", 64)]
+    assert sorted(calls) == [("experts", 64), ("router", 64)]
 
     def broken(tokens):
         raise BackendError("no compiler")
@@ -240,7 +253,7 @@ def test_preparing_asks_each_part_that_can(monkeypatch):
 
 
 def test_a_layer_of_sharded_weights_compiles():
-    """On a mesh of one rank; expert-parallel weights are such DTensors."""
+    """On a mesh of one rank. Expert-parallel weights are such DTensors."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         moe = MoE(Workload(D, F_, E, K))
@@ -258,7 +271,7 @@ def test_a_layer_of_sharded_weights_compiles():
 
 
 @pytest.mark.parametrize("experts", ["torch", "cpu"])
-def test_a_second_derivative_is_refused_with_a_backend_that_has_it(experts):
+def test_a_second_derivative_is_refused_and_the_error_names_a_backend_that_has_it(experts):
     moe = MoE(Workload(D, F_, E, K), backends={"experts": experts})
     x = torch.randn(3, D, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"cannot be differentiated .*; those of 'loop' can"):

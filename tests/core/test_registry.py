@@ -1,4 +1,4 @@
-"""Backends are found, chosen and refused as a user would expect, with sentences that help."""
+"""The registry discovers, chooses and refuses backends, with helpful errors."""
 
 import logging
 from dataclasses import replace
@@ -26,7 +26,7 @@ def test_a_plugin_of_higher_priority_is_taken_by_auto(offer, registry, caplog):
     ]
 
 
-def test_the_environment_comes_before_config_and_config_before_auto(offer, registry, monkeypatch):
+def test_the_environment_overrides_config_and_config_overrides_auto(offer, registry, monkeypatch):
     offer("fast-experts", "fast", priority=5)
     assert registry().choose("experts", "loop", WORKLOAD).backend.name == "loop"
     monkeypatch.setenv("TOKENYARD_EXPERTS", "torch")
@@ -45,7 +45,7 @@ def test_options_in_config_reach_the_constructor_of_the_named_backend_only(regis
     assert registry().choose("experts", request, WORKLOAD).options == {}
 
 
-def test_options_that_the_backend_refuses_are_named(registry):
+def test_rejected_options_are_named(registry):
     chosen = registry().choose("experts", {"name": "torch", "tile": 64}, WORKLOAD)
     with pytest.raises(
         BackendError,
@@ -54,7 +54,7 @@ def test_options_that_the_backend_refuses_are_named(registry):
         chosen.construct(WORKLOAD, None)
 
 
-def test_unknown_backend_is_answered_with_a_suggestion(registry):
+def test_an_unknown_backend_gets_a_suggestion(registry):
     with pytest.raises(
         BackendError,
         match=r"experts backend 'trch' is unknown \(did you mean 'torch'\?\); installed: .*torch",
@@ -64,14 +64,14 @@ def test_unknown_backend_is_answered_with_a_suggestion(registry):
 
 @pytest.fixture
 def extras(monkeypatch):
-    """What the distribution `tokenyard` says where it is installed."""
+    """Replace the entry points of the distribution `tokenyard`."""
     points = {
         "model.dbrx": "models",
         "exchange.all_to_all": "parallel",
         "exchange.all_to_all_tokens": "parallel",
     }
-    found = [EntryPoint(name, extra, _extras.GROUP) for name, extra in points.items()]
-    monkeypatch.setattr(_extras, "entry_points", lambda group: found)
+    entry_points = [EntryPoint(name, extra, _extras.GROUP) for name, extra in points.items()]
+    monkeypatch.setattr(_extras, "entry_points", lambda group: entry_points)
     _extras.provided_by_extras.cache_clear()
     yield
     _extras.provided_by_extras.cache_clear()
@@ -81,17 +81,21 @@ def test_an_unknown_backend_names_the_extra_that_provides_it(extras):
     alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
     with pytest.raises(
         BackendError,
-        match=r"'dbrx' is unknown; installed: none; pip install \"tokenyard\[models\]\" provides 'dbrx'",
+        match=(
+            r"'dbrx' is unknown; installed: none; "
+            r"pip install \"tokenyard\[models\]\" provides 'dbrx'"
+        ),
     ):
         alone.choose("model", "dbrx")
 
 
-def test_auto_that_finds_none_names_the_extra_that_provides_some(extras):
+def test_auto_without_a_usable_backend_names_an_extra(extras):
     alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
     with pytest.raises(BackendError) as refused:
         alone.choose("exchange", "auto", replace(WORKLOAD, expert_parallel=2))
     assert str(refused.value).endswith(
-        "and expert_parallel is 2); pip install \"tokenyard[parallel]\" provides 'all_to_all' and 'all_to_all_tokens'"
+        'and expert_parallel is 2); pip install "tokenyard[parallel]" '
+        "provides 'all_to_all' and 'all_to_all_tokens'"
     )
 
 
@@ -115,21 +119,22 @@ def test_a_request_without_a_name_is_refused(registry):
         registry().choose("experts", {"name": 3}, WORKLOAD)
 
 
-def test_a_plugin_broken_at_import_costs_only_itself(install, registry):
+def test_a_plugin_that_fails_to_import_does_not_affect_others(install, registry):
     install("broken-experts", "import no_such_module_anywhere")
-    found = registry()
-    assert found.choose("experts", "auto", WORKLOAD).backend.name == "cpu"
+    rest = registry()
+    assert rest.choose("experts", "auto", WORKLOAD).backend.name == "cpu"
     with pytest.raises(
         BackendError,
         match=r"broken-experts 1.0 failed to import: ModuleNotFoundError.*no_such_module",
     ):
-        found.choose("experts", "brokn", WORKLOAD)
+        rest.choose("experts", "brokn", WORKLOAD)
 
 
 def test_a_plugin_whose_hook_fails_is_reported(install, registry):
     install(
         "sour-experts",
-        "from tokenyard import hookimpl\n@hookimpl\ndef tokenyard_experts():\n    raise OSError('sour')\n",
+        "from tokenyard import hookimpl\n"
+        "@hookimpl\ndef tokenyard_experts():\n    raise OSError('sour')\n",
     )
     (problem,) = [p for p in registry().problems if p.distribution == "sour-experts"]
     assert (
@@ -153,7 +158,7 @@ def test_a_plugin_for_another_core_is_not_imported(install, registry):
     install("old-experts", "raise SystemExit('imported')", requires="tokenyard-core<0.1")
     (problem,) = [p for p in registry().problems if p.distribution == "old-experts"]
     assert problem.reason.startswith(
-        f"old-experts 1.0 was written for tokenyard-core <0.1, but {__version__} is installed; install"
+        f"old-experts 1.0 was written for tokenyard-core <0.1, but {__version__} is installed; "
     )
 
 
@@ -173,7 +178,7 @@ def test_two_plugins_with_one_entry_name_both_count(offer, registry):
     assert {"fast", "quick"} <= {o.backend.name for o in registry().offers("experts")}
 
 
-def test_a_class_that_is_not_there_is_named(install, registry):
+def test_a_missing_class_is_named(install, registry):
     install(
         "hollow-experts",
         "from tokenyard import Backend, hookimpl\n"

@@ -1,4 +1,4 @@
-"""``python -m tokenyard`` shows what is installed, and why something cannot be used."""
+"""``python -m tokenyard`` shows the installed backends, with a reason for each unusable one."""
 
 from tokenyard.__main__ import main
 from tokenyard.registry import default_registry
@@ -18,7 +18,7 @@ def test_the_table_names_every_backend_with_its_reason(offer, install, registry)
     )
 
 
-def test_plugins_that_contradict_each_other_end_in_one_sentence(offer, capsys):
+def test_conflicting_plugins_end_in_one_sentence(offer, capsys):
     offer("fast-experts", "fast")
     offer("quick-experts", "fast")
     default_registry.cache_clear()

@@ -1,4 +1,4 @@
-"""An impossible layer is refused in one sentence that names the argument."""
+"""An invalid layer or rule is refused in one sentence that names the argument."""
 
 import pytest
 
@@ -26,7 +26,7 @@ from tokenyard import ConfigError, RoutingRule, Workload
         ),
     ],
 )
-def test_impossible_layers(arguments, sentence):
+def test_invalid_layers(arguments, sentence):
     with pytest.raises(ConfigError, match=sentence):
         Workload(**{"dim": 8, "ffn_dim": 8, "num_experts": 4, "top_k": 2} | arguments)
 
@@ -51,6 +51,6 @@ def test_impossible_layers(arguments, sentence):
         ),
     ],
 )
-def test_impossible_rules(arguments, sentence):
+def test_invalid_rules(arguments, sentence):
     with pytest.raises(ConfigError, match=sentence):
         RoutingRule(**arguments)

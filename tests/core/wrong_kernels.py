@@ -1,4 +1,4 @@
-"""Expert kernels that are deliberately wrong, and a right one that some of them begin with."""
+"""Expert kernels that are deliberately wrong, and a correct base class of some of them."""
 
 from itertools import pairwise
 
@@ -30,12 +30,12 @@ class WrongGateGradient(TorchExperts):
 class MutatedInput(TorchExperts):
     def __call__(self, x, plan, topk_weights, weights):
         y = super().__call__(x, plan, topk_weights, weights)
-        x.data.mul_(1.5)  # so that not even autograd's version counter sees it
+        x.data.mul_(1.5)  # invisible to autograd's version counter
         return y
 
 
 class NaNForEmptyExperts(TorchExperts):
-    """Leaves the weight gradients of experts without rows undefined, as a grouped product may."""
+    """Leaves the weight gradients of empty experts undefined, as a grouped GEMM may."""
 
     def __call__(self, x, plan, topk_weights, weights):
         up = weights.up.clone()
@@ -65,7 +65,7 @@ class RightRows(GroupedExperts):
 
 
 class UnwrittenRows(RightRows):
-    """Leaves the last row as the allocator gave it."""
+    """Leaves the last row uninitialised."""
 
     def mlp(self, rows, offsets, weights):
         out = torch.empty_like(rows)
@@ -74,7 +74,7 @@ class UnwrittenRows(RightRows):
 
 
 class ReadsDroppedTokens(TorchExperts):
-    """Multiplies by zero where it should not look."""
+    """Multiplies dropped tokens by zero, which gives NaN for NaN."""
 
     def __call__(self, x, plan, topk_weights, weights):
         return super().__call__(x, plan, topk_weights, weights) + 0 * x.sum()
@@ -102,7 +102,7 @@ class Detached(TorchExperts):
 
 
 class WithoutBiases(BreaksTheGraph):
-    """A kernel that declines biases."""
+    """A kernel that does not support biases."""
 
     @staticmethod
     def no_biases(workload):
