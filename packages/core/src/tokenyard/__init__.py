@@ -3,7 +3,6 @@
 from tokenyard.__about__ import __version__
 from tokenyard.activations import ACTIVATIONS, activate, is_gated, up_rows
 from tokenyard.backend import KINDS, Backend, Kind
-from tokenyard.cache import cache_folder
 from tokenyard.count import Size, count_parameters
 from tokenyard.devices import resolve_device
 from tokenyard.errors import BackendError, ConfigError, TokenyardError
@@ -28,6 +27,7 @@ from tokenyard.lora import LoraAdapter, add_lora, merge_lora
 from tokenyard.losses import AuxiliaryLoss, load_balancing_loss, z_loss
 from tokenyard.model import Model, SavedBytes
 from tokenyard.moe import MoE, moe_layers
+from tokenyard.paths import cache_folder
 from tokenyard.processes import started_processes
 from tokenyard.registry import Chosen, Registry, default_registry
 from tokenyard.workload import RoutingRule, Workload

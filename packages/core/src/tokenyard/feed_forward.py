@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenyard.activations import activate, up_rows
-from tokenyard.initial import reset
+from tokenyard.reset import reset
 
 
 class FeedForward(nn.Module):

@@ -2,10 +2,10 @@
 
 from tokenyard.experts._cpu import CpuExperts
 from tokenyard.experts._grouped import GroupedExperts
+from tokenyard.experts._grouped_matmuls import rows_outer, rows_times
 from tokenyard.experts._loop import LoopExperts
 from tokenyard.experts._module import Experts
 from tokenyard.experts._op import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
-from tokenyard.experts._products import rows_outer, rows_times
 from tokenyard.experts._torch import TorchExperts
 
 __all__ = [

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from tokenyard.activations import up_rows
 from tokenyard.errors import ConfigError
 from tokenyard.experts._weights import local_weight
-from tokenyard.initial import reset
 from tokenyard.interfaces import Exchange, ExpertKernel, ExpertWeights, Permutation, Routing
 from tokenyard.numerics import compute_dtype
+from tokenyard.reset import reset
 from tokenyard.workload import Workload
 
 

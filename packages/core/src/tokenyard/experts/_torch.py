@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from tokenyard.activations import activate, activate_with_pullback
+from tokenyard.experts._grouped_matmuls import (
+    add_bias,
+    row_experts,
+    rows_outer,
+    rows_sum,
+    rows_times,
+)
 from tokenyard.experts._op import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
-from tokenyard.experts._products import add_bias, row_experts, rows_outer, rows_sum, rows_times
 from tokenyard.interfaces import ExpertWeights, Permutation, Plan
 from tokenyard.permutations._moves import rows_to_slots, slots_to_rows, to_rows, to_tokens
 from tokenyard.workload import Workload
