@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from tokenyard import Backend, Chosen
+from tokenyard import Backend, BackendChoice
 from tokenyard_train import __version__
 from tokenyard_train.commands.check import _reasons
 
@@ -44,7 +44,7 @@ def test_check_shows_size_work_memory_and_backends(tokenyard, path):
 
 
 def test_check_says_why_a_backend_was_passed_over():
-    chosen = Chosen(
+    chosen = BackendChoice(
         "experts", Backend("torch", "module:Class"), passed_over={"fast": "it needs a GPU"}
     )
     assert _reasons(chosen) == "torch (passed over fast: it needs a GPU)"

@@ -29,7 +29,7 @@ from tokenyard.model import Model, SavedBytes
 from tokenyard.moe import MoE, moe_layers
 from tokenyard.paths import cache_folder
 from tokenyard.processes import started_processes
-from tokenyard.registry import Chosen, Registry, default_registry
+from tokenyard.registry import BackendChoice, Registry, default_registry
 from tokenyard.workload import RoutingRule, Workload
 
 __all__ = [
@@ -37,9 +37,9 @@ __all__ = [
     "KINDS",
     "AuxiliaryLoss",
     "Backend",
+    "BackendChoice",
     "BackendError",
     "Balance",
-    "Chosen",
     "Compute",
     "ConfigError",
     "Exchange",

@@ -15,7 +15,7 @@ from tokenyard.errors import ConfigError, did_you_mean
 from tokenyard.experts import Experts
 from tokenyard.feed_forward import FeedForward
 from tokenyard.interfaces import Routing
-from tokenyard.registry import Chosen, Registry, Request, default_registry
+from tokenyard.registry import BackendChoice, Registry, Request, default_registry
 from tokenyard.workload import Workload
 
 _PARTS: tuple[Kind, ...] = ("router", "permutation", "experts", "exchange")
@@ -43,7 +43,7 @@ class MoE(nn.Module):
     - `dtype`: the dtype of the parameters. Their device is the workload's device, or the meta
       device inside ``with torch.device("meta")``.
 
-    The attribute `chosen` maps each part to its `Chosen`. Raises BackendError if a backend
+    The attribute `chosen` maps each part to its `BackendChoice`. Raises BackendError if a backend
     cannot be used.
     """
 
@@ -127,7 +127,7 @@ def _shared_expert(workload: Workload, ffn_dim: int | None) -> FeedForward | Non
 
 def _choose_parts(
     workload: Workload, backends: Mapping[str, Request], registry: Registry
-) -> dict[str, Chosen]:
+) -> dict[str, BackendChoice]:
     for part in backends:
         if part not in _PARTS:
             known = ", ".join(_PARTS)

@@ -22,7 +22,7 @@ log = logging.getLogger("tokenyard")
 
 
 @dataclass(frozen=True)
-class Chosen:
+class BackendChoice:
     """The backend chosen for a part, its options, and why better backends are unusable."""
 
     kind: Kind
@@ -81,7 +81,7 @@ def choose(
     offers: Sequence[Offer],
     problems: Sequence[Problem],
     workload: Workload | None,
-) -> Chosen:
+) -> BackendChoice:
     """Choose the offer called `name`; "auto" chooses the first usable one. `offers`: best first."""
     if name == "auto":
         return _auto(kind, options, offers, problems, workload)
@@ -93,7 +93,7 @@ def choose(
         usable = [o.backend.name for o in offers if why_not(o, workload) is None]
         instead = f"usable here: {', '.join(usable)}" if usable else "no other is usable here"
         raise BackendError(f"{kind} backend {name!r} is unusable here: {reason}; {instead}")
-    return Chosen(kind, offer.backend, options)
+    return BackendChoice(kind, offer.backend, options)
 
 
 def _auto(
@@ -102,13 +102,13 @@ def _auto(
     offers: Sequence[Offer],
     problems: Sequence[Problem],
     workload: Workload | None,
-) -> Chosen:
+) -> BackendChoice:
     passed_over: dict[str, str] = {}
     for offer in offers:
         reason = why_not(offer, workload)
         if reason is None:
             _log_once(kind, offer.backend.name, tuple(passed_over.items()))
-            return Chosen(kind, offer.backend, options, passed_over)
+            return BackendChoice(kind, offer.backend, options, passed_over)
         passed_over[offer.backend.name] = reason
     reasons = [f"{name}: {reason}" for name, reason in passed_over.items()]
     reasons += [problem.reason for problem in problems]

@@ -10,7 +10,14 @@ import pluggy
 from tokenyard import hookspecs
 from tokenyard.backend import KINDS, Kind
 from tokenyard.errors import BackendError
-from tokenyard.registry._choose import Chosen, Request, choose, overridden, parse_request, variable
+from tokenyard.registry._choose import (
+    BackendChoice,
+    Request,
+    choose,
+    overridden,
+    parse_request,
+    variable,
+)
 from tokenyard.registry._discover import Plugin, Problem, installed_plugins
 from tokenyard.registry._offers import Offer
 from tokenyard.workload import Workload
@@ -42,7 +49,7 @@ class Registry:
 
     def choose(
         self, kind: Kind, request: Request = None, workload: Workload | None = None
-    ) -> Chosen:
+    ) -> BackendChoice:
         """Choose a backend: ``$TOKENYARD_<KIND>`` overrides `request`; the default is "auto".
 
         `request` is a name, "auto", or a mapping with `name` and options. A named backend has no

@@ -11,7 +11,7 @@ import torch
 from tokenyard.backend import Kind
 from tokenyard.errors import BackendError
 from tokenyard.moe import MoE
-from tokenyard.registry import Chosen, Registry, Request, default_registry
+from tokenyard.registry import BackendChoice, Registry, Request, default_registry
 from tokenyard.testing._base import Conformance
 from tokenyard.workload import RoutingRule, Workload
 
@@ -32,7 +32,7 @@ class _OneKindRegistry(Registry):
 
     def choose(
         self, kind: Kind, request: Request = None, workload: Workload | None = None
-    ) -> Chosen:
+    ) -> BackendChoice:
         """Choose a backend from the registry for its kind."""
         registry = self._registry if kind == self._kind else default_registry()
         return registry.choose(kind, request, workload)

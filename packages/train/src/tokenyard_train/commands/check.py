@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenyard import Chosen, Layout, Model, count_parameters, default_registry, moe_layers
+from tokenyard import BackendChoice, Layout, Model, count_parameters, default_registry, moe_layers
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, Mixture, build_data
@@ -117,7 +117,7 @@ def _backend_rows(config: TrainConfig, model: Model) -> Rows:
         yield part, _reasons(chosen)
 
 
-def _reasons(chosen: Chosen) -> str:
+def _reasons(chosen: BackendChoice) -> str:
     passed_over = "; ".join(f"{name}: {reason}" for name, reason in chosen.passed_over.items())
     return chosen.backend.name + (f" (passed over {passed_over})" if passed_over else "")
 
