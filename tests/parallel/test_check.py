@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from tokenyard import ConfigError
 from tokenyard.testing import ranks
-from tokenyard_parallel import imagine
+from tokenyard_parallel import fake_world
 from tokenyard_parallel.strategies._shard_dim import expert_shard_dim
 from tokenyard_train.commands.check import check
 from tokenyard_train.commands.memory import estimate
@@ -37,7 +37,7 @@ COUNTS = [1, 2, 3, 6, 7, 16, 48, 96, 100, 128, 1000, 1024, 1536, 3072, 4096]
 
 @pytest.fixture
 def dbrx(settings):
-    """Settings of the full DBRX over as many processes as a test imagines."""
+    """Settings of the full DBRX over as many ranks as a test needs."""
 
     def made(count, degree=1, replicate=1, **changes):
         parallel = {"strategy": {"name": "fsdp", "replicate": replicate}, "expert_parallel": degree}
@@ -87,7 +87,7 @@ def test_the_state_of_the_full_dbrx_is_exact_over_1_to_4096_processes(dbrx):
 
 
 def state_is_exact(dbrx, count, degree, replicate):
-    with imagine(count):
+    with fake_world(count):
         config = dbrx(count, degree, replicate)
         strategy, model = build_model(config)
         memory = estimate(config, model, strategy.describe(model))
@@ -128,7 +128,7 @@ def test_check_prints_meshes_and_bytes(settings, tmp_path):
     strategy = {"name": "fsdp", "replicate": 2}
     parallel = {"strategy": strategy, "expert_parallel": 8}
     path.write_text(yaml.safe_dump(settings | {"model": DBRX, "parallel": parallel}))
-    with imagine(64):
+    with fake_world(64):
         check(load_config(path, ["global_train_batch_size=64"]), console)
     printed = " ".join(console.export_text().split())
     for part in (
@@ -165,7 +165,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("layout", "sentence"), REFUSED.items())
 def test_impossible_layouts_are_refused_with_what_would_work(dbrx, layout, sentence):
-    with imagine(layout[0]), pytest.raises(ConfigError, match=re.escape(sentence)):
+    with fake_world(layout[0]), pytest.raises(ConfigError, match=re.escape(sentence)):
         build_model(dbrx(*layout))
 
 
@@ -188,7 +188,7 @@ def test_the_working_set_is_what_is_gathered_at_a_time(dbrx):
         name: sum(p.numel() for p in parameters)
         for name, parameters in parts(meta_model(dbrx(1))).items()
     }
-    with imagine(64):
+    with fake_world(64):
         strategy, model = build_model(dbrx(64, 8, precision="amp_bf16"))
         found = strategy.describe(model).working_set
     experts = block["experts"] // 8

@@ -61,7 +61,7 @@ def _loopback_store(timeout: timedelta | None) -> Any:
 
 
 @contextmanager
-def imagine(count: int) -> Iterator[None]:
+def fake_world(count: int) -> Iterator[None]:
     """Context: act as rank 0 of `count` ranks that do not exist, to plan a layout over them.
 
     Collectives do nothing, and their results are undefined. The model must stay on the meta device.

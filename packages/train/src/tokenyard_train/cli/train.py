@@ -62,8 +62,8 @@ def check(
 ) -> None:
     """Validate a config; print the model's size, work, layout and memory, and the backends chosen."""
     from tokenyard_train.commands.check import check as run
-    from tokenyard_train.commands.check import imagined
+    from tokenyard_train.commands.check import maybe_fake_world
     from tokenyard_train.config import load_config
 
-    with imagined(nproc):
+    with maybe_fake_world(nproc):
         run(load_config(config, overrides or []), Console())

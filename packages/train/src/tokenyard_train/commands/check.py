@@ -38,12 +38,12 @@ def check(config: TrainConfig, console: Console) -> None:
     console.print(table)
 
 
-def imagined(processes: int | None) -> AbstractContextManager[None]:
-    """Meanwhile, be the first of so many processes; of those that there are, if no number is given."""
+def maybe_fake_world(processes: int | None) -> AbstractContextManager[None]:
+    """Context: act as rank 0 of `processes` ranks; None means the real ones."""
     if processes is None:
         return nullcontext()
     parallel = needs("tokenyard_parallel", "--nproc", "tokenyard[parallel]")
-    context: AbstractContextManager[None] = parallel.imagine(processes)
+    context: AbstractContextManager[None] = parallel.fake_world(processes)
     return context
 
 
