@@ -1,4 +1,4 @@
-"""``python -m tokenyard`` prints the installed backends and says which of them can be used here."""
+"""``python -m tokenyard`` prints the installed backends, with a reason for each unusable one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenyard.table import render, sample_workload
 
 
 def main() -> int:
-    """Print the table; return 0, or 2 with one sentence on stderr if the plugins contradict each other."""
+    """Print the table. Return 0, or 2 with one sentence on stderr if plugins conflict."""
     try:
         print(render(default_registry(), sample_workload()))
     except TokenyardError as error:

@@ -14,7 +14,7 @@ Kind = Literal["router", "permutation", "experts", "exchange", "strategy", "mode
 """The interface that a backend implements."""
 
 KINDS: tuple[Kind, ...] = ("router", "permutation", "experts", "exchange", "strategy", "model")
-"""The kinds that a plugin can add. Each has the hook ``tokenyard_<kind>s``, or ``tokenyard_experts``."""
+"""All kinds of backends. The hook of a kind is ``tokenyard_<kind>s``, or ``tokenyard_experts``."""
 
 
 def _always(workload: Workload) -> str | None:

@@ -1,4 +1,4 @@
-"""Sizes of a model: parameters, floating-point operations, memory. Exact, on the meta device too."""
+"""Exact counts of a model's parameters, FLOPs and saved memory. Works on the meta device."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tokenyard.activations import is_gated
 from tokenyard.feed_forward import FeedForward
 from tokenyard.moe import MoE, moe_layers
 
-_WIDE = 4  # bytes of float32, the dtype of routing and of the stream between blocks
+_WIDE = 4  # bytes of float32, the dtype of routing and of the residual stream
 
 
 class Size(NamedTuple):
-    """Parameters of a model."""
+    """The numbers of parameters of a model."""
 
     total: int
-    active: int  # that compute one token: K of every E experts, and all that are no expert's
-    experts: int  # in all experts
+    active: int  # used for one token: those of K of E experts, and all outside of experts
+    experts: int  # those of all experts
 
 
 def count_parameters(model: nn.Module) -> Size:
-    """Count the parameters of a model, tied ones once."""
+    """Return the numbers of parameters of a model. Tied parameters count once."""
     total = sum(p.numel() for p in model.parameters())
     experts = 0
     idle = 0
@@ -35,9 +35,9 @@ def count_parameters(model: nn.Module) -> Size:
 
 
 def weight_flops_per_token(model: nn.Module, lookups: Collection[Tensor] = ()) -> float:
-    """Count the floating-point operations of a token's forward pass through the weight matrices.
+    """Return the FLOPs per token of the forward matmuls with weight matrices.
 
-    They are 2 for each number of a matrix, of experts for K of every E. `lookups` are matrices
+    Each matrix element counts 2 FLOPs; those of experts count K / E times. `lookups` are matrices
     that are only indexed, such as an embedding that is not also the head.
     """
     expert_share = {
@@ -55,12 +55,14 @@ def weight_flops_per_token(model: nn.Module, lookups: Collection[Tensor] = ()) -
 
 
 def saved_by_ffn(ffn: MoE | FeedForward, width: int) -> int:
-    """Count the bytes per token that an MoE layer or a dense network keeps for the backward pass.
+    """Return the bytes per token that an MoE layer or dense FFN saves for the backward pass.
 
-    `width` is b, the bytes of the compute dtype. U is the rows of an up projection: 2F when
-    gated, else F. A dense network keeps b(U + F), or b(U + 2F) when gated. An MoE layer whose
-    kernel keeps its input and the pre-activation, as core's do, keeps bKU and about 12E + 28K for
-    routing; under autocast the router keeps 4D more. An exchange keeps bD of each row it receives.
+    `width` is b, the bytes of the compute dtype. U is the number of rows of an up projection: 2F if
+    gated, else F. A dense FFN saves b(U + F), or b(U + 2F) if gated.
+
+    An MoE layer saves bKU if its kernel saves x and the pre-activation, as core's kernels do, and
+    about 12E + 28K for routing. Under autocast, the router saves 4D more. An exchange saves bD for
+    each row that it receives.
     """
     if isinstance(ffn, FeedForward):
         return _saved_by_dense(ffn, width)

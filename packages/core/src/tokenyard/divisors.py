@@ -1,4 +1,4 @@
-"""Divisors, for errors that list the values that would work."""
+"""Divisors of a number, for errors that list the valid values."""
 
 from __future__ import annotations
 

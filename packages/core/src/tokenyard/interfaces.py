@@ -6,7 +6,9 @@ width, F expert width, R rows of a plan, B sequences of S tokens, V vocabulary.
     router(x)  -> Routing
     experts(x, routing)
         exchange(x, routing, compute)
-            compute: permutation.plan(ids) -> Plan;  kernel(x, plan, topk_weights, weights) -> [T, D]
+            compute:
+                permutation.plan(ids) -> Plan
+                kernel(x, plan, topk_weights, weights) -> [T, D]
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 
 
 class Routing(NamedTuple):
-    """The experts of each token, and their weights. A pytree, so FSDP2's hooks and Dynamo see through.
+    """The experts of each token, and their weights.
+
+    It is a pytree, so FSDP2's hooks and Dynamo handle the tensors inside.
 
     A slot whose id is E or higher is dropped: it is not computed and adds nothing to the output.
     `E` means dropped. `E + 1 + e` means dropped because expert `e` was full.
@@ -31,10 +35,11 @@ class Routing(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Slots sorted by expert: rows ``offsets[e]:offsets[e + 1]`` belong to expert e, slots ascending.
+    """Slots sorted by expert.
 
-    R is a static bound on the number of rows, N by default. Rows from ``offsets[-1]`` on are the
-    tail: they are never read, add nothing, and have a zero gradient.
+    Rows ``offsets[e]:offsets[e + 1]`` belong to expert e, in ascending order of their slots. R is a
+    static bound on the number of rows, N by default. Rows from ``offsets[-1]`` on are the tail:
+    they are never read, add nothing, and have a zero gradient.
     """
 
     order: Tensor  # [R] int32: the slot (t*K + k) of each row; its token is order // top_k
@@ -44,7 +49,7 @@ class Plan(NamedTuple):
 
 
 class ExpertWeights(NamedTuple):
-    """Packed weights of this rank's experts, in the in-memory layout of Hugging Face transformers 5."""
+    """Packed weights of this rank's experts, in the in-memory layout of transformers 5."""
 
     up: Tensor  # [E, 2F, D], gate rows first, if the activation is gated; else [E, F, D]
     down: Tensor  # [E, D, F]
@@ -118,7 +123,10 @@ class Permutation(Protocol):
         ...
 
     def unpermute(self, rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
-        """Sum each token's rows [R, D] to [T, D] in the rows' dtype, weighted by topk_weights [T, K]."""
+        """Sum each token's rows [R, D] to [T, D], in the rows' dtype.
+
+        topk_weights [T, K] weight the rows; None means 1.
+        """
         ...
 
 

@@ -1,4 +1,4 @@
-"""The base class of language models: everything that training, generation and estimates use of one."""
+"""The base class of language models: what training, generation and estimates need of a model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tokenyard.losses import AuxiliaryLoss
 
 
 class SavedBytes(NamedTuple):
-    """Bytes per token that a model keeps from its forward to its backward pass, without the logits."""
+    """Bytes per token that a forward pass saves for the backward pass, without the logits."""
 
-    blocks: tuple[int, ...]  # of each block
-    block_input: int  # what is kept of a block whose forward pass is recomputed
-    rest: int  # outside the blocks
+    blocks: tuple[int, ...]  # those of each block
+    block_input: int  # those of a block whose forward pass is recomputed
+    rest: int  # those outside the blocks
 
 
 class Model(nn.Module, ABC):
@@ -27,9 +27,9 @@ class Model(nn.Module, ABC):
 
     * `config` is the `model:` section of a config file without `name`.
     * `backends` maps parts of an MoE layer to backends (see ``tokenyard.MoE``).
-    * `device` is where the model will run, `compute_dtype` what its experts will compute in.
-      Backends are chosen for these two.
-    * `dtype` is the dtype of the parameters. They are made on `device`, or on the meta device
+    * `device` is the device of the model, and `compute_dtype` the compute dtype of its experts.
+      Backends are chosen for both.
+    * `dtype` is the dtype of the parameters. They are allocated on `device`, or on the meta device
       inside ``with torch.device("meta")``.
     * `expert_parallel` is the number of ranks that share the experts of each layer.
 
@@ -37,15 +37,15 @@ class Model(nn.Module, ABC):
     """
 
     blocks: nn.ModuleList  # in order; each is sharded, and recomputed, as a whole
-    vocab_size: int  # V, ids are below it
-    max_seq_len: int  # the most tokens of a sequence, those in a cache included
+    vocab_size: int  # V, above all ids
+    max_seq_len: int  # maximum length of a sequence, including tokens in a cache
     auxiliary: AuxiliaryLoss  # the weights of the router losses
 
     @abstractmethod
     def forward(self, ids: Any, cache: Any = None) -> Output:
         """Return logits [B, S, V] for ids [B, S], and the Balance of each MoE layer in order.
 
-        A cache from `new_cache` holds the tokens of earlier calls, and gains those of this one.
+        A cache from `new_cache` holds the tokens of earlier calls. This call adds its tokens.
         """
 
     @abstractmethod
@@ -56,22 +56,21 @@ class Model(nn.Module, ABC):
     def init_weights(self, seed: int) -> None:
         """Set every parameter and buffer to its initial value.
 
-        Values depend on the seed and the parameter's name, never on the ranks or their number.
+        Values depend on the seed and on names of parameters, never on the rank or world size.
         """
 
     @abstractmethod
     def flops_per_token(self, seq_len: int) -> float:
-        """Return the floating-point operations of the forward pass for one token.
+        """Return the FLOPs per token of the forward pass over sequences of `seq_len` tokens.
 
-        The mean over the positions of a sequence of `seq_len` tokens. ``tokenyard.count`` counts
-        those of the weights; attention scores come on top.
+        ``tokenyard.count.weight_flops_per_token`` counts those of the weights. Add those of
+        attention scores.
         """
 
     @abstractmethod
     def saved_bytes_per_token(self, seq_len: int, width: int) -> SavedBytes:
-        """Return what the backward pass needs of a token.
+        """Return the bytes per token that a forward pass saves, for sequences of `seq_len` tokens.
 
-        The mean over a sequence of `seq_len` tokens, for a compute dtype of `width` bytes.
-
-        ``tokenyard.count.saved_by_ffn`` counts it for MoE layers and dense networks.
+        `width` is the size of the compute dtype in bytes. ``tokenyard.count.saved_by_ffn`` counts
+        them for MoE layers and dense FFNs.
         """

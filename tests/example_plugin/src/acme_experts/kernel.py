@@ -1,4 +1,4 @@
-"""The kernel: unfused, so it only computes rows that core's permutation sorted by expert."""
+"""An unfused kernel: it computes rows that core's permutation sorts by expert."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenyard import ExpertWeights, GroupedExperts, Permutation, Workload, acti
 
 
 class AcmeExperts(GroupedExperts):
-    """Computes experts in two batched products over all rows, of which each expert sees only its own."""
+    """Computes experts with batched matmuls over all rows, masked for each expert."""
 
     def __init__(self, workload: Workload, permutation: Permutation, chunk: int = 1 << 30):
         super().__init__(workload, permutation)
@@ -26,17 +26,14 @@ class AcmeExperts(GroupedExperts):
         return torch.stack(parts).sum(0)
 
     def _experts(self, rows: Tensor, expert: Tensor, first: int, weights: ExpertWeights) -> Tensor:
+        """Return [R, D]: rows of the experts from `first` on, zero for the rows of others."""
         up, down, up_bias, down_bias = (
             None if w is None else w[first : first + self.chunk] for w in weights
         )
-        mine = expert.unsqueeze(0) == torch.arange(
-            first, first + up.shape[0], device=rows.device
-        ).unsqueeze(1)  # [e, R]
-        mine = mine.unsqueeze(-1)
-        x = torch.where(
-            mine, rows.unsqueeze(0), 0
-        )  # [e, R, D]: every expert's own rows, zero elsewhere
-        z = x @ up.mT if up_bias is None else x @ up.mT + up_bias.unsqueeze(1)
-        y = activate(z, self.workload.activation) @ down.mT
+        ids = torch.arange(first, first + up.shape[0], device=rows.device)  # [e]
+        mask = (expert.unsqueeze(0) == ids.unsqueeze(1)).unsqueeze(-1)  # [e, R, 1]
+        x = torch.where(mask, rows.unsqueeze(0), 0)  # [e, R, D]
+        z = x @ up.mT if up_bias is None else x @ up.mT + up_bias.unsqueeze(1)  # [e, R, 2F or F]
+        y = activate(z, self.workload.activation) @ down.mT  # [e, R, D]
         y = y if down_bias is None else y + down_bias.unsqueeze(1)
-        return torch.where(mine, y, 0).sum(0)
+        return torch.where(mask, y, 0).sum(0)

@@ -27,7 +27,7 @@ _ATTRIBUTES = {
 
 
 class ModelConformance(Conformance):
-    """What every model must do.
+    """Standard tests of every model.
 
     `config` is the `model:` section of a small model with `max_seq_len` of at least 16.
     """

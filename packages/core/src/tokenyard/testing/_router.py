@@ -28,12 +28,15 @@ RULES = {
 
 
 class TopKRouterConformance(RouterContract):
-    """What every router of the algorithm 'topk' must do, besides the contract of all routers."""
+    """Standard tests of every router of the algorithm 'topk', in addition to `RouterContract`."""
 
     @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_matches_oracle(self, dtype: torch.dtype, rule: RoutingRule) -> None:
-        """Logits, weights and their gradients match float64; the selection follows from the logits."""
+        """Logits, weights and gradients match the oracle, and ids follow exactly from the logits.
+
+        If only low precision fails, accumulate logits in float32.
+        """
         router = self._router(rule, dtype)
         x = self._tokens(67, dtype)
         weight = router.weight
@@ -69,7 +72,7 @@ class TopKRouterConformance(RouterContract):
 
     @pytest.mark.parametrize("power", [1, 1.5, 2])
     def test_norms_of_small_weights(self, power: float) -> None:
-        """Sigmoids of logits around -55 are normalised, though their squares underflow in float32."""
+        """Sigmoids of logits near -55, whose squares underflow in float32, are normalised."""
         rule = RoutingRule(score="sigmoid", normalize=power)
         router = self._router(rule, torch.float32)
         x = self._tokens(9, torch.float32)
@@ -115,7 +118,7 @@ class TopKRouterConformance(RouterContract):
         assert ((first - calm).abs() <= bound * (1 + 1e-9)).all()
 
     def test_balance_sums(self) -> None:
-        """Counts include slots dropped for capacity; probabilities and z are differentiable sums."""
+        """Counts include slots dropped for capacity; probabilities and z are sums over tokens."""
         router = self._router(RULES["capacity"], torch.float64)
         x = self._tokens(50, torch.float64)
         routing = router(x)

@@ -18,7 +18,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class RouterContract(LayerPartConformance):
-    """What every router must do, whatever its algorithm.
+    """Standard tests of every router, for any algorithm.
 
     `rule` names the algorithm and its options: ``RoutingRule("expert_choice", options={...})``.
     """
@@ -37,7 +37,8 @@ class RouterContract(LayerPartConformance):
         router = self._router(self.rule, dtype)
         routing = router(self._tokens(67, dtype))
         wide = logits_dtype(dtype)
-        ids, experts = routing.topk_ids, self.num_experts
+        ids = routing.topk_ids
+        experts = self.num_experts
         assert (ids.dtype, tuple(ids.shape)) == (torch.int32, (67, self.top_k))
         assert routing.topk_weights.dtype == routing.logits.dtype == wide
         assert tuple(routing.topk_weights.shape) == (67, self.top_k)
@@ -58,7 +59,7 @@ class RouterContract(LayerPartConformance):
         assert not router.balance(routing).counts.any()
 
     def test_given_ids_are_only_weighted(self) -> None:
-        """Replayed ids come back as they are, dropped ones included, and dropped ones weigh nothing."""
+        """Replayed ids are returned unchanged, and dropped ones among them weigh nothing."""
         self._check_replay(self.rule)
 
     def test_replaying_the_routers_selection_changes_nothing(self) -> None:
