@@ -17,6 +17,6 @@ def test_the_environment_overrides_the_folder_in_the_home_directory(monkeypatch,
 
 
 def test_without_a_home_directory_the_folder_cannot_be_created(monkeypatch):
-    monkeypatch.setenv("TOKENYARD_CACHE", "~nobody-of-this-name/cache")
+    monkeypatch.setenv("TOKENYARD_CACHE", "~no-such-user/cache")
     with pytest.raises(OSError, match="Not a directory"):
         cache_folder().mkdir(parents=True)

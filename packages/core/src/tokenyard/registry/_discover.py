@@ -82,6 +82,6 @@ def _incompatible(distribution: Distribution) -> str | None:
             return (
                 f"{name} {distribution.version} was written for tokenyard-core "
                 f"{requirement.specifier}, but {__version__} is installed; install a {name} "
-                f"made for {__version__}, or the tokenyard-core it asks for"
+                f"made for {__version__}, or the tokenyard-core it requires"
             )
     return None

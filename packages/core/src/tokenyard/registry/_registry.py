@@ -62,7 +62,7 @@ class Registry:
         except BackendError as error:
             if name != overridden(kind):
                 raise
-            raise BackendError(f"{error} ({variable(kind)} asks for it)") from None
+            raise BackendError(f"{error} (set by {variable(kind)})") from None
 
     def _add(self, plugin: Plugin) -> None:
         manager = pluggy.PluginManager("tokenyard")
