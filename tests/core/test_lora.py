@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenyard import ConfigError, MoE, Workload, add_lora, merge_lora
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 
 D = 12
 F = 10

@@ -21,9 +21,9 @@ from tokenyard import (
     Workload,
     moe_layers,
 )
-from tokenyard.numerics import relative_error
 from tokenyard.registry import installed_plugins
 from tokenyard.testing._oracle import experts as oracle
+from tokenyard.tolerance import relative_error
 
 D = 16
 F_ = 24

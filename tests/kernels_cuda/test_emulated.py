@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tokenyard import RoutingRule, Workload
-from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import PermutationConformance, TopKRouterConformance
 from tokenyard.testing import _router_oracle as oracle
 from tokenyard.testing._compare import assert_close
+from tokenyard.tolerance import relative_error
 from tokenyard_kernels_cuda.ops._logits import logits_backward_op, logits_op
 from tokenyard_kernels_cuda.ops._plan import MOST_EXPERTS
 from tokenyard_kernels_cuda.ops._topk import route, weigh

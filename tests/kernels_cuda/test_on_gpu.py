@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tokenyard import MoE, RoutingRule, Workload
-from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import PermutationConformance, TopKRouterConformance
+from tokenyard.tolerance import relative_error
 
 pytestmark = pytest.mark.gpu
 

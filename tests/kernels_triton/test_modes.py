@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tokenyard import ConfigError, Workload
 from tokenyard.interfaces import ExpertWeights
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 
 T, D, F, E, K = 48, 64, 128, 4, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,7 @@ import torch
 
 from tokenyard import MoE, RoutingRule, Workload
 from tokenyard.interfaces import ExpertWeights
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 
 pytestmark = pytest.mark.gpu
 

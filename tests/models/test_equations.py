@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx, Mixtral, Transformer
 
 B, S = 2, 13

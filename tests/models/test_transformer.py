@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tokenyard import ConfigError, moe_layers
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx, Mpt
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from harness.equality import Case, Layout, numbers_of_experts, on_rank, train
 
-from tokenyard.numerics import relative_error
 from tokenyard.testing import ranks
+from tokenyard.tolerance import relative_error
 
 EXCHANGES = (("all_to_all", 1), ("all_to_all_tokens", 1), ("all_to_all_tokens", 3))
 

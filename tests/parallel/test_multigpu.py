@@ -6,8 +6,8 @@ from harness import layout_runs as runs
 from harness.equality import Case, Layout, train
 from test_equality import ROUTINGS, compare
 
-from tokenyard.numerics import relative_error
 from tokenyard.testing import ranks
+from tokenyard.tolerance import relative_error
 
 pytestmark = pytest.mark.multigpu
 

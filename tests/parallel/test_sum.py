@@ -5,7 +5,7 @@ import torch
 from harness import layout_runs as runs
 from test_training import run
 
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 
 NARROW = {"precision": "amp_bf16", "algorithms": {}, "device_train_microbatch_size": 2}
 

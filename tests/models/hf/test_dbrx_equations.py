@@ -7,7 +7,7 @@ from hf_models import VOCABULARY, dbrx
 from safetensors.torch import load_file
 from transformers import DbrxForCausalLM
 
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 from tokenyard_models import from_hf
 
 HEADS, KV, EXPERTS, TOP_K, F, D = 4, 2, 4, 2, 12, 24

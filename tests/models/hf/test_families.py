@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 from tokenyard_models import from_hf, to_hf
 from tokenyard_models.families._boxes import slices
 from tokenyard_models.hf import Folder, load_weights

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tokenyard import ConfigError
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 from tokenyard_models import WeightsError, from_hf
 from tokenyard_models.hf._folder_map import formats
 

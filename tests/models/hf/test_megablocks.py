@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from tokenyard import ConfigError, moe_layers
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 from tokenyard_models import Mixtral, Mpt, Qwen3Moe, WeightsError
 from tokenyard_models.hf import to_megablocks
 

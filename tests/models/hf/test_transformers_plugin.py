@@ -12,7 +12,7 @@ from transformers.integrations.moe import use_experts_implementation
 from transformers.models.dbrx import modeling_dbrx
 
 from tokenyard import ConfigError
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 from tokenyard_models import use_in_transformers
 from tokenyard_models.hf import transformers_plugin
 

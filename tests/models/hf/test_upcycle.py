@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tokenyard import ConfigError
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 from tokenyard_models import Upcycling, WeightsError, from_hf, upcycle
 
 COPIED, GRANULAR, SPLIT = Upcycling(4, 2), Upcycling(20, 10, 5), Upcycling(5, 5, 5)

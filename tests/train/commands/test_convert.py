@@ -15,7 +15,7 @@ pytest.importorskip("transformers", minversion="5.14")
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from tokenyard import ConfigError
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 from tokenyard_models import WeightsError, from_hf
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.load_model import load_trained

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from tokenyard import moe_layers
-from tokenyard.numerics import relative_error
+from tokenyard.tolerance import relative_error
 from tokenyard_train.callbacks import Callback
 from tokenyard_train.commands.train import train
 from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped

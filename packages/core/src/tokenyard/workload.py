@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokenyard.activations import ACTIVATIONS
 from tokenyard.devices import with_index
+from tokenyard.dtypes import compute_dtype
 from tokenyard.errors import BackendError, ConfigError, one_of
-from tokenyard.numerics import compute_dtype
 
 
 def _indivisible(what: str, value: int, experts: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenyard.numerics import compute_dtype
+from tokenyard.dtypes import compute_dtype
 from tokenyard.routers import TopKRouter
 from tokenyard.workload import Workload
 from tokenyard_kernels_cuda.ops._logits import NARROW, logits_op, split_kernel

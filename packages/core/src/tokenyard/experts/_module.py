@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenyard.activations import up_rows
+from tokenyard.dtypes import compute_dtype
 from tokenyard.errors import ConfigError
 from tokenyard.experts._weights import local_weight
 from tokenyard.interfaces import Exchange, ExpertKernel, ExpertWeights, Permutation, Routing
-from tokenyard.numerics import compute_dtype
 from tokenyard.reset import reset
 from tokenyard.workload import Workload
 

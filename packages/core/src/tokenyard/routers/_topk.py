@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenyard.dtypes import compute_dtype
 from tokenyard.interfaces import Balance, Routing, logits_dtype
-from tokenyard.numerics import compute_dtype
 from tokenyard.reset import reset
 from tokenyard.routers._selection import chosen_experts, drop_over_capacity, select
 from tokenyard.workload import Workload

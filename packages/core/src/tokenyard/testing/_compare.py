@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenyard.numerics import allowed_error, relative_error
+from tokenyard.tolerance import allowed_error, relative_error
 
 
 def assert_close(

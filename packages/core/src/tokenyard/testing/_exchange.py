@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tokenyard.backend import Kind
 from tokenyard.interfaces import Compute, ExpertWeights, Routing
-from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import _oracle
 from tokenyard.testing._base import Conformance
 from tokenyard.testing._cases import ROUTINGS, make_case, routings
 from tokenyard.testing._over_ranks import exchange_on_rank
 from tokenyard.testing._ranks import ranks
+from tokenyard.tolerance import relative_error
 from tokenyard.workload import Workload
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from tokenyard.activations import ACTIVATIONS
 from tokenyard.backend import Kind
 from tokenyard.interfaces import ExpertWeights
-from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import _oracle
 from tokenyard.testing._cases import ROUTINGS, Call, Case, make_case, random_ids, routings
 from tokenyard.testing._compare import CustomOps, assert_close, fresh, poisoned_memory
 from tokenyard.testing._in_layer import LayerPartConformance
+from tokenyard.tolerance import relative_error
 from tokenyard.workload import Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -15,8 +15,8 @@ from tokenyard.backend import Kind
 from tokenyard.losses import AuxiliaryLoss
 from tokenyard.model import Model
 from tokenyard.moe import moe_layers
-from tokenyard.numerics import relative_error
 from tokenyard.testing._base import Conformance
+from tokenyard.tolerance import relative_error
 
 _ATTRIBUTES = {
     "blocks": nn.ModuleList,

@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 from tokenyard.backend import Backend
 from tokenyard.interfaces import ExpertWeights, Routing
 from tokenyard.moe import MoE, moe_layers
-from tokenyard.numerics import relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.strategies import SingleStrategy
 from tokenyard.testing import _oracle
 from tokenyard.testing._cases import Case, make_case, routings
+from tokenyard.tolerance import relative_error
 from tokenyard.workload import Workload
 
 EXPERTS = 4

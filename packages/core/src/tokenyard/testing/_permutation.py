@@ -12,10 +12,10 @@ from torch import Tensor
 
 from tokenyard.backend import Kind
 from tokenyard.interfaces import Plan, logits_dtype
-from tokenyard.numerics import relative_error
 from tokenyard.testing._cases import ROUTINGS, random_ids, routings
 from tokenyard.testing._compare import CustomOps, assert_close, fresh, poisoned_memory
 from tokenyard.testing._in_layer import LayerPartConformance
+from tokenyard.tolerance import relative_error
 from tokenyard.workload import Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tokenyard.interfaces import logits_dtype
-from tokenyard.numerics import relative_error
 from tokenyard.testing import _router_oracle as oracle
 from tokenyard.testing._compare import assert_close, poisoned_memory
 from tokenyard.testing._router_contract import DTYPES, RouterContract
+from tokenyard.tolerance import relative_error
 from tokenyard.workload import RoutingRule
 
 RULES = {

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokenyard.backend import Kind
 from tokenyard.interfaces import logits_dtype
-from tokenyard.numerics import relative_error
 from tokenyard.testing._in_layer import LayerPartConformance
+from tokenyard.tolerance import relative_error
 from tokenyard.workload import RoutingRule, Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenyard.backend import Kind
-from tokenyard.numerics import relative_error
 from tokenyard.testing._base import Conformance
 from tokenyard.testing._over_ranks import Net, strategy_on_rank
 from tokenyard.testing._ranks import ranks
+from tokenyard.tolerance import relative_error
 from tokenyard.workload import Workload
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tokenyard import ConfigError, Workload, default_registry
+from tokenyard.dtypes import compute_dtype
 from tokenyard.interfaces import ExpertKernel, ExpertWeights, Permutation
-from tokenyard.numerics import compute_dtype
 
 NAME = "tokenyard"
 _DBRX = "TokenyardDbrxExperts"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tokenyard import Routing
 from tokenyard.activations import activate
-from tokenyard.numerics import allowed_error, relative_error
+from tokenyard.tolerance import allowed_error, relative_error
 from tokenyard_train.bench.case import Case
 
 _TOKENS = 128

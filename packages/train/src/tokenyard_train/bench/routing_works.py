@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tokenyard import Plan
-from tokenyard.numerics import allowed_error, relative_error
 from tokenyard.permutations import TorchPermutation
 from tokenyard.routers import TopKRouter
+from tokenyard.tolerance import allowed_error, relative_error
 from tokenyard_train.bench.case import Case
 
 

@@ -1,18 +1,9 @@
-"""The compute dtype, and the tolerance of a result's error against float64."""
+"""Relative errors against float64, and the tolerance for them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of a matmul with x: the autocast dtype if autocast is on, else x.dtype."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
 
 ORACLE_ERROR = 64 * torch.finfo(torch.float64).eps
 """The smallest tolerance. The oracle is itself in float64 and has rounding errors of this size."""
