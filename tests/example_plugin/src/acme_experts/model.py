@@ -59,7 +59,7 @@ class Block(nn.Module):
         return x + y, self.experts.router.balance(routing)
 
     def attend(self, x: Tensor, past: list[Tensor] | None) -> Tensor:
-        """Return causal attention [B, S, D] over x and past tokens, with ALiBi (arXiv 2108.12409)."""
+        """Return causal attention [B, S, D] over x and past tokens, with ALiBi (2108.12409)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
         if past is not None:
             past[:] = [torch.cat(pair, 2) for pair in zip(past, (k, v))] or [k, v]
