@@ -1,5 +1,6 @@
 """Compiling on a machine without a GPU, since NVRTC needs none."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -41,7 +42,8 @@ def test_every_file_is_a_source():
 def test_every_kernel_of_a_file_has_its_parameters():
     """As many, in this order, by these names, and pointers where an array is."""
     for kernel in kernels():
-        text = kernel.source.text().partition(f"void {kernel.name}(")[2].partition(")")[0]
+        code = re.sub("//.*", "", kernel.source.text())
+        text = code.partition(f"void {kernel.name}(")[2].partition(")")[0]
         declared = {part.split()[-1]: "*" in part for part in text.split(",")}
         assert list(declared) == list(kernel.parameters), kernel.name
         for name, parameter in kernel.parameters.items():

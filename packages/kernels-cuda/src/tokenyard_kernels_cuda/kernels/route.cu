@@ -1,243 +1,350 @@
-// The top-k router after its logits: scores, selection and weights in one launch, and the gradient of the weights.
+// The top-k router after its logits: scores, selection and weights in one launch, and the gradient
+// of the weights in another.
 //
-// A warp for a token; each lane holds every 32nd expert, LANE_EXPERTS of them, so that experts <= 32 * LANE_EXPERTS.
+// Macro: LANE_EXPERTS is the number of experts per lane.
+//
+// Shapes: T tokens, K experts per token, E experts. One warp per token. Lane l holds experts l,
+// l + 32, l + 64, ..., so E <= 32 * LANE_EXPERTS.
+//
+// All kernels take the routing rule as numbers: `score` is SOFTMAX, SIGMOID or SOFTMAX_OF_SELECTED;
+// `power` is the p of the norm that divides the weights (0: no division); `scale` multiplies them.
 #include "warp.cuh"
 
-constexpr int SOFTMAX = 0, SIGMOID = 1, SOFTMAX_OF_SELECTED = 2;
-constexpr float LEAST = 1.17549435e-38f;  // the least normal float: what a norm is at least
+constexpr int SOFTMAX = 0;
+constexpr int SIGMOID = 1;
+constexpr int SOFTMAX_OF_SELECTED = 2;
+constexpr float MIN_NORMAL = 1.17549435e-38f;  // the smallest normal float: a lower bound of norms
 
-// The rule, as all kernels here take it. `power` is the p of the norm, 0 for none.
+// Scores of one token. With SOFTMAX_OF_SELECTED they are still logits, and `total` is 0.
 struct Scores {
   float at[LANE_EXPERTS];  // of this lane's experts: 0 past the last one
-  float highest, total;    // of the softmax
+  float highest;           // the highest logit of the token
+  float total;             // the sum before the softmax divides by it
 };
 
-// What is not a number stays so; fmaxf would make LEAST of it.
-__device__ inline float at_least(float norm) { return norm < LEAST ? LEAST : norm; }
+// Return max(norm, MIN_NORMAL), but keep NaN, which fmaxf would replace.
+__device__ inline float at_least_normal(float norm) {
+  return norm < MIN_NORMAL ? MIN_NORMAL : norm;
+}
 
 __device__ inline bool is_expert(int id, int experts) { return id >= 0 && id < experts; }
 
+// Return the j-th expert of this lane.
 __device__ inline int expert_at(int j) { return j * WARP + lane_id(); }
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-__device__ inline Scores scores_of(const float* logits, int experts, int score) {
-  Scores own;
-  own.highest = minus_infinity();
-  own.total = 0.0f;
-#pragma unroll
-  for (int j = 0; j < LANE_EXPERTS; ++j) {
-    own.at[j] = expert_at(j) < experts ? logits[expert_at(j)] : minus_infinity();
-    own.highest = fmaxf(own.highest, own.at[j]);
-  }
-  own.highest = warp_max(own.highest);
-  if (score == SOFTMAX_OF_SELECTED) return own;
-#pragma unroll
-  for (int j = 0; j < LANE_EXPERTS; ++j) {
-    const bool there = expert_at(j) < experts;
-    own.at[j] = !there ? 0.0f : score == SIGMOID ? sigmoid(own.at[j]) : expf(own.at[j] - own.highest);
-    own.total += own.at[j];
-  }
-  own.total = warp_sum(own.total);
-  if (score == SOFTMAX) {
-#pragma unroll
-    for (int j = 0; j < LANE_EXPERTS; ++j) own.at[j] /= own.total;
-  }
-  return own;
+// Return the sigmoid or the softmax of one logit.
+__device__ inline float score_of(float logit, const Scores& scores, int score) {
+  return score == SIGMOID ? sigmoid(logit) : expf(logit - scores.highest) / scores.total;
 }
 
-// The lowest expert of those whose rank is the highest; every lane gets it.
-__device__ inline int best_expert(const unsigned (&rank)[LANE_EXPERTS], unsigned* highest) {
-  unsigned own = 0;
+// Return the scores of all experts from logits [E] of one token.
+__device__ inline Scores score_experts(const float* logits, int experts, int score) {
+  Scores scores;
+  scores.highest = minus_infinity();
+  scores.total = 0.0f;
+
+  // Load the logits; reduce their maximum.
 #pragma unroll
-  for (int j = 0; j < LANE_EXPERTS; ++j) own = max(own, rank[j]);
-  *highest = __reduce_max_sync(ALL, own);
+  for (int j = 0; j < LANE_EXPERTS; ++j) {
+    scores.at[j] = expert_at(j) < experts ? logits[expert_at(j)] : minus_infinity();
+    scores.highest = fmaxf(scores.highest, scores.at[j]);
+  }
+  scores.highest = warp_max(scores.highest);
+  if (score == SOFTMAX_OF_SELECTED) return scores;
+
+  // Score each expert; reduce the sum.
+#pragma unroll
+  for (int j = 0; j < LANE_EXPERTS; ++j) {
+    const float logit = scores.at[j];
+    float value = 0.0f;
+    if (expert_at(j) < experts) {
+      value = score == SIGMOID ? sigmoid(logit) : expf(logit - scores.highest);
+    }
+    scores.at[j] = value;
+    scores.total += value;
+  }
+  scores.total = warp_sum(scores.total);
+  if (score == SOFTMAX) {
+#pragma unroll
+    for (int j = 0; j < LANE_EXPERTS; ++j) scores.at[j] /= scores.total;
+  }
+  return scores;
+}
+
+// Return to every lane the expert of the highest key; the lowest expert among equal keys.
+__device__ inline int best_expert(const unsigned (&keys)[LANE_EXPERTS], unsigned* highest) {
+  unsigned lane_highest = 0;
+#pragma unroll
+  for (int j = 0; j < LANE_EXPERTS; ++j) lane_highest = max(lane_highest, keys[j]);
+  *highest = __reduce_max_sync(ALL, lane_highest);
   unsigned lowest = ALL;
 #pragma unroll
   for (int j = LANE_EXPERTS - 1; j >= 0; --j) {
-    if (rank[j] == *highest) lowest = expert_at(j);
+    if (keys[j] == *highest) lowest = expert_at(j);
   }
   return static_cast<int>(__reduce_min_sync(ALL, lowest));
 }
 
-__device__ inline void take(unsigned (&rank)[LANE_EXPERTS], int expert) {
+// Set the key of an expert to 0, so that it is not selected again.
+__device__ inline void remove_expert(unsigned (&keys)[LANE_EXPERTS], int expert) {
 #pragma unroll
   for (int j = 0; j < LANE_EXPERTS; ++j) {
-    if (expert_at(j) == expert) rank[j] = 0;
+    if (expert_at(j) == expert) keys[j] = 0;
   }
 }
 
-// Set the ranks to 0 of all experts that are not in the best groups; `worth` [groups] is scratch.
-__device__ inline void keep_groups(unsigned (&rank)[LANE_EXPERTS], unsigned* worth, int experts, int groups, int kept,
-                                   bool by_two) {
+// Set to 0 the keys of all experts outside the `kept` best groups.
+__device__ inline void keep_groups(
+    unsigned (&keys)[LANE_EXPERTS],
+    unsigned* group_keys,  // [groups], shared scratch
+    int experts,
+    int groups,
+    int kept,
+    bool by_two) {
   const int size = experts / groups;
-  unsigned own[LANE_EXPERTS], highest, second;
+  unsigned members[LANE_EXPERTS];
+  unsigned highest;
+  unsigned second;
+
+  // Phase 1: score each group by its best expert, or by the sum of its best two.
   for (int g = 0; g < groups; ++g) {
 #pragma unroll
-    for (int j = 0; j < LANE_EXPERTS; ++j) own[j] = expert_at(j) / size == g ? rank[j] : 0;
-    const int best = best_expert(own, &highest);
-    float value = from_order(highest);
+    for (int j = 0; j < LANE_EXPERTS; ++j) members[j] = expert_at(j) / size == g ? keys[j] : 0;
+    const int best = best_expert(members, &highest);
+    float value = from_sort_key(highest);
     if (by_two) {
-      take(own, best);
-      best_expert(own, &second);
-      value += from_order(second);
+      remove_expert(members, best);
+      best_expert(members, &second);
+      value += from_sort_key(second);
     }
-    if (lane_id() == 0) worth[g] = in_order(value);
+    if (lane_id() == 0) group_keys[g] = sort_key(value);
   }
   __syncwarp();
-  for (int i = 0; i < kept; ++i) {  // a group that was taken is worth 0
-    unsigned most = 0, lowest = ALL;
-    for (int g = lane_id(); g < groups; g += WARP) most = max(most, worth[g]);
-    highest = __reduce_max_sync(ALL, most);
+
+  // Phase 2: select the best group `kept` times. A selected group gets key 0.
+  for (int i = 0; i < kept; ++i) {
+    unsigned lane_highest = 0;
+    unsigned lowest = ALL;
+    for (int g = lane_id(); g < groups; g += WARP) lane_highest = max(lane_highest, group_keys[g]);
+    highest = __reduce_max_sync(ALL, lane_highest);
     for (int g = lane_id(); g < groups && lowest == ALL; g += WARP) {
-      if (worth[g] == highest) lowest = g;
+      if (group_keys[g] == highest) lowest = g;
     }
-    const unsigned taken = __reduce_min_sync(ALL, lowest);
+    const unsigned best_group = __reduce_min_sync(ALL, lowest);
     __syncwarp();
-    if (lane_id() == 0) worth[taken] = 0;
+    if (lane_id() == 0) group_keys[best_group] = 0;
     __syncwarp();
   }
+
+  // Phase 3: a group that still has a key was not selected.
 #pragma unroll
   for (int j = 0; j < LANE_EXPERTS; ++j) {
-    if (expert_at(j) < experts && worth[expert_at(j) / size] != 0) rank[j] = 0;
+    if (expert_at(j) < experts && group_keys[expert_at(j) / size] != 0) keys[j] = 0;
   }
 }
 
-// own [top_k]: the scores of the chosen experts before they are normalised, 0 of those dropped.
-__device__ inline void score_chosen(const float* logits, const int* chosen, float* own, const Scores& all, int experts,
-                                    int top_k, int score) {
-  float highest = minus_infinity(), total = 0.0f;
+// Write the scores of the selected experts before normalisation; 0 for a dropped id.
+__device__ inline void score_selected(
+    const float* logits,      // [E]
+    const int* selected_ids,  // [K], shared
+    float* selected,          // [K], shared, output
+    const Scores& scores,
+    int experts,
+    int top_k,
+    int score) {
+  float highest = minus_infinity();
+  float total = 0.0f;
   for (int k = lane_id(); k < top_k; k += WARP) {
-    const bool kept = is_expert(chosen[k], experts);
-    const float logit = kept ? logits[chosen[k]] : minus_infinity();
+    const bool valid = is_expert(selected_ids[k], experts);
+    const float logit = valid ? logits[selected_ids[k]] : minus_infinity();
     highest = fmaxf(highest, logit);
     if (score != SOFTMAX_OF_SELECTED) {
-      own[k] = !kept ? 0.0f : score == SIGMOID ? sigmoid(logit) : expf(logit - all.highest) / all.total;
+      selected[k] = valid ? score_of(logit, scores, score) : 0.0f;
     }
   }
+  // A softmax over the selected logits only.
   if (score == SOFTMAX_OF_SELECTED) {
     highest = warp_max(highest);
     for (int k = lane_id(); k < top_k; k += WARP) {
-      own[k] = is_expert(chosen[k], experts) ? expf(logits[chosen[k]] - highest) : 0.0f;
-      total += own[k];
+      const bool valid = is_expert(selected_ids[k], experts);
+      selected[k] = valid ? expf(logits[selected_ids[k]] - highest) : 0.0f;
+      total += selected[k];
     }
     total = warp_sum(total);
-    for (int k = lane_id(); k < top_k; k += WARP) own[k] /= at_least(total);
+    for (int k = lane_id(); k < top_k; k += WARP) selected[k] /= at_least_normal(total);
   }
   __syncwarp();
 }
 
-__device__ inline float sum_of(const float* own, int top_k) {
+// Return the sum of selected [K].
+__device__ inline float sum_of(const float* selected, int top_k) {
   float sum = 0.0f;
-  for (int k = lane_id(); k < top_k; k += WARP) sum += own[k];
+  for (int k = lane_id(); k < top_k; k += WARP) sum += selected[k];
   return warp_sum(sum);
 }
 
-// The highest is taken out first: powers may underflow.
-__device__ inline float norm_of(const float* own, int top_k, float power) {
-  if (power == 1.0f) return at_least(sum_of(own, top_k));
-  float highest = 0.0f, sum = 0.0f;
-  for (int k = lane_id(); k < top_k; k += WARP) highest = fmaxf(highest, own[k]);
-  highest = at_least(warp_max(highest));
+// Return the p-norm of selected [K]. The highest score is factored out, since powers may underflow.
+__device__ inline float norm_of(const float* selected, int top_k, float power) {
+  if (power == 1.0f) return at_least_normal(sum_of(selected, top_k));
+  float highest = 0.0f;
+  float sum = 0.0f;
+  for (int k = lane_id(); k < top_k; k += WARP) highest = fmaxf(highest, selected[k]);
+  highest = at_least_normal(warp_max(highest));
   for (int k = lane_id(); k < top_k; k += WARP) {
-    const float part = own[k] / highest;
-    sum += power == 2.0f ? part * part : powf(part, power);
+    const float share = selected[k] / highest;
+    sum += power == 2.0f ? share * share : powf(share, power);
   }
   sum = warp_sum(sum);
-  return at_least(highest * (power == 2.0f ? sqrtf(sum) : powf(sum, 1.0f / power)));
+  return at_least_normal(highest * (power == 2.0f ? sqrtf(sum) : powf(sum, 1.0f / power)));
 }
 
-// ids and weights [tokens, top_k]. If `given` [tokens, top_k] is not null, those ids are only weighted.
+// Select K experts per token and write their weights. If `fixed_ids` is not null, skip the
+// selection and write the weights of those ids.
+//
+// Shared memory: groups + 2 * K words per warp.
 extern "C" __global__ void route(
-    const float* __restrict__ logits, const float* __restrict__ bias, const int* __restrict__ given,
-    int* __restrict__ ids, float* __restrict__ weights, int tokens, int experts, int top_k, int score, float power,
-    float scale, int groups, int groups_kept, int by_two) {
+    const float* __restrict__ logits,   // [T, E]
+    const float* __restrict__ bias,     // [E] or null: added to scores for selection only
+    const int* __restrict__ fixed_ids,  // [T, K] or null
+    int* __restrict__ ids,              // [T, K] or null
+    float* __restrict__ weights,        // [T, K]
+    int tokens,
+    int experts,
+    int top_k,
+    int score,
+    float power,
+    float scale,
+    int groups,
+    int groups_kept,
+    int by_two) {
   extern __shared__ unsigned shared[];
   const long long token = static_cast<long long>(blockIdx.x) * (blockDim.x / WARP) + warp_id();
   if (token >= tokens) return;
-  unsigned* worth = shared + warp_id() * (groups + 2 * top_k);
-  int* chosen = reinterpret_cast<int*>(worth + groups);  // [top_k]
-  float* own = reinterpret_cast<float*>(chosen + top_k);  // [top_k]
+  unsigned* group_keys = shared + warp_id() * (groups + 2 * top_k);   // [groups]
+  int* selected_ids = reinterpret_cast<int*>(group_keys + groups);    // [K]
+  float* selected = reinterpret_cast<float*>(selected_ids + top_k);   // [K]
+
+  // Phase 1: score all experts.
   logits += token * experts;
-  const Scores scores = scores_of(logits, experts, score);
-  if (given) {
-    for (int k = lane_id(); k < top_k; k += WARP) chosen[k] = given[token * top_k + k];
+  const Scores scores = score_experts(logits, experts, score);
+
+  // Phase 2: select the K highest keys, one after another.
+  if (fixed_ids) {
+    for (int k = lane_id(); k < top_k; k += WARP) selected_ids[k] = fixed_ids[token * top_k + k];
   } else {
-    unsigned rank[LANE_EXPERTS], highest;
+    unsigned keys[LANE_EXPERTS];
+    unsigned highest;
 #pragma unroll
     for (int j = 0; j < LANE_EXPERTS; ++j) {
       const int e = expert_at(j);
-      rank[j] = e < experts ? in_order(bias ? scores.at[j] + bias[e] : scores.at[j]) : 0;
+      keys[j] = e < experts ? sort_key(bias ? scores.at[j] + bias[e] : scores.at[j]) : 0;
     }
-    if (groups_kept < groups) keep_groups(rank, worth, experts, groups, groups_kept, by_two);
+    if (groups_kept < groups) keep_groups(keys, group_keys, experts, groups, groups_kept, by_two);
     for (int k = 0; k < top_k; ++k) {
-      const int best = best_expert(rank, &highest);
-      take(rank, best);
-      if (lane_id() == 0) chosen[k] = best;
+      const int best = best_expert(keys, &highest);
+      remove_expert(keys, best);
+      if (lane_id() == 0) selected_ids[k] = best;
     }
   }
   __syncwarp();
-  score_chosen(logits, chosen, own, scores, experts, top_k, score);
-  const float divisor = power > 0.0f ? norm_of(own, top_k, power) : 1.0f;
+
+  // Epilogue: normalise and scale the selected scores.
+  score_selected(logits, selected_ids, selected, scores, experts, top_k, score);
+  const float divisor = power > 0.0f ? norm_of(selected, top_k, power) : 1.0f;
   for (int k = lane_id(); k < top_k; k += WARP) {
-    if (ids) ids[token * top_k + k] = chosen[k];
-    weights[token * top_k + k] = own[k] / divisor * scale;
+    if (ids) ids[token * top_k + k] = selected_ids[k];
+    weights[token * top_k + k] = selected[k] / divisor * scale;
   }
 }
 
-// given [top_k]: the gradients of the scores before they were normalised, from those of the weights.
-__device__ inline void through_norm(float* given, const float* own, int top_k, float power) {
-  const float norm = norm_of(own, top_k, power);
+// Return d norm / d score for a score of `share` = score / norm. A dropped id has share 0, where
+// powf would be infinite for power < 1.
+__device__ inline float norm_slope(float share, float power) {
+  if (power == 1.0f) return 1.0f;
+  if (power == 2.0f) return share;
+  return share > 0.0f ? powf(share, power - 1.0f) : 0.0f;
+}
+
+// Replace the gradients of the normalised scores by the gradients of the scores.
+__device__ inline void backward_norm(
+    float* dselected,       // [K], shared
+    const float* selected,  // [K], shared
+    int top_k,
+    float power) {
+  const float norm = norm_of(selected, top_k, power);
   float along = 0.0f;
-  for (int k = lane_id(); k < top_k; k += WARP) along += given[k] * (own[k] / norm);
+  for (int k = lane_id(); k < top_k; k += WARP) along += dselected[k] * (selected[k] / norm);
   along = warp_sum(along);
   for (int k = lane_id(); k < top_k; k += WARP) {
-    const float share = own[k] / norm;
-    const float direction = power == 1.0f ? 1.0f : power == 2.0f ? share : share > 0.0f ? powf(share, power - 1.0f) : 0.0f;
-    given[k] = (given[k] - along * direction) / norm;
+    const float share = selected[k] / norm;
+    const float slope = norm_slope(share, power);
+    dselected[k] = (dselected[k] - along * slope) / norm;
   }
 }
 
-// dlogits [tokens, experts] from dweights [tokens, top_k].
+// Backward of route: compute the gradient of the logits from the gradient of the weights.
+//
+// Shared memory: 3 * K words per warp.
 extern "C" __global__ void route_backward(
-    const float* __restrict__ dweights, const float* __restrict__ logits, const int* __restrict__ ids,
-    float* __restrict__ dlogits, int tokens, int experts, int top_k, int score, float power, float scale) {
+    const float* __restrict__ dweights,  // [T, K]
+    const float* __restrict__ logits,    // [T, E]
+    const int* __restrict__ ids,         // [T, K]
+    float* __restrict__ dlogits,         // [T, E]
+    int tokens,
+    int experts,
+    int top_k,
+    int score,
+    float power,
+    float scale) {
   extern __shared__ unsigned shared[];
   const long long token = static_cast<long long>(blockIdx.x) * (blockDim.x / WARP) + warp_id();
   if (token >= tokens) return;
-  int* chosen = reinterpret_cast<int*>(shared + warp_id() * 3 * top_k);  // [top_k]
-  float* own = reinterpret_cast<float*>(chosen + top_k);                 // [top_k]
-  float* given = own + top_k;                                            // [top_k]
+  int* selected_ids = reinterpret_cast<int*>(shared + warp_id() * 3 * top_k);  // [K]
+  float* selected = reinterpret_cast<float*>(selected_ids + top_k);            // [K]
+  float* dselected = selected + top_k;                                         // [K]
+
+  // Phase 1: load the ids and the gradients; recompute the scores.
   logits += token * experts;
   for (int k = lane_id(); k < top_k; k += WARP) {
-    chosen[k] = ids[token * top_k + k];
-    given[k] = dweights[token * top_k + k] * scale;
+    selected_ids[k] = ids[token * top_k + k];
+    dselected[k] = dweights[token * top_k + k] * scale;
   }
   __syncwarp();
-  const Scores scores = scores_of(logits, experts, score);
-  score_chosen(logits, chosen, own, scores, experts, top_k, score);
-  if (power > 0.0f) through_norm(given, own, top_k, power);
+  const Scores scores = score_experts(logits, experts, score);
+  score_selected(logits, selected_ids, selected, scores, experts, top_k, score);
+
+  // Phase 2: back through the norm.
+  if (power > 0.0f) backward_norm(dselected, selected, top_k, power);
+
+  // Phase 3: back through the scores of the selected experts. A softmax needs `mean`, the dot
+  // product of the scores and their gradients.
   float mean = 0.0f;
   for (int k = lane_id(); k < top_k; k += WARP) {
-    if (!is_expert(chosen[k], experts)) given[k] = 0.0f;
-    mean += given[k] * own[k];
+    if (!is_expert(selected_ids[k], experts)) dselected[k] = 0.0f;
+    mean += dselected[k] * selected[k];
   }
   mean = warp_sum(mean);
   for (int k = lane_id(); k < top_k; k += WARP) {
-    if (score == SOFTMAX_OF_SELECTED) given[k] = own[k] * (given[k] - mean);
-    if (score == SIGMOID) given[k] *= own[k] * (1.0f - own[k]);
+    if (score == SOFTMAX_OF_SELECTED) dselected[k] = selected[k] * (dselected[k] - mean);
+    if (score == SIGMOID) dselected[k] *= selected[k] * (1.0f - selected[k]);
   }
   __syncwarp();
-  float spread[LANE_EXPERTS] = {};
+
+  // Phase 4: scatter to the experts. An id may appear twice, so gradients are added.
+  float gradients[LANE_EXPERTS] = {};
   for (int k = 0; k < top_k; ++k) {
 #pragma unroll
     for (int j = 0; j < LANE_EXPERTS; ++j) {
-      if (expert_at(j) == chosen[k]) spread[j] += given[k];
+      if (expert_at(j) == selected_ids[k]) gradients[j] += dselected[k];
     }
   }
+
+  // Epilogue: a softmax over all experts has a gradient for the unselected ones, too.
 #pragma unroll
   for (int j = 0; j < LANE_EXPERTS; ++j) {
-    const float gradient = score == SOFTMAX ? scores.at[j] * (spread[j] - mean) : spread[j];
+    const float gradient = score == SOFTMAX ? scores.at[j] * (gradients[j] - mean) : gradients[j];
     if (expert_at(j) < experts) dlogits[token * experts + expert_at(j)] = gradient;
   }
 }

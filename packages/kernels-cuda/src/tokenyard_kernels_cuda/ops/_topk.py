@@ -38,7 +38,7 @@ def routes(experts: int) -> Routes:
     sizes: Parameters = {"tokens": number, "experts": number, "top_k": number}
     rule: Parameters = {"score": number, "power": Float(), "scale": Float()}
     groups: Parameters = {"groups": number, "groups_kept": number, "by_two": number}
-    given: Parameters = {"logits": floats, "bias": floats_or_not, "given": ints_or_not}
+    given: Parameters = {"logits": floats, "bias": floats_or_not, "fixed_ids": ints_or_not}
     return Routes(
         Kernel(
             source, "route", **given, ids=ints_or_not, weights=floats, **sizes, **rule, **groups
