@@ -1,7 +1,7 @@
-"""tokenyard's permutation and router in CUDA C++. Found through the entry point `tokenyard`.
+"""Permutation and router of tokenyard in CUDA C++, registered by the entry point `tokenyard`.
 
-The sources lie in ``kernels/``; ``toolchain/`` compiles them by NVRTC when they are first used, keeps what comes out on
-disk, and launches. Nothing here imports cuda.bindings before a kernel is launched.
+``kernels/`` holds the sources. ``toolchain/`` compiles them with NVRTC on first use, caches the
+cubins on disk and launches the kernels. Importing this package does not import cuda.bindings.
 """
 
 from tokenyard_kernels_cuda.__about__ import __version__

@@ -1,4 +1,4 @@
-"""``python -m tokenyard_kernels_cuda [ARCHITECTURE]``: compile every kernel ahead, and say how long each took."""
+"""Compile every kernel ahead of time: ``python -m tokenyard_kernels_cuda [ARCHITECTURE]``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from tokenyard import TokenyardError
 from tokenyard_kernels_cuda.sources import sources
 from tokenyard_kernels_cuda.toolchain import architecture_of, cubin_folder, cubin_of
 
-_USAGE = "usage: python -m tokenyard_kernels_cuda [ARCHITECTURE]   (such as sm_90a; left out, that of this GPU)"
+_USAGE = (
+    "usage: python -m tokenyard_kernels_cuda [ARCHITECTURE]"
+    "   (for example sm_90a; default: the architecture of this GPU)"
+)
 
 
 def main(arguments: list[str]) -> int:
-    """Compile for the architecture given, or for this GPU; return 0, or 2 with one sentence if that cannot be."""
-    if len(arguments) > 1 or any(given.startswith("-") for given in arguments):
+    """Compile for an architecture, by default this GPU's, and print the time of each source.
+
+    Returns the exit code: 0, or 2 after an error message on stderr.
+    """
+    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         print(_USAGE, file=sys.stderr)
         return 2
     if not arguments and not torch.cuda.is_available():
@@ -37,14 +43,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _compile_all(architecture: str) -> None:
-    began = time.perf_counter()
+    start = time.perf_counter()
     for source in sources():
-        start = time.perf_counter()
+        source_start = time.perf_counter()
         size = len(cubin_of(source, architecture))
-        print(
-            f"{source!s:40} {architecture} {size:8,} bytes {1000 * (time.perf_counter() - start):7.1f} ms"
-        )
-    print(f"{time.perf_counter() - began:.2f} s; kept in {cubin_folder()}")
+        milliseconds = 1000 * (time.perf_counter() - source_start)
+        print(f"{source!s:40} {architecture} {size:8,} bytes {milliseconds:7.1f} ms")
+    print(f"{time.perf_counter() - start:.2f} s; kept in {cubin_folder()}")
 
 
 if __name__ == "__main__":

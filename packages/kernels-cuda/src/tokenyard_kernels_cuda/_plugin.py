@@ -1,4 +1,4 @@
-"""What this package offers, and when it can be used; importing it imports nothing of cuda.bindings."""
+"""Backends of this package and their requirements. Importing it does not import cuda.bindings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tokenyard import Backend, Workload, hookimpl
 
 _SCORES = ("softmax", "sigmoid")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_PRIORITY = 30  # before Triton's: faster wherever they were measured (docs/benchmarks)
+_PRIORITY = 30  # above Triton's 20: faster in every measurement (docs/benchmarks)
 
 
 def no_cuda(workload: Workload) -> str | None:
-    """Say why CUDA kernels cannot run for a workload at all."""
+    """Return why no CUDA kernel can run a workload, or None."""
     if torch.version.hip is not None:
         return "'cuda' is for NVIDIA's GPUs, and this torch is built for AMD's"
     if workload.device.type != "cuda":
@@ -25,40 +25,50 @@ def no_cuda(workload: Workload) -> str | None:
         major, minor = workload.capability
         return f"'cuda' needs a GPU of compute capability 8.0 or later, and this is {major}.{minor}"
     if workload.dtype not in _DTYPES:
-        return f"'cuda' computes in bfloat16, float16 and float32, not in {str(workload.dtype).removeprefix('torch.')}"
+        dtype = str(workload.dtype).removeprefix("torch.")
+        return f"'cuda' computes in bfloat16, float16 and float32, not in {dtype}"
     return None
 
 
 def no_permutation(workload: Workload) -> str | None:
-    """Say why the permutation cannot be used for a workload."""
+    """Return why the permutation cannot run a workload, or None."""
     return _too_many(workload, 4095, "sorts by") or no_cuda(workload)
 
 
 def no_router(workload: Workload) -> str | None:
-    """Say why the router cannot be used for a workload."""
+    """Return why the router cannot run a workload, or None."""
     if workload.router.algorithm != "topk":
         return f"'cuda' computes the router algorithm 'topk', not {workload.router.algorithm!r}"
-    if workload.router.score not in _SCORES:  # as a later core may have
+    if workload.router.score not in _SCORES:  # a later core may add scores
         return (
             f"'cuda' computes the router scores {', '.join(_SCORES)}, not {workload.router.score!r}"
         )
     return _too_many(workload, 1024, "routes to") or no_cuda(workload)
 
 
-def _too_many(workload: Workload, most: int, does: str) -> str | None:
-    if workload.num_experts <= most:
+def _too_many(workload: Workload, limit: int, verb: str) -> str | None:
+    if workload.num_experts <= limit:
         return None
-    return f"'cuda' {does} at most {most} experts, and num_experts is {workload.num_experts}"
+    return f"'cuda' {verb} at most {limit} experts, and num_experts is {workload.num_experts}"
 
 
 def _no_bindings() -> str | None:
-    """Say why compiler and driver cannot be reached; cuda-bindings looks for those of its own CUDA release."""
-    found, theirs = _version("cuda-bindings"), torch.version.cuda
-    if found is None:
-        return "'cuda' needs cuda-bindings, which comes with torch's CUDA builds for Linux; pip install cuda-bindings"
-    if theirs is not None and _major(found) != _major(theirs):
-        need = f"'cuda' needs cuda-bindings for CUDA {theirs}, as torch is built for it"
-        return f'{need}, and {found} is installed; pip install "cuda-bindings=={_major(theirs)}.*"'
+    """Return why NVRTC and the driver are not available, or None.
+
+    cuda-bindings loads the libraries of its own CUDA release, so its major version must be torch's.
+    """
+    installed = _version("cuda-bindings")
+    cuda = torch.version.cuda
+    if installed is None:
+        return (
+            "'cuda' needs cuda-bindings, which comes with torch's CUDA builds for Linux; "
+            "pip install cuda-bindings"
+        )
+    if cuda is not None and _major(installed) != _major(cuda):
+        return (
+            f"'cuda' needs cuda-bindings for CUDA {cuda}, as torch is built for it, "
+            f'and {installed} is installed; pip install "cuda-bindings=={_major(cuda)}.*"'
+        )
     return None
 
 
@@ -75,13 +85,13 @@ def _version(distribution: str) -> str | None:
 
 @hookimpl
 def tokenyard_routers() -> list[Backend]:
-    """Offer the top-k router with scores, selection and weights fused."""
+    """Register the top-k router, which fuses scores, selection and weights."""
     return [Backend("cuda", "tokenyard_kernels_cuda.router:CudaRouter", _PRIORITY, no_router)]
 
 
 @hookimpl
 def tokenyard_permutations() -> list[Backend]:
-    """Offer the plan in two launches, and its moves."""
+    """Register the permutation, which plans in two launches."""
     return [
         Backend(
             "cuda", "tokenyard_kernels_cuda.permutation:CudaPermutation", _PRIORITY, no_permutation

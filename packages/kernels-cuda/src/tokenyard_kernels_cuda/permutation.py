@@ -1,4 +1,4 @@
-"""The `cuda` permutation: plans in two launches without host waits, and moves of 16 bytes a thread."""
+"""The `cuda` permutation: a plan takes two launches and no host sync; threads move 16 bytes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,31 @@ from torch import Tensor
 
 from tokenyard.interfaces import Plan
 from tokenyard.workload import Workload
-from tokenyard_kernels_cuda.ops._moves import ELEMENTS, moves, vectors_of
+from tokenyard_kernels_cuda.ops._moves import ELEMENTS, move_kernels, vectors_of
 from tokenyard_kernels_cuda.ops._permutation import permute_op, unpermute_op
 from tokenyard_kernels_cuda.ops._plan import KERNELS, plan_op
 from tokenyard_kernels_cuda.toolchain import compile_kernels
 
 
 class CudaPermutation:
-    """Plans and moves by CUDA kernels; repeatable bit by bit."""
+    """Makes plans and moves rows with CUDA kernels. Results are bit-identical from run to run."""
 
     def __init__(self, workload: Workload):
         self.workload = workload
 
     def prepare(self, tokens: int) -> None:
-        """Compile the kernels, in parallel."""
+        """Compile and load the kernels, in parallel."""
         dtype = self.workload.dtype
-        moving = moves(dtype, vectors_of(dtype)[0])[1:] if dtype in ELEMENTS else ()
-        compile_kernels([*KERNELS, *moving], self.workload.device)
+        kernels = list(KERNELS)
+        if dtype in ELEMENTS:
+            kernels += move_kernels(dtype, vectors_of(dtype)[0]).kernels()
+        compile_kernels(kernels, self.workload.device)
 
     def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
-        """Sort the slots of topk_ids [T, K] by expert, stably; dropped ones go last, into the tail."""
+        """Sort the slots of topk_ids [T, K] by expert, stably; dropped slots come last.
+
+        `rows` bounds the rows of the plan; the default is one row per slot.
+        """
         slots = topk_ids.numel()
         order, inverse, offsets = plan_op(
             topk_ids, num_experts, slots if rows is None else min(rows, slots)
@@ -37,5 +42,5 @@ class CudaPermutation:
         return permute_op(x, *plan)
 
     def unpermute(self, rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
-        """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
+        """Sum each token's rows [R, D] to [T, D], weighted by topk_weights [T, K] unless None."""
         return unpermute_op(rows, topk_weights, *plan)

@@ -1,4 +1,4 @@
-"""The `cuda` router: core's top-k router whose scores, selection and weights are one launch."""
+"""The `cuda` router: core's top-k router with scores, selection and weights in one launch."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from tokenyard.dtypes import compute_dtype
 from tokenyard.routers import TopKRouter
 from tokenyard.workload import Workload
 from tokenyard_kernels_cuda.ops._logits import NARROW, logits_op, split_kernel
-from tokenyard_kernels_cuda.ops._topk import route, routes, weigh
+from tokenyard_kernels_cuda.ops._topk import route, route_kernels, weigh
 from tokenyard_kernels_cuda.toolchain import compile_kernels
 
 
 class CudaRouter(TopKRouter):
-    """Scores tokens by one matrix and selects the K best experts, as ``workload.router`` says."""
+    """Scores tokens by one matrix and selects K experts by the rule ``workload.router``."""
 
     def __init__(self, workload: Workload):
         super().__init__(workload)
         self.workload = workload
 
     def prepare(self, tokens: int) -> None:
-        """Compile the kernels, in parallel."""
+        """Compile and load the kernels, in parallel."""
         dtype = self.workload.dtype
-        kernels = list(routes(self.num_experts))
+        kernels = list(route_kernels(self.num_experts))
         if dtype in NARROW:
             kernels.append(split_kernel(dtype))
         compile_kernels(kernels, self.workload.device)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return x [T, D] times the router's weight, in float32: [T, E]."""
+        """Multiply x [T, D] by the router's weight; return logits [T, E] in float32."""
         narrow = compute_dtype(x)
         if narrow not in NARROW:
             return super().logits(x)
@@ -37,7 +37,7 @@ class CudaRouter(TopKRouter):
             return logits_op(x.to(narrow), self.weight.to(narrow))
 
     def choose(self, logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return ids and weights [T, K]; given ids are only weighted."""
+        """Return ids and weights [T, K]. If topk_ids is set, skip the selection."""
         if topk_ids is None:
             return route(logits, self.selection_bias, self.top_k, self.rule)
         return topk_ids, weigh(logits, topk_ids, self.rule)

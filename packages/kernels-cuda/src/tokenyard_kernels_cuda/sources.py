@@ -1,28 +1,28 @@
-"""Every source that this package may compile, each with every set of macros that it is ever compiled with."""
+"""List of every kernel of this package, and of every source with each set of macros it needs."""
 
 from __future__ import annotations
 
 from tokenyard_kernels_cuda.ops._logits import NARROW, split_kernel
-from tokenyard_kernels_cuda.ops._moves import ELEMENTS, moves, vectors_of
+from tokenyard_kernels_cuda.ops._moves import ELEMENTS, move_kernels, vectors_of
 from tokenyard_kernels_cuda.ops._plan import KERNELS
 from tokenyard_kernels_cuda.ops._sizes import WARP
-from tokenyard_kernels_cuda.ops._topk import MOST_EXPERTS, routes
+from tokenyard_kernels_cuda.ops._topk import MOST_EXPERTS, route_kernels
 from tokenyard_kernels_cuda.toolchain import Kernel, Source
 
 
 def kernels() -> list[Kernel]:
     """List all kernels."""
-    found = [*KERNELS, *(split_kernel(dtype) for dtype in NARROW)]
+    all_kernels = [*KERNELS, *(split_kernel(dtype) for dtype in NARROW)]
     for dtype in ELEMENTS:
         for vector in vectors_of(dtype):
-            found += moves(dtype, vector)[1:]
+            all_kernels += move_kernels(dtype, vector).kernels()
     experts = WARP
     while experts <= MOST_EXPERTS:
-        found += routes(experts)
+        all_kernels += route_kernels(experts)
         experts *= 2
-    return found
+    return all_kernels
 
 
 def sources() -> list[Source]:
-    """List all sources, each once."""
+    """List all sources, without duplicates."""
     return list(dict.fromkeys(kernel.source for kernel in kernels()))

@@ -1,1 +1,1 @@
-"""The kernels as custom ops: what to launch for given tensors, with fake kernels and gradients."""
+"""Custom operators over the kernels: launch configuration, fake kernels and gradients."""

@@ -1,8 +1,9 @@
-"""Router logits of narrow operands: one product, accumulated and returned in float32.
+"""Router logits of narrow operands: one GEMM that accumulates and returns float32.
 
-The gradient that comes back is float32. It is split into the sum of two narrow numbers, so that both products of the
-backward pass run on the matrix units as well, and lose some 2^-16 of it instead of 2^-8 in
-bfloat16. In float16 what is below 6e-8 is lost, and above 65504 is too large: scale the loss, as float16 needs anyway.
+The gradient of the logits is float32. The backward pass splits it into the sum of two narrow
+numbers, so that both of its GEMMs run on tensor cores. In bfloat16 the split loses about 2^-16 of
+the gradient; rounding alone would lose 2^-8. In float16 numbers below 6e-8 are lost and numbers
+above 65504 overflow, so use a loss scaler, which float16 needs anyway.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
 _THREADS = 256
 
 NARROW = (torch.bfloat16, torch.float16)
-"""The dtypes whose products these are."""
+"""The dtypes of operands for which these operators replace core's logits."""
 
 
 @cache
 def split_kernel(dtype: torch.dtype) -> Kernel:
-    """Return the kernel that splits float32 into two numbers of a narrow dtype."""
+    """Return the kernel that splits float32 into the sum of two narrow numbers."""
     source = Source("split.cu", (("ELEMENT", ELEMENTS[dtype]),))
     return Kernel(
         source,
@@ -40,8 +41,8 @@ def split_kernel(dtype: torch.dtype) -> Kernel:
 
 @operator("tokenyard_cuda::logits")
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x [T, D] times weight.T [D, E] in float32."""
-    return _wide_product(x, weight.t())
+    """Return x [T, D] @ weight.T [D, E] in float32."""
+    return _float32_matmul(x, weight.t())
 
 
 @torch.library.register_fake(logits_op)
@@ -53,13 +54,15 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 def logits_backward_op(
     dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
 ) -> list[Tensor]:
-    """Return the gradients of x and of weight; an empty one where none is needed."""
+    """Return the gradients of x and weight from dlogits [T, E]; an empty one if not needed."""
     both = _split(dlogits.contiguous(), x.dtype)  # [T, 2E]
-    dx, dweight = x.new_empty(0), x.new_empty(0)
+    dx = x.new_empty(0)
+    dweight = x.new_empty(0)
     if needs[0]:
         dx = both @ torch.cat((weight, weight))
     if needs[1]:
-        dweight = _wide_product(both.t(), x).view(2, *weight.shape).sum(0).to(weight.dtype)
+        halves = _float32_matmul(both.t(), x).view(2, *weight.shape)
+        dweight = halves.sum(0).to(weight.dtype)
     return [dx, dweight]
 
 
@@ -69,17 +72,18 @@ def _(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Ten
 
 
 def _split(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [rows, 2 * width]: each row of `wide` rounded to dtype, then its rounding errors."""
     rows, width = wide.shape
     both = wide.new_empty(rows, 2 * width, dtype=dtype)
     if rows:
-        split_kernel(dtype)(
-            (ceil_div(rows * width, _THREADS), 1), _THREADS, wide, both, rows, width
-        )
+        blocks = ceil_div(rows * width, _THREADS)
+        split_kernel(dtype)((blocks, 1), _THREADS, wide, both, rows, width)
     return both
 
 
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply narrow matrices into float32; a CPU, where kernels are emulated, has no product for that."""
+def _float32_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply narrow matrices and return float32."""
+    # The tests emulate the kernels on a CPU, where torch.mm has no out_dtype.
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()

@@ -1,4 +1,4 @@
-"""Permute and unpermute as custom ops."""
+"""Permute and unpermute as custom operators."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def unpermute_op(
     offsets: Tensor,
     top_k: int,
 ) -> Tensor:
-    """Sum each token's rows [R, D], weighted if weights [T, K] are given, to [T, D]."""
+    """Sum each token's rows [R, D] to [T, D], weighted by topk_weights [T, K] unless None."""
     if inverse.shape[0] == 0:
         return rows.new_empty(0, rows.shape[1])
     weights = None if topk_weights is None else topk_weights.contiguous()
@@ -69,15 +69,18 @@ def unpermute_backward_op(
     top_k: int,
     want_rows: bool,
 ) -> list[Tensor]:
-    """Return the gradients of rows [R, D] and, if rows are given, of weights [T, K]; what is not wanted is empty."""
-    nothing = [dy.new_empty(0, dy.shape[1]), dy.new_empty(0, top_k, dtype=torch.float32)]
+    """Return the gradients of rows [R, D] and of topk_weights [T, K].
+
+    The first is empty unless `want_rows`; the second is empty if `rows` is None.
+    """
+    defaults = [dy.new_empty(0, dy.shape[1]), dy.new_empty(0, top_k, dtype=torch.float32)]
     if inverse.shape[0] == 0:
-        return nothing
+        return defaults
     weights = None if topk_weights is None else topk_weights.contiguous()
-    given = None if rows is None else rows.contiguous()
+    rows = None if rows is None else rows.contiguous()
     plan = Plan(order, inverse, offsets, top_k)
-    gradients = to_tokens_backward(dy.contiguous(), given, weights, plan, want_rows)
-    return [empty if gradient is None else gradient for gradient, empty in zip(gradients, nothing)]
+    gradients = to_tokens_backward(dy.contiguous(), rows, weights, plan, want_rows)
+    return [empty if grad is None else grad for grad, empty in zip(gradients, defaults)]
 
 
 @torch.library.register_fake(unpermute_backward_op)
@@ -106,9 +109,8 @@ def _permute_backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weights, order, inverse, offsets, ctx.top_k = inputs
-    ctx.save_for_backward(
-        rows if ctx.needs_input_grad[1] else None, weights, order, inverse, offsets
-    )
+    saved_rows = rows if ctx.needs_input_grad[1] else None  # only the weights' gradient needs rows
+    ctx.save_for_backward(saved_rows, weights, order, inverse, offsets)
 
 
 def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,7 +118,14 @@ def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     rows, weights, *plan = ctx.saved_tensors
     want_rows, want_weights = ctx.needs_input_grad[:2]
     drows, dweights = unpermute_backward_op(dy, rows, weights, *plan, ctx.top_k, want_rows)
-    return drows if want_rows else None, dweights if want_weights else None, None, None, None, None
+    return (
+        drows if want_rows else None,
+        dweights if want_weights else None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 torch.library.register_autograd(permute_op, _permute_backward, setup_context=_save_plan)

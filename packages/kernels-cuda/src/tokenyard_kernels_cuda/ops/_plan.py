@@ -1,4 +1,4 @@
-"""The plan as a custom op of two launches."""
+"""The plan as a custom operator of two launches."""
 
 from __future__ import annotations
 
@@ -35,19 +35,20 @@ PLACE = Kernel(
 )
 KERNELS = (COUNT, PLACE)
 
-_BLOCKS = 128  # at most: each adds up the counts of all
-_SLOTS = 512  # of a block, at least
-_WARPS = 16  # of a block that places slots, unless there are so many experts that their counters need too much room
-_THREADS = 1024  # of a block that counts
+_BLOCKS = 128  # blocks, at most: each sums the counts of all blocks
+_SLOTS = 512  # slots per block, at least
+_WARPS = 16  # warps per block of PLACE; fewer if the counters of many experts fill shared memory
+_THREADS = 1024  # threads per block of COUNT
 
 MOST_EXPERTS = SHARED // 4 // 3 - 1
-"""Of each, a block has three counters in shared memory even if it is one warp."""
+"""Limit of shared memory: three counters per expert, even for a block of one warp."""
 
 
 @operator("tokenyard_cuda::plan")
 def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return order [rows], inverse [N] and offsets [E + 1] of topk_ids [T, K]."""
-    slots, buckets = topk_ids.numel(), num_experts + 1
+    """Return order [rows], inverse [N] and offsets [E + 1] for topk_ids [T, K]."""
+    slots = topk_ids.numel()
+    buckets = num_experts + 1  # the last one holds the dropped slots
     order, inverse, offsets = _empty(topk_ids, num_experts, rows)
     if slots == 0:
         return order, inverse, offsets.zero_()
@@ -57,10 +58,29 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
     blocks = ceil_div(slots, slots_of_block)
     counts = order.new_empty(blocks, buckets)
     COUNT(
-        (blocks, 1), _THREADS, ids, counts, slots, num_experts, slots_of_block, shared=4 * buckets
+        (blocks, 1),
+        _THREADS,
+        ids,
+        counts,
+        slots,
+        num_experts,
+        slots_of_block,
+        shared=4 * buckets,
     )
-    arguments = (ids, counts, order, inverse, offsets, slots, rows, num_experts, slots_of_block)
-    PLACE((blocks, 1), warps * WARP, *arguments, shared=4 * buckets * (2 + warps))
+    PLACE(
+        (blocks, 1),
+        warps * WARP,
+        ids,
+        counts,
+        order,
+        inverse,
+        offsets,
+        slots,
+        rows,
+        num_experts,
+        slots_of_block,
+        shared=4 * buckets * (2 + warps),
+    )
     return order, inverse, offsets
 
 

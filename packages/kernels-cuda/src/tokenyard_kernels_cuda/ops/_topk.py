@@ -1,4 +1,4 @@
-"""Selection and weights of the top-k router as custom ops."""
+"""Selection and weights of the top-k router as custom operators."""
 
 from __future__ import annotations
 
@@ -13,47 +13,67 @@ from tokenyard.workload import RoutingRule
 from tokenyard_kernels_cuda.ops._sizes import WARP, ceil_div, fitting_warps
 from tokenyard_kernels_cuda.toolchain import Array, Float, Int, Kernel, Parameters, Source
 
-_WARPS = 8  # of a block, each with a token, unless they need too much shared memory
+_WARPS = 8  # warps per block, one per token; fewer if they need too much shared memory
 _SCORES = {"softmax": 0, "sigmoid": 1}
-_OF_SELECTED = 2
+_SOFTMAX_OF_SELECTED = 2
 
 MOST_EXPERTS = 1024
-"""Each lane of a warp holds every 32nd."""
+"""Limit of the kernels: a lane of a warp holds every 32nd expert, at most 32 of them."""
 
 
-class Routes(NamedTuple):
-    """The kernels for tokens that choose from up to so many experts."""
+class RouteKernels(NamedTuple):
+    """The kernels for one bound on the number of experts."""
 
     route: Kernel
     backward: Kernel
 
 
+class _Rule(NamedTuple):
+    """A routing rule as kernel arguments, in the kernels' order."""
+
+    score: int
+    power: float  # 0: no normalisation
+    scale: float
+    groups: int = 1
+    groups_kept: int = 1
+    by_two: int = 0
+
+
 @cache
-def routes(experts: int) -> Routes:
-    """Return the kernels for so many experts: those for the next power of two times 32."""
+def route_kernels(experts: int) -> RouteKernels:
+    """Return the kernels for up to `experts` experts, rounded up to 32 times a power of two."""
     lane_experts = 1 << (ceil_div(experts, WARP) - 1).bit_length()
     source = Source("route.cu", (("LANE_EXPERTS", str(lane_experts)),))
-    floats, floats_or_not = Array(torch.float32), Array(torch.float32, optional=True)
-    ints, ints_or_not, number = Array(torch.int32), Array(torch.int32, optional=True), Int()
-    sizes: Parameters = {"tokens": number, "experts": number, "top_k": number}
-    rule: Parameters = {"score": number, "power": Float(), "scale": Float()}
-    groups: Parameters = {"groups": number, "groups_kept": number, "by_two": number}
-    given: Parameters = {"logits": floats, "bias": floats_or_not, "fixed_ids": ints_or_not}
-    return Routes(
-        Kernel(
-            source, "route", **given, ids=ints_or_not, weights=floats, **sizes, **rule, **groups
-        ),
-        Kernel(
-            source,
-            "route_backward",
-            dweights=floats,
-            logits=floats,
-            ids=ints,
-            dlogits=floats,
-            **sizes,
-            **rule,
-        ),
+    floats = Array(torch.float32)
+    ints = Array(torch.int32)
+    optional_ints = Array(torch.int32, optional=True)
+    sizes: Parameters = {"tokens": Int(), "experts": Int(), "top_k": Int()}
+    weighting: Parameters = {"score": Int(), "power": Float(), "scale": Float()}
+    route = Kernel(
+        source,
+        "route",
+        logits=floats,
+        bias=Array(torch.float32, optional=True),
+        fixed_ids=optional_ints,
+        ids=optional_ints,
+        weights=floats,
+        **sizes,
+        **weighting,
+        groups=Int(),
+        groups_kept=Int(),
+        by_two=Int(),
     )
+    backward = Kernel(
+        source,
+        "route_backward",
+        dweights=floats,
+        logits=floats,
+        ids=ints,
+        dlogits=floats,
+        **sizes,
+        **weighting,
+    )
+    return RouteKernels(route, backward)
 
 
 @operator("tokenyard_cuda::route")
@@ -68,15 +88,17 @@ def route_op(
     groups_kept: int,
     by_two: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return ids [T, K] int32 of the highest scores of logits [T, E], equal ones lowest id first, and their weights."""
+    """Select the K experts of the highest scores; return ids [T, K] int32 and weights [T, K].
+
+    The scores are those of logits [T, E], plus bias [E] unless None. Of equal scores the lowest id
+    comes first.
+    """
     tokens = logits.shape[0]
-    ids, weights = (
-        logits.new_empty(tokens, top_k, dtype=torch.int32),
-        logits.new_empty(tokens, top_k),
-    )
+    ids = logits.new_empty(tokens, top_k, dtype=torch.int32)
+    weights = logits.new_empty(tokens, top_k)
     if tokens:
-        rule = (score, power, scale, groups, groups_kept, int(by_two))
-        _route(logits, bias, None, ids, weights, *rule)
+        rule = _Rule(score, power, scale, groups, groups_kept, int(by_two))
+        _route(logits, bias, None, ids, weights, rule)
     return ids, weights
 
 
@@ -88,10 +110,10 @@ def _(logits: Tensor, bias: Tensor | None, top_k: int, *rule: Any) -> tuple[Tens
 
 @operator("tokenyard_cuda::weigh")
 def weigh_op(logits: Tensor, ids: Tensor, score: int, power: float, scale: float) -> Tensor:
-    """Return the weights [T, K] float32 of given ids [T, K] int32, by logits [T, E]; a dropped one weighs 0."""
+    """Return the weights [T, K] float32 of ids [T, K] int32 from logits [T, E]; 0 if dropped."""
     weights = logits.new_empty(ids.shape)
     if ids.shape[0]:
-        _route(logits, None, ids.contiguous(), None, weights, score, power, scale, 1, 1, 0)
+        _route(logits, None, ids.contiguous(), None, weights, _Rule(score, power, scale))
     return weights
 
 
@@ -101,16 +123,31 @@ def _(logits: Tensor, ids: Tensor, *rule: Any) -> Tensor:
 
 
 def _route(
-    logits: Tensor, bias: Tensor | None, given: Tensor | None, ids: Tensor | None, *rest: Any
+    logits: Tensor,
+    bias: Tensor | None,
+    fixed_ids: Tensor | None,
+    ids: Tensor | None,
+    weights: Tensor,
+    rule: _Rule,
 ) -> None:
-    weights, *rule = rest
+    """Launch the kernel, which writes `weights` and, unless None, `ids`."""
     tokens, experts = logits.shape
-    top_k, groups = weights.shape[1], rule[3]
-    arguments = (logits.contiguous(), bias, given, ids, weights, tokens, experts, top_k, *rule)
-    words = groups + 2 * top_k
+    top_k = weights.shape[1]
+    words = rule.groups + 2 * top_k
     warps = fitting_warps(_WARPS, words)
-    routes(experts).route(
-        (ceil_div(tokens, warps), 1), warps * WARP, *arguments, shared=4 * warps * words
+    route_kernels(experts).route(
+        (ceil_div(tokens, warps), 1),
+        warps * WARP,
+        logits.contiguous(),
+        bias,
+        fixed_ids,
+        ids,
+        weights,
+        tokens,
+        experts,
+        top_k,
+        *rule,
+        shared=4 * warps * words,
     )
 
 
@@ -118,17 +155,27 @@ def _route(
 def weights_backward_op(
     dweights: Tensor, logits: Tensor, ids: Tensor, score: int, power: float, scale: float
 ) -> Tensor:
-    """Return the gradient of logits [T, E]."""
+    """Return the gradient of logits [T, E] from dweights [T, K] and ids [T, K]."""
     tokens, experts = logits.shape
     dlogits = logits.new_empty(tokens, experts)
     if tokens:
         top_k = ids.shape[1]
-        tensors = (dweights.contiguous(), logits.contiguous(), ids.contiguous(), dlogits)
-        arguments = (*tensors, tokens, experts, top_k, score, power, scale)
         words = 3 * top_k
         warps = fitting_warps(_WARPS, words)
-        routes(experts).backward(
-            (ceil_div(tokens, warps), 1), warps * WARP, *arguments, shared=4 * warps * words
+        route_kernels(experts).backward(
+            (ceil_div(tokens, warps), 1),
+            warps * WARP,
+            dweights.contiguous(),
+            logits.contiguous(),
+            ids.contiguous(),
+            dlogits,
+            tokens,
+            experts,
+            top_k,
+            score,
+            power,
+            scale,
+            shared=4 * warps * words,
         )
     return dlogits
 
@@ -167,26 +214,36 @@ torch.library.register_autograd(weigh_op, _weigh_backward, setup_context=_save_w
 def route(
     logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule
 ) -> tuple[Tensor, Tensor]:
-    """Return the ids and weights [T, K] that a rule selects by logits [T, E]; weights are differentiable."""
+    """Select K experts per token by a rule; return ids [T, K] and differentiable weights [T, K]."""
     bias = None if bias is None else bias.float().contiguous()
-    groups = (rule.num_groups, rule.groups_kept, rule.group_score == "top2")
-    ids, weights = route_op(logits, bias, top_k, *_weighing(rule), *groups)
+    by_two = rule.group_score == "top2"
+    ids, weights = route_op(
+        logits,
+        bias,
+        top_k,
+        *_weighting(rule),
+        rule.num_groups,
+        rule.groups_kept,
+        by_two,
+    )
     return ids, weights
 
 
 def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
-    """Return the weights [T, K] of given ids, differentiable in logits."""
+    """Return the weights [T, K] of ids [T, K], differentiable in logits [T, E].
+
+    Raises ValueError if ids do not have one row per token.
+    """
     if ids.dim() != 2 or ids.shape[0] != logits.shape[0]:
+        shape = list(ids.shape)
         raise ValueError(
-            f"topk_ids is {list(ids.shape)}, and there are {logits.shape[0]} tokens; give ids [T, K]"
+            f"topk_ids is {shape}, and there are {logits.shape[0]} tokens; give ids [T, K]"
         )
-    weights: Tensor = weigh_op(logits, ids.int(), *_weighing(rule))
+    weights: Tensor = weigh_op(logits, ids.int(), *_weighting(rule))
     return weights
 
 
-def _weighing(rule: RoutingRule) -> tuple[int, float, float]:
-    return (
-        _OF_SELECTED if rule.select_first else _SCORES[rule.score],
-        rule.normalize or 0.0,
-        rule.scale,
-    )
+def _weighting(rule: RoutingRule) -> tuple[int, float, float]:
+    """Return score, power and scale as the kernels take them."""
+    score = _SOFTMAX_OF_SELECTED if rule.select_first else _SCORES[rule.score]
+    return score, rule.normalize or 0.0, rule.scale

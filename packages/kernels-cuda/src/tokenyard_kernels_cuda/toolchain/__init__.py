@@ -1,4 +1,4 @@
-"""From CUDA C++ in this package to a launch: source -> cubin (by NVRTC, or from disk) -> library -> kernel."""
+"""Compile, cache and launch kernels: source -> cubin (NVRTC or disk) -> library -> kernel."""
 
 from tokenyard_kernels_cuda.toolchain._cache import cubin_folder, cubin_of
 from tokenyard_kernels_cuda.toolchain._compile import CompileError, architecture_of, compile_cubin

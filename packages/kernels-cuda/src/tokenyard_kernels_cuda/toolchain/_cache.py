@@ -1,7 +1,8 @@
-"""Cubins on disk, so that another process need not compile what one has compiled.
+"""Cache of cubins on disk, shared by all processes.
 
-An entry is a file named by a digest of all that decides what is in it. It begins with the digest of its content, so
-that a damaged one is noticed and made again; it is written beside and renamed, so that no process sees half of one.
+An entry is a file named by a digest of everything that determines its content. It starts with the
+digest of the cubin, so that a corrupt entry is detected and recompiled. It is written to a
+temporary file and renamed, so that no process reads a partial entry.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _warned: set[Path] = set()
 
 
 def cubin_folder() -> Path:
-    """Return where the entries lie."""
+    """Return the folder of the cache."""
     return cache_folder() / "cubins"
 
 
 def cubin_of(source: Source, architecture: str) -> bytes:
-    """Return a source's cubin, from disk if it is there and whole. Raises CompileError.
+    """Return the cubin of a source, from the cache or from NVRTC. Raises CompileError.
 
-    Where the folder cannot be written, a warning says so once, and each process compiles for itself.
+    If the folder is not writable, the first call warns, and each process compiles for itself.
     """
     path = cubin_folder() / f"{_key(source, architecture)}.cubin"
     cubin = _read(path)
@@ -40,6 +41,7 @@ def cubin_of(source: Source, architecture: str) -> bytes:
 
 
 def _key(source: Source, architecture: str) -> str:
+    """Return the name of an entry: NVRTC's version, the source, the options and all headers."""
     parts = [compiler_version(), source.name, source.text(), *options_for(source, architecture)]
     for name, text in sorted(headers().items()):
         parts += [name, text]
@@ -47,11 +49,13 @@ def _key(source: Source, architecture: str) -> str:
 
 
 def _read(path: Path) -> bytes | None:
+    """Return the cubin of an entry, or None if the entry is missing or corrupt."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    digest, cubin = content[:_DIGEST], content[_DIGEST:]
+    digest = content[:_DIGEST]
+    cubin = content[_DIGEST:]
     return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
 
 
@@ -71,5 +75,8 @@ def _write(path: Path, cubin: bytes) -> None:
     except OSError as error:
         if path.parent not in _warned:
             _warned.add(path.parent)
-            fault = f"compiled kernels cannot be kept in {path.parent} ({error})"
-            log.warning("%s; each process compiles them anew", fault)
+            log.warning(
+                "compiled kernels cannot be kept in %s (%s); each process compiles them anew",
+                path.parent,
+                error,
+            )

@@ -1,4 +1,4 @@
-"""Compiling by NVRTC, which needs no GPU, no nvcc and no C++ compiler."""
+"""Compilation with NVRTC, which needs no GPU, no nvcc and no C++ compiler."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from tokenyard import TokenyardError
 from tokenyard_kernels_cuda.toolchain._source import Source, headers
 
 _FAMILIES = {8: "sm_80", 9: "sm_90a", 10: "sm_100", 12: "sm_120"}
-"""A cubin runs on later GPUs of its family; Hopper's own with "a"."""
-_PLACE = re.compile(r"^(?P<file>[\w.]+)\((?P<line>\d+)\): (?:catastrophic )?error", re.MULTILINE)
+"""Architecture by major compute capability; a cubin runs on all later GPUs of its family."""
+_ERROR = re.compile(r"^(?P<file>[\w.]+)\((?P<line>\d+)\): (?:catastrophic )?error", re.MULTILINE)
 
 
 class CompileError(TokenyardError):
-    """NVRTC did not take a source; the message has its log, and the line that it points to."""
+    """NVRTC rejected a source. The message has the compiler log and the line of the first error."""
 
 
 def architecture_of(capability: tuple[int, int]) -> str:
-    """Return what to compile for, for a GPU of a compute capability."""
+    """Return the architecture to compile for, for a GPU of a compute capability."""
     major, minor = capability
     return _FAMILIES.get(major, f"sm_{major}{minor}")
 
 
 def options_for(source: Source, architecture: str) -> list[str]:
-    """Return all options that a source is compiled with."""
+    """Return all compiler options of a source."""
     return [
         f"--gpu-architecture={architecture}",
         "-std=c++17",
@@ -34,25 +34,22 @@ def options_for(source: Source, architecture: str) -> list[str]:
 
 
 def compiler_version() -> str:
-    """Return NVRTC's version."""
+    """Return NVRTC's version. Raises CompileError if NVRTC is not installed."""
     from cuda.bindings import nvrtc
 
     try:
         _, major, minor = nvrtc.nvrtcVersion()
-    except RuntimeError as error:  # cuda.bindings looks for the library when it first needs it
+    except RuntimeError as error:  # cuda.bindings loads the library on the first call
         raise CompileError(f"NVRTC is not found ({error}); pip install nvidia-cuda-nvrtc") from None
     return f"{major}.{minor}"
 
 
 def compile_cubin(source: Source, architecture: str) -> bytes:
-    """Compile a source for an architecture such as sm_90a. Raises CompileError."""
+    """Compile a source for an architecture, for example sm_90a. Raises CompileError."""
     from cuda.bindings import nvrtc
 
-    included = headers()
-    names, texts = (
-        [name.encode() for name in included],
-        [text.encode() for text in included.values()],
-    )
+    names = [name.encode() for name in headers()]
+    texts = [text.encode() for text in headers().values()]
     program = _checked(
         nvrtc.nvrtcCreateProgram(
             source.text().encode(), source.name.encode(), len(names), texts, names
@@ -71,6 +68,7 @@ def compile_cubin(source: Source, architecture: str) -> bytes:
 
 
 def _checked(returned: tuple[Any, ...]) -> Any:
+    """Return the value of an NVRTC call. Raises CompileError if it failed."""
     result, *values = returned
     if int(result):
         raise CompileError(f"NVRTC failed: {result.name}")
@@ -84,12 +82,16 @@ def _log(nvrtc: Any, program: Any) -> str:
 
 
 def _message(source: Source, architecture: str, result: str, log: str) -> str:
-    said = log or result
-    message = f"{source} does not compile for {architecture} by NVRTC {compiler_version()}:\n{said}"
-    found = _PLACE.search(log)
-    text = None if found is None else ({source.name: source.text()} | headers()).get(found["file"])
-    if found is None or text is None:
+    """Return the message of a failed compilation, with the source line of the first error."""
+    title = f"{source} does not compile for {architecture} by NVRTC {compiler_version()}"
+    message = f"{title}:\n{log or result}"
+    error = _ERROR.search(log)
+    if error is None:
         return message
-    number = int(found["line"])
-    line = (text.splitlines() + [""] * number)[number - 1]
-    return f"{message}\nline {number} of {found['file']}: {line.strip()}"
+    texts = {source.name: source.text()} | headers()
+    text = texts.get(error["file"])
+    if text is None:
+        return message
+    number = int(error["line"])
+    lines = text.splitlines() + [""] * number  # an error at the end of a file may be past its lines
+    return f"{message}\nline {number} of {error['file']}: {lines[number - 1].strip()}"

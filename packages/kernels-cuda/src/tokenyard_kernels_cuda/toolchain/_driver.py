@@ -1,4 +1,4 @@
-"""The CUDA driver, as cuda.bindings gives it: loading cubins, and launching on torch's stream."""
+"""The CUDA driver through cuda.bindings: load cubins and launch kernels on torch's stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenyard_kernels_cuda.toolchain._source import Source
 
 
 class DriverError(TokenyardError):
-    """The CUDA driver refused a call."""
+    """A call of the CUDA driver failed."""
 
 
 def launch(
@@ -29,26 +29,27 @@ def launch(
     shared: int,
     arguments: tuple[tuple[Any, ...], tuple[Any, ...]],
 ) -> None:
-    """Start a kernel on the current stream of a GPU; it is compiled if it was never before.
+    """Launch a kernel on the current stream of a GPU; compile it first if needed.
 
-    `shared` is the bytes of shared memory that a block asks for at the launch; `arguments` are values and their ctypes.
-    Raises CompileError and DriverError.
+    `shared` is the dynamic shared memory per block, in bytes. `arguments` are the values and their
+    ctypes. Raises CompileError and DriverError.
     """
     from cuda.bindings import driver
 
-    with _on(device):
-        _give_context(driver, device)
+    with _current_device(device):
+        _ensure_context(driver, device)
         stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
         kernel = function(source, name, device)
-        checked(
-            driver.cuLaunchKernel(kernel, *grid, threads, 1, 1, shared, stream, arguments, 0),
-            f"to launch {name}",
-        )
+        returned = driver.cuLaunchKernel(kernel, *grid, threads, 1, 1, shared, stream, arguments, 0)
+        checked(returned, f"to launch {name}")
 
 
 @cache
 def function(source: Source, name: str, device: int) -> Any:
-    """Return a kernel on a GPU whose context is this thread's. Raises CompileError and DriverError."""
+    """Return the driver's handle of a kernel. Raises CompileError and DriverError.
+
+    The GPU's context must be current in this thread.
+    """
     from cuda.bindings import driver
 
     kernel = checked(
@@ -59,20 +60,20 @@ def function(source: Source, name: str, device: int) -> Any:
 
 
 def load(sources: Iterable[Source], device: int) -> None:
-    """Compile sources that were never compiled before, in parallel, and load them on a GPU.
+    """Compile sources in parallel, unless cached, and load them on a GPU.
 
     Raises CompileError and DriverError.
     """
     with ThreadPoolExecutor() as pool:
-        for loaded in [pool.submit(_load, source, device) for source in sources]:
-            loaded.result()
+        for future in [pool.submit(_load, source, device) for source in sources]:
+            future.result()
 
 
 def _load(source: Source, device: int) -> None:
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
-        _give_context(driver, device)
+        _ensure_context(driver, device)
         _library(source, device)
 
 
@@ -81,17 +82,22 @@ def _library(source: Source, device: int) -> Any:
     from cuda.bindings import driver
 
     architecture = architecture_of(torch.cuda.get_device_capability(device))
-    loaded = driver.cuLibraryLoadData(cubin_of(source, architecture), [], [], 0, [], [], 0)
-    return checked(loaded, f"to load {source}, compiled for {architecture},")
+    returned = driver.cuLibraryLoadData(cubin_of(source, architecture), [], [], 0, [], [], 0)
+    return checked(returned, f"to load {source}, compiled for {architecture},")
 
 
-def _on(device: int) -> AbstractContextManager[object]:
-    """Make a GPU torch's current one."""
-    return nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device)
+def _current_device(device: int) -> AbstractContextManager[object]:
+    """Make a GPU torch's current device."""
+    if torch.cuda.current_device() == device:
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
-def _give_context(driver: Any, device: int) -> None:
-    """Give this thread torch's context, if it has none: torch itself gives it one when it first calls the runtime."""
+def _ensure_context(driver: Any, device: int) -> None:
+    """Set torch's CUDA context in this thread if it has none.
+
+    A new thread has no context until its first call of the CUDA runtime, which torch makes late.
+    """
     if not int(checked(driver.cuCtxGetCurrent(), "to tell the context")):
         context = checked(
             driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)), "to give a context"
@@ -99,9 +105,9 @@ def _give_context(driver: Any, device: int) -> None:
         checked(driver.cuCtxSetCurrent(context), "to set the context")
 
 
-def checked(returned: tuple[Any, ...], doing: str) -> Any:
-    """Return what a call of the driver returned besides its result. Raises DriverError."""
+def checked(returned: tuple[Any, ...], action: str) -> Any:
+    """Return the value of a driver call. Raises DriverError if it failed."""
     result, *values = returned
     if int(result):
-        raise DriverError(f"the CUDA driver refuses {doing} ({result.name})")
+        raise DriverError(f"the CUDA driver refuses {action} ({result.name})")
     return values[0] if values else None

@@ -1,4 +1,4 @@
-"""Kernels as functions that know what they take: a launch with other arguments is an error, not a wrong result."""
+"""Kernels as typed functions: a wrong argument raises TypeError instead of a wrong result."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from tokenyard_kernels_cuda.toolchain import _driver
 from tokenyard_kernels_cuda.toolchain._source import Source
 
-_MOST = {"x": (1 << 31) - 1, "y": (1 << 16) - 1}  # blocks along a dimension of the grid
+_MOST_BLOCKS = {"x": (1 << 31) - 1, "y": (1 << 16) - 1}  # CUDA's limits of the grid
 
 
 class Parameter(Protocol):
-    """What a kernel takes in one place."""
+    """The type of one kernel parameter."""
 
     ctype: Any
 
     def value(self, argument: Any) -> Any:
-        """Return what is passed on for an argument. Raises TypeError with the fault alone."""
+        """Convert an argument for the launch. Raises TypeError with a message like "is ..."."""
         ...
 
 
@@ -32,19 +32,19 @@ Parameters = dict[str, Parameter]
 
 @dataclass(frozen=True)
 class Array:
-    """A contiguous tensor of one dtype; the kernel gets its address, null for None where that may be."""
+    """A contiguous tensor of one dtype, passed by address; None, if `optional`, becomes null."""
 
     dtype: torch.dtype
     optional: bool = False
     ctype = ctypes.c_void_p
 
     def value(self, argument: Any) -> int:
-        """Return the address."""
+        """Return the address of a tensor."""
         if argument is None and self.optional:
             return 0
         if not isinstance(argument, Tensor) or argument.dtype != self.dtype:
-            given = argument.dtype if isinstance(argument, Tensor) else type(argument).__name__
-            raise TypeError(f"is {given}, and must be a tensor of {self.dtype}")
+            kind = argument.dtype if isinstance(argument, Tensor) else type(argument).__name__
+            raise TypeError(f"is {kind}, and must be a tensor of {self.dtype}")
         if not argument.is_contiguous():
             raise TypeError(f"has strides {argument.stride()} and must be contiguous")
         return argument.data_ptr()
@@ -57,7 +57,7 @@ class Int:
     ctype = ctypes.c_int
 
     def value(self, argument: Any) -> int:
-        """Return it."""
+        """Return the integer."""
         if not isinstance(argument, int) or not -(1 << 31) <= argument < 1 << 31:
             raise TypeError(f"is {argument!r}, and must be an integer of 32 bits")
         return argument
@@ -70,28 +70,32 @@ class Float:
     ctype = ctypes.c_float
 
     def value(self, argument: Any) -> float:
-        """Return it."""
+        """Return the number as a float."""
         if not isinstance(argument, (int, float)):
             raise TypeError(f"is {argument!r}, and must be a number")
         return float(argument)
 
 
 class Kernel:
-    """A kernel of a source, with its parameters by name, in order."""
+    """A kernel of a source and its parameters, by name and in order. Call it to launch it."""
 
     def __init__(self, source: Source, name: str, **parameters: Parameter):
-        self.source, self.name, self.parameters = source, name, parameters
+        self.source = source
+        self.name = name
+        self.parameters = parameters
         self._types = tuple(parameter.ctype for parameter in parameters.values())
 
     def __call__(
         self, grid: tuple[int, int], threads: int, *arguments: Any, shared: int = 0
     ) -> None:
-        """Start it on the current stream of the arguments' GPU: blocks (x, y), threads and bytes of shared memory each.
+        """Launch on the current stream of the arguments' GPU.
 
-        Raises TypeError for arguments that it does not take, CompileError and DriverError.
+        `grid` is the number of blocks (x, y); `threads` and `shared` are threads and bytes of
+        shared memory per block. Raises TypeError for wrong arguments, ValueError for a grid that
+        CUDA does not allow, CompileError and DriverError.
         """
         values = self._values(arguments)
-        for (dimension, most), blocks in zip(_MOST.items(), grid):
+        for (dimension, most), blocks in zip(_MOST_BLOCKS.items(), grid):
             if not 0 < blocks <= most:
                 raise ValueError(
                     f"{self.name}: {blocks} blocks along {dimension}; there may be 1 to {most}"
@@ -103,8 +107,9 @@ class Kernel:
 
     def _values(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(arguments) != len(self.parameters):
+            expected = len(self.parameters)
             raise TypeError(
-                f"{self.name} takes {len(self.parameters)} arguments, and {len(arguments)} were given"
+                f"{self.name} takes {expected} arguments, and {len(arguments)} were given"
             )
         devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
         if len(devices) != 1:
@@ -121,5 +126,8 @@ class Kernel:
 
 
 def compile_kernels(kernels: Iterable[Kernel], device: torch.device) -> None:
-    """Compile kernels that were never compiled before, in parallel, and load them on a GPU."""
+    """Compile kernels in parallel, unless cached, and load them on a GPU.
+
+    Raises CompileError and DriverError.
+    """
     _driver.load(dict.fromkeys(kernel.source for kernel in kernels), device.index)

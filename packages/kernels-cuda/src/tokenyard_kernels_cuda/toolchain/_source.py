@@ -1,4 +1,4 @@
-"""A file of kernels, with the macros that it is compiled with."""
+"""A kernel file and the macros to compile it with."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _FOLDER = files("tokenyard_kernels_cuda") / "kernels"
 
 @dataclass(frozen=True)
 class Source:
-    """One file in ``kernels/``; the same file with other macros is another source."""
+    """One file in ``kernels/`` with one set of macros."""
 
-    name: str  # such as "moves.cu"
+    name: str  # for example "moves.cu"
     macros: tuple[tuple[str, str], ...] = ()
 
     def text(self) -> str:
-        """Return what stands in the file."""
+        """Return the content of the file."""
         return _read(self.name)
 
     def options(self) -> list[str]:
-        """Return the compiler's options for the macros."""
+        """Return the compiler options that define the macros."""
         return [f"-D{name}={value}" for name, value in self.macros]
 
     def __str__(self) -> str:
@@ -31,7 +31,7 @@ class Source:
 
 @cache
 def headers() -> dict[str, str]:
-    """Return the files that sources may include, by name."""
+    """Return the text of every header that a source can include, by file name."""
     return {file.name: _read(file.name) for file in _FOLDER.iterdir() if file.name.endswith(".cuh")}
 
 
