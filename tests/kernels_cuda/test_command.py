@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from given import SPLIT
+from example_sources import SPLIT
 
 from tokenyard_kernels_cuda import __main__ as command
 

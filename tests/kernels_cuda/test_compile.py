@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from given import SPLIT, Given
+from example_sources import SPLIT, TextSource
 
 from tokenyard_kernels_cuda.sources import kernels, sources
 from tokenyard_kernels_cuda.toolchain import (
@@ -51,7 +51,7 @@ def test_every_kernel_of_a_file_has_its_parameters():
 
 
 def test_the_fault_is_shown_with_its_line():
-    source = Given(
+    source = TextSource(
         "wrong.cu", content='// one\nextern "C" __global__ void f() {\n  int x = y;\n}\n'
     )
     with pytest.raises(CompileError) as caught:
@@ -65,7 +65,7 @@ def test_the_fault_is_shown_with_its_line():
 def test_a_fault_in_a_header_is_shown_there(monkeypatch):
     monkeypatch.setattr(_compile, "headers", lambda: {"own.cuh": "// one\n#error here\n"})
     with pytest.raises(CompileError, match=r"line 2 of own.cuh: #error here"):
-        compile_cubin(Given("uses.cu", content='#include "own.cuh"\n'), "sm_80")
+        compile_cubin(TextSource("uses.cu", content='#include "own.cuh"\n'), "sm_80")
 
 
 def test_an_architecture_that_does_not_exist():

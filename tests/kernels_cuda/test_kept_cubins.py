@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from given import SPLIT, Given
+from example_sources import SPLIT, TextSource
 
 from tokenyard_kernels_cuda.toolchain import Source, _cache, cubin_of
 
@@ -22,7 +22,7 @@ def test_what_was_compiled_is_not_compiled_again(cubins, monkeypatch):
 
 def test_all_that_decides_is_in_the_name(monkeypatch):
     """Architecture, macros, text, headers, the compiler's version."""
-    other = Given("split.cu", SPLIT.macros, "// other\n")
+    other = TextSource("split.cu", SPLIT.macros, "// other\n")
     names = [
         _cache._key(SPLIT, "sm_80"),
         _cache._key(SPLIT, "sm_90a"),

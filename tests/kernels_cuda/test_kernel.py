@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from given import SPLIT
+from example_sources import SPLIT
 
 from tokenyard_kernels_cuda.toolchain import Array, Float, Int, Kernel
 

@@ -9,7 +9,7 @@ SPLIT = next(source for source in sources() if source.name == "split.cu")  # the
 
 
 @dataclass(frozen=True)
-class Given(Source):
+class TextSource(Source):
     """A source that a test writes."""
 
     content: str = ""
