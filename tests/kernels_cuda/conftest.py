@@ -1,4 +1,4 @@
-"""Lets tests import the modules beside them, and gives them the emulator."""
+"""Import path and fixtures of these tests: the emulator and a temporary cache."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session")
 def compiled_kernels():
-    """Skip where there is nothing to emulate with."""
+    """Skip if no C++ compiler is installed."""
     import emulated
 
     if emulated.COMPILER is None:
@@ -19,7 +19,7 @@ def compiled_kernels():
 
 @pytest.fixture
 def emulation(compiled_kernels, monkeypatch):
-    """Run kernels on the CPU."""
+    """Run kernels on the CPU emulator."""
     import emulated
 
     monkeypatch.setattr("tokenyard_kernels_cuda.toolchain._driver.launch", emulated.launch)
@@ -27,6 +27,6 @@ def emulation(compiled_kernels, monkeypatch):
 
 @pytest.fixture
 def cubins(tmp_path, monkeypatch):
-    """Keep what is compiled in a folder of the test's own; return that."""
+    """Cache cubins in a temporary folder; return it."""
     monkeypatch.setenv("TOKENYARD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "cubins"

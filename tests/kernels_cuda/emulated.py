@@ -1,4 +1,4 @@
-"""The kernels of this package on a CPU: the same sources, compiled by a C++ compiler against ``emulator.h``."""
+"""Run the CUDA kernels on a CPU: compile the same sources with g++ against ``emulator.h``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tokenyard_kernels_cuda.toolchain import Source
 from tokenyard_kernels_cuda.toolchain._source import headers
 
 COMPILER = shutil.which("g++")
-_FAULTS = {1: "threads wait for each other in vain", 2: "writes past its shared memory"}
+_FAULTS = {1: "has a deadlock", 2: "writes past its shared memory"}
 _INSTRUCTION = re.compile(r'asm\("(\S+) %0, %1;" : "=\w"\((.+?)\) : "\w"\((.+?)\)\);')
 _SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 _seeds = count(1)
 
 
 def launch(source, name, device, grid, threads, shared, arguments):
-    """Run a kernel, in the place of the driver's launch."""
+    """Run a kernel; replaces the driver's launch."""
     values = [kind(value) for value, kind in zip(*arguments)]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     code = getattr(_library(source), f"run_{name}")(
@@ -49,25 +49,26 @@ def _library(source: Source) -> ctypes.CDLL:
 
 @cache
 def _emulator() -> Path:
-    """Return a folder with the emulator, compiled ahead: it takes longer than a kernel."""
+    """Return a folder with the emulator as a precompiled header, the slowest part to compile."""
     folder = Path(tempfile.mkdtemp(prefix="tokenyard-emulator-"))
     shutil.copy(Path(__file__).with_name("emulator.h"), folder)
     _compile(folder, "emulator.h.gch", "emulator.h", "-x", "c++-header")
     return folder
 
 
-def _compile(folder: Path, to: str, what: str, *options: str) -> None:
-    how = ["-std=c++17", "-O1", "-w", "-fPIC"]
-    subprocess.run([COMPILER, *how, *options, "-o", to, what], cwd=folder, check=True, timeout=120)
+def _compile(folder: Path, output: str, source: str, *options: str) -> None:
+    command = [COMPILER, "-std=c++17", "-O1", "-w", "-fPIC", *options, "-o", output, source]
+    subprocess.run(command, cwd=folder, check=True, timeout=120)
 
 
 def _in_cpp(text: str) -> str:
+    """Replace CUDA syntax that a C++ compiler rejects: shared memory and asm statements."""
     text = _SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory());", text)
     return _INSTRUCTION.sub(lambda m: f"emulator::{m[1].replace('.', '_')}({m[2]}, {m[3]});", text)
 
 
 def _usable(reason):
-    """Return the backend's own reasons but for the device, which is a GPU in its eyes."""
+    """Return the backend's `unusable` as it would answer on a GPU."""
 
     def unusable(workload: Workload) -> str | None:
         options = {
@@ -97,5 +98,5 @@ class _Offers:
 
 
 def registry() -> Registry:
-    """Return a registry in which the backends are usable on a CPU."""
+    """Return a registry whose CUDA backends run on a CPU."""
     return Registry([Plugin(_Offers, "tokenyard-kernels-cuda", "emulated")])

@@ -1,5 +1,6 @@
-// CUDA on a CPU, for tests: blocks one after another, the threads of a block as fibers that give way to each other only
-// where they wait. In which order both run is drawn anew at each launch, so that what depends on it comes out wrong.
+// CUDA on a CPU, for tests. Blocks run one after another. The threads of a block are fibers that
+// yield only where they synchronise. Each launch shuffles the order of blocks and threads, so a
+// kernel that depends on the order fails.
 #pragma once
 
 #include <ucontext.h>
@@ -39,15 +40,16 @@ struct Fiber {
   bool done = false;
 };
 
-// Threads that wait for each other; a round ends when all that are left have come.
-struct Gathering {
-  int left = 0, came = 0;
+// A barrier. A round ends when all threads that have not returned have arrived.
+struct Barrier {
+  int running = 0;
+  int arrived = 0;
   unsigned round = 0;
-  uint64_t values[2][32];
+  uint64_t values[2][32];  // the lanes' values of the last two rounds
 
-  void end_if_all_came() {
-    if (came > 0 && came >= left) {
-      came = 0;
+  void end_round_if_complete() {
+    if (arrived > 0 && arrived >= running) {
+      arrived = 0;
       ++round;
     }
   }
@@ -55,8 +57,8 @@ struct Gathering {
 
 inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
-inline std::vector<Gathering> warps;
-inline Gathering block;
+inline std::vector<Barrier> warps;
+inline Barrier block;
 inline std::function<void()> body;
 inline std::vector<unsigned char> shared_bytes;
 inline unsigned current;
@@ -64,40 +66,41 @@ inline bool progress;
 
 inline void* shared_memory() { return shared_bytes.data(); }
 
-inline void wait(Gathering& gathering) {
-  const unsigned round = gathering.round;
-  ++gathering.came;
-  gathering.end_if_all_came();
+inline void wait(Barrier& barrier) {
+  const unsigned round = barrier.round;
+  ++barrier.arrived;
+  barrier.end_round_if_complete();
   progress = true;
-  while (gathering.round == round) swapcontext(&fibers[current].context, &scheduler);
+  while (barrier.round == round) swapcontext(&fibers[current].context, &scheduler);
 }
 
 inline int lane() { return threadIdx.x % 32; }
-inline Gathering& warp() { return warps[threadIdx.x / 32]; }
+inline Barrier& warp() { return warps[threadIdx.x / 32]; }
 
-// Give a value, and get those of all lanes.
+// Publish this lane's value and return the values of all lanes.
 inline const uint64_t* exchange(uint64_t value) {
-  Gathering& own = warp();
-  uint64_t* values = own.values[own.round % 2];
+  Barrier& barrier = warp();
+  uint64_t* values = barrier.values[barrier.round % 2];
   values[lane()] = value;
-  wait(own);
+  wait(barrier);
   return values;
 }
 
+// Run one thread. A thread that returns no longer counts in the barriers.
 inline void enter() {
   body();
   fibers[current].done = progress = true;
-  --warp().left;
-  --block.left;
-  warp().end_if_all_came();
-  block.end_if_all_came();
+  --warp().running;
+  --block.running;
+  warp().end_round_if_complete();
+  block.end_round_if_complete();
 }
 
-// Run one block; false if its threads wait for each other in vain.
-inline bool run_block(std::vector<unsigned>& order, std::mt19937& draw) {
+// Run one block; return false on deadlock.
+inline bool run_block(std::vector<unsigned>& order, std::mt19937& generator) {
   const unsigned threads = blockDim.x;
   block = {static_cast<int>(threads)};
-  warps.assign(threads / 32, Gathering{32});
+  warps.assign(threads / 32, Barrier{32});
   for (Fiber& fiber : fibers) {
     fiber.done = false;
     getcontext(&fiber.context);
@@ -108,19 +111,25 @@ inline bool run_block(std::vector<unsigned>& order, std::mt19937& draw) {
   }
   do {
     progress = false;
-    std::shuffle(order.begin(), order.end(), draw);
+    std::shuffle(order.begin(), order.end(), generator);
     for (unsigned thread : order) {
       if (fibers[thread].done) continue;
       current = threadIdx.x = thread;
       swapcontext(&scheduler, &fibers[thread].context);
     }
   } while (progress);
-  return block.left == 0;
+  return block.running == 0;
 }
 
-// Return 0, 1 if threads wait in vain, 2 if more shared memory was written than was asked for.
-inline int launch(unsigned x, unsigned y, unsigned threads, unsigned shared, unsigned seed, std::function<void()> kernel) {
-  std::mt19937 draw(seed);
+// Run a kernel; return 0, 1 on deadlock, or 2 if it wrote past its shared memory.
+inline int launch(
+    unsigned x,
+    unsigned y,
+    unsigned threads,
+    unsigned shared,
+    unsigned seed,
+    std::function<void()> kernel) {
+  std::mt19937 generator(seed);
   body = std::move(kernel);
   gridDim = {x, y, 1};
   blockDim = {threads, 1, 1};
@@ -128,11 +137,11 @@ inline int launch(unsigned x, unsigned y, unsigned threads, unsigned shared, uns
   std::vector<unsigned> order(threads), blocks(x * y);
   std::iota(order.begin(), order.end(), 0);
   std::iota(blocks.begin(), blocks.end(), 0);
-  std::shuffle(blocks.begin(), blocks.end(), draw);
+  std::shuffle(blocks.begin(), blocks.end(), generator);
   for (unsigned number : blocks) {
     blockIdx = {number % x, number / x, 0};
     shared_bytes.assign(shared + 4096, POISON);
-    if (!run_block(order, draw)) return 1;
+    if (!run_block(order, generator)) return 1;
     for (size_t i = shared; i < shared_bytes.size(); ++i) {
       if (shared_bytes[i] != POISON) return 2;
     }
@@ -140,22 +149,37 @@ inline int launch(unsigned x, unsigned y, unsigned threads, unsigned shared, uns
   return 0;
 }
 
-template <class... A, size_t... I> void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
   kernel(*static_cast<std::remove_reference_t<A>*>(arguments[I])...);
 }
 
 template <class... A>
-int run(void (*kernel)(A...), unsigned x, unsigned y, unsigned threads, unsigned shared, unsigned seed, void** arguments) {
-  return launch(x, y, threads, shared, seed, [=] { call(kernel, arguments, std::index_sequence_for<A...>{}); });
+int run(
+    void (*kernel)(A...),
+    unsigned x,
+    unsigned y,
+    unsigned threads,
+    unsigned shared,
+    unsigned seed,
+    void** arguments) {
+  const auto call_kernel = [=] { call(kernel, arguments, std::index_sequence_for<A...>{}); };
+  return launch(x, y, threads, shared, seed, call_kernel);
 }
 
-// Let Python start a kernel.
-#define RUN(kernel)                                                                                                    \
-  extern "C" int run_##kernel(unsigned x, unsigned y, unsigned threads, unsigned shared, unsigned seed, void** all) {  \
-    return emulator::run(kernel, x, y, threads, shared, seed, all);                                                    \
+// Define the C function through which Python runs a kernel.
+#define RUN(kernel)                                                             \
+  extern "C" int run_##kernel(                                                  \
+      unsigned x,                                                               \
+      unsigned y,                                                               \
+      unsigned threads,                                                         \
+      unsigned shared,                                                          \
+      unsigned seed,                                                            \
+      void** arguments) {                                                       \
+    return emulator::run(kernel, x, y, threads, shared, seed, arguments);       \
   }
 
-// What the compiler's asm statements do.
+// The PTX instructions of the kernels' asm statements.
 inline void cvt_f32_f16(float& y, unsigned short bits) {
   _Float16 x;
   memcpy(&x, &bits, 2);

@@ -1,16 +1,16 @@
-"""Sources to compile: the smallest that there is, and any that a test writes."""
+"""Sources to compile: the smallest one of the package, and text that a test writes."""
 
 from dataclasses import dataclass
 
 from tokenyard_kernels_cuda.sources import sources
 from tokenyard_kernels_cuda.toolchain import Source
 
-SPLIT = next(source for source in sources() if source.name == "split.cu")  # the quickest to compile
+SPLIT = next(source for source in sources() if source.name == "split.cu")  # compiles fastest
 
 
 @dataclass(frozen=True)
 class TextSource(Source):
-    """A source that a test writes."""
+    """A source whose text a test writes."""
 
     content: str = ""
 

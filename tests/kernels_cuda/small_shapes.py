@@ -1,4 +1,4 @@
-"""Every kernel once on small, odd shapes: what compute-sanitizer watches. Run as a script on a GPU machine."""
+"""Launch every kernel on small, odd shapes, for compute-sanitizer. A script; needs a GPU."""
 
 import torch
 
@@ -11,16 +11,16 @@ from tokenyard_kernels_cuda.router import CudaRouter
 def move(dtype, dim, tokens=37, experts=7, top_k=3, rows=None):
     """Plan with dropped slots, permute and unpermute, forward and backward."""
     ids = torch.randint(0, experts + 1, (tokens, top_k), device="cuda", dtype=torch.int32)
-    moved = CudaPermutation(Workload(dim, 8, experts, top_k, dtype=dtype, device="cuda"))
-    plan = moved.plan(ids, experts, rows)
+    permutation = CudaPermutation(Workload(dim, 8, experts, top_k, dtype=dtype, device="cuda"))
+    plan = permutation.plan(ids, experts, rows)
     x = torch.randn(tokens, dim, device="cuda", dtype=dtype, requires_grad=True)
     weights = torch.rand(tokens, top_k, device="cuda", requires_grad=True)
-    y = moved.unpermute(moved.permute(x, plan), plan, weights)
+    y = permutation.unpermute(permutation.permute(x, plan), plan, weights)
     torch.autograd.grad(y, (x, weights), torch.randn_like(y))
 
 
 def choose(experts, top_k, **rule):
-    """Choose and weigh, and go back to the logits."""
+    """Select and weigh experts, forward and backward."""
     router = CudaRouter(
         Workload(16, 8, experts, top_k, router=RoutingRule(**rule), device="cuda")
     ).cuda()
@@ -33,13 +33,14 @@ def choose(experts, top_k, **rule):
 
 
 def split(dtype):
-    """Split a gradient in two, as the products of the router's backward pass need it; those are cuBLAS's."""
-    wide, both = torch.randn(21, 9, device="cuda"), torch.empty(21, 18, device="cuda", dtype=dtype)
+    """Split a gradient, as the router's backward pass does before its GEMMs."""
+    wide = torch.randn(21, 9, device="cuda")
+    both = torch.empty(21, 18, device="cuda", dtype=dtype)
     split_kernel(dtype)((1, 1), 256, wide, both, 21, 9)
 
 
 def main():
-    """Run them all."""
+    """Launch all kernels."""
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for dim in (8, 15, 264):

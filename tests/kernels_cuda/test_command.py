@@ -1,4 +1,4 @@
-"""`python -m tokenyard_kernels_cuda` compiles ahead."""
+"""`python -m tokenyard_kernels_cuda` compiles ahead of time."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from example_sources import SPLIT
 from tokenyard_kernels_cuda import __main__ as command
 
 
-def test_it_compiles_all_and_says_where(capsys, cubins, monkeypatch):
+def test_compiles_all_sources_and_prints_the_folder(capsys, cubins, monkeypatch):
     monkeypatch.setattr(command, "sources", lambda: [SPLIT])
     assert command.main(["sm_90a"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(f"{SPLIT} ")
-    assert f"kept in {cubins}" in said
+    output = capsys.readouterr().out
+    assert output.startswith(f"{SPLIT} ")
+    assert f"kept in {cubins}" in output
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_it_compiles_all_and_says_where(capsys, cubins, monkeypatch):
         (["hopper"], "does not compile for hopper"),
     ],
 )
-def test_a_mistake_is_said(capsys, monkeypatch, arguments, sentence):
+def test_wrong_arguments_are_one_sentence(capsys, monkeypatch, arguments, sentence):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(arguments) == 2
     assert sentence in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Compiling on a machine without a GPU, since NVRTC needs none."""
+"""Compilation with NVRTC, which needs no GPU."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -22,25 +22,23 @@ from tokenyard_kernels_cuda.toolchain import (
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100", "sm_120"])
-def test_every_kernel_for_every_architecture(architecture):
+def test_every_kernel_compiles_for_every_architecture(architecture):
     def compiled(source):
         cubin = compile_cubin(source, architecture)
-        wanted = [kernel.name for kernel in kernels() if kernel.source == source]
-        return cubin.startswith(b"\x7fELF") and all(
-            f".text.{name}\0".encode() in cubin for name in wanted
-        )
+        sections = [f".text.{kernel.name}\0" for kernel in kernels() if kernel.source == source]
+        return cubin.startswith(b"\x7fELF") and all(s.encode() in cubin for s in sections)
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(compiled, sources()))
 
 
-def test_every_file_is_a_source():
+def test_every_file_is_listed_as_a_source():
     files = {file.name for file in _source._FOLDER.iterdir() if file.name.endswith(".cu")}
     assert files == {source.name for source in sources()}
 
 
-def test_every_kernel_of_a_file_has_its_parameters():
-    """As many, in this order, by these names, and pointers where an array is."""
+def test_python_parameters_match_the_kernel_s_signature():
+    """The same names in the same order; arrays are pointers."""
     for kernel in kernels():
         code = re.sub("//.*", "", kernel.source.text())
         text = code.partition(f"void {kernel.name}(")[2].partition(")")[0]
@@ -50,7 +48,7 @@ def test_every_kernel_of_a_file_has_its_parameters():
             assert declared[name] == isinstance(parameter, Array), (kernel.name, name)
 
 
-def test_the_fault_is_shown_with_its_line():
+def test_compile_error_shows_the_source_line():
     source = TextSource(
         "wrong.cu", content='// one\nextern "C" __global__ void f() {\n  int x = y;\n}\n'
     )
@@ -62,13 +60,13 @@ def test_the_fault_is_shown_with_its_line():
     assert lines[-1] == "line 3 of wrong.cu: int x = y;"
 
 
-def test_a_fault_in_a_header_is_shown_there(monkeypatch):
+def test_compile_error_in_a_header_shows_the_header_s_line(monkeypatch):
     monkeypatch.setattr(_compile, "headers", lambda: {"own.cuh": "// one\n#error here\n"})
     with pytest.raises(CompileError, match=r"line 2 of own.cuh: #error here"):
         compile_cubin(TextSource("uses.cu", content='#include "own.cuh"\n'), "sm_80")
 
 
-def test_an_architecture_that_does_not_exist():
+def test_unknown_architecture_is_a_compile_error():
     with pytest.raises(
         CompileError, match=r"does not compile for sm_7[\s\S]*invalid value for --gpu-architecture"
     ):
@@ -85,11 +83,11 @@ def test_an_architecture_that_does_not_exist():
         ((12, 1), "sm_120"),
     ],
 )
-def test_what_to_compile_for(capability, architecture):
+def test_architecture_of_a_compute_capability(capability, architecture):
     assert architecture_of(capability) == architecture
 
 
-def test_without_nvrtc_it_says_so(monkeypatch):
+def test_missing_nvrtc_names_the_package_to_install(monkeypatch):
     def missing():
         raise RuntimeError("libnvrtc.so: not found")
 

@@ -1,4 +1,4 @@
-"""What is asked of the CUDA driver, by a driver that only takes notes: there is none on a CPU."""
+"""Calls of the CUDA driver, recorded by a fake driver, since a CPU machine has none."""
 
 import ctypes
 from types import SimpleNamespace
@@ -12,28 +12,29 @@ from cuda.bindings import driver
 
 from tokenyard_kernels_cuda.toolchain import DriverError, Source, _driver
 
-OK, GONE = driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_INVALID_VALUE
+OK = driver.CUresult.CUDA_SUCCESS
+INVALID = driver.CUresult.CUDA_ERROR_INVALID_VALUE
 SOURCE = Source("split.cu", (("ELEMENT", "bf16"),))
 ARGUMENTS = ((0, 7, 0.5), (ctypes.c_void_p, ctypes.c_int, ctypes.c_float))
 
 
 @pytest.fixture
-def notes(monkeypatch):
-    """Replace the driver and torch's view of a GPU; return what was called, in order."""
-    called = []
+def fake_driver(monkeypatch):
+    """Fake the driver and torch's current GPU; return its calls and a way to fake more."""
+    calls = []
 
-    def noted(name, *result):
+    def fake(name, *result):
         monkeypatch.setattr(
-            driver, name, lambda *arguments: called.append((name, *arguments)) or result
+            driver, name, lambda *arguments: calls.append((name, *arguments)) or result
         )
 
-    noted("cuCtxGetCurrent", OK, driver.CUcontext(1))
-    noted("cuDevicePrimaryCtxRetain", OK, driver.CUcontext(2))
-    noted("cuCtxSetCurrent", OK)
-    noted("cuLibraryLoadData", OK, driver.CUlibrary(3))
-    noted("cuLibraryGetKernel", OK, driver.CUkernel(4))
-    noted("cuKernelGetFunction", OK, driver.CUfunction(5))
-    noted("cuLaunchKernel", OK)
+    fake("cuCtxGetCurrent", OK, driver.CUcontext(1))
+    fake("cuDevicePrimaryCtxRetain", OK, driver.CUcontext(2))
+    fake("cuCtxSetCurrent", OK)
+    fake("cuLibraryLoadData", OK, driver.CUlibrary(3))
+    fake("cuLibraryGetKernel", OK, driver.CUkernel(4))
+    fake("cuKernelGetFunction", OK, driver.CUfunction(5))
+    fake("cuLaunchKernel", OK)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=99)
@@ -42,7 +43,7 @@ def notes(monkeypatch):
     monkeypatch.setattr(_driver, "cubin_of", lambda source, architecture: architecture.encode())
     for cached in (_driver.function, _driver._library):
         cached.cache_clear()
-    yield called, noted
+    yield calls, fake
     for cached in (_driver.function, _driver._library):
         cached.cache_clear()
 
@@ -51,27 +52,27 @@ def launch():
     _driver.launch(SOURCE, "split_in_two", 0, (5, 2, 1), 64, 16, ARGUMENTS)
 
 
-def test_a_kernel_is_loaded_once_and_launched_on_torch_s_stream(notes):
-    called, _ = notes
+def test_kernel_is_loaded_once_and_launched_on_torch_s_stream(fake_driver):
+    calls, _ = fake_driver
     launch()
     launch()
-    names = [call[0] for call in called]
+    names = [call[0] for call in calls]
     assert names.count("cuLibraryLoadData") == names.count("cuKernelGetFunction") == 1
     assert names.count("cuLaunchKernel") == 2
     _, function, *sizes, shared, stream, arguments, _ = next(
-        c for c in called if c[0] == "cuLaunchKernel"
+        c for c in calls if c[0] == "cuLaunchKernel"
     )
     assert (int(function), sizes, shared, int(stream)) == (5, [5, 2, 1, 64, 1, 1], 16, 99)
     assert arguments == ARGUMENTS
-    assert next(call[1] for call in called if call[0] == "cuLibraryLoadData") == b"sm_90a"
+    assert next(call[1] for call in calls if call[0] == "cuLibraryLoadData") == b"sm_90a"
 
 
-def test_a_thread_without_a_context_gets_torch_s(notes):
-    called, noted = notes
-    noted("cuCtxGetCurrent", OK, driver.CUcontext(0))
+def test_thread_without_a_context_gets_torch_s(fake_driver):
+    calls, fake = fake_driver
+    fake("cuCtxGetCurrent", OK, driver.CUcontext(0))
     launch()
-    (given,) = [call for call in called if call[0] == "cuCtxSetCurrent"]
-    assert int(given[1]) == 2
+    (call,) = [call for call in calls if call[0] == "cuCtxSetCurrent"]
+    assert int(call[1]) == 2
 
 
 @pytest.mark.parametrize(
@@ -95,8 +96,8 @@ def test_a_thread_without_a_context_gets_torch_s(notes):
         ),
     ],
 )
-def test_what_the_driver_refuses_is_said(notes, name, sentence):
-    _, noted = notes
-    noted(name, GONE, 0)
+def test_driver_error_names_the_call_and_the_kernel(fake_driver, name, sentence):
+    _, fake = fake_driver
+    fake(name, INVALID, 0)
     with pytest.raises(DriverError, match=sentence):
         launch()

@@ -1,4 +1,4 @@
-"""What was compiled once is kept, and taken only if it is whole."""
+"""The cache of cubins: entries are reused, and recompiled if corrupt."""
 
 import logging
 import subprocess
@@ -13,14 +13,14 @@ from example_sources import SPLIT, TextSource
 from tokenyard_kernels_cuda.toolchain import Source, _cache, cubin_of
 
 
-def test_what_was_compiled_is_not_compiled_again(cubins, monkeypatch):
+def test_cached_cubin_is_not_compiled_again(cubins, monkeypatch):
     first = cubin_of(SPLIT, "sm_90a")
     assert len(list(cubins.iterdir())) == 1
     monkeypatch.setattr(_cache, "compile_cubin", None)
     assert cubin_of(SPLIT, "sm_90a") == first
 
 
-def test_all_that_decides_is_in_the_name(monkeypatch):
+def test_key_covers_all_inputs(monkeypatch):
     """Architecture, macros, text, headers, the compiler's version."""
     other = TextSource("split.cu", SPLIT.macros, "// other\n")
     names = [
@@ -42,7 +42,7 @@ def test_all_that_decides_is_in_the_name(monkeypatch):
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:99] + b"?" + b[100:]]
 )
-def test_a_damaged_entry_is_made_again(cubins, damage):
+def test_corrupt_entry_is_recompiled(cubins, damage):
     cubin = cubin_of(SPLIT, "sm_90a")
     (path,) = cubins.iterdir()
     whole = path.read_bytes()
@@ -51,7 +51,7 @@ def test_a_damaged_entry_is_made_again(cubins, damage):
     assert path.read_bytes() == whole
 
 
-def test_where_nothing_can_be_written_a_warning_says_so_once(cubins, caplog):
+def test_unwritable_folder_warns_once(cubins, caplog):
     cubins.parent.write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
         assert cubin_of(SPLIT, "sm_90a") == cubin_of(SPLIT, "sm_90a")
@@ -59,7 +59,7 @@ def test_where_nothing_can_be_written_a_warning_says_so_once(cubins, caplog):
     assert f"compiled kernels cannot be kept in {cubins}" in record.getMessage()
 
 
-def test_nothing_half_written_is_left(cubins, monkeypatch):
+def test_failed_write_leaves_no_file(cubins, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
@@ -68,18 +68,19 @@ def test_nothing_half_written_is_left(cubins, monkeypatch):
     assert list(cubins.iterdir()) == []
 
 
-def test_processes_may_compile_at_once(cubins):
+def test_processes_can_compile_at_the_same_time(cubins):
     code = (
-        "from tokenyard_kernels_cuda.sources import sources; from tokenyard_kernels_cuda.toolchain import cubin_of;"
+        "from tokenyard_kernels_cuda.sources import sources;"
+        "from tokenyard_kernels_cuda.toolchain import cubin_of;"
         "print(hash(bytes(cubin_of(sources()[0], 'sm_90a'))))"
     )
     environment = {"PYTHONHASHSEED": "1", "TOKENYARD_CACHE": str(cubins.parent), "PATH": ""}
     command = [sys.executable, "-c", code]
-    started = [
+    processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         for _ in range(3)
     ]
-    said = [process.communicate(timeout=120)[0] for process in started]
-    assert len(set(said)) == 1
-    assert said[0].strip()
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert len(set(outputs)) == 1
+    assert outputs[0].strip()
     assert len(list(cubins.iterdir())) == 1

@@ -1,4 +1,4 @@
-"""Launching with types: arguments are looked at before anything is compiled."""
+"""Typed launches: arguments are checked before a kernel is compiled."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ KERNEL = Kernel(
 
 
 def arguments(**changes):
-    given = {"x": torch.zeros(4, 4), "y": None, "n": 3, "a": 0.5} | changes
-    return tuple(given.values())
+    defaults = {"x": torch.zeros(4, 4), "y": None, "n": 3, "a": 0.5}
+    return tuple((defaults | changes).values())
 
 
 @pytest.fixture
@@ -25,11 +25,12 @@ def launched(monkeypatch):
     return calls
 
 
-def test_what_is_passed_on(launched):
-    x, y = torch.zeros(4, 4), torch.zeros(2, dtype=torch.int32)
+def test_launch_gets_addresses_and_numbers(launched):
+    x = torch.zeros(4, 4)
+    y = torch.zeros(2, dtype=torch.int32)
     KERNEL((5, 2), 64, *arguments(x=x, y=y), shared=16)
     KERNEL((5, 2), 64, *arguments(x=x))
-    (first, second) = launched
+    first, second = launched
     assert first[:2] + first[3:6] == (SPLIT, "f", (5, 2, 1), 64, 16)
     assert first[6][0] == (x.data_ptr(), y.data_ptr(), 3, 0.5)
     assert second[6][0] == (x.data_ptr(), 0, 3, 0.5)
@@ -54,18 +55,18 @@ def test_what_is_passed_on(launched):
         ({"a": "1"}, "f: a is '1', and must be a number"),
     ],
 )
-def test_what_a_kernel_does_not_take(launched, changes, sentence):
+def test_wrong_argument_is_a_type_error(launched, changes, sentence):
     with pytest.raises(TypeError, match=sentence):
         KERNEL((1, 1), 32, *arguments(**changes))
     assert not launched
 
 
-def test_how_many_arguments(launched):
+def test_wrong_number_of_arguments_is_a_type_error(launched):
     with pytest.raises(TypeError, match="f takes 4 arguments, and 3 were given"):
         KERNEL((1, 1), 32, *arguments()[:3])
 
 
 @pytest.mark.parametrize("grid", [(0, 1), (1, 1 << 16), (1 << 31, 1)])
-def test_a_grid_that_cannot_be(launched, grid):
+def test_impossible_grid_is_a_value_error(launched, grid):
     with pytest.raises(ValueError, match=r"f: \d+ blocks along [xy]; there may be 1 to \d+"):
         KERNEL(grid, 32, *arguments())

@@ -1,4 +1,4 @@
-"""What only a GPU shows: core's kit on the kernels as they are, graphs, streams, threads, sizes."""
+"""Tests that need a GPU: core's conformance kit, CUDA graphs, streams, threads and large sizes."""
 
 import threading
 
@@ -40,8 +40,8 @@ def permutation(**sizes):
 
 
 @pytest.mark.parametrize("experts", ["torch", "triton", "gluon"])
-def test_whole_layer_is_captured_and_replayed_with_new_routing(experts):
-    """Forward and backward in one CUDA graph, so nothing waits for the host; new tokens route anew in the replay."""
+def test_cuda_graph_of_a_layer_replays_with_new_routing(experts):
+    """One graph of forward and backward, so there is no host sync; a replay routes new tokens."""
     torch.manual_seed(1)
     rule = RoutingRule(normalize=1.0)
     sizes = Workload(256, 384, 16, 4, router=rule, dtype=torch.bfloat16, device="cuda")
@@ -51,7 +51,8 @@ def test_whole_layer_is_captured_and_replayed_with_new_routing(experts):
         dtype=torch.bfloat16,
     )
     x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    leaves, dy = [x, *moe.parameters()], torch.randn_like(x)
+    leaves = [x, *moe.parameters()]
+    dy = torch.randn_like(x)
 
     def step():
         y, routing = moe(x)
@@ -81,59 +82,56 @@ def test_whole_layer_is_captured_and_replayed_with_new_routing(experts):
     ("tokens", "experts", "top_k"),
     [(32768, 128, 8), (8192, 16, 4), (1_000_003, 60, 5), (900, 4095, 2)],
 )
-def test_large_plans_are_core_s(tokens, experts, top_k):
+def test_large_plans_equal_core_s(tokens, experts, top_k):
     ids = torch.randint(0, experts + 1, (tokens, top_k), device="cuda", dtype=torch.int32)
-    got, want = (p.plan(ids, experts) for p in (permutation(), TorchPermutation(None)))
+    got = permutation().plan(ids, experts)
+    want = TorchPermutation(None).plan(ids, experts)
     assert all(torch.equal(a, b) for a, b in zip(got[:3], want[:3]))
 
 
-def test_more_than_two_to_the_31_elements():
-    """In x, in rows, and in both gradients; the last rows are as right as the first."""
+def test_more_than_2_to_the_31_elements():
+    """In x and in rows: indices need 64 bits. The last rows are checked."""
     tokens, dim = 540_000, 4096
     assert tokens * dim > 2**31
     ids = (torch.arange(tokens, device="cuda", dtype=torch.int32) % 3).unsqueeze(1)
     x = torch.randn(tokens, dim, device="cuda", dtype=torch.bfloat16)
-    moved = permutation()
-    plan = moved.plan(ids, 3)
-    rows = moved.permute(x, plan)
+    cuda = permutation()
+    plan = cuda.plan(ids, 3)
+    rows = cuda.permute(x, plan)
     assert torch.equal(rows[-1000:], x[plan.order[-1000:].long()])
-    back = moved.unpermute(rows, plan, None)
-    assert torch.equal(back[-1000:], x[-1000:])
+    y = cuda.unpermute(rows, plan, None)
+    assert torch.equal(y[-1000:], x[-1000:])
 
 
-def test_it_runs_on_torch_s_current_stream():
-    """A kernel waits for what was put on its stream before it."""
-    x, ids = (
-        torch.ones(4096, 512, device="cuda"),
-        torch.zeros(4096, 1, dtype=torch.int32, device="cuda"),
-    )
-    moved, stream = permutation(), torch.cuda.Stream()
-    plan = moved.plan(ids, 1)
-    moved.permute(
-        x.mul_(1), plan
-    )  # by now all kernels are loaded, ours and torch's: loading waits for the GPU
+def test_kernels_run_on_torch_s_current_stream():
+    """A kernel runs after the earlier work on its stream."""
+    x = torch.ones(4096, 512, device="cuda")
+    ids = torch.zeros(4096, 1, dtype=torch.int32, device="cuda")
+    cuda = permutation()
+    stream = torch.cuda.Stream()
+    plan = cuda.plan(ids, 1)
+    # Load all kernels first, torch's too: loading synchronises with the GPU.
+    cuda.permute(x.mul_(1), plan)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
         x.mul_(3)
-        rows = moved.permute(x, plan)
-        assert not stream.query(), "the stream was done before the kernel was put on it"
+        rows = cuda.permute(x, plan)
+        assert not stream.query(), "the stream was idle before the kernel was launched"
     stream.synchronize()
     assert (rows == 3).all()
 
 
-def test_a_new_thread_has_no_context_and_gets_one():
-    found = []
-    x, ids = (
-        torch.randn(64, 32, device="cuda"),
-        torch.zeros(64, 1, dtype=torch.int32, device="cuda"),
-    )
-    moved = permutation()
-    plan = moved.plan(ids, 1)
-    thread = threading.Thread(target=lambda: found.append(moved.permute(x, plan)))
+def test_new_thread_gets_a_context():
+    results = []
+    x = torch.randn(64, 32, device="cuda")
+    ids = torch.zeros(64, 1, dtype=torch.int32, device="cuda")
+    cuda = permutation()
+    plan = cuda.plan(ids, 1)
+    thread = threading.Thread(target=lambda: results.append(cuda.permute(x, plan)))
     thread.start()
     thread.join()
-    assert torch.equal(found[0], x)
+    assert torch.equal(results[0], x)
 
 
 def test_no_kernel_spills_registers():
@@ -151,10 +149,10 @@ def test_no_kernel_spills_registers():
         )
 
 
-def test_two_runs_are_the_same_bit_by_bit():
+def test_two_runs_are_bit_identical():
     ids = torch.rand(4096, 32, device="cuda").topk(4).indices.int()
-    moved = permutation()
-    plan = moved.plan(ids, 32)
+    cuda = permutation()
+    plan = cuda.plan(ids, 32)
     rows = torch.randn(
         len(plan.order), 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True
     )
@@ -162,22 +160,22 @@ def test_two_runs_are_the_same_bit_by_bit():
     dy = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16)
 
     def run():
-        y = moved.unpermute(rows, plan, weights)
+        y = cuda.unpermute(rows, plan, weights)
         return y, *torch.autograd.grad(y, (rows, weights), dy)
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run()))
 
 
-def test_large_moves_are_core_s():
-    """At a size at which every multiprocessor is busy."""
-    ids = torch.rand(8192, 17, device="cuda").topk(4).indices.int()  # 16 drops
+def test_large_moves_match_core_s():
+    """At a size that fills every multiprocessor."""
+    ids = torch.rand(8192, 17, device="cuda").topk(4).indices.int()  # id 16 is dropped
     x = torch.randn(8192, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weights = torch.rand(8192, 4, device="cuda", requires_grad=True)
     dy = torch.randn_like(x)
 
-    def run(moved):
-        plan = moved.plan(ids, 16)
-        y = moved.unpermute(moved.permute(x, plan), plan, weights)
+    def run(backend):
+        plan = backend.plan(ids, 16)
+        y = backend.unpermute(backend.permute(x, plan), plan, weights)
         return y, *torch.autograd.grad(y, (x, weights), dy)
 
     for got, want in zip(run(permutation()), run(TorchPermutation(None))):

@@ -1,4 +1,4 @@
-"""What the package offers, where, and how it declines."""
+"""Registration of the backends, and the reasons why they are unusable."""
 
 import subprocess
 import sys
@@ -16,13 +16,13 @@ def workload(**changes) -> Workload:
     return Workload(**{"dim": 64, "ffn_dim": 128, "num_experts": 8, "top_k": 2} | CUDA | changes)
 
 
-def test_importing_it_imports_nothing_of_cuda_bindings():
-    """Nor do the backends themselves, before a kernel is launched; torch does, for purposes of its own."""
-    ours = "tokenyard_kernels_cuda._plugin, tokenyard_kernels_cuda.permutation, tokenyard_kernels_cuda.router"
-    code = f"""
+def test_import_does_not_import_cuda_bindings():
+    """Neither the plugin nor the backends do before a launch. torch itself may import it."""
+    code = """
 import sys, torch
 before = set(sys.modules)
-import {ours}
+import tokenyard_kernels_cuda._plugin
+import tokenyard_kernels_cuda.permutation, tokenyard_kernels_cuda.router
 assert not [name for name in set(sys.modules) - before if name.partition(".")[0] == "cuda"]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -30,12 +30,12 @@ assert not [name for name in set(sys.modules) - before if name.partition(".")[0]
 
 @pytest.fixture
 def installed(monkeypatch):
-    """torch for CUDA 13, and cuda-bindings of it."""
+    """Fake torch for CUDA 13 with matching cuda-bindings."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_plugin, "_version", lambda name: "13.0.3")
 
 
-def test_everything_is_usable_on_a_gpu(installed):
+def test_backends_are_usable_on_a_gpu(installed):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert _plugin.no_permutation(workload(dtype=dtype, capability=(8, 0))) is None
         assert _plugin.no_router(workload(dtype=dtype, num_experts=1024)) is None
@@ -58,12 +58,12 @@ def test_everything_is_usable_on_a_gpu(installed):
         ),
     ],
 )
-def test_what_it_cannot_do_is_said(installed, changes, sentence):
+def test_unsupported_workload_is_one_sentence(installed, changes, sentence):
     assert _plugin.no_permutation(workload(**changes)) == sentence
     assert _plugin.no_router(workload(**changes)) == sentence
 
 
-def test_without_cuda_bindings_it_says_what_would_bring_it(monkeypatch):
+def test_missing_cuda_bindings_name_the_package_to_install(monkeypatch):
     monkeypatch.setattr(_plugin, "_version", lambda name: None)
     assert _plugin.no_permutation(workload()).startswith(
         "'cuda' needs cuda-bindings, which comes with torch's CUDA"
@@ -71,46 +71,44 @@ def test_without_cuda_bindings_it_says_what_would_bring_it(monkeypatch):
     assert _plugin.no_router(workload()).endswith("pip install cuda-bindings")
 
 
-def test_bindings_of_another_cuda_than_torch_s_are_refused(installed, monkeypatch):
-    """They would look for a compiler that torch did not bring."""
+def test_cuda_bindings_of_another_cuda_release_are_refused(installed, monkeypatch):
+    """They would load an NVRTC that torch does not install."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert _plugin.no_router(workload()) == (
-        "'cuda' needs cuda-bindings for CUDA 12.8, as torch is built for it, and 13.0.3 is installed; "
+        "'cuda' needs cuda-bindings for CUDA 12.8, as torch is built for it, "
+        "and 13.0.3 is installed; "
         'pip install "cuda-bindings==12.*"'
     )
 
 
-def test_on_amd_s_gpus_it_says_whose_it_is_for(monkeypatch):
+def test_amd_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "NVIDIA" in _plugin.no_permutation(workload())
 
 
-def test_how_many_experts():
+def test_limits_of_experts():
     from tokenyard_kernels_cuda.ops import _plan, _topk
 
-    most = {"experts": _plan.MOST_EXPERTS + 1, "routed": _topk.MOST_EXPERTS + 1}
-    assert f"at most {_plan.MOST_EXPERTS} experts" in _plugin.no_permutation(
-        workload(num_experts=most["experts"])
-    )
-    assert f"at most {_topk.MOST_EXPERTS} experts" in _plugin.no_router(
-        workload(num_experts=most["routed"])
-    )
+    reason = _plugin.no_permutation(workload(num_experts=_plan.MOST_EXPERTS + 1))
+    assert f"at most {_plan.MOST_EXPERTS} experts" in reason
+    reason = _plugin.no_router(workload(num_experts=_topk.MOST_EXPERTS + 1))
+    assert f"at most {_topk.MOST_EXPERTS} experts" in reason
 
 
-def test_a_router_of_another_algorithm_is_left_to_others():
+def test_other_router_algorithms_are_refused():
     assert "'expert_choice'" in _plugin.no_router(
         workload(router=RoutingRule(algorithm="expert_choice"))
     )
 
 
-def test_a_score_that_a_later_core_may_have_is_left_to_others():
+def test_unknown_router_scores_are_refused():
     rule = RoutingRule()
     object.__setattr__(rule, "score", "softplus")
     assert "softmax, sigmoid, not 'softplus'" in _plugin.no_router(workload(router=rule))
 
 
 @pytest.mark.parametrize("kind", ["permutation", "router"])
-def test_auto_takes_it_on_a_gpu_and_nowhere_else(installed, kind):
+def test_auto_selects_it_on_gpus_only(installed, kind):
     registry = default_registry()
     assert registry.choose(kind, "auto", workload()).backend.name == "cuda"
     assert (
