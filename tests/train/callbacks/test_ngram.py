@@ -1,4 +1,4 @@
-"""Unigram and bigram models against a slow reading of their formulas."""
+"""Unigram and bigram models against a slow reference of their formulas."""
 
 import math
 from collections import Counter
@@ -17,9 +17,11 @@ TRAIN = np.append(
 TEXT = np.append(TOKENIZER.encode(b"the bat sat on the mat?"), 256).astype(np.uint16)
 
 
-def test_bits_per_byte_read_token_by_token():
-    train, held_out = Samples(TRAIN, 8, 0), HeldOut(TEXT, 8, 2)
-    once, pairs = Counter(TRAIN.tolist()), Counter(zip(TRAIN.tolist(), TRAIN[1:].tolist()))
+def test_bits_per_byte_equal_the_reference():
+    train = Samples(TRAIN, 8, 0)
+    held_out = HeldOut(TEXT, 8, 2)
+    once = Counter(TRAIN.tolist())
+    pairs = Counter(zip(TRAIN.tolist(), TRAIN[1:].tolist()))
     unigram = {b: (once[b] + 1) / (len(TRAIN) + 257) for b in range(257)}
     followers = {a: {b for x, b in pairs if x == a} for a in range(257)}
     total = Counter(TRAIN[:-1].tolist())
@@ -51,10 +53,11 @@ def test_every_context_gives_a_distribution():
 
 
 def test_a_large_vocabulary_needs_no_table_of_all_pairs():
-    """200,000^2 counts would take 320 GB; only pairs that occur are kept."""
+    """A table of 200,000^2 counts would take 320 GB, so only pairs that occur are kept."""
     counts = pair_counts(np.array([7, 199_999, 7, 199_999, 3], dtype=np.uint32), 200_000)
-    first, second = np.array([7, 199_999, 199_999, 5]), np.array([199_999, 7, 3, 5])
-    assert counts.of(first, second).tolist() == [2, 1, 1, 0]
+    first = np.array([7, 199_999, 199_999, 5])
+    second = np.array([199_999, 7, 3, 5])
+    assert counts.lookup(first, second).tolist() == [2, 1, 1, 0]
 
 
 def test_several_streams_are_not_counted():

@@ -1,4 +1,4 @@
-"""The training config: what is read, filled in, warned of, and refused."""
+"""Read a training config: defaults, warnings for ignored keys, and errors."""
 
 import logging
 import random
@@ -74,7 +74,8 @@ fsdp_config: {sharding_strategy: FULL_SHARD, mixed_precision: PURE}
 progress_bar: false
 log_to_console: true
 console_log_interval: 1ba
-callbacks: {speed_monitor: {window_size: 10}, lr_monitor: {}, memory_monitor: {}, runtime_estimator: {}}
+callbacks:
+  {speed_monitor: {window_size: 10}, lr_monitor: {}, memory_monitor: {}, runtime_estimator: {}}
 loggers: {wandb: {}}
 save_folder: ./{run_name}/checkpoints
 save_interval: 500ba
@@ -113,7 +114,10 @@ def test_interpolation_and_overrides(load):
 
 
 def test_keys_of_llm_foundry_that_mean_nothing_here_are_named_in_one_warning(load, caplog):
-    extra = "fsdp_config: {sharding_strategy: FULL_SHARD}\ncallbacks: {speed_monitor: {window_size: 10}}\n"
+    extra = """
+fsdp_config: {sharding_strategy: FULL_SHARD}
+callbacks: {speed_monitor: {window_size: 10}}
+"""
     text = (
         ANNOUNCEMENT
         + "    mlp_impl: grouped\n"
@@ -138,7 +142,7 @@ def test_keys_of_llm_foundry_that_mean_nothing_here_are_named_in_one_warning(loa
         ("tokenizer_name=gpt2", "tokenizer_name is .*; say tokenizer: {name: bytes}"),
         (
             "global_seed=17",
-            r"global_seed is .*; put it under variables, and write \$\{variables.global_seed\} where",
+            r"global_seed is .*; put it under variables, and write \$\{variables.global_seed\}",
         ),
         (
             "train_loader.dataset.remote=x",
@@ -160,7 +164,7 @@ def test_keys_of_llm_foundry_that_are_called_otherwise_here(load, change, instea
 
 
 def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
-    """The shape of LLM Foundry's pretraining files: a tokenizer and a dataset are all that had to change."""
+    """FOUNDRY is a pretraining file of LLM Foundry. Only its tokenizer and dataset are replaced."""
     config = load(FOUNDRY)
     assert (config.run_name, config.save_folder, config.seed) == ("run", "./run/checkpoints", 17)
     assert (config.max_seq_len, config.eval_subset_num_batches, config.optimizer.betas) == (
@@ -324,7 +328,7 @@ def test_files_that_cannot_be_read(tmp_path, load):
         ),
         (
             "model=[1]",
-            "override 'model=\\[1\\]' cannot be applied: model: Cannot merge incompatible container types",
+            r"override 'model=\[1\]' cannot be applied: model: Cannot merge incompatible container",
         ),
         ("seed.below=1", "seed is {'below': 1}; give a whole number"),
         ("optimizer.lrr=1", r"optimizer.lrr is not a known key \(did you mean 'lr'\?\)"),

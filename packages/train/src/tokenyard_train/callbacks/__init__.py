@@ -1,4 +1,7 @@
-"""What else happens during a run. The base class is ``tokenyard_train.engine.callback.Callback``."""
+"""Callbacks of the training loop.
+
+The base class is ``tokenyard_train.engine.callback.Callback``.
+"""
 
 from tokenyard_train.callbacks.installed import build_callbacks
 from tokenyard_train.engine.callback import Callback

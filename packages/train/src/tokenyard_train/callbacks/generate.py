@@ -1,4 +1,4 @@
-"""Samples of the model being trained."""
+"""Generate text from prompts during a run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tokenyard_train.engine.sampling import continue_texts
 from tokenyard_train.engine.state import Run
 
 
-class Generate(Callback):
-    """Prints how the model continues some prompts."""
+class TextGenerator(Callback):
+    """Prints the model's continuation of each prompt."""
 
     def __init__(self, config: GenerateCallback):
         self.config = config
 
     def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
-        """Generate if the interval says so; the end has its own turn."""
+        """Generate if the interval is due. `end` handles the last batch."""
         if run.due(self.config.interval) and not run.ends:
             self._generate(run)
 
@@ -29,16 +29,15 @@ class Generate(Callback):
         self._generate(run)
 
     def _generate(self, run: Run) -> None:
-        c = self.config
         setup = run.setup
-        for prompt in c.prompts:
+        for prompt in self.config.prompts:
             with setup.precision():
                 (text,) = continue_texts(
                     setup.model,
                     setup.data.tokenizer,
                     [prompt],
-                    c.max_new_tokens,
-                    c.temperature,
+                    self.config.max_new_tokens,
+                    self.config.temperature,
                     setup.config.seed,
                 )
             setup.console.rule(f"batch {run.batch}: a sample")

@@ -1,4 +1,4 @@
-"""Callbacks of a config: ours, and those that installed distributions offer."""
+"""Build the callbacks of a config: built-in ones, and those of installed distributions."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard_train.callbacks.generate import Generate
-from tokenyard_train.callbacks.ngram import Baseline
+from tokenyard_train.callbacks.generate import TextGenerator
+from tokenyard_train.callbacks.ngram import NgramScorer
 from tokenyard_train.config.schema import CALLBACKS, Callbacks
 from tokenyard_train.engine.callback import Callback
 
 
 def build_callbacks(config: Callbacks) -> list[Callback]:
-    """Return the callbacks that a config asks for: ours, and those of installed distributions.
+    """Return the callbacks of a config, built-in ones first.
 
-    Raises ConfigError for options that an installed one refuses.
+    Raises ConfigError for options that an installed callback refuses.
     """
     callbacks: list[Callback] = []
     if config.ngram_baselines is not None:
-        callbacks.append(Baseline())
+        callbacks.append(NgramScorer())
     if config.generate_callback is not None:
-        callbacks.append(Generate(config.generate_callback))
+        callbacks.append(TextGenerator(config.generate_callback))
     return callbacks + [
-        _installed(name, options or {}) for name, options in (config.model_extra or {}).items()
+        _build_installed(name, options or {})
+        for name, options in (config.model_extra or {}).items()
     ]
 
 
-def _installed(name: str, options: Mapping[str, Any]) -> Callback:
+def _build_installed(name: str, options: Mapping[str, Any]) -> Callback:
     (point,) = entry_points(group=CALLBACKS, name=name)
     try:
         callback: Callback = point.load()(**options)

@@ -1,4 +1,4 @@
-"""What counting alone achieves: unigram and bigram models, scored on exactly the targets that the model predicts."""
+"""Score unigram and bigram models on exactly the targets that the trained model predicts."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from tokenyard_train.data.tokens import Ids
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.state import Run
 
-_MOST_TOKENS = 1 << 28  # counted in memory
+_MAX_TOKENS = 1 << 28  # tokens are counted in memory
 
 
 class Baselines(NamedTuple):
-    """Bits per byte of held-out text."""
+    """Scores of the n-gram models in bits per byte of held-out text."""
 
     unigram: float
     bigram: float
 
 
 class PairCounts(NamedTuple):
-    """How often each token follows each, where it does at all."""
+    """Counts of adjacent token pairs. Pairs that do not occur are not stored."""
 
-    pairs: NDArray[np.int64]  # ascending: first * vocabulary + second
-    counts: NDArray[np.int64]
+    pairs: NDArray[np.int64]  # [P] first * vocabulary + second, ascending
+    counts: NDArray[np.int64]  # [P]
     vocabulary: int
 
-    def of(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.int64]:
-        """Return how often each second token followed its first."""
-        asked = first.astype(np.int64) * self.vocabulary + second
-        places = np.minimum(np.searchsorted(self.pairs, asked), len(self.pairs) - 1)
-        return np.where(self.pairs[places] == asked, self.counts[places], 0)
+    def lookup(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the count of each pair (first[i], second[i]) [N]."""
+        wanted = first.astype(np.int64) * self.vocabulary + second
+        rows = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
+        return np.where(self.pairs[rows] == wanted, self.counts[rows], 0)
 
-    def after(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return, for each token [V], how many tokens followed it, and how many distinct ones."""
+    def followers(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return for each token [V] the number of tokens after it, in total and distinct."""
         firsts = self.pairs // self.vocabulary
         total = np.zeros(self.vocabulary, dtype=np.int64)
         np.add.at(total, firsts, self.counts)
@@ -45,28 +45,32 @@ class PairCounts(NamedTuple):
 
 
 def ngram_baselines(train: Samples | Mixture, held_out: HeldOut, tokenizer: Tokenizer) -> Baselines:
-    """Fit both models on the whole training text and score the held-out one.
+    """Fit both models on the whole training text and score them on the held-out text.
 
-    The unigram adds one to every count. The bigram is interpolated with it by Witten and Bell's estimate (1991, IEEE
-    Trans. Inf. Theory 37(4)): p(b | a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)), where t(a) counts the distinct tokens
-    seen after a. Raises ConfigError for a mixture, and for more text than fits in memory.
+    The unigram model adds one to every count. The bigram model is interpolated with it by the
+    estimate of Witten and Bell (1991, IEEE Trans. Inf. Theory 37(4)):
+    p(b | a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)), where t(a) is the number of distinct tokens
+    after a. Raises ConfigError for a mixture, and for more text than fits in memory.
     """
-    if isinstance(train, Mixture) or len(train.tokens) > _MOST_TOKENS:
+    if isinstance(train, Mixture) or len(train.tokens) > _MAX_TOKENS:
         what = "several streams" if isinstance(train, Mixture) else f"{len(train.tokens):,} tokens"
         raise ConfigError(
-            f"callbacks.ngram_baselines counts one text of up to {_MOST_TOKENS:,} tokens, not {what}"
+            f"callbacks.ngram_baselines counts one text of up to {_MAX_TOKENS:,} tokens, not {what}"
         )
-    tokens, vocabulary = np.asarray(train.tokens[:]), tokenizer.vocab_size
+    tokens = np.asarray(train.tokens[:])
+    vocabulary = tokenizer.vocab_size
+    target = held_out.predicted
     unigram = (np.bincount(tokens, minlength=vocabulary) + 1) / (len(tokens) + vocabulary)
-    previous, target = held_out.previous, held_out.predicted
-    bigram = witten_bell(pair_counts(tokens, vocabulary), unigram, previous, target)
+    bigram = witten_bell(pair_counts(tokens, vocabulary), unigram, held_out.previous, target)
     size = tokenizer.bytes_in(target)
-    bits = (-np.log2(unigram[target]).sum(), -np.log2(bigram).sum())
-    return Baselines(float(bits[0] / size), float(bits[1] / size))
+    return Baselines(
+        unigram=float(-np.log2(unigram[target]).sum() / size),
+        bigram=float(-np.log2(bigram).sum() / size),
+    )
 
 
 def pair_counts(tokens: Ids, vocabulary: int) -> PairCounts:
-    """Count which token follows which."""
+    """Count adjacent token pairs."""
     pairs, counts = np.unique(
         tokens[:-1].astype(np.int64) * vocabulary + tokens[1:], return_counts=True
     )
@@ -76,18 +80,22 @@ def pair_counts(tokens: Ids, vocabulary: int) -> PairCounts:
 def witten_bell(
     counts: PairCounts, unigram: NDArray[np.float64], previous: NDArray[Any], target: NDArray[Any]
 ) -> NDArray[np.float64]:
-    """Return the probability of each target after its previous token; after one never seen, the unigram's."""
-    total, distinct = (of_first[previous] for of_first in counts.after())
+    """Return the bigram probability of each target after its previous token [N].
+
+    `unigram` holds the unigram probability of each token [V]. It is the result after a token that
+    the training text does not continue.
+    """
+    total, distinct = (per_token[previous] for per_token in counts.followers())
     weight = np.where(total > 0, total + distinct, 1)
-    interpolated = (counts.of(previous, target) + distinct * unigram[target]) / weight
+    interpolated = (counts.lookup(previous, target) + distinct * unigram[target]) / weight
     return np.where(total > 0, interpolated, unigram[target])
 
 
-class Baseline(Callback):
-    """Scores the held-out text by counting, into metrics.jsonl."""
+class NgramScorer(Callback):
+    """Writes the n-gram models' scores on the held-out text to metrics.jsonl."""
 
     def start(self, run: Run) -> None:
-        """Fit, score and record."""
+        """Fit, score and record both models."""
         data = run.setup.data
         if data.held_out is not None:
             scores = ngram_baselines(data.train, data.held_out, data.tokenizer)

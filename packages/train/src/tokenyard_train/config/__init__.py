@@ -1,4 +1,4 @@
-"""The training config: reading it, and filling in what it leaves open."""
+"""Read the training config and resolve its defaults."""
 
 from tokenyard_train.config.duration import Span, parse_span
 from tokenyard_train.config.load import load_config, read_config

@@ -1,4 +1,4 @@
-"""What of a config does not depend on how a run is laid out over processes."""
+"""Compare configs whatever their parallel layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Any
 
 
 def layout_free(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a dumped config without the layout it asks for, wherever a model's own config keeps a part of it."""
+    """Return a dumped config without its parallelism keys, at any depth of `model` too.
+
+    So configs of runs on different numbers of ranks can be compared.
+    """
     return config | {"parallel": {}, "model": _without_ranks(config["model"])}
 
 

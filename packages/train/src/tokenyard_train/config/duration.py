@@ -1,4 +1,7 @@
-"""Spans of training in LLM Foundry's notation: `200ba` batches, `1ep` epochs, `10000tok` tokens, `0.1dur` of a run."""
+"""Parse durations in LLM Foundry's notation.
+
+`200ba` is batches, `1ep` epochs, `10000tok` tokens, and `0.1dur` a share of the run.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ _PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*(ba|ep|tok|dur)\s*$")
 
 
 class Span(NamedTuple):
-    """A length of training: `value` batches (ba), epochs (ep), tokens (tok) or shares of the run (dur)."""
+    """A length of training in batches (ba), epochs (ep), tokens (tok) or as a share (dur)."""
 
     value: float
     unit: str
@@ -20,7 +23,11 @@ class Span(NamedTuple):
         return f"{self.value:g}{self.unit}"
 
     def batches(self, batch_tokens: int, epoch_batches: int, run_batches: int | None = None) -> int:
-        """Return the span in whole optimizer steps, at least 0; a share of the run needs `run_batches`."""
+        """Return the span in whole optimizer steps.
+
+        Tokens are rounded up, epochs and shares down. Raises ValueError for a share of the run
+        without `run_batches`.
+        """
         match self.unit:
             case "ba":
                 return int(self.value)
@@ -31,19 +38,21 @@ class Span(NamedTuple):
             case _:
                 if run_batches is None:
                     raise ValueError(
-                        "'dur' is a share of the run's length; max_duration itself takes ba, ep or tok"
+                        "'dur' is a share of the run's length; "
+                        "max_duration itself takes ba, ep or tok"
                     )
                 return int(self.value * run_batches)
 
 
 def parse_span(value: Any) -> Span:
-    """Read `200ba`; raises ValueError saying what a span looks like."""
+    """Parse a duration such as `200ba`. Raises ValueError that shows the format."""
     if isinstance(value, Span):
         return value
     match = _PATTERN.match(str(value))
     if match is None:
         raise ValueError(
-            "a duration is a number with ba (batches), ep (epochs), tok (tokens) or dur, such as 200ba"
+            "a duration is a number with ba (batches), ep (epochs), tok (tokens) or dur, "
+            "such as 200ba"
         )
     return Span(float(match[1]), match[2])
 

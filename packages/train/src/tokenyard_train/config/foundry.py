@@ -1,4 +1,4 @@
-"""LLM Foundry's keys that this package does not have: those that mean nothing here, and those that ours stand for."""
+"""Keys of LLM Foundry that are ignored, renamed, or refused with the key to use instead."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ TOP = frozenset(
         "tp_config",
     )
 )
-"""At the top of the file: how Composer shards, logs, profiles and names files, and in-context evaluation."""
+"""Ignored top-level keys: sharding, logging, profiling, file names, in-context evaluation."""
 
 ALGORITHMS = frozenset(("low_precision_layernorm",))
-"""In algorithms: kernels, not mathematics."""
+"""Ignored in algorithms: it selects kernels and does not change the result."""
 
 CALLBACKS = frozenset(
     (
@@ -77,8 +77,10 @@ CALLBACKS = frozenset(
         "system_metrics_monitor",
     )
 )
-"""In callbacks: those that only watch (what several report is in metrics.jsonl anyway). What would change the training,
-such as layer_freezing, is refused like any unknown key."""
+"""Ignored in callbacks: those that only observe. metrics.jsonl has what several of them report.
+
+A callback that changes the training, such as layer_freezing, is refused like any unknown key.
+"""
 
 LOGGERS = frozenset(
     (
@@ -90,7 +92,7 @@ LOGGERS = frozenset(
         "neptune",
     )
 )
-"""In loggers: trackers that are not supported; metrics.jsonl is always written."""
+"""Ignored in loggers: unsupported trackers. metrics.jsonl is always written."""
 
 LOGGER = frozenset(
     (
@@ -106,7 +108,7 @@ LOGGER = frozenset(
         "synchronous",
     )
 )
-"""In a logger: uploads, and what is so here anyway."""
+"""Ignored in a logger: uploads, and options whose behaviour is built in."""
 
 _VARIABLE = "put it under variables, and write ${{variables.{0}}} where it is used"
 
@@ -120,8 +122,7 @@ INSTEAD = {
     "callbacks.generate_callback.kwargs": "say max_new_tokens and temperature beside prompts",
     "callbacks.generate_callback.batch_size": "leave it out; prompts are continued one by one",
 }
-"""Keys of LLM Foundry, or its older spellings, and what to say here."""
-
+"""Refused keys of LLM Foundry, in all its spellings, and what to write instead."""
 
 RENAMED = {"deterministic_mode": "deterministic"}
-"""At the top of the file: keys of Composer that mean the same here under another name."""
+"""Composer's top-level keys that have another name here, and that name."""

@@ -1,4 +1,7 @@
-"""From a YAML file and overrides to a TrainConfig: OmegaConf reads and interpolates, pydantic checks."""
+"""Load a TrainConfig from a YAML file and overrides.
+
+OmegaConf parses and interpolates; pydantic validates.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenyard import BackendError, ConfigError, default_registry
 from tokenyard_models.schema import parse, warn_ignored, without_ignored
 from tokenyard_train.config.foundry import INSTEAD, RENAMED
-from tokenyard_train.config.from_hf import with_published_model
+from tokenyard_train.config.from_hf import with_hf_model
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
 
@@ -23,7 +26,10 @@ _MAX_DEPTH = 40
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a config file, with ``key.below=value`` overrides, and fill in what it leaves open. Raises ConfigError."""
+    """Read a config file, apply ``section.key=value`` overrides, and resolve defaults.
+
+    Raises ConfigError.
+    """
     text = _read(Path(path))
     try:
         return read_config(_container(text, overrides))
@@ -32,12 +38,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def read_config(data: Mapping[str, Any]) -> TrainConfig:
-    """Check a config that is already a mapping, and fill in what it leaves open. Raises ConfigError."""
+    """Validate a config given as a mapping, and resolve defaults. Raises ConfigError."""
     ignored: list[str] = []
-    kept = without_ignored(TrainConfig, with_published_model(_renamed(data)), "", ignored)
-    kept = _without_ignored_by_model(kept, ignored)
+    kept = without_ignored(TrainConfig, with_hf_model(_rename_keys(data)), "", ignored)
+    kept = _without_keys_ignored_by_model(kept, ignored)
     warn_ignored(ignored)
-    _refuse_foundry_s(kept)
+    _refuse_foundry_keys(kept)
     return resolve(parse(TrainConfig, kept))
 
 
@@ -63,7 +69,7 @@ def _container(text: str, overrides: Sequence[str]) -> dict[str, Any]:
         _refuse_aliases_and_depth(text)
         config = OmegaConf.create(text)
     if not isinstance(config, DictConfig) or not config:
-        raise ConfigError("a config is a mapping of keys to values, and this is none")
+        raise ConfigError("a config is a mapping of keys to values, and this is not one")
     for override in overrides:
         _override(config, override)
     with _one_sentence("not a usable YAML config"):
@@ -84,15 +90,15 @@ def _override(config: DictConfig, override: str) -> None:
 
 @contextmanager
 def _one_sentence(what: str) -> Iterator[None]:
-    """Turn whatever the YAML and interpolation libraries raise into a ConfigError of one line."""
+    """Turn any error of the YAML and interpolation libraries into a one-line ConfigError."""
     try:
         yield
     except ConfigError:
         raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{what}: {error.problem}{place}") from None
+        line = f" at line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{what}: {error.problem}{line}") from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{what}: {key}{str(error).splitlines()[0]}") from None
@@ -104,13 +110,15 @@ def _one_sentence(what: str) -> Iterator[None]:
         ValueError,
         LookupError,
     ) as error:
-        raise ConfigError(
-            f"{what}: {' '.join(str(error).split()) or type(error).__name__}"
-        ) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{what}: {reason}") from None
 
 
 def _refuse_aliases_and_depth(text: str) -> None:
-    """Aliases of aliases grow without bound, and interpolation does their work; nesting must fit the stack."""
+    """Raise ConfigError for aliases, and for nesting that could exhaust the stack.
+
+    Nested aliases expand exponentially, and interpolation replaces them.
+    """
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
@@ -124,41 +132,42 @@ def _refuse_aliases_and_depth(text: str) -> None:
             )
 
 
-def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Put our key in place of another name for it. Raises ConfigError if both are given and disagree."""
+def _rename_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace Composer's keys by ours. Raises ConfigError if both are set and differ."""
     renamed = dict(data)
-    for theirs, ours in RENAMED.items():
-        if theirs not in renamed:
+    for composer_key, key in RENAMED.items():
+        if composer_key not in renamed:
             continue
-        value = renamed.pop(theirs)
-        if ours in renamed and renamed[ours] != value:
+        value = renamed.pop(composer_key)
+        if key in renamed and renamed[key] != value:
             raise ConfigError(
-                f"{theirs} is {value!r} and {ours} is {renamed[ours]!r}; they mean the same, set one"
+                f"{composer_key} is {value!r} and {key} is {renamed[key]!r}; "
+                "they mean the same, set one"
             )
-        renamed[ours] = value
+        renamed[key] = value
     return renamed
 
 
-def _refuse_foundry_s(data: Mapping[str, Any], where: str = "") -> None:
-    """Name our key for one that LLM Foundry's users know by another name."""
+def _refuse_foundry_keys(data: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ConfigError for a key of LLM Foundry that has another name here."""
     for key, value in data.items():
-        path = f"{where}{key}"
+        path = f"{prefix}{key}"
         if (instead := INSTEAD.get(path.replace("eval_loader.", "train_loader.", 1))) is not None:
             raise ConfigError(f"{path} is a key of LLM Foundry that is not known here; {instead}")
         if isinstance(value, Mapping) and path != "variables":
-            _refuse_foundry_s(value, f"{path}.")
+            _refuse_foundry_keys(value, f"{path}.")
 
 
-def _without_ignored_by_model(data: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
+def _without_keys_ignored_by_model(data: dict[str, Any], ignored: list[str]) -> dict[str, Any]:
+    """Drop the keys that the model's schema ignores, and append them to `ignored`."""
     model = data.get("model")
     if not isinstance(model, Mapping) or not isinstance(model.get("name"), str):
         return data
     try:
-        schema = getattr(
-            default_registry().choose("model", model["name"]).backend.load(), "schema", None
-        )
-    except BackendError:  # an unknown model is refused where it is built
+        definition = default_registry().choose("model", model["name"]).backend.load()
+    except BackendError:  # build_model reports an unknown model
         return data
+    schema = getattr(definition, "schema", None)
     if schema is None:
         return data
     name = {"name": model["name"]}

@@ -1,4 +1,4 @@
-"""What a config says of trackers, with LLM Foundry's and Composer's key names."""
+"""Config sections for trackers, with the key names of LLM Foundry and Composer."""
 
 from __future__ import annotations
 
@@ -11,42 +11,40 @@ from tokenyard_train.config import foundry
 
 
 class TensorboardLogger(Strict):
-    """Event files for TensorBoard."""
+    """Write event files for TensorBoard."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGER
 
-    log_dir: str | None = (
-        None  # None: tensorboard in save_folder; else a folder in it is named after the run
-    )
-    flush_interval: int = Field(100, ge=1)  # records
+    log_dir: str | None = None  # parent of a folder named run_name; None: save_folder/tensorboard
+    flush_interval: int = Field(100, ge=1)  # records between writes to disk
 
 
 class MlflowLogger(Strict):
-    """A run of MLflow."""
+    """Log to a run of MLflow."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGER
 
     experiment_name: str | None = None  # None: tokenyard
-    run_name: str | None = None  # None: the config's
+    run_name: str | None = None  # None: the config's run_name
     tracking_uri: str | None = None  # None: mlruns beside save_folder
-    tags: dict[str, str] = {}  # of the run
+    tags: dict[str, str] = {}  # tags of the run
 
 
 class WandbLogger(Strict):
-    """A run of Weights & Biases."""
+    """Log to a run of Weights & Biases."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGER
 
-    project: str | None = None  # where the run is filed
-    group: str | None = None  # of runs
+    project: str | None = None  # project of the run
+    group: str | None = None  # group of runs
     name: str | None = None  # None: the config's run_name
     entity: str | None = None  # user or team
-    tags: list[str] = []  # of the run
+    tags: list[str] = []  # tags of the run
     mode: Literal["offline", "online"] = "offline"  # offline writes files only
 
 
 class Loggers(Strict):
-    """Where metrics go besides metrics.jsonl, which is always written."""
+    """Trackers for metrics. metrics.jsonl is always written."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGERS
 

@@ -1,4 +1,4 @@
-"""Filling in what a config leaves open, in one place, so that everything after it reads plain values."""
+"""Resolve the defaults of a config in one place, so that all later code reads plain values."""
 
 from __future__ import annotations
 
@@ -10,40 +10,44 @@ from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data.schema import StdlibLoader
 from tokenyard_train.data.tokenizer import build_tokenizer
 
-_AUTO_TOKENS = 16384  # of one forward pass, when the microbatch size is left to us
-_SCORED_TOKENS = 1 << 17  # of held-out text, when their number is left to us
+_AUTO_TOKENS = 16384  # tokens per forward pass with an automatic microbatch size
+_EVAL_TOKENS = 1 << 17  # held-out tokens to score if eval_subset_num_batches is not set
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Return the config with device, model sizes, held-out data, folder and batches decided. Raises ConfigError."""
+    """Return the config with device, model sizes, held-out data, folder and batch sizes resolved.
+
+    Raises ConfigError.
+    """
     length = _max_seq_len(config)
     microbatch = _microbatch(config, length)
-    scored = config.device_eval_batch_size or microbatch
+    eval_batch = config.device_eval_batch_size or microbatch
+    eval_batches = math.ceil(_EVAL_TOKENS / (eval_batch * length))
     folder = config.save_folder or "runs/{run_name}"
     return config.model_copy(
         update={
             "device": str(resolve_device(config.device)),
             "max_seq_len": length,
             "model": _model(config, length),
-            "eval_loader": config.eval_loader or _own_held_out(config),
-            "eval_subset_num_batches": config.eval_subset_num_batches
-            or math.ceil(_SCORED_TOKENS / (scored * length)),
-            "save_folder": folder.replace("{run_name}", config.run_name),  # as Composer does
+            "eval_loader": config.eval_loader or _stdlib_held_out(config),
+            "eval_subset_num_batches": config.eval_subset_num_batches or eval_batches,
+            "save_folder": folder.replace("{run_name}", config.run_name),  # Composer's placeholder
             "device_train_microbatch_size": microbatch,
-            "device_eval_batch_size": scored,
+            "device_eval_batch_size": eval_batch,
         }
     )
 
 
 def _max_seq_len(config: TrainConfig) -> int:
-    own = config.model.get("max_seq_len")
-    if not isinstance(own, int):  # none, or one that the model's own config will refuse
+    model_length = config.model.get("max_seq_len")
+    if not isinstance(model_length, int):  # missing, or refused later by the model's schema
         return config.max_seq_len
     if "max_seq_len" not in config.model_fields_set:
-        return own
-    if own < config.max_seq_len:
+        return model_length
+    if model_length < config.max_seq_len:
         raise ConfigError(
-            f"max_seq_len is {config.max_seq_len} but model.max_seq_len only {own}; raise that, or drop it"
+            f"max_seq_len is {config.max_seq_len} but model.max_seq_len only {model_length}; "
+            "raise that, or drop it"
         )
     return config.max_seq_len
 
@@ -51,49 +55,59 @@ def _max_seq_len(config: TrainConfig) -> int:
 def _model(config: TrainConfig, length: int) -> dict[str, Any]:
     name = config.model.get("name")
     if not isinstance(name, str):
-        given = "missing" if name is None else repr(name)
+        value = "missing" if name is None else repr(name)
         raise ConfigError(
-            f"model.name is {given}; give the name of a model, such as dbrx, mixtral or mpt_causal_lm"
+            f"model.name is {value}; "
+            "give the name of a model, such as dbrx, mixtral or mpt_causal_lm"
         )
-    vocabulary = build_tokenizer(config.tokenizer).vocab_size
-    own = config.model.get("vocab_size", vocabulary)
-    if isinstance(own, int) and own < vocabulary:
+    tokenizer_ids = build_tokenizer(config.tokenizer).vocab_size
+    vocab_size = config.model.get("vocab_size", tokenizer_ids)
+    if isinstance(vocab_size, int) and vocab_size < tokenizer_ids:
         raise ConfigError(
-            f"model.vocab_size is {own} but the tokenizer has {vocabulary} ids; raise it, or drop it"
+            f"model.vocab_size is {vocab_size} but the tokenizer has {tokenizer_ids} ids; "
+            "raise it, or drop it"
         )
-    return {"max_seq_len": length, "vocab_size": vocabulary} | config.model
+    return {"max_seq_len": length, "vocab_size": tokenizer_ids} | config.model
 
 
-def _own_held_out(config: TrainConfig) -> StdlibLoader | None:
+def _stdlib_held_out(config: TrainConfig) -> StdlibLoader | None:
     return config.train_loader if isinstance(config.train_loader, StdlibLoader) else None
 
 
 def _microbatch(config: TrainConfig, length: int) -> int:
-    whole, asked, ranks = (
-        config.global_train_batch_size,
-        config.device_train_microbatch_size,
-        started_processes(),
-    )
-    if whole % ranks:
-        closest = " or ".join(str(n * ranks) for n in (whole // ranks, whole // ranks + 1) if n)
+    rank_batch = _rank_batch(config)
+    requested = config.device_train_microbatch_size
+    choices = divisors(rank_batch)
+    if requested == "auto":
+        return max([n for n in choices if n * length <= _AUTO_TOKENS], default=1)
+    if rank_batch % requested:
+        smaller = [n for n in choices if n < requested][-3:]
+        larger = [n for n in choices if n > requested][:3]
+        ranks = started_processes()
+        batch = f"global_train_batch_size {config.global_train_batch_size}"
+        if ranks > 1:
+            batch += f" / {ranks} processes, {rank_batch}"
         raise ConfigError(
-            f"global_train_batch_size is {whole}, which {ranks} processes cannot share evenly; try {closest}"
+            f"device_train_microbatch_size is {requested}, which does not divide {batch}; "
+            f"these do: {', '.join(map(str, smaller + larger))}"
         )
-    batch = whole // ranks
-    fitting = divisors(batch)
-    if asked == "auto":
-        return max([n for n in fitting if n * length <= _AUTO_TOKENS], default=1)
-    if batch % asked:
-        near = [n for n in fitting if n < asked][-3:] + [n for n in fitting if n > asked][:3]
-        divided = f"global_train_batch_size {whole}" + (
-            f" / {ranks} processes, {batch}" if ranks > 1 else ""
+    return requested
+
+
+def _rank_batch(config: TrainConfig) -> int:
+    """Return the sequences per rank and step. Raises ConfigError for an uneven split."""
+    batch = config.global_train_batch_size
+    ranks = started_processes()
+    if batch % ranks:
+        multiples = [n * ranks for n in (batch // ranks, batch // ranks + 1) if n]
+        raise ConfigError(
+            f"global_train_batch_size is {batch}, which {ranks} processes cannot share evenly; "
+            f"try {' or '.join(map(str, multiples))}"
         )
-        fault = f"device_train_microbatch_size is {asked}, which does not divide {divided}"
-        raise ConfigError(f"{fault}; these do: {', '.join(map(str, near))}")
-    return asked
+    return batch // ranks
 
 
 def divisors(number: int) -> list[int]:
-    """List the divisors of a number, ascending."""
+    """Return the divisors of a number in ascending order."""
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return low + [number // n for n in reversed(low) if n * n != number]

@@ -1,4 +1,7 @@
-"""The training config: LLM Foundry's key names where the concept is the same, and everything else refused."""
+"""The training config. Keys have LLM Foundry's names where the concept is the same.
+
+Unknown keys are errors.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from tokenyard_train.config.loggers import Loggers
 from tokenyard_train.data.schema import DataSettings, LoaderConfig, TokenizerConfig
 
 CALLBACKS = "tokenyard.callbacks"
-"""The group of entry points by which installed distributions offer callbacks."""
+"""The entry-point group through which installed distributions provide callbacks."""
 
 BackendChoice = str | dict[str, Any]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
-def _named(run_name: str) -> str:
+def _check_run_name(run_name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_name):
         raise ValueError(
             "it names a folder, so give letters, digits, dots, dashes and underscores only"
@@ -31,41 +34,46 @@ def _named(run_name: str) -> str:
 
 
 RunName = Annotated[
-    str, BeforeValidator(lambda name: "run" if name is None else name), AfterValidator(_named)
+    str,
+    BeforeValidator(lambda name: "run" if name is None else name),
+    AfterValidator(_check_run_name),
 ]
-"""An empty `run_name:`, which LLM Foundry's files have, is the default."""
+"""A name for the run's folder. An empty `run_name:`, as in LLM Foundry's files, is the default."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Strict):
-    """AdamW. `decoupled_adamw` (Composer's) scales weight decay by lr / initial lr, `adamw` (torch's) by lr."""
+    """AdamW. `decoupled_adamw` multiplies weight decay by lr / initial lr, `adamw` by lr.
 
-    name: Literal["decoupled_adamw", "adamw"] = "decoupled_adamw"  # which of the two
-    lr: float = Field(6e-4, gt=0)  # the highest learning rate
-    betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay of the means of gradients and of their squares
-    eps: float = Field(1e-8, gt=0)  # added to the root of the second mean
-    weight_decay: float = Field(0.0, ge=0)  # share of a weight that is taken away in a step
+    The former is Composer's, the latter torch's.
+    """
+
+    name: Literal["decoupled_adamw", "adamw"] = "decoupled_adamw"  # the kind of weight decay
+    lr: float = Field(6e-4, gt=0)  # peak learning rate
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates of the first and second moments
+    eps: float = Field(1e-8, gt=0)  # added to the square root of the second moment
+    weight_decay: float = Field(0.0, ge=0)  # fraction of a weight that a step subtracts
 
 
 Schedule = Literal["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"]
 
 
 class Scheduler(Strict):
-    """How the learning rate changes: linear warm-up, then towards alpha_f of its peak at t_max."""
+    """Learning-rate schedule: linear warm-up to the peak, then decay to alpha_f * peak at t_max."""
 
-    name: Schedule = "cosine_with_warmup"  # the shape after warm-up
+    name: Schedule = "cosine_with_warmup"  # shape of the decay
     t_warmup: Duration = Span(0, "ba")  # length of the warm-up
-    t_max: Duration = Span(1, "dur")  # where alpha_f is reached
-    alpha_f: float = Field(0.0, ge=0, le=1)  # the last learning rate, as a share of the highest
+    t_max: Duration = Span(1, "dur")  # end of the decay, from the start of the run
+    alpha_f: float = Field(0.0, ge=0, le=1)  # final learning rate, as a fraction of the peak
 
 
 class GradientClipping(Strict):
-    """Scale all gradients together when their global norm passes the threshold."""
+    """Scale all gradients down when their global norm exceeds the threshold."""
 
-    clipping_type: Literal["norm"] = "norm"  # by one norm over all parameters
-    clipping_threshold: float = Field(1.0, gt=0)  # the highest norm that is left as it is
+    clipping_type: Literal["norm"] = "norm"  # one norm over all parameters
+    clipping_threshold: float = Field(1.0, gt=0)  # largest norm that is not scaled
 
 
 class Algorithms(Strict):
@@ -77,20 +85,20 @@ class Algorithms(Strict):
 
 
 class NgramBaselines(Strict):
-    """Before training, score the held-out text by unigram and smoothed bigram models of the training text."""
+    """Before training, score the held-out text with unigram and smoothed bigram models."""
 
 
 class GenerateCallback(Strict):
-    """Continue prompts with the model being trained, at the end and every `interval`."""
+    """Generate text from prompts at the end of the run, and every `interval`."""
 
     prompts: list[str] = ["def "]  # texts to continue
-    interval: Duration | None = None  # how often, besides at the end
-    max_new_tokens: Count = 200  # of each continuation
-    temperature: float = Field(0.8, ge=0)  # 0 takes the likeliest token
+    interval: Duration | None = None  # None: at the end only
+    max_new_tokens: Count = 200  # tokens to generate for each prompt
+    temperature: float = Field(0.8, ge=0)  # 0: greedy decoding
 
 
 class Callbacks(Strict):
-    """What else happens during a run; other names are those of installed distributions, with their options."""
+    """Extra actions during a run. Other names are callbacks of installed distributions."""
 
     model_config = ConfigDict(extra="allow")
     ignored: ClassVar[frozenset[str]] = foundry.CALLBACKS
@@ -105,52 +113,59 @@ class Callbacks(Strict):
             if name not in installed:
                 known = [*type(self).model_fields, *sorted(installed)]
                 raise ValueError(
-                    f"callbacks.{name} is not a known key{did_you_mean(name, known)}; known are: {', '.join(known)}; "
-                    f"an installed distribution offers others as entry points of {CALLBACKS}"
+                    f"callbacks.{name} is not a known key{did_you_mean(name, known)}; "
+                    f"known are: {', '.join(known)}; an installed distribution offers others as "
+                    f"entry points of {CALLBACKS}"
                 )
         return self
 
 
 class Lora(Strict):
-    """Adapters of the experts' weights, W + alpha / rank * B A; what else is trained, `train_also` says."""
+    """LoRA adapters of the experts: W + alpha / rank * B A. Trains them and `train_also` only."""
 
     rank: Count = 8  # rows of A, columns of B
-    alpha: float = Field(16.0, gt=0)  # the adapters count alpha / rank
+    alpha: float = Field(16.0, gt=0)  # adapters are scaled by alpha / rank
     targets: list[Literal["up", "down"]] = Field(
-        ["up", "down"], min_length=1
-    )  # weights that get adapters
-    train_also: list[str] = []  # patterns of names of parameters, such as *norm*
+        # expert weights that get adapters
+        ["up", "down"],
+        min_length=1,
+    )
+    train_also: list[str] = []  # name patterns of other parameters to train, such as *norm*
 
 
 class Backends(Strict):
-    """Who computes each piece: a backend's name, "auto", or a mapping with `name` and its options."""
+    """The backend of each part: a name, "auto", or a mapping with `name` and its options."""
 
-    router: BackendChoice = "auto"  # chooses experts
-    permutation: BackendChoice = "auto"  # lines slots up by expert
+    router: BackendChoice = "auto"  # chooses experts for each token
+    permutation: BackendChoice = "auto"  # sorts slots by expert
     experts: BackendChoice = "auto"  # computes the experts
-    exchange: BackendChoice = "auto"  # carries tokens between ranks
+    exchange: BackendChoice = "auto"  # moves tokens between expert-parallel ranks
 
 
 class Parallel(Strict):
-    """How the model is laid out over devices."""
+    """Parallelism over devices."""
 
-    strategy: BackendChoice = "single"  # single, ddp or fsdp, or a mapping with options
+    strategy: BackendChoice = "single"  # single, ddp, fsdp, or a mapping with options
     expert_parallel: Count | None = (
-        None  # ranks that share the experts; model.ffn_config.moe_world_size says the same
+        # expert-parallel ranks; the same as model.ffn_config.moe_world_size
+        None
     )
 
 
 class TrainConfig(Strict):
-    """One training run. Only `model`, `train_loader`, `max_duration` and `global_train_batch_size` have no default."""
+    """One training run.
+
+    `model`, `train_loader`, `max_duration` and `global_train_batch_size` are required.
+    """
 
     ignored: ClassVar[frozenset[str]] = foundry.TOP
 
-    variables: dict[str, Any] = {}  # for ${variables.x} in the same file
-    run_name: RunName = "run"  # names the folder of the run
-    seed: int = Field(17, ge=0, lt=2**63)  # of initial weights, shuffling and sampling
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
-    max_seq_len: Count = 1024  # tokens of a sample; goes into the model
-    model: dict[str, Any]  # `name`, and what that model's own config declares
+    variables: dict[str, Any] = {}  # values for ${variables.x} in the same file
+    run_name: RunName = "run"  # name of the run's folder
+    seed: int = Field(17, ge=0, lt=2**63)  # for initial weights, shuffling and sampling
+    device: str = "auto"  # cpu, cuda, or auto: cuda if available
+    max_seq_len: Count = 1024  # tokens per sample; also the model's default
+    model: dict[str, Any]  # `name`, and the keys of that model's own config
     tokenizer: TokenizerConfig = TokenizerConfig()
     train_loader: LoaderConfig
     eval_loader: LoaderConfig | None = None
@@ -160,49 +175,52 @@ class TrainConfig(Strict):
     max_duration: Duration  # length of the run
     eval_interval: Duration | None = None  # None: at the end only
     eval_subset_num_batches: int | None = (
-        None  # of held-out text to score; -1: all; None: some 130,000 tokens
+        # held-out batches to score; -1: all; None: about 130,000 tokens
+        None
     )
     device_eval_batch_size: Count | None = None  # None: device_train_microbatch_size
     global_train_batch_size: Count  # sequences per optimizer step, over all ranks
     device_train_microbatch_size: Count | Literal["auto"] = (
-        "auto"  # sequences per forward; auto: up to 16,384 tokens
+        # sequences per forward pass and rank; auto: at most 16,384 tokens
+        "auto"
     )
-    precision: Literal["fp32", "amp_bf16"] = "fp32"  # amp_bf16: float32 weights, bfloat16 products
+    precision: Literal["fp32", "amp_bf16"] = "fp32"  # amp_bf16: float32 weights, bfloat16 matmuls
     deterministic: bool = (
-        False  # equal runs end bit-identical; what cannot repeat is refused by name
+        # equal runs end bit-identical; an operation without a deterministic algorithm is an error
+        False
     )
     activation_checkpointing: bool = False  # recompute blocks in the backward pass
     nonfinite: Literal["stop", "skip"] = (
-        "stop"  # what to do with a step whose loss or gradient is not finite
+        # action for a step whose loss or gradient is not finite
+        "stop"
     )
-    nonfinite_limit: Count = 10  # with skip: so many such steps in a row stop the run, too
+    nonfinite_limit: Count = 10  # with skip: stop after this many such steps in a row
     save_folder: str | None = None  # None: runs/{run_name}
     save_interval: Duration | None = None  # None: at the end only
-    save_num_checkpoints_to_keep: int = -1  # the newest ones; -1: all
-    save_async: bool = (
-        False  # write checkpoints while training goes on, from a copy in the host's memory
+    save_num_checkpoints_to_keep: int = -1  # newest checkpoints to keep; -1: all
+    save_async: bool = False  # write checkpoints in the background, from a copy in host memory
+    save_overwrite: bool = False  # delete an existing run in save_folder
+    lora: Lora | None = None  # train adapters of the experts instead of the weights
+    frozen: list[str] = (
+        # name patterns of parameters that are not trained, such as blocks.*.ffn.experts.*
+        []
     )
-    save_overwrite: bool = False  # delete a run that already stands in save_folder
-    lora: Lora | None = None  # adapters of the experts, which alone are trained
-    frozen: list[
-        str
-    ] = []  # patterns of names of parameters that are not trained, such as blocks.*.ffn.experts.*
     load_path: str | None = (
-        None  # a checkpoint, or hf:// and a Hugging Face folder, that a new run starts from
+        # initial weights of a new run: a checkpoint, or hf:// and a Hugging Face folder
+        None
     )
-    autoresume: bool = (
-        False  # go on with the newest good checkpoint in save_folder, if there is one
+    autoresume: bool = False  # resume from the newest good checkpoint in save_folder, if any
+    console_log_interval: Duration = (
+        # interval between printed lines when the output is not a terminal
+        Span(1, "ba")
     )
-    console_log_interval: Duration = Span(
-        1, "ba"
-    )  # how often a line is printed where there is no terminal
     callbacks: Callbacks = Callbacks()
     loggers: Loggers = Loggers()
     backends: Backends = Backends()
     parallel: Parallel = Parallel()
 
     def data(self) -> DataSettings:
-        """Return what this says of data."""
+        """Return the data-related values."""
         return DataSettings(
             self.tokenizer,
             self.train_loader,
@@ -214,10 +232,11 @@ class TrainConfig(Strict):
         )
 
     @model_validator(mode="after")
-    def _durations(self) -> TrainConfig:
+    def _check_ranges(self) -> TrainConfig:
         if self.max_duration.unit == "dur":
             raise ValueError(
-                f"max_duration is {self.max_duration}; it takes ba (batches), ep (epochs) or tok (tokens)"
+                f"max_duration is {self.max_duration}; "
+                "it takes ba (batches), ep (epochs) or tok (tokens)"
             )
         if self.max_duration.value <= 0:
             raise ValueError(f"max_duration is {self.max_duration}; it must be above 0")
