@@ -8,8 +8,8 @@ import pytest
 
 from tokenyard import ConfigError
 from tokenyard_models.schema import parse
+from tokenyard_train.commands.data import parse_tokenizer
 from tokenyard_train.data import build_tokenizer
-from tokenyard_train.data.commands import parse_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig
 
 TEXT = "The café — naïve ✓ 東京 costs 3.50 €.\n\tdef f(x):\n        return x ** 2\n" * 3

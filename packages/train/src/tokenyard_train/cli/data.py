@@ -47,7 +47,7 @@ def pack(
     ] = False,
 ) -> None:
     """Pack text into token files. Resumes an interrupted run."""
-    from tokenyard_train.data.commands import PackOptions, run_pack
+    from tokenyard_train.commands.data import PackOptions, run_pack
 
     options = PackOptions(
         out, sources, tokenizer, eos_token, hf, mds, split, text_key, workers, overwrite
@@ -58,7 +58,7 @@ def pack(
 @app.command()
 def verify(folder: Folder) -> None:
     """Check every block of a packed folder."""
-    from tokenyard_train.data.commands import run_verify
+    from tokenyard_train.commands.data import run_verify
 
     run_verify(Console(), folder)
 
@@ -66,6 +66,6 @@ def verify(folder: Folder) -> None:
 @app.command()
 def info(folder: Folder) -> None:
     """Print the manifest of a packed folder."""
-    from tokenyard_train.data.commands import run_info
+    from tokenyard_train.commands.data import run_info
 
     run_info(Console(), folder)
