@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeed
 
 from tokenyard import ConfigError
 from tokenyard_models.schema import parse
+from tokenyard_train.commands.pack_options import PackOptions
 from tokenyard_train.data.packing import UNFINISHED_MANIFEST, PackProgress, pack
 from tokenyard_train.data.schema import Source, TokenizerConfig
 from tokenyard_train.data.sources import describe_source, read_documents
@@ -28,22 +28,6 @@ from tokenyard_train.data.tokens import (
 )
 
 _PACKED_FILES = frozenset((MANIFEST, TOKENS, DOCUMENTS, HASHES, JOURNAL, UNFINISHED_MANIFEST))
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """The options of `tokenyard data pack`."""
-
-    out: Path
-    sources: list[str]
-    tokenizer: str = "bytes"
-    eos_token: str | None = None
-    hf: bool = False
-    mds: bool = False
-    split: str | None = None
-    text_key: str = "text"
-    workers: int | None = None
-    overwrite: bool = False
 
 
 def run_pack(console: Console, options: PackOptions) -> None:
