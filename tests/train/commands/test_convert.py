@@ -169,9 +169,9 @@ def test_a_folder_as_a_run_that_has_taken_no_step(tokenyard, published, tmp_path
     [
         (
             ["--to", "hff"],
-            "--to is 'hff' (did you mean 'hf'?); known are: hf, tokenyard, megablocks",
+            "--to 'hff' is unknown (did you mean 'hf'?); known are: hf, tokenyard, megablocks",
         ),
-        (["--dtype", "float8"], "--dtype is 'float8'"),
+        (["--dtype", "float8"], "--dtype 'float8' is unknown"),
     ],
 )
 def test_convert_refuses_what_it_does_not_know(tokenyard, published, tmp_path, arguments, sentence):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tokenyard import ConfigError, merge_lora
-from tokenyard.errors import did_you_mean
+from tokenyard.errors import one_of
 from tokenyard_models import from_hf, to_hf
 from tokenyard_models.hf import Folder, model_section, to_megablocks
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
@@ -27,14 +27,9 @@ def convert(
     `dtype` (a name of DTYPES), `fused` and `like` are those of to_hf; `like` is by default the folder that the weights
     came from. Raises TokenyardError, and then nothing is written.
     """
-    if to not in _FORMS:
-        raise ConfigError(
-            f"--to is {to!r}{did_you_mean(to, _FORMS)}; known are: {', '.join(_FORMS)}"
-        )
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(
-            f"--dtype is {dtype!r}{did_you_mean(dtype, DTYPES)}; known are: {', '.join(DTYPES)}"
-        )
+    one_of("--to", to, _FORMS)
+    if dtype is not None:
+        one_of("--dtype", dtype, DTYPES)
     if target.exists():
         raise ConfigError(f"{target} exists already; give the name of a new folder")
     if to == "tokenyard":

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from tokenyard import ConfigError
-from tokenyard.errors import did_you_mean
+from tokenyard.errors import one_of
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 """Precision -> the dtype of matmuls. Weights are float32 in both."""
@@ -23,8 +22,4 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
 
 def check_precision(precision: str, option: str) -> None:
     """Raise ConfigError, naming the option, for a precision that is not offered."""
-    if precision not in COMPUTE_DTYPES:
-        known = ", ".join(COMPUTE_DTYPES)
-        raise ConfigError(
-            f"{option} is {precision!r}{did_you_mean(precision, COMPUTE_DTYPES)}; known are: {known}"
-        )
+    one_of(option, precision, COMPUTE_DTYPES)
