@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tokenyard_train.config.schema import Optimizer, Scheduler
+from tokenyard_train.config.schema import OptimizerConfig, SchedulerConfig
 from tokenyard_train.engine.optimizer import build_optimizer, learning_rate
 
 
@@ -15,7 +15,7 @@ from tokenyard_train.engine.optimizer import build_optimizer, learning_rate
     "name", ["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"]
 )
 def test_schedules(name, alpha_f):
-    config, peak, warmup, end = Scheduler(name=name, alpha_f=alpha_f), 0.3, 10, 110
+    config, peak, warmup, end = SchedulerConfig(name=name, alpha_f=alpha_f), 0.3, 10, 110
     for batch in range(130):
         share = min(1, max(0, (batch - warmup) / (end - warmup)))
         after = {
@@ -28,7 +28,7 @@ def test_schedules(name, alpha_f):
 
 
 def test_no_warmup_starts_at_the_peak():
-    assert learning_rate(Scheduler(), 0.3, 0, warmup=0, end=10) == 0.3
+    assert learning_rate(SchedulerConfig(), 0.3, 0, warmup=0, end=10) == 0.3
 
 
 @pytest.mark.parametrize("name", ["decoupled_adamw", "adamw"])
@@ -39,7 +39,7 @@ def test_adamw_step_by_step(name):
     p = model.weight.detach().clone()
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     optimizer = build_optimizer(
-        Optimizer(name=name, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay), model
+        OptimizerConfig(name=name, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay), model
     )
     for t in range(1, 11):
         rate = lr * t / 10
@@ -56,7 +56,7 @@ def test_adamw_step_by_step(name):
 def test_frozen_parameters_are_left_alone():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].requires_grad_(False)
-    (group,) = build_optimizer(Optimizer(), model).param_groups
+    (group,) = build_optimizer(OptimizerConfig(), model).param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in model[1].parameters()]
 
 
@@ -65,7 +65,7 @@ def test_it_is_torch_s_fused_adamw_bit_for_bit():
     ours, theirs = nn.Linear(7, 5), nn.Linear(7, 5)
     theirs.load_state_dict(ours.state_dict())
     options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    one = build_optimizer(Optimizer(name="adamw", **options), ours)
+    one = build_optimizer(OptimizerConfig(name="adamw", **options), ours)
     other = torch.optim.AdamW(theirs.parameters(), **options, fused=True)
     for step in range(5):
         gradient = torch.randn(5, 7)

@@ -13,7 +13,7 @@ from tokenyard import ConfigError, Model, resolve_device
 from tokenyard.sharded import allocate
 from tokenyard_models import from_hf
 from tokenyard_train.checkpoint import model_tensors, newest_good, read_meta, read_tensors, verify
-from tokenyard_train.config.comparable import layout_free
+from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.engine.build_model import build_model
@@ -77,7 +77,7 @@ def _run(path: Path, changes: dict[str, Any]) -> Trained:
         )
     alone = {"global_train_batch_size": 1, "device_train_microbatch_size": 1, "load_path": None}
     meta = read_meta(checkpoint)
-    config = read_config(layout_free(meta["config"]) | alone | changes)
+    config = read_config(comparable_config(meta["config"]) | alone | changes)
     _, model = build_model(config)
     allocate(model, config.device)
     read_tensors(checkpoint, model_tensors(model))

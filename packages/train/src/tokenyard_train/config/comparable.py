@@ -1,15 +1,12 @@
-"""Compare configs whatever their parallel layout."""
+"""Remove parallelism from a config, so that configs of different layouts can be compared."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def layout_free(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a dumped config without its parallelism keys, at any depth of `model` too.
-
-    So configs of runs on different numbers of ranks can be compared.
-    """
+def comparable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a dumped config without its parallelism keys, at any depth of `model` too."""
     return config | {"parallel": {}, "model": _without_ranks(config["model"])}
 
 

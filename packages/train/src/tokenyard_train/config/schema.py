@@ -44,7 +44,7 @@ RunName = Annotated[
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Optimizer(Strict):
+class OptimizerConfig(Strict):
     """AdamW. `decoupled_adamw` multiplies weight decay by lr / initial lr, `adamw` by lr.
 
     The former is Composer's, the latter torch's.
@@ -60,7 +60,7 @@ class Optimizer(Strict):
 Schedule = Literal["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"]
 
 
-class Scheduler(Strict):
+class SchedulerConfig(Strict):
     """Learning-rate schedule: linear warm-up to the peak, then decay to alpha_f * peak at t_max."""
 
     name: Schedule = "cosine_with_warmup"  # shape of the decay
@@ -120,7 +120,7 @@ class Callbacks(Strict):
         return self
 
 
-class Lora(Strict):
+class LoraConfig(Strict):
     """LoRA adapters of the experts: W + alpha / rank * B A. Trains them and `train_also` only."""
 
     rank: Count = 8  # rows of A, columns of B
@@ -169,8 +169,8 @@ class TrainConfig(Strict):
     tokenizer: TokenizerConfig = TokenizerConfig()
     train_loader: LoaderConfig
     eval_loader: LoaderConfig | None = None
-    optimizer: Optimizer = Optimizer()
-    scheduler: Scheduler = Scheduler()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
     algorithms: Algorithms = Algorithms()
     max_duration: Duration  # length of the run
     eval_interval: Duration | None = None  # None: at the end only
@@ -200,7 +200,7 @@ class TrainConfig(Strict):
     save_num_checkpoints_to_keep: int = -1  # newest checkpoints to keep; -1: all
     save_async: bool = False  # write checkpoints in the background, from a copy in host memory
     save_overwrite: bool = False  # delete an existing run in save_folder
-    lora: Lora | None = None  # train adapters of the experts instead of the weights
+    lora: LoraConfig | None = None  # train adapters of the experts instead of the weights
     frozen: list[str] = (
         # name patterns of parameters that are not trained, such as blocks.*.ffn.experts.*
         []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenyard_train.checkpoint import CheckpointError
-from tokenyard_train.config.comparable import layout_free
+from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.config.schema import TrainConfig
 
 _MUST_AGREE = (
@@ -44,7 +44,7 @@ def check_agreement(config: TrainConfig, checkpoint: Path, saved: dict[str, Any]
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a dumped config that must agree."""
-    kept = {key: value for key, value in layout_free(config).items() if key in _MUST_AGREE}
+    kept = {key: value for key, value in comparable_config(config).items() if key in _MUST_AGREE}
     return kept | {"optimizer": {"name": config.get("optimizer", {}).get("name")}}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenyard.sharded import is_sharded
-from tokenyard_train.config.schema import Optimizer, Scheduler
+from tokenyard_train.config.schema import OptimizerConfig, SchedulerConfig
 from tokenyard_train.engine.torch_private import keep_compiler_out_of_optimizers
 
 
@@ -51,7 +51,7 @@ class AdamW(torch.optim.AdamW):
         return state
 
 
-def build_optimizer(config: Optimizer, model: nn.Module) -> AdamW:
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> AdamW:
     """Return AdamW over all trainable parameters, all of them decayed as Composer does.
 
     `decoupled_adamw` (Loshchilov and Hutter 2017, arXiv 1711.05101, as in Composer) shrinks weights by
@@ -75,7 +75,7 @@ def build_optimizer(config: Optimizer, model: nn.Module) -> AdamW:
     )
 
 
-def learning_rate(config: Scheduler, peak: float, batch: int, warmup: int, end: int) -> float:
+def learning_rate(config: SchedulerConfig, peak: float, batch: int, warmup: int, end: int) -> float:
     """Return the learning rate of optimizer step `batch` (from 0), with Composer's formulas.
 
     It rises linearly from 0 over `warmup` steps, and then goes from the peak to alpha_f times the peak at step `end`:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tokenyard import ConfigError, add_lora
 from tokenyard.errors import did_you_mean
-from tokenyard_train.config.schema import Lora
+from tokenyard_train.config.schema import LoraConfig
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -24,7 +24,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         raise ConfigError(f"frozen: {', '.join(map(repr, patterns))} leave nothing to train")
 
 
-def adapt(model: nn.Module, lora: Lora) -> None:
+def adapt(model: nn.Module, lora: LoraConfig) -> None:
     """Give a model's experts adapters, and let those alone be trained, with what `train_also` names.
 
     Raises ConfigError for a model without experts, or a pattern that matches nothing.
