@@ -24,9 +24,9 @@ class MlflowLogger(Strict):
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGER
 
-    experiment_name: str | None = None  # None: tokenyard
-    run_name: str | None = None  # None: the config's run_name
-    tracking_uri: str | None = None  # None: mlruns beside save_folder
+    experiment_name: str | None = None  # name of the experiment; None: tokenyard
+    run_name: str | None = None  # name of the run; None: the config's run_name
+    tracking_uri: str | None = None  # folder or server; None: mlruns beside save_folder
     tags: dict[str, str] = {}  # tags of the run
 
 
@@ -37,7 +37,7 @@ class WandbLogger(Strict):
 
     project: str | None = None  # project of the run
     group: str | None = None  # group of runs
-    name: str | None = None  # None: the config's run_name
+    name: str | None = None  # name of the run; None: the config's run_name
     entity: str | None = None  # user or team
     tags: list[str] = []  # tags of the run
     mode: Literal["offline", "online"] = "offline"  # offline writes files only

@@ -54,7 +54,9 @@ class OptimizerConfig(Strict):
     lr: float = Field(6e-4, gt=0)  # peak learning rate
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates of the first and second moments
     eps: float = Field(1e-8, gt=0)  # added to the square root of the second moment
-    weight_decay: float = Field(0.0, ge=0)  # fraction of a weight that a step subtracts
+    weight_decay: float = Field(
+        0.0, ge=0
+    )  # fraction of a weight that a step subtracts, scaled by `name`
 
 
 Schedule = Literal["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"]
@@ -63,7 +65,7 @@ Schedule = Literal["cosine_with_warmup", "linear_decay_with_warmup", "constant_w
 class SchedulerConfig(Strict):
     """Learning-rate schedule: linear warm-up to the peak, then decay to alpha_f * peak at t_max."""
 
-    name: Schedule = "cosine_with_warmup"  # shape of the decay
+    name: Schedule = "cosine_with_warmup"  # shape after the warm-up
     t_warmup: Duration = Span(0, "ba")  # length of the warm-up
     t_max: Duration = Span(1, "dur")  # end of the decay, from the start of the run
     alpha_f: float = Field(0.0, ge=0, le=1)  # final learning rate, as a fraction of the peak
@@ -92,9 +94,9 @@ class GenerateCallback(Strict):
     """Generate text from prompts at the end of the run, and every `interval`."""
 
     prompts: list[str] = ["def "]  # texts to continue
-    interval: Duration | None = None  # None: at the end only
+    interval: Duration | None = None  # interval between generations; None: at the end only
     max_new_tokens: Count = 200  # tokens to generate for each prompt
-    temperature: float = Field(0.8, ge=0)  # 0: greedy decoding
+    temperature: float = Field(0.8, ge=0)  # sampling temperature; 0: greedy decoding
 
 
 class Callbacks(Strict):
@@ -123,7 +125,7 @@ class Callbacks(Strict):
 class LoraConfig(Strict):
     """LoRA adapters of the experts: W + alpha / rank * B A. Trains them and `train_also` only."""
 
-    rank: Count = 8  # rows of A, columns of B
+    rank: Count = 8  # rank of the adapters: rows of A, columns of B
     alpha: float = Field(16.0, gt=0)  # adapters are scaled by alpha / rank
     targets: list[Literal["up", "down"]] = Field(
         # expert weights that get adapters
@@ -162,7 +164,7 @@ class TrainConfig(Strict):
 
     variables: dict[str, Any] = {}  # values for ${variables.x} in the same file
     run_name: RunName = "run"  # name of the run's folder
-    seed: int = Field(17, ge=0, lt=2**63)  # for initial weights, shuffling and sampling
+    seed: int = Field(17, ge=0, lt=2**63)  # seed of initial weights, shuffling and sampling
     device: str = "auto"  # cpu, cuda, or auto: cuda if available
     max_seq_len: Count = 1024  # tokens per sample; also the model's default
     model: dict[str, Any]  # `name`, and the keys of that model's own config
@@ -173,12 +175,15 @@ class TrainConfig(Strict):
     scheduler: SchedulerConfig = SchedulerConfig()
     algorithms: Algorithms = Algorithms()
     max_duration: Duration  # length of the run
-    eval_interval: Duration | None = None  # None: at the end only
+    eval_interval: Duration | None = None  # interval between evaluations; None: at the end only
     eval_subset_num_batches: int | None = (
         # held-out batches to score; -1: all; None: about 130,000 tokens
         None
     )
-    device_eval_batch_size: Count | None = None  # None: device_train_microbatch_size
+    device_eval_batch_size: Count | None = (
+        # sequences per forward pass in evaluation; None: device_train_microbatch_size
+        None
+    )
     global_train_batch_size: Count  # sequences per optimizer step, over all ranks
     device_train_microbatch_size: Count | Literal["auto"] = (
         # sequences per forward pass and rank; auto: at most 16,384 tokens
@@ -195,8 +200,8 @@ class TrainConfig(Strict):
         "stop"
     )
     nonfinite_limit: Count = 10  # with skip: stop after this many such steps in a row
-    save_folder: str | None = None  # None: runs/{run_name}
-    save_interval: Duration | None = None  # None: at the end only
+    save_folder: str | None = None  # folder of the run; None: runs/{run_name}
+    save_interval: Duration | None = None  # interval between checkpoints; None: at the end only
     save_num_checkpoints_to_keep: int = -1  # newest checkpoints to keep; -1: all
     save_async: bool = False  # write checkpoints in the background, from a copy in host memory
     save_overwrite: bool = False  # delete an existing run in save_folder

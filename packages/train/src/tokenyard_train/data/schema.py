@@ -16,8 +16,8 @@ class TiktokenKwargs(Strict):
 
     ignored: ClassVar[frozenset[str]] = foundry.TOKENIZER_KWARGS
 
-    encoding_name: str | None = None  # such as cl100k_base
-    model_name: str | None = None  # use the encoding of this model, such as gpt-4
+    encoding_name: str | None = None  # name of an encoding, such as cl100k_base
+    model_name: str | None = None  # name of a model whose encoding to use, such as gpt-4
     file: str | None = None  # ranks in tiktoken's file format
     pattern: str | None = None  # with file: regular expression that splits text before BPE
     special_tokens: dict[str, int] = {}  # with file: token text to id
