@@ -1,10 +1,10 @@
-"""The pictures of a run, also of an odd one."""
+"""Plots of a run, including unusual runs."""
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from tokenyard_train.records.plots import _baselines, _smoothed, expert_heatmap, loss_curve
+from tokenyard_train.records.plots import baselines_in_nats, expert_heatmap, loss_curve, smooth
 
 TRAIN = [
     {"kind": "train", "batch": i, "loss": 5 / i, "load": [[0.1, 0.9], [0.5, 0.5]]}
@@ -27,21 +27,21 @@ EVAL = [{"kind": "eval", "batch": 30, "loss": 1.0}]
     ],
     ids=["usual", "no baselines", "one step", "dense", "large"],
 )
-def test_pictures_have_ink(tmp_path, draw, records):
+def test_plots_are_not_blank(tmp_path, draw, records):
     draw(records, tmp_path / "x.png")
     pixels = imread(tmp_path / "x.png")[..., :3]
     assert min(pixels.shape[:2]) > 300
     assert pixels.std() > 0.02
 
 
-def test_baselines_stand_at_their_nats_per_token():
-    """An evaluation says how many nats per token a bit per byte is."""
-    assert _baselines([BASELINES, *TRAIN, SCORED]) == pytest.approx(
+def test_baselines_are_drawn_at_their_nats_per_token():
+    """The evaluation of the same text gives nats per token for a bit per byte."""
+    assert baselines_in_nats([BASELINES, *TRAIN, SCORED]) == pytest.approx(
         {"unigram model": 3.0, "bigram model": 2.4}
     )
-    assert _baselines(TRAIN + EVAL) == {}
+    assert baselines_in_nats(TRAIN + EVAL) == {}
 
 
 def test_smoothing_keeps_a_straight_line_straight():
     line = np.arange(200.0)
-    assert _smoothed(line) == pytest.approx(line)
+    assert smooth(line) == pytest.approx(line)

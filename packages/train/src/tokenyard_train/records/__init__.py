@@ -1,1 +1,1 @@
-"""What a run writes down: metrics, pictures, trackers."""
+"""Records of a run: metrics, plots and trackers."""

@@ -1,6 +1,6 @@
-"""How the tokens of a step were routed, layer by layer.
+"""Routing statistics of a training step, per MoE layer.
 
-A step's numbers are packed on the device and fetched together: one device-to-host copy, however many layers there are.
+A step's numbers are packed on the device and fetched by one device-to-host copy for all layers.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class Fetched(NamedTuple):
     loss: float
     grad_norm: float
     balances: list[Balance]  # one per MoE layer, summed over microbatches and ranks
-    flags: list[bool]  # which of them some rank raised
+    flags: list[bool]  # each one set if any rank set it
 
 
 class LayerRouting(NamedTuple):
     """One MoE layer's routing in one step."""
 
-    entropy: float  # of the load, over that of a uniform one: 1 when all experts get the same, 0 when one gets all
+    entropy: float  # normalised entropy of the load: 1 is uniform, 0 is all slots on one expert
     busiest: float  # the largest load, as a multiple of the mean
     idle: int  # experts without a token
-    dropped: float  # share of the slots
+    dropped: float  # dropped share of the slots
     balance_loss: float  # unweighted
     z_loss: float  # unweighted
 
@@ -43,16 +43,18 @@ def fetch(
     reduce: Callable[[Tensor], Tensor],
     flags: Sequence[bool] = (),
 ) -> Fetched:
-    """Bring a step's numbers to the host in one copy.
+    """Copy a step's numbers to the host in one transfer.
 
-    `loss`, `grad_norm` and the Balances' `counts` are sums over ranks already; `reduce` adds up the rest, in one call,
-    and with it the `flags` that this rank raises.
+    `loss`, `grad_norm` and the Balances' `counts` are already sums over ranks. One call of `reduce`
+    sums the rest over ranks, together with this rank's `flags`.
     """
     packed = pack(loss, grad_norm, balances, reduce, flags).cpu()
     sizes = [balance.counts.numel() for balance in balances]
-    values, raised, *layers = packed.split([2, len(flags), *(2 * experts + 2 for experts in sizes)])
-    fetched = [_unpacked(layer, experts) for layer, experts in zip(layers, sizes)]
-    return Fetched(values[0].item(), values[1].item(), fetched, (raised > 0).tolist())
+    scalars, flag_sums, *layers = packed.split(
+        [2, len(flags), *(2 * experts + 2 for experts in sizes)]
+    )
+    summed = [_unpack(layer, experts) for layer, experts in zip(layers, sizes)]
+    return Fetched(scalars[0].item(), scalars[1].item(), summed, (flag_sums > 0).tolist())
 
 
 def pack(
@@ -62,19 +64,23 @@ def pack(
     reduce: Callable[[Tensor], Tensor],
     flags: Sequence[bool] = (),
 ) -> Tensor:
-    """Return [2 + flags + sum over layers of 2E + 2] float64, still on the device: what `fetch` copies."""
-    known = torch.stack((loss.double(), grad_norm.to(loss.device).double()))
+    """Pack a step's numbers on the device, for `fetch` to copy.
+
+    Returns [2 + flags + sum over layers of (2E + 2)] float64: loss, gradient norm, flags, and per
+    layer counts [E], summed probabilities [E], z sum and dropped slots.
+    """
+    scalars = torch.stack((loss.double(), grad_norm.to(loss.device).double()))
     counts = [b.counts.double() for b in balances]
-    rest = [
+    local = [
         torch.cat((b.prob_sum.double(), torch.stack((b.z_sum.double(), b.dropped.double()))))
         for b in balances
     ]
-    rest = [torch.tensor(list(flags), dtype=torch.float64, device=loss.device), *rest]
-    raised, *sums = reduce(torch.cat(rest)).split([part.numel() for part in rest])
-    return torch.cat((known, raised, *(part for layer in zip(counts, sums) for part in layer)))
+    local = [torch.tensor(list(flags), dtype=torch.float64, device=loss.device), *local]
+    flag_sums, *sums = reduce(torch.cat(local)).split([part.numel() for part in local])
+    return torch.cat((scalars, flag_sums, *(part for layer in zip(counts, sums) for part in layer)))
 
 
-def _unpacked(layer: Tensor, experts: int) -> Balance:
+def _unpack(layer: Tensor, experts: int) -> Balance:
     counts, probabilities, z_sum, dropped = layer.split((experts, experts, 1, 1))
     return Balance(counts, dropped[0], probabilities, z_sum[0])
 
@@ -82,7 +88,7 @@ def _unpacked(layer: Tensor, experts: int) -> Balance:
 def routing_stats(
     balances: Sequence[Balance], tokens: int, top_k: int, convention: Convention
 ) -> list[LayerRouting]:
-    """Return each layer's statistics over a step of `tokens` tokens, from Balances on the host."""
+    """Return each layer's statistics from its Balance on the host. `tokens` is the step's count."""
     return [
         LayerRouting(
             entropy=normalised_entropy(load := load_of(balance)),
@@ -97,12 +103,15 @@ def routing_stats(
 
 
 def load_of(balance: Balance) -> list[float]:
-    """Return each expert's share of a layer's slots, those dropped included."""
+    """Return each expert's share of a layer's slots, dropped slots included."""
     return [float(share) for share in (balance.counts / balance.counts.sum()).tolist()]
 
 
 def normalised_entropy(load: Sequence[float]) -> float:
-    """Return the entropy of shares over that of a uniform load: 1 when all are the same, 0 when one has all."""
+    """Return the entropy of the shares divided by that of a uniform load.
+
+    1 means that all shares are equal, 0 that one expert has everything.
+    """
     if len(load) == 1:
         return 1.0
     return -sum(share * math.log(share) for share in load if share) / math.log(len(load))

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: trackers, each behind one small interface and imported when a config asks."""
+"""Trackers: services that receive the records of metrics.jsonl, each imported only when used."""
 
 from tokenyard_train.records.trackers._base import Tracker, scalars
 from tokenyard_train.records.trackers._build import Trackers, build_trackers

@@ -1,4 +1,4 @@
-"""What a tracker is, and the numbers that it gets."""
+"""The tracker interface, and the numbers that a tracker receives."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ _NOT_NUMBERS = frozenset(("kind", "batch"))
 
 
 class Tracker(Protocol):
-    """Shows the metrics of a run somewhere. Constructed as ``cls(options, place)``; see Place."""
+    """A service that displays metrics of a run. Constructor: ``cls(options, run: RunInfo)``."""
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Take numbers by name, of so many optimizer steps done."""
+        """Log numbers by name. `step` counts the optimizer steps done."""
         ...
 
     def finish(self, failed: bool) -> None:
-        """End the run: it reached its duration, or failed."""
+        """Close the run, as failed or finished."""
         ...
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a metrics record by name: ``train/loss``, ``eval/bits_per_byte``, ``train/load/0/3``.
+    """Return the numbers of a metrics record by name, such as ``train/loss``.
 
-    Lists are counted through: the load of expert 3 in MoE layer 0 is ``train/load/0/3``.
+    Items of a list are named by their index: ``train/load/0/3`` is the load of expert 3 in MoE
+    layer 0.
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in record.items():
         if key not in _NOT_NUMBERS:
-            _flatten(f"{record['kind']}/{key}", value, found)
-    return found
+            _flatten(f"{record['kind']}/{key}", value, numbers)
+    return numbers
 
 
-def _flatten(name: str, value: Any, found: dict[str, float]) -> None:
+def _flatten(name: str, value: Any, numbers: dict[str, float]) -> None:
+    """Add every number below `value` to `numbers`."""
     if isinstance(value, Mapping):
         pairs = value.items()
     elif isinstance(value, list | tuple):
         pairs = ((str(i), item) for i, item in enumerate(value))  # type: ignore[assignment]
     else:
-        found[name] = float(value)
+        numbers[name] = float(value)
         return
     for key, item in pairs:
-        _flatten(f"{name}/{key}", item, found)
+        _flatten(f"{name}/{key}", item, numbers)

@@ -1,11 +1,11 @@
-"""The trackers of a run as one: what fails is left out, and training goes on."""
+"""The trackers of a run as one object. A tracker that fails is removed and training continues."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,80 +21,87 @@ _CLASSES = {
 }
 
 IDENTITIES = "trackers.json"
-"""In a run's folder: the ids under which trackers know the run, so that a resumed one goes on there."""
+"""File in a run's folder: the run's id in each tracker, so that a resumed run keeps its ids."""
 
 log = logging.getLogger("tokenyard")
 
 
 @dataclass
-class Place:
-    """What a tracker is told of the run: its folder, name and config, and where it goes on."""
+class RunInfo:
+    """The run's data for a tracker's constructor. A tracker adds its id to `identities`."""
 
     folder: Path
     run_name: str
     config: Mapping[str, Any]
     batch: int  # optimizer steps done already; 0 for a new run
-    identities: dict[str, str] = field(default_factory=dict)
+    identities: dict[str, str] = field(default_factory=dict)  # tracker name -> the run's id
 
 
 class Trackers:
-    """Several trackers as one. One that fails in the middle of a run is named in a warning and left out."""
+    """Several trackers as one. A tracker that fails is removed, and a warning names it."""
 
     def __init__(self, trackers: Mapping[str, Tracker]):
         self._trackers = dict(trackers)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Show a record of metrics.jsonl."""
-        numbers, step = scalars(record), int(record.get("batch", 0))
-        for name, tracker in list(self._trackers.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(numbers, step))  # type: ignore[misc]
+        """Log a record of metrics.jsonl to every tracker."""
+        numbers = scalars(record)
+        step = int(record.get("batch", 0))
+        self._call(lambda tracker: tracker.log(numbers, step))
 
     def finish(self, failed: bool) -> None:
-        """End the run everywhere."""
-        for name, tracker in list(self._trackers.items()):
-            self._try(name, lambda tracker=tracker: tracker.finish(failed))  # type: ignore[misc]
+        """Close the run in every tracker."""
+        self._call(lambda tracker: tracker.finish(failed))
 
-    def _try(self, name: str, call: Any) -> None:
-        try:
-            call()
-        except (
-            Exception
-        ) as error:  # whatever a library or a server raises, metrics.jsonl has the numbers
-            del self._trackers[name]
-            reason = " ".join(str(error).split())[:200]
-            log.warning(
-                "loggers.%s failed and is left out from here on: %s: %s",
-                name,
-                type(error).__name__,
-                reason,
-            )
+    def _call(self, method: Callable[[Tracker], None]) -> None:
+        """Call a method of every tracker, and remove those that fail."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                method(tracker)
+            # A library or a server may raise anything, and metrics.jsonl has the numbers.
+            except Exception as error:
+                del self._trackers[name]
+                log.warning(
+                    "loggers.%s failed and is left out from here on: %s: %s",
+                    name,
+                    type(error).__name__,
+                    _reason(error),
+                )
 
 
 def build_trackers(
     config: Loggers, folder: Path, run_name: str, settings: Mapping[str, Any], batch: int
 ) -> Trackers:
-    """Start the trackers that a config asks for. Raises ConfigError for one that cannot be had."""
-    asked = {name: options for name in _CLASSES if (options := getattr(config, name)) is not None}
-    if not asked:
+    """Start the trackers that a config names. Raises ConfigError if one cannot be started.
+
+    `settings` is the dumped config; `batch` is the step that the run starts from.
+    """
+    sections = {
+        name: section for name in _CLASSES if (section := getattr(config, name)) is not None
+    }
+    if not sections:
         return Trackers({})
-    place = Place(folder, run_name, settings, batch, _identities(folder) if batch else {})
-    trackers = {name: _start(name, options, place) for name, options in asked.items()}
-    (folder / IDENTITIES).write_text(json.dumps(place.identities), encoding="utf-8")
+    run = RunInfo(folder, run_name, settings, batch, _identities(folder) if batch else {})
+    trackers = {name: _start(name, options, run) for name, options in sections.items()}
+    (folder / IDENTITIES).write_text(json.dumps(run.identities), encoding="utf-8")
     return Trackers(trackers)
 
 
-def _start(name: str, options: Any, place: Place) -> Tracker:
+def _start(name: str, options: Any, run: RunInfo) -> Tracker:
     module, _, cls = _CLASSES[name].partition(":")
     try:
-        tracker: Tracker = getattr(importlib.import_module(module), cls)(options, place)
+        tracker: Tracker = getattr(importlib.import_module(module), cls)(options, run)
     except TokenyardError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"loggers.{name} cannot be started: {type(error).__name__}: {reason}"
+            f"loggers.{name} cannot be started: {type(error).__name__}: {_reason(error)}"
         ) from None
     return tracker
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _identities(folder: Path) -> dict[str, str]:

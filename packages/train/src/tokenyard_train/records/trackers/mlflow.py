@@ -1,4 +1,4 @@
-"""MLflow, on a server or in a local folder."""
+"""MLflow tracker, for a server or a local folder."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from typing import Any
 
 from tokenyard_train.config.loggers import MlflowLogger
 from tokenyard_train.optional import needs
-from tokenyard_train.records.trackers._build import Place
+from tokenyard_train.records.trackers._build import RunInfo
 
-_LONGEST = 500  # characters of a parameter's value
+_PARAM_CHARACTERS = 500  # longer values are cut
+_PARAMS_PER_CALL = 100  # MLflow's limit
 
 
 class MlflowTracker:
-    """Logs into an MLflow run; a resumed one goes on in the same run, and logs no step twice.
+    """Logs to an MLflow run. A resumed run continues in the same MLflow run and logs no step twice.
 
-    `tracking_uri` is a server, a database or a folder (``file:``), by default ``mlruns`` beside the run's folder.
+    `tracking_uri` is a server, a database or a folder (``file:``). The default is ``mlruns`` beside
+    the run's folder.
     """
 
-    def __init__(self, options: MlflowLogger, place: Place):
+    def __init__(self, options: MlflowLogger, run: RunInfo):
         mlflow = needs("mlflow", "loggers.mlflow", "tokenyard-train[mlflow]")
-        uri = options.tracking_uri or (place.folder.parent / "mlruns").absolute().as_uri()
+        uri = options.tracking_uri or (run.folder.parent / "mlruns").absolute().as_uri()
         if "://" not in uri or uri.startswith("file:"):
-            os.environ.setdefault(
-                "MLFLOW_ALLOW_FILE_STORE", "true"
-            )  # a folder needs no server; MLflow asks to say so
+            # MLflow refuses a folder without this variable.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._entities = mlflow.entities
         self._client = mlflow.MlflowClient(tracking_uri=uri)
-        self._run = place.identities.get("mlflow") or self._create(options, place)
-        self._logged = self._last_step() if place.batch else 0
-        place.identities["mlflow"] = self._run
+        self._run = run.identities.get("mlflow") or self._create(options, run)
+        self._logged_step = self._last_step() if run.batch else 0
+        run.identities["mlflow"] = self._run
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Log the numbers in one call, unless the run had them before it was resumed."""
-        if step and step <= self._logged:
+        """Log the numbers in one call, unless they were logged before the run was resumed."""
+        if step and step <= self._logged_step:
             return
         now = int(time.time() * 1000)
         metrics = [self._entities.Metric(name, value, now, step) for name, value in numbers.items()]
@@ -45,30 +46,34 @@ class MlflowTracker:
         """Mark the run as finished or failed."""
         self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
 
-    def _create(self, options: MlflowLogger, place: Place) -> str:
+    def _create(self, options: MlflowLogger, run: RunInfo) -> str:
+        """Create the MLflow run with the config as its parameters; return its id."""
         name = options.experiment_name or "tokenyard"
-        found = self._client.get_experiment_by_name(name)
-        experiment = (
-            found.experiment_id if found is not None else self._client.create_experiment(name)
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            experiment_id = self._client.create_experiment(name)
+        else:
+            experiment_id = experiment.experiment_id
+        created = self._client.create_run(
+            experiment_id, run_name=options.run_name or run.run_name, tags=options.tags
         )
-        run = self._client.create_run(
-            experiment, run_name=options.run_name or place.run_name, tags=options.tags
-        )
-        params = [self._entities.Param(key, value) for key, value in _parameters(place.config)]
-        for first in range(0, len(params), 100):  # as many as MLflow takes at once
-            self._client.log_batch(run.info.run_id, params=params[first : first + 100])
-        return str(run.info.run_id)
+        run_id = str(created.info.run_id)
+        params = [self._entities.Param(key, value) for key, value in _parameters(run.config)]
+        for first in range(0, len(params), _PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=params[first : first + _PARAMS_PER_CALL])
+        return run_id
 
     def _last_step(self) -> int:
         history = self._client.get_metric_history(self._run, "train/loss")
         return max((metric.step for metric in history), default=0)
 
 
-def _parameters(config: Mapping[str, Any], where: str = "") -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+def _parameters(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return a nested config as pairs of a dotted key and a string; keys set to None are absent."""
+    parameters: list[tuple[str, str]] = []
     for key, value in config.items():
         if isinstance(value, Mapping):
-            found += _parameters(value, f"{where}{key}.")
+            parameters += _parameters(value, f"{prefix}{key}.")
         elif value is not None:
-            found.append((f"{where}{key}", str(value)[:_LONGEST]))
-    return found
+            parameters.append((f"{prefix}{key}", str(value)[:_PARAM_CHARACTERS]))
+    return parameters

@@ -1,4 +1,4 @@
-"""TensorBoard's event files."""
+"""TensorBoard tracker."""
 
 from __future__ import annotations
 
@@ -9,37 +9,35 @@ import yaml
 
 from tokenyard_train.config.loggers import TensorboardLogger
 from tokenyard_train.optional import needs
-from tokenyard_train.records.trackers._build import Place
+from tokenyard_train.records.trackers._build import RunInfo
 
 
 class TensorboardTracker:
-    """Writes an event file; a resumed run hides the steps that it redoes.
+    """Writes an event file. A resumed run purges the steps that it repeats.
 
-    It stands in ``tensorboard`` in the run's folder, or in a folder of `log_dir` that is named after the run.
+    The file is in the run's folder under ``tensorboard``, or in ``log_dir/run_name``.
     """
 
-    def __init__(self, options: TensorboardLogger, place: Place):
+    def __init__(self, options: TensorboardLogger, run: RunInfo):
         needs("tensorboard", "loggers.tensorboard", "tokenyard-train[tensorboard]")
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = (
-            Path(options.log_dir) / place.run_name
-            if options.log_dir
-            else place.folder / "tensorboard"
-        )
-        self._writer = SummaryWriter(
-            str(folder), purge_step=place.batch + 1 if place.batch else None
-        )
-        self._every, self._logged = options.flush_interval, 0
-        if not place.batch:
-            self._writer.add_text("config", f"```yaml\n{yaml.safe_dump(dict(place.config))}\n```")
+        if options.log_dir:
+            folder = Path(options.log_dir) / run.run_name
+        else:
+            folder = run.folder / "tensorboard"
+        self._writer = SummaryWriter(str(folder), purge_step=run.batch + 1 if run.batch else None)
+        self._flush_interval = options.flush_interval
+        self._records = 0
+        if not run.batch:
+            self._writer.add_text("config", f"```yaml\n{yaml.safe_dump(dict(run.config))}\n```")
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Write the numbers; flush after every `flush_interval` records."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
-        self._logged += 1
-        if self._logged % self._every == 0:
+        self._records += 1
+        if self._records % self._flush_interval == 0:
             self._writer.flush()
 
     def finish(self, failed: bool) -> None:

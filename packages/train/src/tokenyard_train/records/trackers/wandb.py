@@ -1,4 +1,4 @@
-"""Weights & Biases, offline unless the config says otherwise."""
+"""Weights & Biases tracker, offline by default."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from collections.abc import Mapping
 
 from tokenyard_train.config.loggers import WandbLogger
 from tokenyard_train.optional import needs
-from tokenyard_train.records.trackers._build import Place
+from tokenyard_train.records.trackers._build import RunInfo
 
 
 class WandbTracker:
-    """Logs into a run of W&B, which keeps its id when the run is resumed.
+    """Logs to a W&B run, which keeps its id when the run is resumed.
 
-    Offline it is written into ``wandb`` in the run's folder, for ``wandb sync``.
+    Offline runs are written to the run's folder under ``wandb``; upload them with ``wandb sync``.
     """
 
-    def __init__(self, options: WandbLogger, place: Place):
+    def __init__(self, options: WandbLogger, run: RunInfo):
         wandb = needs("wandb", "loggers.wandb", "tokenyard-train[wandb]")
         self._run = wandb.init(
             project=options.project,
             entity=options.entity,
             group=options.group,
-            name=options.name or place.run_name,
+            name=options.name or run.run_name,
             tags=options.tags,
-            id=place.identities.get("wandb"),
-            resume="allow" if "wandb" in place.identities and options.mode == "online" else None,
+            id=run.identities.get("wandb"),
+            resume="allow" if "wandb" in run.identities and options.mode == "online" else None,
             mode=options.mode,
-            dir=str(place.folder),
-            config=dict(place.config),
+            dir=str(run.folder),
+            config=dict(run.config),
             settings=wandb.Settings(console="off", silent=True),
         )
-        place.identities["wandb"] = self._run.id
+        run.identities["wandb"] = self._run.id
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Log the numbers."""
