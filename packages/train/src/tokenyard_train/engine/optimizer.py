@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenyard.sharded import is_sharded
 from tokenyard_train.config.schema import OptimizerConfig, SchedulerConfig
-from tokenyard_train.engine.torch_private import keep_compiler_out_of_optimizers
+from tokenyard_train.torch_private import keep_compiler_out_of_optimizers
 
 
 class AdamW(torch.optim.AdamW):
