@@ -14,7 +14,7 @@ from harness import layout_runs as runs
 from test_training import run
 
 from tokenyard_train.checkpoint import newest_good, verify
-from tokenyard_train.checkpoint.manifest import _digest
+from tokenyard_train.checkpoint.manifest import manifest_digest
 
 
 class Bomb:
@@ -95,7 +95,7 @@ def escape(draw, folder, older):
     manifest = json.loads((folder / "manifest.json").read_text())
     outside = draw.choice(["../escaped", "/etc/hostname", "a/../../escaped"])
     manifest["files"][outside] = {"bytes": 0, "sha256": "0" * 64}
-    manifest["digest"] = _digest({key: manifest[key] for key in ("format", "files")})
+    manifest["digest"] = manifest_digest({key: manifest[key] for key in ("format", "files")})
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 

@@ -21,7 +21,7 @@ from tokenyard_train.engine.resume import resume, start_from
 from tokenyard_train.engine.save import run_tensors
 from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.step import train_step
-from tokenyard_train.records.metrics import Unwritten
+from tokenyard_train.records.metrics import NullMetrics
 
 
 class Result(NamedTuple):
@@ -51,7 +51,7 @@ def trained(settings: dict) -> Result:
 def loaded(settings: dict) -> Result:
     """Build a run and load its newest checkpoint, no more."""
     run = build_setup(read_config(settings), Console(quiet=True))
-    position = resume(run, Unwritten(run.folder))
+    position = resume(run, NullMetrics(run.folder))
     return Result(digest(run), [], position.batch)
 
 

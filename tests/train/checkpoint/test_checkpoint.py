@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and nothing damaged is ever loaded."""
+"""Checkpoints are complete or absent, and a damaged one is never loaded."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ def good(folder, tensors, name="ba1", keep=-1):
     return write_checkpoint(folder, name, tensors, {"batch": 1, "note": "é"}, keep)
 
 
-def test_tensors_and_json_come_back_bit_by_bit(tmp_path, tensors):
+def test_tensors_and_json_round_trip_exactly(tmp_path, tensors):
     path = good(tmp_path, tensors)
     verify(path)
     read = {name: torch.full_like(t, torch.nan) for name, t in tensors.items()}
@@ -59,7 +59,7 @@ def test_only_the_newest_are_kept(tmp_path, tensors):
     assert [p.name for p in checkpoints(tmp_path)] == ["ba9", "ba10"]
 
 
-def test_damaged_ones_that_a_run_fell_back_from_do_not_count_among_the_newest(tmp_path, tensors):
+def test_pruning_does_not_count_damaged_checkpoints_of_later_steps(tmp_path, tensors):
     for i in (5, 10, 15):
         good(tmp_path, tensors, f"ba{i}")
     for i in (10, 15):
@@ -108,8 +108,11 @@ CORRUPTIONS = corruptions()
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
-def test_every_corruption_is_found_and_the_one_before_is_taken(tmp_path, tensors, kind, caplog):
-    before, damaged = good(tmp_path, tensors, "ba1"), good(tmp_path, tensors, "ba2")
+def test_every_corruption_is_found_and_the_previous_checkpoint_is_loaded(
+    tmp_path, tensors, kind, caplog
+):
+    before = good(tmp_path, tensors, "ba1")
+    damaged = good(tmp_path, tensors, "ba2")
     files = {".safetensors": next(damaged.glob("*.safetensors"))}
     files |= {name: damaged / name for name in ("run.json", "manifest.json")}
     CORRUPTIONS[kind](files)
@@ -135,9 +138,11 @@ def test_a_manifest_that_leaves_the_folder_is_refused(tmp_path, tensors, name):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = manifest["files"].pop("run.json")
     del manifest["digest"]
-    from tokenyard_train.checkpoint.manifest import _digest
+    from tokenyard_train.checkpoint.manifest import manifest_digest
 
-    (path / "manifest.json").write_text(json.dumps(manifest | {"digest": _digest(manifest)}))
+    (path / "manifest.json").write_text(
+        json.dumps(manifest | {"digest": manifest_digest(manifest)})
+    )
     with pytest.raises(CheckpointError, match=r"manifest.json was changed"):
         verify(path)
 
@@ -157,16 +162,15 @@ def test_a_malicious_pickle_never_runs(tmp_path, tensors, name, monkeypatch):
     from tokenyard_train.checkpoint.manifest import entry_of, write_manifest
 
     (path / "manifest.json").unlink()
-    write_manifest(
-        path, {p.name: entry_of(p) for p in path.iterdir()}
-    )  # an attacker who can write the manifest, too
+    # An attacker may also rewrite the manifest.
+    write_manifest(path, {p.name: entry_of(p) for p in path.iterdir()})
     read_tensors(path, {name: t.clone() for name, t in tensors.items()})
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("how", ["tensors", "json", "size limit"])
+@pytest.mark.parametrize("failure", ["tensors", "json", "size limit"])
 def test_a_full_disk_leaves_the_previous_checkpoint_and_no_debris(
-    tmp_path, tensors, how, monkeypatch
+    tmp_path, tensors, failure, monkeypatch
 ):
     before = good(tmp_path, tensors, "ba1")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -176,11 +180,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_debris(
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        if how == "size limit":  # a real one: the kernel refuses to write further
+        if failure == "size limit":  # the kernel refuses to write more
             resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
         else:
             monkeypatch.setattr(
-                *((dcp, "save") if how == "tensors" else (write, "write_manifest")), fail
+                *((dcp, "save") if failure == "tensors" else (write, "write_manifest")), fail
             )
         with pytest.raises(
             CheckpointError,
@@ -193,14 +197,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_debris(
     verify(before)
 
 
-def test_what_a_killed_run_left_half_written_is_cleared(tmp_path, build):
+def test_unfinished_checkpoints_of_a_killed_run_are_deleted(tmp_path, build):
     run = build()
     (run.folder / ".unfinished-ba3").mkdir()
     assert resume(run, Metrics(run.folder / "metrics.jsonl")).batch == 0
     assert not (run.folder / ".unfinished-ba3").exists()
 
 
-def test_all_damaged_is_an_error_that_names_each(tmp_path, tensors):
+def test_an_error_names_every_damaged_checkpoint(tmp_path, tensors):
     for name in ("ba1", "ba2"):
         (good(tmp_path, tensors, name) / "run.json").unlink()
     with pytest.raises(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenyard_train.checkpoint import CheckpointError, read_meta
-from tokenyard_train.checkpoint.background import Saver
+from tokenyard_train.checkpoint.background import BackgroundWriter
 from tokenyard_train.engine import resume as module
 from tokenyard_train.engine.resume import resume, start_from
 from tokenyard_train.engine.save import save
@@ -22,7 +22,7 @@ def metrics(setup) -> Metrics:
 
 
 def saved(setup, position=AT_START):
-    writer = Saver(setup.folder, keep=-1, behind=False, device=setup.device)
+    writer = BackgroundWriter(setup.folder, keep=-1, background=False, device=setup.device)
     save(Run(setup, metrics(setup), position), writer)
     return writer.finish()
 

@@ -1,95 +1,90 @@
-"""What the processes of a run do together: one of them decides, writes files and speaks, and all go on alike."""
+"""Functions that all ranks of a run call together: run on rank 0, map over ranks, broadcast."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tokenyard import TokenyardError, started_processes
+from tokenyard_train.torch_private import copy_default_timeout
 
 log = logging.getLogger("tokenyard")
 
 
-def is_first() -> bool:
-    """Say whether this is the process that writes files and speaks; it is where there is only one."""
+def is_rank0() -> bool:
+    """Return whether this is rank 0, which writes files and prints. True in a single process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def on_first(call: Callable[[], Any], group: Any = None) -> Any:
-    """Call on the first process only; every process gets what it returned, which JSON must hold.
+def on_rank0(call: Callable[[], Any], group: Any = None) -> Any:
+    """Call a function on rank 0 only and return its result on all ranks.
 
-    A TokenyardError of the first process is raised on every one, so that all end with the same sentence and none waits
-    for another. They speak over `group`, by default that of all.
+    The result must be serializable as JSON. `group` defaults to the group of all ranks. An error on
+    rank 0 is raised on all ranks: TokenyardError for a user's mistake, else RuntimeError.
     """
     if started_processes() == 1:
         return call()
-    answer = _answer(call) if is_first() else None
-    kind, value = _broadcast(answer, group)
+    outcome = _try(call) if is_rank0() else None
+    kind, value = _broadcast_json(outcome, group)
     _raise(kind, value)
     return value
 
 
-def share_out(call: Callable[[Any], Any], items: Sequence[Any], group: Any = None) -> list[Any]:
-    """Call on each item, on one process each; every process gets all that was returned, which JSON must hold, in order.
+def map_over_ranks(
+    call: Callable[[Any], Any], items: Sequence[Any], group: Any = None
+) -> list[Any]:
+    """Call a function on each item, with the items divided among ranks; return all results.
 
-    `items` are the same everywhere. A TokenyardError of some process, the first by rank, is raised on every one.
+    `items` must be equal on all ranks. Results are in the order of `items` and must be serializable
+    as JSON. The error of the lowest rank that failed is raised on all ranks, see `on_rank0`.
     """
     if started_processes() == 1:
         return [call(item) for item in items]
-    rank, world = dist.get_rank(), started_processes()
-    answers = _gathered(_answer(lambda: [call(item) for item in items[rank::world]]), group)
-    for kind, value in answers:
+    rank = dist.get_rank()
+    world = started_processes()
+    outcomes = _gather_json(_try(lambda: [call(item) for item in items[rank::world]]), group)
+    for kind, value in outcomes:
         _raise(kind, value)
-    return [answers[i % world][1][i // world] for i in range(len(items))]
+    return [outcomes[i % world][1][i // world] for i in range(len(items))]
 
 
-def as_first(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the first process's tensor, on every one; the others' are of the same shape and dtype."""
+def broadcast_from_rank0(tensor: torch.Tensor) -> torch.Tensor:
+    """Overwrite a tensor with rank 0's and return it. Shape and dtype must agree on all ranks."""
     if dist.is_initialized() and started_processes() > 1:
         dist.broadcast(tensor, 0)
     return tensor
 
 
-def group_of_writers() -> Any:
-    """Return a group of all processes for tensors on the CPU, to use beside a training step; None if there is one."""
+def cpu_group() -> Any:
+    """Return a new gloo group of all ranks, usable beside a training step; None for one process."""
     if started_processes() == 1:
         return None
     group = dist.new_group(backend="gloo")
-    _set_pg_timeout(_timeout_of_all(), group)  # torch's own default is half an hour
+    copy_default_timeout(group)
     return group
 
 
-def part() -> None:
-    """Leave the other processes, when the work is done; nothing happens where there are none."""
+def leave_group() -> None:
+    """Destroy the default process group at the end of the work, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _timeout_of_all() -> timedelta:
-    """Return how long a collective of all processes may take."""
-    world = dist.group.WORLD
-    assert world is not None
-    timeout: timedelta = world._get_backend(torch.device(_device(world))).options._timeout
-    return timeout
-
-
-def _raise(kind: str, sentence: Any) -> None:
-    """Raise on every rank what one of them raised: a mistake of the user as such, anything else as a failure."""
+def _raise(kind: str, message: Any) -> None:
+    """Raise the error of some rank: TokenyardError for a user's mistake, else RuntimeError."""
     if kind == "error":
-        raise TokenyardError(sentence)
+        raise TokenyardError(message)
     if kind == "failure":
-        raise RuntimeError(sentence)
+        raise RuntimeError(message)
 
 
-def _answer(call: Callable[[], Any]) -> list[Any]:
-    """Return what a call returned or raised; no exception of one rank may leave the others waiting."""
+def _try(call: Callable[[], Any]) -> list[Any]:
+    """Return [kind, result or message]. Catches every exception, so that no other rank hangs."""
     try:
         return ["value", call()]
     except (TokenyardError, OSError) as error:
@@ -99,25 +94,24 @@ def _answer(call: Callable[[], Any]) -> list[Any]:
         return ["failure", f"rank {dist.get_rank()} failed: {error!r}"]
 
 
-def _broadcast(answer: list[Any] | None, group: Any) -> list[Any]:
-    """Send the first process's JSON to the others; its length goes ahead."""
-    body = (
-        _bytes(answer, group)
-        if answer is not None
-        else torch.empty(0, dtype=torch.uint8, device=_device(group))
-    )
+def _broadcast_json(outcome: list[Any] | None, group: Any) -> list[Any]:
+    """Broadcast rank 0's JSON: first its length, then its bytes."""
+    if outcome is None:
+        body = torch.empty(0, dtype=torch.uint8, device=_device(group))
+    else:
+        body = _json_bytes(outcome, group)
     length = torch.tensor([body.numel()], device=body.device)
     dist.broadcast(length, 0, group)
-    if not is_first():
+    if not is_rank0():
         body = body.new_empty(int(length.item()))
     dist.broadcast(body, 0, group)
     received: list[Any] = json.loads(bytes(body.tolist()))
     return received
 
 
-def _gathered(answer: list[Any], group: Any) -> list[list[Any]]:
-    """Return every process's JSON, by rank; their lengths go ahead, and all are filled up to the longest."""
-    body = _bytes(answer, group)
+def _gather_json(outcome: list[Any], group: Any) -> list[list[Any]]:
+    """Gather the JSON of all ranks: first the lengths, then the bytes, padded to the longest."""
+    body = _json_bytes(outcome, group)
     length = torch.tensor([body.numel()], device=body.device)
     lengths = [torch.empty_like(length) for _ in range(started_processes())]
     dist.all_gather(lengths, length, group)
@@ -127,8 +121,10 @@ def _gathered(answer: list[Any], group: Any) -> list[list[Any]]:
     return [json.loads(bytes(b[: int(size)].tolist())) for b, size in zip(bodies, lengths)]
 
 
-def _bytes(answer: list[Any], group: Any) -> torch.Tensor:
-    return torch.tensor(list(json.dumps(answer).encode()), dtype=torch.uint8, device=_device(group))
+def _json_bytes(outcome: list[Any], group: Any) -> torch.Tensor:
+    return torch.tensor(
+        list(json.dumps(outcome).encode()), dtype=torch.uint8, device=_device(group)
+    )
 
 
 def _device(group: Any) -> str:

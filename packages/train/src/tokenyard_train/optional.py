@@ -1,4 +1,4 @@
-"""Libraries that only some configs need."""
+"""Optional libraries, imported only by the configs that use them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 from tokenyard import ConfigError
 
 
-def needs(module: str, wanted_by: str, install: str) -> Any:
-    """Import a library. Raises ConfigError, saying who wants it and what brings it, if it is not installed."""
+def require(module: str, wanted_by: str, install: str) -> Any:
+    """Import a library for `wanted_by`, a config key or an option.
+
+    Raises ConfigError, naming what to `install`, if the library is missing.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,17 +1,68 @@
-"""What tokenyard_train uses of torch's private names; each is tried by a test, and does nothing where it is gone."""
+"""Private names of torch that this package uses; a test calls each function.
+
+Each function names the torch versions that have the private name.
+"""
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def keep_compiler_out_of_optimizers() -> None:
     """Let an optimizer be constructed without importing ``torch._dynamo``, which takes 1 second.
 
-    Its methods are wrapped by ``torch._disable_dynamo``, which imports the compiler on the first call in order to keep
-    the method out of compiled graphs. We never compile an optimizer, so each wrapper is told that this is done.
+    torch 2.10 to 2.13; has no effect in versions without the wrapper.
+
+    ``torch._disable_dynamo`` wraps the optimizer's methods. The first call imports the compiler to
+    keep the method out of compiled graphs. This package never compiles an optimizer, so each
+    wrapper is marked as done.
     """
     for name in ("add_param_group", "zero_grad"):
         method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
         if method is not None and not hasattr(method, "__dynamo_disable"):
             setattr(method, "__dynamo_disable", method)
+
+
+def copy_default_timeout(group: dist.ProcessGroup) -> None:
+    """Give a process group the collective timeout of the default group.
+
+    torch 2.10 to 2.13. ``dist.new_group`` uses half an hour otherwise.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    device = torch.device("cuda" if dist.get_backend(world) == "nccl" else "cpu")
+    timeout: timedelta = world._get_backend(device).options._timeout
+    _set_pg_timeout(timeout, group)
+
+
+class HostShard(Tensor):
+    """A host copy of this rank's shard, with the methods that DCP calls on a sharded tensor."""
+
+    _items: list[Any]
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[Any]:
+        """Return the write items: the shard, and its offsets in the whole tensor."""
+        return self._items
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        """Return the shard as a plain tensor."""
+        return self.as_subclass(Tensor)
+
+
+def copy_shard_to_host(name: str, tensor: DTensor) -> Tensor:
+    """Copy this rank's shard of a DTensor to host memory, in a form that DCP saves as a shard.
+
+    torch 2.10 to 2.13.
+    """
+    shard = tensor.to_local().detach().to("cpu", copy=True).as_subclass(HostShard)
+    shard._items = tensor.__create_write_items__(name, tensor)
+    return shard

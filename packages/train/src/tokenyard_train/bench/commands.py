@@ -23,7 +23,7 @@ from tokenyard_train.bench.table import print_layers
 from tokenyard_train.bench.train import bench_train, print_train
 from tokenyard_train.bench.train_peer import BOTH, PEER_DTYPES
 from tokenyard_train.config import load_config
-from tokenyard_train.distributed import is_first
+from tokenyard_train.distributed import is_rank0
 from tokenyard_train.records.results import read_results, write_results
 
 
@@ -105,9 +105,9 @@ def run_train(
     names = {"none": [], "both": list(BOTH)}.get(peers, peers.split(","))
     dtype = PEER_DTYPES[peer_dtype]
     records = bench_train(
-        resolved, names, dtype, steps, console if is_first() else Console(quiet=True)
+        resolved, names, dtype, steps, console if is_rank0() else Console(quiet=True)
     )
-    if not is_first():
+    if not is_rank0():
         return
     print_train(records, console)
     machine = describe_machine(torch.device(resolved.device))

@@ -1,6 +1,6 @@
-"""Checkpoints: tensors in safetensors files by torch's DCP, all else in JSON, and a manifest over both."""
+"""Checkpoints: tensors in safetensors files (torch DCP), metadata in JSON, and a manifest."""
 
-from tokenyard_train.checkpoint.manifest import CheckpointError, verify
+from tokenyard_train.checkpoint.manifest import CheckpointError, is_checkpoint, verify
 from tokenyard_train.checkpoint.store import (
     checkpoints,
     load_model,
@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "checkpoints",
     "clear_unfinished",
+    "is_checkpoint",
     "load_model",
     "model_tensors",
     "newest_good",

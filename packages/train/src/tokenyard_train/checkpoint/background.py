@@ -1,4 +1,4 @@
-"""Saving a run's checkpoints, one at a time, before training goes on or while it does."""
+"""Save a run's checkpoints one at a time, in the training thread or in a background thread."""
 
 from __future__ import annotations
 
@@ -11,71 +11,81 @@ from torch import Tensor
 
 from tokenyard_train.checkpoint import write_checkpoint
 from tokenyard_train.checkpoint.staging import stage
-from tokenyard_train.distributed import group_of_writers
+from tokenyard_train.distributed import cpu_group
 
 
-class Saver:
-    """Writes the checkpoints of a run's folder.
+class BackgroundWriter:
+    """Writes checkpoints to a run's folder.
 
-    With `behind` what this process holds is copied into the host's memory, and a thread writes it while training on
-    `device` goes on. Every process of a run calls the same methods in the same order.
+    With `background`, a save copies this rank's tensors to host memory. A thread writes the copies
+    while training on `device` continues. All ranks call the same methods in the same order.
     """
 
-    def __init__(self, folder: Path, keep: int, behind: bool, device: torch.device):
-        self._folder, self._keep, self._behind, self._device = folder, keep, behind, device
-        self._group = group_of_writers() if behind else None
-        self._writing: _Writing | None = None
+    def __init__(self, folder: Path, keep: int, background: bool, device: torch.device):
+        self._folder = folder
+        self._keep = keep
+        self._background = background
+        self._device = device
+        self._group = cpu_group() if background else None
+        self._thread: _WriteThread | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint under way is known to have failed here; `finish` says how."""
-        return self._writing is not None and self._writing.error is not None
+        """Whether writing the current checkpoint has failed on this rank; `finish` raises why."""
+        return self._thread is not None and self._thread.error is not None
 
     def save(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Save tensors and JSON as a checkpoint of that name; `finish` tells when it is whole. Call that before."""
-        if self._writing is not None:
+        """Start writing tensors and JSON as checkpoint `name`.
+
+        Call `finish` before the next save. Raises RuntimeError without it.
+        """
+        if self._thread is not None:
             raise RuntimeError("finish the checkpoint before first")
-        copies = stage(tensors) if self._behind else tensors
-        self._writing = _Writing(
+        copies = stage(tensors) if self._background else tensors
+        self._thread = _WriteThread(
             self._device, self._folder, name, copies, meta, self._keep, self._group
         )
-        if self._behind:
-            self._writing.start()
+        if self._background:
+            self._thread.start()
         else:
-            self._writing.run()
+            self._thread.run()
 
     def finish(self) -> Path | None:
-        """Wait for the checkpoint under way, and return it; None if there is none. Raises what saving it raised."""
-        writing, self._writing = self._writing, None
-        if writing is None:
+        """Wait for the current checkpoint and return its path; None if there is none.
+
+        Raises the error of a save that failed.
+        """
+        thread = self._thread
+        self._thread = None
+        if thread is None:
             return None
-        if self._behind:
-            writing.join()
-        if writing.error is not None:
-            raise writing.error
-        if writing.path is None:
+        if self._background:
+            thread.join()
+        if thread.error is not None:
+            raise thread.error
+        if thread.path is None:
             raise RuntimeError(
                 "the thread that writes checkpoints ended without a checkpoint and without an error"
             )
-        return writing.path
+        return thread.path
 
 
-class _Writing(Thread):
-    """One checkpoint being written; a process that ends for another reason does not wait for it."""
+class _WriteThread(Thread):
+    """Writes one checkpoint. A daemon: a process that fails does not wait for it."""
 
     def __init__(self, device: torch.device, *args: Any):
         super().__init__(daemon=True)
-        self._device, self._args = device, args
+        self._device = device
+        self._args = args
         self.path: Path | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Write it. Whatever goes wrong is kept for `Saver.finish`, which raises it in the training thread."""
+        """Write the checkpoint. Keep any error for `finish`, which raises it in the main thread."""
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(
-                    self._device
-                )  # a new thread starts on cuda:0, which another rank may use
+                # A new thread defaults to cuda:0, which another rank may use.
+                torch.cuda.set_device(self._device)
             self.path = write_checkpoint(*self._args)
         except BaseException as error:
             self.error = error

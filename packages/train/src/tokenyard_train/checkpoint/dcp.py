@@ -1,6 +1,6 @@
-"""Tensors in safetensors files by torch's distributed checkpoints (DCP).
+"""Read and write tensors as safetensors files by torch's distributed checkpoint (DCP).
 
-Import this where tensors are read or written: DCP takes 2 seconds to import.
+Import this module only where tensors are read or written: importing DCP takes 2 seconds.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from tokenyard_train.checkpoint.manifest import CheckpointError
 
 
 def read_into(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors in place; raises CheckpointError for a name or shape that the checkpoint lacks."""
+    """Fill tensors in place from a checkpoint.
+
+    Raises CheckpointError if the checkpoint lacks a name or shape, or cannot be read.
+    """
     try:
-        with _quietly():
+        with _no_single_process_warning():
             load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except CheckpointException as error:
         raise CheckpointError(
@@ -38,9 +41,9 @@ def read_into(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:
-    """Write each rank's shards into a folder; raises CheckpointError if the disk refuses."""
+    """Write each rank's shards to a folder. Raises CheckpointError if a write fails."""
     try:
-        with _quietly():
+        with _no_single_process_warning():
             writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
             save(
                 tensors,
@@ -53,15 +56,15 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the first thing that went wrong, in one line; DCP gathers what each rank raised."""
+    """Return the first error in one line; DCP gathers the errors of all ranks."""
     failures = getattr(error, "failures", None)
     inner = next(iter(failures.values()))[0] if failures else error
     return " ".join(str(inner).split())
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Silence DCP's warning that one process is one process."""
+def _no_single_process_warning() -> Iterator[None]:
+    """Silence DCP's warning that torch.distributed is not initialised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

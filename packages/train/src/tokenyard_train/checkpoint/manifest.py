@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: the SHA-256 and size of every file in it, and a digest of itself.
+"""The manifest of a checkpoint: size and SHA-256 of every file, and a digest of the manifest.
 
-The processes of a run share out the files to hash, when they save and when they verify.
+The ranks of a run divide the files among them for hashing, in a save and in a verification.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import TokenyardError
-from tokenyard_train.distributed import on_first, share_out
+from tokenyard_train.distributed import map_over_ranks, on_rank0
 
-NAME = "manifest.json"
+MANIFEST = "manifest.json"
 _FORMAT = 1
 
 Entry = dict[str, Any]
-"""What the manifest says of a file: `bytes` and `sha256`."""
+"""The manifest's entry of a file: `bytes` and `sha256`."""
 
 
 class CheckpointError(TokenyardError):
-    """A checkpoint is missing, damaged, or of another model; the sentence names it and what is wrong."""
+    """A checkpoint is missing, damaged, or of another model."""
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint, which has a manifest. Does not verify it."""
+    return (folder / MANIFEST).exists()
 
 
 def entry_of(path: Path) -> Entry:
-    """Return what the manifest says of a file."""
+    """Return the manifest entry of a file."""
     with path.open("rb") as file:
         return {
             "bytes": path.stat().st_size,
@@ -35,94 +40,96 @@ def entry_of(path: Path) -> Entry:
 
 
 def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
-    """Write the manifest of all files in the folder, by name."""
+    """Write the manifest of all files in a folder, given their entries by name."""
     body = {"format": _FORMAT, "files": dict(files)}
-    (folder / NAME).write_text(
-        json.dumps(body | {"digest": _digest(body)}, indent=1), encoding="utf-8"
+    (folder / MANIFEST).write_text(
+        json.dumps(body | {"digest": manifest_digest(body)}, indent=1), encoding="utf-8"
     )
 
 
 def verify(folder: Path) -> None:
-    """Read every byte of a checkpoint and compare; raises CheckpointError naming the first thing that is wrong.
+    """Compare every byte of a checkpoint with its manifest. All ranks of a run call it.
 
-    Every process of a run calls it, and reads some of the files.
+    Raises CheckpointError, which names the first fault.
     """
-    if (fault := fault_in(folder)) is not None:
+    if (fault := find_fault(folder)) is not None:
         raise CheckpointError(fault)
 
 
-def fault_in(folder: Path) -> str | None:
-    """Return the first thing that is wrong with a checkpoint, on every process of a run alike; None if it is good."""
-    said, files = on_first(lambda: _listed(folder))
-    if said is not None:
-        return str(said)
-    changed = share_out(lambda item: _changed(folder, *item), sorted(files.items()))
-    return next(
-        (
-            f"checkpoint {folder}: {name} {what}"
-            for name, what in zip(sorted(files), changed)
-            if what
-        ),
-        None,
-    )
+def find_fault(folder: Path) -> str | None:
+    """Return the first fault of a checkpoint as a sentence, the same on all ranks; None if good.
+
+    All ranks of a run call it. Each one hashes some of the files.
+    """
+    fault, files = on_rank0(lambda: _check_names(folder))
+    if fault is not None:
+        return str(fault)
+    faults = map_over_ranks(lambda item: _check_file(folder, *item), sorted(files.items()))
+    for name, file_fault in zip(sorted(files), faults):
+        if file_fault is not None:
+            return f"checkpoint {folder}: {name} {file_fault}"
+    return None
 
 
-def _listed(folder: Path) -> tuple[str | None, dict[str, Entry]]:
-    """Return what is wrong with the manifest or the names of files; or the entries."""
+def _check_names(folder: Path) -> tuple[str | None, dict[str, Entry]]:
+    """Check the manifest and the names of files. Returns a fault or None, and the entries."""
     try:
         body = _read(folder)
     except CheckpointError as error:
         return str(error), {}
-    listed, present = set(body["files"]), {path.name for path in folder.iterdir()} - {NAME}
+    listed = set(body["files"])
+    present = {path.name for path in folder.iterdir()} - {MANIFEST}
     if missing := sorted(listed - present):
         return f"checkpoint {folder}: {missing[0]} is missing", {}
-    if strange := sorted(present - listed):
+    if extra := sorted(present - listed):
         return (
-            f"checkpoint {folder}: {strange[0]} does not belong to it; remove it if you put it there",
+            f"checkpoint {folder}: {extra[0]} does not belong to it; remove it if you put it there",
             {},
         )
     return None, body["files"]
 
 
-def _changed(folder: Path, name: str, entry: Entry) -> str | None:
+def _check_file(folder: Path, name: str, entry: Entry) -> str | None:
+    """Compare a file with its entry. Returns the rest of a sentence about it, or None."""
     path = folder / name
     try:
         if path.is_symlink() or not path.is_file():
             return "is not a plain file"
         if path.stat().st_size != entry["bytes"]:
             return f"has {path.stat().st_size} bytes, not {entry['bytes']}"
-        return (
-            None
-            if entry_of(path) == entry
-            else "was changed since it was saved (its SHA-256 differs)"
-        )
+        if entry_of(path) != entry:
+            return "was changed since it was saved (its SHA-256 differs)"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+    return None
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / NAME
+    """Read a manifest and check its digest and form. Raises CheckpointError."""
+    path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         digest = manifest.pop("digest")
         files = manifest["files"]
-        sound = digest == _digest(manifest) and manifest["format"] == _FORMAT
-        sound = sound and all(
+        valid = digest == manifest_digest(manifest) and manifest["format"] == _FORMAT
+        # A name with a folder in it could point outside of the checkpoint.
+        valid = valid and all(
             Path(name).name == name and set(entry) == {"bytes", "sha256"}
             for name, entry in files.items()
         )
     except FileNotFoundError:
         raise CheckpointError(
-            f"checkpoint {folder}: {NAME} is missing; was it saved to the end?"
+            f"checkpoint {folder}: {MANIFEST} is missing; was it saved to the end?"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(
-            f"checkpoint {folder}: {NAME} cannot be read; it is damaged"
+            f"checkpoint {folder}: {MANIFEST} cannot be read; it is damaged"
         ) from None
-    if not sound:
-        raise CheckpointError(f"checkpoint {folder}: {NAME} was changed since it was saved")
+    if not valid:
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST} was changed since it was saved")
     return dict(manifest)
 
 
-def _digest(body: dict[str, Any]) -> str:
+def manifest_digest(body: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest without its own digest."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Checkpoint folders: which there are, and reading from them, verified."""
+"""List the checkpoints of a run's folder, and read them after verification."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenyard_train.checkpoint.manifest import CheckpointError, fault_in, verify
-from tokenyard_train.distributed import is_first, on_first
+from tokenyard_train.checkpoint.manifest import CheckpointError, find_fault, verify
+from tokenyard_train.distributed import is_rank0, on_rank0
 
 META = "run.json"
+"""File in a checkpoint: the run's state and config as JSON, everything that is not a tensor."""
+
 _NAME = re.compile(r"ba(\d+)")
 
 log = logging.getLogger("tokenyard")
@@ -21,21 +23,23 @@ log = logging.getLogger("tokenyard")
 
 def checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a run's folder, oldest first."""
-    found = [path for path in folder.glob("ba*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name[2:]))
+    folders = [path for path in folder.glob("ba*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: int(path.name[2:]))
 
 
 def newest_good(folder: Path) -> Path | None:
-    """Return the newest checkpoint that verifies, warning of every newer one that does not; None if there is none.
+    """Return the newest checkpoint that passes verification; None if the folder has none.
 
-    Every process of a run calls it. Raises CheckpointError if there are checkpoints and all of them are damaged.
+    Logs the fault of each newer one. All ranks of a run call it. Raises CheckpointError if all
+    checkpoints are damaged.
     """
-    names, faults = on_first(lambda: [path.name for path in checkpoints(folder)]), []
+    names = on_rank0(lambda: [path.name for path in checkpoints(folder)])
+    faults: list[str] = []
     for name in reversed(names):
-        if (fault := fault_in(folder / name)) is None:
+        if (fault := find_fault(folder / name)) is None:
             return folder / name
         faults.append(fault)
-        if is_first():
+        if is_rank0():
             log.error("%s; falling back to the one before", fault)
     if faults:
         raise CheckpointError(f"no checkpoint in {folder} is good: {'; '.join(faults)}")
@@ -43,20 +47,26 @@ def newest_good(folder: Path) -> Path | None:
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """Return the JSON part of a checkpoint that was verified."""
+    """Return the JSON part of a verified checkpoint."""
     meta: dict[str, Any] = json.loads((checkpoint / META).read_text(encoding="utf-8"))
     return meta
 
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors in place from a verified checkpoint; raises CheckpointError for a name or shape that it lacks."""
+    """Fill tensors in place from a verified checkpoint.
+
+    Raises CheckpointError if the checkpoint lacks a name or shape.
+    """
     from tokenyard_train.checkpoint.dcp import read_into
 
     read_into(checkpoint, tensors)
 
 
 def load_model(model: nn.Module, checkpoint: Path) -> None:
-    """Verify a checkpoint and fill the model's tensors from it; adapters, if it was trained with some."""
+    """Verify a checkpoint and fill the model's tensors from it.
+
+    LoRA adapters are filled only if the checkpoint was trained with them. Raises CheckpointError.
+    """
     verify(checkpoint)
     tensors = model_tensors(model)
     if not read_meta(checkpoint)["config"].get("lora"):
@@ -65,5 +75,5 @@ def load_model(model: nn.Module, checkpoint: Path) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's state under the names it has in checkpoints."""
+    """Return a model's state dict with the names used in checkpoints."""
     return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}

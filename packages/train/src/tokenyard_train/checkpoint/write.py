@@ -1,4 +1,4 @@
-"""Writing a checkpoint: beside the others, flushed, and renamed when it is whole."""
+"""Write a checkpoint: to an unfinished folder, flushed to disk, renamed when complete."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from tokenyard import TokenyardError
-from tokenyard_train.checkpoint.manifest import NAME as MANIFEST
-from tokenyard_train.checkpoint.manifest import CheckpointError, Entry, entry_of, write_manifest
+from tokenyard_train.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Entry,
+    entry_of,
+    write_manifest,
+)
 from tokenyard_train.checkpoint.store import META, checkpoints
-from tokenyard_train.distributed import is_first, on_first, share_out
+from tokenyard_train.distributed import is_rank0, map_over_ranks, on_rank0
 
 _UNFINISHED = ".unfinished-"
 
@@ -30,36 +35,37 @@ def write_checkpoint(
     keep: int,
     group: Any = None,
 ) -> Path:
-    """Save tensors and JSON as ``folder/name``, whole or not at all, then delete all but the `keep` newest (-1: none).
+    """Save tensors and JSON as checkpoint ``folder/name`` atomically, then prune old checkpoints.
 
-    Every process of a run calls it and writes its shards; they share out the hashing, and the first does the rest. They
-    speak over `group`, by default that of all. Raises CheckpointError, on all of them, if the disk is full or cannot be
-    written; what was saved before stays as it is.
+    Keeps the `keep` newest checkpoints (-1: all). All ranks of a run call it. Each rank writes its
+    shards and hashes some of the files. Rank 0 does the rest. `group` defaults to all ranks. Raises
+    CheckpointError on all ranks if a write fails. Earlier checkpoints then stay unchanged.
     """
-    target, unfinished = folder / name, folder / f"{_UNFINISHED}{name}"
+    target = folder / name
+    unfinished = folder / f"{_UNFINISHED}{name}"
     try:
-        on_first(lambda: _writing(lambda: _begin(folder, unfinished)), group)
-        _writing(lambda: _save_tensors(unfinished, tensors, group))
-        names = on_first(lambda: _writing(lambda: _add_meta(unfinished, meta)), group)
-        entries = share_out(
-            lambda name: _writing(lambda: _flushed(unfinished / name)), names, group
+        on_rank0(lambda: _write(lambda: _begin(folder, unfinished)), group)
+        _write(lambda: _save_tensors(unfinished, tensors, group))
+        names = on_rank0(lambda: _write(lambda: _add_meta(unfinished, meta)), group)
+        entries = map_over_ranks(
+            lambda name: _write(lambda: _flush(unfinished / name)), names, group
         )
-        on_first(
-            lambda: _writing(lambda: _complete(unfinished, target, dict(zip(names, entries)))),
-            group,
-        )
+        files = dict(zip(names, entries))
+        on_rank0(lambda: _write(lambda: _complete(unfinished, target, files)), group)
     except TokenyardError as error:
-        if is_first():
+        if is_rank0():
             shutil.rmtree(unfinished, ignore_errors=True)
-        before = checkpoints(folder)
-        last = f"the last good checkpoint is {before[-1]}" if before else "there is no earlier one"
+        earlier = checkpoints(folder)
+        last = (
+            f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no earlier one"
+        )
         raise CheckpointError(f"checkpoint {target} could not be saved ({error}); {last}") from None
-    on_first(lambda: _writing(lambda: _prune(folder, target, keep)), group)
+    on_rank0(lambda: _write(lambda: _prune(folder, target, keep)), group)
     return target
 
 
-def _writing(step: Callable[[], T]) -> T:
-    """Run a step; what the file system refuses becomes a CheckpointError."""
+def _write(step: Callable[[], T]) -> T:
+    """Run a step. Raises CheckpointError for an error of the file system."""
     try:
         return step()
     except OSError as error:
@@ -72,19 +78,19 @@ def _begin(folder: Path, unfinished: Path) -> None:
 
 
 def _add_meta(unfinished: Path, meta: dict[str, Any]) -> list[str]:
-    """Add what is not tensors; return the names of all files."""
+    """Write the JSON part; return the names of all files."""
     (unfinished / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return sorted(path.name for path in unfinished.iterdir())
 
 
-def _flushed(path: Path) -> Entry:
-    """Bring a file to the disk, and return what the manifest says of it."""
+def _flush(path: Path) -> Entry:
+    """Flush a file to disk and return its manifest entry."""
     _sync(path)
     return entry_of(path)
 
 
 def _complete(unfinished: Path, target: Path, files: dict[str, Entry]) -> None:
-    """Add the manifest, and put the checkpoint in its place."""
+    """Write the manifest, flush, and rename the folder to the checkpoint's name."""
     write_manifest(unfinished, files)
     for path in (unfinished / MANIFEST, unfinished):
         _sync(path)
@@ -95,18 +101,18 @@ def _complete(unfinished: Path, target: Path, files: dict[str, Entry]) -> None:
 
 
 def _prune(folder: Path, newest: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints; of those, later ones than the newest do not count.
+    """Delete all but the `keep` newest checkpoints up to and including `newest`.
 
-    Later ones are damaged, or this run would have gone on from them.
+    Checkpoints of later steps do not count. They are damaged, or this run would have resumed there.
     """
-    known = checkpoints(folder)
-    earlier = known[: known.index(newest) + 1]
-    for old in earlier[:-keep] if keep > 0 else []:
+    existing = checkpoints(folder)
+    candidates = existing[: existing.index(newest) + 1]
+    for old in candidates[:-keep] if keep > 0 else []:
         shutil.rmtree(old)
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what a killed run left half-written."""
+    """Delete the unfinished checkpoints of a killed run."""
     for path in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -26,15 +26,15 @@ def train(config: Config, overrides: Overrides = None) -> None:
     from tokenyard_cli.console import RunConsole
     from tokenyard_train.commands.train import train as run
     from tokenyard_train.config import load_config
-    from tokenyard_train.distributed import part
+    from tokenyard_train.distributed import leave_group
     from tokenyard_train.engine.signals import Stopped
 
     try:
         run(load_config(config, overrides or []), RunConsole())
     except Stopped:  # as all processes are
-        part()
+        leave_group()
         raise
-    part()
+    leave_group()
 
 
 @app.command()

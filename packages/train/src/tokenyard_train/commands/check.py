@@ -17,7 +17,7 @@ from tokenyard_train.data import Data, Mixture, build_data
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.deterministic import COST
 from tokenyard_train.engine.setup import run_batches
-from tokenyard_train.optional import needs
+from tokenyard_train.optional import require
 
 Rows = Iterator[tuple[str, str]]
 
@@ -42,7 +42,7 @@ def maybe_fake_world(processes: int | None) -> AbstractContextManager[None]:
     """Context: act as rank 0 of `processes` ranks; None means the real ones."""
     if processes is None:
         return nullcontext()
-    parallel = needs("tokenyard_parallel", "--nproc", "tokenyard[parallel]")
+    parallel = require("tokenyard_parallel", "--nproc", "tokenyard[parallel]")
     context: AbstractContextManager[None] = parallel.fake_world(processes)
     return context
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tokenyard import ConfigError
 from tokenyard_train.data.tokens import Ids, ids_dtype
-from tokenyard_train.optional import needs
+from tokenyard_train.optional import require
 
 
 class HfTokenizer:
@@ -24,7 +24,7 @@ class HfTokenizer:
 
     def __init__(self, name: str, eos_token: str | None):
         path = _tokenizer_file(Path(name))
-        tokenizers = needs("tokenizers", f"tokenizer.name {name!r}", "tokenyard-train[data]")
+        tokenizers = require("tokenizers", f"tokenizer.name {name!r}", "tokenyard-train[data]")
         content = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)

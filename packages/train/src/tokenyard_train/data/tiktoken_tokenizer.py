@@ -12,7 +12,7 @@ import numpy as np
 from tokenyard import ConfigError
 from tokenyard_train.data.schema import TiktokenKwargs
 from tokenyard_train.data.tokens import Ids, ids_dtype
-from tokenyard_train.optional import needs
+from tokenyard_train.optional import require
 
 _END = "<|endoftext|>"  # ends a document
 
@@ -21,7 +21,7 @@ class TiktokenTokenizer:
     """A tiktoken encoding. Raises ConfigError if it is unavailable or has no end-of-document id."""
 
     def __init__(self, kwargs: TiktokenKwargs | None):
-        tiktoken = needs("tiktoken", "tokenizer.name 'tiktoken'", "tokenyard-train[data]")
+        tiktoken = require("tiktoken", "tokenizer.name 'tiktoken'", "tokenyard-train[data]")
         kwargs = kwargs or TiktokenKwargs()
         self._encoding = _from_file(tiktoken, kwargs) if kwargs.file else _by_name(tiktoken, kwargs)
         special = self._encoding._special_tokens

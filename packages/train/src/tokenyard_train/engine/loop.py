@@ -12,9 +12,9 @@ from typing import NamedTuple
 from rich.console import Console
 
 from tokenyard_train.checkpoint import CheckpointError, verify
-from tokenyard_train.checkpoint.background import Saver
+from tokenyard_train.checkpoint.background import BackgroundWriter
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.distributed import is_first
+from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.evaluate import evaluate
@@ -28,7 +28,7 @@ from tokenyard_train.engine.state import Position, Run
 from tokenyard_train.engine.step import train_step
 from tokenyard_train.engine.step_records import skipped_record, train_record
 from tokenyard_train.engine.summary import announce, summarize
-from tokenyard_train.records.metrics import Metrics, Unwritten
+from tokenyard_train.records.metrics import Metrics, NullMetrics
 from tokenyard_train.records.trackers import build_trackers
 
 
@@ -57,8 +57,8 @@ class _Loop:
         self.config = config
         self.callbacks = callbacks
         setup = build_setup(config, console)
-        metrics = (Metrics if is_first() else Unwritten)(setup.folder / "metrics.jsonl")
-        self.writer = Saver(
+        metrics = (Metrics if is_rank0() else NullMetrics)(setup.folder / "metrics.jsonl")
+        self.writer = BackgroundWriter(
             setup.folder, config.save_num_checkpoints_to_keep, config.save_async, setup.device
         )
         position = resume(setup, metrics)
@@ -86,7 +86,7 @@ class _Loop:
             self.run.metrics.trackers.finish(failed)
 
     def _open_trackers(self) -> None:
-        if is_first():
+        if is_rank0():
             self.run.metrics.trackers = build_trackers(
                 self.config.loggers,
                 self.run.setup.folder,
@@ -166,7 +166,7 @@ class _Loop:
         # A run counts as trained only with its result on disk.
         verify(folder / f"ba{run.batch}")
         records = run.metrics.read()
-        if is_first():
+        if is_rank0():
             # Imported here: matplotlib takes a second that only the end of a run needs.
             from tokenyard_train.records.plots import expert_heatmap, loss_curve
 

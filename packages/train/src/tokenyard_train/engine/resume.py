@@ -9,13 +9,14 @@ from tokenyard_models.hf import Folder, load_weights
 from tokenyard_train.checkpoint import (
     CheckpointError,
     clear_unfinished,
+    is_checkpoint,
     load_model,
     newest_good,
     read_meta,
     read_tensors,
 )
 from tokenyard_train.config.from_hf import HF
-from tokenyard_train.distributed import on_first
+from tokenyard_train.distributed import on_rank0
 from tokenyard_train.engine.agreement import check_agreement
 from tokenyard_train.engine.save import moments, run_tensors
 from tokenyard_train.engine.setup import Setup
@@ -29,7 +30,7 @@ def resume(setup: Setup, metrics: Metrics) -> Position:
     `metrics` are cut back to that position. Raises CheckpointError if the config disagrees with
     the checkpoint's.
     """
-    on_first(lambda: clear_unfinished(setup.folder))
+    on_rank0(lambda: clear_unfinished(setup.folder))
     newest = newest_good(setup.folder) if setup.config.autoresume else None
     if newest is None:
         metrics.rewind(0)
@@ -57,7 +58,7 @@ def start_from(model: Model, path: str) -> None:
             f"load_path {path!r} does not exist; give a checkpoint such as runs/run/ba200, or its "
             "run"
         )
-    newest = folder if (folder / "manifest.json").exists() else newest_good(folder)
+    newest = folder if is_checkpoint(folder) else newest_good(folder)
     if newest is None:
         raise CheckpointError(
             f"load_path {path!r} holds no checkpoint; give a folder such as runs/run/ba200"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenyard import ConfigError, Model
 from tokenyard_train.data import Tokenizer
-from tokenyard_train.distributed import as_first
+from tokenyard_train.distributed import broadcast_from_rank0
 
 
 def continue_texts(
@@ -65,7 +65,9 @@ def sample(
     rows: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(rows)
     for place in range(shortest, longest + tokens):
-        chosen = as_first(_next(model(ids, cache).logits[:, -1], temperature, generator).to(device))
+        chosen = broadcast_from_rank0(
+            _next(model(ids, cache).logits[:, -1], temperature, generator).to(device)
+        )
         # logits of ranks may differ in the last bit, and ids may not
         following = chosen[:, 0].tolist()
         for i, prompt in enumerate(prompts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokenyard_train.checkpoint import model_tensors
-from tokenyard_train.checkpoint.background import Saver
+from tokenyard_train.checkpoint.background import BackgroundWriter
 from tokenyard_train.engine.optimizer import trainable
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Run
@@ -13,7 +13,7 @@ from tokenyard_train.engine.state import Run
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(run: Run, writer: Saver) -> None:
+def save(run: Run, writer: BackgroundWriter) -> None:
     """Start writing model, optimizer and position as ``ba<batch>``; ``writer.finish()`` waits."""
     steps = {name: int(state["step"].item()) for name, state in moments(run.setup).items()}
     meta = {

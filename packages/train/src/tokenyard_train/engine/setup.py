@@ -16,7 +16,7 @@ from tokenyard.sharded import allocate
 from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
-from tokenyard_train.distributed import is_first, on_first
+from tokenyard_train.distributed import is_rank0, on_rank0
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.folder import prepare_folder
 from tokenyard_train.engine.optimizer import AdamW, build_optimizer
@@ -73,11 +73,11 @@ def build_setup(config: TrainConfig, console: Console) -> Setup:
     if config.activation_checkpointing:
         _recompute_blocks(model)
     batches = run_batches(config, data)
-    folder = Path(on_first(lambda: str(prepare_folder(config))))
+    folder = Path(on_rank0(lambda: str(prepare_folder(config))))
     note_began()
     return Setup(
         config=config,
-        console=console if is_first() else Console(quiet=True),
+        console=console if is_rank0() else Console(quiet=True),
         folder=folder,
         strategy=strategy,
         model=model,

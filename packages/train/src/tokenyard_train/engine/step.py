@@ -21,7 +21,7 @@ from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.optimizer import learning_rate
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.setup import Setup
-from tokenyard_train.records.routing import Fetched, fetch, load_of, routing_stats
+from tokenyard_train.records.routing import StepNumbers, fetch, load_of, routing_stats
 
 
 class StepResult(NamedTuple):
@@ -142,7 +142,7 @@ def _auxiliary(setup: Setup, balances: list[Balance], tokens: int) -> Tensor | f
     return weighted * (tokens / setup.batch_tokens)
 
 
-def _result(setup: Setup, numbers: Fetched, lr: float) -> StepResult:
+def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:
     loss, norm, balances, _ = numbers
     if not balances:
         return StepResult(loss, 0.0, 0.0, norm, lr, [], 0, [])

@@ -49,7 +49,7 @@ class Metrics:
             os.truncate(self.path, size)
 
 
-class Unwritten(Metrics):
+class NullMetrics(Metrics):
     """Metrics of a rank that writes no files. Keeps the last record of each kind in memory."""
 
     def __init__(self, path: Path):

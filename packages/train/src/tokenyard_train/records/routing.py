@@ -16,7 +16,7 @@ from tokenyard import Balance, load_balancing_loss, z_loss
 from tokenyard.losses import Convention
 
 
-class Fetched(NamedTuple):
+class StepNumbers(NamedTuple):
     """A step's numbers on the host, in float64."""
 
     loss: float
@@ -42,7 +42,7 @@ def fetch(
     balances: Sequence[Balance],
     reduce: Callable[[Tensor], Tensor],
     flags: Sequence[bool] = (),
-) -> Fetched:
+) -> StepNumbers:
     """Copy a step's numbers to the host in one transfer.
 
     `loss`, `grad_norm` and the Balances' `counts` are already sums over ranks. One call of `reduce`
@@ -54,7 +54,7 @@ def fetch(
         [2, len(flags), *(2 * experts + 2 for experts in sizes)]
     )
     summed = [_unpack(layer, experts) for layer, experts in zip(layers, sizes)]
-    return Fetched(scalars[0].item(), scalars[1].item(), summed, (flag_sums > 0).tolist())
+    return StepNumbers(scalars[0].item(), scalars[1].item(), summed, (flag_sums > 0).tolist())
 
 
 def pack(

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
-from tokenyard_train.optional import needs
+from tokenyard_train.optional import require
 
 _SAMPLED = 1 << 16  # bytes at each end of a file that its description hashes
 
@@ -119,12 +119,12 @@ def _row_text(row: Any, text_key: str, location: str, key: str) -> bytes:
 
 
 def _open_zst(file: Path) -> Any:
-    zstandard = needs("zstandard", f"{file.name}", "tokenyard-train[data]")
+    zstandard = require("zstandard", f"{file.name}", "tokenyard-train[data]")
     return io.BufferedReader(zstandard.open(file, "rb"))
 
 
 def _read_parquet(file: Path, text_key: str, key: str) -> Iterator[bytes]:
-    parquet = needs("pyarrow.parquet", f"{file.name}", "tokenyard-train[data]")
+    parquet = require("pyarrow.parquet", f"{file.name}", "tokenyard-train[data]")
     try:
         table = parquet.ParquetFile(file)
     except ValueError as error:  # includes pyarrow's ArrowInvalid

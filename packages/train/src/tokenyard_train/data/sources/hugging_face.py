@@ -9,7 +9,7 @@ from typing import Any
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
 from tokenyard_train.data.schema import Source
-from tokenyard_train.optional import needs
+from tokenyard_train.optional import require
 
 
 def dataset_documents(source: Source, key: str) -> Iterator[bytes]:
@@ -17,7 +17,7 @@ def dataset_documents(source: Source, key: str) -> Iterator[bytes]:
 
     Raises ConfigError if the dataset cannot be loaded or has no column `text_key`.
     """
-    datasets = needs("datasets", f"{key}.hf_name", "tokenyard-train[datasets]")
+    datasets = require("datasets", f"{key}.hf_name", "tokenyard-train[datasets]")
     dataset = _load(datasets, source, key)
     columns = dataset.column_names
     if columns is not None and source.text_key not in columns:

@@ -19,7 +19,7 @@ import numpy as np
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
 from tokenyard_train.data.tokens import CorruptError, Ids, ids_dtype
-from tokenyard_train.optional import needs
+from tokenyard_train.optional import require
 
 
 class Shard(NamedTuple):
@@ -153,7 +153,7 @@ def _unpack(shard: Shard, key: str) -> None:
         raise ConfigError(
             f"{key}: {path} is compressed by {algorithm}; zstd is read, unpack others beforehand"
         )
-    zstandard = needs("zstandard", f"{path.name}", "tokenyard-train[data]")
+    zstandard = require("zstandard", f"{path.name}", "tokenyard-train[data]")
     try:
         content = path.read_bytes()
         _check_hashes(path, content, packed.get("hashes", {}))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenyard_train.config.loggers import MlflowLogger
-from tokenyard_train.optional import needs
+from tokenyard_train.optional import require
 from tokenyard_train.records.trackers._build import RunInfo
 
 _PARAM_CHARACTERS = 500  # longer values are cut
@@ -23,7 +23,7 @@ class MlflowTracker:
     """
 
     def __init__(self, options: MlflowLogger, run: RunInfo):
-        mlflow = needs("mlflow", "loggers.mlflow", "tokenyard-train[mlflow]")
+        mlflow = require("mlflow", "loggers.mlflow", "tokenyard-train[mlflow]")
         uri = options.tracking_uri or (run.folder.parent / "mlruns").absolute().as_uri()
         if "://" not in uri or uri.startswith("file:"):
             # MLflow refuses a folder without this variable.

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from tokenyard_train.config.loggers import TensorboardLogger
-from tokenyard_train.optional import needs
+from tokenyard_train.optional import require
 from tokenyard_train.records.trackers._build import RunInfo
 
 
@@ -19,7 +19,7 @@ class TensorboardTracker:
     """
 
     def __init__(self, options: TensorboardLogger, run: RunInfo):
-        needs("tensorboard", "loggers.tensorboard", "tokenyard-train[tensorboard]")
+        require("tensorboard", "loggers.tensorboard", "tokenyard-train[tensorboard]")
         from torch.utils.tensorboard import SummaryWriter
 
         if options.log_dir:

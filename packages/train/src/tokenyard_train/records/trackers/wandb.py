@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tokenyard_train.config.loggers import WandbLogger
-from tokenyard_train.optional import needs
+from tokenyard_train.optional import require
 from tokenyard_train.records.trackers._build import RunInfo
 
 
@@ -16,7 +16,7 @@ class WandbTracker:
     """
 
     def __init__(self, options: WandbLogger, run: RunInfo):
-        wandb = needs("wandb", "loggers.wandb", "tokenyard-train[wandb]")
+        wandb = require("wandb", "loggers.wandb", "tokenyard-train[wandb]")
         self._run = wandb.init(
             project=options.project,
             entity=options.entity,
