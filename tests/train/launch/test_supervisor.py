@@ -1,4 +1,4 @@
-"""The supervisor's verdicts, on small programs in the place of a training run: who failed, who hung, what follows."""
+"""The supervisor, with small programs as ranks: which rank failed or hung, and what follows."""
 
 import os
 import signal
@@ -9,17 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tokenyard_train.launch.faults import fault_of
+from tokenyard_train.launch.faults import collective_fault
 from tokenyard_train.launch.supervisor import supervise
 
-HEAD = "import json, os, signal, sys, time; rank, notes = int(os.environ['RANK']), os.environ['TOKENYARD_NOTES']"
+HEAD = (
+    "import json, os, signal, sys, time; "
+    "rank = int(os.environ['RANK']); notes = os.environ['TOKENYARD_NOTES']"
+)
 NOTE = "{'collective': 'all_reduce', 'reason': 'timed out'}"
 FAILED = f"json.dump({NOTE}, open(f'{{notes}}/{{rank}}.json', 'w')); sys.exit(1)"
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 def run(capfd, *lines, nproc=3, max_restarts=0):
-    """Supervise a program; return the exit code and what was said."""
+    """Supervise a program; return the exit code and stderr."""
 
     def program(began):
         return [sys.executable, "-c", "\n".join((HEAD, f"began = {began}", *lines))]
@@ -33,12 +36,12 @@ def test_all_is_well(capfd):
 
 
 @pytest.mark.parametrize("code", [2, 75])
-def test_a_mistake_and_a_wish_are_not_tried_again(capfd, code):
+def test_a_mistake_and_a_stop_request_are_not_restarted(capfd, code):
     assert run(capfd, f"sys.exit({code})", max_restarts=5) == (code, "")
 
 
-def test_a_failure_is_tried_again_and_goes_on_once_it_began(capfd):
-    """Before the run's folder is its own, another attempt starts as the first one did."""
+def test_a_restart_resumes_once_the_run_has_started(capfd):
+    """Until the run owns its folder, an attempt starts like the first one."""
     lines = ("if began: sys.exit(0)", "if rank == 1: sys.exit(7)", "time.sleep(60)")
     failed = "process 1 ended by exit code 7; "
     assert run(capfd, *lines, max_restarts=1) == (
@@ -49,44 +52,39 @@ def test_a_failure_is_tried_again_and_goes_on_once_it_began(capfd):
     assert run(capfd, begin, *lines, max_restarts=1) == (0, f"{failed}restart 1 of 1")
 
 
-def test_it_gives_up(capfd):
-    code, said = run(capfd, f"{KILLED} if rank == 2 else time.sleep(60)", max_restarts=1)
+def test_it_stops_after_the_last_restart(capfd):
+    code, errors = run(capfd, f"{KILLED} if rank == 2 else time.sleep(60)", max_restarts=1)
     sentence = "process 2 ended by signal SIGKILL; "
-    assert (code, said.splitlines()) == (
+    assert (code, errors.splitlines()) == (
         1,
         [sentence + "restart 1 of 1", sentence + "no restart is left"],
     )
 
 
-def test_who_was_killed_is_blamed_and_not_who_missed_it(capfd):
-    """Though the others end first."""
+def test_a_killed_rank_is_blamed_although_the_waiting_ranks_end_first(capfd):
     lines = ("if rank != 1:", f"    {FAILED}", "time.sleep(0.3)", KILLED)
     assert run(capfd, *lines) == (1, "process 1 ended by signal SIGKILL; no restart is left")
 
 
 @pytest.mark.parametrize(
-    ("how", "state"), [("time.sleep(60)", "hangs"), ("stop", "hangs (it is stopped)")]
+    ("line", "state"), [("time.sleep(60)", "hangs"), ("stop", "hangs (it is stopped)")]
 )
-def test_who_does_not_come_is_blamed_with_the_collective_that_missed_it(capfd, how, state):
-    how = "os.kill(os.getpid(), signal.SIGSTOP)" if how == "stop" else how
-    code, said = run(capfd, "if rank != 1:", f"    {FAILED}", how)
+def test_a_rank_that_misses_a_collective_is_blamed(capfd, line, state):
+    line = "os.kill(os.getpid(), signal.SIGSTOP)" if line == "stop" else line
+    code, errors = run(capfd, "if rank != 1:", f"    {FAILED}", line)
     assert code == 1
-    assert (
-        said == f"process 1 {state}: process 0 waited in all_reduce (timed out); no restart is left"
-        or (
-            said
-            == f"process 1 {state}: process 2 waited in all_reduce (timed out); no restart is left"
-        )
-    )
+    assert errors in [
+        f"process 1 {state}: process {rank} waited in all_reduce (timed out); no restart is left"
+        for rank in (0, 2)
+    ]
 
 
-def test_who_is_aborted_by_nccl_only_waited(capfd):
+def test_a_rank_aborted_by_nccl_is_not_blamed(capfd):
     lines = ("if rank != 1:", "    os.kill(os.getpid(), signal.SIGABRT)", "time.sleep(60)")
     assert run(capfd, *lines)[1].startswith("process 1 hangs: process ")
 
 
-def test_no_process_is_left(capfd, tmp_path):
-    """The others are killed."""
+def test_remaining_ranks_are_killed(capfd, tmp_path):
     began = time.monotonic()
     write = f"open(f'{tmp_path}/{{rank}}', 'w').write(str(os.getpid()))"
     run(capfd, write, "sys.exit(1) if rank == 0 else time.sleep(60)")
@@ -97,19 +95,19 @@ def test_no_process_is_left(capfd, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_what_asks_it_to_stop_is_passed_on(capfd, number):
-    """As SIGTERM; code 75 says so, whether the run was so far as to say it itself or not."""
-    ask = f"time.sleep(0.5); os.kill(os.getppid(), {int(number)}); time.sleep(60)"
-    hear = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))"
-    for lines in ((hear, ask), (ask,)):
+def test_a_stop_request_is_forwarded_as_sigterm(capfd, number):
+    """The exit code is 75, also if the rank dies from the signal."""
+    request = f"time.sleep(0.5); os.kill(os.getppid(), {int(number)}); time.sleep(60)"
+    handle = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))"
+    for lines in ((handle, request), (request,)):
         assert run(capfd, *lines, nproc=1, max_restarts=3) == (75, "")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_who_is_stopped_is_blamed_and_not_who_waits_for_it(capfd):
+def test_a_stopped_rank_is_blamed_rather_than_a_rank_that_waits_for_it(capfd):
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
-    late = "    time.sleep(2)"  # so that the other is stopped by then, however busy the machine is
-    said = run(
+    late = "    time.sleep(2)"  # the other one is stopped by then, even on a busy machine
+    errors = run(
         capfd,
         "if rank == 0:",
         late,
@@ -118,14 +116,14 @@ def test_who_is_stopped_is_blamed_and_not_who_waits_for_it(capfd):
         f"    {stop}",
         "time.sleep(60)",
     )[1]
-    assert (
-        said
-        == "process 1 hangs (it is stopped): process 0 waited in all_reduce (timed out); no restart is left"
+    assert errors == (
+        "process 1 hangs (it is stopped): process 0 waited in all_reduce (timed out); "
+        "no restart is left"
     )
 
 
 class TestFaults:
-    """Which exceptions mean that another process did not come."""
+    """Exceptions that mean that another rank missed a collective."""
 
     def fault(self, error):
         def all_reduce():
@@ -134,15 +132,16 @@ class TestFaults:
         try:
             all_reduce()
         except Exception as caught:
-            return fault_of(caught)
+            return collective_fault(caught)
 
     def test_those_of_torch_distributed_and_of_gloo(self):
-        found = self.fault(dist.DistBackendError("NCCL is gone\nat once"))
-        assert (found.collective, found.reason) == ("all_reduce", "NCCL is gone")
-        text = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4"
-        assert self.fault(RuntimeError(text)).reason == text
-        beside = "Application timeout caused pair closure"  # what was on its way when another call timed out
-        assert self.fault(RuntimeError(beside)).reason == beside
+        fault = self.fault(dist.DistBackendError("NCCL is gone\nat once"))
+        assert (fault.collective, fault.reason) == ("all_reduce", "NCCL is gone")
+        for text in (
+            "[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+            "Application timeout caused pair closure",  # raised when another call timed out
+        ):
+            assert self.fault(RuntimeError(text)).reason == text
 
     @pytest.mark.parametrize(
         "error",

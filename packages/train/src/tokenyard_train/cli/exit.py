@@ -14,13 +14,13 @@ def exit_if_collective_fails() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from tokenyard_train.launch.faults import fault_of, note_fault  # torch
+        from tokenyard_train.launch.faults import collective_fault, write_fault  # torch
 
-        fault = fault_of(error)
+        fault = collective_fault(error)
         if fault is None:
             raise
         rank = int(os.environ.get("RANK", "0"))
-        note_fault(fault, rank)
+        write_fault(fault, rank)
         sentence = f"error: process {rank} failed in {fault.collective}: {fault.reason}"
         print(sentence, file=sys.stderr, flush=True)
         # Threads of other groups may still wait for that rank and would keep this process alive.

@@ -21,7 +21,7 @@ from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.folder import prepare_folder
 from tokenyard_train.engine.optimizer import AdamW, build_optimizer
 from tokenyard_train.engine.precision import computing_in
-from tokenyard_train.launch.faults import note_began
+from tokenyard_train.launch.faults import mark_started
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def build_setup(config: TrainConfig, console: Console) -> Setup:
         _recompute_blocks(model)
     batches = run_batches(config, data)
     folder = Path(on_rank0(lambda: str(prepare_folder(config))))
-    note_began()
+    mark_started()
     return Setup(
         config=config,
         console=console if is_rank0() else Console(quiet=True),

@@ -13,7 +13,7 @@ from types import FrameType
 from tokenyard import TokenyardError
 from tokenyard_train.engine.state import Signals
 from tokenyard_train.launch.exit_codes import STOPPED
-from tokenyard_train.launch.signals import handling
+from tokenyard_train.launch.signals import signal_handler
 
 
 class Stopped(TokenyardError):
@@ -45,5 +45,5 @@ def stopping(signals: Signals) -> Iterator[None]:
             signal.raise_signal(number)
         signals.asked = True
 
-    with handling(ask):
+    with signal_handler(ask):
         yield

@@ -1,1 +1,1 @@
-"""Starting the ranks of a run on one machine, and restarting them when one fails."""
+"""Start the ranks of a run on one machine, and restart them after a failure."""

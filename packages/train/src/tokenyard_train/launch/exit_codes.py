@@ -1,9 +1,9 @@
-"""The exit codes of a training process."""
+"""Exit codes of a training process."""
 
 from __future__ import annotations
 
 MISTAKE = 2
-"""A mistake of the config or the machine: another attempt would end alike."""
+"""A mistake in the config or the machine. Another attempt would fail in the same way."""
 
 STOPPED = 75
-"""The run stopped because it was asked to: EX_TEMPFAIL, which says to try again."""
+"""The run stopped on request. EX_TEMPFAIL tells a scheduler to try again."""

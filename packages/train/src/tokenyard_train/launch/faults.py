@@ -1,4 +1,4 @@
-"""What the processes of a run leave for whoever supervises them: that the run began, and whom a collective missed."""
+"""Files that ranks write for the supervisor: "run started" and "collective failed"."""
 
 from __future__ import annotations
 
@@ -12,61 +12,59 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 FOLDER = "TOKENYARD_NOTES"
-"""The environment variable that names the folder for them."""
+"""The environment variable with the folder of these files."""
 
-_BEGAN = "began"
-_GLOO = (
-    "gloo",
-    "Application timeout caused pair closure",
-)  # as it says of what waited beside a call that timed out
+_STARTED = "began"
+# gloo's messages: the second one is raised by a call that waited while another call timed out.
+_GLOO = ("gloo", "Application timeout caused pair closure")
 
 
 class Fault(NamedTuple):
-    """A failed collective of one process."""
+    """A collective that failed on one rank."""
 
-    collective: str  # the function, and where it was called
+    collective: str  # the function, and its caller in tokenyard
     reason: str
 
 
-def fault_of(error: BaseException) -> Fault | None:
-    """Return the collective in which an exception missed another process; None if it has another cause."""
-    of_gloo = isinstance(error, RuntimeError) and any(text in str(error) for text in _GLOO)
-    if not of_gloo and not isinstance(error, dist.DistError):
+def collective_fault(error: BaseException) -> Fault | None:
+    """Return the collective that failed because of another rank; None for any other error."""
+    from_gloo = isinstance(error, RuntimeError) and any(text in str(error) for text in _GLOO)
+    if not from_gloo and not isinstance(error, dist.DistError):
         return None
     *callers, (_, function) = _calls(error.__traceback__)
     ours = [f"{module}.{name}" for module, name in callers if module.startswith("tokenyard")]
     return Fault(function + (f", called by {ours[-1]}" if ours else ""), str(error).splitlines()[0])
 
 
-def note_fault(fault: Fault, rank: int) -> None:
-    """Leave a note of a fault."""
+def write_fault(fault: Fault, rank: int) -> None:
+    """Write the fault file of a rank, if a supervisor set FOLDER."""
     if (folder := os.environ.get(FOLDER)) is not None:
         Path(folder, f"{rank}.json").write_text(json.dumps(fault._asdict()), encoding="utf-8")
 
 
-def noted_fault(folder: Path, rank: int) -> Fault | None:
-    """Return the fault that a process noted."""
+def read_fault(folder: Path, rank: int) -> Fault | None:
+    """Return the fault that a rank wrote, if any."""
     path = folder / f"{rank}.json"
     return Fault(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
-def note_began() -> None:
-    """Leave a note that the run's folder is this run's now, so that another attempt goes on in it."""
+def mark_started() -> None:
+    """Record that the run owns its folder, so that another attempt resumes in it."""
     if (folder := os.environ.get(FOLDER)) is not None:
-        Path(folder, _BEGAN).touch()
+        Path(folder, _STARTED).touch()
 
 
-def noted_began(folder: Path) -> bool:
-    """Say whether an attempt came so far."""
-    return (folder / _BEGAN).exists()
+def has_started(folder: Path) -> bool:
+    """Return whether an attempt reached `mark_started`."""
+    return (folder / _STARTED).exists()
 
 
 def _calls(trace: TracebackType | None) -> list[tuple[str, str]]:
-    """Return modules and functions, the innermost last, without the wrapper that torch logs collectives with."""
+    """Return (module, function) of each frame, innermost last, without torch's logging wrapper."""
     frames = [frame for frame, _ in traceback.walk_tb(trace)]
-    named = [(str(frame.f_globals.get("__name__", "")), frame.f_code.co_name) for frame in frames]
+    calls = [(str(frame.f_globals.get("__name__", "")), frame.f_code.co_name) for frame in frames]
     return [
         (module, function)
-        for module, function in named
+        for module, function in calls
         if module != "torch.distributed.c10d_logger"
     ]

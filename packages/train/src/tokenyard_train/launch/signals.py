@@ -1,4 +1,4 @@
-"""The signals that ask a process of a run to stop."""
+"""Signals that request a run to stop."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""The signals that ask a run to stop: a scheduler's, Ctrl-C, and a terminal that was closed."""
+"""Stop requests: by a scheduler, by Ctrl-C, and by a terminal that was closed."""
 
 
 @contextmanager
-def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call a handler for each of SIGNALS, but for those that this process was started to ignore (``nohup``)."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
-    for number in heard:
+def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Context: call a handler on each of SIGNALS, and restore the old handlers at the end.
+
+    Signals that the process ignores stay ignored (``nohup``).
+    """
+    current = {number: signal.getsignal(number) for number in SIGNALS}
+    replaced = {number: old for number, old in current.items() if old not in (signal.SIG_IGN, None)}
+    for number in replaced:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, old in heard.items():
+        for number, old in replaced.items():
             signal.signal(number, old)
