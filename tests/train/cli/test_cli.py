@@ -1,4 +1,4 @@
-"""The `tokenyard` command as a user meets it."""
+"""The `tokenyard` command, from its arguments to its output and exit code."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import yaml
 
 from tokenyard import Backend, BackendChoice
 from tokenyard_train import __version__
-from tokenyard_train.commands.check import _reasons
+from tokenyard_train.commands.check import describe_choice
 
 
 @pytest.fixture
@@ -47,10 +47,10 @@ def test_check_says_why_a_backend_was_passed_over():
     chosen = BackendChoice(
         "experts", Backend("torch", "module:Class"), passed_over={"fast": "it needs a GPU"}
     )
-    assert _reasons(chosen) == "torch (passed over fast: it needs a GPU)"
+    assert describe_choice(chosen) == "torch (passed over fast: it needs a GPU)"
 
 
-def test_check_needs_no_room_for_the_model(tokenyard, path):
+def test_check_allocates_no_memory_for_the_model(tokenyard, path):
     code, out, _ = tokenyard(
         "check", path, "model.size=full", "model.d_model=6144", "model.n_layers=4"
     )
@@ -105,33 +105,33 @@ def test_help_and_version_do_not_load_torch():
         assert part in run.stdout
 
 
-def test_a_run_goes_on_when_its_reader_goes_away(path, tmp_path):
+def test_a_run_continues_after_a_broken_pipe(path, tmp_path):
     command = [sys.executable, "-m", "tokenyard_train", "train", path, "max_duration=3ba"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
-        started.stdout.close()
-        said = started.stderr.read()
-    assert (started.returncode, said) == (0, b"")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, b"")
     assert (tmp_path / "run" / "ba3").is_dir()
 
 
-def test_one_of_several_processes_is_not_taken_down():
-    """It ends with its code, and with all that was said and registered; what is left then goes with the process."""
+def test_one_of_several_ranks_exits_without_teardown():
+    """The exit code, the output and the functions of `atexit` are those of a normal exit."""
     code = (
         "import atexit, os, sys\n"
         "from tokenyard_cli import main\n"
         "atexit.register(print, 'at exit')\n"
         "class Left:\n"
         "    def __del__(self, write=os.write):\n"
-        "        write(1, b'taken down')\n"
+        "        write(1, b'teardown')\n"
         "left = Left()\n"
         "sys.argv = ['tokenyard', 'check', 'nowhere.yaml']\n"
         "main()\n"
     )
-    for processes, said in (("1", "at exit\ntaken down"), ("2", "at exit\n")):
+    for processes, output in (("1", "at exit\nteardown"), ("2", "at exit\n")):
         environment = os.environ | {"WORLD_SIZE": processes, "RANK": "0"}
         command = [sys.executable, "-c", code]
-        ended = subprocess.run(
+        result = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=120
         )
-        assert (ended.returncode, ended.stdout) == (2, said)
-        assert "nowhere.yaml" in ended.stderr
+        assert (result.returncode, result.stdout) == (2, output)
+        assert "nowhere.yaml" in result.stderr

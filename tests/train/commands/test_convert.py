@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to another by two commands, and text from both; transformers reads what comes out."""
+"""Fine-tuning from a Hugging Face folder to another one, which transformers loads."""
 
 import os
 
@@ -19,6 +19,7 @@ from tokenyard.tolerance import relative_error
 from tokenyard_models import WeightsError, from_hf
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.load_model import load_trained
+from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
 from tokenyard_train.engine.sampling import sample
@@ -39,7 +40,7 @@ SIZES |= {
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A tiny Mixtral of transformers', for bytes."""
+    """A tiny Mixtral saved by transformers, for bytes."""
     torch.manual_seed(4)
     folder = tmp_path_factory.mktemp("published") / "mixtral"
     config = MixtralConfig(
@@ -51,7 +52,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def tuning(settings, published):
-    """Fine-tuning it; the config does not say what model it is."""
+    """A config that fine-tunes `published`, without a model section."""
     changes = {
         "load_path": f"hf://{published}",
         "max_duration": "12ba",
@@ -80,9 +81,7 @@ def test_fine_tuning_from_folder_to_folder(tokenyard, tuning, published, text, t
     assert tuned.config.eos_token_id == 256
 
 
-def test_adapters_are_merged_where_a_folder_is_written(
-    tokenyard, tuning, published, text, tmp_path
-):
+def test_convert_merges_adapters(tokenyard, tuning, published, text, tmp_path):
     lora = {"rank": 4, "train_also": ["*norm*"]}
     train(
         read_config(tuning | {"lora": lora, "optimizer": {"name": "adamw", "lr": 0.01}}),
@@ -96,16 +95,17 @@ def test_adapters_are_merged_where_a_folder_is_written(
     assert relative_error(from_hf(tmp_path / "tuned")(ids).logits, want) < 1e-5
 
 
-def test_a_run_starts_from_exactly_these_weights(tuning, published, tmp_path):
+def test_a_run_starts_from_the_exact_weights(tuning, published, tmp_path):
     still = {"max_duration": "1ba", "optimizer": {"name": "adamw", "lr": 1e-30}}
     train(read_config(tuning | still), Console(quiet=True))
-    found, want = load_trained(tmp_path / "run").model, from_hf(published)
+    loaded = load_trained(tmp_path / "run").model
+    want = from_hf(published)
     assert all(
-        torch.equal(a, b) for a, b in zip(found.parameters(), want.parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), want.parameters(), strict=True)
     )
 
 
-def test_the_model_may_be_changed_but_not_exchanged(tuning, published):
+def test_a_config_may_override_keys_but_not_the_model(tuning, published):
     config = read_config(tuning | {"model": {"moe_zloss_weight": 0.01}})
     assert [config.model[key] for key in ("name", "hidden_size", "moe_zloss_weight")] == [
         "mixtral",
@@ -121,25 +121,27 @@ def test_the_model_may_be_changed_but_not_exchanged(tuning, published):
 
 
 def test_greedy_text_is_that_of_transformers(published):
-    """64 tokens after prompts of different lengths, all together and each by itself."""
+    """64 tokens after prompts of different lengths, as a batch and one by one."""
     prompts = [list(text) for text in (b"3 times 7 is", b"x", b"and one more")]
-    theirs = AutoModelForCausalLM.from_pretrained(published)
+    reference = AutoModelForCausalLM.from_pretrained(published)
     options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    want = [theirs.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
-    ours = from_hf(published)
-    assert sample(ours, prompts, 64, 0.0, 1, set()) == want
-    assert [sample(ours, [p], 64, 0.0, 1, set())[0] for p in prompts] == want
+    want = [reference.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
+    model = from_hf(published)
+    assert sample(model, prompts, 64, 0.0, 1, set()) == want
+    assert [sample(model, [p], 64, 0.0, 1, set())[0] for p in prompts] == want
 
 
-def test_text_ends_before_any_of_the_ids_that_end_it(published):
-    ours, prompt = from_hf(published), list(b"3 times")
-    (whole,) = sample(ours, [prompt], 20, 0.0, 1, set())
+def test_text_ends_before_a_stop_id(published):
+    model = from_hf(published)
+    prompt = list(b"3 times")
+    (whole,) = sample(model, [prompt], 20, 0.0, 1, set())
     stop = whole[7]
-    assert sample(ours, [prompt], 20, 0.0, 1, {stop, 300}) == [whole[: whole.index(stop)]]
+    assert sample(model, [prompt], 20, 0.0, 1, {stop, 300}) == [whole[: whole.index(stop)]]
 
 
-def test_generate_reads_folders_with_the_tokenizer_that_is_told(tokenyard, published):
-    one, two = generate(published, ["3 times", "x"], 9, 0.0, 1, tokenizer="bytes")
+def test_generate_reads_folders_with_the_given_tokenizer(tokenyard, published):
+    options = GenerateOptions(published, ["3 times", "x"], 9, 0.0, tokenizer="bytes")
+    one, two = generate(options)
     arguments = [
         "--prompt",
         "3 times",
@@ -154,14 +156,14 @@ def test_generate_reads_folders_with_the_tokenizer_that_is_told(tokenyard, publi
     assert (code, out, errors) == (0, f"3 times{one}\nx{two}\n", "")
 
 
-def test_a_folder_as_a_run_that_has_taken_no_step(tokenyard, published, tmp_path):
+def test_convert_writes_a_run_at_step_zero(tokenyard, published, tmp_path):
     code, _, errors = tokenyard(
         "convert", str(published), str(tmp_path / "run"), "--to", "tokenyard"
     )
     assert (code, errors) == (0, "")
-    assert generate(tmp_path / "run", ["x"], 9, 0.0, 1) == generate(
-        published, ["x"], 9, 0.0, 1, tokenizer="bytes"
-    )
+    run = GenerateOptions(tmp_path / "run", ["x"], 9, 0.0)
+    folder = GenerateOptions(published, ["x"], 9, 0.0, tokenizer="bytes")
+    assert generate(run) == generate(folder)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_a_folder_as_a_run_that_has_taken_no_step(tokenyard, published, tmp_path
         (["--dtype", "float8"], "--dtype 'float8' is unknown"),
     ],
 )
-def test_convert_refuses_what_it_does_not_know(tokenyard, published, tmp_path, arguments, sentence):
+def test_convert_refuses_unknown_choices(tokenyard, published, tmp_path, arguments, sentence):
     code, _, errors = tokenyard("convert", str(published), str(tmp_path / "new"), *arguments)
     assert code == 2
     assert errors.startswith(f"error: {sentence}")

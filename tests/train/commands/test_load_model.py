@@ -1,4 +1,4 @@
-"""A model that stands on disk computes in the precision that it was trained in, or in one that is asked for."""
+"""A loaded model computes in the precision of its training, or in the precision of the option."""
 
 import pytest
 import torch
@@ -15,31 +15,31 @@ def run(config, console):
     return train(config(precision="amp_bf16", max_duration="1ba"), console).folder
 
 
-def dtype_of_experts(trained):
-    """The dtype that the experts of a model are called in, seen by their kernel."""
+def dtype_of_experts(loaded):
+    """Return the dtype of the activations that the expert kernel receives."""
     seen = []
-    experts = moe_layers(trained.model)[0].experts
+    experts = moe_layers(loaded.model)[0].experts
     kernel = experts.kernel
     experts.kernel = lambda x, *rest: seen.append(x.dtype) or kernel(x, *rest)
-    with torch.no_grad(), trained.computing():
-        assert trained.model(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
+    with torch.no_grad(), loaded.autocast():
+        assert loaded.model(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
     return seen[0]
 
 
 @pytest.mark.parametrize(
-    ("asked", "dtype"),
+    ("precision", "dtype"),
     [(None, torch.bfloat16), ("amp_bf16", torch.bfloat16), ("fp32", torch.float32)],
 )
-def test_a_run_computes_as_it_was_trained(run, asked, dtype):
-    assert dtype_of_experts(load_trained(run, "cpu", asked)) == dtype
+def test_a_run_computes_as_it_was_trained(run, precision, dtype):
+    assert dtype_of_experts(load_trained(run, "cpu", precision)) == dtype
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("asked", [None, "amp_bf16", "fp32"])
-def test_a_folder_computes_in_the_dtype_of_its_weights(run, tmp_path, stored, asked):
+@pytest.mark.parametrize("precision", [None, "amp_bf16", "fp32"])
+def test_a_folder_computes_in_the_dtype_of_its_weights(run, tmp_path, stored, precision):
     to_hf(load_weights_only(run).model, tmp_path / "hf", dtype=stored)
-    want = {None: stored, "amp_bf16": torch.bfloat16, "fp32": torch.float32}[asked]
-    assert dtype_of_experts(load_trained(tmp_path / "hf", "cpu", asked)) == want
+    want = {None: stored, "amp_bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert dtype_of_experts(load_trained(tmp_path / "hf", "cpu", precision)) == want
 
 
 def test_an_unknown_precision_or_device_is_named(run):

@@ -1,4 +1,4 @@
-"""How a model routes a text, counted by hand."""
+"""The routing of a text by a model, compared with counts by hand."""
 
 import json
 
@@ -8,6 +8,7 @@ from rich.console import Console
 
 from tokenyard import ConfigError, moe_layers
 from tokenyard_models import Mixtral
+from tokenyard_train.commands.options import RoutingOptions
 from tokenyard_train.commands.routing import report
 from tokenyard_train.commands.routing_counts import route
 from tokenyard_train.commands.train import train
@@ -16,21 +17,21 @@ from tokenyard_train.config import read_config
 
 @pytest.fixture(scope="module")
 def model():
-    made = Mixtral({"size": "tiny", "num_local_experts": 6, "max_seq_len": 32})
-    made.init_weights(3)
-    return made
+    model = Mixtral({"size": "tiny", "num_local_experts": 6, "max_seq_len": 32})
+    model.init_weights(3)
+    return model
 
 
 def by_hand(model, ids):
-    """Return for each layer the set of experts that each token goes to, sample by sample."""
+    """Return the set of experts of each token, per layer."""
     chosen = [[] for _ in moe_layers(model)]
 
-    def note(place):
-        return lambda module, inputs, output: chosen[place].extend(
+    def hook(layer):
+        return lambda module, inputs, output: chosen[layer].extend(
             map(set, output[1].topk_ids.tolist())
         )
 
-    hooks = [moe.register_forward_hook(note(i)) for i, moe in enumerate(moe_layers(model))]
+    hooks = [moe.register_forward_hook(hook(i)) for i, moe in enumerate(moe_layers(model))]
     for sample in ids.split(32):
         model(sample.unsqueeze(0))
     for hook in hooks:
@@ -39,23 +40,23 @@ def by_hand(model, ids):
 
 
 def test_loads_and_pairs_are_those_counted_by_hand(model):
-    """Over full samples, and a last one that is shorter."""
+    """With full samples, and a shorter last one."""
     ids = torch.randint(0, 257, (32 * 9 + 5,), generator=torch.Generator().manual_seed(1))
     for layer, chosen in zip(route(model, ids), by_hand(model, ids), strict=True):
         assert len(chosen) == len(ids)
         for i in range(6):
-            mine = [experts for experts in chosen if i in experts]
-            assert layer.load[i] == pytest.approx(len(mine) / (2 * len(ids)))
+            tokens = [experts for experts in chosen if i in experts]
+            assert layer.load[i] == pytest.approx(len(tokens) / (2 * len(ids)))
             for j in range(6):
-                both = sum(j in experts for experts in mine)
+                both = sum(j in experts for experts in tokens)
                 assert layer.together[i][j] == pytest.approx(
-                    both / max(1, len(mine)) if i != j else 0
+                    both / max(1, len(tokens)) if i != j else 0
                 )
         assert layer.busiest == pytest.approx(6 * max(layer.load))
 
 
 def test_dead_experts_are_named(model):
-    """Ids that all go the same way leave the others without a token."""
+    """If all tokens take the same experts, the others are dead."""
     router = moe_layers(model)[0].router
     kept = router.weight.data.clone()
     try:
@@ -71,33 +72,26 @@ def test_dead_experts_are_named(model):
 
 def test_the_command(tokenyard, settings, text, tmp_path):
     train(read_config(settings | {"max_duration": "1ba"}), Console(quiet=True))
-    arguments = ["--data", str(text), "--tokens", "900", "--out", str(tmp_path / "found")]
+    arguments = ["--data", str(text), "--tokens", "900", "--out", str(tmp_path / "out")]
     code, out, errors = tokenyard("routing", str(tmp_path / "run"), *arguments)
     assert (code, errors) == (0, "")
     assert "900 tokens" in out
-    found = json.loads((tmp_path / "found" / "routing.json").read_text())
-    assert found["tokens"] == 900
-    assert all(sum(layer["load"]) == pytest.approx(1) for layer in found["records"])
-    assert (tmp_path / "found" / "routing.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "out" / "routing.json").read_text())
+    assert results["tokens"] == 900
+    assert all(sum(layer["load"]) == pytest.approx(1) for layer in results["records"])
+    assert (tmp_path / "out" / "routing.png").stat().st_size > 10_000
 
 
 def test_mistakes(tmp_path, settings, text):
+    def options(model, data):
+        return RoutingOptions(model, data, tokens=9, out=tmp_path)
+
     (tmp_path / "empty.jsonl").write_text("")
     train(read_config(settings | {"max_duration": "1ba"}), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"--data '.*empty\.jsonl' holds no text"):
-        report(
-            tmp_path / "run",
-            tmp_path / "empty.jsonl",
-            9,
-            "text",
-            None,
-            tmp_path,
-            Console(quiet=True),
-        )
+        report(options(tmp_path / "run", tmp_path / "empty.jsonl"), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"--data '.*nowhere' does not exist"):
-        report(
-            tmp_path / "run", tmp_path / "nowhere", 9, "text", None, tmp_path, Console(quiet=True)
-        )
+        report(options(tmp_path / "run", tmp_path / "nowhere"), Console(quiet=True))
     dense = settings | {
         "model": {"name": "mpt_causal_lm", "size": "tiny"},
         "run_name": "dense",
@@ -105,4 +99,4 @@ def test_mistakes(tmp_path, settings, text):
     }
     train(read_config(dense | {"save_folder": str(tmp_path / "dense")}), Console(quiet=True))
     with pytest.raises(ConfigError, match="has no experts; give one that has"):
-        report(tmp_path / "dense", text, 9, "text", None, tmp_path, Console(quiet=True))
+        report(options(tmp_path / "dense", text), Console(quiet=True))

@@ -1,4 +1,4 @@
-"""From a dense folder to a trained model with experts, by three commands."""
+"""Upcycle a dense folder, train the MoE model, and convert it back."""
 
 import os
 
@@ -24,7 +24,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A tiny Llama of transformers', for bytes."""
+    """A tiny Llama saved by transformers, for bytes."""
     torch.manual_seed(4)
     config = LlamaConfig(
         **SIZES,
@@ -39,7 +39,7 @@ def dense(tmp_path_factory):
 
 
 def test_upcycled_trained_and_exported(tokenyard, settings, dense, tmp_path):
-    """Experts begin as copies of one layer and its slices, and training tells them apart."""
+    """Experts start as slices of the dense layer, with copies, and differ after training."""
     shape = ("--num-experts", "8", "--top-k", "4", "--granularity", "2")
     code, said, errors = tokenyard("upcycle", str(dense), str(tmp_path / "moe"), *shape)
     assert (code, errors) == (0, "")

@@ -19,6 +19,7 @@ from tokenyard import ConfigError
 from tokenyard_train import Callback
 from tokenyard_train.checkpoint import CheckpointError, read_meta
 from tokenyard_train.commands.generate import generate
+from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.commands.train import train
 from tokenyard_train.engine import signals as stopping
 from tokenyard_train.engine.signals import Stopped
@@ -162,20 +163,25 @@ def test_mistakes_end_before_anything_is_written(config, console, tmp_path, chan
 
 def test_generation_from_a_run_is_repeatable_by_seed(config, console):
     folder = train(config(), console).folder
-    first, again, other = (generate(folder, ["2 times"], 12, 1.0, seed)[0] for seed in (1, 1, 2))
+
+    def text(temperature, seed):
+        options = GenerateOptions(folder, ["2 times"], 12, temperature, seed)
+        return generate(options)[0]
+
+    first, again, other = (text(1.0, seed) for seed in (1, 1, 2))
     assert first == again != other
-    greedy = {generate(folder, ["2 times"], 12, 0.0, seed)[0] for seed in (1, 2)}
+    greedy = {text(0.0, seed) for seed in (1, 2)}
     assert len(greedy) == 1
 
 
 def test_generation_needs_a_run_and_room(config, console, tmp_path):
     with pytest.raises(ConfigError, match="holds no checkpoint; give the folder of a run"):
-        generate(tmp_path / "nothing", ["x"], 5, 1.0, 0)
+        generate(GenerateOptions(tmp_path / "nothing", ["x"]))
     folder = train(config(), console).folder
     with pytest.raises(
         ConfigError, match="the prompt has 24 tokens and the model's max_seq_len is 24"
     ):
-        generate(folder, ["x" * 24], 5, 1.0, 0)
+        generate(GenerateOptions(folder, ["x" * 24]))
 
 
 class TestKilled:

@@ -1,1 +1,1 @@
-"""The `tokenyard` command: its subcommands, and how its process ends."""
+"""The subcommands of `tokenyard` that this package provides."""

@@ -1,4 +1,4 @@
-"""The commands for training from a config."""
+"""The commands that read a training config."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from rich.console import Console
 
 from tokenyard_train.cli.exit import exit_if_collective_fails
 
-app = typer.Typer()
-
-Config = Annotated[Path, typer.Argument(help="A YAML config.")]
+Config = Annotated[Path, typer.Argument(help="YAML config.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="key=value in place of the config's, such as optimizer.lr=1e-3"),
+    typer.Argument(help="Override keys of the config: key=value, such as optimizer.lr=1e-3."),
 ]
 
 
-@app.command()
 @exit_if_collective_fails()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a model from a YAML config."""
@@ -31,36 +28,33 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     try:
         run(load_config(config, overrides or []), RunConsole())
-    except Stopped:  # as all processes are
+    except Stopped:  # all ranks stop at the same step, so all of them leave the group
         leave_group()
         raise
     leave_group()
 
 
-@app.command()
 def launch(
     config: Config,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="How often a run that failed is taken up again.")
-    ] = 3,
+    nproc: Annotated[int, typer.Option(min=1, help="Number of ranks on this machine.")] = 1,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Maximum restarts after a failure.")] = 3,
 ) -> None:
-    """Train by several processes on this machine, and go on from the last good checkpoint when one of them fails."""
+    """Train with several ranks, restarted from the last good checkpoint after a failure."""
     from tokenyard_train.launch.supervisor import launch as run
 
     raise typer.Exit(run(config, overrides or [], nproc, max_restarts))
 
 
-@app.command()
 def check(
     config: Config,
     overrides: Overrides = None,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Processes to lay it out over; they need not exist.")
+        int | None,
+        typer.Option(min=1, help="Check the layout over this many ranks, which need not exist."),
     ] = None,
 ) -> None:
-    """Validate a config; print the model's size, work, layout and memory, and the backends chosen."""
+    """Validate a config. Print the model's size, cost, layout, memory and backends."""
     from tokenyard_train.commands.check import check as run
     from tokenyard_train.commands.check import maybe_fake_world
     from tokenyard_train.config import load_config

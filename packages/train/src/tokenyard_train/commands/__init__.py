@@ -1,1 +1,1 @@
-"""What the subcommands do."""
+"""The functions behind the subcommands."""

@@ -1,4 +1,4 @@
-"""What a config will cost, without running it."""
+"""Report the size, cost, layout and backends of a config without running it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ Rows = Iterator[tuple[str, str]]
 
 
 def check(config: TrainConfig, console: Console) -> None:
-    """Print model size, work, data, memory and backends of a resolved config. Raises TokenyardError for a mistake.
+    """Print a table of model size, data, layout, memory and backends for a resolved config.
 
-    The model stands on the meta device all the while, so a large one can be checked on a small machine.
+    The model stays on the meta device, so a small machine can check a large model. Raises
+    TokenyardError for a mistake in the config.
     """
     strategy, model = build_model(config)
-    data, layout = build_data(config.data()), strategy.describe(model)
+    data = build_data(config.data())
+    layout = strategy.describe(model)
     table = Table(show_header=False, box=box.SIMPLE_HEAD)
     _add(table, "model", _model_rows(config, model))
     _add(table, "data", _data_rows(config, data, strategy.data[1]))
@@ -39,7 +41,10 @@ def check(config: TrainConfig, console: Console) -> None:
 
 
 def maybe_fake_world(processes: int | None) -> AbstractContextManager[None]:
-    """Context: act as rank 0 of `processes` ranks; None means the real ones."""
+    """Context: act as rank 0 of `processes` ranks (None: the real ones).
+
+    Raises ConfigError if tokenyard_parallel is not installed.
+    """
     if processes is None:
         return nullcontext()
     parallel = require("tokenyard_parallel", "--nproc", "tokenyard[parallel]")
@@ -62,45 +67,37 @@ def _deterministic(config: TrainConfig) -> str:
     gpu = config.device.startswith("cuda")
     if config.deterministic:
         return "yes: equal runs end bit-identical" + (f"; {COST}" if gpu else "")
-    return (
-        "no: gradients of embeddings and attention differ in the last bits"
-        if gpu
-        else "no, but a CPU repeats"
-    )
+    if gpu:
+        return "no: gradients of embeddings and attention differ in the last bits"
+    return "no, but a CPU repeats"
 
 
 def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
-    samples, tokens = (
-        config.global_train_batch_size,
-        config.global_train_batch_size * config.max_seq_len,
-    )
+    samples = config.global_train_batch_size
+    tokens = samples * config.max_seq_len
     batches = run_batches(config, data)
     epochs = batches * samples / len(data.train)
-    scored = (
-        f"{len(data.held_out.predicted):,} tokens are scored"
-        if data.held_out is not None
-        else "none"
-    )
+    held_out = "none"
+    if data.held_out is not None:
+        held_out = f"{len(data.held_out.predicted):,} tokens are scored"
     streams = data.train.streams.values() if isinstance(data.train, Mixture) else [data.train]
     tokens_read = sum(len(stream.tokens) for stream in streams)
     yield (
         "training text",
         f"{tokens_read:,} tokens, {len(data.train):,} samples of {config.max_seq_len}",
     )
-    yield "held-out text", scored
+    yield "held-out text", held_out
     yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
     yield "forward pass", f"{config.device_train_microbatch_size} samples"
     yield "duration", f"{batches:,} batches, {epochs:.2f} epochs, {_count(batches * tokens)} tokens"
 
 
 def _layout_rows(config: TrainConfig, layout: Layout) -> Rows:
-    yield "strategy", _reasons(default_registry().choose("strategy", config.parallel.strategy))
-    for which, sizes in layout.meshes.items():
-        yield (
-            which,
-            " x ".join(f"{size} {dimension}" for dimension, size in sizes.items() if size > 1)
-            or "1 process",
-        )
+    chosen = default_registry().choose("strategy", config.parallel.strategy)
+    yield "strategy", describe_choice(chosen)
+    for parameters, sizes in layout.meshes.items():
+        mesh = " x ".join(f"{size} {dimension}" for dimension, size in sizes.items() if size > 1)
+        yield parameters, mesh or "1 process"
 
 
 def _memory_rows(config: TrainConfig, model: Model, layout: Layout) -> Rows:
@@ -113,11 +110,12 @@ def _memory_rows(config: TrainConfig, model: Model, layout: Layout) -> Rows:
 
 def _backend_rows(config: TrainConfig, model: Model) -> Rows:
     layers = moe_layers(model)
-    for part, chosen in layers[0].chosen.items() if layers else ():
-        yield part, _reasons(chosen)
+    for kind, chosen in layers[0].chosen.items() if layers else ():
+        yield kind, describe_choice(chosen)
 
 
-def _reasons(chosen: BackendChoice) -> str:
+def describe_choice(chosen: BackendChoice) -> str:
+    """Return a backend's name, and why better ones were passed over."""
     passed_over = "; ".join(f"{name}: {reason}" for name, reason in chosen.passed_over.items())
     return chosen.backend.name + (f" (passed over {passed_over})" if passed_over else "")
 

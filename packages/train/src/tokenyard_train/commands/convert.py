@@ -1,9 +1,8 @@
-"""From a run to a Hugging Face folder and the other way round."""
+"""Convert a model between a run, a Hugging Face folder and MegaBlocks' format."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,38 +12,39 @@ from tokenyard_models import from_hf, to_hf
 from tokenyard_models.hf import Folder, model_section, to_megablocks
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
 from tokenyard_train.commands.load_model import load_weights_only
+from tokenyard_train.commands.options import ConvertOptions
 from tokenyard_train.config.load import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FORMS = ("hf", "tokenyard", "megablocks")
+_FORMATS = ("hf", "tokenyard", "megablocks")
 
 
-def convert(
-    source: Path, target: Path, to: str, dtype: str | None, fused: bool, like: Path | None
-) -> None:
-    """Write the model at `source`, a run, a checkpoint or a Hugging Face folder, in another form to a new folder.
+def convert(options: ConvertOptions) -> None:
+    """Write a model in another format to a new folder, with LoRA adapters merged.
 
-    `dtype` (a name of DTYPES), `fused` and `like` are those of to_hf; `like` is by default the folder that the weights
-    came from. Raises TokenyardError, and then nothing is written.
+    `dtype` (a name in DTYPES), `fused` and `like` have the meaning of `to_hf`. `like` defaults to
+    the Hugging Face folder of the weights. Raises TokenyardError before anything is written.
     """
-    one_of("--to", to, _FORMS)
-    if dtype is not None:
-        one_of("--dtype", dtype, DTYPES)
-    if target.exists():
-        raise ConfigError(f"{target} exists already; give the name of a new folder")
-    if to == "tokenyard":
-        _to_run(source, target)
+    one_of("--to", options.to, _FORMATS)
+    if options.dtype is not None:
+        one_of("--dtype", options.dtype, DTYPES)
+    if options.target.exists():
+        raise ConfigError(f"{options.target} exists already; give the name of a new folder")
+    if options.to == "tokenyard":
+        _write_run(options.source, options.target)
         return
-    found, stored = load_weights_only(source), None if dtype is None else DTYPES[dtype]
-    merge_lora(found.model)
-    if to == "megablocks":
-        to_megablocks(found.model, target, dtype=stored)
+    loaded = load_weights_only(options.source)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    merge_lora(loaded.model)
+    if options.to == "megablocks":
+        to_megablocks(loaded.model, options.target, dtype=dtype)
     else:
-        to_hf(found.model, target, like=like or found.source, dtype=stored, fused=fused)
+        like = options.like or loaded.source
+        to_hf(loaded.model, options.target, like=like, dtype=dtype, fused=options.fused)
 
 
-def _to_run(source: Path, target: Path) -> None:
-    """Write a Hugging Face folder as the only checkpoint of a run that has taken no step."""
+def _write_run(source: Path, target: Path) -> None:
+    """Write a Hugging Face folder as the checkpoint ba0 of a new run."""
     name, section = model_section(Folder(source))
     tokenizer = {"name": str(source.resolve())} if (source / "tokenizer.json").exists() else {}
     config = read_config(
@@ -57,6 +57,6 @@ def _to_run(source: Path, target: Path) -> None:
             "device": "cpu",
         }
     )
-    meta: dict[str, Any] = {"batch": 0, "config": config.model_dump(mode="json")}
+    meta = {"batch": 0, "config": config.model_dump(mode="json")}
     model = from_hf(source, dtype=torch.float32)
     write_checkpoint(target, "ba0", model_tensors(model), meta, keep=-1)

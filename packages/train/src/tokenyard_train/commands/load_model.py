@@ -1,8 +1,9 @@
-"""Models that stand on disk: of a run, or of a Hugging Face folder."""
+"""Load a model from a run, a checkpoint or a Hugging Face folder."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,93 +13,114 @@ import torch
 from tokenyard import ConfigError, Model, resolve_device
 from tokenyard.sharded import allocate
 from tokenyard_models import from_hf
-from tokenyard_train.checkpoint import model_tensors, newest_good, read_meta, read_tensors, verify
+from tokenyard_train.checkpoint import (
+    is_checkpoint,
+    model_tensors,
+    newest_good,
+    read_meta,
+    read_tensors,
+    verify,
+)
 from tokenyard_train.config.comparable import comparable_config
+from tokenyard_train.config.from_hf import HF
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import COMPUTE_DTYPES, check_precision, computing_in
 
 
-class Trained(NamedTuple):
-    """A model with its weights, the precision it computes in, and what it reads text by."""
+class LoadedModel(NamedTuple):
+    """A model with weights, its precision and its tokenizer."""
 
     model: Model
-    precision: str | None  # a precision of configs; None: the dtype of its weights
+    precision: str | None  # a config's precision; None: the dtype of the weights
     tokenizer: TokenizerConfig
-    stops: frozenset[int]  # ids that end a document, besides the tokenizer's
-    source: Path | None  # the Hugging Face folder that it is, or that its run began with
+    stops: frozenset[int]  # ids that end a document, in addition to the tokenizer's
+    source: Path | None  # the Hugging Face folder of the model, or of its run's load_path
 
-    def computing(self) -> AbstractContextManager[None]:
-        """Compute in the model's precision; call the model inside of this."""
+    def autocast(self) -> AbstractContextManager[None]:
+        """Context: call the model inside it to compute in the model's precision."""
         return computing_in(self.precision or "fp32", next(self.model.parameters()).device)
 
 
-def load_trained(path: Path, device: str = "auto", precision: str | None = None) -> Trained:
-    """Load a Hugging Face folder, a run's newest good checkpoint, or a checkpoint, to compute with it on a device.
+def load_trained(path: Path, device: str = "auto", precision: str | None = None) -> LoadedModel:
+    """Load a Hugging Face folder, a checkpoint, or a run's newest good checkpoint on a device.
 
-    `precision` is one of COMPUTE_DTYPES. Left out, a run computes in the precision that it was trained in, and a folder
-    in the dtype of its weights. Raises TokenyardError.
+    `precision` is one of COMPUTE_DTYPES. The default is the precision of training for a run, and
+    the dtype of the weights for a Hugging Face folder. Raises TokenyardError.
     """
-    place = resolve_device(device, "--device")
+    target = resolve_device(device, "--device")
     if precision is not None:
         check_precision(precision, "--precision")
-    if (path / "config.json").exists():
-        return _published(path, place, precision)
-    asked = {} if precision is None else {"precision": precision}
-    return _run(path, {"device": str(place)} | asked)
+    if _is_hf_folder(path):
+        return _load_hf_folder(path, target, precision)
+    overrides = {} if precision is None else {"precision": precision}
+    return _load_run(path, {"device": str(target)} | overrides)
 
 
-def load_weights_only(path: Path) -> Trained:
-    """Load what `load_trained` does into host memory, to read its weights; no backend of the config need be usable."""
-    if (path / "config.json").exists():
-        return _published(path, torch.device("cpu"), None)
-    return _run(path, {"device": "cpu", "backends": {}})
+def load_weights_only(path: Path) -> LoadedModel:
+    """Load a model into host memory to read its weights. Ignores the config's backends."""
+    if _is_hf_folder(path):
+        return _load_hf_folder(path, torch.device("cpu"), None)
+    return _load_run(path, {"device": "cpu", "backends": {}})
 
 
-def _published(path: Path, device: torch.device, precision: str | None) -> Trained:
+def _is_hf_folder(path: Path) -> bool:
+    return (path / "config.json").exists()
+
+
+def _load_hf_folder(path: Path, device: torch.device, precision: str | None) -> LoadedModel:
     if precision is None:
         model = from_hf(path, device=device)
     else:
         model = from_hf(
             path, device=device, dtype=torch.float32, compute_dtype=COMPUTE_DTYPES[precision]
         )
-    return Trained(model, precision, TokenizerConfig(name=str(path)), stops_of(path), path)
+    return LoadedModel(model, precision, TokenizerConfig(name=str(path)), stop_ids(path), path)
 
 
-def _run(path: Path, changes: dict[str, Any]) -> Trained:
-    checkpoint = newest_good(path) if path.is_dir() else None
-    if (path / "manifest.json").exists():
-        verify(path)
-        checkpoint = path
-    if checkpoint is None:
-        raise ConfigError(
-            f"{path} holds no checkpoint; give the folder of a run, such as runs/quickstart, or one from Hugging Face"
-        )
-    alone = {"global_train_batch_size": 1, "device_train_microbatch_size": 1, "load_path": None}
-    meta = read_meta(checkpoint)
-    config = read_config(comparable_config(meta["config"]) | alone | changes)
+def _load_run(path: Path, overrides: dict[str, Any]) -> LoadedModel:
+    """Load a checkpoint, or a run's newest good one, with some keys of its config replaced."""
+    checkpoint = _find_checkpoint(path)
+    # The batch size of one process. The weights come from the checkpoint, not from load_path.
+    inference = {"global_train_batch_size": 1, "device_train_microbatch_size": 1, "load_path": None}
+    saved = read_meta(checkpoint)["config"]
+    config = read_config(comparable_config(saved) | inference | overrides)
     _, model = build_model(config)
     allocate(model, config.device)
     read_tensors(checkpoint, model_tensors(model))
-    began = (meta["config"].get("load_path") or "").removeprefix("hf://")
-    source = Path(began) if began and (Path(began) / "config.json").exists() else None
-    return Trained(
-        model,
-        config.precision,
-        config.tokenizer,
-        stops_of(source) if source else frozenset(),
-        source,
-    )
+    source = _hf_source(saved)
+    stops = frozenset[int]() if source is None else stop_ids(source)
+    return LoadedModel(model, config.precision, config.tokenizer, stops, source)
 
 
-def stops_of(folder: Path) -> frozenset[int]:
-    """Return the ids that a Hugging Face folder says end a document."""
-    try:
-        told = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get(
-            "eos_token_id"
+def _find_checkpoint(path: Path) -> Path:
+    if is_checkpoint(path):
+        verify(path)
+        return path
+    newest = newest_good(path) if path.is_dir() else None
+    if newest is None:
+        raise ConfigError(
+            f"{path} holds no checkpoint; give the folder of a run, such as runs/quickstart, "
+            "or one from Hugging Face"
         )
+    return newest
+
+
+def _hf_source(config: Mapping[str, Any]) -> Path | None:
+    """Return the Hugging Face folder that a run started from, if it still exists."""
+    load_path = config.get("load_path")
+    if not load_path:
+        return None
+    folder = Path(load_path.removeprefix(HF))
+    return folder if _is_hf_folder(folder) else None
+
+
+def stop_ids(folder: Path) -> frozenset[int]:
+    """Return the end-of-document ids in a Hugging Face folder's generation_config.json."""
+    try:
+        text = (folder / "generation_config.json").read_text(encoding="utf-8")
+        ids = json.loads(text).get("eos_token_id")
     except (OSError, ValueError, AttributeError):
         return frozenset()
-    ids = told if isinstance(told, list) else [told]
-    return frozenset(i for i in ids if isinstance(i, int))
+    return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))

@@ -1,7 +1,8 @@
-"""How a trained model routes a text."""
+"""Report how a trained model routes a text: measure, print, and write files."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tokenyard import ConfigError, moe_layers
 from tokenyard_train.commands.load_model import load_trained
+from tokenyard_train.commands.options import RoutingOptions
 from tokenyard_train.commands.routing_counts import LayerReport, route
 from tokenyard_train.data import Tokenizer, build_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig
@@ -18,59 +20,63 @@ from tokenyard_train.data.sources.files import find_files, read_file
 from tokenyard_train.records.results import write_results
 
 
-def report(
-    path: Path,
-    data: Path,
-    tokens: int,
-    text_key: str,
-    tokenizer: str | None,
-    out: Path,
-    console: Console,
-    device: str = "auto",
-    precision: str | None = None,
-) -> list[LayerReport]:
-    """Route a text by the model at `path`; print a table, and write ``routing.json`` and ``routing.png`` to `out`.
+def report(options: RoutingOptions, console: Console) -> list[LayerReport]:
+    """Route a text with a model; print a table, and write routing.json and routing.png.
 
-    `data` is a file of text, or a folder of .txt files; `device` and `precision` are those of `load_trained`. Raises
-    TokenyardError.
+    Raises TokenyardError.
     """
-    found = load_trained(path, device, precision)
-    if not moe_layers(found.model):
-        raise ConfigError(f"the model in {path} has no experts; give one that has")
-    reads = build_tokenizer(
-        found.tokenizer if tokenizer is None else TokenizerConfig(name=tokenizer)
-    )
-    ids = _ids(data, text_key, reads, tokens)
-    with found.computing():
-        layers = route(found.model, ids)
-    records = [layer._asdict() for layer in layers]
-    content = {
-        "kind": "routing",
-        "model": str(path),
-        "data": str(data),
-        "tokens": len(ids),
-        "records": records,
-    }
-    written = write_results(out, "routing", content)
-    from tokenyard_train.commands.routing_plot import (
-        routing_plot,
-    )  # a second that a mistake need not wait for
-
-    routing_plot(layers, written.with_suffix(".png"))
-    _print(layers, len(ids), console)
-    console.print(
-        f"wrote {written} and {written.with_suffix('.png')}", highlight=False, markup=False
-    )
+    layers, tokens = measure(options)
+    paths = write_files(options, layers, tokens)
+    _print_table(layers, tokens, console)
+    console.print(f"wrote {' and '.join(map(str, paths))}", highlight=False, markup=False)
     return layers
 
 
-def _ids(data: Path, text_key: str, tokenizer: Tokenizer, most: int) -> Tensor:
+def measure(options: RoutingOptions) -> tuple[list[LayerReport], int]:
+    """Route a text with a model; return a report for each MoE layer, and the number of tokens.
+
+    Raises ConfigError if the model has no experts, or the text is empty.
+    """
+    loaded = load_trained(options.model, options.device, options.precision)
+    if not moe_layers(loaded.model):
+        raise ConfigError(f"the model in {options.model} has no experts; give one that has")
+    if options.tokenizer is None:
+        tokenizer = build_tokenizer(loaded.tokenizer)
+    else:
+        tokenizer = build_tokenizer(TokenizerConfig(name=options.tokenizer))
+    ids = _read_ids(options.data, options.text_key, tokenizer, options.tokens)
+    with loaded.autocast():
+        return route(loaded.model, ids), len(ids)
+
+
+def write_files(
+    options: RoutingOptions, layers: Sequence[LayerReport], tokens: int
+) -> tuple[Path, Path]:
+    """Write routing.json and routing.png to the output folder; return their paths."""
+    content = {
+        "kind": "routing",
+        "model": str(options.model),
+        "data": str(options.data),
+        "tokens": tokens,
+        "records": [layer._asdict() for layer in layers],
+    }
+    results = write_results(options.out, "routing", content)
+    picture = results.with_suffix(".png")
+    # Importing matplotlib takes a second, which a mistake in the options need not wait for.
+    from tokenyard_train.commands.routing_plot import routing_plot
+
+    routing_plot(layers, picture)
+    return results, picture
+
+
+def _read_ids(data: Path, text_key: str, tokenizer: Tokenizer, limit: int) -> Tensor:
+    """Read and tokenize at most `limit` tokens of text; each document ends with the end id."""
     ids: list[int] = []
     for file in find_files(str(data), (".txt",), "--data"):
         for document in read_file(file, text_key, "--data"):
             ids += [*tokenizer.encode(document).tolist(), tokenizer.end]
-            if len(ids) >= most:
-                return torch.tensor(ids[:most])
+            if len(ids) >= limit:
+                return torch.tensor(ids[:limit])
     if not ids:
         raise ConfigError(
             f"--data {str(data)!r} holds no text; give a file of text, or a folder of .txt files"
@@ -78,7 +84,7 @@ def _ids(data: Path, text_key: str, tokenizer: Tokenizer, most: int) -> Tensor:
     return torch.tensor(ids)
 
 
-def _print(layers: list[LayerReport], tokens: int, console: Console) -> None:
+def _print_table(layers: Sequence[LayerReport], tokens: int, console: Console) -> None:
     table = Table(
         "layer",
         "entropy",
@@ -89,12 +95,25 @@ def _print(layers: list[LayerReport], tokens: int, console: Console) -> None:
     )
     table.title = f"{tokens:,} tokens"
     for number, layer in enumerate(layers):
-        share, one, other = max(
-            (s, i, j) for i, row in enumerate(layer.together) for j, s in enumerate(row)
-        )
-        dead = ", ".join(map(str, layer.dead[:8])) + (", ..." if len(layer.dead) > 8 else "")
-        pair = f"{100 * share:.0f} % of expert {one}'s tokens go to {other}, too" if share else ""
         table.add_row(
-            str(number), f"{layer.entropy:.3f}", f"{layer.busiest:.2f}", dead or "none", pair
+            str(number),
+            f"{layer.entropy:.3f}",
+            f"{layer.busiest:.2f}",
+            _describe_dead(layer),
+            _describe_pair(layer),
         )
     console.print(table)
+
+
+def _describe_dead(layer: LayerReport) -> str:
+    if not layer.dead:
+        return "none"
+    return ", ".join(map(str, layer.dead[:8])) + (", ..." if len(layer.dead) > 8 else "")
+
+
+def _describe_pair(layer: LayerReport) -> str:
+    """Name the two experts that share most tokens."""
+    share, one, other = max(
+        (share, i, j) for i, row in enumerate(layer.together) for j, share in enumerate(row)
+    )
+    return f"{100 * share:.0f} % of expert {one}'s tokens go to {other}, too" if share else ""

@@ -1,4 +1,4 @@
-"""The picture of how a model routes a text."""
+"""Plot how a model routes a text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tokenyard_train.commands.routing_counts import LayerReport
 from tokenyard_train.records.plots import draw_heat
 from tokenyard_train.records.style import make_axes, make_figure, save_figure
 
-_MATRICES = 3  # layers whose pairs are shown: the first, one in the middle, the last
+_MATRICES = 3  # layers with a plot of pairs: the first, one in the middle, the last
 
 
 def routing_plot(layers: Sequence[LayerReport], path: Path) -> None:
-    """Draw the load of each expert of every layer, and, of some layers, which experts go together."""
+    """Draw the load of every expert, and for some layers the pairs of experts that share tokens."""
     rows = 1 + 0.28 * min(len(layers), 40)
     shown = sorted({round(i * (len(layers) - 1) / (_MATRICES - 1)) for i in range(_MATRICES)})
     figure = make_figure(8.4, 3.6 + rows)
@@ -24,13 +24,14 @@ def routing_plot(layers: Sequence[LayerReport], path: Path) -> None:
         figure, grid[0, :], "Load of each expert (1 = its layer's mean)", "expert", "MoE layer"
     )
     draw_heat(figure, heat, np.array([layer.load for layer in layers]) * len(layers[0].load))
-    most = max(max(map(max, layers[i].together)) for i in shown) or 1.0
-    for place, number in enumerate(shown):
-        y = "of the tokens of expert" if not place else ""
+    largest = max(max(map(max, layers[i].together)) for i in shown) or 1.0
+    for column, number in enumerate(shown):
+        y = "of the tokens of expert" if not column else ""
         axes = make_axes(
-            figure, grid[1, place], f"Layer {number}", "this share goes to expert, too", y
+            figure, grid[1, column], f"Layer {number}", "this share goes to expert, too", y
         )
-        image = axes.imshow(np.array(layers[number].together), cmap="viridis", vmin=0, vmax=most)
+        image = axes.imshow(np.array(layers[number].together), cmap="viridis", vmin=0, vmax=largest)
         axes.grid(False)
-    figure.colorbar(image, ax=figure.axes[2:], shrink=0.8, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
+    bar = figure.colorbar(image, ax=figure.axes[2:], shrink=0.8, pad=0.02)
+    bar.outline.set_visible(False)  # type: ignore[operator]
     save_figure(figure, path)

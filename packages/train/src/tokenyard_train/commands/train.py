@@ -1,4 +1,4 @@
-"""Training from a config."""
+"""Train a model from a config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenyard_train.engine.loop import RunResult, run_training
 
 
 def train(config: TrainConfig, console: Console, callbacks: Sequence[Callback] = ()) -> RunResult:
-    """Train as a resolved config says, with the caller's callbacks after the config's.
+    """Train by a resolved config. The given callbacks run after the config's callbacks.
 
     Raises TokenyardError for a mistake in the config, before anything is written.
     """

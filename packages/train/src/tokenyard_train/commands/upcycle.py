@@ -1,4 +1,4 @@
-"""From a dense model's folder to one of a model with experts, with a word on what it then computes."""
+"""Turn a dense model's folder into the folder of an MoE model."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from rich.console import Console
 
 from tokenyard import ConfigError, count_parameters
 from tokenyard_models import Upcycling
-from tokenyard_models import upcycle as upcycled
-from tokenyard_train.checkpoint import checkpoints
+from tokenyard_models import upcycle as write_upcycled
+from tokenyard_train.checkpoint import checkpoints, is_checkpoint
+from tokenyard_train.commands.options import UpcycleOptions
 
-_TIES = "where router logits are float32, as here; in 16 bits, groups of equal logits may mix their slices"
+_TIES = (
+    "where router logits are float32, as here; "
+    "in 16 bits, groups of equal logits may mix their slices"
+)
 
 
-def upcycle(
-    source: Path,
-    target: Path,
-    num_experts: int,
-    top_k: int,
-    granularity: int,
-    seed: int,
-    console: Console,
-) -> None:
-    """Write the folder; say how large the model is, and whether it computes what the dense one does.
+def upcycle(options: UpcycleOptions, console: Console) -> None:
+    """Write the folder; print the model's size and whether it computes the dense model's function.
 
-    Raises TokenyardError, and then nothing is written.
+    Raises TokenyardError before anything is written.
     """
-    how = Upcycling(num_experts, top_k, granularity, seed)
-    if checkpoints(source) or (source / "manifest.json").exists():
+    source = options.source
+    upcycling = Upcycling(options.num_experts, options.top_k, options.granularity, options.seed)
+    if checkpoints(source) or is_checkpoint(source):
         raise ConfigError(
-            f"{source} is a run's; first write it as a folder: tokenyard convert {source} FOLDER --to hf"
+            f"{source} is a run's; first write it as a folder: "
+            f"tokenyard convert {source} FOLDER --to hf"
         )
-    model = upcycled(source, target, how)
+    model = write_upcycled(source, options.target, upcycling)
     size = count_parameters(model)
     sizes = f"{size.total:,} parameters, {size.active:,} of them active"
-    console.print(
-        f"wrote {target}: {model.definition}, {sizes}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    console.print(_function(how, source), highlight=False, markup=False, soft_wrap=True)
+    for line in (
+        f"wrote {options.target}: {model.definition}, {sizes}",
+        _describe_function(upcycling, source),
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _function(how: Upcycling, source: Path) -> str:
-    if how.keeps_function:
-        rounding = "up to rounding" if how.granularity == 1 else f"up to rounding, {_TIES}"
+def _describe_function(upcycling: Upcycling, source: Path) -> str:
+    """Say whether the new model computes the function of the dense one."""
+    if upcycling.keeps_function:
+        rounding = "up to rounding" if upcycling.granularity == 1 else f"up to rounding, {_TIES}"
         return f"it computes what {source} does, {rounding}"
-    slices = f"tokens take {how.top_k} slices, and {how.granularity} make a layer"
-    return f"it does not compute what {source} does: {slices}; it would if --top-k were a multiple of --granularity"
+    slices = f"tokens take {upcycling.top_k} slices, and {upcycling.granularity} make a layer"
+    return (
+        f"it does not compute what {source} does: {slices}; "
+        "it would if --top-k were a multiple of --granularity"
+    )

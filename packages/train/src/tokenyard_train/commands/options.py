@@ -1,0 +1,111 @@
+"""The options of the commands for models, shared by the command line and the functions.
+
+This module must not import torch, so that ``--help`` is fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    Path, typer.Argument(help="Folder of a run or a checkpoint, or a Hugging Face folder.")
+]
+Target = Annotated[Path, typer.Argument(help="Output folder. It must not exist.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Tokenizer name or path. Default: the model's.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="fp32 or amp_bf16. Default: the precision of training, or a folder's weight dtype."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The arguments and options of `tokenyard generate`."""
+
+    model: Model
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue. Repeat for a batch of prompts.")
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per prompt.")] = 200
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature. 0 takes the most likely token.")
+    ] = 0.8
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 17
+    tokenizer: Tokenizer = None
+    device: Device = "auto"
+    precision: Precision = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, by default an empty one."""
+        return self.prompt or [""]
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The arguments and options of `tokenyard convert`."""
+
+    source: Model
+    target: Target
+    to: Annotated[str, typer.Option(help="Output format: hf, tokenyard or megablocks.")] = "hf"
+    dtype: Annotated[
+        str | None, typer.Option(help="Output weight dtype: float32, bfloat16 or float16.")
+    ] = None
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Write one tensor for all experts of a layer.")
+    ] = False
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Folder to copy the tokenizer and the token ids from."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """The arguments and options of `tokenyard upcycle`."""
+
+    source: Annotated[
+        Path,
+        typer.Argument(help="Hugging Face folder of a dense model: llama, mistral or qwen3."),
+    ]
+    target: Target
+    num_experts: Annotated[int, typer.Option(min=1, help="Experts per layer.")]
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")]
+    granularity: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Split each dense FFN into this many experts (1: every expert is a full copy).",
+        ),
+    ] = 1
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the router weights.")] = 17
+
+
+@dataclass(frozen=True)
+class RoutingOptions:
+    """The arguments and options of `tokenyard routing`."""
+
+    model: Model
+    data: Annotated[
+        Path,
+        typer.Option(help="Text file (.txt, .jsonl, .parquet, ...), or a folder of .txt files."),
+    ]
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens to route.")] = 1 << 17
+    text_key: Annotated[
+        str, typer.Option(help="Column that holds the text of .jsonl and .parquet.")
+    ] = "text"
+    tokenizer: Tokenizer = None
+    out: Annotated[Path, typer.Option(help="Output folder of routing.json and routing.png.")] = (
+        Path("routing")
+    )
+    device: Device = "auto"
+    precision: Precision = None
