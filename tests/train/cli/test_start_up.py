@@ -1,4 +1,4 @@
-"""What a command imports: nothing that it does not need, since a second of start-up is a second of every try."""
+"""Commands import only what they need, to keep the start-up short."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ HEAVY = (
 
 
 def imported(code: str, *arguments: str) -> set[str]:
-    """The modules of HEAVY, and matplotlib and transformers, that a process has imported after some code."""
+    """Return which of the watched modules a process imports when it runs some code."""
     watched = (*HEAVY, "matplotlib", "transformers")
     report = f"print('\\n' + ' '.join(name for name in {watched!r} if name in sys.modules))"
     command = [sys.executable, "-c", f"import sys\n{code}\n{report}", *arguments]
@@ -33,11 +33,11 @@ def written(settings, tmp_path):
 
 @pytest.fixture(scope="module")
 def with_torch():
-    """What torch imports itself, in this version: 2.13 has sympy and DTensor in it."""
+    """The modules that torch itself imports: torch 2.13 imports sympy and DTensor."""
     return imported("import torch")
 
 
-def test_the_commands_that_only_look(written, with_torch):
+def test_backends_and_check_import_nothing_heavy(written, with_torch):
     run = """
 import tokenyard_cli
 try:

@@ -1,4 +1,4 @@
-"""How a step was routed: figures worked out by hand, fetched from the device in one copy."""
+"""Routing statistics of a step: values by hand, fetched from the device in one copy."""
 
 import math
 
@@ -37,16 +37,16 @@ def test_all_tokens_to_one_expert():
     assert layer == pytest.approx((0.0, 3.0, 2, 0.0, 3.0, 0.0))
 
 
-def test_half_of_the_experts_take_everything():
-    """Two equal shares are one bit of the two that four experts have room for."""
+def test_half_of_the_experts_take_all_tokens():
+    """Two equal shares have one bit of entropy, and four have two."""
     (layer,) = routing_stats([balance([4, 4, 0, 0], [2.0] * 4, dropped=2)], 8, 1, "megablocks")
     assert (layer.entropy, layer.busiest, layer.idle, layer.dropped) == pytest.approx(
         (0.5, 2.0, 2, 0.25)
     )
 
 
-def test_layers_are_told_apart_though_they_cancel():
-    """Transformers' pooled loss does not see two layers whose imbalances cancel; each layer's own does."""
+def test_each_layer_has_its_own_balance_loss():
+    """Pooled over layers, as in transformers, two opposite imbalances would cancel."""
     pair = [balance([4, 0], [4.0, 0.0]), balance([0, 4], [0.0, 4.0])]
     layers = routing_stats(pair, tokens=4, top_k=1, convention="hf")
     assert [layer.balance_loss for layer in layers] == [2.0, 2.0]
@@ -57,7 +57,7 @@ def test_a_single_expert_is_always_balanced():
     assert layer.entropy == layer.busiest == 1.0
 
 
-def test_what_is_fetched_is_what_was_on_the_device_summed_over_ranks():
+def test_fetch_returns_sums_over_ranks():
     layers = [balance([1, 2, 3], [0.5, 0.25, 0.125], 7, 1), balance([4, 5], [1.0, 2.0], 8, 0)]
     calls = []
 
@@ -75,7 +75,7 @@ def test_what_is_fetched_is_what_was_on_the_device_summed_over_ranks():
 
 
 class Transfers(TorchDispatchMode):
-    """Counts the operations that wait for the device: reading a scalar, and copying to the host."""
+    """Counts host syncs: reads of a scalar and copies to the host."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ class Transfers(TorchDispatchMode):
 
 
 def test_one_copy_to_the_host_for_all_layers_together():
-    """On a GPU that is only pretended, so that a machine without one can tell the two sides apart."""
+    """On fake CUDA tensors, so that the test needs no GPU."""
     with FakeTensorMode():
         layers = [
             Balance(
@@ -111,7 +111,7 @@ def test_one_copy_to_the_host_for_all_layers_together():
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_waited_for_once(recwarn):
+def test_fetch_has_one_host_sync_on_a_gpu(recwarn):
     layers = [balance([1, 2, 3], [0.5, 0.25, 0.125], 7, 1, "cuda") for _ in range(4)]
     number = torch.zeros((), device="cuda")
     torch.cuda.set_sync_debug_mode("warn")

@@ -1,4 +1,4 @@
-"""Trackers hold what metrics.jsonl holds, also after a resume; what fails does not stop training."""
+"""Trackers receive the records of metrics.jsonl, and their failures do not stop training."""
 
 import json
 import logging
@@ -54,26 +54,24 @@ def events(folder):
 def test_a_tensorboard_event_file_is_read_back(run, tmp_path):
     pytest.importorskip("tensorboard")
     records = run({"tensorboard": {"flush_interval": 1}})
-    found = events(tmp_path / "run" / "tensorboard")
-    losses = {e.step: e.value for e in found.Scalars("train/loss")}
+    event_file = events(tmp_path / "run" / "tensorboard")
+    losses = {e.step: e.value for e in event_file.Scalars("train/loss")}
     assert losses == pytest.approx(
         {batch: r["loss"] for batch, r in of(records, "train").items()}, rel=1e-6
     )
-    scores = {e.step: e.value for e in found.Scalars("eval/bits_per_byte")}
+    scores = {e.step: e.value for e in event_file.Scalars("eval/bits_per_byte")}
     assert scores == pytest.approx(
         {batch: r["bits_per_byte"] for batch, r in of(records, "eval").items()}, rel=1e-6
     )
-    assert "train/routing/0/entropy" in found.Tags()["scalars"]
+    assert "train/routing/0/entropy" in event_file.Tags()["scalars"]
 
 
 def test_a_resumed_run_shows_each_step_once_in_tensorboard(run, tmp_path):
     pytest.importorskip("tensorboard")
     loggers = {"tensorboard": {"flush_interval": 1}}
     run(loggers, max_duration="5ba", save_interval="2ba")
-    for checkpoint in (tmp_path / "run").glob(
-        "ba5"
-    ):  # as if killed after the last step, before it was saved
-        checkpoint.rename(tmp_path / "lost")
+    # As if the run was killed after the last step, before it was saved.
+    (tmp_path / "run" / "ba5").rename(tmp_path / "lost")
     records = run(loggers, max_duration="8ba", autoresume=True)
     steps = [e.step for e in events(tmp_path / "run" / "tensorboard").Scalars("train/loss")]
     assert steps == list(of(records, "train")) == list(range(1, 9))
@@ -83,41 +81,42 @@ def test_a_run_of_mlflow_is_read_back(run, tmp_path, config):
     mlflow = pytest.importorskip("mlflow")
     records = run({"mlflow": {"experiment_name": "yard", "tags": {"team": "one"}}})
     client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
-    (found,) = client.search_runs([client.get_experiment_by_name("yard").experiment_id])
-    assert (found.info.run_name, found.info.status, found.data.tags["team"]) == (
+    (logged,) = client.search_runs([client.get_experiment_by_name("yard").experiment_id])
+    assert (logged.info.run_name, logged.info.status, logged.data.tags["team"]) == (
         "run",
         "FINISHED",
         "one",
     )
-    history = {m.step: m.value for m in client.get_metric_history(found.info.run_id, "train/loss")}
+    history = {m.step: m.value for m in client.get_metric_history(logged.info.run_id, "train/loss")}
     assert history == {batch: r["loss"] for batch, r in of(records, "train").items()}
-    assert found.data.params["optimizer.lr"] == "0.01"
-    assert found.data.metrics["eval/bits_per_byte"] == of(records, "eval")[6]["bits_per_byte"]
+    assert logged.data.params["optimizer.lr"] == "0.01"
+    assert logged.data.metrics["eval/bits_per_byte"] == of(records, "eval")[6]["bits_per_byte"]
 
 
-def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run, tmp_path):
+def test_a_resumed_run_continues_the_same_mlflow_run(run, tmp_path):
     mlflow = pytest.importorskip("mlflow")
     run({"mlflow": {}}, max_duration="5ba", save_interval="2ba")
-    for checkpoint in (tmp_path / "run").glob("ba5"):
-        checkpoint.rename(tmp_path / "lost")
+    (tmp_path / "run" / "ba5").rename(tmp_path / "lost")
     run({"mlflow": {}}, max_duration="8ba", autoresume=True)
     client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
-    (found,) = client.search_runs([client.get_experiment_by_name("tokenyard").experiment_id])
-    steps = [m.step for m in client.get_metric_history(found.info.run_id, "train/loss")]
+    (logged,) = client.search_runs([client.get_experiment_by_name("tokenyard").experiment_id])
+    steps = [m.step for m in client.get_metric_history(logged.info.run_id, "train/loss")]
     assert sorted(steps) == list(range(1, 9))
 
 
 def leveldb_records(content):
-    """Read W&B's file: seven bytes of header, and then records as LevelDB's log has them, in blocks of 32 KiB."""
-    place, parts = 7, b""
-    while place + 7 <= len(content):
-        if 32768 - place % 32768 < 7:  # a block ends without room for a record's head
-            place += 32768 - place % 32768
+    """Yield the records of a W&B file: a header of 7 bytes, then LevelDB's log of 32 KiB blocks."""
+    offset = 7
+    parts = b""
+    while offset + 7 <= len(content):
+        if 32768 - offset % 32768 < 7:  # the rest of the block is too short for a record header
+            offset += 32768 - offset % 32768
             continue
-        size, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        parts += content[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):  # whole, or the last part
+        size = int.from_bytes(content[offset + 4 : offset + 6], "little")
+        kind = content[offset + 6]
+        parts += content[offset + 7 : offset + 7 + size]
+        offset += 7 + size
+        if kind in (1, 4):  # a full record, or its last part
             yield parts
             parts = b""
 
@@ -130,12 +129,12 @@ def test_a_wandb_run_is_written_offline(run, tmp_path, monkeypatch):
     want = {batch: r["loss"] for batch, r in of(records, "train").items()}
     end = time.monotonic() + 60
     while (losses := wandb_losses(path, records_pb)) != want and time.monotonic() < end:
-        time.sleep(0.2)  # a process of wandb's own writes the file, and may be behind
+        time.sleep(0.2)  # wandb writes the file from another process
     assert losses == want
 
 
 def wandb_losses(path, records_pb):
-    """Return the losses that a file of wandb's holds by now, by batch."""
+    """Return the losses that a W&B file holds so far, by batch."""
     from google.protobuf.message import DecodeError
 
     losses = {}
@@ -143,7 +142,7 @@ def wandb_losses(path, records_pb):
         record = records_pb.Record()
         try:
             record.ParseFromString(data)
-        except DecodeError:  # the last one is not whole yet
+        except DecodeError:  # the last record is incomplete
             break
         values = {
             i.nested_key[0] if i.nested_key else i.key: i.value_json for i in record.history.item
@@ -154,12 +153,13 @@ def wandb_losses(path, records_pb):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow", "wandb"])
-def test_a_missing_library_is_named_before_anything_is_trained(run, name, monkeypatch, tmp_path):
+def test_a_missing_library_is_named_before_training(run, name, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(
-        ConfigError,
-        match=rf'loggers.{name} needs {name}, which is not installed; pip install "tokenyard-train\[{name}',
-    ):
+    sentence = (
+        rf"loggers.{name} needs {name}, which is not installed; "
+        rf'pip install "tokenyard-train\[{name}'
+    )
+    with pytest.raises(ConfigError, match=sentence):
         run({name: {}})
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -191,7 +191,8 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(caplog):
         def finish(self, failed):
             self.failed = failed
 
-    failing, kept = Failing(), Kept()
+    failing = Failing()
+    kept = Kept()
     trackers = Trackers({"failing": failing, "kept": kept})
     with caplog.at_level(logging.WARNING, "tokenyard"):
         for batch in (1, 2, 3):
