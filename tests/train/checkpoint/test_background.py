@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tokenyard_train import Callback, train
-from tokenyard_train.checkpoint import CheckpointError, read_tensors
-from tokenyard_train.checkpoint import background
+from tokenyard_train.checkpoint import CheckpointError, background, read_tensors
 from tokenyard_train.checkpoint.background import BackgroundWriter
 
 from ..engine.test_loop import records, tensors
