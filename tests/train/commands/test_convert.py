@@ -22,7 +22,7 @@ from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
-from tokenyard_train.engine.sampling import sample
+from tokenyard_train.engine.sampling import Sampling, sample
 
 SIZES = {
     "hidden_size": 32,
@@ -127,16 +127,18 @@ def test_greedy_text_is_that_of_transformers(published):
     options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     want = [reference.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
     model = from_hf(published)
-    assert sample(model, prompts, 64, 0.0, 1, set()) == want
-    assert [sample(model, [p], 64, 0.0, 1, set())[0] for p in prompts] == want
+    assert sample(model, prompts, Sampling(64, 0.0, 1)) == want
+    assert [sample(model, [p], Sampling(64, 0.0, 1))[0] for p in prompts] == want
 
 
 def test_text_ends_before_a_stop_id(published):
     model = from_hf(published)
     prompt = list(b"3 times")
-    (whole,) = sample(model, [prompt], 20, 0.0, 1, set())
+    (whole,) = sample(model, [prompt], Sampling(20, 0.0, 1))
     stop = whole[7]
-    assert sample(model, [prompt], 20, 0.0, 1, {stop, 300}) == [whole[: whole.index(stop)]]
+    assert sample(model, [prompt], Sampling(20, 0.0, 1, {stop, 300})) == [
+        whole[: whole.index(stop)]
+    ]
 
 
 def test_generate_reads_folders_with_the_given_tokenizer(tokenyard, published):

@@ -3,7 +3,7 @@
 import torch
 
 from tokenyard_models import Dbrx
-from tokenyard_train.engine.sampling import sample
+from tokenyard_train.engine.sampling import Sampling, sample
 
 
 def model() -> Dbrx:
@@ -21,26 +21,26 @@ def test_greedy_with_the_cache_equals_whole_passes():
     rows = ids.clone()
     for _ in range(12):
         rows = torch.cat((rows, net(rows).logits[:, -1].argmax(-1, keepdim=True)), 1)
-    assert sample(net, ids.tolist(), 12, temperature=0, seed=0, stops=()) == rows[:, 5:].tolist()
+    assert sample(net, ids.tolist(), Sampling(12, 0, 0)) == rows[:, 5:].tolist()
 
 
 def test_rows_stop_at_the_end_token_on_their_own():
     net, ids = model(), torch.randint(0, 60, (2, 5))
-    free = sample(net, ids.tolist(), 12, temperature=0, seed=0, stops=())
+    free = sample(net, ids.tolist(), Sampling(12, 0, 0))
     end = free[0][4]
     cut = [row[: row.index(end)] if end in row else row for row in free]
-    assert sample(net, ids.tolist(), 12, temperature=0, seed=0, stops={end}) == cut
+    assert sample(net, ids.tolist(), Sampling(12, 0, 0, {end})) == cut
 
 
 def test_frequencies_follow_the_temperature():
     net, ids = model(), torch.randint(0, 60, (1, 5))
     want = (net(ids).logits[0, -1] / 0.7).softmax(-1)
-    drawn = sample(net, ids.expand(4000, 5).tolist(), 1, temperature=0.7, seed=5, stops=())
+    drawn = sample(net, ids.expand(4000, 5).tolist(), Sampling(1, 0.7, 5))
     seen = torch.bincount(torch.tensor(drawn).flatten(), minlength=61) / 4000
     assert (seen - want).abs().max() < 0.04
 
 
 def test_training_mode_comes_back():
     net = model().train()
-    sample(net, [[0]], 1, 0, 0, ())
+    sample(net, [[0]], Sampling(1, 0, 0))
     assert net.training

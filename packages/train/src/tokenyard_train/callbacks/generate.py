@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from tokenyard_train.config.schema import GenerateCallback
 from tokenyard_train.engine.callback import Callback
-from tokenyard_train.engine.sampling import continue_texts
+from tokenyard_train.engine.sampling import Sampling, continue_texts
 from tokenyard_train.engine.state import Run
 
 
@@ -30,15 +30,9 @@ class TextGenerator(Callback):
 
     def _generate(self, run: Run) -> None:
         setup = run.setup
+        sampling = Sampling(self.config.max_new_tokens, self.config.temperature, setup.config.seed)
         for prompt in self.config.prompts:
             with setup.precision():
-                (text,) = continue_texts(
-                    setup.model,
-                    setup.data.tokenizer,
-                    [prompt],
-                    self.config.max_new_tokens,
-                    self.config.temperature,
-                    setup.config.seed,
-                )
+                (text,) = continue_texts(setup.model, setup.data.tokenizer, [prompt], sampling)
             setup.console.rule(f"batch {run.batch}: a sample")
             setup.console.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}", highlight=False)

@@ -6,7 +6,7 @@ from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig
-from tokenyard_train.engine.sampling import continue_texts
+from tokenyard_train.engine.sampling import Sampling, continue_texts
 
 
 def generate(options: GenerateOptions) -> list[str]:
@@ -19,13 +19,6 @@ def generate(options: GenerateOptions) -> list[str]:
         tokenizer = build_tokenizer(loaded.tokenizer)
     else:
         tokenizer = build_tokenizer(TokenizerConfig(name=options.tokenizer))
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.seed, loaded.stops)
     with loaded.autocast():
-        return continue_texts(
-            loaded.model,
-            tokenizer,
-            options.prompts,
-            options.max_new_tokens,
-            options.temperature,
-            options.seed,
-            loaded.stops,
-        )
+        return continue_texts(loaded.model, tokenizer, options.prompts, sampling)

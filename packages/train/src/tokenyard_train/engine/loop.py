@@ -162,7 +162,8 @@ class _Loop:
                 callback.saved(self.run, path)
 
     def _finish(self) -> RunResult:
-        run, folder = self.run, self.run.setup.folder
+        run = self.run
+        folder = run.setup.folder
         # A run counts as trained only with its result on disk.
         verify(folder / f"ba{run.batch}")
         records = run.metrics.read()

@@ -32,12 +32,12 @@ def refuse_skipped(run: Run, step: Skipped) -> None:
 
 
 def _sentence(run: Run, step: Skipped, skipped: int) -> str:
-    name, value = ("loss", step.loss)
+    number = f"loss of batch {run.batch + 1} is {step.loss}"
     if math.isfinite(step.loss):
-        name, value = ("gradient norm", step.grad_norm)
+        number = f"gradient norm of batch {run.batch + 1} is {step.grad_norm}"
     before = f", and {skipped - 1} steps before it were skipped" if skipped > 1 else ""
     return (
-        f"the {name} of batch {run.batch + 1} is {value}{before}; the step was not taken, and "
+        f"the {number}{before}; the step was not taken, and "
         f"earlier checkpoints are in {run.setup.folder}; try a lower optimizer.lr, a longer "
         "scheduler.t_warmup or gradient clipping"
     )

@@ -1,4 +1,4 @@
-"""The optimizer, and its learning rate over time."""
+"""AdamW and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tokenyard.sharded import is_sharded
+from tokenyard.sharded import group_by_mesh
 from tokenyard_train.config.schema import OptimizerConfig, SchedulerConfig
 from tokenyard_train.torch_private import keep_compiler_out_of_optimizers
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, bit for bit, whose step does not import the compiler. Parameters have one dtype."""
+    """torch's fused AdamW, bit for bit, without importing the compiler. One dtype for all parameters."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; there is no closure."""
+        """Update every parameter that has a gradient. `closure` must be None."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -42,7 +42,7 @@ class AdamW(torch.optim.AdamW):
             )
 
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return the step count and moments of a parameter, zero where no step has been taken."""
+        """Return the step count and moments of a parameter, zero before its first step."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -52,23 +52,16 @@ class AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> AdamW:
-    """Return AdamW over all trainable parameters, all of them decayed as Composer does.
+    """Return AdamW over all trainable parameters. All of them decay, as in Composer.
 
-    `decoupled_adamw` (Loshchilov and Hutter 2017, arXiv 1711.05101, as in Composer) shrinks weights by
-    lr / initial lr * weight_decay a step. torch's AdamW shrinks by lr * weight_decay, so it is given weight_decay /
-    initial lr.
+    `decoupled_adamw` (Loshchilov and Hutter 2017, arXiv 1711.05101, as in Composer) shrinks
+    weights by lr / initial lr * weight_decay a step. torch's AdamW shrinks them by
+    lr * weight_decay, so its weight_decay is divided by the initial lr.
     """
-    decay = (
-        config.weight_decay / config.lr if config.name == "decoupled_adamw" else config.weight_decay
-    )
-    groups: dict[object, list[nn.Parameter]] = {}
-    for parameter in trainable(
-        model
-    ).values():  # torch updates no list of tensors that lie on different meshes
-        groups.setdefault(parameter.device_mesh if is_sharded(parameter) else None, []).append(
-            parameter
-        )
-    parameters = [{"params": group} for group in groups.values()]
+    decay = config.weight_decay
+    if config.name == "decoupled_adamw":
+        decay /= config.lr
+    parameters = [{"params": group} for group in group_by_mesh(trainable(model).values())]
     keep_compiler_out_of_optimizers()
     return AdamW(
         parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True
@@ -76,10 +69,10 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> AdamW:
 
 
 def learning_rate(config: SchedulerConfig, peak: float, batch: int, warmup: int, end: int) -> float:
-    """Return the learning rate of optimizer step `batch` (from 0), with Composer's formulas.
+    """Return the learning rate of optimizer step `batch` (from 0), by Composer's formulas.
 
-    It rises linearly from 0 over `warmup` steps, and then goes from the peak to alpha_f times the peak at step `end`:
-    along a half cosine (arXiv 1608.03983), linearly, or not at all.
+    It rises linearly from 0 to `peak` over `warmup` steps. Then it changes to alpha_f * peak at
+    step `end`: along a half cosine (arXiv 1608.03983), linearly, or not at all.
     """
     if batch < warmup:
         return peak * batch / warmup
@@ -96,5 +89,5 @@ def learning_rate(config: SchedulerConfig, peak: float, batch: int, warmup: int,
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that the optimizer changes, by name."""
+    """Return the parameters that the optimizer updates, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""The time of each phase of a training step."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 Phases = Callable[[str], AbstractContextManager[Any]]
-"""Wraps each part of a step (data, forward, backward, optimizer) in a context of its own."""
+"""A context for each phase of a step: data, forward, backward, optimizer."""
 
 
 def untimed(phase: str) -> AbstractContextManager[None]:
-    """Do nothing around a phase."""
+    """Context: do nothing around a phase."""
     return nullcontext()
 
 
 class Stopwatch:
-    """Adds up what each phase takes, by somebody's stamps of time; waits for nothing before it is asked."""
+    """Accumulates time per phase from the caller's timestamps. Synchronises only in `totals`."""
 
     def __init__(self, stamp: Callable[[], Any]):
         self.stamp = stamp
@@ -24,13 +24,13 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a phase."""
+        """Context: time a phase."""
         began = self.stamp()
         yield
         self.spans.append((phase, began, self.stamp()))
 
     def totals(self, between: Callable[[Any, Any], float]) -> dict[str, float]:
-        """Return the sum of each phase, by what the time between two stamps is."""
+        """Return the time of each phase. `between` returns the time between two timestamps."""
         totals: dict[str, float] = {}
         for phase, began, ended in self.spans:
             totals[phase] = totals.get(phase, 0.0) + between(began, ended)

@@ -1,8 +1,9 @@
-"""Continuing text with a model, one token at a time through its cache."""
+"""Generate text with a model, one token at a time through its cache."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,80 +13,82 @@ from tokenyard_train.data import Tokenizer
 from tokenyard_train.distributed import broadcast_from_rank0
 
 
-def continue_texts(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    stops: Collection[int] = (),
-) -> list[str]:
-    """Return up to max_new_tokens tokens that follow each prompt, until the document ends or the model is full.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
 
-    Tokens are drawn from softmax(logits / temperature) by a generator of their own; at temperature 0 the likeliest is
-    taken. `stops` are ids that end a document besides the tokenizer's. An empty prompt starts a new document. Raises
+    max_new_tokens: int  # of each continuation
+    temperature: float  # of the softmax; 0 takes the likeliest token
+    seed: int
+    stops: Collection[int] = ()  # ids that end a continuation
+
+
+def continue_texts(
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling
+) -> list[str]:
+    """Return the text that follows each prompt, until the document ends or the model is full.
+
+    The tokenizer's end of a document is a stop. An empty prompt starts a new document. Raises
     ConfigError for a prompt that leaves no room.
     """
-    given = [
+    prompt_ids = [
         [int(i) for i in tokenizer.encode(prompt.encode())] or [tokenizer.end] for prompt in prompts
     ]
-    longest = max(len(ids) for ids in given)
+    longest = max(len(ids) for ids in prompt_ids)
     room = model.max_seq_len - longest
     if room < 1:
         raise ConfigError(
             f"the prompt has {longest} tokens and the model's max_seq_len is {model.max_seq_len}"
         )
-    rows = sample(
-        model, given, min(room, max_new_tokens), temperature, seed, {tokenizer.end, *stops}
+    limited = replace(
+        sampling,
+        max_new_tokens=min(room, sampling.max_new_tokens),
+        stops={tokenizer.end, *sampling.stops},
     )
-    return [tokenizer.decode(row) for row in rows]
+    return [tokenizer.decode(row) for row in sample(model, prompt_ids, limited)]
 
 
 @torch.no_grad()
-def sample(
-    model: Model,
-    prompts: Sequence[Sequence[int]],
-    tokens: int,
-    temperature: float,
-    seed: int,
-    stops: Collection[int],
-) -> list[list[int]]:
-    """Return for each prompt the ids that follow, at most `tokens`, without the one of `stops` that ends them.
+def sample(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    """Return the ids that follow each prompt, without the stop that ends them.
 
-    Prompts may differ in length: all advance together from the end of the shortest, and the longer ones are given their
-    own next id until they have had all, so that nothing is padded.
+    Prompts may differ in length. All advance together from the end of the shortest: a longer one
+    takes its own next id until it is used up, so nothing is padded.
     """
-    was_training, device = model.training, next(model.parameters()).device
+    was_training = model.training
+    device = next(model.parameters()).device
     model.eval()
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    cache = model.new_cache(len(prompts), longest + tokens)
+    generator = torch.Generator(device="cpu").manual_seed(sampling.seed)
+    shortest = min(len(prompt) for prompt in prompts)
+    length = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
+    cache = model.new_cache(len(prompts), length)
     ids = torch.tensor([list(prompt[:shortest]) for prompt in prompts], device=device)
     rows: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(rows)
-    for place in range(shortest, longest + tokens):
-        chosen = broadcast_from_rank0(
-            _next(model(ids, cache).logits[:, -1], temperature, generator).to(device)
-        )
-        # logits of ranks may differ in the last bit, and ids may not
-        following = chosen[:, 0].tolist()
+    for position in range(shortest, length):
+        drawn = _draw(model(ids, cache).logits[:, -1], sampling.temperature, generator)
+        # The last bit of the logits may differ between ranks, and ids must not.
+        next_ids = broadcast_from_rank0(drawn.to(device))[:, 0].tolist()
         for i, prompt in enumerate(prompts):
-            if place < len(prompt):
-                following[i] = prompt[place]
+            if position < len(prompt):
+                next_ids[i] = prompt[position]
                 continue
-            running[i] = running[i] and following[i] not in stops
-            rows[i] += [following[i]] if running[i] else []
-            running[i] = running[i] and len(rows[i]) < tokens
+            running[i] = running[i] and next_ids[i] not in sampling.stops
+            if running[i]:
+                rows[i].append(next_ids[i])
+            running[i] = running[i] and len(rows[i]) < sampling.max_new_tokens
         if not any(running):
             break
-        ids = torch.tensor(following, device=device).unsqueeze(1)
+        ids = torch.tensor(next_ids, device=device).unsqueeze(1)
     model.train(was_training)
     return rows
 
 
-def _next(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Return the next ids [B, 1]; drawn on the CPU, so that a seed means the same on every device."""
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Draw the next ids [B, 1] from logits [B, V].
+
+    They are drawn on the CPU, so that a seed gives the same numbers on every device.
+    """
     logits = logits.float().cpu()
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)

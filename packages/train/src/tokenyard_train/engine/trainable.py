@@ -1,4 +1,4 @@
-"""Parameters that are not trained, and adapters that are instead."""
+"""Freeze parameters, and add adapters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tokenyard_train.config.schema import LoraConfig
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Let no parameter be trained whose name matches one of the patterns, such as ``blocks.*.ffn.experts.*``.
+    """Freeze the parameters whose names match a pattern, such as ``blocks.*.ffn.experts.*``.
 
-    Raises ConfigError for a pattern that matches none, or if nothing is left to train.
+    Raises ConfigError for a pattern without a match, or if no parameter is left to train.
     """
     for parameter in _matching(model, patterns, "frozen"):
         parameter.requires_grad_(False)
@@ -25,7 +25,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def adapt(model: nn.Module, lora: LoraConfig) -> None:
-    """Give a model's experts adapters, and let those alone be trained, with what `train_also` names.
+    """Add LoRA adapters to a model's experts; train only these and what `train_also` names.
 
     Raises ConfigError for a model without experts, or a pattern that matches nothing.
     """
@@ -38,11 +38,11 @@ def adapt(model: nn.Module, lora: LoraConfig) -> None:
 def _matching(model: nn.Module, patterns: Sequence[str], key: str) -> Iterator[nn.Parameter]:
     parameters = dict(model.named_parameters())
     for pattern in patterns:
-        found = [name for name in parameters if fnmatchcase(name, pattern)]
-        if not found:
+        names = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not names:
             hint = did_you_mean(pattern, parameters)
             known = f"{', '.join(list(parameters)[:4])}, ..."
             raise ConfigError(
                 f"{key}: {pattern!r} matches no parameter{hint}; their names are {known}"
             )
-        yield from (parameters[name] for name in found)
+        yield from (parameters[name] for name in names)
