@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from tokenyard_cli import dataclass_options
-from tokenyard_train.commands.pack_options import PackOptions
+from tokenyard_train.commands.options import PackOptions
 
 app = typer.Typer(
     name="data", no_args_is_help=True, help="Pack text into token files, and check them."

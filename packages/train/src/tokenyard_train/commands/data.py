@@ -13,7 +13,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeed
 
 from tokenyard import ConfigError
 from tokenyard_models.schema import parse
-from tokenyard_train.commands.pack_options import PackOptions
+from tokenyard_train.commands.options import PackOptions
 from tokenyard_train.data.packing import UNFINISHED_MANIFEST, PackProgress, pack
 from tokenyard_train.data.schema import Source, TokenizerConfig
 from tokenyard_train.data.sources import describe_source, read_documents

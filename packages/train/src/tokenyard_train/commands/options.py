@@ -1,4 +1,4 @@
-"""The options of the commands for models, shared by the command line and the functions.
+"""The options of the commands, shared by the command line and the functions.
 
 This module must not import torch, so that ``--help`` is fast.
 """
@@ -109,3 +109,36 @@ class RoutingOptions:
     )
     device: Device = "auto"
     precision: Precision = None
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """The arguments and options of `tokenyard data pack`."""
+
+    out: Annotated[Path, typer.Argument(help="Output folder. An interrupted pack is resumed.")]
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files and folders of text, .jsonl (.gz, .zst) or .parquet. "
+            "With --hf or --mds: one name or folder."
+        ),
+    ]
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes, a tokenizer.json or its folder, or tiktoken:<encoding>.")
+    ] = "bytes"
+    eos_token: Annotated[
+        str | None,
+        typer.Option(help="End-of-document token of a tokenizer.json, such as '</s>'."),
+    ] = None
+    hf: Annotated[bool, typer.Option("--hf", help="SOURCE is a Hugging Face dataset.")] = False
+    mds: Annotated[bool, typer.Option("--mds", help="SOURCE is a folder of MDS shards.")] = False
+    split: Annotated[
+        str | None, typer.Option(help="Split of --hf (default: train), or subfolder of --mds.")
+    ] = None
+    text_key: Annotated[str, typer.Option(help="Column that holds the text.")] = "text"
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes. Default: all cores.")
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the packed folder at OUT first.")
+    ] = False
