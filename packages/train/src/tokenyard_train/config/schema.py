@@ -21,7 +21,7 @@ from tokenyard_train.data.schema import DataSettings, LoaderConfig, TokenizerCon
 CALLBACKS = "tokenyard.callbacks"
 """The entry-point group through which installed distributions provide callbacks."""
 
-BackendChoice = str | dict[str, Any]
+BackendSetting = str | dict[str, Any]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -138,16 +138,16 @@ class LoraConfig(Strict):
 class Backends(Strict):
     """The backend of each part: a name, "auto", or a mapping with `name` and its options."""
 
-    router: BackendChoice = "auto"  # chooses experts for each token
-    permutation: BackendChoice = "auto"  # sorts slots by expert
-    experts: BackendChoice = "auto"  # computes the experts
-    exchange: BackendChoice = "auto"  # moves tokens between expert-parallel ranks
+    router: BackendSetting = "auto"  # chooses experts for each token
+    permutation: BackendSetting = "auto"  # sorts slots by expert
+    experts: BackendSetting = "auto"  # computes the experts
+    exchange: BackendSetting = "auto"  # moves tokens between expert-parallel ranks
 
 
 class Parallel(Strict):
     """Parallelism over devices."""
 
-    strategy: BackendChoice = "single"  # single, ddp, fsdp, or a mapping with options
+    strategy: BackendSetting = "single"  # single, ddp, fsdp, or a mapping with options
     expert_parallel: Count | None = (
         # expert-parallel ranks; the same as model.ffn_config.moe_world_size
         None
