@@ -1,9 +1,12 @@
-"""Parameters and operations, counted here from the published shapes."""
+"""Parameters and operations, counted from the published shapes."""
 
 import torch
 
 from tokenyard import count_parameters
 from tokenyard_models import Dbrx, Mixtral, Mpt
+
+DBRX = (6144, 10752, 100352, 40, 16, 4)
+MIXTRAL = (4096, 14336, 32000, 32, 8, 2)
 
 
 def meta(cls, config):
@@ -12,7 +15,7 @@ def meta(cls, config):
 
 
 def test_dbrx_is_131_6_and_36_5_billion():
-    d, f, vocab, layers, e, k = 6144, 10752, 100352, 40, 16, 4
+    d, f, vocab, layers, e, k = DBRX
     attention = d * (d + 2 * 8 * 128) + d * d
     expert = 3 * d * f
     rest = layers * (attention + 2 * d + e * d) + 2 * vocab * d + d
@@ -23,7 +26,7 @@ def test_dbrx_is_131_6_and_36_5_billion():
 
 
 def test_mixtral_is_46_7_and_12_9_billion():
-    d, f, vocab, layers, e, k = 4096, 14336, 32000, 32, 8, 2
+    d, f, vocab, layers, e, k = MIXTRAL
     attention = d * (d + 2 * 8 * 128) + d * d
     rest = layers * (attention + 2 * d + e * d) + 2 * vocab * d + d
     size = count_parameters(meta(Mixtral, {}))
@@ -32,7 +35,8 @@ def test_mixtral_is_46_7_and_12_9_billion():
 
 
 def test_flops_count_active_matrices_and_causal_attention():
-    d, f, vocab, layers, e, k, s = 6144, 10752, 100352, 40, 16, 4, 4096
+    d, f, vocab, layers, e, k = DBRX
+    s = 4096
     attention = d * (d + 2 * 8 * 128) + d * d
     matrices = layers * (attention + e * d + k * 3 * d * f) + vocab * d
     scores = layers * sum(2 * 2 * d * (position + 1) for position in range(s)) / s
@@ -40,7 +44,7 @@ def test_flops_count_active_matrices_and_causal_attention():
     assert model.flops_per_token(s) == 2 * matrices + scores
 
 
-def test_a_tied_head_is_one_parameter_and_one_product():
+def test_a_tied_head_is_one_parameter_and_one_matmul():
     config = {
         "size": "tiny",
         "no_bias": True,
@@ -52,7 +56,7 @@ def test_a_tied_head_is_one_parameter_and_one_product():
     assert untied.flops_per_token(64) == tied.flops_per_token(64)
 
 
-def test_biases_and_looked_up_positions_are_no_products():
+def test_biases_and_learned_positions_are_not_matmuls():
     config = {
         "size": "tiny",
         "ffn_config": {"ffn_type": "mb_dmoe", "moe_num_experts": 4, "moe_top_k": 1},

@@ -1,4 +1,4 @@
-"""What the keys of a `model:` section mean, and how a wrong one is answered."""
+"""What the keys of a `model:` section mean, and the errors for wrong ones."""
 
 import logging
 
@@ -79,7 +79,8 @@ def test_routing_keys_reach_the_rule():
 
 
 def test_dbrx_and_mixtral_full_and_tiny():
-    full, tiny = dbrx({}), dbrx({"size": "tiny", "n_layers": 3})
+    full = dbrx({})
+    tiny = dbrx({"size": "tiny", "n_layers": 3})
     assert (full.dim, full.clip_qkv, full.rope_theta, full.moe.rule.normalize) == (
         6144,
         8.0,
@@ -87,9 +88,8 @@ def test_dbrx_and_mixtral_full_and_tiny():
         1,
     )
     assert (tiny.layers, tiny.dim, tiny.moe.num_experts, tiny.moe.top_k) == (3, 128, 16, 4)
-    assert (
-        dbrx({"size": "tiny", "ffn_config": {"moe_top_k": 2}}).moe.ffn_dim == 128
-    )  # the section keeps the rest
+    # A section keeps the keys that are not overridden.
+    assert dbrx({"size": "tiny", "ffn_config": {"moe_top_k": 2}}).moe.ffn_dim == 128
     assert (mixtral({}).dim, mixtral({"size": "tiny"}).dim) == (4096, 128)
     assert mixtral({"max_seq_len": 77}).max_seq_len == 77
 
@@ -185,7 +185,7 @@ def test_capacity_0_drops_nothing_as_in_megablocks():
 
 
 @pytest.mark.parametrize(
-    ("asked", "sentence"),
+    ("options", "sentence"),
     [
         (
             {"backends": {"experts": "loop", "router": "auto"}},
@@ -197,9 +197,9 @@ def test_capacity_0_drops_nothing_as_in_megablocks():
         ),
     ],
 )
-def test_a_dense_model_has_nothing_for_what_is_asked_of_experts(asked, sentence):
+def test_a_dense_model_refuses_options_of_experts(options, sentence):
     with torch.device("meta"), pytest.raises(ConfigError, match=sentence):
-        Llama({"size": "tiny"}, **asked)
+        Llama({"size": "tiny"}, **options)
 
 
 def test_some_layers_may_be_dense():
@@ -209,20 +209,21 @@ def test_some_layers_may_be_dense():
     assert not hasattr(model.blocks[0].ffn, "router")
 
 
-def test_forced_balance_gives_every_expert_its_turn():
+def test_forced_balance_gives_every_expert_equal_slots():
     model = Mpt({"size": "tiny", "ffn_config": EXPERTS | {"uniform_expert_assignment": True}})
     for balance in model(torch.randint(0, 257, (2, 8))).balances:
         assert balance.counts.tolist() == [4] * 16
 
 
-def test_keys_that_mean_nothing_here_are_named_in_one_warning(caplog):
+def test_ignored_keys_are_named_in_one_warning(caplog):
     ffn = EXPERTS | {"mlp_impl": "grouped", "memory_optimized_mlp": True}
     with caplog.at_level(logging.WARNING, "tokenyard"):
         mpt({"init_device": "mixed", "ffn_config": ffn, "attn_config": {"attn_impl": "flash"}})
     (message,) = caplog.messages
     assert message == (
-        "these keys mean nothing here and are ignored: model.init_device, model.ffn_config.mlp_impl, "
-        "model.ffn_config.memory_optimized_mlp, model.attn_config.attn_impl"
+        "these keys mean nothing here and are ignored: model.init_device, "
+        "model.ffn_config.mlp_impl, model.ffn_config.memory_optimized_mlp, "
+        "model.attn_config.attn_impl"
     )
 
 
@@ -293,7 +294,8 @@ def test_keys_that_mean_nothing_here_are_named_in_one_warning(caplog):
                 "ffn_config": EXPERTS
                 | {"mlp_type": "glu", "ffn_act_fn": {"name": "gelu", "approximate": "tanh"}}
             },
-            "ffn_act_fn is 'gelu' with approximate 'tanh', which has no gated form; these have: silu, gelu, relu",
+            "ffn_act_fn is 'gelu' with approximate 'tanh', which has no gated form; "
+            "these have: silu, gelu, relu",
         ),
         (
             mpt,
@@ -303,7 +305,8 @@ def test_keys_that_mean_nothing_here_are_named_in_one_warning(caplog):
         (
             mpt,
             {"ffn_config": EXPERTS | {"shared_expert_hidden_size": 64}},
-            "shared_expert_hidden_size is given, but shared_expert is false; set shared_expert: true",
+            "shared_expert_hidden_size is given, but shared_expert is false; "
+            "set shared_expert: true",
         ),
         (
             mpt,
@@ -318,7 +321,8 @@ def test_keys_that_mean_nothing_here_are_named_in_one_warning(caplog):
         (
             dbrx,
             {"attn_config": {"kv_n_heads": 7}},
-            "model.attn_config.kv_n_heads is 7, which does not divide n_heads 48; these do: 1, 2, 3",
+            "model.attn_config.kv_n_heads is 7, which does not divide n_heads 48; "
+            "these do: 1, 2, 3",
         ),
         (
             dbrx,
@@ -365,7 +369,7 @@ def test_the_degree_of_expert_parallelism_is_known_before_the_model_is_built():
     assert Mpt.resolve({"ffn_config": ffn}).expert_parallel == 4
     assert Mpt.resolve({"ffn_config": EXPERTS | {"moe_world_size": None}}).expert_parallel is None
     assert Mpt({"size": "tiny", "ffn_config": EXPERTS}, expert_parallel=1).expert_parallel == 1
-    assert Dbrx({"size": "tiny"}).expert_parallel == 1  # nobody asked
+    assert Dbrx({"size": "tiny"}).expert_parallel == 1
 
 
 def test_contradicting_degrees_of_expert_parallelism():

@@ -1,4 +1,4 @@
-"""DBRX and Mixtral against float64 readings of their published equations, written here from the equations alone."""
+"""DBRX and Mixtral against float64 implementations of their published equations."""
 
 import math
 
@@ -8,17 +8,19 @@ import torch
 from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx, Mixtral, Transformer
 
-B, S = 2, 13
+B = 2
+S = 13
 
 
 def rotated(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotate the pairs (i, i + d/2) of x [B, S, H, d] at position p by the angle p / theta^(2i/d)."""
+    """Rotate the pairs (i, i + d/2) of x [B, S, H, d] at position p by p / theta^(2i/d)."""
     d = x.shape[-1]
     out = torch.empty_like(x)
     for p in range(x.shape[1]):
         for i in range(d // 2):
             angle = p / theta ** (2 * i / d)
-            a, b = x[:, p, :, i], x[:, p, :, i + d // 2]
+            a = x[:, p, :, i]
+            b = x[:, p, :, i + d // 2]
             out[:, p, :, i] = a * math.cos(angle) - b * math.sin(angle)
             out[:, p, :, i + d // 2] = a * math.sin(angle) + b * math.cos(angle)
     return out
@@ -32,7 +34,8 @@ def attention(
     if clip is not None:
         qkv = qkv.clamp(-clip, clip)
     q, k, v = (t.unflatten(-1, (-1, d)) for t in qkv.split((heads * d, kv * d, kv * d), -1))
-    q, k = rotated(q, theta), rotated(k, theta)
+    q = rotated(q, theta)
+    k = rotated(k, theta)
     k, v = (t.repeat_interleave(heads // kv, dim=2) for t in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(d)
     later = torch.ones(S, S).triu(1).bool()
@@ -58,14 +61,15 @@ def rms_norm(x, weight):
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
 
-def reading(model: Transformer, ids: torch.Tensor, norm, clip: float | None) -> torch.Tensor:
-    w, c = dict(model.named_parameters()), model.config
+def reference(model: Transformer, ids: torch.Tensor, norm, clip: float | None) -> torch.Tensor:
+    w = dict(model.named_parameters())
+    c = model.config
     x = w["embed.weight"][ids]
     for i in range(c.layers):
-        at = f"blocks.{i}"
-        normed = norm(x, w[f"{at}.norm_1.weight"])
-        x = x + attention(normed, w, f"{at}.attention", c.heads, c.kv_heads, c.rope_theta, clip)
-        x = x + experts(norm(x, w[f"{at}.norm_2.weight"]), w, f"{at}.ffn", c.moe.top_k)
+        block = f"blocks.{i}"
+        normed = norm(x, w[f"{block}.norm_1.weight"])
+        x = x + attention(normed, w, f"{block}.attention", c.heads, c.kv_heads, c.rope_theta, clip)
+        x = x + experts(norm(x, w[f"{block}.norm_2.weight"]), w, f"{block}.ffn", c.moe.top_k)
     return norm(x, w["norm.weight"]) @ w["head.weight"].T
 
 
@@ -91,7 +95,8 @@ def test_logits_and_all_gradients(cls, config, norm, clip):
     for parameter in model.parameters():  # norms off one, everything large enough to matter
         parameter.data += 0.1 * torch.randn_like(parameter)
     ids = torch.randint(0, 40, (B, S))
-    got, want = model(ids).logits, reading(model, ids, norm, clip)
+    got = model(ids).logits
+    want = reference(model, ids, norm, clip)
     assert relative_error(got, want) < 1e-12
     dy = torch.randn_like(want)
     parameters = list(model.parameters())
@@ -101,8 +106,8 @@ def test_logits_and_all_gradients(cls, config, norm, clip):
         assert relative_error(a, b) < 1e-12
 
 
-def test_clipping_bites():
-    """Without it the reading differs: the test above would notice a missing clamp."""
+def test_clipping_changes_the_logits():
+    """So the test above would fail without the clamp."""
     model = Dbrx(
         {"size": "tiny", "vocab_size": 40} | DBRX[1],
         dtype=torch.float64,
@@ -110,4 +115,4 @@ def test_clipping_bites():
     )
     model.init_weights(1)
     ids = torch.randint(0, 40, (B, S))
-    assert relative_error(model(ids).logits, reading(model, ids, layer_norm, None)) > 1e-3
+    assert relative_error(model(ids).logits, reference(model, ids, layer_norm, None)) > 1e-3

@@ -1,4 +1,4 @@
-"""Initial weights: the same in every layout, and of the size that trains."""
+"""Initial weights: the same for any sharding, with the right scales."""
 
 import math
 
@@ -17,7 +17,7 @@ from tokenyard_models import Dbrx, Mpt
 
 @pytest.fixture
 def rank_3_of_4():
-    """Be one process of a mesh of 2 (shards) by 2 (expert parallel) without the others."""
+    """Act as rank 3 of a mesh of 2 (shards) by 2 (expert parallel), in one process."""
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
     yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("shards", "experts"))
     dist.destroy_process_group()
@@ -32,33 +32,31 @@ def sharded(
 
 
 def test_a_rank_fills_its_shards_of_a_model(rank_3_of_4):
-    """Sharded as FSDP2 does it: experts first by expert parallelism, then by expert or by row; all else by row."""
-    whole, model = Dbrx({"size": "tiny"}), Dbrx({"size": "tiny"})
-    up, down = (
-        (model.blocks[0].ffn.experts.up, [4, 256, 128]),
-        (model.blocks[1].ffn.experts.down, [8, 64, 128]),
-    )
-    by_expert, by_row = [_StridedShard(0, split_factor=2), Shard(0)], [Shard(1), Shard(0)]
-    model.blocks[0].ffn.experts.up = sharded(up[0], rank_3_of_4, by_expert, up[1])
-    model.blocks[1].ffn.experts.down = sharded(down[0], rank_3_of_4, by_row, down[1])
+    """Shard as FSDP2 does: experts by expert parallelism and then by expert or row, others by row.
+
+    The vocabulary has 257 rows: 129 on one rank and 128 on the other.
+    """
+    whole = Dbrx({"size": "tiny"})
+    model = Dbrx({"size": "tiny"})
+    first = model.blocks[0].ffn.experts
+    second = model.blocks[1].ffn.experts
+    by_expert = [_StridedShard(0, split_factor=2), Shard(0)]
+    by_row = [Shard(1), Shard(0)]
+    first.up = sharded(first.up, rank_3_of_4, by_expert, [4, 256, 128])
+    second.down = sharded(second.down, rank_3_of_4, by_row, [8, 64, 128])
     model.head.weight = sharded(model.head.weight, rank_3_of_4["shards"], [Shard(0)], [128, 128])
     model.norm.weight = sharded(model.norm.weight, rank_3_of_4["shards"], [Shard(0)], [64])
     whole.init_weights(5)
     model.init_weights(5)
-    assert torch.equal(
-        model.blocks[0].ffn.experts.up.to_local(), whole.blocks[0].ffn.experts.up[12:16]
-    )
-    assert torch.equal(
-        model.blocks[1].ffn.experts.down.to_local(), whole.blocks[1].ffn.experts.down[8:16, 64:]
-    )
-    assert torch.equal(
-        model.head.weight.to_local(), whole.head.weight[129:]
-    )  # 257 rows: 129 and 128
+    assert torch.equal(first.up.to_local(), whole.blocks[0].ffn.experts.up[12:16])
+    assert torch.equal(second.down.to_local(), whole.blocks[1].ffn.experts.down[8:16, 64:])
+    assert torch.equal(model.head.weight.to_local(), whole.head.weight[129:])
     assert torch.equal(model.norm.weight.to_local(), torch.ones(64))
 
 
 def test_wrapping_blocks_changes_nothing():
-    plain, wrapped = Dbrx({"size": "tiny"}), Dbrx({"size": "tiny"})
+    plain = Dbrx({"size": "tiny"})
+    wrapped = Dbrx({"size": "tiny"})
     wrapped.blocks[0] = checkpoint_wrapper(wrapped.blocks[0])
     wrapped.blocks[1] = torch.compile(wrapped.blocks[1], backend="eager")
     plain.init_weights(2)
@@ -76,8 +74,8 @@ def test_scales():
         "embed.weight": 0.02,
         "head.weight": 128**-0.5,
         "blocks.1.attention.qkv.weight": 128**-0.5,
-        "blocks.1.attention.out.weight": 128**-0.5
-        / 2,  # 2 layers write 4 times into the residual stream
+        # 2 layers write 4 times into the residual stream.
+        "blocks.1.attention.out.weight": 128**-0.5 / 2,
         "blocks.0.ffn.experts.up": 128**-0.5,
         "blocks.0.ffn.experts.down": 128**-0.5 / 2,
         "blocks.0.ffn.router.weight": 128**-0.5,

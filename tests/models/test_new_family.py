@@ -87,4 +87,4 @@ def test_the_table_has_a_row_of_it(registry):
 
 def test_the_readme_has_the_table():
     """If this test fails, replace the README's table by what `readme_table` returns."""
-    assert readme_table() in README.read_text(encoding="utf-8")
+    assert readme_table() in README.read_text(encoding="utf-8"), "\n" + readme_table()

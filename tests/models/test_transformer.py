@@ -1,4 +1,4 @@
-"""The transformer under what a training loop does to it."""
+"""The transformer under compilation, recomputation, autocast and caches."""
 
 import copy
 
@@ -29,12 +29,15 @@ def ids(batch: int = 2, length: int = 11) -> torch.Tensor:
 
 def test_compiles_whole():
     torch.compiler.reset()
-    model, given = tiny(dtype=torch.float64, compute_dtype=torch.float64), ids()
+    model = tiny(dtype=torch.float64, compute_dtype=torch.float64)
+    batch = ids()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    want, got = model(given), compiled(given)
+    want = model(batch)
+    got = compiled(batch)
     assert relative_error(got.logits, want.logits) < 1e-12
     assert all(torch.equal(a.counts, b.counts) for a, b in zip(got.balances, want.balances))
-    dy, parameters = torch.randn_like(got.logits), list(model.parameters())
+    dy = torch.randn_like(got.logits)
+    parameters = list(model.parameters())
     gradients = [torch.autograd.grad(output.logits, parameters, dy) for output in (got, want)]
     assert all(relative_error(a, b) < 1e-12 for a, b in zip(*gradients))
 
@@ -44,9 +47,10 @@ def test_recomputing_blocks_changes_nothing():
     recomputed = copy.deepcopy(plain)
     for block in recomputed.blocks:
         block.forward = lambda *args, f=block.forward: checkpoint(f, *args, use_reentrant=False)
-    given, results = ids(), []
+    batch = ids()
+    results = []
     for model in (plain, recomputed):
-        output = model(given)
+        output = model(batch)
         (output.logits.square().mean() + output.balances[0].prob_sum.square().sum()).backward()
         results.append((output.balances, [p.grad for p in model.parameters()]))
     for a, b in zip(results[0][0], results[1][0]):
@@ -55,20 +59,21 @@ def test_recomputing_blocks_changes_nothing():
 
 
 def test_autocast_is_near_float64():
-    """With K = E, so that rounding cannot choose other experts."""
+    """K = E, so that rounding cannot choose other experts."""
     config = {
         "size": "tiny",
         "d_model": 32,
         "vocab_size": 50,
         "ffn_config": {"moe_num_experts": 4, "moe_top_k": 4},
     }
-    model, given = Dbrx(config, compute_dtype=torch.bfloat16), ids()
+    model = Dbrx(config, compute_dtype=torch.bfloat16)
+    batch = ids()
     model.init_weights(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = model(given)
+        low = model(batch)
     wide = Dbrx(config, compute_dtype=torch.float64, dtype=torch.float64)
     wide.load_state_dict(model.state_dict())
-    exact = wide(given)
+    exact = wide(batch)
     assert relative_error(low.logits, exact.logits) < 4 * torch.finfo(torch.bfloat16).eps
     low.logits.float().mean().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
@@ -77,7 +82,8 @@ def test_autocast_is_near_float64():
 def test_backends_are_passed_to_every_layer():
     model = tiny(backends={"experts": "loop"})
     assert {moe.chosen["experts"].backend.name for moe in moe_layers(model)} == {"loop"}
-    assert relative_error(model(given := ids()).logits, tiny()(given).logits) < 1e-5
+    batch = ids()
+    assert relative_error(model(batch).logits, tiny()(batch).logits) < 1e-5
 
 
 def test_too_many_tokens():
@@ -87,7 +93,7 @@ def test_too_many_tokens():
         tiny()(ids(1, 257))
 
 
-def test_a_full_cache_says_so():
+def test_a_full_cache_is_an_error():
     model = tiny()
     cache = model.new_cache(1, 4)
     model(ids(1, 3), cache)
@@ -104,7 +110,7 @@ def test_a_cache_is_for_its_number_of_sequences():
 
 
 def test_parameters_are_made_in_the_dtype_and_the_selection_bias_in_float32():
-    """A bias in bfloat16 would soon stop moving: its steps are below the rounding."""
+    """A bfloat16 bias would stop moving: its steps are smaller than the rounding."""
     model = tiny(dtype=torch.bfloat16, compute_dtype=torch.bfloat16, bias_update_rate=0.001)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {moe.router.selection_bias.dtype for moe in moe_layers(model)} == {torch.float32}
@@ -114,6 +120,7 @@ def test_parameters_are_made_in_the_dtype_and_the_selection_bias_in_float32():
 def test_learned_positions_continue_with_the_cache():
     model = Mpt({"size": "tiny", "d_model": 32, "vocab_size": 50}, dtype=torch.float64)
     model.init_weights(0)
-    given, cache = ids(3, 9), model.new_cache(3, 9)
-    parts = [model(given[:, i : i + 1], cache).logits for i in range(9)]
-    assert relative_error(torch.cat(parts, 1), model(given).logits) < 1e-12
+    batch = ids(3, 9)
+    cache = model.new_cache(3, 9)
+    parts = [model(batch[:, i : i + 1], cache).logits for i in range(9)]
+    assert relative_error(torch.cat(parts, 1), model(batch).logits) < 1e-12

@@ -1,4 +1,4 @@
-"""Small models made and saved by transformers."""
+"""Small models that transformers makes and saves."""
 
 import os
 from copy import deepcopy
@@ -69,7 +69,7 @@ def olmoe(**changes):
 
 
 def dbrx(kv_n_heads=2, clip_qkv=0.02, theta=5000.0, **changes):
-    """The base of the rotations is told twice: transformers reads the second and needs the first."""
+    """Set the base of the rotary positions twice: transformers reads one and needs the other."""
     attention = {"kv_n_heads": kv_n_heads, "clip_qkv": clip_qkv, "rope_theta": theta}
     experts = {
         "ffn_hidden_size": 24,
@@ -153,7 +153,10 @@ MODELS = DENSE | {
 
 
 def _runs(config):
-    """transformers 5.14 takes DBRX's width and that of its experts for one, and multiplies by w1 untransposed."""
+    """Return whether transformers can run a DBRX of odd sizes.
+
+    Version 5.14 confuses DBRX's width with that of its experts and does not transpose w1.
+    """
     try:
         made(config)(torch.ones(1, 2, dtype=torch.long))
     except RuntimeError:
@@ -162,24 +165,26 @@ def _runs(config):
 
 
 def made(config):
-    """Return a model with weights large enough that nothing is near to a tie."""
+    """Return a model with weights so large that no two router scores are close."""
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(deepcopy(config), **eager(config))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(
-                torch.randn_like(parameter) * 0.3 + (1 if parameter.dim() == 1 else 0)
-            )  # norms
+            mean = 1 if parameter.dim() == 1 else 0  # 1 for norms
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + mean)
     return model
 
 
 def eager(config):
-    """torch's grouped products refuse odd widths; DBRX has no such choice, and dense models no experts."""
+    """Choose eager experts: torch's grouped matmul refuses odd widths.
+
+    DBRX has no `experts_implementation`, and dense models have no experts.
+    """
     return {} if config.model_type in ("dbrx", *DENSE) else {"experts_implementation": "eager"}
 
 
 def loaded(folder, config):
-    """Load a folder by transformers alone."""
+    """Load a folder with transformers alone."""
     return AutoModelForCausalLM.from_pretrained(folder, **eager(config))
 
 

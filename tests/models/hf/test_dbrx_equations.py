@@ -1,4 +1,4 @@
-"""A DBRX folder against its published equations, read in float64 from the tensors as they lie in the file."""
+"""A DBRX folder against its published equations, computed in float64 from the file's tensors."""
 
 import math
 
@@ -10,8 +10,14 @@ from transformers import DbrxForCausalLM
 from tokenyard.tolerance import relative_error
 from tokenyard_models import from_hf
 
-HEADS, KV, EXPERTS, TOP_K, F, D = 4, 2, 4, 2, 12, 24
-THETA, CLIP = 5000.0, 0.4
+HEADS = 4
+KV = 2
+EXPERTS = 4
+TOP_K = 2
+F = 12
+D = 24
+THETA = 5000.0
+CLIP = 0.4
 
 
 def norm(x, weight):
@@ -20,19 +26,21 @@ def norm(x, weight):
 
 
 def rotated(x):
-    """Turn the pairs (i, i + d/2) of x [S, H, d] at position p by p / theta^(2i/d)."""
+    """Rotate the pairs (i, i + d/2) of x [S, H, d] at position p by p / theta^(2i/d)."""
     half = x.shape[-1] // 2
     angles = torch.arange(len(x))[:, None, None] / THETA ** (torch.arange(half).double() / half)
-    one, two = x[..., :half], x[..., half:]
-    return torch.cat(
-        (one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin()), -1
-    )
+    first, second = x.split(half, dim=-1)
+    cos = angles.cos()
+    sin = angles.sin()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 def attention(x, w):
     d = D // HEADS
     qkv = (x @ w["attn.Wqkv.weight"].T).clamp(-CLIP, CLIP).unflatten(-1, (-1, d))
-    q, k, v = rotated(qkv[:, :HEADS]), rotated(qkv[:, HEADS : HEADS + KV]), qkv[:, HEADS + KV :]
+    q, k, v = qkv.split((HEADS, KV, KV), dim=1)
+    q = rotated(q)
+    k = rotated(k)
     y = torch.empty(len(x), HEADS, d, dtype=torch.float64)
     for t in range(len(x)):
         for h in range(HEADS):
@@ -43,7 +51,7 @@ def attention(x, w):
 
 
 def experts(x, w):
-    """An expert's matrices are F rows of w1, v1 and w2: silu(x w1^T) * (x v1^T) goes through w2 as it stands."""
+    """Compute (silu(x w1^T) * (x v1^T)) w2; an expert has F rows of w1, v1 and w2."""
     top, ids = (x @ w["router.layer.weight"].T).softmax(-1).topk(TOP_K)
     w1, v1, w2 = (w[f"experts.mlp.{name}"].view(EXPERTS, F, D) for name in ("w1", "v1", "w2"))
     y = torch.zeros_like(x)
@@ -54,22 +62,22 @@ def experts(x, w):
     return y
 
 
-def reading(w, ids):
+def reference(w, ids):
     x = w["transformer.wte.weight"][ids]
     for i in range(2):
-        at = f"transformer.blocks.{i}."
-        parts = {key.removeprefix(at): value for key, value in w.items() if at in key}
-        own = {
+        prefix = f"transformer.blocks.{i}."
+        block = {key.removeprefix(prefix): value for key, value in w.items() if prefix in key}
+        block = {
             key.removeprefix("norm_attn_norm.").removeprefix("ffn."): value
-            for key, value in parts.items()
+            for key, value in block.items()
         }
-        x = x + attention(norm(x, own["norm_1.weight"]), own)
-        x = x + experts(norm(x, own["norm_2.weight"]), own)
+        x = x + attention(norm(x, block["norm_1.weight"]), block)
+        x = x + experts(norm(x, block["norm_2.weight"]), block)
     return norm(x, w["transformer.norm_f.weight"]) @ w["lm_head.weight"].T
 
 
 def test_logits(tmp_path):
-    """The folder is saved by transformers; nothing of its modelling code is run."""
+    """transformers saves the folder; its modelling code does not run."""
     torch.manual_seed(8)
     model = DbrxForCausalLM(
         dbrx(KV, CLIP, THETA, ffn={"ffn_hidden_size": F, "moe_num_experts": EXPERTS})
@@ -84,4 +92,4 @@ def test_logits(tmp_path):
     }
     ids = torch.randint(0, VOCABULARY, (23,))
     got = from_hf(tmp_path / "dbrx", dtype=torch.float64)(ids[None]).logits[0]
-    assert relative_error(got, reading(w, ids)) < 1e-12
+    assert relative_error(got, reference(w, ids)) < 1e-12

@@ -1,4 +1,4 @@
-"""A folder that is not whole, not safe or not of the model is answered by one sentence."""
+"""A folder that is incomplete, unsafe or for another model gives a one-sentence error."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ from tokenyard_models.hf import Folder, load_weights
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A Mixtral in several files."""
+    """A Mixtral folder of several files."""
     folder = tmp_path_factory.mktemp("published") / "model"
     made(mixtral()).save_pretrained(folder, max_shard_size="8KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
@@ -25,7 +25,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def folder(original, tmp_path):
-    """A copy to spoil."""
+    """A copy to damage."""
     for path in original.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
@@ -57,13 +57,13 @@ def header_larger_than_the_file(folder):
     return rf"{path.name} is not a whole safetensors file \(.*\); copy it anew"
 
 
-def file_that_is_missing(folder):
+def missing_file(folder):
     path = first_file(folder)
     path.unlink()
     return rf"{path.name} does not exist, and the folder's index names it"
 
 
-def tensor_that_the_index_leaves_out(folder):
+def tensor_missing_in_the_index(folder):
     edit(
         index(folder),
         lambda content: content["weight_map"].pop("model.layers.1.input_layernorm.weight"),
@@ -71,7 +71,7 @@ def tensor_that_the_index_leaves_out(folder):
     return r"does not list model\.layers\.1\.input_layernorm\.weight, which is in model-0.*"
 
 
-def tensor_that_the_index_invents(folder):
+def tensor_only_in_the_index(folder):
     edit(
         index(folder), lambda content: content["weight_map"].update({"x": first_file(folder).name})
     )
@@ -83,18 +83,18 @@ def path_out_of_the_folder(folder):
     return r"sends x to '\.\./model\.safetensors', which is no safetensors file in the folder"
 
 
-def index_of_nothing(folder):
+def empty_index(folder):
     index(folder).write_text("{}")
     return "has no weight_map"
 
 
-def index_that_is_no_json(folder):
+def index_that_is_not_json(folder):
     index(folder).write_text("{")
     return "is not JSON"
 
 
 def change_tensors(folder, change):
-    """Put all tensors into one file, changed."""
+    """Put all tensors into one file and change them."""
     tensors = {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
     for path in folder.glob("*.safetensors*"):
         path.unlink()
@@ -109,7 +109,7 @@ def missing_tensor(folder):
     return r"lacks model\.layers\.0\.block_sparse_moe\.experts\.3\.w2\.weight$"
 
 
-def tensors_too_many(folder):
+def unexpected_tensors(folder):
     change_tensors(
         folder,
         lambda tensors: tensors.update({"model.a": torch.zeros(2), "model.b": torch.zeros(2)}),
@@ -129,14 +129,20 @@ def quantised_weights(folder):
         folder,
         lambda tensors: tensors.update({"model.norm.weight": torch.zeros(24, dtype=torch.int8)}),
     )
-    return r"model\.norm\.weight in .* is I8; weights are read in F64, F32, F16, BF16, and quantised ones not at all"
+    return (
+        r"model\.norm\.weight in .* is I8; weights are read in F64, F32, F16, BF16, "
+        "and quantised ones not at all"
+    )
 
 
 def pickles(folder):
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    return r"has weights as pickles \(pytorch_model\.bin\), which can run code when they are read; convert them"
+    return (
+        r"has weights as pickles \(pytorch_model\.bin\), which can run code when they are read; "
+        "convert them"
+    )
 
 
 def no_weights(folder):
@@ -150,9 +156,12 @@ def no_config(folder):
     return r"config\.json does not exist; give a folder that holds config\.json"
 
 
-def another_architecture(folder):
+def unknown_architecture(folder):
     edit(folder / "config.json", lambda content: content.update(model_type="mixtrel"))
-    return r"has model_type 'mixtrel' \(did you mean 'mixtral'\?\); known are: mixtral, qwen3_moe, olmoe, dbrx"
+    return (
+        r"has model_type 'mixtrel' \(did you mean 'mixtral'\?\); "
+        "known are: mixtral, qwen3_moe, olmoe, dbrx"
+    )
 
 
 def yarn(folder):
@@ -162,33 +171,31 @@ def yarn(folder):
     return r"model\.rope_parameters\.rope_type is 'yarn'; give 'default' or 'llama3'"
 
 
-def key_that_is_not_known(folder):
+def unknown_key(folder):
     edit(folder / "config.json", lambda content: content.update(moe_latent_size=64))
     return r"model\.moe_latent_size is not a known key"
 
 
-SPOILT = (
+DAMAGES = (
     truncated,
     header_larger_than_the_file,
-    file_that_is_missing,
-    tensor_that_the_index_leaves_out,
-)
-SPOILT += (
-    tensor_that_the_index_invents,
+    missing_file,
+    tensor_missing_in_the_index,
+    tensor_only_in_the_index,
     path_out_of_the_folder,
-    index_of_nothing,
-    index_that_is_no_json,
-)
-SPOILT += (
+    empty_index,
+    index_that_is_not_json,
     missing_tensor,
-    tensors_too_many,
+    unexpected_tensors,
     shape_of_another_model,
     quantised_weights,
     pickles,
     no_weights,
     no_config,
+    unknown_architecture,
+    yarn,
+    unknown_key,
 )
-SPOILT += (another_architecture, yarn, key_that_is_not_known)
 
 
 class Bomb:
@@ -196,9 +203,9 @@ class Bomb:
         return pytest.fail, ("a pickle ran",)
 
 
-@pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
-def test_a_spoilt_folder_is_answered_by_one_sentence(folder, spoil):
-    sentence = spoil(folder)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_folder_gives_one_sentence(folder, damage):
+    sentence = damage(folder)
     with pytest.raises((WeightsError, ConfigError), match=sentence) as raised:
         from_hf(folder)
     assert "\n" not in str(raised.value)
@@ -229,7 +236,7 @@ def test_a_model_of_another_family(folder):
         load_weights(Mpt({"size": "tiny"}), Folder(folder))
 
 
-def test_writing_refuses_what_it_cannot(original, tmp_path):
+def test_what_to_hf_refuses(original, tmp_path):
     model = from_hf(original)
     with pytest.raises(
         WeightsError, match=re.escape(f"{tmp_path} exists already; give the name of a new folder")
@@ -268,7 +275,7 @@ def test_nothing_half_written_is_left(original, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_tokenizer_goes_along(original, tmp_path, folder):
+def test_the_tokenizer_is_copied(original, tmp_path, folder):
     (folder / "tokenizer.json").write_text("{}")
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     to_hf(from_hf(original), tmp_path / "new", like=folder)

@@ -1,4 +1,4 @@
-"""What a config.json says of a model, in the form of every version of transformers, and by what it leaves out."""
+"""Reading config.json: the keys of each transformers version, and keys that are left out."""
 
 import dataclasses
 import json
@@ -31,22 +31,22 @@ LLAMAS = {
 }
 
 
-def read(told):
-    """Return the TransformerConfig that a config.json tells."""
-    hf_format = formats()[told["model_type"]]
-    return hf_format.definition.resolve(hf_format.section(told))
+def read(keys):
+    """Return the TransformerConfig of a config.json."""
+    hf_format = formats()[keys["model_type"]]
+    return hf_format.definition.resolve(hf_format.section(keys))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Make a folder of a config, with the keys of its config.json changed."""
+    """Make a folder of a config, with changed keys in its config.json."""
 
     def make(config, **changes):
         model = tmp_path / "model"
         made(config).save_pretrained(model)
-        told = json.loads((model / "config.json").read_text()) | changes
+        keys = json.loads((model / "config.json").read_text()) | changes
         (model / "config.json").write_text(
-            json.dumps({k: v for k, v in told.items() if v != "left out"})
+            json.dumps({k: v for k, v in keys.items() if v != "left out"})
         )
         return model
 
@@ -55,11 +55,15 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("model_type", formats())
 def test_what_is_left_out_means_what_transformers_takes(model_type):
-    """But for the base of DBRX's rotations, which every folder tells: transformers has another than Databricks."""
-    told = {"model_type": model_type} | (
+    """Ignore the base of DBRX's rotary positions: transformers' differs from Databricks'.
+
+    Every DBRX folder has that key.
+    """
+    keys = {"model_type": model_type} | (
         {"sliding_window": None} if model_type == "mistral" else {}
     )
-    got, want = read(told), read(CONFIG_MAPPING[model_type]().to_dict() | told)
+    got = read(keys)
+    want = read(CONFIG_MAPPING[model_type]().to_dict() | keys)
     if model_type == "dbrx":
         got = dataclasses.replace(got, rope_theta=want.rope_theta)
     assert got == want
@@ -67,12 +71,12 @@ def test_what_is_left_out_means_what_transformers_takes(model_type):
 
 @pytest.mark.parametrize("kind", ["rope_type", "type"])
 @pytest.mark.parametrize("family", LLAMAS)
-def test_rotations_as_they_were_told_before_transformers_5(family, kind):
-    """The base by itself, and beside it how rotations are stretched."""
-    told = LLAMAS[family](rope_parameters=STRETCHED).to_dict()
-    want = read(told)
+def test_rotary_keys_before_transformers_5(family, kind):
+    """Read `rope_theta` and `rope_scaling` as two keys."""
+    keys = LLAMAS[family](rope_parameters=STRETCHED).to_dict()
+    want = read(keys)
     assert (want.rope_theta, want.rope_scaling.factor) == (500.0, 4.0)
-    older = {key: value for key, value in told.items() if key != "rope_parameters"}
+    older = {key: value for key, value in keys.items() if key != "rope_parameters"}
     older |= {"rope_theta": 500.0, "rope_scaling": {kind: "llama3"}}
     older["rope_scaling"] |= {
         key: value for key, value in STRETCHED.items() if not key.startswith("rope_")
@@ -101,26 +105,26 @@ def test_rotations_as_they_were_told_before_transformers_5(family, kind):
         ),
     ],
 )
-def test_rotations_of_another_kind(section, sentence):
+def test_unsupported_rotary_positions(section, sentence):
     with pytest.raises(ConfigError, match=sentence):
         read(llama().to_dict() | {"rope_scaling": section})
 
 
 def test_harmless_keys_of_the_first_llamas():
-    told = llama().to_dict()
+    keys = llama().to_dict()
     harmless = {
         "is_llama_config": True,
         "max_sequence_length": 2048,
         "pretraining_tp": 1,
         "rope_interleaved": False,
     }
-    assert read(told | harmless) == read(told)
+    assert read(keys | harmless) == read(keys)
     with pytest.raises(ConfigError, match="rotating neighbours is not supported; say false, where"):
-        read(told | {"rope_interleaved": True})
+        read(keys | {"rope_interleaved": True})
 
 
 def test_a_folder_in_the_form_of_older_versions(folder):
-    """torch_dtype, and the frequencies that old files hold."""
+    """Read `torch_dtype`, and skip the frequencies that old files hold."""
     model = folder(
         mixtral(),
         rope_theta=1e6,
@@ -136,28 +140,30 @@ def test_a_folder_in_the_form_of_older_versions(folder):
     assert from_hf(model).config.rope_theta == 1e6
 
 
-def test_windows_shorter_than_the_text_are_left_out_with_a_word(folder, caplog):
-    """Up to the length of a window they change nothing, and the model takes no longer text."""
+def test_a_window_becomes_the_longest_sequence_with_a_warning(folder, caplog):
+    """Up to the length of a window, both models compute the same."""
     config = mistral(sliding_window=8, max_position_embeddings=96)
-    model, ids = folder(config), torch.arange(9).unsqueeze(0)
+    path = folder(config)
+    ids = torch.arange(9).unsqueeze(0)
     with caplog.at_level(logging.WARNING, "tokenyard"):
-        found = from_hf(model)
-    assert f"{model} attends within windows of 8 tokens, which is not supported" in caplog.text
-    assert relative_error(found(ids[:, :8]).logits, loaded(model, config)(ids[:, :8]).logits) < 1e-5
+        model = from_hf(path)
+    assert f"{path} attends within windows of 8 tokens, which is not supported" in caplog.text
+    want = loaded(path, config)(ids[:, :8]).logits
+    assert relative_error(model(ids[:, :8]).logits, want) < 1e-5
     with pytest.raises(ConfigError, match="9 tokens were given to a model whose max_seq_len is 8"):
-        found(ids)
+        model(ids)
 
 
-def test_a_window_that_someone_asks_for_is_refused():
-    told = mistral(sliding_window=8).to_dict()
+def test_a_short_window_in_a_config_is_refused():
+    keys = mistral(sliding_window=8).to_dict()
     with pytest.raises(
         ConfigError, match=r"model.sliding_window is 8, and there are 96 positions; .* at most 8"
     ):
-        read(told)
-    assert read(told | {"sliding_window": 96}).max_seq_len == 96
+        read(keys)
+    assert read(keys | {"sliding_window": 96}).max_seq_len == 96
 
 
-def test_weights_whose_dtype_is_not_told_stay_as_they_are(folder):
+def test_without_a_dtype_in_config_json_the_stored_dtype_is_kept(folder):
     model = folder(llama(), dtype="left out")
     tensors = load_file(model / "model.safetensors")
     save_file(
@@ -166,7 +172,7 @@ def test_weights_whose_dtype_is_not_told_stay_as_they_are(folder):
     assert {p.dtype for p in from_hf(model).parameters()} == {torch.bfloat16}
 
 
-def test_a_dtype_that_is_not_known(folder):
+def test_an_unknown_dtype(folder):
     with pytest.raises(
         WeightsError, match=r"has dtype 'float8_e4m3fn'; weights are read in: float32, float16, "
     ):
@@ -174,17 +180,17 @@ def test_a_dtype_that_is_not_known(folder):
 
 
 def test_keys_that_dbrx_s_sections_leave_out(folder):
-    told = dbrx(kv_n_heads=1).to_dict()
-    told["attn_config"] = {
-        key: value for key, value in told["attn_config"].items() if key != "kv_n_heads"
+    keys = dbrx(kv_n_heads=1).to_dict()
+    keys["attn_config"] = {
+        key: value for key, value in keys["attn_config"].items() if key != "kv_n_heads"
     }
-    assert read(told).kv_heads == 1
+    assert read(keys).kv_heads == 1
 
 
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
 def test_the_number_of_experts_under_either_name(name):
-    told = qwen3_moe().to_dict()
-    told = {
-        key: value for key, value in told.items() if key not in ("num_experts", "num_local_experts")
+    keys = qwen3_moe().to_dict()
+    keys = {
+        key: value for key, value in keys.items() if key not in ("num_experts", "num_local_experts")
     }
-    assert read(told | {name: 6}).moe.num_experts == 6
+    assert read(keys | {name: 6}).moe.num_experts == 6

@@ -1,4 +1,4 @@
-"""Loading takes little more memory than the model, and upcycling no more than a shard and a layer's experts."""
+"""Peak memory: loading needs little more than the model, upcycling a shard and a layer."""
 
 import json
 import subprocess
@@ -33,41 +33,47 @@ def peak():
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 """
 LOAD = """
-before, began = peak(), time.perf_counter()
+before = peak()
+began = time.perf_counter()
 model = from_hf(sys.argv[1])
-seconds, after = time.perf_counter() - began, peak()
-print(json.dumps({"held": sum(p.nbytes for p in model.parameters()), "peak": after - before, "seconds": seconds}))
+seconds = time.perf_counter() - began
+after = peak()
+size = sum(p.nbytes for p in model.parameters())
+print(json.dumps({"held": size, "peak": after - before, "seconds": seconds}))
 """
 UPCYCLE = """
 before = peak()
 model = upcycle(sys.argv[1], sys.argv[2], Upcycling(8, 2), shard_bytes=5 * 10**8)
 largest = max(p.nbytes for p in model.parameters())
-print(json.dumps({"written": sum(p.nbytes for p in model.parameters()), "largest": largest, "peak": peak() - before}))
+written = sum(p.nbytes for p in model.parameters())
+print(json.dumps({"written": written, "largest": largest, "peak": peak() - before}))
 """
 
 
 def ran(code, *arguments):
-    """Run a program of its own; return what it found."""
+    """Run code in a new process and return its JSON output."""
     command = [sys.executable, "-c", PEAK + code, *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 @pytest.mark.full
 def test_loading_four_gigabytes_takes_little_more(tmp_path):
-    """In shards of 1 GB; the most memory that the process had, mapped files included, above what the imports take."""
+    """Compare the peak above the imports, mapped files included, in shards of 1 GB."""
     to_hf(Mixtral(SIZES), tmp_path / "model", shard_bytes=10**9)
-    found = ran(LOAD, tmp_path / "model")
-    times = found["peak"] / found["held"]
-    print(f"\n{times:.3f} times the model's {found['held'] / 1e9:.2f} GB, {found['seconds']:.0f} s")
-    assert found["held"] > 4e9
-    assert found["peak"] < 1.2 * found["held"]
+    result = ran(LOAD, tmp_path / "model")
+    times = result["peak"] / result["held"]
+    print(
+        f"\n{times:.3f} times the model's {result['held'] / 1e9:.2f} GB, {result['seconds']:.0f} s"
+    )
+    assert result["held"] > 4e9
+    assert result["peak"] < 1.2 * result["held"]
 
 
 @pytest.mark.full
 def test_upcycling_holds_a_shard_and_a_parameter_or_two(tmp_path):
-    """Of 2.5 GB, in shards of 0.5 GB, which safetensors holds twice: as tensors and as bytes."""
+    """Write 2.5 GB in shards of 0.5 GB; safetensors holds a shard twice."""
     to_hf(Llama(DENSE), tmp_path / "dense")
-    found = ran(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
-    print(f"\n{found['peak'] / 1e9:.2f} GB to write {found['written'] / 1e9:.2f} GB")
-    assert found["written"] > 2e9
-    assert found["peak"] < 2 * 5e8 + 3 * found["largest"] + 1e8
+    result = ran(UPCYCLE, tmp_path / "dense", tmp_path / "moe")
+    print(f"\n{result['peak'] / 1e9:.2f} GB to write {result['written'] / 1e9:.2f} GB")
+    assert result["written"] > 2e9
+    assert result["peak"] < 2 * 5e8 + 3 * result["largest"] + 1e8

@@ -1,4 +1,4 @@
-"""What is written for MegaBlocks, read by its own equations."""
+"""A folder for MegaBlocks, computed by MegaBlocks' equations."""
 
 import json
 
@@ -22,7 +22,10 @@ MODELS = {
 
 
 def megablocks(x, w, activation, normalize):
-    """MegaBlocks' dropless layer as its code reads: w1, v1 and w2 are [experts * ffn_hidden_size, hidden_size]."""
+    """Compute MegaBlocks' dropless layer.
+
+    w1, v1 and w2 are [experts * ffn_hidden_size, hidden_size].
+    """
     scores = (x @ w["router.layer.weight"].T).softmax(-1)
     weights, ids = scores.topk(2)
     weights = weights / weights.norm(1, dim=-1, keepdim=True) if normalize else weights
@@ -41,7 +44,8 @@ def megablocks(x, w, activation, normalize):
 def test_a_layer_computes_the_same(tmp_path, kind):
     model = MODELS[kind]
     model.init_weights(7)
-    layer, prefix = moe_layers(model)[1], "transformer.blocks.1.ffn."
+    layer = moe_layers(model)[1]
+    prefix = "transformer.blocks.1.ffn."
     if layer.bias is not None:
         torch.nn.init.normal_(layer.bias)
     to_megablocks(model, tmp_path / "mb")
@@ -59,8 +63,8 @@ def test_a_layer_computes_the_same(tmp_path, kind):
     activation = F.silu if kind == "glu" else lambda z: F.gelu(z, approximate="tanh")
     want = megablocks(x, weights, activation, arguments["moe_normalize_expert_weights"])
     assert relative_error(layer(x)[0], want) < 1e-5
-    held = sum(value.numel() for value in tensors.values())
-    assert held == sum(p.numel() for p in model.parameters())
+    written = sum(value.numel() for value in tensors.values())
+    assert written == sum(p.numel() for p in model.parameters())
 
 
 def test_what_megablocks_has_no_name_for(tmp_path):

@@ -1,4 +1,4 @@
-"""Our experts inside transformers' models compute what transformers' own do."""
+"""tokenyard's experts in transformers' models compute what transformers' own experts do."""
 
 import copy
 import logging
@@ -17,12 +17,12 @@ from tokenyard_models import use_in_transformers
 from tokenyard_models.hf import transformers_plugin
 
 DBRX = tuple(name for name in MODELS if name.startswith("dbrx"))
-LEAST = 1e-5
+TOLERANCE = 1e-5
 
 
 @pytest.fixture
 def registered(monkeypatch):
-    """Nothing is left of DBRX's for other tests."""
+    """Register the experts, and restore DBRX's class after the test."""
     monkeypatch.setattr(modeling_dbrx, "DbrxExperts", modeling_dbrx.DbrxExperts)
     use_in_transformers()
     use_in_transformers()  # changes nothing
@@ -30,13 +30,14 @@ def registered(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Every model as transformers saves it, and its logits and gradients by transformers' eager experts."""
-    found = {}
+    """Save every model; return its folder, and logits and gradients of eager experts."""
+    saved = {}
     for name, config in MODELS.items():
-        model, folder = made(config), tmp_path_factory.mktemp("published") / "model"
+        model = made(config)
+        folder = tmp_path_factory.mktemp("published") / "model"
         model.save_pretrained(folder)
-        found[name] = (folder, *results(model))
-    return found
+        saved[name] = (folder, *results(model))
+    return saved
 
 
 def results(model):
@@ -47,12 +48,12 @@ def results(model):
     return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def same(model, logits, gradients):
-    found, ours = results(model)
-    assert relative_error(found, logits) < LEAST
-    assert ours.keys() == gradients.keys()
-    for name in ours:
-        assert relative_error(ours[name], gradients[name]) < LEAST, name
+def check(model, want_logits, want_gradients):
+    logits, gradients = results(model)
+    assert relative_error(logits, want_logits) < TOLERANCE
+    assert gradients.keys() == want_gradients.keys()
+    for name in gradients:
+        assert relative_error(gradients[name], want_gradients[name]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in DBRX])
@@ -60,44 +61,43 @@ def test_logits_and_gradients(registered, folders, name):
     folder, logits, gradients = folders[name]
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="tokenyard")
     assert model.config._experts_implementation == "tokenyard"
-    same(model, logits, gradients)
+    check(model, logits, gradients)
 
 
 @pytest.mark.parametrize("name", DBRX)
-def test_dbrx_gets_them_by_its_class(registered, folders, name):
+def test_the_class_of_dbrx_experts_is_replaced(registered, folders, name):
     folder, logits, gradients = folders[name]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model.transformer.blocks[0].ffn.experts).__name__ == "TokenyardDbrxExperts"
-    same(model, logits, gradients)
+    check(model, logits, gradients)
 
 
 def test_grouped_mm_computes_the_same(registered, folders):
     folder, *want = folders["mixtral"]
-    same(AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm"), *want)
+    check(AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm"), *want)
 
 
 def test_generating(registered, folders):
-    """And by a model that is switched while it lives."""
+    """Switch a model to tokenyard after it was built."""
     model = AutoModelForCausalLM.from_pretrained(
         folders["mixtral"][0], experts_implementation="eager"
     )
-    prompt, options = (
-        torch.tensor([[5, 6, 7]]),
-        {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None},
-    )
+    prompt = torch.tensor([[5, 6, 7]])
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
     want = model.generate(prompt, **options)
     model.set_experts_implementation("tokenyard")
     assert torch.equal(model.generate(prompt, **options), want)
 
 
 def experts(has_gate, has_bias, is_transposed):
-    """Return experts of transformers' kind."""
+    """Return a module of experts as transformers defines them."""
 
     class Experts(torch.nn.Module):
         def __init__(self, config):
             super().__init__()
             self.act_fn = torch.nn.SiLU()
-            rows, (e, d, f) = (2 if has_gate else 1) * 12, (4, 8, 12)
+            e, d, f = (4, 8, 12)
+            rows = (2 if has_gate else 1) * f
             sizes = {
                 "gate_up_proj" if has_gate else "up_proj": (e, rows, d),
                 "down_proj": (e, d, f),
@@ -113,7 +113,7 @@ def experts(has_gate, has_bias, is_transposed):
                     )
 
         def forward(self, *_):
-            raise AssertionError("eager was not to run")
+            raise AssertionError("eager experts ran")
 
     made_by = use_experts_implementation(
         has_gate=has_gate, has_bias=has_bias, is_transposed=is_transposed
@@ -122,7 +122,7 @@ def experts(has_gate, has_bias, is_transposed):
 
 
 def by_hand(module, x, ids, weights):
-    """Read it token by token; an id of 4 is nobody's."""
+    """Compute token by token; id 4 is padding."""
     y = torch.zeros_like(x)
     up = module.gate_up_proj if module.has_gate else module.up_proj
     for t, k in ((t, k) for t in range(len(x)) for k in range(ids.shape[1]) if ids[t, k] < 4):
@@ -140,40 +140,48 @@ def by_hand(module, x, ids, weights):
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_gate", [False, True])
-def test_every_form_of_weights_and_ids_of_nobody(registered, has_gate, has_bias, is_transposed):
+def test_every_form_of_weights_and_padding_ids(registered, has_gate, has_bias, is_transposed):
     torch.manual_seed(1)
-    module, x = experts(has_gate, has_bias, is_transposed), torch.randn(9, 8)
-    ids, weights = torch.rand(9, 5).topk(3).indices, torch.rand(9, 3, requires_grad=True)
+    module = experts(has_gate, has_bias, is_transposed)
+    x = torch.randn(9, 8)
+    ids = torch.rand(9, 5).topk(3).indices
+    weights = torch.rand(9, 3, requires_grad=True)
     assert (ids == 4).any()
     leaves = [*module.parameters(), weights]
-    got, want = module(x, ids, weights), by_hand(module, x, ids, weights)
-    assert relative_error(got, want) < LEAST
+    got = module(x, ids, weights)
+    want = by_hand(module, x, ids, weights)
+    assert relative_error(got, want) < TOLERANCE
     dy = torch.randn(9, 8)
     for one, two in zip(
         torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy)
     ):
-        assert relative_error(one, two) < LEAST
+        assert relative_error(one, two) < TOLERANCE
 
 
 def test_autocast_is_followed(registered):
-    """Weights in float32 under autocast give, bit by bit, what they give as bfloat16; their gradients are float32."""
+    """float32 weights under autocast give the bits of bfloat16 weights, and float32 gradients."""
     torch.manual_seed(1)
-    module, x, ids = experts(True, True, False), torch.randn(9, 8), torch.rand(9, 5).topk(3).indices
-    weights, dy = torch.rand(9, 3), torch.randn(9, 8)
+    module = experts(True, True, False)
+    x = torch.randn(9, 8)
+    ids = torch.rand(9, 5).topk(3).indices
+    weights = torch.rand(9, 3)
+    dy = torch.randn(9, 8)
     narrow = copy.deepcopy(module).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         got = module(x, ids, weights)
     want = narrow(x.bfloat16(), ids, weights)
     assert got.dtype == torch.float32
     assert torch.equal(got, want.float())
-    found = torch.autograd.grad(got, list(module.parameters()), dy)
-    for one, two in zip(found, torch.autograd.grad(want, list(narrow.parameters()), dy.bfloat16())):
+    gradients = torch.autograd.grad(got, list(module.parameters()), dy)
+    for one, two in zip(
+        gradients, torch.autograd.grad(want, list(narrow.parameters()), dy.bfloat16())
+    ):
         assert one.dtype == torch.float32
         assert torch.equal(one, two.float())
 
 
-def test_a_model_with_a_gate_of_its_own_goes_on_by_itself(registered, caplog):
-    """And says so once, for all its layers."""
+def test_a_model_with_its_own_gate_falls_back_to_eager(registered, caplog):
+    """One warning is logged for all its layers."""
     transformers_plugin._warn_once.cache_clear()
     sizes = {
         "hidden_size": 32,
@@ -192,8 +200,8 @@ def test_a_model_with_a_gate_of_its_own_goes_on_by_itself(registered, caplog):
     model.set_experts_implementation("tokenyard")
     with caplog.at_level(logging.WARNING, logger="tokenyard"):
         assert torch.equal(model(ids).logits, want)
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith(
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
         "GptOssExperts is computed by transformers' own eager implementation: it combines gate"
     )
 
