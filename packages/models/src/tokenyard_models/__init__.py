@@ -1,4 +1,4 @@
-"""One transformer that can be read top to bottom, and the published models that it is."""
+"""One transformer, the published model families built on it, and Hugging Face folders."""
 
 from tokenyard_models.__about__ import __version__
 from tokenyard_models.config import MoEConfig, TransformerConfig
