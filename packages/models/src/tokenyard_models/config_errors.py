@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from tokenyard.errors import did_you_mean
+from tokenyard.errors import did_you_mean, unknown
 
 _EXPECTED = {
     "bool": "true or false",
@@ -105,9 +105,7 @@ def _unknown_tag(key: str, context: Mapping[str, Any]) -> str:
         return f"{key}.{name} is missing; it says which kind it is"
     tag = str(context["tag"])
     known = [each.strip(" '") for each in context["expected_tags"].split(",")]
-    return (
-        f"{key}.{name} {tag!r} is unknown{did_you_mean(tag, known)}; known are: {', '.join(known)}"
-    )
+    return unknown(f"{key}.{name}", tag, known)
 
 
 def _quoted(context: Mapping[str, Any]) -> list[str]:
