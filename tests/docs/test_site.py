@@ -12,7 +12,7 @@ import config_reference
 import tokenyard
 import tokenyard_models
 from tokenyard import hookspecs, testing
-from tokenyard_models.ffn import FfnConfig
+from tokenyard_models.ffn_config import FfnConfig
 from tokenyard_train.config.schema import TrainConfig
 
 

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tokenyard import default_registry
-from tokenyard_models.schema import Strict
+from tokenyard_models.strict_config import Strict
 from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tokenyard import ConfigError
-from tokenyard_models.schema import parse
+from tokenyard_models.strict_config import parse
 from tokenyard_train.data.schema import Source, TextDataset
 from tokenyard_train.data.sources import describe_source, read_documents
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tokenyard import ConfigError
-from tokenyard_models.schema import parse
+from tokenyard_models.strict_config import parse
 from tokenyard_train.commands.data import parse_tokenizer
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig

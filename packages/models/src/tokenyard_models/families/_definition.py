@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.schema import Strict, merged, parse
+from tokenyard_models.strict_config import Strict, merged, parse
 from tokenyard_models.transformer import Transformer
 
 

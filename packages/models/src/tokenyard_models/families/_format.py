@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.families._boxes import Operation
 from tokenyard_models.families._definition import Definition
-from tokenyard_models.schema import merged, without_ignored
+from tokenyard_models.strict_config import merged, without_ignored
 
 
 class Row(NamedTuple):

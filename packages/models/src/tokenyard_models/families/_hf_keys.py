@@ -14,7 +14,7 @@ from tokenyard import AuxiliaryLoss, ConfigError, RoutingRule
 from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
 from tokenyard_models.families._definition import ModelConfig
 from tokenyard_models.rotary import RopeScaling
-from tokenyard_models.schema import HOUSEKEEPING, Strict, only
+from tokenyard_models.strict_config import HOUSEKEEPING, Strict, only
 
 
 class RopeParameters(Strict):

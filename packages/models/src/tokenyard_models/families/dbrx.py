@@ -16,8 +16,8 @@ from tokenyard_models.families._definition import Definition, ModelConfig
 from tokenyard_models.families._format import HfFormat, Row
 from tokenyard_models.families._hf_keys import RopeParameters
 from tokenyard_models.families._names import BLOCK, DOWN, ROUTER, UP, names
-from tokenyard_models.ffn import ActivationName, FfnConfig
-from tokenyard_models.schema import HOUSEKEEPING, Strict, only
+from tokenyard_models.ffn_config import ActivationName, FfnConfig
+from tokenyard_models.strict_config import HOUSEKEEPING, Strict, only
 
 THETA = 500000.0
 TRANSFORMERS_THETA = 10000.0

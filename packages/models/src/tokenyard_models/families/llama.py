@@ -15,7 +15,7 @@ from tokenyard_models.families._definition import Definition
 from tokenyard_models.families._format import HfFormat
 from tokenyard_models.families._hf_keys import LlamaKeys, check_window
 from tokenyard_models.families._names import DENSE
-from tokenyard_models.schema import only
+from tokenyard_models.strict_config import only
 
 
 class LlamaConfig(LlamaKeys):

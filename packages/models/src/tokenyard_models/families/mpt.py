@@ -12,8 +12,8 @@ from pydantic import Field
 from tokenyard import ConfigError
 from tokenyard_models.config import TransformerConfig, check_divides
 from tokenyard_models.families._definition import Definition, ModelConfig
-from tokenyard_models.ffn import FfnConfig
-from tokenyard_models.schema import Strict, only
+from tokenyard_models.ffn_config import FfnConfig
+from tokenyard_models.strict_config import Strict, only
 
 
 class RopeDail(Strict):

@@ -16,7 +16,7 @@ from tokenyard_models.families._definition import Definition
 from tokenyard_models.families._format import HfFormat
 from tokenyard_models.families._hf_keys import LlamaMoEKeys
 from tokenyard_models.families._names import EXPERTS, FUSED, FUSED_SUFFIX
-from tokenyard_models.schema import only
+from tokenyard_models.strict_config import only
 
 
 class Qwen3MoeConfig(LlamaMoEKeys):

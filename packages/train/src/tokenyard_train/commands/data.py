@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from tokenyard import ConfigError
-from tokenyard_models.schema import parse
+from tokenyard_models.strict_config import parse
 from tokenyard_train.commands.options import PackOptions
 from tokenyard_train.data.packing import UNFINISHED_MANIFEST, PackProgress, pack
 from tokenyard_train.data.schema import Source, TokenizerConfig

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tokenyard import BackendError, ConfigError, default_registry
-from tokenyard_models.schema import parse, warn_ignored, without_ignored
+from tokenyard_models.strict_config import parse, warn_ignored, without_ignored
 from tokenyard_train.config.foundry import INSTEAD, RENAMED
 from tokenyard_train.config.from_hf import with_hf_model
 from tokenyard_train.config.resolve import resolve

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tokenyard_models.schema import Strict
+from tokenyard_models.strict_config import Strict
 from tokenyard_train.config import foundry
 
 

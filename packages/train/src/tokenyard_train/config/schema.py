@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from tokenyard.errors import did_you_mean
-from tokenyard_models.schema import Strict
+from tokenyard_models.strict_config import Strict
 from tokenyard_train.config import foundry
 from tokenyard_train.config.duration import Duration, Span
 from tokenyard_train.config.loggers import Loggers

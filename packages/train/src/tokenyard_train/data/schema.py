@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tokenyard_models.schema import Strict
+from tokenyard_models.strict_config import Strict
 from tokenyard_train.data import foundry
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tokenyard import AuxiliaryLoss, ConfigError, RoutingRule
 from tokenyard_models.config import MoEConfig, check_top_k
-from tokenyard_models.schema import Strict
+from tokenyard_models.strict_config import Strict
 
 _GATED = {("silu", "none"): "swiglu", ("gelu", "none"): "geglu", ("relu", "none"): "reglu"}
 _POINTWISE = {
