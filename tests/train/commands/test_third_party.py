@@ -1,4 +1,4 @@
-"""A third party's model and routing algorithm, by the ordinary commands from another distribution."""
+"""The commands work with a model and a routing algorithm of a third-party distribution."""
 
 import json
 import subprocess
