@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from tokenyard import default_registry
 from tokenyard.backend import KINDS
 from tokenyard.registry._extras import GROUP
+from tokenyard_cli.commands import GROUP as COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
@@ -140,17 +141,16 @@ def test_one_extra_for_each_package_and_one_for_all():
 
 
 def test_the_root_says_which_extra_provides_a_backend():
-    """Every backend of the other packages, and no other; core itself names none of them."""
+    """Every backend and command of the other packages, and no other; core names none of them."""
     offers = [offer for kind in KINDS for offer in default_registry().offers(kind)]
-    packages = {
-        f"{o.kind}.{o.backend.name}": o.distribution
-        for o in offers
-        if o.distribution.startswith("tokenyard-")
-    }
+    owners = {f"{o.kind}.{o.backend.name}": o.distribution for o in offers}
+    for path in PACKAGES:
+        for name in project(path)["entry-points"].get(COMMANDS, {}):
+            owners.setdefault(f"command.{name.split('.')[0]}", f"tokenyard-{path.name}")
     provided = {
-        name: extra(by.removeprefix("tokenyard-"))
-        for name, by in packages.items()
-        if by != "tokenyard-core"
+        name: extra(owner.removeprefix("tokenyard-"))
+        for name, owner in owners.items()
+        if owner.startswith("tokenyard-") and owner != "tokenyard-core"
     }
     assert project(ROOT)["entry-points"][GROUP] == provided
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tokenyard import Workload
+from tokenyard.measure.timing import clock_for, measure
 from tokenyard_kernels_cuda.permutation import CudaPermutation
-from tokenyard_train.bench.timing import clock_for, measure
 
 pytestmark = pytest.mark.gpu
 

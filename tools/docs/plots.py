@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tokenyard_train.bench.plot import efficiency_bars
-from tokenyard_train.records.style import (
+from tokenyard_bench.plot import efficiency_bars
+from tokenyard_cli.figures import (
     BLUE,
     GREY,
     INK,

@@ -1,1 +1,1 @@
-"""Measuring layers, their pieces and training, beside dense products and peers."""
+"""`tokenyard bench train`: the speed of training."""

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from tokenyard import ConfigError, started_processes
 from tokenyard.errors import did_you_mean
-from tokenyard_train.bench.launches import trace
-from tokenyard_train.bench.memory import allocation_retries, peak_bytes
-from tokenyard_train.bench.timing import Clock, Spread, Stages, clock_for
+from tokenyard.measure.memory import allocation_retries, peak_bytes
+from tokenyard.measure.timing import Clock, Spread, Stages, clock_for
+from tokenyard.measure.trace import trace
 from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.deterministic import deterministic

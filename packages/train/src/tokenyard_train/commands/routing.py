@@ -11,13 +11,13 @@ from rich.table import Table
 from torch import Tensor
 
 from tokenyard import ConfigError, moe_layers
+from tokenyard_cli.results import write_results
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import RoutingOptions
 from tokenyard_train.commands.routing_counts import LayerReport, route
 from tokenyard_train.data import Tokenizer, build_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.sources.files import find_files, read_file
-from tokenyard_train.records.results import write_results
 
 
 def report(options: RoutingOptions, console: Console) -> list[LayerReport]:

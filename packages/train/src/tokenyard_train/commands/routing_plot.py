@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tokenyard_cli.figures import make_axes, make_figure, save_figure
 from tokenyard_train.commands.routing_counts import LayerReport
 from tokenyard_train.records.plots import draw_heat
-from tokenyard_train.records.style import make_axes, make_figure, save_figure
 
 _MATRICES = 3  # layers with a plot of pairs: the first, one in the middle, the last
 

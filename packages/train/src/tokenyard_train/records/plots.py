@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tokenyard_train.records.style import (
+from tokenyard_cli.figures import (
     BLUE,
     GREY,
     INK,

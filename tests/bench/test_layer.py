@@ -6,12 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from tokenyard_train.bench import layer as module
-from tokenyard_train.bench.case import ROUTINGS, busiest, make_case
-from tokenyard_train.bench.contestants import Contestant, backends, build_moe, peers
-from tokenyard_train.bench.layer import LayerBench, bench_layer
-from tokenyard_train.bench.oracle import judge
-from tokenyard_train.bench.shapes import Shape
+from tokenyard_bench import layer as module
+from tokenyard_bench.case import ROUTINGS, busiest, make_case
+from tokenyard_bench.entrants import Contestant, backends, build_moe, peers
+from tokenyard_bench.layer import LayerBench, bench_layer
+from tokenyard_bench.oracle import judge
+from tokenyard_bench.shapes import Shape
 
 SMALL = Shape("96,32,48,6,2", 96, 32, 48, 6, 2)
 BENCH = LayerBench(

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from tokenyard import ConfigError
@@ -78,41 +77,6 @@ def test_routing_of_an_unknown_backend(bench):
         bench("routing", "--shape", "64,16,24,4,2", "--backends", "troch")
 
 
-@pytest.fixture
-def config(settings, tmp_path):
-    """A small config as a file; with rotary swiglu experts in every layer, as Mixtral has them."""
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-def test_train_shows_where_a_step_goes(bench, config, settings, tmp_path):
-    out, printed = bench("train", config, "--steps", 3)
-    (record,) = json.loads((out / "train.json").read_text())["records"]
-    assert list(record["shares"]) == ["data", "forward", "backward", "optimizer", "rest"]
-    assert sum(record["shares"].values()) == pytest.approx(1, abs=1e-3)
-    assert record["tokens_per_s"] == pytest.approx(
-        1e3 * 4 * 24 / record["step_ms"]["median"], rel=1e-3
-    )
-    assert "where our step's time goes" in printed
-    assert not (tmp_path / "run").exists()  # nothing is kept
-
-
-def test_train_beside_transformers_has_the_same_size_and_learns_alike(bench, config):
-    pytest.importorskip("transformers")
-    out, _ = bench("train", config, "--steps", 3, "--peers", "both", "--peer-dtype", "bf16")
-    records = json.loads((out / "train.json").read_text())["records"]
-    assert [r["contestant"] for r in records] == [
-        "tokenyard",
-        "transformers-eager",
-        "transformers-grouped_mm",
-    ]
-    assert len({r["parameters"] for r in records}) == 1
-    assert [r["weights"] for r in records] == ["float32", "bfloat16", "bfloat16"]
-    for record in records:
-        assert 3 < record["loss"] < 7  # nats per token of 257 ids, after a few steps
-
-
 def test_compare_of_a_file_with_itself_finds_nothing(bench):
     out, _ = bench(
         "layer", "--shape", "64,16,24,4,2", "--dtype", "fp32", "--peers", "none", "--repetitions", 3
@@ -137,10 +101,3 @@ def test_compare_of_a_file_with_itself_finds_nothing(bench):
 def test_bad_options_are_one_sentence(bench, arguments, said):
     with pytest.raises(ConfigError, match=said):
         bench(*arguments)
-
-
-def test_train_refuses_a_peer_that_does_not_exist(bench, config):
-    with pytest.raises(
-        ConfigError, match=r"--peers 'mixtral' is unknown; known are: transformers-eager"
-    ):
-        bench("train", config, "--peers", "mixtral")

@@ -8,7 +8,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tokenyard_train.bench.timing import Stages, run
+from tokenyard.measure.timing import Stages, run
 
 _REGION = "tokenyard: the work"  # the profiler itself waits for the device when it stops
 _WAITS = frozenset(("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"))

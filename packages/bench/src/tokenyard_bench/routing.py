@@ -14,11 +14,11 @@ from rich.table import Table
 from tokenyard import ConfigError, default_registry
 from tokenyard.backend import Kind
 from tokenyard.errors import did_you_mean
-from tokenyard_train.bench.case import DTYPES, Case, make_case
-from tokenyard_train.bench.layer import LayerBench
-from tokenyard_train.bench.routing_works import Work, moved_of, permutation_works, router_works
-from tokenyard_train.bench.table import case_key, case_title
-from tokenyard_train.bench.timing import clock_for, measure
+from tokenyard.measure.timing import clock_for, measure
+from tokenyard_bench.case import DTYPES, Case, make_case
+from tokenyard_bench.layer import LayerBench
+from tokenyard_bench.layer_table import case_key, case_title
+from tokenyard_bench.routing_calls import Work, moved_of, permutation_works, router_works
 
 Record = dict[str, Any]
 

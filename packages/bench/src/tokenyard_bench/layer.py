@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tokenyard_train.bench.case import DTYPES, Case, RoutingKind, busiest, make_case
-from tokenyard_train.bench.contestants import Absent, Contestant, backends, peers
-from tokenyard_train.bench.dense import DenseProducts
-from tokenyard_train.bench.launches import trace
-from tokenyard_train.bench.memory import peak_bytes, saved_bytes
-from tokenyard_train.bench.oracle import Verdict, judge
-from tokenyard_train.bench.shapes import Shape
-from tokenyard_train.bench.timing import Spread, Stages, clock_for, measure
+from tokenyard.measure.memory import peak_bytes, saved_bytes
+from tokenyard.measure.timing import Spread, Stages, clock_for, measure
+from tokenyard.measure.trace import trace
+from tokenyard_bench.case import DTYPES, Case, RoutingKind, busiest, make_case
+from tokenyard_bench.dense import DenseProducts
+from tokenyard_bench.entrants import Absent, Contestant, backends, peers
+from tokenyard_bench.oracle import Verdict, judge
+from tokenyard_bench.shapes import Shape
 
 DENSE = "dense"
 """The name of the dense products among the contestants."""

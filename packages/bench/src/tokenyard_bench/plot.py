@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from tokenyard_train.records.style import (
+from tokenyard_cli.figures import (
     BLUE,
     GREY,
     INK,

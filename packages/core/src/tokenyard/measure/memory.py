@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from tokenyard_train.bench.timing import Stages, run
+from tokenyard.measure.timing import Stages, run
 
 
 def saved_bytes(forward: Callable[[], object], without: Iterable[Tensor]) -> int:

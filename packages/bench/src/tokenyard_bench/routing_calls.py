@@ -15,7 +15,7 @@ from tokenyard import Plan
 from tokenyard.permutations import TorchPermutation
 from tokenyard.routers import TopKRouter
 from tokenyard.tolerance import allowed_error, relative_error
-from tokenyard_train.bench.case import Case
+from tokenyard_bench.case import Case
 
 
 class Work(NamedTuple):

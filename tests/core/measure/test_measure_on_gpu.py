@@ -1,14 +1,11 @@
-"""The bench on a GPU: events, flushed caches, launches and waits."""
+"""CUDA events, flushed caches, kernel launches, host syncs and peak memory."""
 
 import pytest
 import torch
-from rich.console import Console
 
-from tokenyard_train.bench.launches import trace
-from tokenyard_train.bench.layer import LayerBench, bench_layer
-from tokenyard_train.bench.memory import peak_bytes
-from tokenyard_train.bench.shapes import Shape
-from tokenyard_train.bench.timing import CudaClock, measure
+from tokenyard.measure.memory import peak_bytes
+from tokenyard.measure.timing import CudaClock, measure
+from tokenyard.measure.trace import trace
 
 pytestmark = pytest.mark.gpu
 
@@ -40,16 +37,3 @@ def test_peak_bytes_are_the_allocator_s(device):
         torch.empty(1 << 24, device=device).sum()
 
     assert 1 << 26 <= peak_bytes((work,), device) < (1 << 26) + (1 << 22)
-
-
-def test_a_layer_of_bfloat16(device):
-    shape = Shape("small", 1024, 256, 256, 8, 2)
-    routings = ["natural", "zipf", "uniform"]
-    bench = LayerBench(
-        [shape], routings, ["bf16"], device, "torch,cpu", "grouped_mm", repetitions=3
-    )
-    records = [record for found in bench_layer(bench, Console(quiet=True)) for record in found]
-    notes = {r["contestant"]: r["note"] for r in records}
-    assert notes == {"dense": None, "torch": None, "grouped_mm": None, "cpu": notes["cpu"]}
-    assert "the device is 'cuda'" in notes["cpu"]
-    assert all(r["launches"] > 10 for r in records if "launches" in r)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from tokenyard import MoE
 from tokenyard.activations import activate, activate_with_pullback
 from tokenyard.experts import rows_outer, rows_times
-from tokenyard_train.bench.case import Case
-from tokenyard_train.bench.dense import DenseProducts
+from tokenyard_bench.case import Case
+from tokenyard_bench.dense import DenseProducts
 
 
 class Piece(NamedTuple):

@@ -6,8 +6,8 @@ import torch
 
 from tokenyard import Workload
 from tokenyard.activations import up_rows
-from tokenyard_train.bench.shapes import Shape
-from tokenyard_train.bench.timing import Stages
+from tokenyard.measure.timing import Stages
+from tokenyard_bench.shapes import Shape
 
 PRODUCTS = ("up", "down", "d activation", "d down", "d input", "d up")
 """In the order of a forward and a backward pass."""

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenyard_train.bench.case import DTYPES, Case, make_case
-from tokenyard_train.bench.contestants import Contestant, backends, build_moe
-from tokenyard_train.bench.dense import DenseProducts
-from tokenyard_train.bench.launches import trace
-from tokenyard_train.bench.layer import LayerBench
-from tokenyard_train.bench.pieces import build_pieces
-from tokenyard_train.bench.table import case_title
-from tokenyard_train.bench.timing import Stages, clock_for, measure
+from tokenyard.measure.timing import Stages, clock_for, measure
+from tokenyard.measure.trace import trace
+from tokenyard_bench.case import DTYPES, Case, make_case
+from tokenyard_bench.dense import DenseProducts
+from tokenyard_bench.entrants import Contestant, backends, build_moe
+from tokenyard_bench.layer import LayerBench
+from tokenyard_bench.layer_table import case_title
+from tokenyard_bench.pieces import build_pieces
 
 Record = dict[str, Any]
 

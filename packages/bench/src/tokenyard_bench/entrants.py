@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tokenyard import ConfigError, MoE, Routing, default_registry
 from tokenyard.errors import did_you_mean
-from tokenyard_train.bench.case import Case
-from tokenyard_train.bench.peers import PEERS
-from tokenyard_train.bench.timing import Stages
+from tokenyard.measure.timing import Stages
+from tokenyard_bench.case import Case
+from tokenyard_bench.peers import PEERS
 
 Layer = Callable[[], tuple[Tensor, Routing]]
 

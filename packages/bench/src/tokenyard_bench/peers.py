@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenyard import Routing, Workload
-from tokenyard_train.bench.case import Case
+from tokenyard_bench.case import Case
 
 Experts = Callable[[Tensor, Routing], Tensor]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenyard import ConfigError
-from tokenyard_train.bench.timing import Spread
+from tokenyard.measure.timing import Spread
 
 Record = dict[str, Any]
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tokenyard import Routing
 from tokenyard.activations import activate
 from tokenyard.tolerance import allowed_error, relative_error
-from tokenyard_train.bench.case import Case
+from tokenyard_bench.case import Case
 
 _TOKENS = 128
 _EXPERTS = 2

@@ -6,9 +6,9 @@ import torch
 from tokenyard import Plan
 from tokenyard.permutations import TorchPermutation
 from tokenyard.routers import TopKRouter
-from tokenyard_train.bench.case import make_case
-from tokenyard_train.bench.routing_works import moved_of, permutation_works, router_works
-from tokenyard_train.bench.shapes import parse_shape
+from tokenyard_bench.case import make_case
+from tokenyard_bench.routing_calls import moved_of, permutation_works, router_works
+from tokenyard_bench.shapes import parse_shape
 
 
 @pytest.fixture

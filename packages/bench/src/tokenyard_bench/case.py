@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenyard import ConfigError, RoutingRule, Workload
 from tokenyard.activations import up_rows
 from tokenyard.errors import did_you_mean
-from tokenyard_train.bench.shapes import Shape
+from tokenyard_bench.shapes import Shape
 
 RoutingKind = Literal["natural", "zipf", "uniform"]
 ROUTINGS: tuple[RoutingKind, ...] = get_args(RoutingKind)

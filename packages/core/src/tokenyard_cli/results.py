@@ -10,32 +10,31 @@ from tokenyard import ConfigError, TokenyardError
 
 FORMAT = 1
 
+Record = dict[str, Any]
+"""One measurement, with plain JSON values."""
+
 
 def write_results(folder: Path, name: str, content: dict[str, Any]) -> Path:
-    """Write ``folder/name.json`` and return its path. Raises TokenyardError if that is refused."""
+    """Write ``folder/name.json`` and return its path. Raises TokenyardError if it cannot."""
     path = folder / f"{name}.json"
+    text = json.dumps({"format": FORMAT, **content}, indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8"
-        )
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise TokenyardError(f"--out {str(folder)!r} cannot be written: {error.strerror}") from None
     return path
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a benchmark file. Raises ConfigError if it is none."""
+    """Return the content of a benchmark file. Raises ConfigError for any other file."""
+    advice = "give a JSON that tokenyard bench wrote"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror}; give a JSON that tokenyard bench wrote"
-        ) from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; {advice}") from None
     except ValueError:
         raise ConfigError(f"{path} is not JSON; give a file that tokenyard bench wrote") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT or "records" not in content:
-        raise ConfigError(
-            f"{path} is not a benchmark file of format {FORMAT}; give a JSON that tokenyard bench wrote"
-        )
+        raise ConfigError(f"{path} is not a benchmark file of format {FORMAT}; {advice}")
     return content

@@ -1,0 +1,1 @@
+"""Time, trace and weigh work on a device; used by the benchmarks of all packages."""

@@ -1,0 +1,66 @@
+"""`tokenyard bench train`, as a user runs it."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tokenyard import ConfigError
+from tokenyard_cli import app
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Run a subcommand that writes into a folder of its own; return the folder and what was printed."""
+
+    def call(*arguments, out=tmp_path / "out"):
+        result = CliRunner().invoke(app, ["bench", *map(str, arguments), "--out", str(out)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return out, result.output
+
+    return call
+
+
+@pytest.fixture
+def config(settings, tmp_path):
+    """A small config as a file; with rotary swiglu experts in every layer, as Mixtral has them."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_train_shows_where_a_step_goes(bench, config, settings, tmp_path):
+    out, printed = bench("train", config, "--steps", 3)
+    (record,) = json.loads((out / "train.json").read_text())["records"]
+    assert list(record["shares"]) == ["data", "forward", "backward", "optimizer", "rest"]
+    assert sum(record["shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert record["tokens_per_s"] == pytest.approx(
+        1e3 * 4 * 24 / record["step_ms"]["median"], rel=1e-3
+    )
+    assert "where our step's time goes" in printed
+    assert not (tmp_path / "run").exists()  # nothing is kept
+
+
+def test_train_beside_transformers_has_the_same_size_and_learns_alike(bench, config):
+    pytest.importorskip("transformers")
+    out, _ = bench("train", config, "--steps", 3, "--peers", "both", "--peer-dtype", "bf16")
+    records = json.loads((out / "train.json").read_text())["records"]
+    assert [r["contestant"] for r in records] == [
+        "tokenyard",
+        "transformers-eager",
+        "transformers-grouped_mm",
+    ]
+    assert len({r["parameters"] for r in records}) == 1
+    assert [r["weights"] for r in records] == ["float32", "bfloat16", "bfloat16"]
+    for record in records:
+        assert 3 < record["loss"] < 7  # nats per token of 257 ids, after a few steps
+
+
+def test_train_refuses_a_peer_that_does_not_exist(bench, config):
+    with pytest.raises(
+        ConfigError, match=r"--peers 'mixtral' is unknown; known are: transformers-eager"
+    ):
+        bench("train", config, "--peers", "mixtral")
