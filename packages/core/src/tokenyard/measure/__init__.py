@@ -1,1 +1,1 @@
-"""Time, trace and weigh work on a device; used by the benchmarks of all packages."""
+"""Measure time, kernel launches and memory of calls on one device."""

@@ -1,4 +1,4 @@
-"""Where a measurement was taken."""
+"""Describe the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-_TOLD = ("torch", "triton", "transformers", "numpy")
+_LIBRARIES = ("torch", "triton", "transformers", "numpy")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return device, processor, threads, versions and the time, as JSON holds them."""
+    """Return device, processor, threads, versions and time as plain JSON values."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processor": _processor(),
@@ -39,7 +39,10 @@ def _processor() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
+    """Return the versions of the libraries that affect speed, and of tokenyard's distributions."""
+    versions = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
     return {
-        name: found[name] for name in sorted(found) if name in _TOLD or name.startswith("tokenyard")
+        name: versions[name]
+        for name in sorted(versions)
+        if name in _LIBRARIES or name.startswith("tokenyard")
     }

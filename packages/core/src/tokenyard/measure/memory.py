@@ -1,4 +1,4 @@
-"""How much memory a work takes."""
+"""Measure the memory that a call saves for backward and allocates at its peak."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from tokenyard.measure.timing import Stages, run
+from tokenyard.measure.timing import Stages, run_stages
 
 
 def saved_bytes(forward: Callable[[], object], without: Iterable[Tensor]) -> int:
-    """Return the bytes that autograd keeps from a forward pass for its backward, each storage once.
+    """Return the bytes that autograd saves in a forward pass, each storage counted once.
 
-    Those of the tensors in `without`, such as weights, are not counted.
+    The storages of the tensors in `without`, such as weights, do not count.
     """
-    known = {t.untyped_storage().data_ptr() for t in without}
-    kept: dict[int, int] = {}
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in without}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in excluded:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # held, so that no address is used twice
+        result = forward()  # kept until the end, so that no address is reused
     del result
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def peak_bytes(stages: Stages, device: torch.device) -> int:
-    """Return the most memory that a work has allocated at one moment, above what stood before it."""
+    """Return the peak of the memory allocated during a run, above what was allocated before."""
     return _cuda_peak(stages, device) if device.type == "cuda" else _cpu_peak(stages)
 
 
@@ -41,22 +41,26 @@ def _cuda_peak(stages: Stages, device: torch.device) -> int:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run(stages)
+    run_stages(stages)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
 def _cpu_peak(stages: Stages) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(stages)
-    standing = peak = 0
+        run_stages(stages)
+    allocated = 0
+    peak = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
-            standing += event.nbytes()
-            peak = max(peak, standing)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
     return peak
 
 
 def allocation_retries(device: torch.device) -> int:
-    """Return how often so far the GPU's memory was so full that torch gave back what it kept, which takes long."""
+    """Return how often torch had to free its cached GPU memory to serve an allocation, so far.
+
+    Each retry is slow. Always 0 on a CPU.
+    """
     return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else 0

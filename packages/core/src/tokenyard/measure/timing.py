@@ -1,4 +1,4 @@
-"""Clocks, and repetitions that take turns, so that a clock rate that drifts favours nobody."""
+"""Time calls in shuffled turns, so that a drifting clock rate affects all of them alike."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-_FLUSH_BYTES = 1 << 29  # more than any L2 holds
-_FLUSHES = 16  # about two milliseconds, in which the host runs ahead, as it does in training
+_FLUSH_BYTES = 1 << 29  # larger than any L2 cache
+_FLUSHES = 16  # about 2 ms, in which the host runs ahead of the device, as it does in training
+
+Stages = Sequence[Callable[[Any], Any]]
+"""Consecutive stages of one computation. Each takes the result of the stage before, or None."""
 
 
 class Clock(Protocol):
-    """Reads times, in milliseconds, around work on a device."""
+    """Measures milliseconds on a device."""
 
     def prepare(self, call: Callable[[], object]) -> None:
-        """Bring caches and allocator into the state that each repetition starts from."""
+        """Bring caches and allocator into the state from which each repetition starts."""
         ...
 
     def stamp(self) -> Any:
-        """Mark this point of the work."""
+        """Mark this point in time."""
         ...
 
     def between(self, stamps: Sequence[Any]) -> list[float]:
-        """Wait for the work; return the milliseconds from the first stamp to each later one."""
+        """Wait for the device. Return the milliseconds from the first stamp to each later one."""
         ...
 
 
 class CpuClock:
-    """Wall time; the work runs once before it is timed, since others had the caches and the heap in between."""
+    """Wall time. Runs the call once before timing it, to fill the caches and warm the heap."""
 
     def prepare(self, call: Callable[[], object]) -> None:
-        """Run it once."""
+        """Run the call once."""
         call()
 
     def stamp(self) -> float:
@@ -47,13 +50,13 @@ class CpuClock:
 
 
 class CudaClock:
-    """CUDA events; L2 is overwritten before each repetition."""
+    """CUDA events. Overwrites the L2 cache before each repetition."""
 
     def __init__(self, device: torch.device):
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def prepare(self, call: Callable[[], object]) -> None:
-        """Overwrite L2."""
+        """Overwrite the L2 cache."""
         for _ in range(_FLUSHES):
             self.flush.zero_()
 
@@ -70,12 +73,12 @@ class CudaClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """Return the clock of a device."""
+    """Return the clock for a device."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
 class Spread(NamedTuple):
-    """Repeated times of one thing."""
+    """Median and quartiles of repeated times."""
 
     median: float  # ms
     low: float  # ms, first quartile
@@ -85,45 +88,45 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, times: Sequence[float]) -> Spread:
         """Summarise times in milliseconds."""
-        low, _, high = (
-            quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
-        )
+        if len(times) > 1:
+            low, _, high = quantiles(times, n=4, method="inclusive")
+        else:
+            low = high = times[0]
         return cls(round(median(times), 5), round(low, 5), round(high, 5), len(times))
 
 
-Stages = Sequence[Callable[[Any], Any]]
-"""Consecutive stages of one work; each takes what the one before returned, the first None."""
-
-
 def measure(
-    works: Mapping[str, Stages], clock: Clock, repetitions: int, warmup: int = 2
+    calls: Mapping[str, Stages], clock: Clock, repetitions: int, warmup: int = 2
 ) -> dict[str, list[Spread]]:
-    """Time works in turns; return for each the times from its start to the end of each of its stages.
+    """Time calls in turns. Return, for each, the time from its start to the end of each stage.
 
-    Each round has an order of its own: a GPU that has just worked hard runs slower, whoever comes next.
+    Each round shuffles the order, because a GPU runs slower right after heavy work, which would
+    always hit the same call.
     """
-    times: dict[str, list[list[float]]] = {name: [] for name in works}
-    order, shuffled = list(works), Random(0)
+    times: dict[str, list[list[float]]] = {name: [] for name in calls}
+    order = list(calls)
+    generator = Random(0)
     for repetition in range(warmup + repetitions):
-        shuffled.shuffle(order)
+        generator.shuffle(order)
         for name in order:
-            sample = _once(works[name], clock)
+            sample = _time_once(calls[name], clock)
             if repetition >= warmup:
                 times[name].append(sample)
     return {name: [Spread.of(stage) for stage in zip(*samples)] for name, samples in times.items()}
 
 
-def _once(stages: Stages, clock: Clock) -> list[float]:
-    clock.prepare(lambda: run(stages))
-    result, stamps = None, [clock.stamp()]
+def _time_once(stages: Stages, clock: Clock) -> list[float]:
+    clock.prepare(lambda: run_stages(stages))
+    result = None
+    stamps = [clock.stamp()]
     for stage in stages:
         result = stage(result)
         stamps.append(clock.stamp())
     return clock.between(stamps)
 
 
-def run(stages: Stages) -> Any:
-    """Run stages one after another; return what the last returns."""
+def run_stages(stages: Stages) -> Any:
+    """Run all stages. Return the result of the last."""
     result = None
     for stage in stages:
         result = stage(result)

@@ -1,62 +1,80 @@
-"""What a work asks of the GPU's driver: kernels launched, and waits of the host for the device."""
+"""Count kernel launches and host syncs with torch's profiler."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tokenyard.measure.timing import Stages, run
+from tokenyard.measure.timing import Stages, run_stages
 
-_REGION = "tokenyard: the work"  # the profiler itself waits for the device when it stops
-_WAITS = frozenset(("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"))
+# Only host syncs inside this region count: the profiler itself waits for the device at its end.
+_REGION = "tokenyard: the work"
+_SYNCS = frozenset(("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"))
 
 
 class Kernel(NamedTuple):
-    """One kernel of a work."""
+    """All launches of one kernel."""
 
     name: str
     calls: int
-    milliseconds: float  # all calls together
+    milliseconds: float  # of all calls together
 
 
 class Trace(NamedTuple):
-    """What the profiler saw of one run of a work."""
+    """Profile of one run."""
 
-    kernels: list[
-        Kernel
-    ]  # longest first; on a CPU torch's operations, by the time that is their own
+    kernels: list[Kernel]  # longest first; on a CPU torch's operators, by self time
     launches: int
-    waits: int  # of the host for the device
+    waits: int  # host syncs
 
 
 def trace(stages: Stages, device: torch.device) -> Trace:
-    """Run a work under torch's profiler."""
+    """Run stages once under torch's profiler."""
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities) as profiler:
         with record_function(_REGION):
-            run(stages)
+            run_stages(stages)
         if gpu:
-            done = torch.cuda.Event()
-            done.record()
-            while not done.query():  # waits without a synchronisation, which would be counted
-                pass
+            _wait_without_sync()
     events = profiler.events()
-    on_device = [e for e in events if e.device_type == DeviceType.CUDA]
-    launched = [e for e in on_device if not e.name.startswith(("Memcpy", "Memset", _REGION))]
-    region = next(
-        e.time_range for e in events if e.name == _REGION and e.device_type == DeviceType.CPU
-    )
-    waits = sum(
-        e.name in _WAITS and region.start <= e.time_range.start <= region.end for e in events
-    )
-    wanted = DeviceType.CUDA if gpu else DeviceType.CPU
+    return Trace(_kernels(profiler.key_averages(), gpu), _launches(events), _host_syncs(events))
+
+
+def _wait_without_sync() -> None:
+    """Wait for the device by polling, because a synchronisation would be counted."""
+    done = torch.cuda.Event()
+    done.record()
+    while not done.query():
+        pass
+
+
+def _kernels(averages: Iterable[Any], gpu: bool) -> list[Kernel]:
+    device_type = DeviceType.CUDA if gpu else DeviceType.CPU
     kernels = [
         Kernel(e.key, e.count, (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1e3)
-        for e in profiler.key_averages()
-        if e.device_type == wanted and e.key != _REGION
+        for e in averages
+        if e.device_type == device_type and e.key != _REGION
     ]
-    return Trace(sorted(kernels, key=lambda k: -k.milliseconds), len(launched), waits)
+    return sorted(kernels, key=lambda kernel: -kernel.milliseconds)
+
+
+def _launches(events: Iterable[Any]) -> int:
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset", _REGION)) for event in on_device)
+
+
+def _host_syncs(events: Iterable[Any]) -> int:
+    region = next(
+        event.time_range
+        for event in events
+        if event.name == _REGION and event.device_type == DeviceType.CPU
+    )
+    return sum(
+        event.name in _SYNCS and region.start <= event.time_range.start <= region.end
+        for event in events
+    )
