@@ -1,6 +1,8 @@
 """The subcommands of `tokenyard bench`, as a user runs them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +13,7 @@ from tokenyard_cli import app
 
 @pytest.fixture
 def bench(tmp_path):
-    """Run a subcommand that writes into a folder of its own; return the folder and what was printed."""
+    """Run a subcommand; return its output folder and what it printed."""
 
     def call(*arguments, out=tmp_path / "out"):
         result = CliRunner().invoke(app, ["bench", *map(str, arguments), "--out", str(out)])
@@ -49,7 +51,7 @@ def test_kernels_prints_every_piece_and_what_the_profiler_saw(bench):
     records = json.loads((out / "kernels.json").read_text())["records"]
     pieces = {r["piece"]: r for r in records if "piece" in r}
     assert list(pieces)[:6] == ["router", "plan", "permute", "up", "activation", "down"]
-    assert {n for n, r in pieces.items() if r["best"] == "dense product"} == {
+    assert {n for n, r in pieces.items() if r["best"] == "dense matmul"} == {
         "up", "down", "d activation", "d down", "d input", "d up",
     }  # fmt: skip
     (layer,) = [r for r in records if "layer" in r]
@@ -87,17 +89,53 @@ def test_compare_of_a_file_with_itself_finds_nothing(bench):
     assert "6 of 6 times did not change beyond the noise" in result.output
 
 
+SMALL = ("--shape", "8,8,8,4,2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["layer", "--dtype", "fp23"], r"--dtype 'fp23' is unknown \(did you mean 'fp32'\?\); known are: bf16"),
-        (["layer", "--routing", "zip"], r"--routing 'zip' is unknown \(did you mean 'zipf'\?\)"),
-        (["layer", "--device", "tpu"], r"--device is 'tpu'; give cpu, cuda, cuda:N or auto"),
-        (["layer", "--shape", "8,8,8,4,2", "--backends", "tritn"], r"'tritn' is unknown .did you mean 'triton'"),
-        (["layer", "--shape", "8,8,8,4,2", "--peers", "x"], r"--peers 'x' is unknown; known are: grouped_mm"),
-        (["layer", "--shape", "8,8,8,2,4"], r"top_k is 4 but num_experts is 2"),
+        (
+            ("--dtype", "fp23"),
+            r"--dtype 'fp23' is unknown \(did you mean 'fp32'\?\); known are: bf16",
+        ),
+        (("--routing", "zip"), r"--routing 'zip' is unknown \(did you mean 'zipf'\?\)"),
+        (("--device", "tpu"), r"--device is 'tpu'; give cpu, cuda, cuda:N or auto"),
+        ((*SMALL, "--backends", "tritn"), r"'tritn' is unknown .did you mean 'triton'"),
+        ((*SMALL, "--peers", "x"), r"--peers 'x' is unknown; known are: grouped_mm"),
+        (("--shape", "8,8,8,2,4"), r"top_k is 4 but num_experts is 2"),
     ],
-)  # fmt: skip
+)
 def test_bad_options_are_one_sentence(bench, arguments, said):
     with pytest.raises(ConfigError, match=said):
-        bench(*arguments)
+        bench("layer", *arguments)
+
+
+def test_neither_trainer_nor_models_nor_pydantic_is_needed(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+sys.modules |= dict.fromkeys(("tokenyard_train", "tokenyard_models", "pydantic"))  # not importable
+from rich.console import Console
+from tokenyard_bench.commands import run_layer
+from tokenyard_bench.options import LayerOptions
+case = dict(shapes=["8,8,8,4,2"], dtypes=["fp32"], device="cpu", repetitions=3)
+options = LayerOptions(**case, backends="cpu", peers="none", out=Path({str(tmp_path)!r}))
+run_layer(options, Console(quiet=True))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    (dense, cpu) = json.loads((tmp_path / "layer.json").read_text())["records"]
+    assert (dense["contestant"], cpu["contestant"], cpu["note"]) == ("dense", "cpu", None)
+
+
+def test_the_command_line_does_not_import_torch_for_help():
+    code = (
+        "import sys\n"
+        "sys.argv = ['tokenyard', 'bench', 'layer', '--help']\n"
+        "from tokenyard_cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "unwanted = {'torch', 'tokenyard_train', 'tokenyard_models'}\n"
+        "assert not unwanted & set(sys.modules), unwanted & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "--repetitions" in done.stdout

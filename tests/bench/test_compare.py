@@ -8,7 +8,8 @@ from rich.console import Console
 
 from tokenyard import ConfigError
 from tokenyard.measure.timing import Spread
-from tokenyard_bench.compare import compare, print_changes, standard_error
+from tokenyard_bench.compare import compare, standard_error
+from tokenyard_bench.tables.changes import print_changes
 
 
 def file(*times: float, noise: float = 0.1, kind: str = "layer"):
@@ -30,13 +31,13 @@ def file(*times: float, noise: float = 0.1, kind: str = "layer"):
     }
 
 
-def test_only_changes_beyond_the_noise_are_told():
-    changes, alone = compare(file(10, 10, 10), file(10.05, 12, 8, 4))
+def test_only_changes_beyond_the_noise_are_printed():
+    changes, unmatched = compare(file(10, 10, 10), file(10.05, 12, 8, 4))
     assert [c.verdict for c in changes] == ["same", "slower", "faster"]
     assert changes[1].what == "dbrx, bf16, natural, b, step"
-    assert alone == ["only after: dbrx, bf16, natural, d, step"]
+    assert unmatched == ["only after: dbrx, bf16, natural, d, step"]
     console = Console(record=True, width=120, file=io.StringIO())
-    print_changes(changes, alone, console)
+    print_changes(changes, unmatched, console)
     assert "1 of 3 times did not change beyond the noise" in console.export_text()
 
 

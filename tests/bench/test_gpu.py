@@ -4,8 +4,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from tokenyard_bench.layer import LayerBench, bench_layer
+from tokenyard_bench.layer import bench_layer
 from tokenyard_bench.shapes import Shape
+from tokenyard_bench.sweep import Sweep
 
 pytestmark = pytest.mark.gpu
 
@@ -17,11 +18,9 @@ def device():
 
 def test_a_layer_of_bfloat16(device):
     shape = Shape("small", 1024, 256, 256, 8, 2)
-    routings = ["natural", "zipf", "uniform"]
-    bench = LayerBench(
-        [shape], routings, ["bf16"], device, "torch,cpu", "grouped_mm", repetitions=3
-    )
-    records = [record for found in bench_layer(bench, Console(quiet=True)) for record in found]
+    sweep = Sweep([shape], ["bf16"], ["natural", "zipf", "uniform"], device, repetitions=3)
+    cases = bench_layer(sweep, "torch,cpu", "grouped_mm", Console(quiet=True))
+    records = [record for records in cases for record in records]
     notes = {r["contestant"]: r["note"] for r in records}
     assert notes == {"dense": None, "torch": None, "grouped_mm": None, "cpu": notes["cpu"]}
     assert "the device is 'cuda'" in notes["cpu"]

@@ -1,4 +1,4 @@
-"""`bench layer`: who is judged, who is timed, and what a record says."""
+"""`bench layer`: which entrants are checked and timed, and what a record holds."""
 
 from dataclasses import replace
 
@@ -8,27 +8,23 @@ from rich.console import Console
 
 from tokenyard_bench import layer as module
 from tokenyard_bench.case import ROUTINGS, busiest, make_case
-from tokenyard_bench.entrants import Contestant, backends, build_moe, peers
-from tokenyard_bench.layer import LayerBench, bench_layer
+from tokenyard_bench.entrants import Entrant, backend_entrants, build_moe, peer_entrants
+from tokenyard_bench.layer import bench_layer
 from tokenyard_bench.oracle import judge
 from tokenyard_bench.shapes import Shape
+from tokenyard_bench.sweep import Sweep
 
 SMALL = Shape("96,32,48,6,2", 96, 32, 48, 6, 2)
-BENCH = LayerBench(
-    [SMALL], ["natural"], ["fp32"], torch.device("cpu"), "cpu,torch", "none", repetitions=3
-)
+SWEEP = Sweep([SMALL], ["fp32"], ["natural"], torch.device("cpu"), repetitions=3)
 
 
 def case(routing="natural", dtype=torch.float32, shape=SMALL):
     return make_case(shape, routing, dtype, torch.device("cpu"))
 
 
-def run(bench=BENCH):
-    return {
-        record["contestant"]: record
-        for found in bench_layer(bench, Console(quiet=True))
-        for record in found
-    }
+def run(sweep=SWEEP, backends="cpu,torch", peers="none"):
+    cases = bench_layer(sweep, backends, peers, Console(quiet=True))
+    return {record["contestant"]: record for records in cases for record in records}
 
 
 def test_backends_are_timed_beside_dense_products():
@@ -54,7 +50,7 @@ def scaled(case, factor):
         y, routing = moe(case.x)
         return y * factor, routing
 
-    return Contestant("bent", "backend", layer)
+    return Entrant("bent", "backend", layer)
 
 
 def stale_gradient(case):
@@ -65,28 +61,28 @@ def stale_gradient(case):
         routing = moe.router(case.x.detach())
         return moe.experts(case.x, routing), routing
 
-    return Contestant("bent", "backend", layer)
+    return Entrant("bent", "backend", layer)
 
 
 @pytest.mark.parametrize(
     ("bent", "said"), [(lambda c: scaled(c, 1.001), "is off by"), (stale_gradient, "d x is off by")]
 )
 def test_a_wrong_backend_is_reported_and_not_timed(monkeypatch, bent, said):
-    monkeypatch.setattr(module, "backends", lambda case, asked: [bent(case)])
+    monkeypatch.setattr(module, "backend_entrants", lambda case, names: [bent(case)])
     record = run()["bent"]
     assert record["note"].startswith("wrong: ")
     assert said in record["note"]
     assert "step_ms" not in record
 
 
-def test_a_contestant_that_fails_is_named_and_the_others_go_on(monkeypatch):
+def test_a_failing_entrant_gets_a_note_and_the_others_are_timed(monkeypatch):
     def failing():
         raise RuntimeError("no such\nkernel")
 
     monkeypatch.setattr(
         module,
-        "backends",
-        lambda case, asked: [Contestant("sad", "backend", failing), *backends(case, "cpu")],
+        "backend_entrants",
+        lambda case, names: [Entrant("sad", "backend", failing), *backend_entrants(case, "cpu")],
     )
     records = run()
     assert records["sad"]["note"] == "failed: RuntimeError: no such kernel"
@@ -94,22 +90,21 @@ def test_a_contestant_that_fails_is_named_and_the_others_go_on(monkeypatch):
 
 
 def test_an_unusable_peer_gives_its_reason():
-    records = run(
-        replace(BENCH, backends="cpu", peers="grouped_mm,grouped_mm-compiled", activation="geglu")
-    )
+    sweep = replace(SWEEP, activation="geglu")
+    records = run(sweep, backends="cpu", peers="grouped_mm,grouped_mm-compiled")
     assert records["grouped_mm"]["note"] == "computes swiglu, not geglu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_every_contestant_computes_the_same_layer(routing, dtype):
+def test_every_entrant_computes_the_same_layer(routing, dtype):
     torch.manual_seed(3)
     tried = case(routing, dtype, Shape("", 160, 32, 64, 8, 3))
     entries = [
-        *backends(tried, "cpu,torch"),
-        *peers(tried, "grouped_mm,transformers-eager,transformers-grouped_mm"),
+        *backend_entrants(tried, "cpu,torch"),
+        *peer_entrants(tried, "grouped_mm,transformers-eager,transformers-grouped_mm"),
     ]
-    present = [entry for entry in entries if isinstance(entry, Contestant)]
+    present = [entry for entry in entries if isinstance(entry, Entrant)]
     assert [entry.name for entry in present[:3]] == ["cpu", "torch", "grouped_mm"]
     for entry in present:
         verdict = judge(tried, entry.layer)
@@ -127,11 +122,10 @@ def test_routings_are_as_skewed_as_they_say():
         skew[routing] = busiest(build_moe(made).router(made.x, made.topk_ids).topk_ids, 32)
     assert skew["uniform"] == 1
     assert 1 < skew["natural"] < 3
-    assert (
-        skew["zipf"] > 5
-    )  # popularity 1/r: the first of 32 takes a quarter of all draws, at most 8 times the mean
+    # Popularity 1/r: the first of 32 gets a quarter of all draws, which is 8 times the mean.
+    assert skew["zipf"] > 5
 
 
 def test_all_leaves_out_oracles_but_they_can_be_named():
-    assert "loop" not in [entry.name for entry in backends(case(), "all")]
-    assert [entry.name for entry in backends(case(), "loop")] == ["loop"]
+    assert "loop" not in [entry.name for entry in backend_entrants(case(), "all")]
+    assert [entry.name for entry in backend_entrants(case(), "loop")] == ["loop"]

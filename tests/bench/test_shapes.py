@@ -11,7 +11,8 @@ from tokenyard_bench.shapes import SHAPES, parse_shape, parse_shapes
     [
         (
             "dbrxx",
-            r"--shape 'dbrxx' is unknown \(did you mean 'dbrx'\?\); give T,D,F,E,K or one of: mixtral, dbrx",
+            r"--shape 'dbrxx' is unknown \(did you mean 'dbrx'\?\); "
+            r"give T,D,F,E,K or one of: mixtral, dbrx",
         ),
         ("1,2,3", r"--shape '1,2,3' is not five whole numbers T,D,F,E,K"),
         ("8,8,a,8,2", r"is not five whole numbers"),

@@ -1,4 +1,4 @@
-"""`tokenyard bench compare`: what changed between two benchmark files, beyond the noise of both."""
+"""Find the changes between two benchmark files that exceed their noise."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-
 from tokenyard import ConfigError
 from tokenyard.measure.timing import Spread
-
-Record = dict[str, Any]
+from tokenyard_cli.results import Record
 
 _SIGMAS = 3.0
-_LEAST = 0.01  # smaller changes are not worth a word, however certain
+_LEAST = 0.01  # a smaller relative change does not matter, even if it is significant
+
+_TIMES = {"forward_ms": "forward", "step_ms": "step", "ms": ""}
+"""The keys of times in a record, and what each adds to its name."""
 
 
 class Change(NamedTuple):
-    """A time in two files."""
+    """One time in both files."""
 
     what: str
     before: float  # ms
@@ -34,20 +33,24 @@ class Change(NamedTuple):
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[Change], list[str]]:
-    """Return the changes of every time that both files hold, and what only one of them has.
+    """Return the changes of the times that both files have, and the times that only one has.
 
-    A difference counts beyond three standard errors of both medians together, and beyond 1 %. The standard error of a
-    median of n samples with quartiles q1, q3 is taken as 1.253 (q3 - q1) / (1.349 sqrt(n)), as for normal samples.
-    Raises ConfigError for files of different kinds.
+    A difference counts if it exceeds 1 % and three standard errors of the two medians together.
+    The standard error of a median of n samples with quartiles q1 and q3 is estimated as
+    1.253 (q3 - q1) / (1.349 sqrt(n)), as for normal samples. Raises ConfigError for files of
+    different kinds.
     """
     if before["kind"] != after["kind"]:
         raise ConfigError(
-            f"one file holds bench {before['kind']}, the other bench {after['kind']}; give two of a kind"
+            f"one file holds bench {before['kind']}, the other bench {after['kind']}; "
+            "give two of a kind"
         )
-    old, new = dict(_times(before["records"])), dict(_times(after["records"]))
+    old = dict(_times(before["records"]))
+    new = dict(_times(after["records"]))
     changes = [_change(what, old[what], new[what]) for what in old if what in new]
-    alone = [f"only before: {what}" for what in old if what not in new]
-    return changes, alone + [f"only after: {what}" for what in new if what not in old]
+    unmatched = [f"only before: {what}" for what in old if what not in new]
+    unmatched += [f"only after: {what}" for what in new if what not in old]
+    return changes, unmatched
 
 
 def standard_error(spread: Spread) -> float:
@@ -57,46 +60,26 @@ def standard_error(spread: Spread) -> float:
 
 def _times(records: Sequence[Record]) -> Iterator[tuple[str, Spread]]:
     for record in records:
-        for key in ("forward_ms", "step_ms", "ms"):
+        for key in _TIMES:
             if key in record:
                 yield _name(record, key), Spread(**record[key])
 
 
 def _name(record: Record, key: str) -> str:
     shape = record.get("shape", {}).get("name")
-    who = next(record[name] for name in ("contestant", "piece", "layer", "work") if name in record)
-    part = {"forward_ms": "forward", "step_ms": "step", "ms": ""}[key]
-    words = (shape, record.get("dtype"), record.get("routing"), who, record.get("backend"), part)
+    subject = next(
+        record[name] for name in ("contestant", "piece", "layer", "work") if name in record
+    )
+    case = (shape, record.get("dtype"), record.get("routing"))
+    words = (*case, subject, record.get("backend"), _TIMES[key])
     return ", ".join(str(word) for word in words if word)
 
 
 def _change(what: str, before: Spread, after: Spread) -> Change:
     noise = _SIGMAS * math.hypot(standard_error(before), standard_error(after))
     difference = after.median - before.median
-    certain = abs(difference) > max(noise, _LEAST * before.median)
-    verdict = "same" if not certain else ("slower" if difference > 0 else "faster")
+    if abs(difference) <= max(noise, _LEAST * before.median):
+        verdict = "same"
+    else:
+        verdict = "slower" if difference > 0 else "faster"
     return Change(what, before.median, after.median, noise, verdict)
-
-
-def print_changes(changes: Sequence[Change], alone: Sequence[str], console: Console) -> None:
-    """Print what became faster or slower, how many stayed, and what has no counterpart."""
-    table = Table("", "before ms", "after ms", "after / before", "noise ms", "")
-    told = [change for change in changes if change.verdict != "same"]
-    for change in sorted(told, key=lambda c: c.ratio):
-        colour = {"faster": "green", "slower": "red"}[change.verdict]
-        table.add_row(
-            change.what,
-            f"{change.before:.3f}",
-            f"{change.after:.3f}",
-            f"{change.ratio:.3f}",
-            f"{change.noise:.3f}",
-            f"[{colour}]{change.verdict}[/{colour}]",
-        )
-    if told:
-        console.print(table)
-    console.print(
-        f"{len(changes) - len(told)} of {len(changes)} times did not change beyond the noise",
-        highlight=False,
-    )
-    for line in alone:
-        console.print(line, highlight=False)

@@ -1,49 +1,56 @@
-"""The ceiling: a layer's six products as dense matrix products over its T*K rows."""
+"""The upper limit of speed: a layer's six matmuls as dense ones over its T*K rows."""
 
 from __future__ import annotations
 
 import torch
 
-from tokenyard import Workload
 from tokenyard.activations import up_rows
 from tokenyard.measure.timing import Stages
-from tokenyard_bench.shapes import Shape
+from tokenyard_bench.case import Case
 
-PRODUCTS = ("up", "down", "d activation", "d down", "d input", "d up")
-"""In the order of a forward and a backward pass."""
+MATMULS = ("up", "down", "d activation", "d down", "d input", "d up")
+"""In the order of a forward pass (the first two) and a backward pass."""
 
 
-class DenseProducts:
-    """The six products of a shape, written into memory that is allocated once."""
+class DenseMatmuls:
+    """The six matmuls of a case's size. They write into memory that is allocated once."""
 
-    def __init__(self, shape: Shape, workload: Workload):
-        rows, dim, ffn_dim = shape.slots, shape.dim, shape.ffn_dim
-        wide = up_rows(workload.activation, ffn_dim)
+    def __init__(self, case: Case):
+        workload = case.workload
+        rows = case.slots
+        dim = workload.dim
+        ffn_dim = workload.ffn_dim
+        up_width = up_rows(workload.activation, ffn_dim)
 
         def random(*size: int) -> torch.Tensor:
             return torch.randn(size, device=workload.device, dtype=workload.dtype)
 
-        self.x, self.z, self.a = random(rows, dim), random(rows, wide), random(rows, ffn_dim)
-        self.up, self.down = random(wide, dim), random(dim, ffn_dim)
-        self.to_rows, self.to_a = torch.empty_like(self.x), torch.empty_like(self.a)
-        self.dup, self.ddown = torch.empty_like(self.up), torch.empty_like(self.down)
-        self.to_z = torch.empty_like(self.z)
+        self.x = random(rows, dim)  # rows of tokens
+        self.z = random(rows, up_width)  # before the activation
+        self.a = random(rows, ffn_dim)  # after the activation
+        self.up = random(up_width, dim)
+        self.down = random(dim, ffn_dim)
+        self.x_out = torch.empty_like(self.x)
+        self.z_out = torch.empty_like(self.z)
+        self.a_out = torch.empty_like(self.a)
+        self.up_out = torch.empty_like(self.up)
+        self.down_out = torch.empty_like(self.down)
 
-    def product(self, name: str) -> None:
-        """Compute one of PRODUCTS."""
+    def matmul(self, name: str) -> None:
+        """Compute one of MATMULS."""
         {
-            "up": lambda: torch.mm(self.x, self.up.T, out=self.to_z),
-            "down": lambda: torch.mm(self.a, self.down.T, out=self.to_rows),
-            "d activation": lambda: torch.mm(self.x, self.down, out=self.to_a),
-            "d down": lambda: torch.mm(self.x.T, self.a, out=self.ddown),
-            "d input": lambda: torch.mm(self.z, self.up, out=self.to_rows),
-            "d up": lambda: torch.mm(self.z.T, self.x, out=self.dup),
+            "up": lambda: torch.mm(self.x, self.up.T, out=self.z_out),
+            "down": lambda: torch.mm(self.a, self.down.T, out=self.x_out),
+            "d activation": lambda: torch.mm(self.x, self.down, out=self.a_out),
+            "d down": lambda: torch.mm(self.x.T, self.a, out=self.down_out),
+            "d input": lambda: torch.mm(self.z, self.up, out=self.x_out),
+            "d up": lambda: torch.mm(self.z.T, self.x, out=self.up_out),
         }[name]()
 
     def stages(self) -> Stages:
-        """Return the forward pass's products, and the backward pass's, for the clock."""
-        return (lambda _: self._products(PRODUCTS[:2]), lambda _: self._products(PRODUCTS[2:]))
+        """Return the matmuls of the forward and of the backward pass."""
+        return (lambda _: self._matmuls(MATMULS[:2]), lambda _: self._matmuls(MATMULS[2:]))
 
-    def _products(self, names: tuple[str, ...]) -> None:
+    def _matmuls(self, names: tuple[str, ...]) -> None:
         for name in names:
-            self.product(name)
+            self.matmul(name)

@@ -1,8 +1,8 @@
-"""What is measured: a layer computed by a backend of ours, or by somebody else's experts behind the same router."""
+"""The compared implementations of a layer: our backends, and peers behind our router."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,89 +16,106 @@ from tokenyard_bench.case import Case
 from tokenyard_bench.peers import PEERS
 
 Layer = Callable[[], tuple[Tensor, Routing]]
+Group = Literal["backend", "peer"]
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One way to compute the layer of a case: call `layer` for its output [T, D] and routing."""
+class Entrant:
+    """An implementation of a case's layer. `layer()` returns the output [T, D] and the routing."""
 
     name: str
-    group: Literal["backend", "peer"]
+    group: Group
     layer: Layer
 
     def stages(self, case: Case) -> Stages:
-        """Return the forward and the backward pass, for the clock."""
+        """Return the forward and the backward pass."""
         return (lambda _: self.layer()[0], lambda y: torch.autograd.grad(y, case.leaves(), case.dy))
 
 
 @dataclass(frozen=True)
-class Absent:
-    """A contestant that cannot take part, and why, in one sentence."""
+class SkippedEntrant:
+    """An implementation that cannot run this case, with the reason as one sentence."""
 
     name: str
-    group: Literal["backend", "peer"]
+    group: Group
     reason: str
 
 
-def backends(case: Case, asked: str) -> list[Contestant | Absent]:
-    """Return our layer by each expert backend asked for, comma-separated; "all": every one but the mere oracles.
+def backend_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
+    """Return our layer by each expert backend in `names`, which are separated by commas.
+
+    "all" means every backend except mere oracles. Raises ConfigError for one that is not installed.
+    """
+    backends = {offer.backend.name: offer.backend for offer in default_registry().offers("experts")}
+    default = [name for name, backend in backends.items() if backend.priority >= 0]
+    entrants: list[Entrant | SkippedEntrant] = []
+    for name in parse_names("--backends", names, default, backends):
+        reason = backends[name].unusable(case.workload)
+        if reason is None:
+            entrants.append(_backend_entrant(case, name))
+        else:
+            entrants.append(SkippedEntrant(name, "backend", reason))
+    return entrants
+
+
+def parse_names(option: str, names: str, default: list[str], installed: Iterable[str]) -> list[str]:
+    """Split the value of an option at its commas; "all" means `default`.
 
     Raises ConfigError for a name that is not installed.
     """
-    offers = {offer.backend.name: offer.backend for offer in default_registry().offers("experts")}
-    names = (
-        [n for n, b in offers.items() if b.priority >= 0] if asked == "all" else asked.split(",")
-    )
-    for name in names:
-        if name not in offers:
-            known = ", ".join(offers)
+    if names == "all":
+        return default
+    installed = list(installed)
+    for name in names.split(","):
+        if name not in installed:
+            known = ", ".join(installed)
             raise ConfigError(
-                f"--backends {name!r} is unknown{did_you_mean(name, offers)}; installed: {known}, or all"
+                f"{option} {name!r} is unknown{did_you_mean(name, installed)}; "
+                f"installed: {known}, or all"
             )
-    reasons = {name: offers[name].unusable(case.workload) for name in names}
-    return [
-        _ours(case, n) if reasons[n] is None else Absent(n, "backend", str(reasons[n]))
-        for n in names
-    ]
+    return names.split(",")
 
 
-def peers(case: Case, asked: str) -> list[Contestant | Absent]:
-    """Return the layer by each peer asked for, comma-separated, "all" or "none"; the router is ours.
+def peer_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
+    """Return the layer by each peer in `names`: separated by commas, "all" or "none".
 
-    Raises ConfigError for an unknown name.
+    The router is ours. Raises ConfigError for an unknown name.
     """
-    names = {"all": list(PEERS), "none": []}.get(asked, asked.split(","))
-    for name in names:
+    peers = {"all": list(PEERS), "none": []}.get(names, names.split(","))
+    for name in peers:
         if name not in PEERS:
             known = ", ".join(PEERS)
             raise ConfigError(
-                f"--peers {name!r} is unknown{did_you_mean(name, PEERS)}; known are: {known}, all, none"
+                f"--peers {name!r} is unknown{did_you_mean(name, PEERS)}; "
+                f"known are: {known}, all, none"
             )
     router = build_moe(case).router
-    return [_peer(case, name, router) for name in names]
+    return [_peer_entrant(case, name, router) for name in peers]
 
 
 def build_moe(case: Case, experts: str = "auto") -> MoE:
-    """Build our layer around the weights of a case."""
+    """Build our layer around a case's weights, with an expert backend."""
     with torch.device("meta"):
         moe = MoE(case.workload, backends={"experts": experts}, dtype=case.workload.dtype)
-    moe.router.weight, moe.experts.up, moe.experts.down = case.router, case.up, case.down
+    moe.router.weight = case.router
+    moe.experts.up = case.up
+    moe.experts.down = case.down
     return moe
 
 
-def _ours(case: Case, name: str) -> Contestant:
+def _backend_entrant(case: Case, name: str) -> Entrant:
     moe = build_moe(case, name)
-    return Contestant(name, "backend", lambda: moe(case.x, case.topk_ids))
+    return Entrant(name, "backend", lambda: moe(case.x, case.topk_ids))
 
 
-def _peer(case: Case, name: str, router: Any) -> Contestant | Absent:
+def _peer_entrant(case: Case, name: str, router: Any) -> Entrant | SkippedEntrant:
     reason = PEERS[name].unusable(case.workload)
     if reason is not None:
-        return Absent(name, "peer", reason)
+        return SkippedEntrant(name, "peer", reason)
     experts = PEERS[name].build(case)
 
     def layer() -> tuple[Tensor, Routing]:
         routing = router(case.x, case.topk_ids)
         return experts(case.x, routing), routing
 
-    return Contestant(name, "peer", layer)
+    return Entrant(name, "peer", layer)

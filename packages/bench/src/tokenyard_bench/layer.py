@@ -1,137 +1,113 @@
-"""`tokenyard bench layer`: one MoE layer by every backend, beside dense products and peers, in one run."""
+"""Measure one MoE layer by every backend, beside dense matmuls and peers."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from rich.console import Console
 
 from tokenyard.measure.memory import peak_bytes, saved_bytes
-from tokenyard.measure.timing import Spread, Stages, clock_for, measure
+from tokenyard.measure.timing import Spread, Stages
 from tokenyard.measure.trace import trace
-from tokenyard_bench.case import DTYPES, Case, RoutingKind, busiest, make_case
-from tokenyard_bench.dense import DenseProducts
-from tokenyard_bench.entrants import Absent, Contestant, backends, peers
+from tokenyard_bench.case import Case, busiest
+from tokenyard_bench.dense import DenseMatmuls
+from tokenyard_bench.entrants import Entrant, SkippedEntrant, backend_entrants, peer_entrants
 from tokenyard_bench.oracle import Verdict, judge
-from tokenyard_bench.shapes import Shape
+from tokenyard_bench.sweep import Sweep, release_memory
+from tokenyard_cli.results import Record
 
 DENSE = "dense"
-"""The name of the dense products among the contestants."""
+"""Name of the dense matmuls among the entrants."""
 
-_PEER_ERRORS = (
-    8  # times what a backend may be off: peers add up in lower precision, and are not ours to mend
-)
-
-Record = dict[str, Any]
+# A peer may accumulate in lower precision, so it may be this many times less exact than a backend.
+_PEER_ERRORS = 8
 
 
-@dataclass(frozen=True)
-class LayerBench:
-    """What to measure."""
+def bench_layer(
+    sweep: Sweep, backends: str, peers: str, console: Console
+) -> Iterator[list[Record]]:
+    """Measure every case. Yield, for each case, one record for each entrant.
 
-    shapes: Sequence[Shape]
-    routings: Sequence[RoutingKind]
-    dtypes: Sequence[str]  # keys of DTYPES
-    device: torch.device
-    backends: str = "all"
-    peers: str = "all"
-    activation: str = "swiglu"
-    repetitions: int = 20
-    seed: int = 0
+    `backends` and `peers` are names separated by commas, or "all"; `peers` may be "none".
+    """
 
+    def measure_case(case: Case) -> Iterator[Record]:
+        entrants = [*backend_entrants(case, backends), *peer_entrants(case, peers)]
+        return _measure_case(sweep, case, entrants)
 
-def bench_layer(bench: LayerBench, console: Console) -> Iterator[list[Record]]:
-    """Measure every shape, routing and dtype; yield for each the records of its contestants."""
-    for shape in bench.shapes:
-        for name in bench.dtypes:
-            for routing in bench.routings:
-                console.print(
-                    f"{shape.name}, {name}, {routing} routing ...", style="dim", highlight=False
-                )
-                torch.manual_seed(bench.seed)
-                case = make_case(shape, routing, DTYPES[name], bench.device, bench.activation)
-                head = {"shape": shape._asdict(), "dtype": name, "routing": routing}
-                yield [head | record for record in _one_case(bench, shape, case)]
-                del case
-                _release()
+    return sweep.run(measure_case, console)
 
 
-def _one_case(bench: LayerBench, shape: Shape, case: Case) -> Iterator[Record]:
-    """Judge each contestant, then time those that are right, in turns with the dense products."""
-    right: dict[str, Record] = {}
-    works: dict[str, Stages] = {}
-    for entry in [*backends(case, bench.backends), *peers(case, bench.peers)]:
-        record = _tried(case, entry)
-        if record["note"] is None and isinstance(entry, Contestant):
-            right[entry.name], works[entry.name] = record, entry.stages(case)
+def _measure_case(
+    sweep: Sweep, case: Case, entrants: list[Entrant | SkippedEntrant]
+) -> Iterator[Record]:
+    """Check each entrant, then time the correct ones in turns with the dense matmuls."""
+    correct: dict[str, Record] = {}
+    calls: dict[str, Stages] = {}
+    for entrant in entrants:
+        record = _check(case, entrant)
+        if record["note"] is None and isinstance(entrant, Entrant):
+            correct[entrant.name] = record
+            calls[entrant.name] = entrant.stages(case)
         else:
             yield record
-    dense = DenseProducts(shape, case.workload)
-    spreads = measure({DENSE: dense.stages(), **works}, clock_for(bench.device), bench.repetitions)
-    ceiling = spreads.pop(DENSE)
-    yield {"contestant": DENSE, "group": "dense", "note": None} | _times(ceiling, ceiling)
-    for name, record in right.items():
-        yield record | _times(spreads[name], ceiling)
+    spreads = sweep.time({DENSE: DenseMatmuls(case).stages(), **calls})
+    dense = spreads[DENSE]
+    yield {"contestant": DENSE, "group": "dense", "note": None} | _times(dense, dense)
+    for name, record in correct.items():
+        yield record | _times(spreads[name], dense)
 
 
-def _tried(case: Case, entry: Contestant | Absent) -> Record:
-    """Judge a contestant against the oracle and take what needs no clock; a failure becomes its note."""
-    head: Record = {"contestant": entry.name, "group": entry.group, "note": None}
-    if isinstance(entry, Absent):
-        return head | {"note": entry.reason}
+def _check(case: Case, entrant: Entrant | SkippedEntrant) -> Record:
+    """Compare an entrant with the oracle and measure its memory. A failure becomes its note."""
+    head: Record = {"contestant": entrant.name, "group": entrant.group, "note": None}
+    if isinstance(entrant, SkippedEntrant):
+        return head | {"note": entrant.reason}
     try:
-        verdict = judge(case, entry.layer)
-        facts = _facts(case, entry) | {"error": verdict.error, "allowed": verdict.allowed}
-    except (
-        RuntimeError,
-        ImportError,
-        TypeError,
-        ValueError,
-    ) as error:  # a peer's or plugin's; the others go on
-        _release()
-        return head | {
-            "note": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        }
-    return head | facts | {"note": _wrong(entry, verdict)}
+        verdict = judge(case, entrant.layer)
+        facts = _facts(case, entrant) | {"error": verdict.error, "allowed": verdict.allowed}
+    # A failing peer or plugin must not end the benchmark of the others.
+    except (RuntimeError, ImportError, TypeError, ValueError) as error:
+        release_memory()
+        reason = " ".join(str(error).split())[:160]
+        return head | {"note": f"failed: {type(error).__name__}: {reason}"}
+    return head | facts | {"note": _wrong(entrant, verdict)}
 
 
-def _wrong(entry: Contestant, verdict: Verdict) -> str | None:
-    allowed = verdict.allowed * (1 if entry.group == "backend" else _PEER_ERRORS)
+def _wrong(entrant: Entrant, verdict: Verdict) -> str | None:
+    allowed = verdict.allowed * (1 if entrant.group == "backend" else _PEER_ERRORS)
     if verdict.error <= allowed:
         return None
-    return f"wrong: {verdict.worst} is off by {verdict.error:.2e} from float64, and {allowed:.2e} is allowed"
+    return (
+        f"wrong: {verdict.worst} is off by {verdict.error:.2e} from float64, "
+        f"and {allowed:.2e} is allowed"
+    )
 
 
-def _facts(case: Case, entry: Contestant) -> Record:
-    stages, device = entry.stages(case), case.workload.device
+def _facts(case: Case, entrant: Entrant) -> Record:
+    """Measure everything but time."""
+    stages = entrant.stages(case)
+    device = case.workload.device
     with torch.no_grad():
-        ids = entry.layer()[1].topk_ids
+        ids = entrant.layer()[1].topk_ids
     facts: Record = {
         "busiest": round(busiest(ids, case.workload.num_experts), 3),
-        "saved_bytes": saved_bytes(entry.layer, case.leaves()[1:]),
+        "saved_bytes": saved_bytes(entrant.layer, case.leaves()[1:]),
         "peak_bytes": peak_bytes(stages, device),
     }
     if device.type == "cuda":
-        seen = trace(stages, device)
-        facts |= {"launches": seen.launches, "waits": seen.waits}
+        profile = trace(stages, device)
+        facts |= {"launches": profile.launches, "waits": profile.waits}
     return facts
 
 
-def _times(own: list[Spread], ceiling: list[Spread]) -> Record:
-    forward, step = own
+def _times(spreads: list[Spread], dense: list[Spread]) -> Record:
+    """Return the times of a forward pass and of a step, and their ratios to the dense matmuls."""
+    forward, step = spreads
     return {
         "forward_ms": forward._asdict(),
         "step_ms": step._asdict(),
-        "forward_efficiency": round(ceiling[0].median / forward.median, 4),
-        "efficiency": round(ceiling[1].median / step.median, 4),
+        "forward_efficiency": round(dense[0].median / forward.median, 4),
+        "efficiency": round(dense[1].median / step.median, 4),
     }
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

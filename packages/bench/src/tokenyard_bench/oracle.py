@@ -1,7 +1,8 @@
-"""Whether a layer computes what it should: compared with float64 on some of its tokens and experts.
+"""Check a layer's results against float64, on a sample of its tokens and experts.
 
-Output and input gradient of a token depend on that token alone, an expert's weight gradient on the rows routed to it.
-So a sample of both is checked exactly, at the full size of the layer, at a small part of its cost.
+A token's output and input gradient depend on that token alone, and an expert's weight gradient on
+the rows routed to it. So the sample is checked exactly and at the layer's full size, at a fraction
+of its cost.
 """
 
 from __future__ import annotations
@@ -21,79 +22,82 @@ from tokenyard_bench.case import Case
 _TOKENS = 128
 _EXPERTS = 2
 
-
-class Verdict(NamedTuple):
-    """How far a layer is from float64, and how far it may be; the worst of output, d x, d up and d down."""
-
-    error: float  # relative, by Frobenius norm
-    allowed: float  # twice what plain torch code in the same dtype makes of it, plus eps
-    worst: str  # which result that was
-
-
 Results = dict[str, Tensor]
 
 
+class Verdict(NamedTuple):
+    """The worst error among output, d x, d up and d down."""
+
+    error: float  # relative to float64, by Frobenius norm
+    allowed: float  # twice the error of plain torch code in the same dtype, plus eps
+    worst: str  # name of the result
+
+
 def judge(case: Case, layer: Callable[[], tuple[Tensor, Routing]]) -> Verdict:
-    """Run a layer forward and backward and compare a sample of its results."""
+    """Run a layer forward and backward, and compare a sample of its results."""
     y, routing = layer()
     dx, _, dup, ddown = torch.autograd.grad(y, case.leaves(), case.dy)
-    routing = Routing(*(t.detach() for t in routing))
+    ids = routing.topk_ids.detach()
     tokens = torch.randperm(case.x.shape[0], device=y.device)[:_TOKENS]
-    experts = _sampled_experts(routing.topk_ids, case.workload.num_experts)
-    got = {
+    experts = _sampled_experts(ids, case.workload.num_experts)
+    results = {
         "y": y.detach()[tokens],
         "d x": dx[tokens],
         "d up": dup[experts],
         "d down": ddown[experts],
     }
-    del y, dx, dup, ddown
-    plain = _sample(case, routing.topk_ids, tokens, experts, case.workload.dtype)
-    exact = _sample(case, routing.topk_ids, tokens, experts, torch.float64)
+    # A layer may be so large that the references need the memory of its results.
+    del y, routing, dx, dup, ddown
+    plain = _reference(case, ids, tokens, experts, case.workload.dtype)
+    exact = _reference(case, ids, tokens, experts, torch.float64)
     verdicts = [
-        Verdict(relative_error(got[name], want), allowed_error(plain[name], want), name)
+        Verdict(relative_error(results[name], want), allowed_error(plain[name], want), name)
         for name, want in exact.items()
     ]
-    return max(verdicts, key=lambda v: v.error / v.allowed)
+    return max(verdicts, key=lambda verdict: verdict.error / verdict.allowed)
 
 
 def _sampled_experts(ids: Tensor, num_experts: int) -> list[int]:
-    """Take the busiest expert and the idlest: skew goes wrong at the ends."""
+    """Return the busiest and the least busy expert, where skew causes errors first."""
     counts = torch.bincount(ids.flatten().long(), minlength=num_experts)[:num_experts]
     order = counts.argsort(descending=True).tolist()
     return sorted({order[0], order[-1]})[:_EXPERTS]
 
 
-def _sample(
+def _reference(
     case: Case, ids: Tensor, tokens: Tensor, experts: list[int], dtype: torch.dtype
 ) -> Results:
-    """Compute the sampled results by the definition, in a dtype; the ids are taken as given."""
+    """Compute the sampled results by definition in a dtype, for the layer's own ids [T, K]."""
     x = case.x.detach()[tokens].to(dtype).requires_grad_()
     y = _layer(case, x, ids[tokens], dtype)
     (dx,) = torch.autograd.grad(y, x, case.dy[tokens].to(dtype))
-    ups, downs = zip(*(_weight_gradients(case, ids, e, dtype) for e in experts))
+    ups, downs = zip(*(_weight_gradients(case, ids, expert, dtype) for expert in experts))
     return {"y": y.detach(), "d x": dx, "d up": torch.stack(ups), "d down": torch.stack(downs)}
 
 
 def _layer(case: Case, x: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     gates = _gates(case, x, ids)
     y = torch.zeros(x.shape, dtype=gates.dtype, device=x.device)
-    for e in range(case.workload.num_experts):
-        token, k = (ids == e).nonzero(as_tuple=True)
+    for expert in range(case.workload.num_experts):
+        token, k = (ids == expert).nonzero(as_tuple=True)
         if len(token):
-            row = _expert(
-                case, x[token], case.up[e].detach().to(dtype), case.down[e].detach().to(dtype)
-            )
-            y = y.index_add(0, token, gates[token, k].unsqueeze(1) * row.to(gates.dtype))
+            up = case.up[expert].detach().to(dtype)
+            down = case.down[expert].detach().to(dtype)
+            rows = _expert(case, x[token], up, down)
+            y = y.index_add(0, token, gates[token, k].unsqueeze(1) * rows.to(gates.dtype))
     return y.to(dtype)
 
 
-def _weight_gradients(case: Case, ids: Tensor, e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    token, k = (ids == e).nonzero(as_tuple=True)
+def _weight_gradients(
+    case: Case, ids: Tensor, expert: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    token, k = (ids == expert).nonzero(as_tuple=True)
     x = case.x.detach()[token].to(dtype)
-    up, down = (w[e].detach().to(dtype).requires_grad_() for w in (case.up, case.down))
+    up = case.up[expert].detach().to(dtype).requires_grad_()
+    down = case.down[expert].detach().to(dtype).requires_grad_()
     gates = _gates(case, x, ids[token]).gather(1, k.unsqueeze(1))
-    row = _expert(case, x, up, down)
-    dup, ddown = torch.autograd.grad(row, (up, down), (gates * case.dy[token]).to(dtype))
+    rows = _expert(case, x, up, down)
+    dup, ddown = torch.autograd.grad(rows, (up, down), (gates * case.dy[token]).to(dtype))
     return dup, ddown
 
 
@@ -102,6 +106,7 @@ def _expert(case: Case, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def _gates(case: Case, x: Tensor, ids: Tensor) -> Tensor:
+    """Return the normalised routing weights [T, K], in at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scores = F.linear(x.to(wide), case.router.detach().to(wide)).softmax(-1).gather(1, ids.long())
     return scores / scores.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Experts of others, to measure ours beside: torch's grouped product, and transformers' two implementations."""
+"""Expert implementations of other libraries: torch's grouped matmul and transformers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Experts = Callable[[Tensor, Routing], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody else's experts: when they cannot take part, and how they are made of a case's weights."""
+    """An expert implementation: why it is unusable, if it is, and how to build it from a case."""
 
     unusable: Callable[[Workload], str | None]
     build: Callable[[Case], Experts]
 
 
 def _swiglu_only(workload: Workload) -> str | None:
-    return (
-        None if workload.activation == "swiglu" else f"computes swiglu, not {workload.activation}"
-    )
+    if workload.activation == "swiglu":
+        return None
+    return f"computes swiglu, not {workload.activation}"
 
 
 def _needs_transformers(workload: Workload) -> str | None:
@@ -52,12 +52,11 @@ def _compilable(workload: Workload) -> str | None:
 
 
 def grouped_mm_experts(x: Tensor, routing: Routing, up: Tensor, down: Tensor) -> Tensor:
-    """Return y [T, D] by ``F.grouped_mm`` between a gather and a scatter, as most training code calls it."""
+    """Return y [T, D] by ``F.grouped_mm`` between a gather and a scatter, the common code."""
     top_k = routing.topk_ids.shape[1]
     ids, order = routing.topk_ids.flatten().sort(stable=True)
-    ends = torch.searchsorted(
-        ids, torch.arange(up.shape[0], device=x.device), right=True, out_int32=True
-    )
+    experts = torch.arange(up.shape[0], device=x.device)
+    ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
     tokens = order // top_k
     gate, value = F.grouped_mm(x[tokens], up.mT, offs=ends).chunk(2, dim=-1)
     rows = F.grouped_mm(F.silu(gate) * value, down.mT, offs=ends)
@@ -70,7 +69,8 @@ def _grouped_mm(case: Case) -> Experts:
 
 
 def _compiled(case: Case) -> Experts:
-    torch.compiler.reset()  # or, after some shapes, torch gives up and runs this eagerly
+    # Without a reset, torch reaches its recompile limit after some shapes and runs eagerly.
+    torch.compiler.reset()
     compiled = torch.compile(grouped_mm_experts)
     return lambda x, routing: compiled(x, routing, case.up, case.down)
 
@@ -80,17 +80,18 @@ def _transformers(implementation: str) -> Callable[[Case], Experts]:
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-        work = case.workload
+        workload = case.workload
         config = MixtralConfig(
-            hidden_size=work.dim,
-            intermediate_size=work.ffn_dim,
-            num_local_experts=work.num_experts,
-            num_experts_per_tok=work.top_k,
+            hidden_size=workload.dim,
+            intermediate_size=workload.ffn_dim,
+            num_local_experts=workload.num_experts,
+            num_experts_per_tok=workload.top_k,
         )
         config._experts_implementation = implementation
         with torch.device("meta"):
             experts = MixtralExperts(config)
-        experts.gate_up_proj, experts.down_proj = case.up, case.down
+        experts.gate_up_proj = case.up
+        experts.down_proj = case.down
         return lambda x, routing: experts(x, routing.topk_ids.long(), routing.topk_weights)
 
     return build
@@ -102,4 +103,4 @@ PEERS: dict[str, Peer] = {
     "transformers-eager": Peer(_needs_transformers, _transformers("eager")),
     "transformers-grouped_mm": Peer(_needs_transformers, _transformers("grouped_mm")),
 }
-"""Every peer, by the name that `--peers` takes."""
+"""Every peer, by its name for `--peers`."""

@@ -1,83 +1,121 @@
-"""The pieces of a layer, each on its own, on the data that the layer would give it."""
+"""The pieces of a layer, each callable alone on the data that the layer would give it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenyard import MoE
+from tokenyard import MoE, Plan, Routing
 from tokenyard.activations import activate, activate_with_pullback
 from tokenyard.experts import rows_outer, rows_times
 from tokenyard_bench.case import Case
-from tokenyard_bench.dense import DenseProducts
+from tokenyard_bench.dense import DenseMatmuls
 
 
 class Piece(NamedTuple):
-    """One part of a layer's work, and the same work at its best, where there is a measure of it."""
+    """One piece of a layer, and a lower bound of its time, if there is one."""
 
     call: Callable[[], object]
-    ceiling: Callable[[], object] | None  # a dense product, or a copy of as many bytes
-    named: str  # what the ceiling is
+    bound: Callable[[], object] | None = None  # a dense matmul, or a copy of as many bytes
+    bound_name: str = ""
 
 
-def build_pieces(case: Case, moe: MoE, dense: DenseProducts) -> dict[str, Piece]:
-    """Return the pieces of forward and backward in their order: routing, plan, moves, six products, activation."""
+@dataclass(frozen=True)
+class _Data:
+    """The intermediate tensors of a layer."""
+
+    routing: Routing
+    plan: Plan
+    rows: Tensor  # [R, D] permuted tokens
+    z: Tensor  # [R, 2F or F] before the activation
+    a: Tensor  # [R, F] after the activation
+    out: Tensor  # [R, D] expert output
+    da: Tensor  # [R, F] a gradient of a
+    target: Tensor  # [R, D] memory to copy rows into
+
+
+def build_pieces(case: Case, moe: MoE, dense: DenseMatmuls) -> dict[str, Piece]:
+    """Return the pieces of forward and backward: routing, plan, moves, matmuls, activation.
+
+    They are in the order of a step, and compute without autograd.
+    """
     with torch.no_grad():
-        routing = moe.router(case.x, case.topk_ids)
-        permutation = moe.experts.permutation
-        plan = permutation.plan(routing.topk_ids, case.workload.num_experts)
-        rows = permutation.permute(case.x, plan)
-        z = rows_times(rows, case.up.detach().mT, plan.offsets)
-        a = activate(z, case.workload.activation)
-        out = rows_times(a, case.down.detach().mT, plan.offsets)
-        da = rows_times(rows, case.down.detach(), plan.offsets)
-    weights = routing.topk_weights
-
-    def no_grad(call: Callable[[], object]) -> Callable[[], object]:
-        return torch.no_grad()(call)
-
-    moved = _copy_like(rows)
+        data = _data(case, moe)
     pieces = {
+        **_routing_pieces(case, moe, data),
+        **_forward_pieces(case, moe, data, dense),
+        **_backward_pieces(case, moe, data, dense),
+    }
+    return {
+        name: piece._replace(call=torch.no_grad()(piece.call)) for name, piece in pieces.items()
+    }
+
+
+def _data(case: Case, moe: MoE) -> _Data:
+    permutation = moe.experts.permutation
+    routing = moe.router(case.x, case.topk_ids)
+    plan = permutation.plan(routing.topk_ids, case.workload.num_experts)
+    rows = permutation.permute(case.x, plan)
+    z = rows_times(rows, case.up.detach().mT, plan.offsets)
+    a = activate(z, case.workload.activation)
+    out = rows_times(a, case.down.detach().mT, plan.offsets)
+    da = rows_times(rows, case.down.detach(), plan.offsets)
+    return _Data(routing, plan, rows, z, a, out, da, torch.empty_like(rows))
+
+
+def _routing_pieces(case: Case, moe: MoE, data: _Data) -> dict[str, Piece]:
+    permutation = moe.experts.permutation
+    ids = data.routing.topk_ids
+    return {
         "router": Piece(
             lambda: moe.router(case.x, case.topk_ids),
             lambda: F.linear(case.x, case.router),
             "logits",
         ),
-        "plan": Piece(
-            lambda: permutation.plan(routing.topk_ids, case.workload.num_experts), None, ""
-        ),
-        "permute": Piece(lambda: permutation.permute(case.x, plan), moved, "copy of the rows"),
-        "up": _product(lambda: rows_times(rows, case.up.mT, plan.offsets), dense, "up"),
-        "activation": Piece(lambda: activate(z, case.workload.activation), None, ""),
-        "down": _product(lambda: rows_times(a, case.down.mT, plan.offsets), dense, "down"),
-        "combine": Piece(
-            lambda: permutation.unpermute(out, plan, weights), moved, "copy of the rows"
-        ),
-        "d activation": _product(
-            lambda: rows_times(rows, case.down, plan.offsets), dense, "d activation"
-        ),
-        "activation backward": Piece(lambda: _pullback(case, z, da), None, ""),
-        "d down": _product(lambda: rows_outer(rows, a, plan.offsets), dense, "d down"),
-        "d input": _product(lambda: rows_times(z, case.up, plan.offsets), dense, "d input"),
-        "d up": _product(lambda: rows_outer(z, rows, plan.offsets), dense, "d up"),
-        "sum of d input": Piece(
-            lambda: permutation.unpermute(out, plan, None), moved, "copy of the rows"
-        ),
+        "plan": Piece(lambda: permutation.plan(ids, case.workload.num_experts)),
+        "permute": _move(lambda: permutation.permute(case.x, data.plan), data),
     }
-    return {name: piece._replace(call=no_grad(piece.call)) for name, piece in pieces.items()}
 
 
-def _product(call: Callable[[], object], dense: DenseProducts, name: str) -> Piece:
-    return Piece(call, lambda: dense.product(name), "dense product")
+def _forward_pieces(case: Case, moe: MoE, data: _Data, dense: DenseMatmuls) -> dict[str, Piece]:
+    permutation = moe.experts.permutation
+    plan = data.plan
+    weights = data.routing.topk_weights
+    return {
+        "up": _matmul(lambda: rows_times(data.rows, case.up.mT, plan.offsets), dense, "up"),
+        "activation": Piece(lambda: activate(data.z, case.workload.activation)),
+        "down": _matmul(lambda: rows_times(data.a, case.down.mT, plan.offsets), dense, "down"),
+        "combine": _move(lambda: permutation.unpermute(data.out, plan, weights), data),
+    }
 
 
-def _copy_like(rows: Tensor) -> Callable[[], object]:
-    target = torch.empty_like(rows)
-    return lambda: target.copy_(rows)
+def _backward_pieces(case: Case, moe: MoE, data: _Data, dense: DenseMatmuls) -> dict[str, Piece]:
+    permutation = moe.experts.permutation
+    rows = data.rows
+    offsets = data.plan.offsets
+    return {
+        "d activation": _matmul(
+            lambda: rows_times(rows, case.down, offsets), dense, "d activation"
+        ),
+        "activation backward": Piece(lambda: _pullback(case, data.z, data.da)),
+        "d down": _matmul(lambda: rows_outer(rows, data.a, offsets), dense, "d down"),
+        "d input": _matmul(lambda: rows_times(data.z, case.up, offsets), dense, "d input"),
+        "d up": _matmul(lambda: rows_outer(data.z, rows, offsets), dense, "d up"),
+        "sum of d input": _move(lambda: permutation.unpermute(data.out, data.plan, None), data),
+    }
+
+
+def _matmul(call: Callable[[], object], dense: DenseMatmuls, name: str) -> Piece:
+    return Piece(call, lambda: dense.matmul(name), "dense matmul")
+
+
+def _move(call: Callable[[], object], data: _Data) -> Piece:
+    return Piece(call, lambda: data.target.copy_(data.rows), "copy of the rows")
 
 
 def _pullback(case: Case, z: Tensor, da: Tensor) -> Tensor:

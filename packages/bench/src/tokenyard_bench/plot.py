@@ -1,4 +1,4 @@
-"""Efficiencies as bars."""
+"""Draw efficiencies as bars."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from tokenyard_cli.figures import (
     make_figure,
     save_figure,
 )
-
-Record = dict[str, Any]
+from tokenyard_cli.results import Record
 
 _PEERS = ("#8a8f98", "#a9adb5", "#c3c6cc", "#d9dbdf")
-_OURS = (BLUE, "#6f9bd6", "#a4c1e8", ORANGE)
+_BACKENDS = (BLUE, "#6f9bd6", "#a4c1e8", ORANGE)
 
 
 def efficiency_bars(records: Sequence[Record], machine: Mapping[str, Any], path: Path) -> None:
-    """Draw dense time over layer time, forward and backward: a panel for each dtype and routing; peers are grey."""
+    """Draw the ratio of dense time to layer time, forward and backward, and save it.
+
+    One panel for each dtype and routing. Peers are grey.
+    """
     timed = [r for r in records if r["note"] is None and r["group"] != "dense"]
     panels = list(dict.fromkeys((r["dtype"], r["routing"]) for r in timed))
     shapes = list(dict.fromkeys(r["shape"]["name"] for r in timed))
@@ -37,37 +39,28 @@ def efficiency_bars(records: Sequence[Record], machine: Mapping[str, Any], path:
     grid = figure.add_gridspec(max(1, len(panels)), 1)
     for i, (dtype, routing) in enumerate(panels):
         axes = make_axes(figure, grid[i], f"{dtype}, {routing} routing", "", "dense / layer time")
-        _panel(
-            axes,
-            [r for r in timed if (r["dtype"], r["routing"]) == (dtype, routing)],
-            shapes,
-            colours,
-        )
-    title = f"One MoE layer, forward and backward\n{machine['device']}, torch {machine['versions']['torch']}"
+        panel = [r for r in timed if (r["dtype"], r["routing"]) == (dtype, routing)]
+        _draw_panel(axes, panel, shapes, colours)
+    versions = f"{machine['device']}, torch {machine['versions']['torch']}"
+    title = f"One MoE layer, forward and backward\n{versions}"
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontweight="bold")
     if panels:
-        figure.legend(
-            *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-        )
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     save_figure(figure, path)
 
 
-def _panel(
+def _draw_panel(
     axes: Axes, records: Sequence[Record], shapes: Sequence[str], colours: dict[str, str]
 ) -> None:
     width = 0.84 / len(colours)
     for i, (name, colour) in enumerate(colours.items()):
-        found = {r["shape"]["name"]: r["efficiency"] for r in records if r["contestant"] == name}
-        places = np.arange(len(shapes)) + (i - (len(colours) - 1) / 2) * width
-        drawn = axes.bar(
-            places, [found.get(s, 0.0) for s in shapes], width * 0.92, label=name, color=colour
-        )
-        axes.bar_label(
-            drawn,
-            [f"{found[s]:.2f}" if s in found else "" for s in shapes],
-            fontsize=6.5,
-            padding=1,
-        )
+        heights = {r["shape"]["name"]: r["efficiency"] for r in records if r["contestant"] == name}
+        x = np.arange(len(shapes)) + (i - (len(colours) - 1) / 2) * width
+        y = [heights.get(shape, 0.0) for shape in shapes]
+        bars = axes.bar(x, y, width * 0.92, label=name, color=colour)
+        labels = [f"{heights[shape]:.2f}" if shape in heights else "" for shape in shapes]
+        axes.bar_label(bars, labels, fontsize=6.5, padding=1)
     axes.set_xticks(range(len(shapes)), shapes)
     axes.grid(visible=False, axis="x")
     axes.axhline(1, color=GREY, linewidth=1, linestyle=(0, (5, 3)))
@@ -75,7 +68,7 @@ def _panel(
 
 
 def _colours(records: Sequence[Record]) -> dict[str, str]:
-    """Return each contestant's colour, ours first."""
-    ours = list(dict.fromkeys(r["contestant"] for r in records if r["group"] == "backend"))
-    theirs = list(dict.fromkeys(r["contestant"] for r in records if r["group"] == "peer"))
-    return dict(zip(ours, cycle(_OURS))) | dict(zip(theirs, cycle(_PEERS)))
+    """Return a colour for each entrant, backends first."""
+    backends = dict.fromkeys(r["contestant"] for r in records if r["group"] == "backend")
+    peers = dict.fromkeys(r["contestant"] for r in records if r["group"] == "peer")
+    return dict(zip(backends, cycle(_BACKENDS))) | dict(zip(peers, cycle(_PEERS)))

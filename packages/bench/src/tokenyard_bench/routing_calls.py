@@ -1,165 +1,101 @@
-"""What routing costs, work by work: choosing experts, planning, and moving rows, forward and backward.
-
-Each backend's results are compared with core's `torch` in float64 before it is timed.
-"""
+"""The timed calls of routers and permutations: choose, plan and move, forward and backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenyard import Plan
 from tokenyard.permutations import TorchPermutation
 from tokenyard.routers import TopKRouter
-from tokenyard.tolerance import allowed_error, relative_error
 from tokenyard_bench.case import Case
+from tokenyard_bench.routing_check import PlannedRows, wrong_permutation, wrong_router
 
 
-class Work(NamedTuple):
-    """One work of one backend."""
+class Timed(NamedTuple):
+    """One call of one backend."""
 
     call: Callable[[], object]
-    bytes: int  # that it reads and writes at least
+    bytes: int  # the least that it must read and write
 
 
-class Moved(NamedTuple):
-    """A plan, and what moves by it."""
-
-    plan: Plan
-    x: Tensor  # [T, D]
-    rows: Tensor  # [R, D]
-    weights: Tensor  # [T, K] float32
-    dy: Tensor  # [T, D]
-    drows: Tensor  # [R, D]
-
-
-def moved_of(case: Case) -> Moved:
-    """Return a plan of a case's own routing, and random tensors to move by it."""
+def plan_rows(case: Case) -> PlannedRows:
+    """Return the plan of a case's routing, and random tensors to move by it."""
+    permutation = TorchPermutation(case.workload)
     with torch.no_grad():
-        router = _router(TopKRouter, case)
-        routing = router(case.x, case.topk_ids)
-        plan = TorchPermutation(case.workload).plan(routing.topk_ids, case.workload.num_experts)
-        rows = TorchPermutation(case.workload).permute(case.x, plan)
-    return Moved(plan, case.x.detach(), rows, routing.topk_weights, case.dy, torch.randn_like(rows))
+        routing = _router(TopKRouter, case)(case.x, case.topk_ids)
+        plan = permutation.plan(routing.topk_ids, case.workload.num_experts)
+        rows = permutation.permute(case.x, plan)
+    x = case.x.detach()
+    return PlannedRows(plan, x, rows, routing.topk_weights, case.dy, torch.randn_like(rows))
 
 
-def permutation_works(
-    permutation: Any, moved: Moved, case: Case
-) -> tuple[dict[str, Work], str | None]:
-    """Return the works of a permutation, and what is wrong with their results, if anything is."""
-    plan, experts = moved.plan, case.workload.num_experts
-    ids = _ids(plan, experts)
-    x, rows, weights = (t.clone().requires_grad_() for t in (moved.x, moved.rows, moved.weights))
-    there, back = permutation.permute(x, plan), permutation.unpermute(rows, plan, weights)
-    token, row, slots = moved.x.nbytes, moved.rows.nbytes, 4 * ids.numel()  # bytes
-    works = {
-        "plan": Work(lambda: permutation.plan(ids, experts), 3 * slots),
-        "permute": Work(_no_grad(lambda: permutation.permute(moved.x, plan)), token + row),
-        "permute backward": Work(_gradient(there, (x,), moved.drows), token + row),
-        "unpermute": Work(
-            _no_grad(lambda: permutation.unpermute(moved.rows, plan, moved.weights)), token + row
+def permutation_calls(
+    permutation: Any, planned: PlannedRows, case: Case
+) -> tuple[dict[str, Timed], str | None]:
+    """Return the calls of a permutation, and the fault of their results, if there is one."""
+    plan = planned.plan
+    experts = case.workload.num_experts
+    ids = planned.ids(experts)
+    x, rows, weights = planned.leaves()
+    permuted = permutation.permute(x, plan)
+    unpermuted = permutation.unpermute(rows, plan, weights)
+    x_bytes = planned.x.nbytes
+    rows_bytes = planned.rows.nbytes
+    calls = {
+        "plan": Timed(lambda: permutation.plan(ids, experts), 3 * 4 * ids.numel()),
+        "permute": Timed(
+            _no_grad(lambda: permutation.permute(planned.x, plan)), x_bytes + rows_bytes
         ),
-        "unpermute backward": Work(_gradient(back, (rows, weights), moved.dy), token + 2 * row),
+        "permute backward": Timed(_gradient(permuted, (x,), planned.drows), x_bytes + rows_bytes),
+        "unpermute": Timed(
+            _no_grad(lambda: permutation.unpermute(planned.rows, plan, planned.weights)),
+            x_bytes + rows_bytes,
+        ),
+        "unpermute backward": Timed(
+            _gradient(unpermuted, (rows, weights), planned.dy), x_bytes + 2 * rows_bytes
+        ),
     }
-    plain, exact = (
-        _moved(TorchPermutation(case.workload), _as(moved, d)) for d in (x.dtype, torch.float64)
-    )
-    wrong = _wrong(_moved(permutation, moved), plain, exact)
-    return works, wrong or _wrong_plan(permutation.plan(ids, experts), plan)
+    return calls, wrong_permutation(permutation, planned, case)
 
 
-def router_works(router: type, case: Case) -> tuple[dict[str, Work], str | None]:
-    """Return the works of a router, and what is wrong with their results, if anything is."""
-    own, k = _router(router, case), case.workload.top_k
-    x, weight = case.x, own.weight
+def router_calls(cls: type, case: Case) -> tuple[dict[str, Timed], str | None]:
+    """Return the calls of a router class, and the fault of their results, if there is one."""
+    router = _router(cls, case)
+    x = case.x
+    weight = router.weight
     with torch.no_grad():
-        logits = own.logits(x)
-    given = logits.clone().requires_grad_()
-    weights = own.choose(given, None)[1]
-    routed = own(x).topk_weights
+        logits = router.logits(x)
+    leaf = logits.clone().requires_grad_()
+    weights = router.choose(leaf, None)[1]
+    routed = router(x).topk_weights
     dweights = torch.randn_like(weights)
-    scores, chosen = logits.nbytes, 8 * logits.shape[0] * k  # bytes
-    works = {
-        "router": Work(_no_grad(lambda: own(x)), x.nbytes + weight.nbytes + scores + chosen),
-        "router backward": Work(
-            _gradient(routed, (x, weight), dweights), 2 * x.nbytes + 2 * weight.nbytes + scores
-        ),
-        "choose": Work(_no_grad(lambda: own.choose(logits, None)), scores + chosen),
-        "choose backward": Work(_gradient(weights, (given,), dweights), 2 * scores + chosen),
+    operands = x.nbytes + weight.nbytes
+    scores = logits.nbytes
+    chosen = 8 * weights.numel()  # ids and weights, 4 bytes each
+    calls = {
+        "router": Timed(_no_grad(lambda: router(x)), operands + scores + chosen),
+        "router backward": Timed(_gradient(routed, (x, weight), dweights), 2 * operands + scores),
+        "choose": Timed(_no_grad(lambda: router.choose(logits, None)), scores + chosen),
+        "choose backward": Timed(_gradient(weights, (leaf,), dweights), 2 * scores + chosen),
     }
-    return works, _wrong_choice(own, _router(TopKRouter, case), logits, dweights)
+    reference = _router(TopKRouter, case)
+    return calls, wrong_router(router, reference, logits, dweights)
 
 
-def _router(router: type, case: Case) -> Any:
+def _router(cls: type, case: Case) -> Any:
+    """Build a router with a case's weight."""
     with torch.device("meta"):
-        own: Any = router(case.workload)
-    own.weight = case.router
-    return own
+        router: Any = cls(case.workload)
+    router.weight = case.router
+    return router
 
 
-def _gradient(y: Tensor, of: tuple[Tensor, ...], dy: Tensor) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(y, of, dy, retain_graph=True)
+def _gradient(y: Tensor, inputs: tuple[Tensor, ...], dy: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)
 
 
 def _no_grad(call: Callable[[], object]) -> Callable[[], object]:
     return torch.no_grad()(call)
-
-
-def _ids(plan: Plan, experts: int) -> Tensor:
-    """Return the ids [T, K] that a plan was made of."""
-    expert = torch.searchsorted(plan.offsets[1:], plan.inverse, right=True, out_int32=True)
-    return expert.view(-1, plan.top_k).clamp(max=experts)
-
-
-def _as(moved: Moved, dtype: torch.dtype) -> Moved:
-    wide = torch.promote_types(dtype, torch.float32)
-    x, rows, dy, drows = (t.to(dtype) for t in (moved.x, moved.rows, moved.dy, moved.drows))
-    return Moved(moved.plan, x, rows, moved.weights.to(wide), dy, drows)
-
-
-def _moved(permutation: Any, moved: Moved) -> dict[str, Tensor]:
-    x, rows, weights = (t.clone().requires_grad_() for t in (moved.x, moved.rows, moved.weights))
-    there, back = (
-        permutation.permute(x, moved.plan),
-        permutation.unpermute(rows, moved.plan, weights),
-    )
-    (dx,) = torch.autograd.grad(there, x, moved.drows)
-    drows, dweights = torch.autograd.grad(back, (rows, weights), moved.dy)
-    return {
-        "rows": there.detach(),
-        "y": back.detach(),
-        "d x": dx,
-        "d rows": drows,
-        "d weights": dweights,
-    }
-
-
-def _wrong(
-    got: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
-) -> str | None:
-    for name, want in exact.items():
-        error, allowed = relative_error(got[name], want), allowed_error(plain[name], want)
-        if error > allowed:
-            return f"{name} is off by {error:.2e} from float64, and {allowed:.2e} is allowed"
-    return None
-
-
-def _wrong_plan(got: Plan, want: Plan) -> str | None:
-    same = all(torch.equal(a, b) for a, b in zip(got[:3], want[:3]))
-    return None if same else "the plan is not the stable sort"
-
-
-def _wrong_choice(own: Any, plain: Any, logits: Tensor, dweights: Tensor) -> str | None:
-    """The weights of an own choice; and weights and gradients of the ids that were chosen, whatever they are."""
-    ids = own.choose(logits, None)[0]
-
-    def results(router: Any, logits: Tensor) -> dict[str, Tensor]:
-        leaf = logits.clone().requires_grad_()
-        best, weights = router.choose(leaf, None)[1], router.choose(leaf, ids)[1]
-        (dlogits,) = torch.autograd.grad(weights, leaf, dweights.to(weights.dtype))
-        return {"best weights": best.detach(), "weights": weights.detach(), "d logits": dlogits}
-
-    return _wrong(results(own, logits), results(plain, logits), results(plain, logits.double()))

@@ -1,4 +1,4 @@
-"""The layer sizes that are measured, by name."""
+"""Built-in layer sizes, and the values of `--shape`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenyard.errors import did_you_mean
 
 
 class Shape(NamedTuple):
-    """The size of one MoE layer and of its input."""
+    """Size of one MoE layer and of its input."""
 
     name: str
     tokens: int  # T
@@ -20,13 +20,8 @@ class Shape(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """T*K."""
+        """Number of (token, expert) pairs, T*K."""
         return self.tokens * self.top_k
-
-    def flops(self, gated: bool = True) -> tuple[int, int]:
-        """Return the floating-point operations of the products in a forward pass, and in one with its backward."""
-        forward = 2 * self.slots * self.dim * self.ffn_dim * (3 if gated else 2)
-        return forward, 3 * forward
 
 
 SHAPES: dict[str, Shape] = {
@@ -41,21 +36,22 @@ SHAPES: dict[str, Shape] = {
         Shape("cpu", 2048, 512, 1024, 16, 4),
     )
 }
-"""Layers of models that people train, and one for processors. The sonic shapes are those of arXiv 2512.14080."""
+"""Layers of published models, and one for CPUs. The sonic shapes are from arXiv 2512.14080."""
 
 GPU_SHAPES = tuple(name for name in SHAPES if name != "cpu")
-"""What `--shape all` measures on a GPU."""
+"""The shapes that `--shape all` means on a GPU."""
 
 
 def parse_shape(text: str) -> Shape:
-    """Return the shape of a name, or of ``T,D,F,E,K``. Raises ConfigError."""
+    """Return the shape with a built-in name, or of ``T,D,F,E,K``. Raises ConfigError."""
     if text in SHAPES:
         return SHAPES[text]
     numbers = text.split(",")
     if len(numbers) == 1:
         known = ", ".join(SHAPES)
         raise ConfigError(
-            f"--shape {text!r} is unknown{did_you_mean(text, SHAPES)}; give T,D,F,E,K or one of: {known}, all"
+            f"--shape {text!r} is unknown{did_you_mean(text, SHAPES)}; "
+            f"give T,D,F,E,K or one of: {known}, all"
         )
     try:
         tokens, dim, ffn_dim, num_experts, top_k = (int(number) for number in numbers)
@@ -69,10 +65,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def parse_shapes(texts: list[str], gpu: bool) -> list[Shape]:
-    """Return the shapes that are asked for; "all" stands for every built-in one that suits the machine."""
-    names = [
-        name
-        for text in texts
-        for name in ((GPU_SHAPES if gpu else ("cpu",)) if text == "all" else (text,))
-    ]
+    """Return the requested shapes. "all" means every built-in one for a GPU or a CPU."""
+    every = GPU_SHAPES if gpu else ("cpu",)
+    names = [name for text in texts for name in (every if text == "all" else (text,))]
     return [parse_shape(name) for name in dict.fromkeys(names)]

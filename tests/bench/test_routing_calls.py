@@ -1,4 +1,4 @@
-"""A backend that computes something else is not timed; what is wrong with it is said."""
+"""`bench routing` does not time a wrong backend, and names its fault."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tokenyard import Plan
 from tokenyard.permutations import TorchPermutation
 from tokenyard.routers import TopKRouter
 from tokenyard_bench.case import make_case
-from tokenyard_bench.routing_calls import moved_of, permutation_works, router_works
+from tokenyard_bench.routing_calls import permutation_calls, plan_rows, router_calls
 from tokenyard_bench.shapes import parse_shape
 
 
@@ -40,9 +40,9 @@ class Louder(TopKRouter):
         return ids, weights * 1.001
 
 
-def test_core_s_own_are_right(case):
-    assert permutation_works(TorchPermutation(case.workload), moved_of(case), case)[1] is None
-    assert router_works(TopKRouter, case)[1] is None
+def test_core_s_backends_are_right(case):
+    assert permutation_calls(TorchPermutation(case.workload), plan_rows(case), case)[1] is None
+    assert router_calls(TopKRouter, case)[1] is None
 
 
 WRONG = [(Unstable, "the plan is not the stable sort"), (Forgetful, "y is off")]
@@ -50,9 +50,9 @@ WRONG = [(Unstable, "the plan is not the stable sort"), (Forgetful, "y is off")]
 
 @pytest.mark.parametrize(("permutation", "fault"), WRONG)
 def test_wrong_permutations(case, permutation, fault):
-    assert permutation_works(permutation(case.workload), moved_of(case), case)[1].startswith(fault)
+    assert permutation_calls(permutation(case.workload), plan_rows(case), case)[1].startswith(fault)
 
 
 @pytest.mark.parametrize("router", [Second, Louder])
 def test_wrong_routers(case, router):
-    assert router_works(router, case)[1].startswith("best weights is off by")
+    assert router_calls(router, case)[1].startswith("best weights is off by")

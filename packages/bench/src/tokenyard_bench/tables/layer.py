@@ -1,0 +1,74 @@
+"""The tables of `bench layer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenyard_bench.tables.titles import case_key, case_title
+from tokenyard_cli.results import Record
+
+_COLUMNS = ("forward ms", "fwd+bwd ms", "efficiency fwd", "fwd+bwd")
+_FACTS = ("saved MiB", "peak MiB", "error")
+_GPU_FACTS = ("launches", "waits")
+
+
+def print_layers(records: Sequence[Record], console: Console) -> None:
+    """Print a table for each case, with times, efficiencies, memory, and notes below."""
+    for _, group in groupby(records, case_key):
+        console.print(_table(sorted(group, key=_order)))
+
+
+def _order(record: Record) -> tuple[bool, float]:
+    """Sort by time, entrants without a time last."""
+    step = record["step_ms"]["median"] if "step_ms" in record else 0.0
+    return record["note"] is not None, step
+
+
+def _table(records: Sequence[Record]) -> Table:
+    busiest = next((record["busiest"] for record in records if "busiest" in record), None)
+    skew = "" if busiest is None else f"; busiest expert {busiest:.2f}x the mean"
+    table = Table(title=case_title(records[0]) + skew, title_justify="left")
+    table.add_column("", no_wrap=True)
+    gpu = any("launches" in record for record in records)
+    for name in (*_COLUMNS, *_FACTS, *(_GPU_FACTS if gpu else ())):
+        table.add_column(name, justify="right")
+    for record in records:
+        table.add_row(*_cells(record, gpu), style="bold" if record["group"] == "backend" else None)
+    notes = [
+        f"{record['contestant']}: {escape(record['note'])}\n"
+        for record in records
+        if record["note"] is not None
+    ]
+    table.caption = "".join(notes) or None
+    table.caption_justify = "left"
+    return table
+
+
+def _cells(record: Record, gpu: bool) -> list[str]:
+    if record["note"] is not None:
+        return [record["contestant"], "-"]
+    cells = [
+        record["contestant"],
+        _ms(record["forward_ms"]["median"]),
+        _ms(record["step_ms"]["median"]),
+        f"{record['forward_efficiency']:.3f}",
+        f"{record['efficiency']:.3f}",
+    ]
+    if "error" in record:
+        cells += [
+            f"{record['saved_bytes'] / 2**20:.1f}",
+            f"{record['peak_bytes'] / 2**20:.1f}",
+            f"{record['error']:.1e}",
+        ]
+        if gpu:
+            cells += [str(record["launches"]), str(record["waits"])]
+    return cells
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.2f}"
