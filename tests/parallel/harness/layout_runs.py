@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from tokenyard_models.hf._folder import Reader
 from tokenyard_train.bench.commands import run_train
+from tokenyard_train.bench.options import TrainOptions
 from tokenyard_train.callbacks import Callback
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.commands.train import train
@@ -86,16 +87,9 @@ def started(settings: dict) -> Read:
 
 def benched(path: str, out: str, overrides: list[str]) -> list[str]:
     """Measure training as a file says; return what this rank wrote."""
-    run_train(
-        Console(quiet=True),
-        Path(out) / str(dist.get_rank()),
-        Path(path),
-        overrides,
-        "none",
-        "fp32",
-        2,
-        None,
-    )
+    folder = Path(out) / str(dist.get_rank())
+    options = TrainOptions(config=Path(path), overrides=overrides, steps=2, out=folder)
+    run_train(options, Console(quiet=True))
     return sorted(p.name for p in (Path(out) / str(dist.get_rank())).glob("*"))
 
 

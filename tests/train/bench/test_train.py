@@ -12,7 +12,7 @@ from tokenyard_cli import app
 
 @pytest.fixture
 def bench(tmp_path):
-    """Run a subcommand that writes into a folder of its own; return the folder and what was printed."""
+    """Run a subcommand; return its output folder and what it printed."""
 
     def call(*arguments, out=tmp_path / "out"):
         result = CliRunner().invoke(app, ["bench", *map(str, arguments), "--out", str(out)])
@@ -26,7 +26,7 @@ def bench(tmp_path):
 
 @pytest.fixture
 def config(settings, tmp_path):
-    """A small config as a file; with rotary swiglu experts in every layer, as Mixtral has them."""
+    """A small config file. Like Mixtral, its model has rotary swiglu experts in every layer."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path

@@ -25,8 +25,8 @@ app = typer.Typer(
 def layer(options: LayerOptions) -> None:
     """Measure an MoE layer by every backend, beside dense matmuls and peers.
 
-    Times forward and backward, router included. Efficiency is the time of the layer's six matmuls
-    as dense ones over all T*K rows, divided by the layer's time.
+    Times forward and backward, router included.
+    Efficiency is the time of its six matmuls as dense ones (T*K rows) over the layer's time.
     """
     from tokenyard_bench.commands import run_layer
 

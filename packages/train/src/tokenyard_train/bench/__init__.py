@@ -1,1 +1,1 @@
-"""`tokenyard bench train`: the speed of training."""
+"""`tokenyard bench train`: measure the speed of training."""

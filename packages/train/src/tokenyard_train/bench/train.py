@@ -1,20 +1,21 @@
-"""`tokenyard bench train`: the speed of training as a config says, and where the time of a step goes."""
+"""Measure the speed of training from a config, and how a step divides into phases."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from torch import nn
 
 from tokenyard import ConfigError, started_processes
-from tokenyard.errors import did_you_mean
+from tokenyard.errors import one_of
 from tokenyard.measure.memory import allocation_retries, peak_bytes
 from tokenyard.measure.timing import Clock, Spread, Stages, clock_for
 from tokenyard.measure.trace import trace
+from tokenyard_cli.results import Record
 from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.deterministic import deterministic
@@ -22,158 +23,123 @@ from tokenyard_train.engine.phases import Stopwatch
 from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.step import train_step
 
-Record = dict[str, Any]
-Work = Callable[[int], float]  # takes a step on the batch of that number; returns its loss
+Step = Callable[[int], float]
+"""Trains on the batch with this number. Returns the loss."""
 
-_WARMUP = 2
-_SHOWN = 24  # kernels of a step
-_COLLECTIVES = "nccl"  # how the names of their kernels begin
 OURS = "tokenyard"
+_WARMUP = 2
+_SHOWN = 24  # kernels of a step in the file
+_COLLECTIVES = "nccl"  # prefix of the names of NCCL's kernels
+
+
+@dataclass
+class _Entrant:
+    """A model that trains in the benchmark, and what its steps gave."""
+
+    name: str
+    model: nn.Module
+    step: Step
+    times: list[float] = field(default_factory=list)  # ms
+    loss: float = 0.0  # of the last step
+
+    def stages(self, batch: int) -> Stages:
+        return (lambda _: self.step(batch),)
 
 
 def bench_train(
     config: TrainConfig, peers: Sequence[str], peer_dtype: torch.dtype, steps: int, console: Console
 ) -> list[Record]:
-    """Train some steps of a resolved config, each followed by the peers' step on the same batch; nothing is kept.
+    """Train some steps of a resolved config, each followed by the peers' step on the same batch.
 
-    Under torchrun all processes do, and return the same but for their own times. Raises ConfigError for an unknown
-    peer, one that has no model of this size, or any beside several processes.
+    Keeps nothing on disk. Under torchrun every rank calls this; their results differ only in the
+    times. Raises ConfigError for an unknown peer, for one without a model of this size, and for
+    any peer beside several ranks.
     """
     for name in peers:
-        if name not in IMPLEMENTATIONS:
-            known = ", ".join(IMPLEMENTATIONS)
-            raise ConfigError(
-                f"--peers {name!r} is unknown{did_you_mean(name, IMPLEMENTATIONS)}; known are: {known}"
-            )
+        one_of("--peers", name, IMPLEMENTATIONS)
     if peers and started_processes() > 1:
         raise ConfigError("--peers run in one process; give --peers none under torchrun")
     with deterministic(config.deterministic), tempfile.TemporaryDirectory() as folder:
-        setup = build_setup(
-            config.model_copy(update={"save_folder": folder, "autoresume": False}), console
-        )
-        others = {name: MixtralPeer(setup, IMPLEMENTATIONS[name], peer_dtype) for name in peers}
+        temporary = config.model_copy(update={"save_folder": folder, "autoresume": False})
+        setup = build_setup(temporary, console)
+        entrants = [_peer(setup, name, peer_dtype) for name in peers]
         setup.console.print(
             f"{steps} steps of {setup.batch_tokens:,} tokens on {config.device} ...", style="dim"
         )
-        return _measured(setup, others, steps)
+        return _measure(setup, entrants, steps)
 
 
-def _measured(setup: Setup, peers: dict[str, MixtralPeer], steps: int) -> list[Record]:
+def _peer(setup: Setup, name: str, dtype: torch.dtype) -> _Entrant:
+    peer = MixtralPeer(setup, IMPLEMENTATIONS[name], dtype)
+    return _Entrant(name, peer.model, peer.step)
+
+
+def _measure(setup: Setup, peers: Sequence[_Entrant], steps: int) -> list[Record]:
     clock = clock_for(setup.device)
     watch = Stopwatch(clock.stamp)
-    works: dict[str, Work] = {OURS: lambda batch: train_step(setup, batch, phase=watch).result.loss}
-    works |= {name: peer.step for name, peer in peers.items()}
-    times: dict[str, list[float]] = {name: [] for name in works}
-    losses: dict[str, float] = {}
+
+    def step(batch: int) -> float:
+        return train_step(setup, batch, phase=watch).result.loss
+
+    ours = _Entrant(OURS, setup.model, step)
+    entrants = (ours, *peers)
     last = _WARMUP + steps
     for batch in range(last):
         if batch == _WARMUP:
             watch.spans.clear()
-        for name, work in works.items():
-            milliseconds, losses[name] = _timed(work, batch, clock)
+        for entrant in entrants:
+            milliseconds, entrant.loss = _time_step(entrant.step, batch, clock)
             if batch >= _WARMUP:
-                times[name].append(milliseconds)
+                entrant.times.append(milliseconds)
     retries = allocation_retries(setup.device)
-    shares = _shares(watch.totals(lambda a, b: clock.between([a, b])[0]), sum(times[OURS]))
-    models = {OURS: setup.model, **{name: peer.model for name, peer in peers.items()}}
-    return [
-        _record(setup, name, times[name], losses[name])
-        | {"parameters": _parameters(models[name]), "weights": _dtype(models[name])}
-        | {"peak_bytes": peak_bytes(_stages(work, last), setup.device)}
-        | _launched(setup, _stages(work, last))
-        | ({"shares": shares, "allocation_retries": retries} if name == OURS else {})
-        for name, work in works.items()
-    ]
+    phases = watch.totals(lambda begin, end: clock.between([begin, end])[0])
+    shares = _shares(phases, sum(ours.times))
+    records = [_record(setup, entrant, last) for entrant in entrants]
+    records[0] |= {"shares": shares, "allocation_retries": retries}
+    return records
 
 
-def _launched(setup: Setup, stages: Stages) -> Record:
-    """Return the kernels of one more step, and the milliseconds of those that are collectives, by name.
+def _time_step(step: Step, batch: int, clock: Clock) -> tuple[float, float]:
+    """Return milliseconds and loss. No cache is flushed: a step leaves nothing useful in it."""
+    begin = clock.stamp()
+    loss = step(batch)
+    return clock.between([begin, clock.stamp()])[0], loss
 
-    A collective's time includes that in which it waits for other ranks.
-    """
-    seen = trace(stages, setup.device).kernels
-    collectives = {
-        k.name: round(k.milliseconds, 3) for k in seen if k.name.startswith(_COLLECTIVES)
-    }
+
+def _record(setup: Setup, entrant: _Entrant, batch: int) -> Record:
+    """Summarise the measured steps, and take further ones for memory and profile."""
+    step = Spread.of(entrant.times)
+    tokens_per_s = 1e3 * setup.batch_tokens / step.median
+    dtype = next(entrant.model.parameters()).dtype
+    stages = entrant.stages(batch)
     return {
-        "kernels": [kernel._asdict() for kernel in seen[:_SHOWN]],
-        "collectives_ms": collectives,
-    }
-
-
-def _stages(work: Work, batch: int) -> Stages:
-    return (lambda _: work(batch),)
-
-
-def _timed(work: Work, batch: int, clock: Clock) -> tuple[float, float]:
-    """Run a step; no cache is flushed, since a step leaves nothing of use in it."""
-    began = clock.stamp()
-    loss = work(batch)
-    return clock.between([began, clock.stamp()])[0], loss
-
-
-def _record(setup: Setup, name: str, times: list[float], loss: float) -> Record:
-    step = Spread.of(times)
-    speed = 1e3 * setup.batch_tokens / step.median
-    return {
-        "contestant": name,
+        "contestant": entrant.name,
         "processes": started_processes(),
         "step_ms": step._asdict(),
-        "tokens_per_s": round(speed, 1),
-        "flops_per_s": speed * setup.flops_per_token,
-        "loss": loss,
+        "tokens_per_s": round(tokens_per_s, 1),
+        "flops_per_s": tokens_per_s * setup.flops_per_token,
+        "loss": entrant.loss,
+        "parameters": sum(parameter.numel() for parameter in entrant.model.parameters()),
+        "weights": str(dtype).removeprefix("torch."),
+        "peak_bytes": peak_bytes(stages, setup.device),
+        **_kernels(stages, setup.device),
     }
 
 
-def _shares(totals: dict[str, float], whole: float) -> dict[str, float]:
-    shares = {phase: round(total / whole, 4) for phase, total in totals.items()}
+def _kernels(stages: Stages, device: torch.device) -> Record:
+    """Return the kernels of one step, and the milliseconds of each collective among them.
+
+    A collective's time includes its wait for other ranks.
+    """
+    kernels = trace(stages, device).kernels
+    collectives = [kernel for kernel in kernels if kernel.name.startswith(_COLLECTIVES)]
+    return {
+        "kernels": [kernel._asdict() for kernel in kernels[:_SHOWN]],
+        "collectives_ms": {kernel.name: round(kernel.milliseconds, 3) for kernel in collectives},
+    }
+
+
+def _shares(phases: dict[str, float], total: float) -> dict[str, float]:
+    """Return each phase's share of the time of all steps, and the rest."""
+    shares = {phase: round(milliseconds / total, 4) for phase, milliseconds in phases.items()}
     return shares | {"rest": round(1 - sum(shares.values()), 4)}
-
-
-def _parameters(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def _dtype(model: Any) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def print_train(records: Sequence[Record], console: Console) -> None:
-    """Print speed and memory of each contestant, and our shares of time."""
-    columns = (
-        "step ms",
-        "tokens/s",
-        "of a process",
-        "its GFLOP/s",
-        "peak MiB",
-        "parameters",
-        "weights",
-    )
-    table = Table("", *columns, "ours / theirs", title_justify="left")
-    ours = records[0]
-    for record in records:
-        ratio = ours["tokens_per_s"] / record["tokens_per_s"]
-        table.add_row(
-            record["contestant"],
-            f"{record['step_ms']['median']:.1f}",
-            f"{record['tokens_per_s']:,.0f}",
-            f"{record['tokens_per_s'] / record['processes']:,.0f}",
-            f"{record['flops_per_s'] / record['processes'] / 1e9:.1f}",
-            f"{record['peak_bytes'] / 2**20:.0f}",
-            f"{record['parameters']:,}",
-            record["weights"],
-            "" if record is ours else f"{ratio:.2f}x",
-        )
-    console.print(table)
-    shares = ", ".join(f"{phase} {100 * share:.1f} %" for phase, share in ours["shares"].items())
-    console.print(f"where our step's time goes: {shares}", highlight=False)
-    if retries := ours["allocation_retries"]:
-        console.print(
-            f"memory was full {retries} times; PYTORCH_ALLOC_CONF=expandable_segments:True may help"
-        )
-    for name, milliseconds in ours["collectives_ms"].items():
-        share = 100 * milliseconds / ours["step_ms"]["median"]
-        console.print(
-            f"{name}: {milliseconds:.1f} ms, {share:.1f} % of a step, beside other work",
-            highlight=False,
-        )

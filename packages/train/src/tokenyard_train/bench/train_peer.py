@@ -1,4 +1,4 @@
-"""transformers' Mixtral of the same size, trained on the same batches by the same optimizer, as a peer of a run."""
+"""Train transformers' Mixtral of the same size, on the same batches, with the same optimizer."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ IMPLEMENTATIONS = {
     "transformers-grouped_mm": "grouped_mm",
     "transformers-tokenyard": "tokenyard",
 }
-"""Which of transformers' expert implementations each peer uses; the last is ours, inside transformers."""
+"""Expert implementation of each peer. The last is ours, inside transformers."""
+
 PEER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What their weights may be."""
+"""Dtypes of a peer's weights, by the value of `--peer-dtype`."""
+
 BOTH = ("transformers-eager", "transformers-grouped_mm")
-"""Transformers' own."""
+"""The implementations of transformers itself."""
 
 
 class MixtralPeer:
-    """A MixtralForCausalLM with a run's sizes, its weights of a dtype.
+    """A MixtralForCausalLM with the sizes of a run's model, and its optimizer.
 
-    Raises ConfigError where Mixtral has no such model.
+    Raises ConfigError if Mixtral has no such model.
     """
 
     def __init__(self, setup: Setup, implementation: str, dtype: torch.dtype):
@@ -39,7 +41,7 @@ class MixtralPeer:
         self.optimizer = build_optimizer(setup.config.optimizer, self.model)
 
     def step(self, number: int) -> float:
-        """Train on batch `number`, in the run's microbatches and precision; return nats per token."""
+        """Train on batch `number` in the run's microbatches and precision. Return nats a token."""
         setup = self.setup
         config = setup.config
         samples = setup.data.train.batch(number, config.global_train_batch_size)
@@ -70,35 +72,38 @@ def _build(size: TransformerConfig, implementation: str) -> Any:
         raise ConfigError('--peers needs transformers; pip install "transformers>=5.14"') from None
     if implementation == "tokenyard":
         use_in_transformers()
-    if (
-        size.moe is None
-        or size.moe.activation != "swiglu"
-        or size.rope_theta is None
-        or size.dense_layers
-    ):
-        raise ConfigError(
-            "--peers compares with Mixtral, which has swiglu experts in every layer and rotary positions"
-        )
-    config = MixtralConfig(
-        vocab_size=size.vocab_size,
-        hidden_size=size.dim,
-        intermediate_size=size.moe.ffn_dim,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        head_dim=size.head_dim,
-        max_position_embeddings=size.max_seq_len,
-        num_local_experts=size.moe.num_experts,
-        num_experts_per_tok=size.moe.top_k,
-        tie_word_embeddings=size.tied_head,
-        output_router_logits=True,
-        router_aux_loss_coef=size.auxiliary.balance_weight
-        / size.moe.top_k,  # theirs is K at balance, ours 1
-        sliding_window=None,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
     return MixtralForCausalLM._from_config(
-        config, attn_implementation="sdpa", experts_implementation=implementation
+        MixtralConfig(**_mixtral_keys(size)),
+        attn_implementation="sdpa",
+        experts_implementation=implementation,
     )
+
+
+def _mixtral_keys(size: TransformerConfig) -> dict[str, Any]:
+    """Return the keys of a MixtralConfig. Raises ConfigError if Mixtral has no such model."""
+    moe = size.moe
+    if moe is None or moe.activation != "swiglu" or size.rope_theta is None or size.dense_layers:
+        raise ConfigError(
+            "--peers compares with Mixtral, "
+            "which has swiglu experts in every layer and rotary positions"
+        )
+    return {
+        "vocab_size": size.vocab_size,
+        "hidden_size": size.dim,
+        "intermediate_size": moe.ffn_dim,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim,
+        "max_position_embeddings": size.max_seq_len,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "tie_word_embeddings": size.tied_head,
+        "output_router_logits": True,
+        # With balanced experts, transformers' loss is K and ours is 1.
+        "router_aux_loss_coef": size.auxiliary.balance_weight / moe.top_k,
+        "sliding_window": None,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }

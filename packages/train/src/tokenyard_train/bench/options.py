@@ -1,0 +1,32 @@
+"""Options of `tokenyard bench train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Which config to measure, and beside which peers."""
+
+    config: Annotated[Path, Argument(help="YAML config.")]
+    overrides: Annotated[
+        list[str], Argument(help="key=value overrides, such as optimizer.lr=1e-3.")
+    ] = field(default_factory=list)
+    peers: Annotated[
+        str,
+        Option(
+            help="none, both (transformers' own two), or names separated by commas: "
+            "transformers-eager, transformers-grouped_mm, transformers-tokenyard."
+        ),
+    ] = "none"
+    peer_dtype: Annotated[
+        str, Option(help="Dtype of the peers' weights: fp32 (as ours) or bf16.")
+    ] = "fp32"
+    steps: Annotated[int, Option(min=3, help="Measured steps.")] = 20
+    threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: torch's.")] = None
+    out: Annotated[Path, Option(help="Output folder.")] = Path("bench")

@@ -1,0 +1,60 @@
+"""The table of `tokenyard bench train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from tokenyard_cli.results import Record
+
+_COLUMNS = (
+    "step ms",
+    "tokens/s",
+    "of a process",
+    "its GFLOP/s",
+    "peak MiB",
+    "parameters",
+    "weights",
+    "ours / theirs",
+)
+
+
+def print_train(records: Sequence[Record], console: Console) -> None:
+    """Print speed and memory of each entrant, and how our step divides into phases."""
+    ours = records[0]
+    table = Table("", *_COLUMNS, title_justify="left")
+    for record in records:
+        ratio = ours["tokens_per_s"] / record["tokens_per_s"]
+        table.add_row(*_cells(record), "" if record is ours else f"{ratio:.2f}x")
+    console.print(table)
+    _print_phases(ours, console)
+
+
+def _cells(record: Record) -> list[str]:
+    return [
+        record["contestant"],
+        f"{record['step_ms']['median']:.1f}",
+        f"{record['tokens_per_s']:,.0f}",
+        f"{record['tokens_per_s'] / record['processes']:,.0f}",
+        f"{record['flops_per_s'] / record['processes'] / 1e9:.1f}",
+        f"{record['peak_bytes'] / 2**20:.0f}",
+        f"{record['parameters']:,}",
+        record["weights"],
+    ]
+
+
+def _print_phases(ours: Record, console: Console) -> None:
+    shares = ", ".join(f"{phase} {100 * share:.1f} %" for phase, share in ours["shares"].items())
+    console.print(f"where our step's time goes: {shares}", highlight=False)
+    if retries := ours["allocation_retries"]:
+        console.print(
+            f"memory was full {retries} times; PYTORCH_ALLOC_CONF=expandable_segments:True may help"
+        )
+    for name, milliseconds in ours["collectives_ms"].items():
+        share = 100 * milliseconds / ours["step_ms"]["median"]
+        console.print(
+            f"{name}: {milliseconds:.1f} ms, {share:.1f} % of a step, beside other work",
+            highlight=False,
+        )
