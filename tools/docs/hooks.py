@@ -20,6 +20,7 @@ _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)")
 _PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "packages/bench": "bench.md",
     "packages/core": "backends.md",
     "packages/kernels-triton": "kernels-triton.md",
     "packages/kernels-cuda": "kernels-cuda.md",

@@ -91,15 +91,8 @@ def _tests(options: argparse.Namespace, rows: list[tuple[str, str]]) -> int:
 
 
 def _bench(options: argparse.Namespace, rows: list[tuple[str, str]]) -> int:
-    arguments = [
-        "-m",
-        "tokenyard_train",
-        "bench",
-        "layer",
-        "--out",
-        str(options.out),
-        *shlex.split(options.bench),
-    ]
+    command = ["-m", "tokenyard_bench", "layer", "--out", str(options.out)]
+    arguments = [*command, *shlex.split(options.bench)]
     status, _, seconds = _logged("bench", arguments, options.out)
     rows.append(("bench layer " + options.bench, f"exit {status}, {seconds:.0f} s"))
     results = options.out / "layer.json"

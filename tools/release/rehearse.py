@@ -84,6 +84,7 @@ def smoke(bin: Path, folder: Path) -> None:
         ["--help"],
         ["--version"],
         ["backends"],
+        ["bench", "layer", "--shape", "64,16,24,4,2", "--dtype", "fp32", "--device", "cpu"],
         ["check", "config.yaml"],
         ["train", "config.yaml"],
         ["convert", "runs/run", "folder"],

@@ -46,6 +46,7 @@ def launch(
     raise typer.Exit(run(config, overrides or [], nproc, max_restarts))
 
 
+@exit_if_collective_fails()
 def check(
     config: Config,
     overrides: Overrides = None,

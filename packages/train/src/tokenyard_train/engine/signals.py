@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from tokenyard import TokenyardError
+from tokenyard_cli.exit import STOPPED
 from tokenyard_train.engine.state import Signals
-from tokenyard_train.launch.exit_codes import STOPPED
 from tokenyard_train.launch.signals import signal_handler
 
 

@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from tokenyard_cli.exit import MISTAKE, STOPPED
 from tokenyard_train.launch.blame import explain_failure
-from tokenyard_train.launch.exit_codes import MISTAKE, STOPPED
 from tokenyard_train.launch.faults import FOLDER, has_started
 from tokenyard_train.launch.signals import signal_handler
 
