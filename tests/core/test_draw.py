@@ -42,7 +42,8 @@ def test_seed_name_and_row_all_matter(monkeypatch):
 
 
 def test_lower_precision_holds_the_same_numbers_rounded():
-    full, half = torch.empty(4, 32), torch.empty(4, 32, dtype=torch.bfloat16)
+    full = torch.empty(4, 32)
+    half = torch.empty(4, 32, dtype=torch.bfloat16)
     draw_rows(full, 3, "w", 1.0)
     draw_rows(half, 3, "w", 1.0)
     assert torch.equal(full.to(torch.bfloat16), half)

@@ -62,21 +62,24 @@ def test_an_unknown_backend_gets_a_suggestion(registry):
 
 @pytest.fixture
 def extras(monkeypatch):
-    """Replace the entry points of the distribution `tokenyard`."""
-    points = {
-        "model.dbrx": "models",
-        "exchange.all_to_all": "parallel",
-        "exchange.all_to_all_tokens": "parallel",
-    }
-    entry_points = [EntryPoint(name, extra, _extras.GROUP) for name, extra in points.items()]
-    monkeypatch.setattr(_extras, "entry_points", lambda group: entry_points)
-    _extras.provided_by_extras.cache_clear()
-    yield
+    """Return a function that replaces the entry points of the distribution `tokenyard`."""
+
+    def replace_entry_points(points: dict[str, str]) -> None:
+        entry_points = [EntryPoint(name, extra, _extras.GROUP) for name, extra in points.items()]
+        monkeypatch.setattr(_extras, "entry_points", lambda group: entry_points)
+        _extras.provided_by_extras.cache_clear()
+
+    yield replace_entry_points
     _extras.provided_by_extras.cache_clear()
 
 
-def test_an_unknown_backend_names_the_extra_that_provides_it(extras):
-    alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
+@pytest.fixture
+def core_only():
+    return Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
+
+
+def test_an_unknown_backend_names_the_extra_that_provides_it(core_only, extras):
+    extras({"model.dbrx": "models"})
     with pytest.raises(
         BackendError,
         match=(
@@ -84,23 +87,23 @@ def test_an_unknown_backend_names_the_extra_that_provides_it(extras):
             r"pip install \"tokenyard\[models\]\" provides 'dbrx'"
         ),
     ):
-        alone.choose("model", "dbrx")
+        core_only.choose("model", "dbrx")
 
 
-def test_auto_without_a_usable_backend_names_an_extra(extras):
-    alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
+def test_auto_without_a_usable_backend_names_an_extra(core_only, extras):
+    extras({"exchange.all_to_all": "parallel", "exchange.all_to_all_tokens": "parallel"})
     with pytest.raises(BackendError) as refused:
-        alone.choose("exchange", "auto", replace(WORKLOAD, expert_parallel=2))
+        core_only.choose("exchange", "auto", replace(WORKLOAD, expert_parallel=2))
     assert str(refused.value).endswith(
         'and expert_parallel is 2); pip install "tokenyard[parallel]" '
         "provides 'all_to_all' and 'all_to_all_tokens'"
     )
 
 
-def test_core_alone_names_no_extra():
-    alone = Registry([Plugin(_builtin, "tokenyard-core", "0.1.0")])
+def test_core_alone_names_no_extra(core_only, extras):
+    extras({})
     with pytest.raises(BackendError, match=r"'dbrx' is unknown; installed: none$"):
-        alone.choose("model", "dbrx")
+        core_only.choose("model", "dbrx")
 
 
 def test_a_named_backend_is_never_replaced(offer, registry):
