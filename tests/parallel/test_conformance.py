@@ -1,4 +1,4 @@
-"""The package's exchanges and strategies pass the kit."""
+"""The exchanges and strategies of the package pass the kit."""
 
 from tokenyard.testing import ExchangeConformance, StrategyConformance
 

@@ -1,8 +1,8 @@
-"""A Hugging Face folder goes straight into shards."""
+"""Weights of a Hugging Face folder are read straight into shards."""
 
 import pytest
 from harness import layout_runs as runs
-from test_training import LAYOUTS
+from harness.layouts import run
 
 from tokenyard.testing import ranks
 from tokenyard_models import Mixtral, to_hf
@@ -12,32 +12,41 @@ SIZES = {
     "intermediate_size": 20,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "vocab_size": 257,
+    "max_seq_len": 64,
 }
-SIZES |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 257, "max_seq_len": 64}
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("published") / "mixtral", Mixtral(SIZES)
+def hf_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("published") / "mixtral"
+    model = Mixtral(SIZES)
     model.init_weights(3)
     to_hf(model, folder, shard_bytes=9000)
     return folder
 
 
-@pytest.mark.parametrize("layout", ["ddp-2", "fsdp-2", "fsdp-2-ep2"])
-def test_a_rank_reads_what_it_holds_and_no_more(settings, published, tmp_path, layout):
-    """Byte for byte, in tensors of at most its share of the largest; and all together have what one process has."""
-    changes = {"load_path": f"hf://{published}", "device_train_microbatch_size": 2}
-    given = {k: v for k, v in settings.items() if k != "model"} | changes
-    alone = runs.started(given | {"save_folder": str(tmp_path / "one")})
-    count, parallel = LAYOUTS[layout]
-    found = ranks(count).run(
-        runs.started, given | {"parallel": parallel, "save_folder": str(tmp_path / layout)}
-    )
-    assert {each.digest for each in found} == {alone.digest}
-    for each in found:
-        assert each.total == each.held
-        assert each.largest <= alone.largest
-    assert alone.total == alone.held
+@pytest.mark.parametrize(
+    ("layout", "parallel"),
+    [
+        ("ddp-2", {"strategy": "ddp"}),
+        ("fsdp-2", {"strategy": "fsdp"}),
+        ("fsdp-2-ep2", {"strategy": "fsdp", "expert_parallel": 2}),
+    ],
+)
+def test_a_rank_reads_its_shards_and_no_more(settings, hf_folder, tmp_path, layout, parallel):
+    """Byte for byte; no read exceeds the largest read of one process."""
+    del settings["model"]
+    settings |= {"load_path": f"hf://{hf_folder}", "device_train_microbatch_size": 2}
+    single = run(runs.read_hf, "single", settings, tmp_path)
+    config = settings | {"parallel": parallel, "save_folder": str(tmp_path / layout)}
+    reads = ranks(2).run(runs.read_hf, config)
+    assert {read.digest for read in reads} == {single.digest}
+    assert single.total == single.held
+    for read in reads:
+        assert read.total == read.held
+        assert read.largest <= single.largest
     if layout != "ddp-2":
-        assert max(each.total for each in found) < 0.6 * alone.total
+        assert max(read.total for read in reads) < 0.6 * single.total

@@ -1,14 +1,15 @@
-"""Adapters are trained in every layout as in one process."""
+"""LoRA adapters train in every layout as in one process."""
 
 import pytest
 from harness import layout_runs as runs
-from test_training import run
+from harness.layouts import run
+
+LORA = {"lora": {"rank": 2, "train_also": ["*norm*"]}}
 
 
-@pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-2-ep2", "ddp-2-ep2"])
-def test_losses_are_those_of_one_process(settings, tmp_path, layout):
-    lora = {"lora": {"rank": 2, "train_also": ["*norm*"]}}
-    alone = run(runs.trained, "single", settings, tmp_path, **lora)
-    found = run(runs.trained, layout, settings, tmp_path, **lora)
-    assert found.losses == pytest.approx(alone.losses, rel=1e-5)
-    assert alone.losses[-1] < alone.losses[0]
+def test_losses_equal_those_of_one_process(settings, tmp_path):
+    single = run(runs.trained, "single", settings, tmp_path, **LORA)
+    assert single.losses[-1] < single.losses[0]
+    for layout in ("fsdp-2", "fsdp-2-ep2", "ddp-2-ep2"):
+        result = run(runs.trained, layout, settings, tmp_path, **LORA)
+        assert result.losses == pytest.approx(single.losses, rel=1e-5), layout

@@ -1,23 +1,35 @@
-"""A small model with experts, trained in any layout, and everything that must not depend on the layout."""
+"""A small MoE model trained in any layout, with all results that must not depend on the layout."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenyard import MoE, RoutingRule, Workload, default_registry, load_balancing_loss, z_loss
-from tokenyard.draw import draw_rows
+from tokenyard import (
+    Balance,
+    MoE,
+    RoutingRule,
+    Strategy,
+    Workload,
+    default_registry,
+    load_balancing_loss,
+    z_loss,
+)
+from tokenyard.sharded import group_by_mesh, local_part
+from tokenyard.testing._over_ranks import DIM, full, initialize
 
-DIM, FFN, EXPERTS = 8, 12, 8
+FFN = 12
+EXPERTS = 8
 
 
 class Layout(NamedTuple):
-    """Who computes what."""
+    """A strategy over some ranks, and the exchange between them."""
 
     strategy: str = "single"
     ranks: int = 1
@@ -26,16 +38,21 @@ class Layout(NamedTuple):
     replicate: int = 1
     chunks: int = 1
 
-    def __str__(self):
-        name = "hsdp" if self.replicate > 1 else self.strategy
-        parts = [f"{name}-{self.ranks}"]
+    def __str__(self) -> str:
+        parts = [f"{self.kind}-{self.ranks}"]
         if self.expert_parallel > 1:
             parts.append(f"ep{self.expert_parallel}-{self.exchange}")
-        return "-".join(parts + ([f"chunks{self.chunks}"] if self.chunks > 1 else []))
+        if self.chunks > 1:
+            parts.append(f"chunks{self.chunks}")
+        return "-".join(parts)
+
+    @property
+    def kind(self) -> str:
+        return "hsdp" if self.replicate > 1 else self.strategy
 
 
 class Case(NamedTuple):
-    """What is computed."""
+    """The routing, batch and precision of a training run, whatever its layout."""
 
     routing: str = "natural"  # one_expert, idle_rank, empty_batch, every_expert, indivisible
     accumulation: int = 1
@@ -47,198 +64,179 @@ class Case(NamedTuple):
     experts: int = EXPERTS
 
     @property
-    def top_k(self):
+    def top_k(self) -> int:
         return self.experts if self.routing == "every_expert" else 2
 
-    def __str__(self):
-        marks = [
-            self.routing,
-            f"x{self.accumulation}",
-            "recompute" if self.recompute else "",
-            "frozen" * self.frozen,
-        ]
-        return "-".join(
-            [mark for mark in marks if mark]
-            + [str(self.dtype).removeprefix("torch."), f"{self.steps}"]
-        )
+    def __str__(self) -> str:
+        parts = [self.routing, f"x{self.accumulation}"]
+        parts += ["recompute"] * self.recompute + ["frozen"] * self.frozen
+        return "-".join([*parts, str(self.dtype).removeprefix("torch."), f"{self.steps}"])
 
 
 class Block(nn.Module):
-    def __init__(self, workload, backends):
+    def __init__(self, workload: Workload, backends: Mapping[str, Any]):
         super().__init__()
         self.norm = nn.LayerNorm(DIM, dtype=workload.dtype)
         self.mix = nn.Linear(DIM, DIM, dtype=workload.dtype)
         self.moe = MoE(workload, backends=backends, dtype=workload.dtype)
 
-    def forward(self, x, ids):
+    def forward(self, x: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Balance]:
         x = x + self.mix(x).tanh()
-        y, routing = self.moe(self.norm(x), ids)
+        y, routing = self.moe(self.norm(x), topk_ids)
         return x + y, self.moe.router.balance(routing)
 
 
 class Net(nn.Module):
-    def __init__(self, workload, backends):
+    """A linear layer before two blocks with experts."""
+
+    def __init__(self, workload: Workload, backends: Mapping[str, Any]):
         super().__init__()
         self.first = nn.Linear(DIM, DIM, dtype=workload.dtype)
         self.blocks = nn.ModuleList(Block(workload, backends) for _ in range(2))
 
-    def forward(self, x, ids):
-        x, balances = self.first(x), []
-        for block, chosen in zip(self.blocks, ids):
-            x, balance = block(x, chosen)
+    def forward(self, x: Tensor, topk_ids: Sequence[Tensor | None]) -> tuple[Tensor, list[Balance]]:
+        x = self.first(x)
+        balances = []
+        for block, ids in zip(self.blocks, topk_ids):
+            x, balance = block(x, ids)
             balances.append(balance)
         return x, balances
 
 
-def build(layout: Layout, case: Case):
-    """Return the strategy, and the model laid out and initialised."""
-    rule = RoutingRule(normalize=1.0)
-    workload = Workload(
+def build(layout: Layout, case: Case) -> tuple[Strategy, nn.Module]:
+    """Return the strategy, and the model, laid out and initialized."""
+    options = {"replicate": layout.replicate} if layout.replicate > 1 else {}
+    chosen = default_registry().choose("strategy", {"name": layout.strategy, **options})
+    strategy = chosen.construct(device=case.device)
+    with torch.device("meta"):
+        model: nn.Module = Net(workload_of(layout, case), backends_of(layout, case))
+    assert strategy.unusable(model) is None
+    for block in model.blocks if case.frozen else ():
+        block.moe.experts.requires_grad_(False)
+    model = strategy.layout(model).to_empty(device=case.device)
+    initialize(model, seed=5)
+    for buffer in model.buffers():
+        buffer.zero_()
+    for block in model.blocks if case.recompute else ():
+        block.forward = recomputed(block.forward)
+    return strategy, model
+
+
+def workload_of(layout: Layout, case: Case) -> Workload:
+    return Workload(
         DIM,
         FFN,
         case.experts,
         case.top_k,
         bias=True,
-        router=rule,
+        router=RoutingRule(normalize=1.0),
         dtype=case.dtype,
         device=case.device,
         expert_parallel=layout.expert_parallel,
     )
+
+
+def backends_of(layout: Layout, case: Case) -> dict[str, Any]:
     exchange = {"name": layout.exchange, "validate": True, "chunks": layout.chunks}
-    backends = {
+    return {
         "experts": "torch" if case.device == "cpu" else "auto",
         "exchange": exchange if layout.expert_parallel > 1 else "local",
     }
-    options = {"replicate": layout.replicate} if layout.replicate > 1 else {}
-    chosen = default_registry().choose("strategy", {"name": layout.strategy, **options})
-    strategy = chosen.construct(device=case.device)
-    with torch.device("meta"):
-        model = Net(workload, backends)
-    assert strategy.unusable(model) is None
-    for block in model.blocks if case.frozen else ():
-        block.moe.experts.requires_grad_(False)
-    model = strategy.layout(model).to_empty(device=case.device)
-    initialise(model)
-    if case.recompute:
-        for block in model.blocks:
-            block.forward = _recomputed(block.forward)
-    return strategy, model
 
 
-def _recomputed(forward):
+def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: checkpoint(forward, *args, use_reentrant=False)
 
 
-@torch.no_grad()
-def initialise(model):
-    """The same values in every layout: each row of a parameter by a seed of its own."""
-    for name, parameter in model.named_parameters():
-        whole, first, local = tuple(parameter.shape), (0,) * parameter.dim(), parameter
-        if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            if not local.numel():
-                continue
-            (chunk,) = parameter.__create_chunk_list__()
-            first = tuple(chunk.offsets)
-        draw_rows(local, 5, name, 0.4, whole, first)
-    for buffer in model.buffers():
-        buffer.zero_()
-
-
-def batch_of(case: Case) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Return the global batch x [T, D], and for each block the ids [T, K] that it is given, or None."""
+def batch_of(case: Case) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the global batch x [T, D], and for each block the forced ids [T, K], or None."""
     count = 37 if case.routing == "indivisible" else 24
     generator = torch.Generator().manual_seed(11)
     x = torch.randn(count, DIM, generator=generator, dtype=torch.float64).to(case.dtype)
     experts = case.experts
     if case.routing == "one_expert":
-        return x, [
-            torch.tensor([[3, 4]]).int().repeat(count, 1),
-            torch.tensor([[0, 1]]).int().repeat(count, 1),
-        ]
+        return x, [torch.tensor([pair]).int().repeat(count, 1) for pair in ([3, 4], [0, 1])]
     if case.routing == "idle_rank":
-        experts //= 2  # the others, and their ranks, get nothing
+        experts //= 2  # the ranks that hold the other experts get no tokens
     elif case.dtype == torch.float64:
         return x, [None, None]
-    scores = torch.rand(
-        2, count, experts, generator=generator
-    )  # float32 would break near ties of the router's own
+    # in float32, rounding breaks near ties differently, so the router may not choose
+    scores = torch.rand(2, count, experts, generator=generator)
     return x, list(scores.topk(case.top_k).indices.int())
 
 
-def share_of(tokens: torch.Tensor, case: Case, rank: int, ranks: int) -> torch.Tensor:
-    """Return a rank's part of a microbatch; with an empty batch, the last of several ranks has none."""
+def share_of(tokens: Tensor, case: Case, rank: int, ranks: int) -> Tensor:
+    """Return a rank's part of a microbatch; for "empty_batch" the last rank has none."""
     if case.routing == "empty_batch" and ranks > 1:
         return tokens[:0] if rank == ranks - 1 else tokens.tensor_split(ranks - 1)[rank]
     return tokens.tensor_split(ranks)[rank]
 
 
-def train(layout: Layout, case: Case) -> dict[str, torch.Tensor]:
-    """Take the case's steps; return outputs, gradients, norm and losses of the first, and the parameters afterwards."""
+def train(layout: Layout, case: Case) -> dict[str, Tensor]:
+    """Take the case's steps, and return what must be equal in every layout.
+
+    These are the outputs, auxiliary loss, gradients and norm of the first step, and the parameters
+    after the last step.
+    """
     strategy, model = build(layout, case)
-    groups: dict = {}
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": g} for g in groups.values()], lr=3e-3, weight_decay=0.1
-    )
-    found: dict[str, torch.Tensor] = {}
+    groups = group_by_mesh(p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW([{"params": g} for g in groups], lr=3e-3, weight_decay=0.1)
+    results: dict[str, Tensor] = {}
     for step in range(case.steps):
-        seen = _backward(strategy, model, layout, case)
+        outputs = forward_backward(strategy, model, case)
         norm = strategy.clip(model, 0.5)
         if step == 0:
-            found = (
-                seen
-                | {"norm": norm}
-                | {
-                    f"grad {name}": whole(p.grad)
-                    for name, p in model.named_parameters()
-                    if p.requires_grad
-                }
-            )
+            results = outputs | {"norm": norm} | gradients_of(model)
         optimizer.step()
         optimizer.zero_grad()
-    return found | {f"final {name}": whole(p) for name, p in model.named_parameters()}
+    return results | {f"final {name}": full(p) for name, p in model.named_parameters()}
 
 
-def _backward(strategy, model, layout, case):
-    """Run forward and backward over the microbatches of the batch; return its outputs and auxiliary loss."""
-    rank, world = strategy.data
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {f"grad {name}": full(p.grad) for name, p in trained.items() if p.grad is not None}
+
+
+def forward_backward(strategy: Strategy, model: nn.Module, case: Case) -> dict[str, Tensor]:
+    """Run forward and backward over all microbatches; return the outputs and the auxiliary loss."""
     x, ids = batch_of(case)
-    x, ids = x.to(case.device), [None if i is None else i.to(case.device) for i in ids]
-    outputs, auxiliary = (
-        [],
-        torch.zeros((), dtype=torch.promote_types(case.dtype, torch.float32), device=case.device),
-    )
+    x = x.to(case.device)
+    ids = [None if i is None else i.to(case.device) for i in ids]
+    outputs = []
+    auxiliary = torch.zeros((), dtype=torch.promote_types(case.dtype, torch.float32))
+    auxiliary = auxiliary.to(case.device)
     for tokens in torch.arange(len(x), device=case.device).tensor_split(case.accumulation):
-        mine = share_of(tokens, case, rank, world)
-        y, balances = model(x[mine], [None if i is None else i[mine] for i in ids])
+        local = share_of(tokens, case, *strategy.data)
+        y, balances = model(x[local], [None if i is None else i[local] for i in ids])
         balances = [b._replace(counts=strategy.reduce(b.counts)) for b in balances]
-        of_tokens = load_balancing_loss(balances, len(tokens), case.top_k) + z_loss(
-            balances, len(tokens)
-        )
-        share = of_tokens * len(tokens) / len(x)
+        balance_loss = load_balancing_loss(balances, len(tokens), case.top_k)
+        loss = balance_loss + z_loss(balances, len(tokens))
+        share = loss * len(tokens) / len(x)
         ((y - 1).square().sum() / len(x) + 0.1 * share).backward()
-        outputs.append(strategy.reduce(torch.zeros_like(x).index_copy(0, mine, y.detach())))
+        outputs.append(strategy.reduce(torch.zeros_like(x).index_copy(0, local, y.detach())))
         auxiliary += strategy.reduce(share)
     return {"y": torch.stack(outputs).sum(0), "auxiliary": auxiliary}
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def on_rank(layout: Layout, cases: list[Case]):
-    """Return what `train` finds in each case, of rank 0; the others only say that they found the same norm."""
-    found = [train(layout, case) for case in cases]
+def train_on_rank(layout: Layout, cases: list[Case]) -> list[Any]:
+    """Train in each case: return all results on rank 0, and the gradient norm on the others."""
+    results = [train(layout, case) for case in cases]
     if dist.get_rank():
-        return [each["norm"].item() for each in found]
-    return [{name: value.double().cpu().numpy() for name, value in each.items()} for each in found]
+        return [result["norm"].item() for result in results]
+    return [as_arrays(result) for result in results]
 
 
-def numbers_of_experts(layout: Layout) -> int:
-    """Return how many numbers of two experts a rank holds."""
+def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """Return float64 arrays, which pickle copies without torch's shared memory."""
+    return {name: tensor.double().cpu().numpy() for name, tensor in tensors.items()}
+
+
+def arrays_on_rank(layout: Layout, case: Case) -> dict[str, np.ndarray[Any, Any]]:
+    return as_arrays(train(layout, case))
+
+
+def expert_numel(layout: Layout) -> int:
+    """Return the numel of the expert parameters that a rank holds, with two experts a layer."""
     _, model = build(layout, Case(experts=2))
-    return sum(
-        p.to_local().numel() for block in model.blocks for p in block.moe.experts.parameters()
-    )
+    experts = [p for name, p in model.named_parameters() if ".experts." in name]
+    return sum(local_part(p).numel() for p in experts)

@@ -1,100 +1,135 @@
-"""What one rank does in the tests of exchanges."""
+"""Exchanges on one rank: with a fault on rank 1, with host syncs counted, with rows counted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenyard import Routing, Workload, default_registry
 from tokenyard.permutations import TorchPermutation
-from tokenyard_parallel.exchanges import ExchangeError, _counts
+from tokenyard_parallel.exchanges import ExchangeError
 
-DIM, EXPERTS, TOP_K, TOKENS = 8, 8, 2, 20
+DIM = 8
+EXPERTS = 8
+TOP_K = 2
+TOKENS = 20
 
 
-def made(name, chunks, validate=False):
+def make_exchange(name: str, chunks: int, validate: bool = False) -> Any:
     workload = Workload(DIM, 12, EXPERTS, TOP_K, expert_parallel=dist.get_world_size())
     options = {"name": name, "chunks": chunks, "validate": validate}
     chosen = default_registry().choose("exchange", options, workload)
     return chosen.construct(workload, TorchPermutation(workload), dist.group.WORLD)
 
 
-def routed(tokens, width=DIM):
+def make_routing(tokens: int, width: int = DIM) -> tuple[Tensor, Routing]:
     torch.manual_seed(dist.get_rank())
     ids = torch.rand(tokens, EXPERTS).topk(TOP_K).indices.int()
-    x, weights = (
-        torch.randn(tokens, width, requires_grad=True),
-        torch.rand(tokens, TOP_K, requires_grad=True),
-    )
+    x = torch.randn(tokens, width, requires_grad=True)
+    weights = torch.rand(tokens, TOP_K, requires_grad=True)
     return x, Routing(ids, weights, torch.zeros(tokens, EXPERTS))
 
 
-def compute(rows, ids, weights, bound=None):
+def compute(rows: Tensor, ids: Tensor, weights: Tensor, bound: int | None = None) -> Tensor:
     return rows * weights.sum(1, keepdim=True)
 
 
-def spoilt(name, chunks, spoil):
-    """Exchange with a mistake on rank 1; return the sentence that the exchange ends with."""
-    mistaken = dist.get_rank() == 1
-    exchange = made(name, chunks + (mistaken and spoil == "chunks"), validate=True)
-    x, routing = routed(TOKENS, 6 if mistaken and spoil == "width" else DIM)
-    sort, all_to_all = exchange.row_format.sort, dist.all_to_all_single
-    if mistaken and spoil == "slots":
-        first = iter([1])
-        exchange.row_format.sort = lambda ids: sort(ids)._replace(
-            slots=sort(ids).slots + _at_first(next(first, 0))
-        )
-    if mistaken and spoil == "told":
-        _counts.dist.all_to_all_single = lambda out, sent, group: (
-            all_to_all(out, sent, group=group),
-            out.add_(1),
-        )
+def error_with_fault(name: str, chunks: int, fault: str) -> str:
+    """Exchange with a fault on rank 1; return the message of the error that this rank raises."""
+    if dist.get_rank() != 1:
+        fault = ""
+    exchange = make_exchange(name, chunks + (fault == "chunks"), validate=True)
+    x, routing = make_routing(TOKENS, 6 if fault == "width" else DIM)
+    if fault == "slots":
+        exchange.row_format.sort = with_extra_slot(exchange.row_format.sort)
     try:
-        exchange(x, routing, compute)
+        with wrong_received_counts(fault == "received"):
+            exchange(x, routing, compute)
     except ExchangeError as error:
         return str(error)
+    return "no error"
+
+
+def with_extra_slot(sort: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Return a `sort` that counts a slot too many in its first call."""
+    extra = iter([torch.tensor([1, 0], dtype=torch.int32)])
+
+    def wrong(topk_ids: Tensor) -> Any:
+        order = sort(topk_ids)
+        return order._replace(slots=order.slots + next(extra, 0))
+
+    return wrong
+
+
+@contextmanager
+def wrong_received_counts(enabled: bool) -> Iterator[None]:
+    """Add 1 to every count that this rank receives."""
+    all_to_all = dist.all_to_all_single
+
+    def wrong(out: Tensor, sent: Tensor, group: Any) -> None:
+        all_to_all(out, sent, group=group)
+        out.add_(1)
+
+    if enabled:
+        dist.all_to_all_single = wrong
+    try:
+        yield
     finally:
         dist.all_to_all_single = all_to_all
-    return "exchanged"
 
 
-def _at_first(more):
-    return torch.tensor([more, 0], dtype=torch.int32)
+class HostReads(TorchDispatchMode):
+    """Counts the operators that would synchronise the host with a GPU, and `Tensor.tolist`."""
 
+    SYNCING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
-class CopiesToHost(TorchDispatchMode):
-    """Counts what a GPU's host would have to wait for."""
-
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.nonzero.default,
-        )
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function in self.SYNCING
         return function(*args, **(kwargs or {}))
 
 
-def copies_to_host(name, chunks):
-    """Return how often tensors are read by the host, forward and backward."""
-    exchange, (x, routing) = made(name, chunks), routed(TOKENS)
-    lists, tolist = [], torch.Tensor.tolist
-    torch.Tensor.tolist = lambda tensor: lists.append(1) or tolist(tensor)
-    try:
-        with CopiesToHost() as seen:
+def host_syncs(name: str, chunks: int) -> tuple[int, int]:
+    """Return how often the host reads a tensor, in the forward and in the backward pass."""
+    exchange = make_exchange(name, chunks)
+    x, routing = make_routing(TOKENS)
+    tolist = torch.Tensor.tolist
+    with HostReads() as reads:
+
+        def counted(tensor: Tensor) -> Any:
+            reads.count += 1
+            return tolist(tensor)
+
+        torch.Tensor.tolist = counted
+        try:
             y = exchange(x, routing, compute)
-            forward = len(lists) + seen.count
+            forward = reads.count
             y.sum().backward()
-        return forward, len(lists) + seen.count - forward
-    finally:
-        torch.Tensor.tolist = tolist
+        finally:
+            torch.Tensor.tolist = tolist
+    return forward, reads.count - forward
 
 
-def rows_a_token(name):
-    """Return how many rows the exchange says to come for each token, and how many came."""
-    exchange, (x, routing), came = made(name, 1), routed(2000), []
-    exchange(x, routing, lambda rows, *rest: came.append(len(rows)) or compute(rows, *rest))
-    return exchange.received, came[0] / 2000
+def rows_per_token(name: str) -> tuple[float, float]:
+    """Return the predicted and the actual number of received rows per token."""
+    exchange = make_exchange(name, chunks=1)
+    x, routing = make_routing(2000)
+    rows_received = []
+
+    def counting(rows: Tensor, *rest: Any) -> Tensor:
+        rows_received.append(len(rows))
+        return compute(rows, *rest)
+
+    exchange(x, routing, counting)
+    return exchange.received, rows_received[0] / 2000

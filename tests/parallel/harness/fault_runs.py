@@ -1,134 +1,152 @@
-"""Runs of `tokenyard train` that something happens to, on one rank or between two steps."""
+"""Runs of `tokenyard train` with a fault on one rank: a bad number, a signal, a full disk."""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from rich.console import Console
+from torch import Tensor
 
-from harness.layout_runs import Watch, digest, loaded
+from harness.layout_runs import LossRecorder, Settings, digest, loaded
 from tokenyard_train.checkpoint import CheckpointError, dcp
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
 from tokenyard_train.engine.nonfinite import NonFiniteError
 from tokenyard_train.engine.signals import Stopped
+from tokenyard_train.engine.state import Run
 
 
-class Inject(Watch):
-    """Makes a number not finite, in one step and on one rank; keeps the weights' digest after every step."""
+class BadNumber(NamedTuple):
+    """A non-finite number in the step after `batch` steps, on one rank."""
 
-    def __init__(self, rank: int, step: int, where: str, value: float):
+    rank: int
+    batch: int
+    target: str  # "loss", or the gradient of "logits" or "experts"
+    value: float
+
+
+class Injector(LossRecorder):
+    """Injects a bad number, and records the digest of the run after every step."""
+
+    def __init__(self, number: BadNumber):
         super().__init__()
-        self.rank, self.step, self.where, self.value = rank, step, where, value
-        self.digests, self.missed = [], []
+        self.number = number
+        self.digests: list[str] = []
+        self.skipped_batches: list[int] = []
 
-    def start(self, run):
+    def start(self, run: Run) -> None:
         self.digests.append(digest(run.setup))
-        if dist.get_rank() == self.rank:
-            model = run.setup.model
-            spoilt = model.blocks[1].ffn.experts if self.where == "experts" else model
-            spoilt.register_forward_hook(
-                lambda module, args, output: self.spoil(output) if self.due(run) else None
+        if dist.get_rank() == self.number.rank:
+            target = run.setup.model
+            if self.number.target == "experts":
+                target = run.setup.model.blocks[1].ffn.experts
+            target.register_forward_hook(
+                lambda module, args, output: self.inject(output) if self.is_due(run) else None
             )
 
-    def due(self, run):
-        return run.batch == self.step and run.setup.model.training
+    def is_due(self, run: Run) -> bool:
+        return bool(run.batch == self.number.batch and run.setup.model.training)
 
-    def spoil(self, output):
-        if self.where == "loss":
-            return output._replace(logits=output.logits + self.value)
-        (output if self.where == "experts" else output.logits).register_hook(
-            lambda grad: grad + self.value
-        )
+    def inject(self, output: Any) -> Any:
+        value = self.number.value
+        if self.number.target == "loss":
+            return output._replace(logits=output.logits + value)
+        tensor: Tensor = output if self.number.target == "experts" else output.logits
+        tensor.register_hook(lambda gradient: gradient + value)
         return output
 
-    def batch_end(self, run, record):
+    def batch_end(self, run: Run, record: dict[str, Any]) -> None:
         super().batch_end(run, record)
         self.digests.append(digest(run.setup))
 
-    def skipped(self, run, record):
-        self.missed.append(record["batch"])
+    def skipped(self, run: Run, record: dict[str, Any]) -> None:
+        self.skipped_batches.append(record["batch"])
         self.digests.append(digest(run.setup))
 
 
-def spoilt(settings: dict, *injection) -> tuple[list[str], list[int], str]:
-    """Train with a number that is not finite; return the steps' digests, those skipped, and what ended the run."""
-    inject, said = Inject(*injection), ""
+def train_with_bad_number(
+    settings: Settings, number: BadNumber
+) -> tuple[list[str], list[int], str]:
+    """Train; return the digest after every step, the skipped steps, and the error or ""."""
+    injector = Injector(number)
+    message = ""
     try:
-        train(read_config(settings), Console(quiet=True), [inject])
+        train(read_config(settings), Console(quiet=True), [injector])
     except NonFiniteError as error:
-        said = str(error)
-    return inject.digests, inject.missed, said
+        message = str(error)
+    return injector.digests, injector.skipped_batches, message
 
 
-class Signal(Watch):
-    """Sends SIGTERM to one rank, in the collective of a step or after it."""
+class Terminator(LossRecorder):
+    """Sends SIGTERM to one rank after `batch` steps: at once, or in the next collective."""
 
-    def __init__(self, rank: int, step: int, where: str):
+    def __init__(self, rank: int, batch: int, moment: str):
         super().__init__()
-        self.rank, self.step, self.where = rank, step, where
+        self.rank = rank
+        self.batch = batch
+        self.moment = moment  # "collective" or "callback"
 
-    def start(self, run):
+    def start(self, run: Run) -> None:
         reduce = run.setup.strategy.reduce
 
-        def reduce_and_ask(x):
-            if (
-                run.batch == self.step
-                and self.where == "collective"
-                and dist.get_rank() == self.rank
-            ):
-                os.kill(os.getpid(), signal.SIGTERM)
-            return reduce(x)
+        def terminating_reduce(x: Tensor) -> Tensor:
+            self.terminate(run, "collective")
+            total: Tensor = reduce(x)
+            return total
 
-        run.setup.strategy.reduce = reduce_and_ask
+        run.setup.strategy.reduce = terminating_reduce
 
-    def batch_end(self, run, record):
+    def batch_end(self, run: Run, record: dict[str, Any]) -> None:
         super().batch_end(run, record)
-        if run.batch == self.step and self.where == "callback" and dist.get_rank() == self.rank:
+        self.terminate(run, "callback")
+
+    def terminate(self, run: Run, moment: str) -> None:
+        if run.batch == self.batch and moment == self.moment and dist.get_rank() == self.rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def asked(settings: dict, *how) -> tuple[str, int]:
-    """Train while one rank is asked to stop; return the sentence that ends the run, and the batch it ends after."""
-    watch = Signal(*how)
+def train_until_signal(settings: Settings, rank: int, batch: int, moment: str) -> tuple[str, int]:
+    """Train with a signal on one rank; return the message that ends the run, and its last step."""
+    terminator = Terminator(rank, batch, moment)
+    message = ""
     try:
-        train(read_config(settings), Console(quiet=True), [watch])
+        train(read_config(settings), Console(quiet=True), [terminator])
     except Stopped as error:
-        return str(error), watch.run.batch
-    return "trained", watch.run.batch
+        message = str(error)
+    return message, terminator.run.batch
 
 
-def unwritable(settings: dict, rank: int) -> str:
-    """Train while one rank's disk is full; return the sentence that ends the run."""
+def train_with_full_disk(settings: Settings, rank: int) -> str:
+    """Train with a full disk on one rank; return the error that ends the run, or ""."""
     save = dcp.save
 
-    def full(*args, **kwargs):
-        planner = kwargs["storage_writer"]
+    def save_without_space(*args: Any, **kwargs: Any) -> Any:
         if dist.get_rank() == rank:
-            planner.write_data = _no_space
+            kwargs["storage_writer"].write_data = raise_no_space
         return save(*args, **kwargs)
 
-    dcp.save = full
+    dcp.save = save_without_space  # type: ignore[assignment]
     try:
         train(read_config(settings), Console(quiet=True))
     except CheckpointError as error:
         return str(error)
     finally:
         dcp.save = save
-    return "trained"
+    return ""
 
 
-def _no_space(*args):
+def raise_no_space(*args: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def refused_resume(settings: dict) -> str:
-    """Return the sentence that going on from a folder is refused with."""
+def resume_error(settings: Settings) -> str:
+    """Return the error that resuming raises, or ""."""
     try:
         loaded(settings)
     except CheckpointError as error:
         return str(error)
-    return "loaded"
+    return ""

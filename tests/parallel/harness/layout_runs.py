@@ -1,17 +1,21 @@
-"""Runs of `tokenyard train` in any layout, and digests of everything that a checkpoint holds."""
+"""Runs of `tokenyard train` on one rank of any layout, and digests of their state."""
 
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from tokenyard_models.hf._folder import Reader
+from tokenyard.sharded import local_part
+from tokenyard.testing._over_ranks import full
+from tokenyard_models.hf import Folder
+from tokenyard_parallel.meshes import MeshSizes, make_mesh
 from tokenyard_train.bench.commands import run_train
 from tokenyard_train.bench.options import TrainOptions
 from tokenyard_train.callbacks import Callback
@@ -21,144 +25,168 @@ from tokenyard_train.config import read_config
 from tokenyard_train.engine.resume import resume, start_from
 from tokenyard_train.engine.save import run_tensors
 from tokenyard_train.engine.setup import Setup, build_setup
+from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.step import train_step
 from tokenyard_train.records.metrics import NullMetrics
 
+Settings = dict[str, Any]
+
 
 class Result(NamedTuple):
-    """What a run left."""
+    """The state of a run after its last step."""
 
-    digest: str  # of the whole model and optimizer
+    digest: str  # of the model and the optimizer, gathered
     losses: list[float]
     batch: int
 
 
-class Watch(Callback):
-    def __init__(self):
-        self.losses, self.run = [], None
+class LossRecorder(Callback):
+    """Records the loss of every step, and the run."""
 
-    def batch_end(self, run, record):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.run: Any = None
+
+    def batch_end(self, run: Run, record: dict[str, Any]) -> None:
         self.losses.append(record["loss"])
         self.run = run
 
 
-def trained(settings: dict) -> Result:
-    """Train as settings say."""
-    watch = Watch()
-    train(read_config(settings), Console(quiet=True), [watch])
-    return Result(digest(watch.run.setup), watch.losses, watch.run.batch)
+def trained(settings: Settings) -> Result:
+    """Train."""
+    recorder = LossRecorder()
+    train(read_config(settings), Console(quiet=True), [recorder])
+    return Result(digest(recorder.run.setup), recorder.losses, recorder.run.batch)
 
 
-def loaded(settings: dict) -> Result:
-    """Build a run and load its newest checkpoint, no more."""
-    run = build_setup(read_config(settings), Console(quiet=True))
-    position = resume(run, NullMetrics(run.folder))
-    return Result(digest(run), [], position.batch)
+def loaded(settings: Settings) -> Result:
+    """Build a run and load its newest checkpoint, without a step."""
+    setup = build(settings)
+    position = resume(setup, NullMetrics(setup.folder))
+    return Result(digest(setup), [], position.batch)
 
 
-class Read(NamedTuple):
-    """What a rank read of a Hugging Face folder."""
-
-    digest: str  # of the whole model and optimizer
-    total: int  # bytes
-    largest: int  # bytes that it read at a time
-    held: int  # bytes of its parameters
+def initial_digest(settings: Settings) -> str:
+    """Return the digest of the initial weights."""
+    return digest(build(settings))
 
 
-def started(settings: dict) -> Read:
-    """Build a run that starts from a Hugging Face folder, and take its weights."""
-    sizes, read = [], Reader.read
-
-    def noted(reader: Reader, key: str, box: tuple[slice, ...]) -> torch.Tensor:
-        tensor = read(reader, key, box)
-        sizes.append(tensor.nbytes)
-        return tensor
-
-    run = build_setup(read_config(settings), Console(quiet=True))
-    Reader.read = noted
+def build_error(settings: Settings) -> str:
+    """Return the type and the message of the error that building a run raises."""
     try:
-        start_from(run.model, settings["load_path"])
+        build(settings)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+class HfRead(NamedTuple):
+    """What a rank read from a Hugging Face folder."""
+
+    digest: str  # of the model and the optimizer, gathered
+    total: int  # bytes read
+    largest: int  # bytes of the largest read
+    held: int  # bytes of this rank's parameters
+
+
+def read_hf(settings: Settings) -> HfRead:
+    """Build a run that starts from the weights of a Hugging Face folder."""
+    sizes: list[int] = []
+    make_reader = Folder.reader
+
+    def counting_reader(folder: Folder, name: str) -> Any:
+        reader: Any = make_reader(folder, name)
+        read = reader.read
+
+        def counting_read(*args: Any) -> Tensor:
+            tensor: Tensor = read(*args)
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        reader.read = counting_read
+        return reader
+
+    setup = build(settings)
+    Folder.reader = counting_reader  # type: ignore[method-assign]
+    try:
+        start_from(setup.model, settings["load_path"])
     finally:
-        Reader.read = read
-    return Read(
-        digest(run), sum(sizes), max(sizes), sum(_local(p).nbytes for p in run.model.parameters())
-    )
+        Folder.reader = make_reader  # type: ignore[method-assign]
+    return HfRead(digest(setup), sum(sizes), max(sizes), parameter_bytes(setup))
 
 
-def benched(path: str, out: str, overrides: list[str]) -> list[str]:
-    """Measure training as a file says; return what this rank wrote."""
+def bench_train(path: str, out: str, overrides: list[str]) -> list[str]:
+    """Run `tokenyard bench train`; return the names of the files that this rank wrote."""
     folder = Path(out) / str(dist.get_rank())
     options = TrainOptions(config=Path(path), overrides=overrides, steps=2, out=folder)
     run_train(options, Console(quiet=True))
-    return sorted(p.name for p in (Path(out) / str(dist.get_rank())).glob("*"))
+    return sorted(path.name for path in folder.glob("*"))
 
 
-def gradients(settings: dict) -> dict[str, list[float]]:
-    """Return the experts' gradients of the first step, each put together from its shards."""
-    run = build_setup(read_config(settings), Console(quiet=True))
-    found = {}
+def expert_gradients(settings: Settings) -> dict[str, list[float]]:
+    """Return the experts' gradients of the first step, gathered."""
+    setup = build(settings)
+    gradients: dict[str, list[float]] = {}
 
-    def note(*_) -> None:
-        for name, p in run.model.named_parameters():
+    def record(*_: Any) -> None:
+        for name, parameter in setup.model.named_parameters():
             if ".experts." in name:
-                found[name] = (
-                    (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad)
-                    .flatten()
-                    .tolist()
-                )
+                gradients[name] = full(parameter.grad).flatten().tolist()
 
-    run.optimizer.register_step_pre_hook(note)
-    train_step(run, 0)
-    return found
+    setup.optimizer.register_step_pre_hook(record)
+    train_step(setup, 0)
+    return gradients
 
 
-def initial(settings: dict) -> str:
-    """Return the digest of the weights that a new run starts from."""
-    return digest(build_setup(read_config(settings), Console(quiet=True)))
+class MemoryUse(NamedTuple):
+    """The memory of a rank, measured, and the estimate of `tokenyard check`."""
+
+    parameters: int  # bytes
+    saved: int  # bytes saved for the backward pass, without parameters
+    estimate: dict[str, int]
 
 
-def refused(settings: dict) -> str:
-    """Return the sentence that a config is refused with."""
-    try:
-        build_setup(read_config(settings), Console(quiet=True))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "accepted"
+def memory_use(settings: Settings) -> MemoryUse:
+    """Measure the parameters of this rank, and what a forward pass saves for the backward pass."""
+    setup = build(settings)
+    parameters = parameter_bytes(setup)
+    estimated = estimate(setup.config, setup.model, setup.strategy.describe(setup.model))._asdict()
+    saved: dict[int, int] = {}  # bytes by the address of a storage
 
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-def digest(run: Setup) -> str:
-    """Return the SHA-256 of all tensors of a checkpoint of the run, each put together from its shards."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(run_tensors(run).items()):
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        sha.update(
-            name.encode() + full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        )
-    return sha.hexdigest()
-
-
-def memory(settings: dict) -> tuple[int, int, dict[str, int]]:
-    """Return the bytes that this rank holds in parameters, and saves for the backward pass; and those estimated."""
-    run = build_setup(read_config(settings), Console(quiet=True))
-    held = sum(_local(p).numel() * p.element_size() for p in run.model.parameters())
-    foretold = estimated(run)
-    saved: dict[int, int] = {}
-
-    def note(t: torch.Tensor) -> torch.Tensor:
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    rows = run.data.train.batch(0, run.config.global_train_batch_size, *run.strategy.data)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), run.precision():
-        output = run.model(rows[:, :-1])
-    gathered = {t.untyped_storage().data_ptr() for p in run.model.parameters() for t in [_local(p)]}
+    rows = setup.data.train.batch(0, setup.config.global_train_batch_size, *setup.strategy.data)
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), setup.precision():
+        # the output keeps the graph, and so the storages, alive
+        output = setup.model(rows[:, :-1])
+    storages = {local_part(p).untyped_storage().data_ptr() for p in setup.model.parameters()}
     del output
-    return held, sum(size for place, size in saved.items() if place not in gathered), foretold
+    activations = sum(size for address, size in saved.items() if address not in storages)
+    return MemoryUse(parameters, activations, estimated)
 
 
-def estimated(run) -> dict[str, int]:
-    return estimate(run.config, run.model, run.strategy.describe(run.model))._asdict()
+def group_timeouts(seconds: float) -> list[timedelta]:
+    """Return the timeouts of all process groups of a mesh that a strategy makes."""
+    mesh = make_mesh(MeshSizes(1, 2), torch.device("cpu"), timedelta(seconds=seconds))
+    groups: list[Any] = mesh.get_all_groups()
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
 
 
-def _local(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def build(settings: Settings) -> Setup:
+    return build_setup(read_config(settings), Console(quiet=True))
+
+
+def parameter_bytes(setup: Setup) -> int:
+    return sum(local_part(p).nbytes for p in setup.model.parameters())
+
+
+def digest(setup: Setup) -> str:
+    """Return the SHA-256 of the model and the optimizer, each tensor gathered from its shards."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(run_tensors(setup).items()):
+        content = full(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        sha.update(name.encode() + content)
+    return sha.hexdigest()

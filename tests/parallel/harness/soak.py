@@ -1,4 +1,4 @@
-"""Many steps of a model with experts, whose routing is skewed and different in every step."""
+"""Many steps of an MoE model whose routing is skewed, and differs in every step."""
 
 from __future__ import annotations
 
@@ -14,30 +14,28 @@ TOKENS = 256
 
 
 class Soak(NamedTuple):
-    """What many steps left."""
+    """The state of a rank after many steps."""
 
     steps: int
-    norm: float  # of the last step, the same on every rank
-    early: int  # bytes held after a tenth of the steps, as the allocator or the system counts them
-    late: int  # and at the end
-    busiest: float  # the largest load of an expert in the last step, as a multiple of the mean
+    norm: float  # of the last step, equal on every rank
+    early_bytes: int  # peak memory after a tenth of the steps
+    late_bytes: int  # peak memory after all steps
+    max_load: float  # largest load of an expert in the last step / mean load
 
 
 def soak(layout: Layout, steps: int, device: str) -> Soak:
-    """Train; every step's ids are drawn with popularity 1/r, and which expert is popular changes."""
+    """Train with expert popularity 1/r; the most popular expert changes every step."""
     strategy, model = build(layout, Case(dtype=torch.float32, device=device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
-    early, norm, load = 0, 0.0, 0.0
+    early_bytes = 0
+    norm = 0.0
+    max_load = 0.0
     for step in range(steps):
         generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
-        popularity = (1 / torch.arange(1, EXPERTS + 1)).roll(step)
-        ids = [
-            torch.multinomial(popularity.expand(TOKENS, -1), 2, generator=generator)
-            for _ in range(2)
-        ]
-        load = float(torch.bincount(ids[0].flatten(), minlength=EXPERTS).max()) / (
-            2 * TOKENS / EXPERTS
-        )
+        popularity = (1 / torch.arange(1, EXPERTS + 1)).roll(step).expand(TOKENS, -1)
+        ids = [torch.multinomial(popularity, 2, generator=generator) for _ in range(2)]
+        mean_load = 2 * TOKENS / EXPERTS
+        max_load = float(ids[0].flatten().bincount(minlength=EXPERTS).max()) / mean_load
         x = torch.randn(TOKENS, DIM, generator=generator).to(device)
         y, _ = model(x, [i.int().to(device) for i in ids])
         ((y - 1).square().sum() / (TOKENS * strategy.data[1])).backward()
@@ -45,12 +43,12 @@ def soak(layout: Layout, steps: int, device: str) -> Soak:
         optimizer.step()
         optimizer.zero_grad()
         if step == steps // 10:
-            early = held(device)
-    return Soak(steps, norm, early, held(device), load)
+            early_bytes = peak_bytes(device)
+    return Soak(steps, norm, early_bytes, peak_bytes(device), max_load)
 
 
-def held(device: str) -> int:
-    """Return the bytes that this process holds at most so far."""
+def peak_bytes(device: str) -> int:
+    """Return the peak memory of this process: of CUDA's allocator, or resident."""
     if device == "cuda":
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
