@@ -109,7 +109,7 @@ def build(layout: Layout, case: Case) -> tuple[Strategy, nn.Module]:
     chosen = default_registry().choose("strategy", {"name": layout.strategy, **options})
     strategy = chosen.construct(device=case.device)
     with torch.device("meta"):
-        model: nn.Module = Net(workload_of(layout, case), backends_of(layout, case))
+        model: Any = Net(workload_of(layout, case), backends_of(layout, case))
     assert strategy.unusable(model) is None
     for block in model.blocks if case.frozen else ():
         block.moe.experts.requires_grad_(False)
@@ -131,7 +131,7 @@ def workload_of(layout: Layout, case: Case) -> Workload:
         bias=True,
         router=RoutingRule(normalize=1.0),
         dtype=case.dtype,
-        device=case.device,
+        device=torch.device(case.device),
         expert_parallel=layout.expert_parallel,
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ def error_with_fault(name: str, chunks: int, fault: str) -> str:
     if fault == "slots":
         exchange.row_format.sort = with_extra_slot(exchange.row_format.sort)
     try:
-        with wrong_received_counts(fault == "received"):
+        with wrong_received_counts() if fault == "received" else nullcontext():
             exchange(x, routing, compute)
     except ExchangeError as error:
         return str(error)
@@ -67,21 +68,15 @@ def with_extra_slot(sort: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     return wrong
 
 
-@contextmanager
-def wrong_received_counts(enabled: bool) -> Iterator[None]:
-    """Add 1 to every count that this rank receives."""
+def wrong_received_counts() -> AbstractContextManager[Any]:
+    """Context: add 1 to every count that this rank receives."""
     all_to_all = dist.all_to_all_single
 
     def wrong(out: Tensor, sent: Tensor, group: Any) -> None:
         all_to_all(out, sent, group=group)
         out.add_(1)
 
-    if enabled:
-        dist.all_to_all_single = wrong
-    try:
-        yield
-    finally:
-        dist.all_to_all_single = all_to_all
+    return patch.object(dist, "all_to_all_single", wrong)
 
 
 class HostReads(TorchDispatchMode):
@@ -105,19 +100,16 @@ def host_syncs(name: str, chunks: int) -> tuple[int, int]:
     exchange = make_exchange(name, chunks)
     x, routing = make_routing(TOKENS)
     tolist = torch.Tensor.tolist
-    with HostReads() as reads:
+    reads = HostReads()
 
-        def counted(tensor: Tensor) -> Any:
-            reads.count += 1
-            return tolist(tensor)
+    def counted(tensor: Tensor) -> Any:
+        reads.count += 1
+        return tolist(tensor)
 
-        torch.Tensor.tolist = counted
-        try:
-            y = exchange(x, routing, compute)
-            forward = reads.count
-            y.sum().backward()
-        finally:
-            torch.Tensor.tolist = tolist
+    with reads, patch.object(torch.Tensor, "tolist", counted):
+        y = exchange(x, routing, compute)
+        forward = reads.count
+        y.sum().backward()
     return forward, reads.count - forward
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from harness.layout_runs import LossRecorder, Settings, digest, loaded
 from tokenyard_train.checkpoint import CheckpointError, dcp
@@ -59,11 +62,11 @@ class Injector(LossRecorder):
         tensor.register_hook(lambda gradient: gradient + value)
         return output
 
-    def batch_end(self, run: Run, record: dict[str, Any]) -> None:
+    def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         super().batch_end(run, record)
         self.digests.append(digest(run.setup))
 
-    def skipped(self, run: Run, record: dict[str, Any]) -> None:
+    def skipped(self, run: Run, record: Mapping[str, Any]) -> None:
         self.skipped_batches.append(record["batch"])
         self.digests.append(digest(run.setup))
 
@@ -100,7 +103,7 @@ class Terminator(LossRecorder):
 
         run.setup.strategy.reduce = terminating_reduce
 
-    def batch_end(self, run: Run, record: dict[str, Any]) -> None:
+    def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         super().batch_end(run, record)
         self.terminate(run, "callback")
 
@@ -122,20 +125,17 @@ def train_until_signal(settings: Settings, rank: int, batch: int, moment: str) -
 
 def train_with_full_disk(settings: Settings, rank: int) -> str:
     """Train with a full disk on one rank; return the error that ends the run, or ""."""
-    save = dcp.save
 
     def save_without_space(*args: Any, **kwargs: Any) -> Any:
         if dist.get_rank() == rank:
             kwargs["storage_writer"].write_data = raise_no_space
         return save(*args, **kwargs)
 
-    dcp.save = save_without_space  # type: ignore[assignment]
     try:
-        train(read_config(settings), Console(quiet=True))
+        with patch.object(dcp, "save", save_without_space):
+            train(read_config(settings), Console(quiet=True))
     except CheckpointError as error:
         return str(error)
-    finally:
-        dcp.save = save
     return ""
 
 

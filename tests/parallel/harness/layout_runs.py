@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -47,7 +49,7 @@ class LossRecorder(Callback):
         self.losses: list[float] = []
         self.run: Any = None
 
-    def batch_end(self, run: Run, record: dict[str, Any]) -> None:
+    def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         self.losses.append(record["loss"])
         self.run = run
 
@@ -107,11 +109,8 @@ def read_hf(settings: Settings) -> HfRead:
         return reader
 
     setup = build(settings)
-    Folder.reader = counting_reader  # type: ignore[method-assign]
-    try:
+    with patch.object(Folder, "reader", counting_reader):
         start_from(setup.model, settings["load_path"])
-    finally:
-        Folder.reader = make_reader  # type: ignore[method-assign]
     return HfRead(digest(setup), sum(sizes), max(sizes), parameter_bytes(setup))
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from harness.equality import DIM, EXPERTS, Case, Layout, build
+from harness.equality import EXPERTS, Case, Layout, build
+from tokenyard.testing._over_ranks import DIM
 
 TOKENS = 256
 
