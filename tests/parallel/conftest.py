@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tokenyard.testing import preload
+
 sys.path.insert(0, str(Path(__file__).parent))  # ranks get the path of this process
+preload(
+    "tokenyard_parallel.exchanges",
+    "tokenyard_parallel.strategies",
+    "tokenyard_train.bench.commands",
+    "tokenyard_train.commands.train",
+    "tokenyard_train.records.plots",
+    "torch._dynamo",  # FSDP imports it in the first forward pass
+)
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ LENGTH = {
     "save_interval": f"{INTERVAL}ba",
     "eval_interval": "20ba",
     "save_num_checkpoints_to_keep": 3,
+    "global_train_batch_size": 4,  # one microbatch: the steps need not be slow
 }
 
 

@@ -10,14 +10,11 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from harness.layout_runs import LossRecorder, Settings, digest, loaded
+from harness.layout_runs import LossRecorder, Settings, digest, loaded, train_with
 from tokenyard_train.checkpoint import CheckpointError, dcp
-from tokenyard_train.commands.train import train
-from tokenyard_train.config import read_config
 from tokenyard_train.engine.nonfinite import NonFiniteError
 from tokenyard_train.engine.signals import Stopped
 from tokenyard_train.engine.state import Run
@@ -78,7 +75,7 @@ def train_with_bad_number(
     injector = Injector(number)
     message = ""
     try:
-        train(read_config(settings), Console(quiet=True), [injector])
+        train_with(settings, injector)
     except NonFiniteError as error:
         message = str(error)
     return injector.digests, injector.skipped_batches, message
@@ -117,7 +114,7 @@ def train_until_signal(settings: Settings, rank: int, batch: int, moment: str) -
     terminator = Terminator(rank, batch, moment)
     message = ""
     try:
-        train(read_config(settings), Console(quiet=True), [terminator])
+        train_with(settings, terminator)
     except Stopped as error:
         message = str(error)
     return message, terminator.run.batch
@@ -133,7 +130,7 @@ def train_with_full_disk(settings: Settings, rank: int) -> str:
 
     try:
         with patch.object(dcp, "save", save_without_space):
-            train(read_config(settings), Console(quiet=True))
+            train_with(settings, LossRecorder())
     except CheckpointError as error:
         return str(error)
     return ""

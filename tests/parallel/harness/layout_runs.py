@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from tokenyard_train.engine.save import run_tensors
 from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.step import train_step
+from tokenyard_train.records import plots
 from tokenyard_train.records.metrics import NullMetrics
 
 Settings = dict[str, Any]
@@ -57,8 +58,14 @@ class LossRecorder(Callback):
 def trained(settings: Settings) -> Result:
     """Train."""
     recorder = LossRecorder()
-    train(read_config(settings), Console(quiet=True), [recorder])
+    train_with(settings, recorder)
     return Result(digest(recorder.run.setup), recorder.losses, recorder.run.batch)
+
+
+def train_with(settings: Settings, callback: Callback) -> None:
+    """Train with a callback, and without the figures: they take longer than the steps."""
+    with patch.multiple(plots, loss_curve=Mock(), expert_heatmap=Mock()):
+        train(read_config(settings), Console(quiet=True), [callback])
 
 
 def loaded(settings: Settings) -> Result:

@@ -14,7 +14,7 @@ from tokenyard.testing._exchange import ExchangeConformance
 from tokenyard.testing._experts import ExpertsConformance
 from tokenyard.testing._model import ModelConformance
 from tokenyard.testing._permutation import PermutationConformance
-from tokenyard.testing._ranks import Ranks, RanksError, ranks
+from tokenyard.testing._ranks import Ranks, RanksError, preload, ranks
 from tokenyard.testing._router import TopKRouterConformance
 from tokenyard.testing._router_contract import RouterContract
 from tokenyard.testing._strategy import StrategyConformance
@@ -29,5 +29,6 @@ __all__ = [
     "RouterContract",
     "StrategyConformance",
     "TopKRouterConformance",
+    "preload",
     "ranks",
 ]

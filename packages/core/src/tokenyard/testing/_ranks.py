@@ -15,7 +15,8 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Ranks:
         self.size = size
         self.timeout = timeout
         self.closed = False
-        context = get_context("spawn")
+        context = _context()
         self._folder = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(size)]
         self._connections = [parent for parent, _ in pipes]
@@ -80,6 +81,26 @@ class Ranks:
             self.closed = True
             raise RanksError("\n".join(errors))
         return [result for _, result in answers]
+
+
+_PRELOADED = ["tokenyard.testing._over_ranks", "torch.distributed.fsdp"]
+
+
+def preload(*modules: str) -> None:
+    """Import more modules in the server that ranks are forked from: once, instead of once a rank.
+
+    Call this before the first Ranks of the process. The modules must not start threads or use a GPU.
+    """
+    _PRELOADED.extend(modules)
+
+
+def _context() -> BaseContext:
+    """Return the context that starts ranks: by fork of a server with torch, where that exists."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 _SHARED: dict[tuple[int, str], Ranks] = {}

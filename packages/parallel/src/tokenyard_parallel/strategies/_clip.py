@@ -9,20 +9,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenyard.sharded import group_by_mesh, is_sharded, local_part
+from tokenyard_parallel._torch_private import scale_all
 
 
+@torch.no_grad()
 def clip(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients to a global norm of at most max_norm; return the norm before scaling.
 
     The norm is the same on every rank. It takes one collective over all ranks, whatever the meshes,
     so a non-finite gradient on one rank makes it non-finite on all of them.
     """
-    groups = group_by_mesh(p for p in model.parameters() if p.grad is not None)
-    norm = _global_norm(groups)
-    if math.isfinite(max_norm):
-        # one call a mesh: torch cannot scale a list of tensors on different meshes
-        for group in groups:
-            nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = _global_norm(group_by_mesh(parameters))
+    if parameters and math.isfinite(max_norm):
+        # as torch clips: 1e-6 keeps a norm of zero from dividing by zero
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        # DTensor would plan the sharding of each operator, which is slow in the first step
+        scale_all([local_part(p.grad) for p in parameters if p.grad is not None], scale)
     return norm
 
 
