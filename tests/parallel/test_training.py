@@ -60,20 +60,29 @@ def test_asynchronous_checkpoints_resume_bit_exact(layout, settings, tmp_path, r
     assert {path.name for path in (tmp_path / layout).glob("ba*")} == {"ba1", "ba2", "ba3", "ba4"}
 
 
+SMALL_MIXTRAL = {
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+SMALL_DBRX = {"d_model": 32, "ffn_config.ffn_hidden_size": 16}
+
+
 @pytest.mark.parametrize(
     ("file", "sizes"),
-    [
-        (
-            "qwen3-30b-4-layers",
-            {"hidden_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2},
-        ),
-        ("dbrx-1-layer", {}),
-    ],
+    [("qwen3-30b-4-layers", SMALL_MIXTRAL), ("dbrx-1-layer", SMALL_DBRX)],
+    ids=["qwen3", "dbrx"],
 )
 def test_bench_train_over_ranks(settings, tmp_path, file, sizes):
     """The shapes that are benchmarked on GPUs, made small; rank 0 writes the result."""
     overrides = [
         "model.size=tiny",
+        "model.vocab_size=257",
         *(f"model.{key}={value}" for key, value in sizes.items()),
         "max_seq_len=32",
         "device=cpu",

@@ -180,7 +180,10 @@ def train(layout: Layout, case: Case) -> dict[str, Tensor]:
     """
     strategy, model = build(layout, case)
     groups = group_by_mesh(p for p in model.parameters() if p.requires_grad)
-    optimizer = torch.optim.AdamW([{"params": g} for g in groups], lr=3e-3, weight_decay=0.1)
+    # fused: DTensor plans the sharding of one operator instead of ten
+    optimizer = torch.optim.AdamW(
+        [{"params": group} for group in groups], lr=3e-3, weight_decay=0.1, fused=True
+    )
     results: dict[str, Tensor] = {}
     for step in range(case.steps):
         outputs = forward_backward(strategy, model, case)
