@@ -41,9 +41,9 @@ class Injector(LossRecorder):
     def start(self, run: Run) -> None:
         self.digests.append(digest(run.setup))
         if dist.get_rank() == self.number.rank:
-            target = run.setup.model
+            target: Any = run.setup.model
             if self.number.target == "experts":
-                target = run.setup.model.blocks[1].ffn.experts
+                target = target.blocks[1].ffn.experts
             target.register_forward_hook(
                 lambda module, args, output: self.inject(output) if self.is_due(run) else None
             )
@@ -91,14 +91,15 @@ class Terminator(LossRecorder):
         self.moment = moment  # "collective" or "callback"
 
     def start(self, run: Run) -> None:
-        reduce = run.setup.strategy.reduce
+        strategy: Any = run.setup.strategy
+        reduce = strategy.reduce
 
         def terminating_reduce(x: Tensor) -> Tensor:
             self.terminate(run, "collective")
             total: Tensor = reduce(x)
             return total
 
-        run.setup.strategy.reduce = terminating_reduce
+        strategy.reduce = terminating_reduce
 
     def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         super().batch_end(run, record)

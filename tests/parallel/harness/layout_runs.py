@@ -136,7 +136,7 @@ def expert_gradients(settings: Settings) -> dict[str, list[float]]:
 
     def record(*_: Any) -> None:
         for name, parameter in setup.model.named_parameters():
-            if ".experts." in name:
+            if ".experts." in name and parameter.grad is not None:
                 gradients[name] = full(parameter.grad).flatten().tolist()
 
     setup.optimizer.register_step_pre_hook(record)

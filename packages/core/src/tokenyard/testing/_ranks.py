@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_all_start_methods, get_context
-from multiprocessing.context import BaseContext
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def preload(*modules: str) -> None:
     _PRELOADED.extend(modules)
 
 
-def _context() -> BaseContext:
+def _context() -> ForkServerContext | SpawnContext:
     """Return the context that starts ranks: by fork of a server with torch, where that exists."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
