@@ -146,7 +146,7 @@ def test_the_root_says_which_extra_provides_a_backend():
     owners = {f"{o.kind}.{o.backend.name}": o.distribution for o in offers}
     for path in PACKAGES:
         for name in project(path)["entry-points"].get(COMMANDS, {}):
-            owners.setdefault(f"command.{name.split('.')[0]}", f"tokenyard-{path.name}")
+            owners[f"command.{name}"] = f"tokenyard-{path.name}"
     provided = {
         name: extra(owner.removeprefix("tokenyard-"))
         for name, owner in owners.items()

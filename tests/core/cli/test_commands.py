@@ -90,6 +90,12 @@ def test_a_missing_command_names_its_extra(invoke):
     assert "No such command" in invoke(["tolls"], extras=extras)[1]
 
 
+def test_a_missing_command_of_an_installed_group_names_its_extra(invoke):
+    extras = [("command.tools", "wood"), ("command.tools.hit", "iron")]
+    assert 'pip install "tokenyard[iron]"' in invoke(["tools", "hit"], extras, tools="tools")[1]
+    assert "No such command" in invoke(["tools", "hot"], extras, tools="tools")[1]
+
+
 def test_a_broken_command_breaks_no_other(invoke):
     points = {"broken": "missing", "hit": "hammer"}
     assert invoke(["hit"], **points)[0] == 0

@@ -16,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Measure layers, their pieces and training.",
+    help="Measure layers and their pieces, beside dense matmuls and other libraries.",
 )
 
 

@@ -57,17 +57,15 @@ class CommandGroup(TyperGroup):
         return extended
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of all commands, sorted."""
-        return sorted({*super().list_commands(ctx), *self.node.children})
+        """Return the names of all commands: the group's own, then those of entry points, sorted."""
+        return list(dict.fromkeys((*super().list_commands(ctx), *sorted(self.node.children))))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command by its name, or None."""
         if cmd_name in self.node.children:
             return load_command(self.node.children[cmd_name])
         command = super().get_command(ctx, cmd_name)
-        if command is None and not self.node.points:
-            return _missing_command(self.node, cmd_name)
-        return command
+        return _missing_command(self.node, cmd_name) if command is None else command
 
 
 class InstalledCommands(CommandGroup):
@@ -108,9 +106,7 @@ def load_command(node: Node) -> Any:
             node.word, f"`tokenyard {node.words}` cannot be imported: {_describe(error)}"
         )
     command = typer.main.get_group(parent).commands[node.word]
-    if node.children and isinstance(command, TyperGroup):
-        return CommandGroup.extend(command, node)
-    return command
+    return CommandGroup.extend(command, node) if isinstance(command, TyperGroup) else command
 
 
 def _add_command(parent: typer.Typer, node: Node) -> None:
@@ -135,18 +131,22 @@ def _describe(error: Exception) -> str:
 
 
 def _missing_command(node: Node, word: str) -> Any:
-    """Return a command that names the extra which provides a missing command; None without one."""
-    path = f"{node.path}.{word}" if node.path else word
+    """Return a command that names the extra which provides a missing command; None without one.
+
+    ``command.bench = bench`` says that ``tokenyard[bench]`` provides `tokenyard bench` and, if that
+    has no entry point, every other word below it.
+    """
+    words = [*node.path.split("."), word] if node.path else [word]
     extras = {point.name: point.value for point in entry_points(group=EXTRAS)}
-    words = path.split(".")
-    for length in range(len(words), 0, -1):
+    shortest = len(words) if node.points else 1
+    for length in range(len(words), shortest - 1, -1):
         extra = extras.get(".".join(("command", *words[:length])))
         if extra is not None:
-            return _failing_command(
-                word,
+            reason = (
                 f"`tokenyard {' '.join(words)}` is not installed; "
-                f'pip install "tokenyard[{extra}]" provides it',
+                f'pip install "tokenyard[{extra}]" provides it'
             )
+            return _failing_command(word, reason)
     return None
 
 
