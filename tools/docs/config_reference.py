@@ -1,7 +1,7 @@
-"""The reference of all config keys, as Markdown, from the models that read them.
+"""Generate the Markdown reference of all config keys from the pydantic models.
 
-What a key means is the comment beside it in the source, and what a section is for its docstring: there is no second
-place to forget.
+The meaning of a key is the comment within its field statement. The meaning of a section is its
+docstring. No other file repeats them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tokenyard_train.config.schema import TrainConfig
 
 
 def training_reference() -> str:
-    """Return the keys of a training config, section by section."""
+    """Return the reference of a training config, one table per section."""
     return "\n".join(_section(TrainConfig, "", 2))
 
 
 def model_reference() -> str:
-    """Return the keys of each model's `model:` section."""
+    """Return the reference of the `model:` section, one chapter per model."""
     lines: list[str] = []
     for offer in sorted(default_registry().offers("model"), key=lambda offer: offer.backend.name):
         definition: Any = offer.backend.load()
@@ -39,64 +39,73 @@ def model_reference() -> str:
     return "\n".join(lines)
 
 
-def keys(section: type[Strict], where: str) -> Iterator[str]:
-    """Give every key by its path."""
+def keys(section: type[Strict], prefix: str) -> Iterator[str]:
+    """Yield the path of every key, nested sections included."""
     for name, field in section.model_fields.items():
-        path = f"{where}.{name}" if where else name
+        path = f"{prefix}.{name}" if prefix else name
         yield path
-        for below in _sections(field.annotation):
-            yield from keys(below, path)
+        for subsection in _sections(field.annotation):
+            yield from keys(subsection, path)
 
 
-def meanings(section: type[Strict], where: str = "") -> Iterator[tuple[str, str]]:
-    """Give every key by its path with what it means; of a key that is a section, what that is for."""
-    own = _meanings(section)
+def meanings(section: type[Strict], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the path and the meaning of every key, nested sections included.
+
+    A key without a comment has the docstrings of its sections as its meaning.
+    """
+    comments = _meanings(section)
     for name, field in section.model_fields.items():
-        path = f"{where}.{name}" if where else name
-        below = _sections(field.annotation)
-        yield path, own.get(name) or " ".join(inspect.getdoc(inner) or "" for inner in below)
-        for inner in below:
-            yield from meanings(inner, path)
+        path = f"{prefix}.{name}" if prefix else name
+        subsections = _sections(field.annotation)
+        docs = " ".join(inspect.getdoc(subsection) or "" for subsection in subsections)
+        yield path, comments.get(name) or docs
+        for subsection in subsections:
+            yield from meanings(subsection, path)
 
 
-def _section(section: type[Strict], where: str, level: int, titled: bool = True) -> Iterator[str]:
-    if titled and where:
-        yield from (f"{'#' * level} {_title(section, where)}", "")
+def _section(section: type[Strict], prefix: str, level: int, titled: bool = True) -> Iterator[str]:
+    if titled and prefix:
+        yield from (f"{'#' * level} {_title(section, prefix)}", "")
     yield from (
         inspect.getdoc(section) or "",
         "",
         "| key | type | default | meaning |",
         "|---|---|---|---|",
     )
-    own = _meanings(section)
-    below: dict[type[Strict], str] = {}
+    comments = _meanings(section)
+    paths: dict[type[Strict], str] = {}  # subsection -> the first key that has it
     for name, field in section.model_fields.items():
-        path = f"{where}.{name}" if where else name
-        inner = _sections(field.annotation)
-        shown = [
-            below[other] for other in inner if other in below
-        ]  # the same sections under another key
-        meaning = own.get(name) or (f"as `{shown[0]}`" if shown else "see below" if inner else "")
+        path = f"{prefix}.{name}" if prefix else name
+        subsections = _sections(field.annotation)
+        meaning = comments.get(name) or _pointer(subsections, paths)
         yield f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_escaped(meaning)} |"
-        below |= {other: path for other in inner if other not in below}
+        for subsection in subsections:
+            paths.setdefault(subsection, path)
     yield ""
-    for inner, path in below.items():
-        yield from _section(inner, path, level)
+    for subsection, path in paths.items():
+        yield from _section(subsection, path, level)
 
 
-def _title(section: type[Strict], where: str) -> str:
-    """Return a heading: the path, and of sections that are told apart by their name, that."""
+def _pointer(subsections: list[type[Strict]], paths: dict[type[Strict], str]) -> str:
+    """Return where the table of a key's subsections is; empty for a key without subsections."""
+    for subsection in subsections:
+        if subsection in paths:
+            return f"as `{paths[subsection]}`"
+    return "see below" if subsections else ""
+
+
+def _title(section: type[Strict], prefix: str) -> str:
+    """Return the heading of a section: its path, and its `name` if that selects the section."""
     name = section.model_fields.get("name")
-    variant = (
-        get_args(name.annotation)
-        if name is not None and get_origin(name.annotation) is Literal
-        else ()
-    )
-    return f"`{where}`, `name: {variant[0]}`" if len(variant) == 1 else f"`{where}`"
+    if name is not None and get_origin(name.annotation) is Literal:
+        variants = get_args(name.annotation)
+        if len(variants) == 1:
+            return f"`{prefix}`, `name: {variants[0]}`"
+    return f"`{prefix}`"
 
 
 def _meanings(section: type[Strict]) -> dict[str, str]:
-    """Return the comment beside each key of a section and of the sections that it extends."""
+    """Return the comment of each field of a section, inherited fields included."""
     meanings: dict[str, str] = {}
     for cls in reversed(section.__mro__):
         if issubclass(cls, Strict) and cls is not Strict:
@@ -106,7 +115,7 @@ def _meanings(section: type[Strict]) -> dict[str, str]:
 
 
 def _field_comments(cls: type[Strict]) -> dict[str, str]:
-    """Return each field of a class with the comments within its statement, of one line or of several."""
+    """Return the comments within each field statement of a class, joined by spaces."""
     source = textwrap.dedent(inspect.getsource(cls))
     comments = {
         token.start[0]: token.string.removeprefix("#").strip()

@@ -1,4 +1,4 @@
-"""What mkdocs fills in where a page says ``<!-- fill: NAME ... -->``: references, and files of the repository."""
+"""Replace ``<!-- fill: NAME ... -->`` in pages by references and files of the repository."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from config_reference import model_reference, training_reference
 
 ROOT = Path(__file__).parents[2]
-_FILL = re.compile(
-    r"^<!-- fill: (\S+)(?: (\S+))? -->(?:\nSee .*)?$", re.MULTILINE
-)  # See: for readers of a clone
+# The line "See ..." after a fill is for readers on GitHub. The site drops it.
+_FILL = re.compile(r"^<!-- fill: (\S+)(?: (\S+))? -->(?:\nSee .*)?$", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)")
 _PAGES = {
     "README.md": "index.md",
@@ -30,39 +29,43 @@ _PAGES = {
     "docs/benchmarks": "benchmarks/README.md",
     "docs/benchmarks/README.md": "benchmarks/README.md",
 }
-"""The pages that show a file or folder of the repository."""
+"""The page that shows a file or folder of the repository."""
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in what a page asks for."""
-    return _FILL.sub(lambda found: _FILLS[found[1]](*filter(None, found.groups()[1:])), markdown)
+    """Replace every fill comment of a page (an mkdocs hook)."""
+    return _FILL.sub(lambda match: _FILLS[match[1]](*filter(None, match.groups()[1:])), markdown)
 
 
 def _file(name: str) -> str:
-    """Return a Markdown file of the repository, its links led to pages; what has no page is named without a link."""
+    """Return a Markdown file of the repository with its links rewritten to pages.
+
+    A link to a file that has no page becomes plain text.
+    """
     path = ROOT / name
-    return _LINK.sub(lambda found: _led(found[1], found[2], path), path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    return _LINK.sub(lambda match: _page_link(match[1], match[2], path), text)
 
 
-def _led(text: str, link: str, path: Path) -> str:
+def _page_link(text: str, link: str, path: Path) -> str:
     target, _, anchor = link.partition("#")
-    named = (path.parent / target).resolve().relative_to(ROOT).as_posix()
-    if named not in _PAGES:
+    file = (path.parent / target).resolve().relative_to(ROOT).as_posix()
+    if file not in _PAGES:
         return text
-    return f"[{text}]({_PAGES[named]}{'#' + anchor if anchor else ''})"
+    return f"[{text}]({_PAGES[file]}{'#' + anchor if anchor else ''})"
 
 
 def _drawing(name: str) -> str:
-    """Return an SVG to stand in the page itself, so that it takes the page's colours."""
+    """Return an SVG as inline markup, so that it inherits the page's colours."""
     return re.sub(r"\s*\n\s*", " ", (ROOT / name).read_text(encoding="utf-8"))
 
 
 def _changelogs() -> str:
-    found = []
+    changelogs = []
     for path in sorted(ROOT.glob("packages/*/CHANGELOG.md")):
         text = path.read_text(encoding="utf-8").replace("# Changelog of ", "# ", 1)
-        found.append(re.sub(r"^#", "##", text, flags=re.MULTILINE))
-    return "\n".join(found)
+        changelogs.append(re.sub(r"^#", "##", text, flags=re.MULTILINE))
+    return "\n".join(changelogs)
 
 
 _FILLS: dict[str, Callable[..., str]] = {

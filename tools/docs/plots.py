@@ -1,4 +1,4 @@
-"""``hatch run docs:plots``: draw every picture of docs/benchmarks anew, from the JSON that lies beside it."""
+"""``hatch run docs:plots``: redraw every picture of docs/benchmarks from the JSON beside it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _COLOURS = {
     "gluon": BLUE,
     "gluon, save: fp8": "#8f6bb3",
 }
-_GOAL = 0.85  # of a copy's bandwidth
-_FIRST = 4.0  # nats: what a curve begins with is left out
+_GOAL = 0.85  # as a share of a copy's bandwidth
+_LARGEST_LOSS = 4.0  # nats per byte; the first steps are above it and are cut off
 
 
 def main(out: Path = BENCHMARKS) -> None:
-    """Draw them all into `out`, by the names that they have in docs/benchmarks."""
+    """Draw all pictures into `out`, under their names in docs/benchmarks."""
     for name, draw in PICTURES.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,19 +44,19 @@ def main(out: Path = BENCHMARKS) -> None:
 
 
 def layers(content: dict[str, Any], path: Path) -> None:
-    """Draw the efficiency of layers."""
+    """Draw the efficiency of MoE layers."""
     efficiency_bars(content["records"], content["machine"], path)
 
 
 def moves(content: dict[str, Any], path: Path) -> None:
-    """Draw the bandwidth of moving rows as a share of a copy's: a panel for each shape."""
-    found = [r for r in content["records"] if r["note"] is None and "permute" in r["work"]]
-    shapes = list(dict.fromkeys(_title(r["shape"]) for r in found))
+    """Draw the bandwidth of the permutation as a share of a copy's bandwidth, per shape."""
+    records = [r for r in content["records"] if r["note"] is None and "permute" in r["work"]]
+    shapes = list(dict.fromkeys(_title(r["shape"]) for r in records))
     figure = make_figure(8.5, 0.9 + 2.2 * len(shapes))
     grid = figure.add_gridspec(len(shapes), 1)
-    for place, shape in zip(grid, shapes):
-        axes = make_axes(figure, place, shape, "", "a copy's bandwidth")
-        _bars(axes, [r for r in found if _title(r["shape"]) == shape])
+    for cell, shape in zip(grid, shapes):
+        axes = make_axes(figure, cell, shape, "", "a copy's bandwidth")
+        _bars(axes, [r for r in records if _title(r["shape"]) == shape])
     figure.suptitle(
         f"Moving rows: {content['machine']['device']}",
         x=0.01,
@@ -71,14 +71,14 @@ def moves(content: dict[str, Any], path: Path) -> None:
 
 
 def _bars(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
-    works, backends = (list(dict.fromkeys(r[key] for r in records)) for key in ("work", "backend"))
+    works = list(dict.fromkeys(r["work"] for r in records))
+    backends = list(dict.fromkeys(r["backend"] for r in records))
     for i, backend in enumerate(sorted(backends, key=list(_COLOURS).index)):
         shares = {r["work"]: r["bandwidth"] for r in records if r["backend"] == backend}
-        places = np.arange(len(works)) + (i - (len(backends) - 1) / 2) * 0.28
-        drawn = axes.bar(
-            places, [shares[work] for work in works], 0.26, label=backend, color=_COLOURS[backend]
-        )
-        axes.bar_label(drawn, fmt="%.2f", fontsize=6.5, padding=1)
+        x = np.arange(len(works)) + (i - (len(backends) - 1) / 2) * 0.28
+        heights = [shares[work] for work in works]
+        bars = axes.bar(x, heights, 0.26, label=backend, color=_COLOURS[backend])
+        axes.bar_label(bars, fmt="%.2f", fontsize=6.5, padding=1)
     axes.set_xticks(range(len(works)), works)
     axes.grid(visible=False, axis="x")
     axes.axhline(
@@ -92,21 +92,21 @@ def _title(shape: dict[str, Any]) -> str:
 
 
 def training(content: dict[str, Any], path: Path) -> None:
-    """Draw the loss of runs by experts and seed, and how far each is from torch's of the same seed."""
+    """Draw the loss per experts backend and seed, and its difference from torch's."""
     figure = make_figure(10, 3.8)
     grid = figure.add_gridspec(1, 2)
     curves = make_axes(figure, grid[0], "Training loss", "step", "nats a byte")
-    apart = make_axes(
-        figure, grid[1], "Difference from torch's of the same seed", "step", "nats a byte"
-    )
+    title = "Difference from torch's of the same seed"
+    differences = make_axes(figure, grid[1], title, "step", "nats a byte")
     for experts, seeds in content["runs"].items():
         for i, (seed, run) in enumerate(seeds.items()):
-            look = {"color": _COLOURS[experts], "linewidth": 1, "label": None if i else experts}
-            curves.plot(run["loss"], **look)
+            style = {"color": _COLOURS[experts], "linewidth": 1, "label": None if i else experts}
+            curves.plot(run["loss"], **style)
             if experts != "torch":
-                apart.plot(np.subtract(run["loss"], content["runs"]["torch"][seed]["loss"]), **look)
-    curves.set_ylim(top=_FIRST)
-    apart.axhline(0, color=GREY, linewidth=1, zorder=1)
+                reference = content["runs"]["torch"][seed]["loss"]
+                differences.plot(np.subtract(run["loss"], reference), **style)
+    curves.set_ylim(top=_LARGEST_LOSS)
+    differences.axhline(0, color=GREY, linewidth=1, zorder=1)
     figure.legend(
         *curves.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
     )
