@@ -1,4 +1,7 @@
-"""Collect wheels and tests in one folder, for a GPU machine without a network; see the README beside this."""
+"""Collect wheels and tests in one folder, for a GPU machine without a network.
+
+See README.md in this folder.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_NEEDS = ("pytest", "pytest-timeout", "hypothesis", "expecttest")
-THEIRS = frozenset(("torch", "triton", "setuptools", "pip"))  # what a GPU machine brings itself
+PREINSTALLED = frozenset(("torch", "triton", "setuptools", "pip"))  # on the GPU machine
 
 
 def main() -> None:
-    """Build and fetch wheels, and copy what runs there."""
+    """Build and fetch wheels, and copy the tests and the script that runs them."""
     options = _options()
     folder = options.out
     shutil.rmtree(folder, ignore_errors=True)
@@ -28,29 +31,34 @@ def main() -> None:
     wheels.mkdir(parents=True)
     members = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
     _pip("wheel", "--no-deps", "-w", str(wheels), *map(str, members))
-    own = [wheel.name.split("-")[0].replace("_", "-") for wheel in wheels.iterdir()]
-    left_out = THEIRS | {canonicalize_name(name) for name in options.without}
-    needed = needs([*own, *TEST_NEEDS, *options.also], left_out | set(own), options.python)
-    _fetch(needed, wheels, options)
+    members = [wheel.name.split("-")[0].replace("_", "-") for wheel in wheels.iterdir()]
+    excluded = PREINSTALLED | {canonicalize_name(name) for name in options.without} | set(members)
+    _fetch(needs([*members, *TEST_NEEDS, *options.also], excluded, options.python), wheels, options)
     _copy(folder)
-    size = sum(wheel.stat().st_size for wheel in wheels.iterdir()) / 2**20
+    sizes = [wheel.stat().st_size for wheel in wheels.iterdir()]
     print(
-        f"{folder}: {len(list(wheels.iterdir()))} wheels, {size:.0f} MiB; there: python3 {folder.name}/run.py"
+        f"{folder}: {len(sizes)} wheels, {sum(sizes) / 2**20:.0f} MiB; "
+        f"on the GPU machine: python3 {folder.name}/run.py"
     )
 
 
-def needs(names: Iterable[str], left_out: set[str] | frozenset[str], python: str) -> dict[str, str]:
-    """Return name -> version of what these distributions need, all the way down, as it is installed here."""
+def needs(names: Iterable[str], excluded: set[str] | frozenset[str], python: str) -> dict[str, str]:
+    """Return name -> installed version of the transitive requirements of some distributions.
+
+    The names in `excluded` are not returned. The requirements of an excluded name are, unless the
+    name is in `PREINSTALLED`. Exits with an error if a requirement is not installed.
+    """
     environment = default_environment() | {
         "python_version": python,
         "python_full_version": f"{python}.0",
     }
-    found: dict[str, str] = {}
-    waiting = [Requirement(name) for name in names]
+    versions: dict[str, str] = {}
+    pending = [Requirement(name) for name in names]
     seen: set[tuple[str, frozenset[str]]] = set()
-    while waiting:
-        requirement = waiting.pop()
-        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+    while pending:
+        requirement = pending.pop()
+        name = canonicalize_name(requirement.name)
+        extras = frozenset(requirement.extras)
         if (name, extras) in seen:
             continue
         seen.add((name, extras))
@@ -58,15 +66,16 @@ def needs(names: Iterable[str], left_out: set[str] | frozenset[str], python: str
             dist = distribution(name)
         except PackageNotFoundError:
             sys.exit(
-                f"error: {name} is not installed here, and the bundle needs it; run this by `hatch run bundle`"
+                f"error: {name} is not installed here, and the bundle needs it; "
+                "run this by `hatch run bundle`"
             )
-        if name not in left_out:
-            found[name] = dist.version
-        elif name in THEIRS:
+        if name not in excluded:
+            versions[name] = dist.version
+        elif name in PREINSTALLED:
             continue
-        below = [Requirement(text) for text in dist.requires or []]
-        waiting += [r for r in below if _applies(r, environment, extras)]
-    return found
+        requirements = [Requirement(text) for text in dist.requires or []]
+        pending += [r for r in requirements if _applies(r, environment, extras)]
+    return versions
 
 
 def _applies(requirement: Requirement, environment: dict[str, str], extras: frozenset[str]) -> bool:
@@ -90,15 +99,16 @@ def _fetch(needed: dict[str, str], wheels: Path, options: argparse.Namespace) ->
 def _copy(folder: Path) -> None:
     shutil.copy(Path(__file__).with_name("run.py"), folder)
     shutil.copy(ROOT / "pyproject.toml", folder)  # pytest's settings
-    unwanted = shutil.ignore_patterns("__pycache__", "docs")  # the tests of pages need the pages
-    for name in ("tests", "examples", "packages"):  # some tests read the sources
-        shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
+    # The tests of the pages need the pages, which the bundle lacks. Some tests read the sources.
+    ignore = shutil.ignore_patterns("__pycache__", "docs")
+    for name in ("tests", "examples", "packages"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
 
 
 def _pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
     if subprocess.run(command, check=False).returncode:
-        sys.exit(f"error: pip {arguments[0]} failed; its message stands above")
+        sys.exit(f"error: pip {arguments[0]} failed; see its message above")
 
 
 def _options() -> argparse.Namespace:
@@ -106,23 +116,32 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--python",
         default=f"3.{sys.version_info.minor}",
-        help="the GPU machine's Python, such as 3.12",
+        help="Python version of the GPU machine, such as 3.12",
     )
     platforms = ["manylinux2014_x86_64", "manylinux_2_28_x86_64", "manylinux_2_17_x86_64"]
     parser.add_argument(
-        "--platform", nargs="+", default=platforms, help="the tags its wheels may have"
+        "--platform",
+        nargs="+",
+        default=platforms,
+        help="platform tags of wheels that the GPU machine accepts",
     )
     parser.add_argument(
-        "--without", nargs="*", default=[], metavar="NAME", help="what the GPU machine has already"
+        "--without",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="distributions that the GPU machine already has",
     )
     parser.add_argument(
         "--also",
         nargs="*",
         default=[],
         metavar="NAME",
-        help="what to carry besides, such as transformers",
+        help="distributions to add, such as transformers",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "dist" / "offline")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "dist" / "offline", help="output folder; replaced"
+    )
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
-"""Install the wheels beside this into a folder, run GPU tests and benchmarks, and print a short table.
+"""Install the bundle's wheels into a folder, run GPU tests and benchmarks, and print a table.
 
-Nothing is fetched: run it with the Python that has torch, on the machine with the GPU. Only the standard library is
-needed to begin with.
+Run it on the machine with the GPU, with the Python that has torch. It downloads nothing and
+imports only the standard library.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SITE = HERE / "site"
 
 
 def main() -> int:
-    """Install, test, measure, tell; return the tests' exit status, or the benchmark's if those passed."""
+    """Install, test and measure.
+
+    Return the exit status of the tests, or of the benchmark if the tests passed.
+    """
     options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
     _install()
@@ -30,38 +34,29 @@ def main() -> int:
     tests = _tests(options, rows) if options.tests else 0
     bench = _bench(options, rows) if options.bench else 0
     width = max(len(name) for name, _ in rows) if rows else 0
-    print("\n".join(f"{name.ljust(width)}  {told}" for name, told in rows))
+    print("\n".join(f"{name.ljust(width)}  {result}" for name, result in rows))
     return tests or bench
 
 
 def _install() -> None:
-    """Install our wheels, and of the others those that this Python lacks or has older."""
-    ours, others = [], []
+    """Install our wheels, and the wheels that this Python lacks or has in an older version."""
+    ours = []
+    others = []
     for wheel in sorted((HERE / "wheels").glob("*.whl")):
         name = wheel.name.split("-")[0].replace("_", "-")
         (ours if name.startswith("tokenyard") else others).append((name, wheel))
     missing = [
         wheel for name, wheel in others if _installed(name) < _numbers(wheel.name.split("-")[1])
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-index",
-        "--no-deps",
-        "--upgrade",
-        "--target",
-        str(SITE),
-    ]
     wheels = [str(wheel) for wheel in [*missing, *(wheel for _, wheel in ours)]]
-    subprocess.run(
-        [*command, "--disable-pip-version-check", "--no-warn-conflicts", *wheels], check=True
+    options = shlex.split(
+        "--quiet --no-index --no-deps --upgrade --disable-pip-version-check --no-warn-conflicts"
     )
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(SITE), *wheels]
+    subprocess.run(command, check=True)
+    present = len(others) - len(missing)
     print(
-        f"installed {len(wheels)} wheels into {SITE}; {len(others) - len(missing)} were there already",
-        flush=True,
+        f"installed {len(wheels)} wheels into {SITE}; {present} were already installed", flush=True
     )
 
 
@@ -79,13 +74,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _tests(options: argparse.Namespace, rows: list[tuple[str, str]]) -> int:
     arguments = ["tests", "-q", "-p", "no:cacheprovider", *shlex.split(options.tests)]
     status, log, seconds = _logged("pytest", ["-m", "pytest", *arguments], options.out)
-    summary = re.findall(r"^=*\s*(\d+ \w+.*?|no tests ran.*?)\s*=*$", log, re.M)
-    rows.append(
-        (
-            "pytest " + options.tests,
-            f"{summary[-1] if summary else 'no summary'} (exit {status}, {seconds:.0f} s)",
-        )
-    )
+    summaries = re.findall(r"^=*\s*(\d+ \w+.*?|no tests ran.*?)\s*=*$", log, re.M)
+    summary = summaries[-1] if summaries else "no summary"
+    rows.append(("pytest " + options.tests, f"{summary} (exit {status}, {seconds:.0f} s)"))
     rows += [("", line) for line in re.findall(r"^(?:FAILED|ERROR) .*", log, re.M)[:20]]
     return status
 
@@ -99,19 +90,24 @@ def _bench(options: argparse.Namespace, rows: list[tuple[str, str]]) -> int:
     if status or not results.exists():
         return status
     for record in json.loads(results.read_text())["records"]:
-        case = f"{record['shape']['name']} {record['dtype']} {record['routing']} {record['contestant']}"
-        rows.append(
-            (
-                case,
-                record["note"]
-                or f"{record['step_ms']['median']:.3f} ms, efficiency {record['efficiency']:.3f}",
-            )
-        )
+        rows.append(_bench_row(record))
     return status
 
 
+def _bench_row(record: dict[str, Any]) -> tuple[str, str]:
+    """Return the case and the result of a record of `layer.json`; a skipped case has a note."""
+    keys = ("dtype", "routing", "contestant")
+    case = " ".join([record["shape"]["name"], *(record[key] for key in keys)])
+    if record["note"]:
+        return case, record["note"]
+    return case, f"{record['step_ms']['median']:.3f} ms, efficiency {record['efficiency']:.3f}"
+
+
 def _logged(name: str, arguments: list[str], out: Path) -> tuple[int, str, float]:
-    """Run this Python on arguments; what it prints goes into ``out/name.log`` and is returned."""
+    """Run Python with arguments and log into ``out/name.log``.
+
+    Return the exit status, the log and the seconds.
+    """
     began = time.monotonic()
     path = out / f"{name}.log"
     environment = os.environ | {"PYTHONPATH": str(SITE)}
@@ -120,19 +116,20 @@ def _logged(name: str, arguments: list[str], out: Path) -> tuple[int, str, float
         status = subprocess.run(
             command, cwd=HERE, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
         )
-    return (
-        status.returncode,
-        path.read_text(encoding="utf-8", errors="replace"),
-        time.monotonic() - began,
-    )
+    seconds = time.monotonic() - began
+    return status.returncode, path.read_text(encoding="utf-8", errors="replace"), seconds
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="for logs, JSON and plot")
-    parser.add_argument("--tests", default="-m gpu", help="options for pytest; empty: no tests")
     parser.add_argument(
-        "--bench", default="--shape all", help="options for tokenyard bench layer; empty: none"
+        "--out", type=Path, default=Path("results"), help="folder of logs, JSON and plot"
+    )
+    parser.add_argument("--tests", default="-m gpu", help="pytest options (empty: no tests)")
+    parser.add_argument(
+        "--bench",
+        default="--shape all",
+        help="options of tokenyard bench layer (empty: no benchmark)",
     )
     options = parser.parse_args()
     options.out = options.out.resolve()

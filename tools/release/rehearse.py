@@ -1,6 +1,6 @@
-"""``hatch run release``: build every wheel, install them into a bare environment, and train with them there.
+"""``hatch run release``: build every wheel, install them into a bare environment and train there.
 
-Nothing is published. What it needs besides hatch is an index of packages, for torch and the rest.
+It publishes nothing. It needs hatch and a package index for torch and the other requirements.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ CONFIG = {
 
 
 def main() -> None:
-    """Rehearse a release; exit with what failed."""
+    """Rehearse a release; exit with the status of a failed step."""
     wheels = build()
     with tempfile.TemporaryDirectory() as folder:
-        bin = install(wheels, Path(folder))
-        smoke(bin, Path(folder))
+        programs = install(wheels, Path(folder))
+        smoke(programs, Path(folder))
     print("built, installed and tried:", *(f"  {wheel.name}" for wheel in wheels), sep="\n")
 
 
 def build() -> list[Path]:
-    """Build the wheels anew, and return them; they ask for each other by version, not for folders of this clone."""
+    """Build all wheels and return them.
+
+    They require each other by version, not by folders of this clone.
+    """
     for old in DIST.glob("*.whl"):
         old.unlink()
     environment = os.environ | {"TOKENYARD_PIN": f">={earliest()}"}
@@ -49,38 +52,39 @@ def build() -> list[Path]:
 
 
 def earliest() -> Version:
-    """Return the earliest version among the packages, each of which has its own.
+    """Return the earliest version of all packages.
 
-    `tokenyard` asks for that or a later one of all of them. What goes with what, they say themselves: each bounds the
-    core, and the packages, that it was written for.
+    `tokenyard` requires at least this version of every package. Each package bounds the versions
+    of core and of the other packages that it works with.
     """
-    abouts = (
-        path.read_text(encoding="utf-8") for path in ROOT.glob("packages/*/src/*/__about__.py")
-    )
-    return min(Version(text.split('__version__ = "')[1].split('"')[0]) for text in abouts)
+    paths = ROOT.glob("packages/*/src/*/__about__.py")
+    texts = (path.read_text(encoding="utf-8") for path in paths)
+    return min(Version(text.split('__version__ = "')[1].split('"')[0]) for text in texts)
 
 
 def install(wheels: list[Path], folder: Path) -> Path:
-    """Install them beside this environment's version of torch into a new environment; return its programs' folder."""
+    """Create an environment with the wheels and this environment's version of torch.
+
+    Return the folder of its programs.
+    """
     venv.create(folder / "bare", with_pip=True)
-    bin = folder / "bare" / ("Scripts" if os.name == "nt" else "bin")
+    programs = folder / "bare" / ("Scripts" if os.name == "nt" else "bin")
     torch = f"torch=={version('torch').partition('+')[0]}"
-    extras = [
+    targets = [
         f"{wheel}[all]" if wheel.name.startswith("tokenyard-") else str(wheel) for wheel in wheels
     ]
-    subprocess.run(
-        [str(bin / "python"), "-m", "pip", "install", "--quiet", torch, *extras], check=True
-    )
-    return bin
+    pip = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, torch, *targets], check=True)
+    return programs
 
 
-def smoke(bin: Path, folder: Path) -> None:
-    """Ask what there is, train three steps, write the model in Hugging Face's form, and continue a text by that."""
-    (folder / "config.yaml").write_text(json.dumps(CONFIG))  # JSON is YAML, too
+def smoke(programs: Path, folder: Path) -> None:
+    """Run the main commands: benchmark, check, three training steps, convert and generate."""
+    (folder / "config.yaml").write_text(json.dumps(CONFIG))  # JSON is valid YAML
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
     }
-    for words in (
+    for arguments in (
         ["--help"],
         ["--version"],
         ["backends"],
@@ -90,10 +94,9 @@ def smoke(bin: Path, folder: Path) -> None:
         ["convert", "runs/run", "folder"],
         ["generate", "runs/run", "--prompt", "def ", "--max-new-tokens", "8"],
     ):
-        print("$ tokenyard", *words, flush=True)
-        subprocess.run(
-            [str(bin / "tokenyard"), *words], cwd=folder, env=environment, check=True, timeout=600
-        )
+        print("$ tokenyard", *arguments, flush=True)
+        command = [str(programs / "tokenyard"), *arguments]
+        subprocess.run(command, cwd=folder, env=environment, check=True, timeout=600)
 
 
 if __name__ == "__main__":
