@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Settings, skips and fixtures of all tests."""
 
 import os
 import subprocess
@@ -8,48 +8,43 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton reads this when a kernel is defined. Kernels then run on the CPU.
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # before any kernel is defined: they then run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # workers, and what they start, would wait for each other's threads
+# With several threads each, xdist workers and their subprocesses would compete for the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-collect_ignore = [
-    "example_plugin"
-]  # a project of its own; tests/core/test_example_plugin.py installs and runs it
-
+# A separate project. tests/core/test_example_plugin.py installs and runs it.
+collect_ignore = ["example_plugin"]
 
 _GPUS = {"gpu": 1, "multigpu": 2}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker of pytest-xdist have all tests of several processes, which they share."""
+    """Run all tests with several ranks on one xdist worker, because they share their processes."""
     for item in items:
         if "parallel" in item.path.parts or "over_two" in item.name:
             item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test marked `gpu` or `multigpu` where there are fewer GPUs than it needs."""
+    """Skip a test marked `gpu` or `multigpu` if there are too few GPUs."""
     for mark, needed in _GPUS.items():
-        if (
-            item.get_closest_marker(mark) is not None
-            and (found := torch.cuda.device_count()) < needed
-        ):
-            pytest.skip(
-                f"{mark}: needs {needed} CUDA GPU{'s' if needed > 1 else ''}, and torch finds {found}"
-            )
+        if item.get_closest_marker(mark) is None:
+            continue
+        count = torch.cuda.device_count()
+        if count < needed:
+            gpus = f"{needed} CUDA GPU{'s' if needed > 1 else ''}"
+            pytest.skip(f"{mark}: needs {gpus}, and torch finds {count}")
 
 
 @pytest.fixture(scope="session")
 def example_plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Install the example plugin into a folder; return an environment that finds it there."""
+    """Install the example plugin into a folder; return an environment that imports it."""
     target = tmp_path_factory.mktemp("site")
     project = Path(__file__).parent / "example_plugin"
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--target", str(target))

@@ -1,4 +1,4 @@
-"""Each package declares what it needs, brings nothing else, and builds and installs alone."""
+"""Each package declares its requirements, builds and installs without the others."""
 
 import os
 import re
@@ -22,31 +22,25 @@ PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml")
 IMPORT = {
     path.name: min(p.name for p in (path / "src").iterdir() if p.is_dir()) for path in PACKAGES
 }
-BUILD = [
-    sys.executable,
-    "-m",
-    "pip",
-    "wheel",
-    "--quiet",
-    "--no-deps",
-    "--no-build-isolation",
-    "--wheel-dir",
-]
+PIP_WHEEL = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
 
 BLOCK = """
 import importlib, pkgutil, sys
 
 class Without:
-    # a finder to which some libraries are not installed
+    # a finder that hides some libraries
 
     def __init__(self, finder):
         self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        return None if name.split(".")[0] in {blocked!r} else self.finder.find_spec(name, path, target)
+        if name.split(".")[0] in {blocked!r}:
+            return None
+        return self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-for module in pkgutil.walk_packages(importlib.import_module({package!r}).__path__, {package!r} + "."):
+package = importlib.import_module({package!r})
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
     if not module.name.endswith("__main__") and ".testing" not in module.name:
         importlib.import_module(module.name)
 """
@@ -61,31 +55,35 @@ def normalized(name: str) -> str:
 
 
 def requirements(name: str) -> list[str]:
-    """Return what a distribution requires; of a package here by its file, since an installed copy may be older."""
+    """Return the requirements of a distribution.
+
+    For a package of this repository, read its pyproject.toml: an installed copy may be older.
+    """
     folder = ROOT / "packages" / name.removeprefix("tokenyard-")
     if folder in PACKAGES:
         return project(folder)["dependencies"]
     try:
         return metadata.requires(name) or []
-    except metadata.PackageNotFoundError:  # not needed on this platform
+    except metadata.PackageNotFoundError:  # unused on this platform
         return []
 
 
 def closure(name: str, extra: str = "") -> set[str]:
-    """Return a distribution and all that its requirements bring."""
-    found, todo = set(), [normalized(name)]
-    while todo:
-        current = todo.pop()
-        if current in found:
+    """Return a distribution and its transitive requirements."""
+    names = set()
+    pending = [normalized(name)]
+    while pending:
+        current = pending.pop()
+        if current in names:
             continue
-        found.add(current)
-        wanted = (Requirement(text) for text in requirements(current))
-        todo += [
+        names.add(current)
+        needed = (Requirement(text) for text in requirements(current))
+        pending += [
             normalized(r.name)
-            for r in wanted
+            for r in needed
             if r.marker is None or r.marker.evaluate({"extra": extra})
         ]
-    return found
+    return names
 
 
 @pytest.mark.parametrize("path", PACKAGES, ids=lambda path: path.name)
@@ -98,10 +96,9 @@ def test_every_module_imports_with_the_declared_requirements_alone(path):
         if not {normalized(name) for name in names} & allowed
     }
     code = BLOCK.format(blocked=blocked, package=IMPORT[path.name])
-    compiled = os.environ | {
-        "TRITON_INTERPRET": "0"
-    }  # Triton's interpreter needs numpy, which no user does
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=compiled)
+    # Triton's interpreter needs numpy. Users compile kernels and do not need it.
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
 
 
 def test_core_needs_five_libraries():
@@ -118,30 +115,28 @@ def test_no_upper_bound_on_others(path):
 
 
 def extra(name: str) -> str:
-    """Return the extra that brings the package of a folder."""
+    """Return the extra that installs the package of a folder."""
     return name.removeprefix("kernels-")
 
 
 def ours(name: str) -> set[str]:
-    """Return a package of ours, and those of ours that it requires besides core."""
+    """Return a package of ours and the packages of ours that it requires, except core."""
     needs = {Requirement(text).name for text in project(ROOT / "packages" / name)["dependencies"]}
-    return {f"tokenyard-{name}"} | {need for need in needs if need.startswith("tokenyard-")} - {
-        "tokenyard-core"
-    }
+    packages = {need for need in needs if need.startswith("tokenyard-")}
+    return {f"tokenyard-{name}"} | packages - {"tokenyard-core"}
 
 
 def test_one_extra_for_each_package_and_one_for_all():
-    """From a clone, no index has our packages: an extra names every one that it needs."""
+    """An extra lists all its packages of ours, because no index has them for a clone."""
     extras = project(ROOT)["optional-dependencies"]
-    named = {extra: {text.split("{")[0] for text in texts} for extra, texts in extras.items()}
+    declared = {extra: {text.split("{")[0] for text in texts} for extra, texts in extras.items()}
     others = {path.name for path in PACKAGES} - {"core"}
-    assert named == {extra(name): ours(name) for name in others} | {
-        "all": {f"tokenyard-{name}" for name in others}
-    }
+    want = {extra(name): ours(name) for name in others}
+    assert declared == want | {"all": {f"tokenyard-{name}" for name in others}}
 
 
-def test_the_root_says_which_extra_provides_a_backend():
-    """Every backend and command of the other packages, and no other; core names none of them."""
+def test_the_root_maps_each_backend_and_command_to_its_extra():
+    """All backends and commands of the other packages are in the map. Core has none of them."""
     offers = [offer for kind in KINDS for offer in default_registry().offers(kind)]
     owners = {f"{o.kind}.{o.backend.name}": o.distribution for o in offers}
     for path in PACKAGES:
@@ -161,30 +156,24 @@ def test_package_is_complete(path):
     assert (path / "README.md").read_text().startswith(f"# {declared['name']}\n")
     assert (path / "CHANGELOG.md").exists()
     assert (path / "src" / IMPORT[path.name] / "py.typed").exists()
-    version = re.search(
-        r'__version__ = "(.+)"', (path / "src" / IMPORT[path.name] / "__about__.py").read_text()
-    )[1]
+    about = (path / "src" / IMPORT[path.name] / "__about__.py").read_text()
+    version = re.search(r'__version__ = "(.+)"', about)[1]
     headings = re.findall(r"^## (.+)$", (path / "CHANGELOG.md").read_text(), re.M)
-    assert headings[headings[0] == "Unreleased"] == version  # the newest that was released
+    released = [heading for heading in headings if heading != "Unreleased"]
+    assert released[0] == version
 
 
-def test_wheels_build_and_hold_what_they_should(tmp_path):
+def test_wheels_have_types_a_licence_and_no_tests(tmp_path):
     environment = os.environ | {"TOKENYARD_PIN": ">=0.1"}
-    subprocess.run(
-        [*BUILD, str(tmp_path), str(ROOT), *map(str, PACKAGES)],
-        check=True,
-        timeout=300,
-        env=environment,
-    )
+    command = [*PIP_WHEEL, "--wheel-dir", str(tmp_path), str(ROOT), *map(str, PACKAGES)]
+    subprocess.run(command, check=True, timeout=300, env=environment)
     wheels = {wheel.name.split("-")[0]: wheel for wheel in tmp_path.glob("*.whl")}
-    assert set(wheels) == {
-        "tokenyard",
-        *(f"tokenyard_{path.name.replace('-', '_')}" for path in PACKAGES),
-    }
+    names = {path: f"tokenyard_{path.name.replace('-', '_')}" for path in PACKAGES}
+    assert set(wheels) == {"tokenyard", *names.values()}
     for path in PACKAGES:
-        wheel = wheels[f"tokenyard_{path.name.replace('-', '_')}"]
-        (found,) = metadata.Distribution.discover(name=f"tokenyard-{path.name}", path=[str(wheel)])
-        files = {str(file) for file in found.files}
+        paths = [str(wheels[names[path]])]
+        (wheel,) = metadata.Distribution.discover(name=f"tokenyard-{path.name}", path=paths)
+        files = {str(file) for file in wheel.files}
         assert f"{IMPORT[path.name]}/py.typed" in files
         assert [file for file in files if file.endswith("/LICENSE")]
         assert not [file for file in files if "test_" in file]
@@ -192,7 +181,7 @@ def test_wheels_build_and_hold_what_they_should(tmp_path):
 
 @pytest.mark.full
 def test_each_extra_installs_alone_into_a_bare_environment(tmp_path):
-    """Slow: every environment gets its own torch. What an extra does not name must not come."""
+    """An extra installs its own packages and no others. Slow: each environment installs torch."""
     environment = os.environ | {"PIP_CONSTRAINT": (ROOT / "constraints.txt").as_uri()}
     for name in (path.name for path in PACKAGES if path.name != "core"):
         home = tmp_path / name
@@ -200,18 +189,10 @@ def test_each_extra_installs_alone_into_a_bare_environment(tmp_path):
         python = str(home / "bin" / "python")
         pip = [python, "-m", "pip", "install", "--quiet", f"tokenyard[{name}] @ {ROOT.as_uri()}"]
         subprocess.run(pip, check=True, timeout=900, env=environment)
-        listed = subprocess.run(
-            [python, "-m", "pip", "list", "--format=freeze"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        ours = {
-            line.split("==")[0]
-            for line in listed.stdout.splitlines()
-            if line.startswith("tokenyard")
-        }
-        assert ours == {n for n in closure(f"tokenyard-{name}") if n.startswith("tokenyard")} | {
-            "tokenyard"
-        }
+        freeze = [python, "-m", "pip", "list", "--format=freeze"]
+        listed = subprocess.run(freeze, check=True, capture_output=True, text=True).stdout
+        names = {line.split("==")[0] for line in listed.splitlines()}
+        installed = {name for name in names if name.startswith("tokenyard")}
+        want = {n for n in closure(f"tokenyard-{name}") if n.startswith("tokenyard")}
+        assert installed == want | {"tokenyard"}
         subprocess.run([python, "-c", f"import {IMPORT[name]}"], check=True, timeout=120)

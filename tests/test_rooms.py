@@ -1,4 +1,8 @@
-"""Each package is drawn from its imports as rooms (its folders and modules) and arrows; no arrow closes a circle."""
+"""The import graph of every package has no cycle.
+
+A room is a folder or module at the top level of a package. An arrow is an import of one room by
+another.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -14,7 +18,10 @@ MOST_ROOMS = 16
 
 
 def imports(path: Path, package: str) -> Iterator[str]:
-    """Yield what a module imports of a package, imports for type checkers included, without the package's name."""
+    """Yield the names that a module imports from a package, relative to the package.
+
+    Imports under `TYPE_CHECKING` count too.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -28,7 +35,7 @@ def imports(path: Path, package: str) -> Iterator[str]:
 
 
 def rooms(package: Path) -> dict[str, set[str]]:
-    """Return each room of a package, and the rooms that it imports; what stands in ``__init__`` is no room."""
+    """Return room -> imported rooms of a package; ``__init__`` is no room."""
     names = {
         path.stem
         for path in package.iterdir()
@@ -39,33 +46,32 @@ def rooms(package: Path) -> dict[str, set[str]]:
     for path in package.rglob("*.py"):
         room = path.relative_to(package).parts[0].removesuffix(".py")
         if room in names:
-            arrows[room] |= {
-                name.split(".")[0] for name in imports(path, dotted(package))
-            } & names - {room}
+            imported = {name.split(".")[0] for name in imports(path, dotted(package))}
+            arrows[room] |= imported & names - {room}
     return arrows
 
 
 def dotted(folder: Path) -> str:
-    """Return the name by which a folder of a package is imported."""
+    """Return the import name of a folder of a package."""
     parts = folder.parts
     return ".".join(parts[parts.index("src") + 1 :]) if "src" in parts else folder.name
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=dotted)
-def test_no_circle_and_no_arrow_up(folder):
-    """Where there is no circle, floors can be counted so that every arrow points down."""
+def test_imports_have_no_cycle(folder):
+    """Without a cycle, the rooms have an order in which every arrow points down."""
     try:
         list(TopologicalSorter(rooms(folder)).static_order())
     except CycleError as error:
-        pytest.fail(f"{dotted(folder)} has a circle: {' -> '.join(error.args[1])}")
+        pytest.fail(f"{dotted(folder)} has a cycle: {' -> '.join(error.args[1])}")
 
 
-def test_the_trainer_fits_on_one_page():
-    drawn = rooms(next(path for path in PACKAGES if path.name == "tokenyard_train"))
-    assert len(drawn) <= MOST_ROOMS, sorted(drawn)
+def test_the_trainer_has_few_rooms():
+    names = rooms(next(path for path in PACKAGES if path.name == "tokenyard_train"))
+    assert len(names) <= MOST_ROOMS, sorted(names)
 
 
-def test_a_circle_is_seen(tmp_path):
+def test_a_cycle_is_found(tmp_path):
     package = tmp_path / "house"
     texts = {
         "hall": "from house.attic import bed",
@@ -76,7 +82,6 @@ def test_a_circle_is_seen(tmp_path):
         (package / name).mkdir(parents=True)
         (package / name / "__init__.py").write_text(text)
     assert rooms(package) == {"hall": {"attic"}, "attic": {"hall"}, "shed": set()}
-    with pytest.raises(
-        pytest.fail.Exception, match=r"house has a circle: (hall -> attic|attic -> hall)"
-    ):
-        test_no_circle_and_no_arrow_up(package)
+    sentence = r"house has a cycle: (hall -> attic|attic -> hall)"
+    with pytest.raises(pytest.fail.Exception, match=sentence):
+        test_imports_have_no_cycle(package)

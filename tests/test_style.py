@@ -1,4 +1,4 @@
-"""Code that is easy to read: short functions, few parameters, one statement a line, comments in kernels."""
+"""Functions are short with few parameters, lines have one statement, and kernels have comments."""
 
 import ast
 import tokenize
@@ -21,7 +21,7 @@ def functions(path: Path) -> Iterator[ast.FunctionDef]:
 
 
 def is_operator(function: ast.FunctionDef) -> bool:
-    """Say whether a function is registered as an operator of torch, whose schema is its signature."""
+    """Return whether torch registers the function as an operator. Its signature is the schema."""
     return any("operator" in ast.unparse(d) for d in function.decorator_list)
 
 
@@ -32,7 +32,7 @@ def parameters(function: ast.FunctionDef) -> int:
 
 
 def test_functions_are_short_and_take_few_parameters():
-    """Kernels and operators are excepted: their signatures are flat lists of tensors."""
+    """Kernels and operators are exempt: their signatures are flat lists of tensors."""
     too_large = [
         f"{path.name}: {function.name}"
         for path in SOURCES
@@ -58,7 +58,8 @@ def test_conditional_expressions_are_not_nested():
 @pytest.mark.parametrize("package", sorted(p.name for p in PACKAGES.iterdir() if p.is_dir()))
 def test_one_statement_a_line(package):
     """At most 3 assignments of a tuple to a tuple in 1,000 lines."""
-    lines, parallel = 0, 0
+    lines = 0
+    parallel = 0
     for path in sorted((PACKAGES / package / "src").rglob("*.py")):
         text = path.read_text()
         lines += text.count("\n")
@@ -70,7 +71,8 @@ def test_one_statement_a_line(package):
 
 def test_kernels_are_commented():
     """At least 6 comments in 100 lines."""
-    lines, comments = 0, 0
+    lines = 0
+    comments = 0
     for path in KERNELS.glob("*.py"):
         with path.open("rb") as file:
             tokens = list(tokenize.tokenize(file.readline))

@@ -1,4 +1,4 @@
-"""The code blocks of the site's pages and of the READMEs, each with its language, and why it is not run."""
+"""Code blocks of the site's pages and the READMEs: language, text and the reason not to run."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Block(NamedTuple):
     language: str
     text: str
     line: int
-    why_not: str | None  # why it is not run
+    why_not: str | None  # the reason in "<!-- not run: REASON -->", None if the block runs
 
 
 def blocks(page: Path) -> list[Block]:
-    """Return a page's blocks."""
+    """Return the blocks of a page."""
     text = page.read_text(encoding="utf-8")
-    found = _BLOCK.finditer(text)
     return [
         Block(b["language"], b["text"], text[: b.start("text")].count("\n") + 1, b["why"])
-        for b in found
+        for b in _BLOCK.finditer(text)
     ]
 
 
 def named(page: Path) -> str:
+    """Return the path of a page in the repository, as a test's id."""
     return page.relative_to(ROOT).as_posix()

@@ -1,4 +1,4 @@
-"""Lets tests import the modules beside them, and those that the site is made with; builds the site."""
+"""Build the site, and put this folder and tools/docs on the import path."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ sys.path[:0] = [str(HERE), str(ROOT / "tools" / "docs")]
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The built site; a warning would have been an error."""
+    """The built site. A warning of mkdocs is an error."""
     pytest.importorskip("mkdocs")
     folder = tmp_path_factory.mktemp("site") / "built"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]

@@ -1,4 +1,4 @@
-"""Runs what a page's consoles show: the `tokenyard` command in this process, anything else by a shell."""
+"""Run commands of console blocks: `tokenyard` in this process, others in a shell."""
 
 import glob
 import os
@@ -19,18 +19,18 @@ CONFIG = {
     "max_duration": "2ba",
     "device": "cpu",
 }
-"""What a page's config.yaml is, where it shows none."""
+"""The config.yaml of the commands of pages that show no config."""
 
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
 
 def lines(block):
-    """Return the commands of a console, without what they print."""
+    """Return the commands of a console block without their output."""
     return [line.removeprefix("$ ") for line in block.text.splitlines() if line.startswith("$ ")]
 
 
 def run(line, monkeypatch):
-    """Run a line in the current folder; it must succeed."""
+    """Run a line in the current folder and require success."""
     words = shlex.split(line, comments=True)
     with monkeypatch.context() as patch:
         while "=" in words[0]:

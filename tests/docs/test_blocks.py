@@ -1,4 +1,4 @@
-"""What the site and the READMEs show can be run: Python as it stands, commands by their names and options, configs."""
+"""Code of the site and the READMEs is valid: Python runs, commands exist, configs are accepted."""
 
 import os
 import shlex
@@ -16,6 +16,13 @@ from tokenyard_cli import app
 from tokenyard_train.config import read_config
 
 PLUGIN = ROOT / "docs" / "plugin.md"
+SMALL = {
+    "model": {"name": "mixtral", "size": "tiny"},
+    "train_loader": {"name": "python_stdlib"},
+    "max_duration": "1ba",
+    "global_train_batch_size": 8,
+    "device": "cpu",
+}
 
 
 def with_blocks(language):
@@ -26,7 +33,7 @@ def with_blocks(language):
     "page", [page for page in with_blocks("python") if page != PLUGIN], ids=named
 )
 def test_python_runs(page, tmp_path, monkeypatch):
-    """The blocks of a page one after another, in one namespace."""
+    """Run the blocks of a page in order, in one namespace."""
     monkeypatch.chdir(tmp_path)
     space = {"__name__": "a page"}
     for block in blocks(page):
@@ -35,7 +42,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
 
 
 def commands(page):
-    """Give each command that a page's consoles show, without the rest of a shell's line."""
+    """Yield the words of each command in a page's console blocks."""
     for block in blocks(page):
         if block.language == "console":
             for line in block.text.splitlines():
@@ -46,9 +53,9 @@ def commands(page):
 
 @pytest.mark.parametrize("page", with_blocks("console"), ids=named)
 def test_commands_exist(page):
-    """Of the `tokenyard` command: its subcommands, and every option that is given."""
+    """Subcommands and options of the `tokenyard` command exist."""
     for words in commands(page):
-        while words and "=" in words[0]:  # environment
+        while words and "=" in words[0]:  # an environment variable
             words = words[1:]
         if words[:1] == ["tokenyard"]:
             check_options(words[1:])
@@ -61,13 +68,13 @@ def check_options(words):
         command = command.get_command(None, words[0])
         words = words[1:]
     known = {option for parameter in command.params for option in parameter.opts}
-    given = {word.partition("=")[0] for word in words if word.startswith("--")}
-    assert given <= known, f"{command.name} has no {given - known}"
+    options = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert options <= known, f"{command.name} has no {options - known}"
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"), ids=named)
-def test_configs_are_read(page):
-    """Each is YAML; one that is whole is a config that is taken."""
+def test_configs_are_accepted(page):
+    """Blocks are YAML mappings. Complete configs, and sections with a small model, are valid."""
     for block in blocks(page):
         if block.language == "yaml":
             content = yaml.safe_load(block.text)
@@ -75,21 +82,14 @@ def test_configs_are_read(page):
             if {"train_loader", "max_duration"} <= content.keys():
                 read_config(content)
             elif "backends" in content or "parallel" in content:
-                quick = {
-                    "model": {"name": "mixtral", "size": "tiny"},
-                    "train_loader": {"name": "python_stdlib"},
-                }
-                read_config(
-                    content
-                    | quick
-                    | {"max_duration": "1ba", "global_train_batch_size": 8, "device": "cpu"}
-                )
+                read_config(content | SMALL)
 
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
-    """Write the tutorial's project, as a reader does, and install it into a folder of its own."""
-    root, site = tmp_path_factory.mktemp("tutorial") / "acme", tmp_path_factory.mktemp("site")
+    """Write the tutorial's project and install it; return its folder and the target folder."""
+    root = tmp_path_factory.mktemp("tutorial") / "acme"
+    site = tmp_path_factory.mktemp("site")
     text = PLUGIN.read_text()
     for block in blocks(PLUGIN):
         if block.language in ("python", "toml"):
@@ -98,23 +98,15 @@ def plugin(tmp_path_factory):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(block.text)
     (root / "src" / "acme_experts" / "__init__.py").touch()
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-    ]
-    subprocess.run([*pip, str(site), str(root)], check=True, timeout=120)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--target", str(site))
+    command = [sys.executable, "-m", "pip", "install", *options, str(root)]
+    subprocess.run(command, check=True, timeout=120)
     return root, site
 
 
 @pytest.mark.full
-def test_the_tutorial_s_commands_run(plugin, tmp_path):
-    """Those after the kit, which use the plugin; what they train is small."""
+def test_commands_of_the_tutorial_run(plugin, tmp_path):
+    """The last console block uses the plugin. It trains a small model."""
     (tmp_path / "config.yaml").write_text(
         yaml.safe_dump(CONFIG | {"train_loader": {"name": "python_stdlib"}})
     )
@@ -124,13 +116,13 @@ def test_the_tutorial_s_commands_run(plugin, tmp_path):
         subprocess.run(line, shell=True, check=True, timeout=300, cwd=tmp_path, env=environment)
 
 
-def test_the_tutorial_s_plugin_passes_the_kit(plugin, tmp_path):
+def test_the_plugin_of_the_tutorial_passes_the_kit(plugin, tmp_path):
     root, site = plugin
     options = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "no:randomly", "--rootdir", str(root)]
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTEST")
     }
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(root / "tests")],
         env=environment | {"PYTHONPATH": str(site)},
         cwd=tmp_path,
@@ -138,6 +130,6 @@ def test_the_tutorial_s_plugin_passes_the_kit(plugin, tmp_path):
         text=True,
         timeout=300,
     )
-    assert ran.returncode == 0, ran.stdout[-3000:]
-    assert "66 passed, 35 skipped" in ran.stdout  # as the page says
-    assert "'acme' has no biases; set bias: false" in ran.stdout
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "66 passed, 35 skipped" in result.stdout  # as the page says
+    assert "'acme' has no biases; set bias: false" in result.stdout

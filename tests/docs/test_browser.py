@@ -1,4 +1,4 @@
-"""The site in a browser: pages load without an error, and search finds a key."""
+"""In a browser, pages load without an error and search finds a key."""
 
 import re
 import shutil
@@ -21,10 +21,14 @@ SEARCH = """
 <iframe id="page" src="/?q=moe_world_size"></iframe><pre id="found"></pre>
 <script>
   async function look() {
+    const page = document.getElementById("page");
     for (let i = 0; i < 40; i++) {
-      await fetch("/wait?" + i);  // meanwhile the browser's time stands still, and the search runs on
-      const result = document.getElementById("page").contentDocument.querySelector(".md-search-result");
-      if (result && /matching/.test(result.textContent)) return (found.textContent = result.textContent);
+      await fetch("/wait?" + i);  // virtual time stops during a request; the search worker does not
+      const result = page.contentDocument.querySelector(".md-search-result");
+      if (result && /matching/.test(result.textContent)) {
+        found.textContent = result.textContent;
+        return;
+      }
     }
   }
   look();
@@ -53,7 +57,7 @@ def address(site):
 
 
 def opened(url):
-    """Return what a page became, and what was written to its console."""
+    """Return the DOM of a page after loading, and the lines of its console."""
     options = [
         "--headless",
         "--no-sandbox",
@@ -61,31 +65,30 @@ def opened(url):
         "--enable-logging=stderr",
         "--virtual-time-budget=20000",
     ]
-    ran = subprocess.run(
-        [CHROMIUM, *options, "--dump-dom", url], capture_output=True, text=True, timeout=120
-    )
-    return ran.stdout, [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
+    command = [CHROMIUM, *options, "--dump-dom", url]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
 def test_every_page_loads_without_an_error(site, address):
-    """All at once, each in a frame of its own."""
+    """One page loads all others in frames."""
     pages = [page.relative_to(site).as_posix() for page in site.rglob("index.html")]
     assert len(pages) > 15
     (site / "all.html").write_text("".join(f'<iframe src="/{page}"></iframe>' for page in pages))
-    shown, said = opened(f"{address}/all.html")
-    assert shown.count("<iframe") == len(pages)
-    assert said == []
+    dom, messages = opened(f"{address}/all.html")
+    assert dom.count("<iframe") == len(pages)
+    assert messages == []
 
 
-def test_an_error_would_be_noticed(site, address):
+def test_errors_of_a_page_are_returned(site, address):
     (site / "wrong.html").write_text("<script>console.error('so'); missing()</script>")
     assert len(opened(f"{address}/wrong.html")[1]) == 2
 
 
 def test_search_finds_a_key(site, address):
     (site / "search.html").write_text(SEARCH)
-    shown, said = opened(f"{address}/search.html")
-    found = shown.partition('id="found">')[2].partition("</pre>")[0]
-    assert re.search(r"[1-9]\d* matching documents", found)
-    assert "Keys of models" in found
-    assert said == []
+    dom, messages = opened(f"{address}/search.html")
+    results = dom.partition('id="found">')[2].partition("</pre>")[0]
+    assert re.search(r"[1-9]\d* matching documents", results)
+    assert "Keys of models" in results
+    assert messages == []

@@ -1,4 +1,4 @@
-"""Every picture of the benchmarks is drawn from the JSON beside it, by one command."""
+"""One command draws every picture of the benchmarks from the JSON beside it."""
 
 import numpy as np
 import plots
@@ -6,17 +6,15 @@ import pytest
 from matplotlib.image import imread
 from PIL import Image
 
-ROUNDING, LETTERS = (
-    1e-5,
-    1e-2,
-)  # mean difference of a pixel, where a bar that grows by a seventh makes 1e-4
+# Limits of the mean difference of a pixel. A bar that grows by a seventh changes it by 1e-4.
+SAME_VERSION = 1e-5
+OTHER_VERSION = 1e-2  # another version of matplotlib may draw letters and edges otherwise
 
 
-def test_every_picture_is_one_that_the_command_draws():
-    there = {
-        path.relative_to(plots.BENCHMARKS).as_posix() for path in plots.BENCHMARKS.rglob("*.png")
-    }
-    assert there == set(plots.PICTURES)
+def test_the_command_draws_every_picture():
+    paths = plots.BENCHMARKS.rglob("*.png")
+    names = {path.relative_to(plots.BENCHMARKS).as_posix() for path in paths}
+    assert names == set(plots.PICTURES)
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +25,15 @@ def drawn(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", plots.PICTURES)
-def test_a_picture_drawn_anew_is_the_one_that_is_shown(drawn, name):
-    """But for letters and their edges, which another version of matplotlib may draw otherwise."""
-    new, shown = imread(drawn / name), imread(plots.BENCHMARKS / name)
-    assert new.shape == shown.shape
+def test_a_redrawn_picture_equals_the_published_one(drawn, name):
+    new = imread(drawn / name)
+    published = imread(plots.BENCHMARKS / name)
+    assert new.shape == published.shape
     same_version = drawn_by(drawn / name) == drawn_by(plots.BENCHMARKS / name)
-    assert np.abs(new - shown).mean() < (ROUNDING if same_version else LETTERS)
+    assert np.abs(new - published).mean() < (SAME_VERSION if same_version else OTHER_VERSION)
 
 
 def drawn_by(path):
-    """Return the library and version that a picture says it was drawn by."""
+    """Return the library and version in a picture's metadata."""
     with Image.open(path) as picture:
         return picture.info["Software"]

@@ -1,4 +1,4 @@
-"""Every command that the site and the READMEs show runs, or the page says why it is not run here."""
+"""Every command of the site and the READMEs runs, or the page has a reason not to run it."""
 
 import json
 import re
@@ -9,12 +9,12 @@ import yaml
 from blocks import PAGES, ROOT, blocks, named
 from shell import CONFIG, lines, run
 
-PLUGIN = ROOT / "docs" / "plugin.md"  # which has a test of its own
-LONG = ("--shape cpu", "--peers", "launch")  # what takes more than a few seconds
+PLUGIN = ROOT / "docs" / "plugin.md"  # test_blocks.py runs its commands
+LONG = ("--shape cpu", "--peers", "launch")  # commands that take more than a few seconds
 
 
 def consoles():
-    """Give every console that is to run, those that take long marked so."""
+    """Yield every console block that runs; mark long ones `full`."""
     for page in PAGES:
         for block in blocks(page):
             if block.language == "console" and block.why_not is None and page != PLUGIN:
@@ -24,7 +24,7 @@ def consoles():
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder with what the pages assume: the clone's examples, a config, texts, a trained run."""
+    """A folder with the files that the pages assume: examples, config, texts and a trained run."""
     folder = tmp_path_factory.mktemp("workshop")
     shutil.copytree(ROOT / "examples", folder / "examples")
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -39,8 +39,9 @@ def workshop(tmp_path_factory):
 
 
 def add_sources(folder):
-    """Add what is to be packed, and a tokenizer."""
-    zstandard, tokenizers = pytest.importorskip("zstandard"), pytest.importorskip("tokenizers")
+    """Add a source to pack and a tokenizer."""
+    zstandard = pytest.importorskip("zstandard")
+    tokenizers = pytest.importorskip("tokenizers")
     (folder / "sources").mkdir()
     rows = (json.dumps({"text": f"the number {i}"}) + "\n" for i in range(50))
     (folder / "sources" / "numbers.jsonl.zst").write_bytes(
@@ -59,7 +60,7 @@ def add_sources(folder):
 
 @pytest.mark.parametrize("block", list(consoles()))
 def test_commands_run(block, workshop, tmp_path, monkeypatch):
-    """One after another, in a folder of their own."""
+    """Run the commands of a block in order, in a copy of the workshop."""
     shutil.copytree(workshop, tmp_path, dirs_exist_ok=True)
     if "sources/" in block.text:
         add_sources(tmp_path)
@@ -69,11 +70,12 @@ def test_commands_run(block, workshop, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_commands_stand_where_they_are_found(page):
-    """Behind a `$`, in blocks called `console`, and nowhere else."""
-    found = blocks(page)
-    shown = [lines(block) for block in found if block.language == "console"]
-    assert all(shown)
-    behind = re.findall(r"^\s*\$ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    assert behind == [line for console in shown for line in console]
-    assert not [block.line for block in found if block.language in ("bash", "sh", "shell", "zsh")]
+def test_commands_are_in_console_blocks(page):
+    """Commands follow a `$` in a `console` block. No block has a shell as its language."""
+    page_blocks = blocks(page)
+    consoles = [lines(block) for block in page_blocks if block.language == "console"]
+    assert all(consoles)
+    prompts = re.findall(r"^\s*\$ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert prompts == [line for console in consoles for line in console]
+    shells = ("bash", "sh", "shell", "zsh")
+    assert not [block.line for block in page_blocks if block.language in shells]

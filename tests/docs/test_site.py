@@ -1,4 +1,4 @@
-"""The site builds without a warning, and has all that it should."""
+"""The site builds without a warning and documents every name, hook and key."""
 
 import re
 import zlib
@@ -17,7 +17,7 @@ from tokenyard_train.config.schema import TrainConfig
 
 
 def documented(site):
-    """Return every name that the reference has, as other sites could link to it."""
+    """Return every name in the inventory of the reference (objects.inv)."""
     lines = (site / "objects.inv").read_bytes().split(b"\n", 4)
     return {line.split(" ")[0] for line in zlib.decompress(lines[4]).decode().splitlines()}
 
@@ -45,13 +45,13 @@ def test_every_key_is_in_the_reference(site):
 
 
 def test_every_key_has_a_meaning():
-    """The comment beside it in the source; a section has its docstring."""
+    """A key has a comment in its field statement. A section has a docstring."""
     for section in (TrainConfig, FfnConfig):
         for name, meaning in config_reference.meanings(section):
             assert meaning, f"{name} has no comment in {section.__module__}"
 
 
 def test_no_page_loads_anything_from_elsewhere(site):
-    """A reader without a network sees it whole."""
+    """The site works without a network."""
     for page in site.rglob("*.html"):
         assert not re.findall(r'(?:src|href)="https?://[^"]+\.(?:js|css)"', page.read_text()), page
