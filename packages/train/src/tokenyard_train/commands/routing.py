@@ -17,7 +17,8 @@ from tokenyard_train.commands.options import RoutingOptions
 from tokenyard_train.commands.routing_counts import LayerReport, route
 from tokenyard_train.data import Tokenizer, build_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig
-from tokenyard_train.data.sources.files import find_files, read_file
+from tokenyard_train.data.sources.files import find_files
+from tokenyard_train.data.sources.formats import read_file
 
 
 def report(options: RoutingOptions, console: Console) -> list[LayerReport]:
@@ -73,7 +74,7 @@ def _read_ids(data: Path, text_key: str, tokenizer: Tokenizer, limit: int) -> Te
     """Read and tokenize at most `limit` tokens of text; each document ends with the end id."""
     ids: list[int] = []
     for file in find_files(str(data), (".txt",), "--data"):
-        for document in read_file(file, text_key, "--data"):
+        for document in filter(None, read_file(file, text_key, "--data")):
             ids += [*tokenizer.encode(document).tolist(), tokenizer.end]
             if len(ids) >= limit:
                 return torch.tensor(ids[:limit])

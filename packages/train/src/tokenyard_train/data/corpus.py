@@ -31,7 +31,9 @@ def python_stdlib(held_out: bool) -> list[Document]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     names = (
-        path.relative_to(root).as_posix() for path in list_files(root, (".py",), _EXCLUDED_FOLDERS)
+        path.relative_to(root).as_posix()
+        for path in list_files(root, _EXCLUDED_FOLDERS)
+        if path.suffix == ".py" and path.is_file()
     )
     documents = [
         Document(name, (root / name).read_bytes())

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tokenyard_train.data.schema import Source
-from tokenyard_train.data.sources.files import describe_file, find_files, read_file
+from tokenyard_train.data.sources.files import describe_file, find_files
+from tokenyard_train.data.sources.formats import read_file
+
+log = logging.getLogger("tokenyard")
 
 
 def read_documents(source: Source, key: str) -> Iterator[bytes]:
     """Yield the non-empty documents of a source as UTF-8.
 
-    Raises ConfigError. `key` is the source's config key, for the error.
+    Rows whose text is null are skipped, and a warning counts them. Raises ConfigError. `key` is
+    the source's config key, for the error.
     """
+    nulls = 0
+    for document in _all_documents(source, key):
+        nulls += document is None
+        if document:
+            yield document
+    if nulls:
+        log.warning("%s: %d rows have null under %r; skipped", key, nulls, source.text_key)
+
+
+def _all_documents(source: Source, key: str) -> Iterator[bytes | None]:
     if source.hf_name is not None:
         from tokenyard_train.data.sources.hugging_face import dataset_documents
 
-        documents = dataset_documents(source, key)
+        yield from dataset_documents(source, key)
     elif source.local is not None:
         from tokenyard_train.data.sources.mds import mds_documents
 
-        documents = mds_documents(mds_folder(source), source.text_key, f"{key}.local")
+        yield from mds_documents(mds_folder(source), source.text_key, f"{key}.local")
     else:
-        files = find_files(source.path or [], source.suffixes, f"{key}.path")
-        documents = (
-            text for file in files for text in read_file(file, source.text_key, f"{key}.path")
-        )
-    return (document for document in documents if document)
+        for file in find_files(source.path or [], source.suffixes, f"{key}.path"):
+            yield from read_file(file, source.text_key, f"{key}.path", source.suffixes)
 
 
 def mds_folder(source: Source) -> Path:
@@ -40,4 +52,5 @@ def describe_source(source: Source, key: str) -> list[dict[str, Any]]:
     """Return a description that identifies a source's content, without reading all of it."""
     if source.path is None:
         return [source.model_dump(exclude_defaults=True)]
-    return [describe_file(file) for file in find_files(source.path, source.suffixes, f"{key}.path")]
+    key = f"{key}.path"
+    return [describe_file(file, key) for file in find_files(source.path, source.suffixes, key)]

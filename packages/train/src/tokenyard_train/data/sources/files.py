@@ -1,19 +1,20 @@
-"""Read documents from files: a text file is one, .jsonl and .parquet have one per row."""
+"""Find files in folders, and describe them. Whatever cannot be read is an error."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import json
+import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+import stat
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard.errors import did_you_mean
-from tokenyard_train.optional import require
+from tokenyard_train.data.sources.formats import canonical_name
+
+log = logging.getLogger("tokenyard")
 
 _SAMPLED = 1 << 16  # bytes at each end of a file that its description hashes
 
@@ -21,8 +22,9 @@ _SAMPLED = 1 << 16  # bytes at each end of a file that its description hashes
 def find_files(paths: str | Sequence[str], suffixes: Collection[str], key: str) -> list[Path]:
     """Return the given files, and the files in the given folders that have one of the suffixes.
 
-    Folders are searched at any depth, and their files are sorted by path. Raises ConfigError for a
-    missing path, or for a folder without such files.
+    Folders are searched at any depth, and their files are sorted by path. Upper and lower case are
+    equal in suffixes. Raises ConfigError for a missing or unreadable path, or for a folder without
+    such files.
     """
     return [
         file
@@ -31,124 +33,95 @@ def find_files(paths: str | Sequence[str], suffixes: Collection[str], key: str) 
     ]
 
 
-def read_file(file: Path, text_key: str, key: str) -> Iterator[bytes]:
-    """Yield a file's documents. Raises ConfigError, naming file and row, if it is unreadable."""
-    reader = next(
-        (reader for suffix, reader in _READERS.items() if file.name.endswith(suffix)), _read_text
-    )
+def describe_file(file: Path, key: str) -> dict[str, Any]:
+    """Return a file's name, size, and a digest of its first and last bytes. Raises ConfigError."""
     try:
-        yield from reader(file, text_key, key)
-    except (OSError, EOFError) as error:
-        raise ConfigError(
-            f"{key}: {file} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
-
-
-def describe_file(file: Path) -> dict[str, Any]:
-    """Return a file's name, size, and a digest of its first and last bytes."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        digest = hashlib.sha256(stream.read(_SAMPLED))
-        stream.seek(max(0, size - _SAMPLED))
-        digest.update(stream.read(_SAMPLED))
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            digest = hashlib.sha256(stream.read(_SAMPLED))
+            stream.seek(max(0, size - _SAMPLED))
+            digest.update(stream.read(_SAMPLED))
+    except OSError as error:
+        raise ConfigError(f"{key}: {file} cannot be read: {error.strerror}") from None
     return {"file": file.as_posix(), "bytes": size, "ends": digest.hexdigest()}
 
 
-def list_files(root: Path, suffixes: Collection[str], excluded: Collection[str] = ()) -> list[Path]:
-    """List the files under a folder, sorted by path. Folders named in `excluded` are skipped."""
+def list_files(root: Path, excluded: Collection[str] = ()) -> list[Path]:
+    """List the files under a folder, sorted by path. Folders named in `excluded` are skipped.
+
+    Links are followed; a folder that is reached twice is listed once. Raises ConfigError for a
+    folder that cannot be read, and for a link to nothing.
+    """
     paths: list[Path] = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in excluded]  # prunes the walk
-        paths += [Path(folder, name) for name in files if name.endswith(tuple(suffixes))]
-    return sorted(path for path in paths if path.is_file())
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(root, onerror=_refuse, followlinks=True):
+        identity = os.stat(folder)
+        if (identity.st_dev, identity.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((identity.st_dev, identity.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if name not in excluded)
+        paths += [Path(folder, name) for name in files]
+    return sorted(paths)
 
 
 def _expand(path: Path, suffixes: Collection[str], key: str) -> list[Path]:
-    if path.is_file():
+    mode = _mode(path, key)
+    if stat.S_ISREG(mode):
         return [path]
-    if not path.is_dir():
-        raise ConfigError(
-            f"{key} {str(path)!r} does not exist; give a file of text or a folder of them"
-        )
-    files = list_files(path, suffixes)
-    if not files:
+    if not stat.S_ISDIR(mode):
+        raise ConfigError(f"{key} {str(path)!r} is no plain file; give a file of text or a folder")
+    try:
+        files = list_files(path)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    chosen = list(_with_suffix(files, suffixes))
+    for file in chosen:
+        if not stat.S_ISREG(_mode(file, key)):
+            raise ConfigError(f"{key}: {file} is no plain file; leave it out")
+    if not chosen:
         ends = ", ".join(suffixes) or "nothing"
         raise ConfigError(
             f"{key} {str(path)!r} is a folder without files that end in {ends}; "
             "see dataset.suffixes"
         )
-    return files
+    _warn_left_out(path, set(files) - set(chosen))
+    return chosen
 
 
-def _read_text(file: Path, text_key: str, key: str) -> Iterator[bytes]:
-    text = file.read_bytes()
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{key}: {file} is not UTF-8 text; convert it, or leave it out") from None
-    yield text
+def _with_suffix(files: Sequence[Path], suffixes: Collection[str]) -> Iterator[Path]:
+    ends = tuple(canonical_name(suffix) for suffix in suffixes)
+    return (file for file in files if canonical_name(file.name).endswith(ends))
 
 
-def _jsonl_reader(open_file: Callable[[Path], Any]) -> Callable[[Path, str, str], Iterator[bytes]]:
-    def read(file: Path, text_key: str, key: str) -> Iterator[bytes]:
-        with open_file(file) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    location = f"{file} line {number}"
-                    yield _row_text(_parse_json(line, location, key), text_key, location, key)
-
-    return read
-
-
-def _parse_json(line: bytes, location: str, key: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{key}: {location} is not JSON: {error}") from None
-
-
-def _row_text(row: Any, text_key: str, location: str, key: str) -> bytes:
-    if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-        columns = list(row) if isinstance(row, dict) else []
-        hint = did_you_mean(text_key, columns)
-        has = ", ".join(map(str, columns)) or "no columns"
-        raise ConfigError(
-            f"{key}: {location} has no text under {text_key!r}{hint}; it has {has}; see text_key"
+def _warn_left_out(folder: Path, files: Collection[Path]) -> None:
+    counts = Counter("".join(file.suffixes[-2:]) or "no suffix" for file in sorted(files))
+    if counts:
+        most = ", ".join(f"{suffix} ({count})" for suffix, count in counts.most_common(5))
+        log.warning(
+            "%s: %d files are left out, by suffix: %s; see dataset.suffixes",
+            folder,
+            len(files),
+            most,
         )
-    return row[text_key].encode("utf-8", errors="replace")
 
 
-def _open_zst(file: Path) -> Any:
-    zstandard = require("zstandard", f"{file.name}", "tokenyard-train[data]")
-    return io.BufferedReader(zstandard.open(file, "rb"))
-
-
-def _read_parquet(file: Path, text_key: str, key: str) -> Iterator[bytes]:
-    parquet = require("pyarrow.parquet", f"{file.name}", "tokenyard-train[data]")
+def _mode(path: Path, key: str) -> int:
+    """Return the mode of the file that a path leads to. Raises ConfigError."""
     try:
-        table = parquet.ParquetFile(file)
-    except ValueError as error:  # includes pyarrow's ArrowInvalid
+        return path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ConfigError(
+                f"{key}: {path} is a link to nothing; repair it, or leave it out"
+            ) from None
         raise ConfigError(
-            f"{key}: {file} is not a parquet file: {' '.join(str(error).split())}"
+            f"{key} {str(path)!r} does not exist; give a file of text or a folder of them"
         ) from None
-    columns = table.schema_arrow.names
-    if text_key not in columns:
-        hint = did_you_mean(text_key, columns)
-        raise ConfigError(
-            f"{key}: {file} has no column {text_key!r}{hint}; "
-            f"it has {', '.join(columns)}; see text_key"
-        )
-    for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-        for number, value in enumerate(batch.column(0).to_pylist()):
-            if value is None:
-                yield b""
-            else:
-                yield _row_text({text_key: value}, text_key, f"{file} row {number}", key)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{key} {str(path)[:200]!r} cannot be read: {reason}") from None
 
 
-_READERS: dict[str, Callable[[Path, str, str], Iterator[bytes]]] = {
-    ".jsonl": _jsonl_reader(lambda file: file.open("rb")),
-    ".jsonl.gz": _jsonl_reader(gzip.GzipFile),
-    ".jsonl.zst": _jsonl_reader(_open_zst),
-    ".parquet": _read_parquet,
-}
+def _refuse(error: OSError) -> None:
+    raise ConfigError(f"{error.filename} cannot be listed: {error.strerror}") from None

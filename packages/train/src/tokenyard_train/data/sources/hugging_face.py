@@ -7,27 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard.errors import did_you_mean
 from tokenyard_train.data.schema import Source
+from tokenyard_train.data.sources.text import no_column, row_text
 from tokenyard_train.optional import require
 
 
-def dataset_documents(source: Source, key: str) -> Iterator[bytes]:
-    """Yield a dataset's documents in its order.
+def dataset_documents(source: Source, key: str) -> Iterator[bytes | None]:
+    """Yield a dataset's documents in its order; None for a row whose text is null.
 
-    Raises ConfigError if the dataset cannot be loaded or has no column `text_key`.
+    Raises ConfigError if the dataset cannot be loaded, or has no text in its column `text_key`.
     """
     datasets = require("datasets", f"{key}.hf_name", "tokenyard-train[datasets]")
     dataset = _load(datasets, source, key)
     columns = dataset.column_names
     if columns is not None and source.text_key not in columns:
-        hint = did_you_mean(source.text_key, columns)
+        raise no_column(source.text_key, columns, f"{key}.hf_name {source.hf_name!r}")
+    number = 0
+    try:
+        for number, row in enumerate(dataset, 1):
+            yield row_text(row, source.text_key, f"{key}.hf_name {source.hf_name!r} row {number}")
+    except ConfigError:
+        raise
+    except Exception as error:  # errors come from datasets, pyarrow and fsspec
         raise ConfigError(
-            f"{key}.text_key is {source.text_key!r}{hint}, "
-            f"and {source.hf_name!r} has the columns {', '.join(columns)}"
-        )
-    for row in dataset:
-        yield str(row[source.text_key]).encode("utf-8", errors="replace")
+            f"{key}.hf_name {source.hf_name!r} cannot be read after row {number}: {_reason(error)}"
+        ) from None
 
 
 def _load(datasets: Any, source: Source, key: str) -> Any:
@@ -39,10 +43,13 @@ def _load(datasets: Any, source: Source, key: str) -> Any:
             return saved[split] if isinstance(saved, dict) else saved
         return datasets.load_dataset(name, split=split, streaming=source.streaming)
     except Exception as error:  # errors come from datasets, the hub and fsspec, some bare
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(
-            f"{key}.hf_name {name!r}, split {split!r}, cannot be loaded: {reason}"
+            f"{key}.hf_name {name!r}, split {split!r}, cannot be loaded: {_reason(error)}"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _is_saved_to_disk(folder: Path) -> bool:
