@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +155,74 @@ class TestFaults:
     )
     def test_no_others(self, error):
         assert self.fault(error) is None
+
+
+SUPERVISOR = """
+import subprocess
+import sys
+from tokenyard_train.launch.supervisor import supervise
+program = [sys.executable, "-c", sys.argv[1]]
+sys.exit(supervise(lambda began: program, 2, 0))
+"""
+RANK = """
+import os, time
+from tokenyard_train.parent_death import die_with_supervisor
+die_with_supervisor()
+print(os.getpid(), flush=True)
+{}
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def supervisor():
+    """Start a supervisor of two ranks that run some lines; return it and the ranks' ids."""
+    started = []
+
+    def start(line: str = ""):
+        program = [sys.executable, "-c", SUPERVISOR, RANK.format(line)]
+        process = subprocess.Popen(
+            program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        return process, [int(process.stdout.readline()) for _ in range(2)]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ended(pids: list[int], seconds: float = 10.0) -> bool:
+    """Wait until no process of these ids is left, or only zombies."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        states = [Path(f"/proc/{pid}/stat") for pid in pids]
+        if all(not path.exists() or path.read_text().split()[2] == "Z" for path in states):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+class TestWhatIsLeft:
+    @pytest.mark.parametrize("line", ["", "os.kill(os.getpid(), 19)"], ids=["running", "stopped"])
+    def test_ranks_die_with_a_killed_supervisor(self, supervisor, line):
+        process, ranks = supervisor(line)
+        process.kill()
+        assert ended(ranks)
+
+    def test_a_second_request_kills_ranks_that_do_not_listen(self, supervisor):
+        process, ranks = supervisor("os.kill(os.getpid(), 19)")
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.7)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 1
+        assert "killed at the second request to stop" in errors
+        assert ended(ranks)
+
+    def test_a_rank_whose_supervisor_is_gone_does_not_start(self, supervisor):
+        code = "from tokenyard_train.parent_death import die_with_parent; die_with_parent(1 << 22)"
+        assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL

@@ -20,6 +20,9 @@ Overrides = Annotated[
 @exit_if_collective_fails()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a model from a YAML config."""
+    from tokenyard_train.parent_death import die_with_supervisor
+
+    die_with_supervisor()
     from tokenyard_cli.console import RunConsole
     from tokenyard_train.commands.train import train as run
     from tokenyard_train.config import load_config

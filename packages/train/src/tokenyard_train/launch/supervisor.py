@@ -22,9 +22,12 @@ from tokenyard_cli.exit import MISTAKE, STOPPED
 from tokenyard_train.launch.blame import explain_failure
 from tokenyard_train.launch.faults import FOLDER, has_started
 from tokenyard_train.launch.signals import signal_handler
+from tokenyard_train.parent_death import PARENT
 
 _POLL = 0.05  # seconds
 _GRACE = 1.0  # seconds for the other ranks to end after one has failed
+_SAME_REQUEST = 0.5  # seconds in which further signals count as the first one
+_KILLED = "killed at the second request to stop, before the step was saved"
 
 
 def launch(config: Path, overrides: Sequence[str], nproc: int, max_restarts: int) -> int:
@@ -33,7 +36,8 @@ def launch(config: Path, overrides: Sequence[str], nproc: int, max_restarts: int
     When a rank fails or hangs, the others are killed. All ranks then restart from the last good
     checkpoint, at most `max_restarts` times. SIGTERM, SIGINT and SIGHUP are forwarded to the ranks,
     so that the run saves and stops. Returns the exit code: 0, 2 for a mistake, 75 if stopped by a
-    signal, else 1.
+    signal, else 1. A second signal kills all ranks at once. If the supervisor is killed, its ranks
+    die with it.
     """
     train = [sys.executable, "-m", "tokenyard_train", "train", str(config), *overrides]
     return supervise(
@@ -49,6 +53,9 @@ def supervise(command: Callable[[bool], Sequence[str]], nproc: int, max_restarts
             attempt = Attempt(command(started), nproc, Path(notes))
             code = attempt.run()
             started = started or has_started(Path(notes))
+        if attempt.killed:
+            print(f"{_KILLED}; the last checkpoint is kept", file=sys.stderr, flush=True)
+            return 1
         if code in (0, MISTAKE, STOPPED):
             return code
         if attempt.stop_requested:
@@ -68,6 +75,8 @@ class Attempt:
         self.notes = notes
         self.processes: list[subprocess.Popen[bytes]] = []
         self.stop_requested = False
+        self.requested_at = 0.0  # seconds, of time.monotonic
+        self.killed = False  # by a second request
         self.failure = ""
 
     def run(self) -> int:
@@ -101,7 +110,7 @@ class Attempt:
         """Return exit codes by rank, in order of completion; running ranks are absent."""
         codes: dict[int, int] = {}
         deadline = float("inf")
-        while len(codes) < len(self.processes) and time.monotonic() < deadline:
+        while len(codes) < len(self.processes) and time.monotonic() < deadline and not self.killed:
             for rank, process in enumerate(self.processes):
                 if rank not in codes and (code := process.poll()) is not None:
                     codes[rank] = code
@@ -110,11 +119,16 @@ class Attempt:
         return codes
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        """Request every rank to stop."""
-        self.stop_requested = True
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+        """Request every rank to stop. A second signal kills the ranks at once."""
+        now = time.monotonic()
+        if self.stop_requested and now - self.requested_at > _SAME_REQUEST:
+            self.killed = True
+        elif not self.stop_requested:
+            self.stop_requested = True
+            self.requested_at = now
+            for process in self.processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
 
 
 def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
@@ -132,6 +146,7 @@ def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": nproc,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
+        PARENT: os.getpid(),
     }
     return {name: str(value) for name, value in (defaults | os.environ | layout).items()}
 
