@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tokenyard import ConfigError
 from tokenyard_train.config import TrainConfig, load_config, parse_span, read_config
-from tokenyard_train.config.resolve import divisors
 
 ANNOUNCEMENT = """
 model:
@@ -348,13 +347,6 @@ def test_model_max_seq_len_stands_for_both_when_it_alone_is_given(config):
     data = yaml.safe_load(ANNOUNCEMENT + REST)
     data["model"]["max_seq_len"] = 77
     assert read_config(data).max_seq_len == 77
-
-
-def test_divisors_ascend_and_are_quick():
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
-    assert divisors(49) == [1, 7, 49]
-    assert divisors(10**9)[-1] == 10**9
-    assert all(divisors(n) == [d for d in range(1, n + 1) if n % d == 0] for n in range(1, 200))
 
 
 def test_held_out_text_is_scored_in_part_unless_asked_otherwise(config):

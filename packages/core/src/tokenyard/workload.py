@@ -12,13 +12,14 @@ from torch import Tensor
 
 from tokenyard.activations import ACTIVATIONS
 from tokenyard.devices import with_index
+from tokenyard.divisors import divisors
 from tokenyard.dtypes import compute_dtype
 from tokenyard.errors import BackendError, ConfigError, one_of
 
 
 def _indivisible(what: str, value: int, experts: int) -> str:
-    divisors = ", ".join(str(d) for d in range(1, experts + 1) if experts % d == 0)
-    return f"{what} is {value}, which does not divide num_experts {experts}; these do: {divisors}"
+    choices = ", ".join(map(str, divisors(experts)))
+    return f"{what} is {value}, which does not divide num_experts {experts}; these do: {choices}"
 
 
 @dataclass(frozen=True)

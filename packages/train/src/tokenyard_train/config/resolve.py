@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from tokenyard import ConfigError, resolve_device, started_processes
+from tokenyard.divisors import divisors
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data.schema import StdlibLoader
 from tokenyard_train.data.tokenizer import build_tokenizer
@@ -105,9 +106,3 @@ def _rank_batch(config: TrainConfig) -> int:
             f"try {' or '.join(map(str, multiples))}"
         )
     return batch // ranks
-
-
-def divisors(number: int) -> list[int]:
-    """Return the divisors of a number in ascending order."""
-    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return low + [number // n for n in reversed(low) if n * n != number]
