@@ -124,4 +124,4 @@ def rows_per_token(name: str) -> tuple[float, float]:
         return compute(rows, *rest)
 
     exchange(x, routing, counting)
-    return exchange.received, rows_received[0] / 2000
+    return exchange.rows_per_token, rows_received[0] / 2000

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenyard import Layout
+from tokenyard import ShardingReport
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.engine.build_model import build_model
 
@@ -15,7 +15,7 @@ LARGER = MODEL | {
     "ffn_config": MODEL["ffn_config"] | {"ffn_hidden_size": 96},
 }
 
-ALONE = Layout({}, 0)
+ALONE = ShardingReport({}, 0)
 
 
 MODELS = [

@@ -71,7 +71,7 @@ def saved_by_ffn(ffn: MoE | FeedForward, width: int) -> int:
     routing = 12 * work.num_experts + 28 * work.top_k
     router_input = _WIDE * work.dim if width < _WIDE else 0
     shared = 0 if ffn.shared is None else _saved_by_dense(ffn.shared, width)
-    received = round(width * work.dim * ffn.experts.exchange.received)
+    received = round(width * work.dim * ffn.experts.exchange.rows_per_token)
     return width * work.top_k * up_rows + routing + router_input + shared + received
 
 

@@ -146,14 +146,14 @@ class ExpertKernel(Protocol):
 class Exchange(Protocol):
     """Sends tokens to the ranks that hold their experts, and returns the sums of the results."""
 
-    received: float  # rows that arrive at a rank per local token, if routing is uniform
+    rows_per_token: float  # rows that arrive at a rank per local token, if routing is uniform
 
     def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
         """Return y [T, D] for x [T, D]. `compute` may be called once for each of several chunks."""
         ...
 
 
-class Layout(NamedTuple):
+class ShardingReport(NamedTuple):
     """A model's layout over ranks, as seen by one of them."""
 
     meshes: Mapping[str, Mapping[str, int]]  # parameter group -> mesh dimension -> ranks
@@ -179,7 +179,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def describe(self, model: nn.Module) -> Layout:
+    def describe(self, model: nn.Module) -> ShardingReport:
         """Report the layout of a laid-out model, on the meta device or allocated."""
         ...
 

@@ -13,7 +13,7 @@ from tokenyard.workload import Workload
 class LocalExchange:
     """Computes tokens on the experts of this rank."""
 
-    received = 0.0
+    rows_per_token = 0.0
 
     def __init__(self, workload: Workload, permutation: Permutation, group: Any = None):
         pass

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tokenyard.interfaces import Layout, M, Strategy
+from tokenyard.interfaces import M, ShardingReport, Strategy
 from tokenyard.moe import moe_layers
 
 
@@ -33,9 +33,9 @@ class SingleStrategy(Strategy):
         """Return the model unchanged: one process holds all of it."""
         return model
 
-    def describe(self, model: nn.Module) -> Layout:
+    def describe(self, model: nn.Module) -> ShardingReport:
         """Return an empty report: one rank, which gathers nothing."""
-        return Layout({}, 0)
+        return ShardingReport({}, 0)
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return x: there is one data rank."""

@@ -69,7 +69,7 @@ class PipelinedExchange:
         self.group = group
         self.chunks = chunks
         self.validate = validate
-        self.received = row_format.rows_per_token if workload.expert_parallel > 1 else 0.0
+        self.rows_per_token = row_format.rows_per_token if workload.expert_parallel > 1 else 0.0
 
     def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
         """Return y [T, D] for tokens x [T, D].

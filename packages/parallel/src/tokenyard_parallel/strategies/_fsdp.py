@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from tokenyard import ConfigError, Layout, MoE, moe_layers, started_processes
+from tokenyard import ConfigError, MoE, ShardingReport, moe_layers, started_processes
 from tokenyard_parallel.meshes import (
     EXPERT_PARALLEL,
     SHARD,
@@ -88,12 +88,12 @@ class FsdpStrategy:
         model.register_forward_hook(_reshard_without_backward)
         return model
 
-    def describe(self, model: nn.Module) -> Layout:
+    def describe(self, model: nn.Module) -> ShardingReport:
         """Report the mesh sizes, and the peak bytes of gathered parameters."""
         meshes = {"all but experts": self.dense._asdict()}
         if moe_layers(model):
             meshes["experts"] = self._expert_sizes(model)._asdict()
-        return Layout(meshes, working_set(model, self.reshard_after_forward))
+        return ShardingReport(meshes, working_set(model, self.reshard_after_forward))
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return the sum of x over all ranks."""

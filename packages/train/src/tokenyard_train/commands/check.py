@@ -10,7 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenyard import BackendChoice, Layout, Model, count_parameters, default_registry, moe_layers
+from tokenyard import (
+    BackendChoice,
+    Model,
+    ShardingReport,
+    count_parameters,
+    default_registry,
+    moe_layers,
+)
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, Mixture, build_data
@@ -92,7 +99,7 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
     yield "duration", f"{batches:,} batches, {epochs:.2f} epochs, {_count(batches * tokens)} tokens"
 
 
-def _layout_rows(config: TrainConfig, layout: Layout) -> Rows:
+def _layout_rows(config: TrainConfig, layout: ShardingReport) -> Rows:
     chosen = default_registry().choose("strategy", config.parallel.strategy)
     yield "strategy", describe_choice(chosen)
     for parameters, sizes in layout.meshes.items():
@@ -100,7 +107,7 @@ def _layout_rows(config: TrainConfig, layout: Layout) -> Rows:
         yield parameters, mesh or "1 process"
 
 
-def _memory_rows(config: TrainConfig, model: Model, layout: Layout) -> Rows:
+def _memory_rows(config: TrainConfig, model: Model, layout: ShardingReport) -> Rows:
     memory = estimate(config, model, layout)
     for name, value in memory._asdict().items():
         if value:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from tokenyard import Layout, Model, moe_layers
+from tokenyard import Model, ShardingReport, moe_layers
 from tokenyard.sharded import is_sharded, local_part
 from tokenyard_train.config.schema import TrainConfig
 
@@ -26,7 +26,7 @@ class Memory(NamedTuple):
     working_set: int  # what the strategy gathers
 
 
-def estimate(config: TrainConfig, model: Model, layout: Layout) -> Memory:
+def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memory:
     """Estimate the memory of training on one device; `model` is laid out, on any device or meta.
 
     Activations are ``model.saved_bytes_per_token`` times the tokens of a microbatch. With
