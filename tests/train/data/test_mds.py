@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tokenyard_train.data.schema import Source
 from tokenyard_train.data.sources import read_documents
 from tokenyard_train.data.sources.mds import MdsTokens
 
+STREAMING = Path(__file__).parent / "mds_of_streaming"
 TEXTS = ["one", "zwei — ü", "", "four\nlines"]
 
 
@@ -21,7 +23,8 @@ def write(folder: Path, shards, names, encodings, sizes, compress=None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for number, samples in enumerate(shards):
-        header = json.dumps({"column_names": names}).encode()
+        columns = {"column_names": names, "column_encodings": encodings, "column_sizes": sizes}
+        header = json.dumps(columns).encode()
         bodies = []
         for sample in samples:
             lengths = [len(part) for part, size in zip(sample, sizes) if size is None]
@@ -36,7 +39,7 @@ def write(folder: Path, shards, names, encodings, sizes, compress=None) -> Path:
         )
         name = f"shard.{number:05}.mds"
         entry = {
-            "column_names": names, "column_encodings": encodings, "column_sizes": sizes,
+            **columns,
             "format": "mds", "version": 2, "samples": len(samples), "size_limit": 1 << 26,
             "raw_data": {"basename": name, "bytes": len(raw), "hashes": {}}, "zip_data": None,
             "hashes": [], "compression": None,
@@ -46,7 +49,7 @@ def write(folder: Path, shards, names, encodings, sizes, compress=None) -> Path:
         else:
             packed = compress(raw)
             (folder / f"{name}.zstd").write_bytes(packed)
-            hashes = {"sha1": hashlib.sha1(packed).hexdigest(), "xxh64": "not computable here"}
+            hashes = {"sha1": hashlib.sha1(packed).hexdigest(), "unknown": "not computable here"}
             zipped = {"basename": f"{name}.zstd", "bytes": len(packed), "hashes": hashes}
             entry |= {"compression": "zstd:7", "zip_data": zipped}
         entries.append(entry)
@@ -141,7 +144,7 @@ def test_nothing_is_unpickled(tmp_path):
         ),
         (
             lambda f: (f / "index.json").write_text("{}"),
-            r"index.json is not an index of MDS shards: KeyError\('shards'\)",
+            r"index.json is not an index of MDS shards: version: Field required",
         ),
         (
             lambda f: (f / "shard.00000.mds").unlink(),
@@ -176,10 +179,179 @@ def test_a_column_that_is_not_there(tmp_path):
         read(tmp_path, text_key="txt")
 
 
-def test_samples_of_several_lengths_are_refused(tmp_path):
-    samples = [[np.arange(n, dtype=np.int64).tobytes()] for n in (5, 5, 4)]
-    write(tmp_path, [samples], ["tokens"], ["bytes"], [None])
+@pytest.mark.parametrize("names", [["tokens"], ["id", "tokens"], ["tokens", "id"]])
+@pytest.mark.parametrize("cut", [2, 40])
+def test_samples_of_several_lengths_are_refused(tmp_path, names, cut):
+    """In whatever column and shard, even where the first samples are equal."""
+    samples = []
+    for i, length in enumerate([64] + [100, 60, 140] * 20):
+        columns = {"tokens": np.arange(length, dtype="<i8").tobytes(), "id": f"doc{i}".encode()}
+        samples.append([columns[name] for name in names])
+    encodings = {"tokens": "bytes", "id": "str"}
+    shards = [samples[:1], samples[1:]] if cut == 2 else [samples[:cut], samples[cut:]]
+    write(tmp_path, shards, names, [encodings[name] for name in names], [None] * len(names))
     with pytest.raises(
-        ConfigError, match=r"holds samples of several lengths; pack the text instead"
+        ConfigError, match=r"holds samples of several lengths \(\d+ and \d+ ids\); pack the text"
     ):
-        MdsTokens(tmp_path, 257, "local")
+        MdsTokens(tmp_path, 60000, "local")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "int32", "int64"])
+def test_the_type_of_bytes_is_obeyed(tmp_path, dtype, config):
+    ids = np.arange(128).reshape(8, 16).astype(dtype)
+    folder = write(tmp_path, [[[row.tobytes()] for row in ids]], ["tokens"], ["bytes"], [None])
+    tokens = MdsTokens(folder, 257, "local", dtype)
+    assert tokens[:].tolist() == list(range(128))
+    dataset = {"local": str(folder), "token_encoding_type": dtype}
+    data = build_data(config(train_loader={"name": "text", "dataset": dataset}).data())
+    assert data.train.tokens[:].tolist() == list(range(128))
+    if dtype == "int64":
+        return
+    with pytest.raises((ConfigError, CorruptError), match=r"see token_enc|or its token_encoding_t"):
+        MdsTokens(folder, 257, "local")
+
+
+@pytest.mark.parametrize("bad", [257, 70_000, -1, -100, 1 << 33])
+@pytest.mark.parametrize("shard", [0, 1])
+def test_ids_outside_the_vocabulary_are_refused(tmp_path, bad, shard):
+    ids = np.arange(128).reshape(8, 16)
+    ids[4 * shard + 2, 3] = bad
+    samples = [[row.astype("<i8").tobytes()] for row in ids]
+    folder = write(tmp_path, [samples[:4], samples[4:]], ["tokens"], ["bytes"], [None])
+    with pytest.raises(
+        ConfigError,
+        match=rf"sample 2 of .*shard.0000{shard}.mds holds id {bad}, and the tokenizer has 257 ids",
+    ):
+        MdsTokens(folder, 257, "local")[64:80]
+
+
+def test_shards_of_several_dtypes(tmp_path):
+    """Each shard has the dtype that the index gives for it."""
+    wide = write(tmp_path / "w", [[[np.arange(4, dtype="<i8").tobytes()]]], ["tokens"],
+                 ["ndarray:int64:4"], [32])  # fmt: skip
+    narrow = write(tmp_path / "n", [[[np.arange(4, dtype="<u2").tobytes()]]], ["tokens"],
+                   ["ndarray:uint16:4"], [8])  # fmt: skip
+    entries = []
+    for folder in (wide, narrow):
+        index = json.loads((folder / "index.json").read_text())
+        index["shards"][0]["raw_data"]["basename"] = f"{folder.name}/shard.00000.mds"
+        entries += index["shards"]
+    (tmp_path / "index.json").write_text(json.dumps({"version": 2, "shards": entries}))
+    assert MdsTokens(tmp_path, 257, "local")[:].tolist() == [0, 1, 2, 3] * 2
+
+
+def test_every_flipped_bit_is_found_or_changes_no_text(tmp_path):
+    """Whatever the position, the texts are right, or the error is one sentence."""
+    rng = np.random.default_rng(0)
+    folder = text_shards(tmp_path)
+    index = json.loads((folder / "index.json").read_text())
+    for entry in index["shards"]:
+        raw = (folder / entry["raw_data"]["basename"]).read_bytes()
+        entry["raw_data"]["hashes"] = {"sha1": hashlib.sha1(raw).hexdigest()}
+    (folder / "index.json").write_text(json.dumps(index))
+    expected = read(folder)
+    for path in folder.iterdir():
+        sound = path.read_bytes()
+        for position in rng.integers(0, len(sound), 150).tolist():
+            changed = bytearray(sound)
+            changed[position] ^= 1 << int(rng.integers(8))
+            path.write_bytes(changed)
+            assert _refused(folder) or read(folder) == expected
+        path.write_bytes(sound)
+
+
+@pytest.mark.parametrize("column", ["tokens", "text"])
+def test_a_damaged_shard_without_hashes_is_one_sentence(tmp_path, column):
+    rng = np.random.default_rng(1)
+    samples = [[b"%05d" % i, b"%08d" % i] for i in range(20)]
+    folder = write(tmp_path, [samples], ["id", column], ["str", "bytes"], [None, None])
+    path = folder / "shard.00000.mds"
+    sound = path.read_bytes()
+    for position in rng.integers(0, len(sound), 200).tolist():
+        changed = bytearray(sound)
+        changed[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        _refused(folder, column)  # raises any other error
+    for size in range(0, len(sound), 20):
+        path.write_bytes(sound[:size])
+        assert _refused(folder, column)
+
+
+def _refused(folder, column="text") -> bool:
+    try:
+        if column == "tokens":
+            MdsTokens(folder, 1 << 20, "local", "uint8")[:]
+        else:
+            read(folder)
+    except (ConfigError, CorruptError) as error:
+        return "\n" not in str(error) or pytest.fail(str(error))
+    return False
+
+
+def test_text_that_is_not_utf_8_is_refused(tmp_path):
+    for encoding in ("str", "bytes"):
+        write(tmp_path, [[[b"a"], [b"\xff"]]], ["text"], [encoding], [None])
+        with pytest.raises(ConfigError, match=r"shard.00000.mds row 2 is not UTF-8 text"):
+            read(tmp_path)
+    write(tmp_path, [[[b"\xef\xbb\xbfone"], [b""]]], ["text"], ["str"], [None])
+    assert read(tmp_path) == [b"one"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"samples": -1}, r"shards.0.samples: Input should be greater than or equal to 0"),
+        ({"samples": "3"}, r"shards.0.samples: Input should be a valid integer"),
+        ({"samples": 2}, r"shard.00000.mds holds 3 samples, and its index says 2"),
+        ({"samples": 10**9}, r"shard.00000.mds holds 3 samples, and its index says 1000000000"),
+        ({"column_names": ["text", "id"]}, r"shard.00000.mds has column_names \['id', 'text'\]"),
+        ({"column_sizes": [8]}, r"column_names, column_encodings and column_sizes differ"),
+        ({"format": "json"}, r"shards.0.format: Input should be 'mds'"),
+    ],
+)
+def test_an_index_that_disagrees_with_its_shards(tmp_path, changes, said):
+    text_shards(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["shards"][0] |= changes
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises((ConfigError, CorruptError), match=said):
+        read(tmp_path)
+
+
+def test_an_index_that_is_nested_too_deep(tmp_path):
+    (tmp_path / "index.json").write_text("[" * 200_000)
+    with pytest.raises(ConfigError, match=r"is not an index of MDS shards: it is nested too deep"):
+        read(tmp_path)
+
+
+def test_the_folders_of_mosaicml_streaming(tmp_path):
+    """The committed folders were written by the tool itself; see make.py beside them."""
+    texts = [f"text {i}: " + "ü✓ " * (i % 5) for i in range(12)]
+    shutil.copytree(STREAMING, tmp_path, dirs_exist_ok=True)
+    for name in ("text", "text-gz", "text-zstd", "merged"):
+        if name == "text-zstd":
+            pytest.importorskip("zstandard")
+        assert read(tmp_path / name) == [text.encode() for text in texts]
+    for name in ("ids-ndarray", "ids-shaped", "ids-bytes"):
+        tokens = MdsTokens(tmp_path / name, 257, "local", "int32")
+        assert tokens.length == 8
+        assert len(tokens._readers) > 1
+        assert tokens[:].tolist() == list(range(96))
+
+
+def test_the_hashes_of_mosaicml_streaming_are_checked(tmp_path):
+    for folder in ("text", "merged"):
+        shutil.copytree(STREAMING / folder, tmp_path / folder)
+        shard = next(iter(sorted((tmp_path / folder).rglob("shard.00000.mds"))))
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        with pytest.raises(CorruptError, match=r"shard.00000.mds does not have the sha1 of its"):
+            read(tmp_path / folder)
+
+
+def test_new_folders_of_mosaicml_streaming(tmp_path):
+    streaming = pytest.importorskip("streaming")
+    with streaming.MDSWriter(out=str(tmp_path), columns={"text": "str"}) as writer:
+        writer.write({"text": "one"})
+    assert read(tmp_path) == [b"one"]

@@ -78,7 +78,9 @@ def _source_tokens(source: Source, tokenizer: Tokenizer, key: str) -> Tokens:
     if source.packed is not None:
         return _open_packed(source.packed, tokenizer, key)
     if source.local is not None and has_tokens(mds_folder(source), f"{key}.local"):
-        return MdsTokens(mds_folder(source), tokenizer.vocab_size, f"{key}.local")
+        return MdsTokens(
+            mds_folder(source), tokenizer.vocab_size, f"{key}.local", source.token_encoding_type
+        )
     return tokenize(read_documents(source, key), tokenizer, key)
 
 

@@ -33,7 +33,6 @@ DATASET = frozenset(
         "shuffle_algo",
         "shuffle_block_size",
         "shuffle_seed",
-        "token_encoding_type",
         "validate_hash",
     )
 )

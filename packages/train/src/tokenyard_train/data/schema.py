@@ -51,6 +51,8 @@ class StdlibLoader(Strict):
     dataset: StdlibDataset = StdlibDataset()
 
 
+EncodingType = Literal["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
 LOCATION_KEYS = ("path", "packed", "local", "hf_name")
 """The keys that locate text. A source sets exactly one of them."""
 
@@ -60,13 +62,14 @@ class Source(Strict):
 
     ignored: ClassVar[frozenset[str]] = foundry.DATASET
 
-    path: str | list[str] | None = None  # files and folders: text, .jsonl (.gz, .zst), .parquet
+    path: str | list[str] | None = None  # files and folders: text, JSON, .parquet
     packed: str | None = None  # output folder of tokenyard data pack
     local: str | None = None  # folder of MDS shards
     hf_name: str | None = None  # Hugging Face dataset: a folder, or a name on the hub
     split: str | None = None  # local: subfolder; hf_name: split of the dataset, default train
     streaming: bool = True  # hf_name: read while downloading
-    text_key: str = "text"  # column that holds the text, in .jsonl, .parquet, MDS and hf_name
+    text_key: str = "text"  # column that holds the text, in JSON, .parquet, MDS and hf_name
+    token_encoding_type: EncodingType = "int64"  # local: dtype of ids in a column of bytes
     suffixes: list[str] = [
         # file suffixes to read from folders
         ".txt",

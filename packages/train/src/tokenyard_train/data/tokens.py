@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from tokenyard import ConfigError, TokenyardError
 
-Ids = NDArray[np.unsignedinteger[Any]]
-"""Token ids, uint16 or uint32."""
+Ids = NDArray[np.integer[Any]]
+"""Token ids: uint16 or uint32, or the dtype of another tool's file."""
 
 FORMAT = 1
 BLOCK_BYTES = 1 << 20  # tokens.bin is hashed in blocks of this size
@@ -39,6 +39,17 @@ class Tokens(Protocol):
 def ids_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the narrowest little-endian dtype for a vocabulary: uint16 or uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def check_ids(ids: Ids, vocab_size: int, location: str, hint: str = "") -> None:
+    """Raise ConfigError if an id is outside the vocabulary. `hint` names what else may be wrong."""
+    low = int(ids.min(initial=0))
+    high = int(ids.max(initial=0))
+    if low < 0 or high >= vocab_size:
+        raise ConfigError(
+            f"{location} holds id {low if low < 0 else high}, and the tokenizer has {vocab_size} "
+            f"ids; name the tokenizer that made the ids{hint}"
+        )
 
 
 class CorruptError(TokenyardError):
