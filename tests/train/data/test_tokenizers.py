@@ -162,3 +162,84 @@ def test_the_option_of_data_pack():
         name="some/folder", eos_token="</s>"
     )
     assert parse_tokenizer("tiktoken:cl100k_base", None).kwargs.encoding_name == "cl100k_base"
+
+
+def changed(folder: Path, tmp_path: Path, **changes: object) -> TokenizerConfig:
+    """Return the config of a copy of a folder's tokenizer.json with changed keys."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"] |= changes.pop("model", {})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | changes))
+    return TokenizerConfig(name=str(tmp_path), eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst",
+                        "stride": 0}},
+        {"padding": {"strategy": {"Fixed": 5000}, "direction": "Left", "pad_to_multiple_of": None,
+                     "pad_id": 0, "pad_type_id": 0, "pad_token": "</s>"}},
+        {"model": {"dropout": 0.9}},
+    ],
+    ids=["truncation", "padding", "dropout"],
+)  # fmt: skip
+def test_what_training_left_in_a_tokenizer_is_off(folder, tmp_path, state):
+    plain = build_tokenizer(TokenizerConfig(name=str(folder)))
+    tokenizer = build_tokenizer(changed(folder, tmp_path, **state))
+    assert tokenizer.encode(TEXT.encode()).tolist() == plain.encode(TEXT.encode()).tolist()
+
+
+@pytest.mark.parametrize("size", [4_000_000_000, -1, "a", 1 << 70])
+def test_an_id_far_beyond_the_vocabulary_is_refused(folder, tmp_path, size):
+    vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    with pytest.raises(
+        ConfigError, match=rf"is not a tokenizer: it has \d+ tokens, and one .*{size}"
+    ):
+        build_tokenizer(changed(folder, tmp_path, model={"vocab": vocab | {"zz": size}}))
+    added = [{"id": size, "content": "zz", "special": True}]
+    with pytest.raises(ConfigError, match=r"is not a tokenizer: it has \d+ tokens"):
+        build_tokenizer(changed(folder, tmp_path, added_tokens=added))
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b"\xff", b"5", b"{}", b'{"model": 5}', b""])
+def test_a_file_that_is_no_tokenizer(tmp_path, content):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"tokenizer.json is not a tokenizer: "):
+        build_tokenizer(TokenizerConfig(name=str(tmp_path), eos_token="</s>"))
+
+
+def test_an_empty_vocabulary(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"has no token '</s>'; give tokenizer.eos_token"):
+        build_tokenizer(TokenizerConfig(name=str(tmp_path), eos_token="</s>"))
+
+
+@pytest.mark.parametrize("config", ['{"eos_token": 5}', '{"eos_token": {"content": [1]}}'])
+def test_an_end_token_that_is_no_text(folder, tmp_path, config):
+    changed(folder, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json has the eos_token .*, which is"):
+        build_tokenizer(TokenizerConfig(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("i", [-1, 0, 262, 99_999_999_999, 1 << 70])
+def test_a_special_id_that_cannot_be(ranks, i):
+    with pytest.raises(
+        ConfigError, match=rf"gives '<|endoftext|>' the id {i}; .*the next free id is 263"
+    ):
+        build_tokenizer(tiktoken(ranks, special_tokens={"<|endoftext|>": i}))
+
+
+def test_a_pattern_that_is_no_regular_expression(ranks):
+    with pytest.raises(ConfigError, match=r"or the pattern is no regular expression: "):
+        build_tokenizer(tiktoken(ranks, pattern="("))
+
+
+def test_ids_without_a_token_have_no_text(tokenizer):
+    """Padded rows of the embedding, holes, and ids of any other vocabulary."""
+    ids = tokenizer.encode(b"text").tolist()
+    odd = [tokenizer.vocab_size, tokenizer.vocab_size + 999, 99_999, 2**31, -1, -100]
+    assert tokenizer.decode([*odd, *ids, tokenizer.end, *odd]) == "text"
+    assert build_tokenizer(TokenizerConfig()).decode([*odd, *b"text", 256, 257]) == "text"

@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokenyard import ConfigError
+from tokenyard_train.data.sources.text import parse_json
 from tokenyard_train.data.tokens import Ids, ids_dtype
 from tokenyard_train.optional import require
+
+_MOST_UNUSED_IDS = 1 << 16  # ids without a token that any vocabulary may have
 
 
 class HfTokenizer:
     """A tokenizer.json, given by its path or its folder.
 
     The end-of-document token is `eos_token`, or else the eos_token of the tokenizer_config.json
-    beside the file. Raises ConfigError if the file is unusable or no such token exists.
+    beside the file. Truncation, padding and dropout that the file names are off. Raises ConfigError
+    if the file is unusable or no such token exists.
     """
 
     def __init__(self, name: str, eos_token: str | None):
         path = _tokenizer_file(Path(name))
         tokenizers = require("tokenizers", f"tokenizer.name {name!r}", "tokenyard-train[data]")
-        content = path.read_bytes()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            content = path.read_bytes()
+            self._tokenizer = tokenizers.Tokenizer.from_str(_without_training_state(content))
         except Exception as error:  # the library raises bare Exceptions
             raise ConfigError(
                 f"tokenizer.name {name!r}: {path} is not a tokenizer: {error}"
             ) from None
         eos = eos_token or _configured_eos(path)
-        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self.end = self._end_id(name, eos)
         self.identity = f"tokenizer.json {hashlib.sha256(content).hexdigest()} {eos}"
         self._special = {
@@ -50,8 +55,9 @@ class HfTokenizer:
         return np.array(encoding.ids, dtype=self._dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Return the text of ids, without special tokens and ids that have no token."""
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return str(self._tokenizer.decode(known, skip_special_tokens=True))
 
     def bytes_in(self, ids: Ids) -> int:
         """Return the number of text bytes that the ids represent.
@@ -90,6 +96,35 @@ class HfTokenizer:
         return sizes
 
 
+def _without_training_state(content: bytes) -> str:
+    """Return a tokenizer.json without truncation, padding and dropout.
+
+    A tool that trained a model leaves them in the file. Raises ValueError if the file is not a
+    tokenizer, or if an id is so large that the library would run out of memory.
+    """
+    tokenizer = parse_json(content)
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
+        raise ValueError("it is no JSON object with a model")
+    ids = list(_ids(tokenizer))
+    bound = 2 * len(ids) + _MOST_UNUSED_IDS
+    if wrong := next((i for i in ids if not isinstance(i, int) or not 0 <= i < bound), None):
+        raise ValueError(f"it has {len(ids)} tokens, and one has id {wrong}")
+    if "dropout" in tokenizer["model"]:
+        tokenizer["model"]["dropout"] = None
+    return json.dumps(tokenizer | {"truncation": None, "padding": None})
+
+
+def _ids(tokenizer: dict[str, Any]) -> Iterator[Any]:
+    """Yield the ids that a parsed tokenizer.json gives. A list of tokens gives positions."""
+    vocabulary = tokenizer["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.values()
+    elif isinstance(vocabulary, list):
+        yield from range(len(vocabulary))
+    for added in tokenizer.get("added_tokens") or []:
+        yield added.get("id") if isinstance(added, dict) else None
+
+
 def _tokenizer_file(path: Path) -> Path:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -106,9 +141,15 @@ def _configured_eos(path: Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-    except (ValueError, AttributeError):
+        eos = parse_json(config.read_bytes()).get("eos_token")
+    except (OSError, ValueError, AttributeError):
         raise ConfigError(
             f"{config} is not a JSON object; fix it, or give tokenizer.eos_token"
         ) from None
-    return eos.get("content") if isinstance(eos, dict) else eos
+    token = eos.get("content") if isinstance(eos, dict) else eos
+    if token is not None and not isinstance(token, str):
+        raise ConfigError(
+            f"{config} has the eos_token {token!r}, which is no text; fix it, or give "
+            "tokenizer.eos_token"
+        )
+    return token

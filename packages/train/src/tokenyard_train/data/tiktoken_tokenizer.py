@@ -14,6 +14,7 @@ from tokenyard_train.data.schema import TiktokenKwargs
 from tokenyard_train.data.tokens import Ids, ids_dtype
 from tokenyard_train.optional import require
 
+_MOST_UNUSED_IDS = 1 << 16  # ids without a token that any vocabulary may have
 _END = "<|endoftext|>"  # ends a document
 
 
@@ -34,6 +35,7 @@ class TiktokenTokenizer:
         self.vocab_size: int = self._encoding.max_token_value + 1
         self.identity = f"tiktoken {_digest(self._encoding)}"
         self._dtype = ids_dtype(self.vocab_size)
+        self._text_ids = frozenset(self._encoding._mergeable_ranks.values())
         self._sizes = _byte_sizes(self._encoding, self.vocab_size)
 
     def encode(self, text: bytes) -> Ids:
@@ -41,10 +43,9 @@ class TiktokenTokenizer:
         return np.array(self._encoding.encode_ordinary(text.decode("utf-8")), dtype=self._dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without special tokens."""
-        special = set(self._encoding._special_tokens.values())
+        """Return the text of ids, without special tokens and ids that have no token."""
         return str(
-            self._encoding.decode([int(i) for i in ids if i not in special], errors="replace")
+            self._encoding.decode([int(i) for i in ids if i in self._text_ids], errors="replace")
         )
 
     def bytes_in(self, ids: Ids) -> int:
@@ -69,16 +70,32 @@ def _from_file(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
         )
     try:
         ranks = load_tiktoken_bpe(str(path))
+        _check_special_ids(kwargs.special_tokens, ranks)
         return tiktoken.Encoding(
             path.name,
             pat_str=kwargs.pattern,
             mergeable_ranks=ranks,
             special_tokens=kwargs.special_tokens,
         )
-    except (ValueError, AssertionError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises errors of many types, panics included
         raise ConfigError(
-            f"tokenizer.kwargs.file: {path} is not a file of ranks: {error}"
+            f"tokenizer.kwargs.file: {path} is not a file of ranks, or the pattern is no regular "
+            f"expression: {error}"
         ) from None
+
+
+def _check_special_ids(special: dict[str, int], ranks: dict[bytes, int]) -> None:
+    """Raise ConfigError for an id that is negative, taken, or far beyond the vocabulary."""
+    used = set(ranks.values())
+    bound = 2 * (len(used) + len(special)) + _MOST_UNUSED_IDS
+    for token, i in special.items():
+        if not 0 <= i < bound or i in used:
+            raise ConfigError(
+                f"tokenizer.kwargs.special_tokens gives {token!r} the id {i}; the file has "
+                f"{len(used)} ranks, so the next free id is {max(used, default=-1) + 1}"
+            )
 
 
 def _by_name(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:

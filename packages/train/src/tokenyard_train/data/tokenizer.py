@@ -23,7 +23,10 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids. Invalid UTF-8 becomes a replacement character."""
+        """Return the text of ids. Invalid UTF-8 becomes a replacement character.
+
+        Special tokens and ids that have no token, such as padded ones, have no text.
+        """
         ...
 
     def bytes_in(self, ids: Ids) -> int:
@@ -44,7 +47,7 @@ class BytesTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
     def bytes_in(self, ids: Ids) -> int:
         """Return the number of ids that are bytes."""
