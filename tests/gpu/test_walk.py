@@ -1,7 +1,7 @@
-"""Every command once, as a user types it, in the order of the docs: from ``backends`` to a model made of another one.
+"""Every command once, as a user types it, in the order of the docs.
 
-Each runs in a process of its own, on a GPU by every name that a device has, or on a CPU in the long suite, so that
-the walk itself is tried where there is no GPU. A class is one walk: its tests build upon each other.
+Each command runs in its own process: on a GPU with every name that a device has, and on a CPU in
+the long suite. A class is one walk: its tests depend on each other.
 """
 
 import json

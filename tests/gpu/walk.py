@@ -50,7 +50,7 @@ class Walk:
         return f"run_name={name}", f"save_folder={name}", f"device={self.device}"
 
     def interrupted(self, *command: object, after: int, number: int) -> tuple[int, str]:
-        """Start a command, send it a signal once the run `name` has taken so many steps; return code and output."""
+        """Start a command, and signal it `after` steps of the run; return code and output."""
         metrics = self.folder / str(command[-1]) / "metrics.jsonl"
         process = subprocess.Popen(
             self._command(command[:-1]),

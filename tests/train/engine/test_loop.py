@@ -1,4 +1,4 @@
-"""Whole runs, small: what they write and print, and that a killed one ends as if it had not been."""
+"""Small whole runs: their output, and that a killed run ends like an undisturbed one."""
 
 import json
 import os
@@ -185,7 +185,7 @@ def test_generation_needs_a_run_and_room(config, console, tmp_path):
 
 
 class TestKilled:
-    """SIGKILL at a random step, then autoresume: weights, optimizer and metrics as if nothing had happened."""
+    """SIGKILL at a random step, then autoresume, ends like an undisturbed run."""
 
     BATCHES = 14
 
@@ -307,7 +307,7 @@ def test_equal_runs_are_asked_of_torch_only_while_training(config, console):
 
 
 def test_what_cannot_be_repeated_is_refused_by_name(config, console, monkeypatch):
-    """kthvalue has a gradient by atomics on a GPU; on a CPU its words are torch's, raised by hand."""
+    """kthvalue's gradient uses atomics on a GPU. On a CPU the test raises torch's error itself."""
 
     class Atomics(Callback):
         def batch_end(self, run, record):

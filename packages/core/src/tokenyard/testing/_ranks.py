@@ -89,7 +89,8 @@ _PRELOADED = ["tokenyard.testing._over_ranks", "torch.distributed.fsdp"]
 def preload(*modules: str) -> None:
     """Import more modules in the server that ranks are forked from: once, instead of once a rank.
 
-    Call this before the first Ranks of the process. The modules must not start threads or use a GPU.
+    Call this before the first Ranks of the process. The modules must not start threads or use a
+    GPU.
     """
     _PRELOADED.extend(modules)
 

@@ -13,7 +13,10 @@ from tokenyard_train.torch_private import keep_compiler_out_of_optimizers
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, bit for bit, without importing the compiler. One dtype for all parameters."""
+    """torch's fused AdamW, bit for bit, without importing the compiler.
+
+    All parameters have one dtype.
+    """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -25,7 +25,7 @@ from tokenyard_train.records.metrics import Metrics
 
 
 def resume(setup: Setup, metrics: Metrics) -> Position:
-    """With `autoresume`, load the newest good checkpoint of the run's folder and return its position.
+    """With `autoresume`, load the newest good checkpoint of the run's folder; return its position.
 
     `metrics` are cut back to that position. Raises CheckpointError if the config disagrees with
     the checkpoint's.

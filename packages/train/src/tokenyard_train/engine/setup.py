@@ -109,7 +109,7 @@ def epoch_batches(config: TrainConfig, data: Data) -> int:
 
 
 def _prepare_kernels(config: TrainConfig, model: Model) -> None:
-    """Compile what the first step will launch. All MoE layers of a model launch the same kernels."""
+    """Compile the kernels of the first step. All MoE layers of a model launch the same ones."""
     layers = moe_layers(model)
     if layers and config.device.startswith("cuda"):
         layers[0].prepare(int(config.device_train_microbatch_size) * config.max_seq_len)
