@@ -1,12 +1,16 @@
 """The kit fails for deliberately wrong backends, with a message that names the fault."""
 
+from typing import ClassVar
+
 import pytest
 import torch
+from torch import nn
 
-from tokenyard import Backend, Registry, hookimpl
+from tokenyard import AuxiliaryLoss, Backend, Model, Output, Registry, SavedBytes, hookimpl
+from tokenyard.draw import draw_normal
 from tokenyard.experts import TorchExperts
 from tokenyard.registry import Plugin
-from tokenyard.testing import ExpertsConformance
+from tokenyard.testing import ExpertsConformance, ModelConformance
 
 from .wrong_kernels import (
     BreaksTheGraph,
@@ -165,3 +169,91 @@ def test_a_backend_that_is_not_installed_fails_with_the_error_of_the_registry():
 
     with pytest.raises(pytest.fail.Exception, match=r"'torhc' is unknown \(did you mean 'torch'"):
         Kit().test_inputs_are_not_mutated()
+
+
+class Complete(Model):
+    """The smallest model: an embedding that is also the head."""
+
+    def __init__(self, config, **placement):
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        self.vocab_size = 7
+        self.max_seq_len = 16
+        self.auxiliary = AuxiliaryLoss()
+        self.embed = nn.Embedding(7, 4, dtype=torch.float64)
+
+    def forward(self, ids, cache=None):
+        return Output(self.embed(ids) @ self.embed.weight.T, ())
+
+    def new_cache(self, batch, length):
+        return None
+
+    def init_weights(self, seed):
+        draw_normal(self.embed.weight, seed, "embed.weight", 1.0)
+
+    def flops_per_token(self, seq_len):
+        return 2 * 7 * 4
+
+    def saved_bytes_per_token(self, seq_len, width):
+        return SavedBytes((), 0, 4 * width)
+
+
+class WithoutCache(Complete):
+    new_cache = Model.new_cache
+
+
+class WithoutLength(Complete):
+    def __init__(self, config, **placement):
+        super().__init__(config, **placement)
+        del self.max_seq_len
+
+
+class NoModel(nn.Module):
+    pass
+
+
+class CountsTheLookup(Complete):
+    def flops_per_token(self, seq_len):
+        return 2 * super().flops_per_token(seq_len)
+
+
+def model_conformance(model: type) -> ModelConformance:
+    class Offer:
+        load = staticmethod(lambda: model)
+
+    class Kit(ModelConformance):
+        backend = "acme"
+        config: ClassVar[dict] = {}
+
+        def offered(self):
+            return Offer
+
+        def construct(self, *args, workload=None, **kwargs):
+            return model(*args, **kwargs)
+
+    return Kit()
+
+
+def test_a_complete_model_passes():
+    kit = model_conformance(Complete)
+    kit.test_is_complete()
+    kit.test_flops_are_counted()
+    kit.test_initialised_alike_from_meta()
+
+
+@pytest.mark.parametrize(
+    ("model", "complaint"),
+    [
+        (WithoutCache, "acme: the model lacks new_cache; see tokenyard.Model"),
+        (WithoutLength, "acme: the constructor must set `max_seq_len`, of type int; it is None"),
+        (NoModel, "acme: derive the class from tokenyard.Model"),
+    ],
+)
+def test_a_part_that_a_model_lacks_is_named(model, complaint):
+    with pytest.raises(pytest.fail.Exception, match=complaint):
+        model_conformance(model).test_is_complete()
+
+
+def test_flops_that_are_not_computed_are_caught():
+    with pytest.raises(AssertionError):
+        model_conformance(CountsTheLookup).test_flops_are_counted()

@@ -14,7 +14,7 @@ from tokenyard.backend import Kind
 from tokenyard.errors import ConfigError, did_you_mean
 from tokenyard.experts import Experts
 from tokenyard.feed_forward import FeedForward
-from tokenyard.interfaces import Routing
+from tokenyard.interfaces import Router, Routing
 from tokenyard.registry import BackendChoice, Registry, Request, default_registry
 from tokenyard.workload import Workload
 
@@ -65,7 +65,7 @@ class MoE(nn.Module):
         self.workload = workload
         self.chosen = _choose_parts(workload, backends or {}, registry or default_registry())
         with _parameter_defaults(workload.device, dtype):
-            self.router = self.chosen["router"].construct(workload)
+            self.router: Router = self.chosen["router"].construct(workload)
             permutation = self.chosen["permutation"].construct(workload)
             kernel = self.chosen["experts"].construct(workload, permutation)
             exchange = self.chosen["exchange"].construct(workload, permutation, group)
@@ -105,7 +105,7 @@ class MoE(nn.Module):
         A backend compiles its kernels in the optional method ``prepare(tokens)``. A backend without
         this method compiles them in its first call.
         """
-        parts = (self.router, self.experts.permutation, self.experts.kernel)
+        parts: tuple[Any, ...] = (self.router, self.experts.permutation, self.experts.kernel)
         methods = [part.prepare for part in parts if hasattr(part, "prepare")]
         with ThreadPoolExecutor(len(parts)) as pool:
             for prepared in [pool.submit(method, tokens) for method in methods]:

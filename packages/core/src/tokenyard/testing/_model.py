@@ -49,7 +49,7 @@ class ModelConformance(Conformance):
             if not isinstance(value, kind):
                 pytest.fail(
                     f"{self.backend}: the constructor must set `{name}`, "
-                    f"a {kind.__name__}; it is {value!r}"
+                    f"of type {kind.__name__}; it is {value!r}"
                 )
 
     def test_logits_and_balances(self) -> None:

@@ -34,6 +34,17 @@ class StrategyConformance(Conformance):
         y.sum().backward()
         assert all(p.grad is not None for p in model.parameters())
 
+    def test_describes_the_layout(self) -> None:
+        """The report is the same before and after allocation, with mesh sizes of at least 1."""
+        strategy = self._strategy()
+        with torch.device("meta"):
+            model = strategy.layout(Net(Workload(8, 12, 4, 2, device=self.run_device())))
+        report = strategy.describe(model)
+        sizes = [size for mesh in report.meshes.values() for size in mesh.values()]
+        assert all(size >= 1 for size in sizes)
+        assert report.working_set >= 0
+        assert strategy.describe(model.to_empty(device=self.run_device())) == report
+
     def test_data_rank(self) -> None:
         """In one process, `data` is (0, 1) and `reduce` returns its input."""
         strategy = self._strategy()
