@@ -90,7 +90,7 @@ class LayerPartConformance(Conformance):
         def fail(*arguments: Any) -> Any:
             pytest.fail("the backend was called")
 
-        layer.router.forward = fail
+        layer.router.forward = fail  # type: ignore[attr-defined]
         layer.experts.permutation = SimpleNamespace(plan=fail)  # type: ignore[assignment]
         layer.experts.kernel = fail  # type: ignore[assignment]
         with pytest.raises(BackendError, match=message):
