@@ -1,4 +1,4 @@
-"""Lets tests, and the processes that they start, import the modules beside them."""
+"""Put this folder on the import path of its tests."""
 
 import sys
 from pathlib import Path
