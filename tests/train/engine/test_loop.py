@@ -1,4 +1,4 @@
-"""Small whole runs: their output, and that a killed run ends like an undisturbed one."""
+"""Small whole runs: files, output, signals, and a killed run that resumes to the same end."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from tokenyard_train.checkpoint import CheckpointError, read_meta
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.commands.train import train
+from tokenyard_train.config import read_config
 from tokenyard_train.engine import signals as stopping
 from tokenyard_train.engine.signals import Stopped
 from tokenyard_train.records.metrics import TIMINGS
@@ -44,7 +45,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def tensors(checkpoint: Path) -> dict[str, bytes]:
-    """The bits of every tensor; the files' headers have no fixed order."""
+    """Return the bytes of every tensor. The headers of the files have no fixed order."""
     return {
         name: tensor.numpy().tobytes()
         for shard in checkpoint.glob("*.safetensors")
@@ -52,33 +53,22 @@ def tensors(checkpoint: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_leaves_metrics_checkpoints_pictures_and_a_summary(config, console):
+def test_a_run_writes_metrics_checkpoints_pictures_and_a_summary(config, console):
     result = train(config(**WHOLE), console)
-    found = records(result.folder)
-    assert [r["kind"] for r in found] == [
-        "baselines",
-        *["train"] * 3,
-        "eval",
-        *["train"] * 3,
-        "eval",
-    ]
-    assert [r["batch"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert found[-1]["bits_per_byte"] == result.bits_per_byte < found[4]["bits_per_byte"]
-    assert len(found[1]["load"]) == 2
-    assert sorted(p.name for p in result.folder.iterdir()) == [
-        "ba4",
-        "ba6",
-        "experts.png",
-        "loss.png",
-        "metrics.jsonl",
-    ]
-    assert all(
-        (result.folder / name).read_bytes()[:4] == b"\x89PNG"
-        for name in ("loss.png", "experts.png")
-    )
+    lines = records(result.folder)
+    half = ["train"] * 3 + ["eval"]
+    assert [r["kind"] for r in lines] == ["baselines", *half, *half]
+    assert [r["batch"] for r in lines if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["bits_per_byte"] == result.bits_per_byte < lines[4]["bits_per_byte"]
+    assert len(lines[1]["load"]) == 2
+    pictures = ["experts.png", "loss.png"]
+    names = sorted(path.name for path in result.folder.iterdir())
+    assert names == ["ba4", "ba6", *pictures, "metrics.jsonl"]
+    for name in pictures:
+        assert (result.folder / name).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_what_a_run_prints(config, capsys):
+def test_output_of_a_run(config, capsys):
     train(config(**WHOLE), Console(width=140))
     printed = capsys.readouterr().out
     for part in (
@@ -95,9 +85,8 @@ def test_what_a_run_prints(config, capsys):
 
 def test_tokens_per_second_and_flops_agree(config, console):
     result = train(config(), console)
-    lines = [
-        json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()
-    ]
+    text = (result.folder / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     per_token = {
         round(r["flops_per_s"] * 96 / (r["tokens_per_s"] * 96))
         for r in lines
@@ -111,18 +100,16 @@ def test_a_dense_model_trains_too(config, console):
     assert train(config(model=model), console).bits_per_byte > 0
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten_unless_asked(config, console):
+def test_save_overwrite_is_needed_to_replace_a_run(config, console):
     first = train(config(), console)
-    with pytest.raises(
-        ConfigError,
-        match="holds a run already; set autoresume: true to go on with it, save_overwrite",
-    ):
+    sentence = "holds a run already; set autoresume: true to go on with it, save_overwrite"
+    with pytest.raises(ConfigError, match=sentence):
         train(config(), console)
     assert train(config(save_overwrite=True), console).train_loss == first.train_loss
     assert len(records(first.folder)) == 7
 
 
-def test_a_finished_run_resumed_changes_nothing(config, console):
+def test_resuming_a_finished_run_changes_nothing(config, console):
     first = train(config(**WHOLE), console)
     before = records(first.folder)
     assert train(config(**WHOLE, autoresume=True), console).bits_per_byte == first.bits_per_byte
@@ -152,7 +139,9 @@ def test_a_finished_run_resumed_changes_nothing(config, console):
         ),
     ],
 )
-def test_mistakes_end_before_anything_is_written(config, console, tmp_path, changes, sentence):
+def test_mistakes_are_found_before_anything_is_written(
+    config, console, tmp_path, changes, sentence
+):
     if sentence is None:
         assert train(config(**changes), console).batches == 1
         return
@@ -168,79 +157,76 @@ def test_generation_from_a_run_is_repeatable_by_seed(config, console):
         options = GenerateOptions(folder, ["2 times"], 12, temperature, seed)
         return generate(options)[0]
 
-    first, again, other = (text(1.0, seed) for seed in (1, 1, 2))
-    assert first == again != other
+    assert text(1.0, 1) == text(1.0, 1) != text(1.0, 2)
     greedy = {text(0.0, seed) for seed in (1, 2)}
     assert len(greedy) == 1
 
 
-def test_generation_needs_a_run_and_room(config, console, tmp_path):
+def test_generation_needs_a_run_and_a_short_prompt(config, console, tmp_path):
     with pytest.raises(ConfigError, match="holds no checkpoint; give the folder of a run"):
         generate(GenerateOptions(tmp_path / "nothing", ["x"]))
     folder = train(config(), console).folder
-    with pytest.raises(
-        ConfigError, match="the prompt has 24 tokens and the model's max_seq_len is 24"
-    ):
+    sentence = "the prompt has 24 tokens and the model's max_seq_len is 24"
+    with pytest.raises(ConfigError, match=sentence):
         generate(GenerateOptions(folder, ["x" * 24]))
 
 
-class TestKilled:
-    """SIGKILL at a random step, then autoresume, ends like an undisturbed run."""
+@pytest.fixture
+def one_thread():
+    """Compute with one thread, as the process of `killed_run` does, so that results are equal."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
-    BATCHES = 14
 
-    def start(self, path: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "tokenyard_train", "train", str(path)]
-        return subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+def killed_run(settings: dict, folder: Path, lines: int) -> None:
+    """Train in a subprocess; send SIGKILL once the metrics file has so many lines."""
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(settings | {"save_folder": str(folder)}))
+    metrics = folder / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokenyard_train", "train", str(config)],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= lines:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    with metrics.open("a") as file:
+        file.write('{"kind": "tra')  # a line that the kill cut short
 
-    def config(self, settings: dict, tmp_path: Path, name: str) -> Path:
-        jitter = MODEL | {
-            "ffn_config": MODEL["ffn_config"]
-            | {"moe_jitter_eps": 0.05, "moe_bias_update_rate": 0.01}
-        }
-        changes = {
-            "model": jitter,
-            "max_duration": f"{self.BATCHES}ba",
-            "save_interval": "3ba",
-            "autoresume": True,
-        }
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(
-            yaml.safe_dump(settings | WHOLE | changes | {"save_folder": str(tmp_path / name)})
-        )
-        return path
 
-    def test_ends_bit_identical_to_an_undisturbed_run(self, settings, tmp_path):
-        undisturbed = self.start(self.config(settings, tmp_path, "undisturbed"))
-        assert undisturbed.wait(timeout=120) == 0
-        path = self.config(settings, tmp_path, "killed")
-        metrics = tmp_path / "killed" / "metrics.jsonl"
-        at = random.randrange(
-            2, self.BATCHES + 2
-        )  # lines, the baselines' and evaluations' included
-        process = self.start(path)
-        while process.poll() is None and (
-            not metrics.exists() or metrics.read_text().count("\n") < at
-        ):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
-        with metrics.open("a") as file:
-            file.write('{"kind": "tra')  # a line cut short by the kill
-        assert self.start(path).wait(timeout=120) == 0
-        assert records(tmp_path / "killed") == records(tmp_path / "undisturbed")
-        ends = [tmp_path / name / f"ba{self.BATCHES}" for name in ("killed", "undisturbed")]
-        assert tensors(ends[0]) == tensors(ends[1])
-        assert read_meta(ends[0])["optimizer_steps"] == read_meta(ends[1])["optimizer_steps"]
+def test_a_killed_run_resumes_to_the_same_end(settings, console, tmp_path, one_thread):
+    """Weights, optimizer state and metrics are bit-identical to those of a run without the kill."""
+    batches = 14
+    routing = {"moe_jitter_eps": 0.05, "moe_bias_update_rate": 0.01}
+    settings |= WHOLE | {
+        "model": MODEL | {"ffn_config": MODEL["ffn_config"] | routing},
+        "max_duration": f"{batches}ba",
+        "save_interval": "3ba",
+        "autoresume": True,
+    }
+    killed = tmp_path / "killed"
+    whole = tmp_path / "whole"
+    # Any step: the file also has the lines of the baselines and of evaluations.
+    killed_run(settings, killed, lines=random.randrange(2, batches + 2))
+    for folder in (killed, whole):
+        train(read_config(settings | {"save_folder": str(folder)}), console)
+    assert records(killed) == records(whole)
+    ends = [folder / f"ba{batches}" for folder in (killed, whole)]
+    assert tensors(ends[0]) == tensors(ends[1])
+    assert read_meta(ends[0])["optimizer_steps"] == read_meta(ends[1])["optimizer_steps"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_stops_a_run_after_the_step_with_what_it_has_done_saved(config, console, number):
-    """A launcher may pass on what the rank got itself; that is one request."""
+def test_a_signal_stops_a_run_after_the_step_and_saves(config, console, number):
+    """A launcher may forward a signal that the rank also received. Both are one request."""
 
-    class Ask(Callback):
+    class SendTwice(Callback):
         def batch_end(self, run, record):
             if run.batch == 2:
                 os.kill(os.getpid(), number)
@@ -248,20 +234,20 @@ def test_a_signal_stops_a_run_after_the_step_with_what_it_has_done_saved(config,
 
     before = signal.getsignal(number)
     with pytest.raises(Stopped, match="after batch 3 of 6, which is saved"):
-        train(config(), console, [Ask()])
+        train(config(), console, [SendTwice()])
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(config, console):
-    """As ``nohup`` does for SIGHUP."""
+def test_an_ignored_signal_stays_ignored(config, console):
+    """``nohup`` ignores SIGHUP for its command."""
 
-    class Ask(Callback):
+    class Send(Callback):
         def batch_end(self, run, record):
             os.kill(os.getpid(), signal.SIGHUP)
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert train(config(), console, [Ask()]).batches == 6
+        assert train(config(), console, [Send()]).batches == 6
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -271,7 +257,7 @@ def test_a_second_request_ends_a_run_at_once(config, console, monkeypatch):
     monkeypatch.setattr(stopping, "_SAME_REQUEST", 0.005)
     monkeypatch.setattr(stopping.signal, "raise_signal", ended.append)
 
-    class Ask(Callback):
+    class SendTwice(Callback):
         def batch_end(self, run, record):
             if run.batch == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -279,35 +265,35 @@ def test_a_second_request_ends_a_run_at_once(config, console, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped):
-        train(config(), console, [Ask()])
+        train(config(), console, [SendTwice()])
     assert ended == [signal.SIGTERM]
 
 
-def test_a_run_is_called_trained_only_when_its_last_checkpoint_verifies(config, capsys):
-    class Spoil(Callback):
+def test_the_summary_is_printed_only_if_the_last_checkpoint_verifies(config, capsys):
+    class Corrupt(Callback):
         def saved(self, run, checkpoint):
             shard = next(checkpoint.glob("*.safetensors"))
             shard.write_bytes(shard.read_bytes()[:-1] + b"?")
 
     with pytest.raises(CheckpointError, match="was changed since it was saved"):
-        train(config(), Console(width=140), [Spoil()])
+        train(config(), Console(width=140), [Corrupt()])
     assert "trained for" not in capsys.readouterr().out
 
 
-def test_equal_runs_are_asked_of_torch_only_while_training(config, console):
-    """`deterministic_mode` is Composer's name for it."""
+def test_deterministic_algorithms_are_on_only_while_training(config, console):
+    """`deterministic_mode` is Composer's name of `deterministic`."""
 
-    class Look(Callback):
+    class Check(Callback):
         def batch_end(self, run, record):
             assert torch.are_deterministic_algorithms_enabled()
             assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
-    train(config(deterministic_mode=True), console, [Look()])
+    train(config(deterministic_mode=True), console, [Check()])
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_cannot_be_repeated_is_refused_by_name(config, console, monkeypatch):
-    """kthvalue's gradient uses atomics on a GPU. On a CPU the test raises torch's error itself."""
+def test_a_nondeterministic_operator_is_named(config, console, monkeypatch):
+    """On a GPU the gradient of kthvalue uses atomics. Here a callback raises torch's error."""
 
     class Atomics(Callback):
         def batch_end(self, run, record):
@@ -316,13 +302,10 @@ def test_what_cannot_be_repeated_is_refused_by_name(config, console, monkeypatch
                 "'torch.use_deterministic_algorithms(True)'."
             )
 
-    with pytest.raises(
-        ConfigError,
-        match="no deterministic implementation of kthvalue CUDA here; change what uses it",
-    ):
+    sentence = "no deterministic implementation of kthvalue CUDA here; change what uses it"
+    with pytest.raises(ConfigError, match=sentence):
         train(config(deterministic=True), console, [Atomics()])
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    with pytest.raises(
-        ConfigError, match="CUBLAS_WORKSPACE_CONFIG is ':0:0'; unset it, or give :4096:8"
-    ):
+    sentence = "CUBLAS_WORKSPACE_CONFIG is ':0:0'; unset it, or give :4096:8"
+    with pytest.raises(ConfigError, match=sentence):
         train(config(deterministic=True), console)
