@@ -20,7 +20,7 @@ MODEL = {
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """A folder with some hundred lines of text that is worth predicting."""
+    """A folder with 240 lines of predictable text."""
     folder = tmp_path / "text"
     folder.mkdir()
     for name, step in (("a.txt", 3), ("b.txt", 7)):
@@ -49,19 +49,19 @@ def settings(text: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def config(settings: dict[str, Any]) -> Callable[..., TrainConfig]:
-    """Build a resolved config of `settings` with some keys replaced."""
+    """Build a resolved config from `settings` with some keys replaced."""
     return lambda **changes: read_config(settings | changes)
 
 
 @pytest.fixture
 def console() -> Console:
-    """A console whose text can be read back by `export_text`."""
+    """A quiet console that records for `export_text`."""
     return Console(record=True, width=140, quiet=True)
 
 
 @pytest.fixture
 def build(config: Callable[..., TrainConfig], console: Console) -> Callable[..., Setup]:
-    """Build the setup of a run of the config, ready for its first step."""
+    """Build the setup of a run from `settings` with some keys replaced."""
     return lambda **changes: build_setup(config(**changes), console)
 
 

@@ -24,7 +24,7 @@ def world():
     dist.destroy_process_group()
 
 
-def test_optimizers_have_the_wrapper_that_is_marked():
+def test_optimizers_have_the_wrapper_that_torch_marks():
     keep_compiler_out_of_optimizers()
     assert hasattr(torch.optim.Optimizer.zero_grad.__wrapped__, "__dynamo_disable")
 

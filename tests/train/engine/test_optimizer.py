@@ -15,7 +15,10 @@ from tokenyard_train.engine.optimizer import build_optimizer, learning_rate
     "name", ["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"]
 )
 def test_schedules(name, alpha_f):
-    config, peak, warmup, end = SchedulerConfig(name=name, alpha_f=alpha_f), 0.3, 10, 110
+    config = SchedulerConfig(name=name, alpha_f=alpha_f)
+    peak = 0.3
+    warmup = 10
+    end = 110
     for batch in range(130):
         share = min(1, max(0, (batch - warmup) / (end - warmup)))
         after = {
@@ -33,11 +36,16 @@ def test_no_warmup_starts_at_the_peak():
 
 @pytest.mark.parametrize("name", ["decoupled_adamw", "adamw"])
 def test_adamw_step_by_step(name):
-    """Ten steps at a changing rate against the update written out in float64."""
-    lr, (b1, b2), eps, decay = 0.02, (0.9, 0.95), 1e-8, 0.1
+    """Ten steps at a changing learning rate equal the formula in float64."""
+    lr = 0.02
+    b1 = 0.9
+    b2 = 0.95
+    eps = 1e-8
+    decay = 0.1
     model = nn.Linear(5, 4, bias=False, dtype=torch.float64)
     p = model.weight.detach().clone()
-    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    m = torch.zeros_like(p)
+    v = torch.zeros_like(p)
     optimizer = build_optimizer(
         OptimizerConfig(name=name, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay), model
     )
@@ -48,30 +56,33 @@ def test_adamw_step_by_step(name):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         p = p * (1 - (rate / lr if name == "decoupled_adamw" else rate) * decay)
-        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        m = b1 * m + (1 - b1) * gradient
+        v = b2 * v + (1 - b2) * gradient**2
         p = p - rate * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
     assert (model.weight - p).norm() / p.norm() < 1e-13
 
 
-def test_frozen_parameters_are_left_alone():
+def test_frozen_parameters_are_not_in_the_optimizer():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].requires_grad_(False)
     (group,) = build_optimizer(OptimizerConfig(), model).param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in model[1].parameters()]
 
 
-def test_it_is_torch_s_fused_adamw_bit_for_bit():
-    """A parameter without a gradient stays as it is."""
-    ours, theirs = nn.Linear(7, 5), nn.Linear(7, 5)
-    theirs.load_state_dict(ours.state_dict())
+def test_adamw_equals_the_fused_adamw_of_torch_bit_for_bit():
+    """A parameter without a gradient does not change."""
+    model = nn.Linear(7, 5)
+    reference = nn.Linear(7, 5)
+    reference.load_state_dict(model.state_dict())
     options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    one = build_optimizer(OptimizerConfig(name="adamw", **options), ours)
-    other = torch.optim.AdamW(theirs.parameters(), **options, fused=True)
+    optimizer = build_optimizer(OptimizerConfig(name="adamw", **options), model)
+    reference_optimizer = torch.optim.AdamW(reference.parameters(), **options, fused=True)
     for step in range(5):
         gradient = torch.randn(5, 7)
-        for model in (ours, theirs):
-            model.weight.grad = gradient.clone()
-            model.bias.grad = gradient.sum(1) if step % 2 else None
-        one.step()
-        other.step()
-        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+        for module in (model, reference):
+            module.weight.grad = gradient.clone()
+            module.bias.grad = gradient.sum(1) if step % 2 else None
+        optimizer.step()
+        reference_optimizer.step()
+        pairs = zip(model.parameters(), reference.parameters())
+        assert all(torch.equal(a, b) for a, b in pairs)

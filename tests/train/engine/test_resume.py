@@ -1,4 +1,4 @@
-"""A run that goes on is the run that stopped; what would make it another is refused."""
+"""A resumed run continues exactly; a config that would change it is refused."""
 
 import pytest
 import torch
@@ -31,11 +31,11 @@ def resumed(setup) -> Position:
     return resume(setup, metrics(setup))
 
 
-def test_autoresume_without_a_checkpoint_starts_anew(build):
+def test_autoresume_without_a_checkpoint_starts_a_new_run(build):
     assert resumed(build(autoresume=True)) == Position()
 
 
-def test_state_and_position_come_back(build):
+def test_state_and_position_are_restored(build):
     run = build()
     for batch in range(3):
         train_step(run, batch)
@@ -72,7 +72,7 @@ def test_a_config_that_disagrees_is_named(build, changes, sentence):
 
 @pytest.fixture
 def older(monkeypatch):
-    """Checkpoints of a version that had fewer keys, of a run and of its text."""
+    """Read checkpoints as if an older version with fewer keys had written them."""
 
     def without_new_keys(folder):
         meta = read_meta(folder)
@@ -82,7 +82,7 @@ def older(monkeypatch):
     monkeypatch.setattr(module, "read_meta", without_new_keys)
 
 
-def test_a_key_that_is_newer_than_the_checkpoint_stands_for_its_default(build, older):
+def test_a_key_that_the_checkpoint_lacks_had_its_default(build, older):
     saved(build())
     assert resumed(build(autoresume=True)) == Position()
     with pytest.raises(
@@ -91,7 +91,7 @@ def test_a_key_that_is_newer_than_the_checkpoint_stands_for_its_default(build, o
         resumed(build(autoresume=True, lora={"rank": 2}))
 
 
-def test_how_experts_are_shared_out_may_change_by_either_name(build):
+def test_expert_parallelism_may_change_under_either_key(build):
     shared = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_world_size": 1}}
     saved(build(model=shared))
     assert resumed(build(autoresume=True)) == Position()
@@ -107,7 +107,7 @@ def test_backends_microbatch_and_duration_may_change(build):
     assert resumed(build(autoresume=True, **changes)) == Position()
 
 
-def test_load_path_takes_weights_for_a_new_run(build, tmp_path):
+def test_load_path_gives_a_new_run_its_weights(build, tmp_path):
     run = build()
     train_step(run, 0)
     saved(run)

@@ -1,4 +1,4 @@
-"""Generating through the cache gives what whole passes give."""
+"""Generation with the KV cache equals generation with full forward passes."""
 
 import torch
 
@@ -7,25 +7,27 @@ from tokenyard_train.engine.sampling import Sampling, sample
 
 
 def model() -> Dbrx:
-    made = Dbrx(
+    net = Dbrx(
         {"size": "tiny", "d_model": 32, "vocab_size": 61},
         dtype=torch.float64,
         compute_dtype=torch.float64,
     )
-    made.init_weights(3)
-    return made
+    net.init_weights(3)
+    return net
 
 
-def test_greedy_with_the_cache_equals_whole_passes():
-    net, ids = model(), torch.randint(0, 60, (3, 5))
+def test_greedy_with_the_cache_equals_full_passes():
+    net = model()
+    ids = torch.randint(0, 60, (3, 5))
     rows = ids.clone()
     for _ in range(12):
         rows = torch.cat((rows, net(rows).logits[:, -1].argmax(-1, keepdim=True)), 1)
     assert sample(net, ids.tolist(), Sampling(12, 0, 0)) == rows[:, 5:].tolist()
 
 
-def test_rows_stop_at_the_end_token_on_their_own():
-    net, ids = model(), torch.randint(0, 60, (2, 5))
+def test_each_row_stops_at_its_end_token():
+    net = model()
+    ids = torch.randint(0, 60, (2, 5))
     free = sample(net, ids.tolist(), Sampling(12, 0, 0))
     end = free[0][4]
     cut = [row[: row.index(end)] if end in row else row for row in free]
@@ -33,14 +35,15 @@ def test_rows_stop_at_the_end_token_on_their_own():
 
 
 def test_frequencies_follow_the_temperature():
-    net, ids = model(), torch.randint(0, 60, (1, 5))
+    net = model()
+    ids = torch.randint(0, 60, (1, 5))
     want = (net(ids).logits[0, -1] / 0.7).softmax(-1)
     drawn = sample(net, ids.expand(4000, 5).tolist(), Sampling(1, 0.7, 5))
     seen = torch.bincount(torch.tensor(drawn).flatten(), minlength=61) / 4000
     assert (seen - want).abs().max() < 0.04
 
 
-def test_training_mode_comes_back():
+def test_training_mode_is_restored():
     net = model().train()
     sample(net, [[0]], Sampling(1, 0, 0))
     assert net.training

@@ -1,4 +1,4 @@
-"""A run's position is written by the loop alone, and its setup by nobody."""
+"""Only the loop changes the position of a run. The setup is frozen."""
 
 import ast
 from dataclasses import FrozenInstanceError
@@ -14,7 +14,7 @@ SOURCE = Path(tokenyard_train.__file__).parent
 
 
 def assigned(path: Path) -> set[str]:
-    """Return the names of all attributes that a module assigns to."""
+    """Return the names of all attributes that a module assigns."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         targets = getattr(node, "targets", [getattr(node, "target", None)])
@@ -23,7 +23,7 @@ def assigned(path: Path) -> set[str]:
     return names
 
 
-def test_only_the_loop_moves_the_position():
+def test_only_the_loop_changes_the_position():
     writers = {path.name for path in SOURCE.rglob("*.py") if "position" in assigned(path)}
     assert writers == {"loop.py"}
 
@@ -35,7 +35,7 @@ def test_setup_and_position_are_frozen(build):
         Position().batch = 3
 
 
-def test_a_run_ends_at_its_last_batch_or_when_asked(build):
+def test_a_run_ends_at_its_last_batch_or_on_request(build):
     run = Run(build(), metrics=None, position=Position(batch=5))
     assert not run.ends
     run.stop_training()

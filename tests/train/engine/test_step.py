@@ -1,4 +1,4 @@
-"""One optimizer step: what is averaged, clipped, recomputed, refused and updated."""
+"""One optimizer step: loss, accumulation, clipping, recomputation, skipped steps and updates."""
 
 import json
 import math
@@ -56,15 +56,16 @@ def test_accumulation_changes_nothing_but_rounding(build, microbatch):
 
 
 def test_counts_are_summed_over_microbatches(build):
-    whole, parts = build(), build(device_train_microbatch_size=1)
-    a, b = train_step(whole, 0).result, train_step(parts, 0).result
+    a = train_step(build(), 0).result
+    b = train_step(build(device_train_microbatch_size=1), 0).result
     assert a.load == b.load
     assert [sum(layer) for layer in a.load] == pytest.approx([1, 1], abs=1e-5)
 
 
 def test_recomputing_activations_changes_nothing(build):
     jitter = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_jitter_eps": 0.1}}
-    plain, recomputed = build(model=jitter), build(model=jitter, activation_checkpointing=True)
+    plain = build(model=jitter)
+    recomputed = build(model=jitter, activation_checkpointing=True)
     assert train_step(plain, 0).result == train_step(recomputed, 0).result
     for a, b in zip(plain.model.parameters(), recomputed.model.parameters()):
         assert torch.equal(a, b)
@@ -72,7 +73,8 @@ def test_recomputing_activations_changes_nothing(build):
 
 def test_clipping_is_by_the_global_norm(build):
     clipping = {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1e-3}}
-    free, clipped = build(), build(algorithms=clipping)
+    free = build()
+    clipped = build(algorithms=clipping)
     seen = {}
     for name, run in (("free", free), ("clipped", clipped)):
         run.optimizer.register_step_pre_hook(
@@ -87,7 +89,7 @@ def test_clipping_is_by_the_global_norm(build):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
-def test_a_number_that_is_not_finite_changes_nothing_and_the_next_step_is_taken(build, where):
+def test_a_nonfinite_number_skips_one_step_and_changes_nothing(build, where):
     run = build()
     train_step(run, 0)
     before = [p.detach().clone() for p in run.model.parameters()]
@@ -110,7 +112,7 @@ def test_flags_are_returned(build):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
-def test_a_number_that_is_not_finite_stops_a_run(config, console, where):
+def test_a_nonfinite_number_stops_a_run(config, console, where):
     class Break(Callback):
         def batch_end(self, run, record):
             if where == "loss":
@@ -125,7 +127,7 @@ def test_a_number_that_is_not_finite_stops_a_run(config, console, where):
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(config, console, tmp_path):
-    """Each has a record that any reader of JSON takes."""
+    """Each skipped step has a record of valid JSON."""
 
     class Break(Callback):
         def start(self, run):
@@ -152,7 +154,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(config, console, tmp_path)
     )
 
 
-def test_a_run_whose_every_step_is_skipped_ends(config, console):
+def test_a_run_that_skips_every_step_ends(config, console):
     class Break(Callback):
         def start(self, run):
             run.setup.model.norm.register_forward_hook(lambda *args: args[-1] * math.nan)
@@ -163,7 +165,7 @@ def test_a_run_whose_every_step_is_skipped_ends(config, console):
     assert math.isnan(result.train_loss)
 
 
-def test_selection_bias_moves_once_a_step_by_the_whole_batch(build):
+def test_selection_bias_changes_once_a_step_by_the_global_batch(build):
     ffn = MODEL["ffn_config"] | {"moe_bias_update_rate": 0.01, "moe_score_function": "sigmoid"}
     run = build(
         model=MODEL | {"ffn_config": ffn},
@@ -176,9 +178,10 @@ def test_selection_bias_moves_once_a_step_by_the_whole_batch(build):
         assert moe.router.selection_bias.tolist() == pytest.approx(want)
 
 
-def test_randomness_depends_on_the_step_alone(build):
+def test_randomness_depends_only_on_the_step(build):
     jitter = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_jitter_eps": 0.1}}
-    first, second = build(model=jitter), build(model=jitter)
+    first = build(model=jitter)
+    second = build(model=jitter)
     torch.manual_seed(1)
     a = train_step(first, 0).result
     torch.manual_seed(2)
@@ -186,7 +189,7 @@ def test_randomness_depends_on_the_step_alone(build):
     assert train_step(second, 1).result.loss != a.loss
 
 
-def test_amp_computes_in_bfloat16_and_stays_near(build):
+def test_amp_differs_from_fp32_by_at_most_one_percent(build):
     plain = train_step(build(), 0).result
     amp = train_step(build(precision="amp_bf16"), 0).result
     assert amp.loss != plain.loss

@@ -1,4 +1,4 @@
-"""What is frozen stays as it is, bit by bit, and everything else is trained."""
+"""Frozen parameters keep their bits, and all other parameters are trained."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tokenyard_train.engine.step import train_step
 
 
 def stepped(settings):
-    """Return a run after one step, its parameters before, and which had a gradient."""
+    """Return a run after one step, its initial parameters, and the names that had a gradient."""
     run = build_setup(read_config(settings), Console(quiet=True))
     with_gradient = set()
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
@@ -40,7 +40,7 @@ def stepped(settings):
     ],
     ids=str,
 )
-def test_gradients_reach_exactly_what_is_trained(settings, patterns):
+def test_gradients_reach_exactly_the_trained_parameters(settings, patterns):
     run, before, with_gradient = stepped(settings | {"frozen": patterns})
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     assert with_gradient == trained
@@ -50,7 +50,7 @@ def test_gradients_reach_exactly_what_is_trained(settings, patterns):
     assert sum(len(group["params"]) for group in run.optimizer.param_groups) == len(trained)
 
 
-def test_a_frozen_run_goes_on_and_another_freezing_is_refused(settings):
+def test_a_frozen_run_resumes_only_with_the_same_patterns(settings):
     frozen = settings | {"frozen": ["*experts*"], "save_interval": "2ba", "autoresume": True}
     train(read_config(frozen | {"max_duration": "2ba"}), Console(quiet=True))
     train(read_config(frozen), Console(quiet=True))
@@ -63,8 +63,8 @@ def test_a_frozen_run_goes_on_and_another_freezing_is_refused(settings):
 @pytest.mark.parametrize(
     ("also", "more"), [([], 0), (["*norm*", "*router*"], 2 + 2 * 2 + 1)], ids=str
 )
-def test_adapters_alone_are_trained_with_what_is_named_besides(settings, also, more):
-    """Two layers with four matrices each; five norms and two routers."""
+def test_only_adapters_and_train_also_are_trained(settings, also, more):
+    """There are two layers with four matrices each, five norms and two routers."""
     run, before, with_gradient = stepped(settings | {"lora": {"rank": 2, "train_also": also}})
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     assert with_gradient == trained
@@ -74,7 +74,7 @@ def test_adapters_alone_are_trained_with_what_is_named_besides(settings, also, m
         assert torch.equal(parameter, before[name]) == (name not in trained), name
 
 
-def test_a_run_with_adapters_starts_from_one_without_and_goes_on(settings, tmp_path):
+def test_a_run_with_adapters_starts_from_a_run_without_and_resumes(settings, tmp_path):
     train(read_config(settings | {"max_duration": "2ba"}), Console(quiet=True))
     tuned = settings | {
         "lora": {"rank": 2},
@@ -85,9 +85,9 @@ def test_a_run_with_adapters_starts_from_one_without_and_goes_on(settings, tmp_p
     train(read_config(tuned | {"max_duration": "2ba"}), Console(quiet=True))
     train(read_config(tuned), Console(quiet=True))
     folders = (Path(settings["save_folder"]), tmp_path / "b")
-    base, found = (dict(load_trained(folder).model.named_parameters()) for folder in folders)
-    assert all(torch.equal(value, found[name]) for name, value in base.items())
-    assert any(value.any() for name, value in found.items() if name.endswith("adapter.up_b"))
+    base, adapted = (dict(load_trained(folder).model.named_parameters()) for folder in folders)
+    assert all(torch.equal(value, adapted[name]) for name, value in base.items())
+    assert any(value.any() for name, value in adapted.items() if name.endswith("adapter.up_b"))
 
 
 def test_mistakes(settings):
