@@ -124,3 +124,16 @@ def test_learned_positions_continue_with_the_cache():
     cache = model.new_cache(3, 9)
     parts = [model(batch[:, i : i + 1], cache).logits for i in range(9)]
     assert relative_error(torch.cat(parts, 1), model(batch).logits) < 1e-12
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
+def test_a_token_alone_keeps_its_experts_under_a_capacity(factor):
+    """Decode one token at a time: the capacity rounds down to 0, and drops nothing."""
+    ffn = {"ffn_type": "mb_moe", "moe_num_experts": 8, "moe_top_k": 1}
+    model = Mpt({"size": "tiny", "ffn_config": ffn | {"moe_capacity_factor": factor}})
+    model.init_weights(0)
+    batch = ids(1, 17) % 257
+    cache = model.new_cache(1, 17)
+    model(batch[:, :16], cache)
+    output = model(batch[:, 16:], cache)
+    assert [balance.dropped.item() for balance in output.balances] == [0, 0]

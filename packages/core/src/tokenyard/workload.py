@@ -44,7 +44,8 @@ class RoutingRule:
     groups_kept: int = 1  # a token selects experts from its best groups only (arXiv 2412.19437)
     # the score of a group: its highest score, or the sum of its two highest
     group_score: Literal["max", "top2"] = "max"
-    # each expert keeps its first int(factor * K * T / E) slots and drops the others
+    # each expert keeps its first int(factor * K * T / E) slots and drops the others;
+    # where that is 0, none is dropped
     capacity_factor: float | None = None
     # options for routers of plugins
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -27,8 +27,11 @@ def select(scores: Tensor, top_k: int, rule: RoutingRule) -> Tensor:
 def drop_over_capacity(topk_ids: Tensor, num_experts: int, capacity: int) -> Tensor:
     """Return topk_ids [T, K] with ``E + 1 + e`` for each slot that exceeds expert e's capacity.
 
-    An expert keeps its first `capacity` slots in token order.
+    An expert keeps its first `capacity` slots in token order. A capacity of 0 drops nothing, as in
+    MegaBlocks: few tokens, of which fewer than one slot falls to each expert, keep their experts.
     """
+    if capacity == 0:
+        return topk_ids
     ids = topk_ids.reshape(-1)  # [N]
     sorted_ids, order = ids.sort(stable=True)  # [N], [N]
     experts = torch.arange(num_experts, device=ids.device, dtype=ids.dtype)

@@ -70,6 +70,16 @@ class TopKRouterConformance(RouterContract):
         chosen = torch.where(ids > self.num_experts, ids - self.num_experts - 1, ids)
         assert chosen.tolist() == [list(range(self.top_k))] * 5
 
+    @pytest.mark.parametrize("factor", [0.1, 1.0, 1.25])
+    @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
+    def test_capacity_of_few_tokens(self, tokens: int, factor: float) -> None:
+        """A capacity that rounds down to 0 drops no slot; a capacity of 1 or more holds."""
+        rule = RoutingRule(capacity_factor=factor)
+        router = self._router(rule, torch.float32)
+        routing = router(self._tokens(tokens, torch.float32))
+        chosen = oracle.select(routing.logits.detach(), None, rule, self.top_k)
+        assert routing.topk_ids.tolist() == oracle.within_capacity(chosen, rule, self.num_experts)
+
     @pytest.mark.parametrize("power", [1, 1.5, 2])
     def test_norms_of_small_weights(self, power: float) -> None:
         """Sigmoids of logits near -55, whose squares underflow in float32, are normalised."""

@@ -32,12 +32,13 @@ def within_capacity(
 ) -> list[list[int]]:
     """Return the ids with ``E + 1 + e`` for each slot that exceeds expert e's capacity.
 
-    Earlier tokens have priority.
+    Earlier tokens have priority. A capacity of 0 drops nothing.
     """
     if rule.capacity_factor is None:
         return chosen
     slots = sum(len(row) for row in chosen)
-    room = [int(rule.capacity_factor * slots / num_experts)] * num_experts
+    capacity = int(rule.capacity_factor * slots / num_experts)
+    room = [capacity or slots] * num_experts
     kept: list[list[int]] = []
     for row in chosen:
         kept.append([])
