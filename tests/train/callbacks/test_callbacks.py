@@ -5,7 +5,7 @@ import importlib.metadata
 import pytest
 
 import tokenyard_train.callbacks.installed
-from tokenyard import ConfigError
+from tokenyard import ConfigError, TokenyardError
 from tokenyard_train import Callback, train
 from tokenyard_train.config import schema
 
@@ -60,6 +60,34 @@ def test_a_run_that_a_callback_ends_is_saved(config, console, save_async):
         callbacks=[stop],
     )
     assert [name for name in stop.calls if name.startswith("ba")] == ["ba2", "ba3"]
+    assert "scored True" in stop.calls
+    assert stop.calls[-1] == "end"
+
+
+@pytest.mark.parametrize("save_async", [False, True])
+def test_a_run_may_be_stopped_when_a_checkpoint_was_saved(config, console, save_async):
+    """In the background a checkpoint is reported when the next one is due."""
+
+    class Stop(Recorder):
+        def saved(self, run, checkpoint):
+            super().saved(run, checkpoint)
+            run.stop_training()
+
+    stop = Stop()
+    settings = config(max_duration="9ba", save_interval="2ba", save_async=save_async)
+    result = train(settings, console, callbacks=[stop])
+    expected = ["ba2", "ba4"] if save_async else ["ba2"]
+    assert [name for name in stop.calls if name.startswith("ba") and name[2].isdigit()] == expected
+    assert result.batches == int(expected[-1][2:])
+
+
+def test_a_run_cannot_be_stopped_before_its_first_step(config, console):
+    class Stop(Callback):
+        def start(self, run):
+            run.stop_training()
+
+    with pytest.raises(TokenyardError, match="before a step was taken; call it in batch_end"):
+        train(config(), console, callbacks=[Stop()])
 
 
 def test_a_callback_may_override_one_method(config, console):

@@ -39,9 +39,9 @@ def test_state_and_position_are_restored(build):
     run = build()
     for batch in range(3):
         train_step(run, batch)
-    saved(run, Position(batch=3, skipped=1))
+    saved(run, Position(batch=3, skipped_in_a_row=1))
     again = build(autoresume=True)
-    assert resumed(again) == Position(batch=3, skipped=1)
+    assert resumed(again) == Position(batch=3, skipped_in_a_row=1)
     assert train_step(again, 3) == train_step(run, 3)
     for a, b in zip(run.model.parameters(), again.model.parameters()):
         assert torch.equal(a, b)

@@ -37,10 +37,10 @@ def test_setup_and_position_are_frozen(build):
 
 def test_a_run_ends_at_its_last_batch_or_on_request(build):
     run = Run(build(), metrics=None, position=Position(batch=5))
-    assert not run.ends
+    assert not run.finished
     run.stop_training()
-    assert run.ends
-    assert Run(build(save_folder="other"), metrics=None, position=Position(batch=6)).ends
+    assert run.finished
+    assert Run(build(save_folder="other"), metrics=None, position=Position(batch=6)).finished
 
 
 def test_intervals_are_due_at_their_multiples(build):

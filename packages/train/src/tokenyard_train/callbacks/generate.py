@@ -21,7 +21,7 @@ class TextGenerator(Callback):
 
     def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         """Generate if the interval is due. `end` handles the last batch."""
-        if run.due(self.config.interval) and not run.ends:
+        if run.due(self.config.interval) and not run.finished:
             self._generate(run)
 
     def end(self, run: Run) -> None:

@@ -51,8 +51,8 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
 def _differences(saved: Any, current: Any, explicit: Any, path: str = "") -> list[Difference]:
     """List the differences of two dumped configs, at any depth.
 
-    A key that the saved config lacks is newer than the checkpoint. It had its default then, so it
-    differs only if it is `explicit`: the current config without its defaults.
+    An old checkpoint lacks new keys. Such a key counts as changed only if the current config sets
+    it to another value than its default: if it is in `explicit`.
     """
     if not (isinstance(saved, dict) and isinstance(current, dict)):
         return [] if saved == current else [Difference(path, saved, current)]

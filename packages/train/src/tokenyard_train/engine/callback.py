@@ -21,7 +21,7 @@ class Callback:
     """
 
     def start(self, run: Run) -> None:
-        """Act before the first step of a run that is not resumed."""
+        """Act before the first step of a run. Not called when a run resumes."""
 
     def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         """Act after a step, with its record, and after the evaluation if one was due."""
@@ -33,7 +33,10 @@ class Callback:
         """Act after an evaluation, with its record."""
 
     def saved(self, run: Run, checkpoint: Path) -> None:
-        """Act after a checkpoint was saved."""
+        """Act after a checkpoint was saved. `run.batch` may be past the checkpoint's step."""
 
     def end(self, run: Run) -> None:
-        """Act after the last step, when everything is saved."""
+        """Act after the last step, when everything is saved.
+
+        Not called when a run is stopped by a signal, or fails.
+        """

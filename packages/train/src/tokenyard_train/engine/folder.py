@@ -13,7 +13,8 @@ from tokenyard_train.config.schema import TrainConfig
 def prepare_folder(config: TrainConfig) -> Path:
     """Make the run's folder and return it.
 
-    With `save_overwrite` the files of an earlier run in it are deleted. Raises ConfigError for a
+    With `save_overwrite`, metrics, tracker ids and checkpoints of an earlier run in it are deleted.
+    Raises ConfigError for a
     folder that holds a run which is neither to be resumed nor overwritten, or cannot be made.
     """
     folder = Path(config.save_folder or ".")

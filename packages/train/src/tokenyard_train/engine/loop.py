@@ -1,4 +1,15 @@
-"""The training loop: step, evaluate, save and report until the duration is reached."""
+"""The training loop: step, evaluate, save and report until the duration is reached.
+
+A run ends in one of five ways:
+
+| end                          | last step saved | `Callback.end` | trackers' status |
+|------------------------------|-----------------|----------------|------------------|
+| duration reached             | yes             | called         | finished         |
+| ``run.stop_training()``      | yes             | called         | finished         |
+| signal (raises Stopped)      | yes             | not called     | failed           |
+| not finite (NonFiniteError)  | not taken       | not called     | failed           |
+| any other exception          | no              | not called     | failed           |
+"""
 
 from __future__ import annotations
 
@@ -11,6 +22,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from tokenyard import TokenyardError
 from tokenyard_train.checkpoint import CheckpointError, verify
 from tokenyard_train.checkpoint.background import BackgroundWriter
 from tokenyard_train.config.schema import TrainConfig
@@ -18,7 +30,7 @@ from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.evaluate import evaluate
-from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped, refuse_skipped
+from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped, raise_if_too_many_skipped
 from tokenyard_train.engine.progress import Progress
 from tokenyard_train.engine.resume import resume, start_from
 from tokenyard_train.engine.save import save
@@ -42,16 +54,16 @@ class RunResult(NamedTuple):
 
 
 def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Callback]) -> RunResult:
-    """Train by a resolved config, with these callbacks in place of the config's.
+    """Train by a resolved config. The caller builds the callbacks that the config names.
 
-    Raises TokenyardError for a mistake in the config, before anything is written.
+    Raises TokenyardError for a mistake in the config.
     """
     with deterministic(config.deterministic):
-        return _Loop(config, console, callbacks).run_all()
+        return _Loop(config, console, callbacks).train_with_trackers()
 
 
 class _Loop:
-    """A run, its callbacks and its checkpoint writer. Nothing else changes the run's position."""
+    """A run, its callbacks and its checkpoint writer."""
 
     def __init__(self, config: TrainConfig, console: Console, callbacks: Sequence[Callback]):
         self.config = config
@@ -65,10 +77,10 @@ class _Loop:
         if position.batch == 0 and config.load_path is not None:
             start_from(setup.model, config.load_path)
         self.run = Run(setup, metrics, position)
-        self.stop = False  # a rank was asked to stop
-        self.unsaved = False  # a rank could not write its part of a checkpoint
+        self.stop_agreed = False  # a rank received a signal, and all ranks know
+        self.save_failed = False  # a background save failed on some rank
 
-    def run_all(self) -> RunResult:
+    def train_with_trackers(self) -> RunResult:
         """Train to the end. The trackers learn whether the run failed."""
         self._open_trackers()
         failed = True
@@ -78,7 +90,7 @@ class _Loop:
             return result
         except NonFiniteError:
             # Every rank raises this, so all can wait for the checkpoint that is being written.
-            # An error of that would hide why the run ends.
+            # Its failure must not replace the NonFiniteError.
             with suppress(CheckpointError):
                 self._finish_saving()
             raise
@@ -99,27 +111,35 @@ class _Loop:
         run = self.run
         announce(run)
         if run.batch == 0:
-            for callback in self.callbacks:
-                callback.start(run)
-        with Progress(run) as progress, stopping(run.signals):
-            while not (run.ends or self.stop):
+            self._start()
+        with Progress(run) as progress, stopping(run.stop_requests):
+            while not (run.finished or self.stop_agreed):
                 self._one_batch(progress)
-        if not run.ends:
+        if not run.finished:
             raise Stopped(
                 f"stopped as asked, after batch {run.batch} of {run.setup.batches}, which is saved "
                 f"in {run.setup.folder}"
             )
         return self._finish()
 
+    def _start(self) -> None:
+        for callback in self.callbacks:
+            callback.start(self.run)
+        if self.run.stop_requests.by_callback:
+            raise TokenyardError(
+                "a callback called stop_training() in start, before a step was taken; call it in "
+                "batch_end, skipped or evaluated"
+            )
+
     def _one_batch(self, progress: Progress) -> None:
         run = self.run
         # Step
         began = time.perf_counter()
-        flags = (run.signals.asked, self.writer.failed)
-        result, (self.stop, self.unsaved) = train_step(run.setup, run.batch, flags)
+        flags = (run.stop_requests.by_signal, self.writer.failed)
+        result, (self.stop_agreed, self.save_failed) = train_step(run.setup, run.batch, flags)
         if isinstance(result, Skipped):
-            refuse_skipped(run, result)
-            run.position = Position(run.batch + 1, run.position.skipped + 1)
+            raise_if_too_many_skipped(run, result)
+            run.position = Position(run.batch + 1, run.position.skipped_in_a_row + 1)
             record = skipped_record(run.batch, result)
         else:
             run.position = Position(run.batch + 1)
@@ -127,16 +147,21 @@ class _Loop:
         run.metrics.write(record)
         progress.show(record)
         # Evaluate, report, save
-        if run.setup.data.held_out is not None and (run.ends or run.due(self.config.eval_interval)):
+        scored = run.finished or run.due(self.config.eval_interval)
+        if scored:
             self._evaluate(progress)
         for callback in self.callbacks:
             if isinstance(result, Skipped):
                 callback.skipped(run, record)
             else:
                 callback.batch_end(run, record)
+        if run.finished and not scored:  # a callback stopped the run
+            self._evaluate(progress)
         self._save()
 
     def _evaluate(self, progress: Progress) -> None:
+        if self.run.setup.data.held_out is None:
+            return
         record = evaluate(self.run.setup, self.run.batch)
         self.run.metrics.write(record)
         progress.show(record)
@@ -144,18 +169,28 @@ class _Loop:
             callback.evaluated(self.run, record)
 
     def _save(self) -> None:
-        """Save if that is due after this step. With `save_async`, training does not wait for it."""
-        ends = self.stop or self.run.ends
-        due = ends or self.run.due(self.config.save_interval)
-        if self.unsaved or due:
+        """Save if that is due after this step.
+
+        With `save_async`, this waits only for the previous checkpoint, and at the end for the last.
+        """
+        if self.save_failed or self._save_is_due():
             self._finish_saving()
-        if due:
+        if self._save_is_due():  # asked again: a callback may have stopped the run in `saved`
             save(self.run, self.writer)
-        if ends or not self.config.save_async:
+        if self._is_last() or not self.config.save_async:
             self._finish_saving()
 
+    def _is_last(self) -> bool:
+        return self.stop_agreed or self.run.finished
+
+    def _save_is_due(self) -> bool:
+        return self._is_last() or self.run.due(self.config.save_interval)
+
     def _finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one."""
+        """Wait for the checkpoint that is being written, if there is one; tell the callbacks.
+
+        A collective. Raises CheckpointError on every rank if a rank failed.
+        """
         path = self.writer.finish()
         if path is not None:
             for callback in self.callbacks:
@@ -164,7 +199,7 @@ class _Loop:
     def _finish(self) -> RunResult:
         run = self.run
         folder = run.setup.folder
-        # A run counts as trained only with its result on disk.
+        # Fail if the last checkpoint is missing or damaged.
         verify(folder / f"ba{run.batch}")
         records = run.metrics.read()
         if is_rank0():

@@ -1,6 +1,6 @@
 """Steps whose loss or gradient is not a finite number.
 
-Both numbers are sums over all ranks, so every rank sees the same and decides the same.
+Both numbers cover all ranks, so every rank sees the same and decides the same.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Skipped(NamedTuple):
     grad_norm: float
 
 
-def refuse_skipped(run: Run, step: Skipped) -> None:
-    """Raise NonFiniteError for a skipped step, unless the config allows another one."""
+def raise_if_too_many_skipped(run: Run, step: Skipped) -> None:
+    """Raise NonFiniteError for a skipped step, unless the config allows one more."""
     config = run.setup.config
-    skipped = run.position.skipped + 1
+    skipped = run.position.skipped_in_a_row + 1
     if config.nonfinite == "stop" or skipped >= config.nonfinite_limit:
         raise NonFiniteError(_sentence(run, step, skipped))
 

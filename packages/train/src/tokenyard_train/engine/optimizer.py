@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from tokenyard.sharded import group_by_mesh
 from tokenyard_train.config.schema import OptimizerConfig, SchedulerConfig
+from tokenyard_train.engine.trainable import trainable
 from tokenyard_train.torch_private import keep_compiler_out_of_optimizers
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, bit for bit, without importing the compiler.
+    """torch's fused AdamW, with the same results, that does not import torch's compiler.
 
-    All parameters have one dtype.
+    That import takes seconds. All parameters have one dtype.
     """
 
     @torch.no_grad()
@@ -25,7 +26,7 @@ class AdamW(torch.optim.AdamW):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            states = [self.moments(parameter) for parameter in parameters]
+            states = [self.state_of(parameter) for parameter in parameters]
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
@@ -44,7 +45,7 @@ class AdamW(torch.optim.AdamW):
                 maximize=False,
             )
 
-    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the step count and moments of a parameter, zero before its first step."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
@@ -89,8 +90,3 @@ def learning_rate(config: SchedulerConfig, peak: float, batch: int, warmup: int,
             return peak * (1 + (config.alpha_f - 1) * passed)
         case "constant_with_warmup":
             return peak
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that the optimizer updates, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}

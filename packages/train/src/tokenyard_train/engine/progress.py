@@ -20,7 +20,9 @@ class Progress:
         setup = run.setup
         self.console = setup.console
         self.batches = setup.batches
-        self.every = max(1, setup.span(setup.config.console_log_interval), self.batches // _LINES)
+        self.every = max(
+            1, setup.steps_in(setup.config.console_log_interval), self.batches // _LINES
+        )
         self.bar = Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -68,9 +70,9 @@ class Progress:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Return loss and speed, and the least even layer's busiest expert and entropy.
+    """Return loss and speed, and the highest load and the lowest entropy of any layer.
 
-    The busiest expert's load is a multiple of the mean.
+    The load is a multiple of the mean.
     """
     speed = f"{record['tokens_per_s']:,} tokens/s  {record['flops_per_s'] / 1e9:.1f} GFLOP/s"
     text = f"loss {record['loss']:.3f}  {speed}"

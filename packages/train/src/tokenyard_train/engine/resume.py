@@ -18,7 +18,7 @@ from tokenyard_train.checkpoint import (
 from tokenyard_train.config.from_hf import HF
 from tokenyard_train.distributed import on_rank0
 from tokenyard_train.engine.agreement import check_agreement
-from tokenyard_train.engine.save import moments, run_tensors
+from tokenyard_train.engine.save import adamw_states, run_tensors
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Position
 from tokenyard_train.records.metrics import Metrics
@@ -26,6 +26,8 @@ from tokenyard_train.records.metrics import Metrics
 
 def resume(setup: Setup, metrics: Metrics) -> Position:
     """With `autoresume`, load the newest good checkpoint of the run's folder; return its position.
+
+    Without it, or without a checkpoint, empty the metrics and start at 0.
 
     `metrics` are cut back to that position. Raises CheckpointError if the config disagrees with
     the checkpoint's.
@@ -38,7 +40,7 @@ def resume(setup: Setup, metrics: Metrics) -> Position:
     meta = read_meta(newest)
     check_agreement(setup.config, newest, meta["config"])
     read_tensors(newest, run_tensors(setup))
-    for name, state in moments(setup).items():
+    for name, state in adamw_states(setup).items():
         state["step"].fill_(meta["optimizer_steps"][name])
     metrics.rewind(meta["metrics_bytes"])
     return Position(int(meta["batch"]), int(meta.get("skipped", 0)))

@@ -6,19 +6,19 @@ from torch import Tensor
 
 from tokenyard_train.checkpoint import model_tensors
 from tokenyard_train.checkpoint.background import BackgroundWriter
-from tokenyard_train.engine.optimizer import trainable
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Run
+from tokenyard_train.engine.trainable import trainable
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save(run: Run, writer: BackgroundWriter) -> None:
     """Start writing model, optimizer and position as ``ba<batch>``; ``writer.finish()`` waits."""
-    steps = {name: int(state["step"].item()) for name, state in moments(run.setup).items()}
+    steps = {name: int(state["step"].item()) for name, state in adamw_states(run.setup).items()}
     meta = {
         "batch": run.position.batch,
-        "skipped": run.position.skipped,
+        "skipped": run.position.skipped_in_a_row,
         "metrics_bytes": run.metrics.size(),
         "optimizer_steps": steps,
         "config": run.setup.config.model_dump(mode="json"),
@@ -29,14 +29,14 @@ def save(run: Run, writer: BackgroundWriter) -> None:
 def run_tensors(setup: Setup) -> dict[str, Tensor]:
     """Return all tensors of a checkpoint by name, for saving or for loading in place."""
     tensors = model_tensors(setup.model)
-    for name, state in moments(setup).items():
+    for name, state in adamw_states(setup).items():
         tensors |= {f"optimizer.{name}.{key}": state[key] for key in _MOMENTS}
     return tensors
 
 
-def moments(setup: Setup) -> dict[str, dict[str, Tensor]]:
+def adamw_states(setup: Setup) -> dict[str, dict[str, Tensor]]:
     """Return AdamW's state of each trainable parameter, zero where no step was taken."""
     return {
-        name: setup.optimizer.moments(parameter)
+        name: setup.optimizer.state_of(parameter)
         for name, parameter in trainable(setup.model).items()
     }

@@ -1,4 +1,7 @@
-"""Everything that a run works on, built from a config. Nothing of it is replaced during the run."""
+"""Everything that a run works on, built from a config.
+
+The fields of a Setup are never reassigned. Weights and optimizer states change in place.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ class Setup:
         """Tokens of one optimizer step, over all ranks."""
         return self.config.global_train_batch_size * self.config.max_seq_len
 
-    def span(self, span: Span) -> int:
+    def steps_in(self, span: Span) -> int:
         """Return a span of training in optimizer steps of this run."""
         return span.batches(self.batch_tokens, epoch_batches(self.config, self.data), self.batches)
 
@@ -60,8 +63,7 @@ class Setup:
 def build_setup(config: TrainConfig, console: Console) -> Setup:
     """Build a run's setup from a resolved config.
 
-    The folder is prepared last, when nothing in the config can fail any more. Raises
-    TokenyardError.
+    The folder is prepared last, after everything that may fail here. Raises TokenyardError.
     """
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)
@@ -73,6 +75,7 @@ def build_setup(config: TrainConfig, console: Console) -> Setup:
     if config.activation_checkpointing:
         _recompute_blocks(model)
     batches = run_batches(config, data)
+    optimizer = build_optimizer(config.optimizer, model)
     folder = Path(on_rank0(lambda: str(prepare_folder(config))))
     mark_started()
     return Setup(
@@ -81,7 +84,7 @@ def build_setup(config: TrainConfig, console: Console) -> Setup:
         folder=folder,
         strategy=strategy,
         model=model,
-        optimizer=build_optimizer(config.optimizer, model),
+        optimizer=optimizer,
         data=data,
         batches=batches,
         flops_per_token=3 * model.flops_per_token(config.max_seq_len),

@@ -1,4 +1,7 @@
-"""Stopping a run on a signal: the step is finished and saved first."""
+"""Stop a run on a signal.
+
+Ranks agree on it in the next step, which is also taken and saved.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from types import FrameType
 
 from tokenyard import TokenyardError
 from tokenyard_cli.exit import STOPPED
-from tokenyard_train.engine.state import Signals
+from tokenyard_train.engine.state import StopRequests
 from tokenyard_train.launch.signals import signal_handler
 
 
@@ -23,14 +26,12 @@ class Stopped(TokenyardError):
 
 
 _SAME_REQUEST = 2.0
-"""Seconds in which further signals count as the first one.
-
-A launcher passes on a signal that the rank also receives itself."""
+"""Seconds in which repeats are ignored: a launcher forwards signals that a rank also receives."""
 
 
 @contextmanager
-def stopping(signals: Signals) -> Iterator[None]:
-    """Context: a signal sets ``signals.asked``, and a second one ends the process at once."""
+def stopping(requests: StopRequests) -> Iterator[None]:
+    """Context: a signal sets ``requests.by_signal``, and a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
@@ -43,7 +44,7 @@ def stopping(signals: Signals) -> Iterator[None]:
         if time.monotonic() - first > _SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        signals.asked = True
+        requests.by_signal = True
 
     with signal_handler(ask):
         yield

@@ -1,4 +1,4 @@
-"""A run in progress: its setup, its position, and the requests to end it."""
+"""A run in progress: its setup, its position, and the requests to stop it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class Position:
     """How far a run is. A checkpoint holds it."""
 
     batch: int = 0  # optimizer steps done, skipped ones included
-    skipped: int = 0  # the last steps in a row that were skipped
+    skipped_in_a_row: int = 0  # the last of them, if they were skipped
 
 
 @dataclass
-class Signals:
-    """Requests to end a run."""
+class StopRequests:
+    """Requests to stop a run."""
 
-    asked: bool = False  # this process received a signal; all ranks stop after the step
-    last: bool = False  # a callback asked that the step just done be the last
+    by_signal: bool = False  # to this process; ranks agree on it in the next step, then all stop
+    by_callback: bool = False  # on every rank; the step just done is the last one
 
 
 @dataclass
@@ -32,22 +32,26 @@ class Run:
     setup: Setup
     metrics: Metrics
     position: Position = field(default_factory=Position)
-    signals: Signals = field(default_factory=Signals)
+    stop_requests: StopRequests = field(default_factory=StopRequests)
 
     @property
     def batch(self) -> int:
-        """Optimizer steps done."""
+        """Optimizer steps done, skipped ones included."""
         return self.position.batch
 
     @property
-    def ends(self) -> bool:
-        """Whether the step just done is the last one of the run."""
-        return self.signals.last or self.batch >= self.setup.batches
+    def finished(self) -> bool:
+        """Whether no step is left to take."""
+        return self.stop_requests.by_callback or self.batch >= self.setup.batches
 
     def stop_training(self) -> None:
-        """Make the step just done the last one. Every rank must call this after the same step."""
-        self.signals.last = True
+        """Make the step just done the last one. The run then ends as if its duration was reached.
+
+        Every rank must call this after the same step. A checkpoint does not hold the request: with
+        `autoresume`, a run that a callback stopped trains on to its duration.
+        """
+        self.stop_requests.by_callback = True
 
     def due(self, interval: Span | None) -> bool:
         """Return whether the step just done ends an interval."""
-        return interval is not None and self.batch % max(1, self.setup.span(interval)) == 0
+        return interval is not None and self.batch % max(1, self.setup.steps_in(interval)) == 0

@@ -2,7 +2,8 @@
 
 The loss is the sum of token losses divided by the tokens of the global batch, for any number of
 microbatches and ranks. The auxiliary losses are computed per microbatch, with counts summed over
-ranks, and weighted by its share of the tokens.
+ranks, and weighted by the microbatch's share of the tokens. The strategy sums gradients over ranks
+in the backward pass of each microbatch.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def train_step(
     _seed(setup, batch)
     # Forward and backward
     loss, balances = accumulate(setup, batch, phase)
-    # Clip, and bring all numbers to the host in one copy
+    # Clip, and bring all numbers to the host in one copy: the only host sync of the step
     with phase("optimizer"):
         clipping = config.algorithms.gradient_clipping
         max_norm = clipping.clipping_threshold if clipping else math.inf
@@ -71,8 +72,8 @@ def train_step(
             config.scheduler,
             config.optimizer.lr,
             batch,
-            setup.span(config.scheduler.t_warmup),
-            setup.span(config.scheduler.t_max),
+            setup.steps_in(config.scheduler.t_warmup),
+            setup.steps_in(config.scheduler.t_max),
         )
         for group in setup.optimizer.param_groups:
             group["lr"] = lr
@@ -88,6 +89,7 @@ def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> tuple[Tenso
     """Run forward and backward over this rank's microbatches of a batch.
 
     Return the loss, summed over ranks, and a Balance for each MoE layer, summed over microbatches.
+    Of a Balance, only `counts` is summed over ranks here; `fetch` sums the rest.
     """
     config = setup.config
     rank, world = setup.strategy.data
@@ -103,11 +105,11 @@ def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> tuple[Tenso
             output: Output = setup.model(rows[:, :-1])
             nats = _token_nats(output.logits, rows[:, 1:]) / setup.batch_tokens
         with phase("backward"):
-            microbatch = _with_all_counts(setup, output.balances)
+            all_ranks = _with_all_counts(setup, output.balances)
             tokens = rows.shape[0] * config.max_seq_len * world
-            (nats + _auxiliary(setup, microbatch, tokens)).backward()
+            (nats + _auxiliary(setup, all_ranks, tokens)).backward()
         loss += nats.detach()
-        balances.append([Balance(*(t.detach() for t in b)) for b in microbatch])
+        balances.append([Balance(*(t.detach() for t in b)) for b in all_ranks])
     return setup.strategy.reduce(loss), [_summed(layer) for layer in zip(*balances)]
 
 

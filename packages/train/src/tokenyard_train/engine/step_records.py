@@ -1,4 +1,4 @@
-"""The records of a step and of an evaluation in metrics.jsonl."""
+"""The records of a step, taken or skipped, in metrics.jsonl."""
 
 from __future__ import annotations
 

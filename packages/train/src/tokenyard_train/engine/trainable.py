@@ -1,4 +1,4 @@
-"""Freeze parameters, and add adapters."""
+"""Which parameters are trained: frozen ones, and adapters."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def adapt(model: nn.Module, lora: LoraConfig) -> None:
         add_lora(model, lora.rank, lora.alpha, lora.targets)
     for parameter in _matching(model, lora.train_also, "lora.train_also"):
         parameter.requires_grad_(True)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that the optimizer updates, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _matching(model: nn.Module, patterns: Sequence[str], key: str) -> Iterator[nn.Parameter]:
