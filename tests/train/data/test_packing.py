@@ -254,3 +254,192 @@ def test_another_tokenizer_s_folder_is_refused(tmp_path, config, monkeypatch):
         match=r"packed '.*' was packed by the tokenizer bytes, and the config's is other",
     ):
         build_data(config(train_loader={"name": "text", "dataset": {"packed": str(folder)}}).data())
+
+
+def unfinished(folder: Path, chunks: int = 5) -> Path:
+    """Pack some chunks, and end as a killed process does."""
+
+    def interrupt(done):
+        if done.chunks == chunks:
+            raise Killed
+
+    with pytest.raises(Killed):
+        packed(folder, progress=interrupt)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin"])
+@pytest.mark.parametrize("damage", ["gone", "short", "empty", "flipped"])
+def test_a_packing_does_not_go_on_over_damage(tmp_path, name, damage):
+    path = unfinished(tmp_path / "p") / name
+    sound = path.read_bytes()
+    damaged = {
+        "gone": None,
+        "short": sound[:-1],
+        "empty": b"",
+        "flipped": sound[:3] + bytes([sound[3] ^ 1]) + sound[4:],
+    }[damage]
+    path.unlink() if damaged is None else path.write_bytes(damaged)
+    said = "was changed since it was packed, in chunk 1" if damage == "flipped" else r"records \d+"
+    with pytest.raises(CorruptError, match=rf"{said}.*; copy the folder again, or pack anew"):
+        packed(tmp_path / "p")
+    assert not (tmp_path / "p" / "manifest.json").exists()
+    assert not path.exists() or path.read_bytes() == damaged  # nothing is filled up with zeros
+    pack(tmp_path / "p", lambda: iter(DOCUMENTS), TokenizerConfig(), [{"name": "test"}], 1,
+         lambda done: None, overwrite=True)  # fmt: skip
+    assert content(tmp_path / "p") == content(packed(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('[1, 1000000000, 5, 5, "00"]', r"tokens.bin has \d+ bytes, and .* records 2000000000"),
+        ("[1, 1000000000, 5, 5]", "holds a line that is no record of a chunk"),
+        ('[6, 1, 1, 1, "00"]', r"records no order of chunks|was changed"),
+        ('[6, -1, 1, 1, "00"]', "holds a line that is no record of a chunk"),
+        ('[6, true, 1, 1, "00"]', "holds a line that is no record of a chunk"),
+        ("{}", "holds a line that is no record of a chunk"),
+        ("nonsense", "holds a line that is not JSON"),
+        ("[" * 200_000, "holds a line that is not JSON"),
+        ("\udcff", "holds a line that is not JSON"),
+    ],
+)
+def test_a_journal_is_not_believed(tmp_path, line, said):
+    journal = unfinished(tmp_path / "p") / "journal.jsonl"
+    with journal.open("a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(line + "\n")
+    with pytest.raises(CorruptError, match=said):
+        packed(tmp_path / "p")
+
+
+def test_every_flipped_bit_of_a_journal_is_found_or_changes_nothing(tmp_path):
+    rng = random.Random(2)
+    journal = unfinished(tmp_path / "p") / "journal.jsonl"
+    before = content(tmp_path / "p")
+    whole = content(packed(tmp_path / "whole"))
+    for _ in range(60):
+        changed = bytearray(before["journal.jsonl"])
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+        for name in content(tmp_path / "p"):
+            (tmp_path / "p" / name).unlink()
+        for name, text in before.items():
+            (tmp_path / "p" / name).write_bytes(text)
+        journal.write_bytes(changed)
+        try:
+            packed(tmp_path / "p")
+        except TokenyardError:
+            continue
+        assert content(tmp_path / "p") == whole
+
+
+def test_one_process_packs_into_a_folder(tmp_path):
+    said = []
+
+    def second(done):
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match=r"another process packs into .*wait until it"):
+                pack(tmp_path / "p", lambda: iter(DOCUMENTS), TokenizerConfig(), [], 1,
+                     lambda done: None, overwrite)  # fmt: skip
+        said.append(done)
+
+    packed(tmp_path / "p", progress=second)
+    assert len(said) > 3
+    assert content(tmp_path / "p") == content(packed(tmp_path / "whole"))
+
+
+def _processes(marker: str) -> list[int]:
+    """Return the processes whose command line or parent's has a marker."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (path / "environ").read_bytes()
+            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if marker.encode() in environment and state != "Z":
+            found.append(int(path.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+@pytest.mark.parametrize("victim", ["parent", "worker"])
+def test_no_process_stays_when_one_is_killed(tmp_path, big, victim):
+    command = [sys.executable, "-m", "tokenyard_train", "data", "pack", str(tmp_path / "p")]
+    marker = f"PACKING_TEST={tmp_path}"
+    environment = os.environ | dict([marker.split("=", 1)])
+    with subprocess.Popen(
+        [*command, str(big), "--workers", "2"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+    ) as process:  # fmt: skip
+        while process.poll() is None and _chunks_done(tmp_path / "p") < 1:
+            time.sleep(0.01)
+        assert process.poll() is None
+        workers = [
+            pid for pid in _processes(marker)
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]  # fmt: skip
+        assert len(workers) == 2
+        os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+        stderr = process.stderr.read() if process.stderr else ""
+    deadline = time.monotonic() + 20
+    while _processes(marker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _processes(marker)
+    if victim == "worker":
+        assert "a process of --workers was killed" in " ".join(stderr.split())
+        assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "hashes.bin", "manifest.json"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "deep", "not UTF-8"])
+def test_a_damaged_packed_folder_is_one_sentence(tmp_path, name, damage, tokenyard):
+    folder = packed(tmp_path / "p")
+    path = folder / name
+    sound = path.read_bytes()
+    damages = {"empty": b"", "cut": sound[:-3], "deep": b"[" * 200_000, "not UTF-8": b"\xff\xfe"}
+    path.unlink() if damage == "gone" else path.write_bytes(damages[damage])
+    code, _, stderr = tokenyard("data", "verify", str(folder))
+    assert code != 0
+    assert "Traceback" not in stderr
+    assert str(folder) in stderr.replace("\n", "")
+
+
+def test_flipped_bits_of_a_manifest_are_one_sentence(tmp_path):
+    path = packed(tmp_path / "p") / "manifest.json"
+    sound = path.read_bytes()
+    for position in range(len(sound)):
+        path.write_bytes(
+            sound[:position]
+            + bytes([sound[position] ^ 0x80 >> position % 8])
+            + sound[position + 1 :]
+        )
+        with pytest.raises((CorruptError, ConfigError)):
+            TokenFile(tmp_path / "p").verify()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtype", "O"), ("dtype", "<f4"), ("tokens", -1), ("tokens", 1e30), ("tokens", True),
+     ("documents", None), ("vocab_size", "x"), ("vocab_size", 70_000), ("sources", 5),
+     ("format", [])],
+)  # fmt: skip
+def test_a_forged_manifest_is_refused(tmp_path, key, value):
+    path = packed(tmp_path / "p") / "manifest.json"
+    manifest = json.loads(path.read_text()) | {key: value}
+    manifest.pop("digest")
+    manifest["digest"] = module.manifest_digest(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises((CorruptError, ConfigError), match=rf"has {key} |has dtype "):
+        TokenFile(tmp_path / "p")
+
+
+def test_packed_ids_outside_the_vocabulary_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenyard_train.data.tokenizer.BytesTokenizer.vocab_size", 100)
+    with pytest.raises(ConfigError, match=r"tokens.bin holds id \d+, and the tokenizer has 100"):
+        TokenFile(packed(tmp_path / "p")).verify()
+
+
+@pytest.mark.parametrize("folder", ["a" * 400, "a\0b"])
+def test_a_folder_name_that_cannot_be(folder):
+    with pytest.raises(ConfigError, match=r"is not a packed folder"):
+        TokenFile(folder)

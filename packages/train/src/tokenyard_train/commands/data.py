@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,16 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeed
 from tokenyard import ConfigError
 from tokenyard_models.strict_config import parse
 from tokenyard_train.commands.options import PackOptions
-from tokenyard_train.data.packing import UNFINISHED_MANIFEST, PackProgress, pack
+from tokenyard_train.data.journal import PackProgress
+from tokenyard_train.data.packing import pack
 from tokenyard_train.data.schema import Source, TokenizerConfig
 from tokenyard_train.data.sources import describe_source, read_documents
-from tokenyard_train.data.tokens import (
-    DOCUMENTS,
-    HASHES,
-    JOURNAL,
-    MANIFEST,
-    TOKENS,
-    TokenFile,
-    read_manifest,
-)
-
-_PACKED_FILES = frozenset((MANIFEST, TOKENS, DOCUMENTS, HASHES, JOURNAL, UNFINISHED_MANIFEST))
+from tokenyard_train.data.tokens import TokenFile, read_manifest
 
 
 def run_pack(console: Console, options: PackOptions) -> None:
     """Pack sources into a folder, with a progress bar. Raises ConfigError for unreadable text."""
     source = _source(options)
-    if options.overwrite:
-        _delete_packed(options.out)
     start = time.monotonic()
     with _progress_bar(console) as bar:
         task = bar.add_task("packing", total=None, state="")
@@ -50,6 +38,7 @@ def run_pack(console: Console, options: PackOptions) -> None:
             describe_source(source, "SOURCE"),
             options.workers or os.cpu_count() or 1,
             report,
+            options.overwrite,
         )
     seconds = time.monotonic() - start
     console.print(
@@ -97,17 +86,6 @@ def _source(options: PackOptions) -> Source:
         key = "hf_name" if options.hf else "local"
         location = {key: options.sources[0], "split": options.split}
     return parse(Source, location | {"text_key": options.text_key})
-
-
-def _delete_packed(folder: Path) -> None:
-    """Delete a packed folder. Raises ConfigError if it holds any other file."""
-    others = sorted(path.name for path in folder.glob("*") if path.name not in _PACKED_FILES)
-    if others:
-        raise ConfigError(
-            f"--overwrite deletes a packed folder, and {str(folder)!r} holds something else: "
-            f"{others[0]}"
-        )
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _progress_bar(console: Console) -> Progress:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import NamedTuple
 
 import numpy as np
 
+from tokenyard import TokenyardError
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import ids_dtype
@@ -51,9 +54,21 @@ def encode_chunks(
         tokenizer = build_tokenizer(config)
         yield from (_encode(tokenizer, chunk) for chunk in remaining)
         return
+    try:
+        yield from _encode_in_pool(remaining, config, workers)
+    except BrokenProcessPool:
+        raise TokenyardError(
+            "a process of --workers was killed, perhaps for lack of memory; what is packed so far "
+            f"is kept: run the same command again, with fewer --workers than {workers}"
+        ) from None
+
+
+def _encode_in_pool(
+    chunks: Iterator[list[bytes]], config: TokenizerConfig, workers: int
+) -> Iterator[EncodedChunk]:
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (config,)) as pool:
         pending: list[Future[EncodedChunk]] = []
-        for chunk in remaining:
+        for chunk in chunks:
             pending.append(pool.submit(_encode_in_worker, chunk))
             if len(pending) > 2 * workers:
                 yield pending.pop(0).result()
@@ -66,8 +81,17 @@ _worker_tokenizer: list[Tokenizer] = []
 
 
 def _start_worker(config: TokenizerConfig) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer.append(build_tokenizer(config))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, also if the parent was killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_in_worker(documents: list[bytes]) -> EncodedChunk:
@@ -78,6 +102,6 @@ def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> EncodedChunk:
     dtype = ids_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.end], dtype=dtype)
     encoded = [tokenizer.encode(document).astype(dtype, copy=False) for document in documents]
-    ids = np.concatenate([part for document in encoded for part in (document, end)])
+    ids = b"".join(part.data for document in encoded for part in (document, end))
     ends = np.cumsum([len(document) + 1 for document in encoded]).tolist()
-    return EncodedChunk(ids.tobytes(), ends, sum(map(len, documents)))
+    return EncodedChunk(ids, ends, sum(map(len, documents)))

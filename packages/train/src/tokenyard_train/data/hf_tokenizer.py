@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tokenyard import ConfigError
-from tokenyard_train.data.sources.text import parse_json
+from tokenyard_train.data.json_text import parse_json
 from tokenyard_train.data.tokens import Ids, ids_dtype
 from tokenyard_train.optional import require
 

@@ -7,12 +7,18 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tokenyard import ConfigError, TokenyardError
 from tokenyard_train.data.encoding import EncodedChunk, encode_chunks, split_chunks
+from tokenyard_train.data.journal import (
+    JOURNAL_FORMAT,
+    PackProgress,
+    journal_line,
+    read_journal,
+)
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import (
@@ -23,21 +29,15 @@ from tokenyard_train.data.tokens import (
     JOURNAL,
     MANIFEST,
     TOKENS,
+    CorruptError,
     ids_dtype,
     manifest_digest,
 )
+from tokenyard_train.folder_lock import folder_lock
 
 CHUNK_BYTES = 4 << 20  # text per chunk, at least; documents are never split
 UNFINISHED_MANIFEST = MANIFEST + ".unfinished"
-
-
-class PackProgress(NamedTuple):
-    """Counts of what is packed so far. The journal holds one per chunk."""
-
-    chunks: int = 0
-    tokens: int = 0
-    documents: int = 0
-    text_bytes: int = 0
+PACKED_FILES = frozenset((MANIFEST, TOKENS, DOCUMENTS, HASHES, JOURNAL, UNFINISHED_MANIFEST))
 
 
 def pack(
@@ -47,6 +47,7 @@ def pack(
     sources: list[dict[str, Any]],
     workers: int,
     report: Callable[[PackProgress], None],
+    overwrite: bool = False,
 ) -> PackProgress:
     """Tokenize documents into a packed folder, and return the final counts.
 
@@ -54,23 +55,27 @@ def pack(
     them in the manifest. `report` is called at the start and after each chunk. The output does not
     depend on `workers` or on interruptions: one rule cuts the text into chunks, ids are appended in
     order, and a journal records each finished chunk. Raises ConfigError if the folder holds another
-    packing, TokenyardError if it cannot be written.
+    packing or another process packs there, TokenyardError if it cannot be written or is damaged.
     """
     tokenizer = build_tokenizer(config)
     settings = {
         "format": FORMAT,
+        "journal": JOURNAL_FORMAT,
         "tokenizer": tokenizer.identity,
         "sources": sources,
         "chunk_bytes": CHUNK_BYTES,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        done = _start_or_resume(folder, settings, ids_dtype(tokenizer.vocab_size).itemsize)
-        report(done)
-        chunks = split_chunks(documents(), CHUNK_BYTES)
-        encoded = encode_chunks(chunks, config, workers, skip=done.chunks)
-        done = _append(folder, encoded, done, tokenizer, report)
-        _finish(folder, settings, done, tokenizer)
+        with folder_lock(folder, "packs into"):
+            if overwrite:
+                _delete_packed(folder)
+            done = _start_or_resume(folder, settings, ids_dtype(tokenizer.vocab_size).itemsize)
+            report(done)
+            chunks = split_chunks(documents(), CHUNK_BYTES)
+            encoded = encode_chunks(chunks, config, workers, skip=done.chunks)
+            done = _append(folder, encoded, done, tokenizer, report)
+            _finish(folder, settings, done, tokenizer)
     except OSError as error:
         raise TokenyardError(
             f"{folder} cannot be written: {error.strerror}; what is packed so far is kept"
@@ -78,33 +83,31 @@ def pack(
     return done
 
 
+def _delete_packed(folder: Path) -> None:
+    """Delete the files of a packed folder. Raises ConfigError if it holds any other file."""
+    others = sorted(path.name for path in folder.iterdir() if path.name not in PACKED_FILES)
+    if others:
+        raise ConfigError(
+            f"--overwrite deletes a packed folder, and {str(folder)!r} holds something else: "
+            f"{others[0]}"
+        )
+    for name in PACKED_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
 def _start_or_resume(folder: Path, settings: dict[str, Any], itemsize: int) -> PackProgress:
     """Start a journal or resume an existing one, and truncate the files to what it records."""
     if (folder / MANIFEST).exists():
         raise ConfigError(f"{str(folder)!r} is packed already; give another folder, or --overwrite")
     journal = folder / JOURNAL
-    done = PackProgress()
-    lines = _complete_lines(journal)
-    if lines and json.loads(lines[0]) != settings:
-        raise ConfigError(
-            f"{str(folder)!r} holds an unfinished packing of other text or by another tokenizer; "
-            "give the same ones to resume, another folder, or --overwrite"
-        )
-    if len(lines) > 1:
-        done = PackProgress(*json.loads(lines[-1]))
-    lines = lines or [json.dumps(settings)]
-    journal.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    done = read_journal(folder, settings, itemsize)
+    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+    lines = lines or [json.dumps(settings).encode()]
+    journal.write_bytes(b"".join(line + b"\n" for line in lines))
     for name, size in ((TOKENS, done.tokens * itemsize), (DOCUMENTS, done.documents * 8)):
         with (folder / name).open("ab") as file:
             file.truncate(size)
     return done
-
-
-def _complete_lines(journal: Path) -> list[str]:
-    if not journal.exists():
-        return []
-    # An interrupted write leaves text after the last line end.
-    return journal.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def _append(
@@ -118,11 +121,12 @@ def _append(
     with (
         (folder / TOKENS).open("ab") as tokens,
         (folder / DOCUMENTS).open("ab") as documents,
-        (folder / JOURNAL).open("a", encoding="utf-8") as journal,
+        (folder / JOURNAL).open("ab") as journal,
     ):
         for chunk in chunks:
+            ends = (np.array(chunk.ends, dtype="<u8") + np.uint64(done.tokens)).tobytes()
             tokens.write(chunk.ids)
-            documents.write((np.array(chunk.ends, dtype="<u8") + np.uint64(done.tokens)).tobytes())
+            documents.write(ends)
             done = PackProgress(
                 done.chunks + 1,
                 done.tokens + len(chunk.ids) // itemsize,
@@ -132,7 +136,7 @@ def _append(
             # The journal must not record a chunk before its ids are on disk.
             for file in (tokens, documents):
                 _sync(file)
-            journal.write(json.dumps(done) + "\n")
+            journal.write(journal_line(done, chunk.ids, ends).encode())
             _sync(journal)
             report(done)
     return done
@@ -148,7 +152,15 @@ def _finish(
         hashes = b"".join(
             hashlib.sha256(block).digest() for block in iter(lambda: file.read(BLOCK_BYTES), b"")
         )
-    (folder / HASHES).write_bytes(hashes)
+        size = file.tell()
+    if size != done.tokens * ids_dtype(tokenizer.vocab_size).itemsize:
+        raise CorruptError(
+            f"{folder / TOKENS} has {size} bytes, and {done.tokens} ids were packed; "
+            "pack the text again"
+        )
+    with (folder / HASHES).open("wb") as hashes_file:
+        hashes_file.write(hashes)
+        _sync(hashes_file)
     manifest = {
         "format": FORMAT,
         "dtype": ids_dtype(tokenizer.vocab_size).str,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenyard import ConfigError, TokenyardError
+from tokenyard_train.data.json_text import parse_json
 
 Ids = NDArray[np.integer[Any]]
 """Token ids: uint16 or uint32, or the dtype of another tool's file."""
@@ -22,6 +23,19 @@ TOKENS = "tokens.bin"  # ids of all documents
 DOCUMENTS = "documents.bin"  # end position of each document, uint64
 HASHES = "hashes.bin"  # SHA-256 of each block of tokens.bin
 JOURNAL = "journal.jsonl"  # progress of an unfinished pack
+
+_MANIFEST_TYPES: dict[str, type] = {
+    "dtype": str,
+    "tokens": int,
+    "documents": int,
+    "text_bytes": int,
+    "vocab_size": int,
+    "end": int,
+    "tokenizer": str,
+    "sources": list,
+    "hashes": str,
+    "documents_sha256": str,
+}
 
 
 class Tokens(Protocol):
@@ -73,7 +87,7 @@ class TokenFile:
         self.ends: NDArray[np.uint64] = _map_file(
             self.folder / DOCUMENTS, np.dtype("<u8"), self.manifest["documents"]
         )
-        self._hashes = (self.folder / HASHES).read_bytes()
+        self._hashes = _read_bytes(self.folder / HASHES)
         _check_hash(self.folder / HASHES, self._hashes, self.manifest["hashes"])
         self._ids_per_block = BLOCK_BYTES // dtype.itemsize
         self._verified = np.zeros(-(-count // self._ids_per_block), dtype=bool)
@@ -97,7 +111,7 @@ class TokenFile:
         for block in range(len(self._verified)):
             self._verify(block)
         path = self.folder / DOCUMENTS
-        _check_hash(path, path.read_bytes(), self.manifest["documents_sha256"])
+        _check_hash(path, _read_bytes(path), self.manifest["documents_sha256"])
 
     def _verify(self, block: int) -> None:
         ids = self._tokens[block * self._ids_per_block : (block + 1) * self._ids_per_block]
@@ -108,6 +122,7 @@ class TokenFile:
                 f"in bytes {first} to {first + ids.nbytes - 1}; "
                 "pack the text again, or copy the file again"
             )
+        check_ids(ids, self.manifest["vocab_size"], str(self.folder / TOKENS))
         self._verified[block] = True
 
 
@@ -118,15 +133,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        if (folder / JOURNAL).exists():
-            problem = "was not packed to the end; run the same tokenyard data pack again to resume"
-        else:
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, PermissionError):
+            problem = "cannot be read: Permission denied"
+        elif not isinstance(error, FileNotFoundError) or not (folder / JOURNAL).exists():
             problem = "is not a packed folder; create one with tokenyard data pack"
-        raise ConfigError(f"{str(folder)!r} {problem}") from None
+        else:
+            problem = "was not packed to the end; run the same tokenyard data pack again to resume"
+        raise ConfigError(f"{str(folder)[:200]!r} {problem}") from None
     try:
-        manifest: dict[str, Any] = json.loads(text)
+        manifest: dict[str, Any] = parse_json(text)
         stated = manifest.pop("digest")
     except (ValueError, KeyError, AttributeError, TypeError):
         raise CorruptError(f"{path} is not a manifest; pack the text again") from None
@@ -134,11 +151,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CorruptError(
             f"{path} was changed after packing; pack the text again, or copy the folder again"
         )
-    if manifest["format"] != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise ConfigError(
-            f"{path} has format {manifest['format']}, and this tokenyard reads {FORMAT}; "
+            f"{path} has format {manifest.get('format')}, and this tokenyard reads {FORMAT}; "
             "pack it again"
         )
+    for name, kind in _MANIFEST_TYPES.items():
+        value: Any = manifest.get(name)
+        if type(value) is not kind or (kind is int and value < 0):
+            raise CorruptError(f"{path} has {name} {value!r}; pack the text again")
+    if manifest["dtype"] != ids_dtype(manifest["vocab_size"]).str:
+        raise CorruptError(f"{path} has dtype {manifest['dtype']!r}; pack the text again")
     return manifest
 
 
@@ -154,7 +177,21 @@ def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
         raise CorruptError(
             f"{path} {has}, and {count * dtype.itemsize} were packed; copy the folder again"
         )
-    return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+    try:
+        return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise CorruptError(
+            f"{path} is missing; pack the text again, or copy the folder again"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _check_hash(path: Path, content: bytes, expected: str) -> None:

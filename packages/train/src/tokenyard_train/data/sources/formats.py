@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from tokenyard import ConfigError
+from tokenyard_train.data.json_text import parse_json
 from tokenyard_train.data.sources.compression import DECOMPRESSORS, Stream, open_decompressed
 from tokenyard_train.data.sources.text import (
     MAX_DOCUMENT_BYTES,
@@ -17,7 +18,6 @@ from tokenyard_train.data.sources.text import (
     checked_text,
     document_text,
     no_column,
-    parse_json,
     row_text,
 )
 from tokenyard_train.optional import require

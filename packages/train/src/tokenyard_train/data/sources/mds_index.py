@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from tokenyard import ConfigError
-from tokenyard_train.data.sources.text import parse_json
+from tokenyard_train.data.json_text import parse_json
 
 INDEX = "index.json"
 

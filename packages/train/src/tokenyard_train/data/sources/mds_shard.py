@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from tokenyard import ConfigError
 from tokenyard.errors import did_you_mean
+from tokenyard_train.data.json_text import parse_json
 from tokenyard_train.data.sources.mds_index import Shard
-from tokenyard_train.data.sources.text import parse_json
 from tokenyard_train.data.tokens import CorruptError
 from tokenyard_train.optional import require
 

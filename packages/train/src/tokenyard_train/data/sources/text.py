@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 from typing import Any
 
 from tokenyard import ConfigError
@@ -94,13 +93,3 @@ def check_size(size: int, location: str) -> None:
             f"{location} has more than {MAX_DOCUMENT_BYTES:,} bytes, which is the most that a "
             "document may have; split it, such as into rows of a .jsonl file"
         )
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text in UTF-8. Raises ValueError, also for too deep nesting."""
-    if isinstance(text, bytes):
-        text = text.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
