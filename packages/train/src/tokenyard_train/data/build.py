@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -27,6 +28,27 @@ class Data:
     tokenizer: Tokenizer
     train: Samples | Mixture
     held_out: HeldOut | None
+
+    def identity(self) -> dict[str, str]:
+        """Return digests of what decides the training samples, by config key.
+
+        The tokenizer and the ids of each stream: all ids of text that was tokenized at start-up,
+        the recorded hashes of a packed folder, and those of MDS shards (without them, their sizes
+        and first and last bytes).
+        """
+        if isinstance(self.train, Samples):
+            streams = {"train_loader.dataset": self.train}
+        else:
+            prefix = "train_loader.dataset.streams"
+            streams = {f"{prefix}.{name}": stream for name, stream in self.train.streams.items()}
+        digests = {key: _identity(stream.tokens) for key, stream in streams.items()}
+        return {"tokenizer": self.tokenizer.identity} | digests
+
+
+def _identity(tokens: Tokens) -> str:
+    if isinstance(tokens, TokenFile | MdsTokens):
+        return tokens.identity()
+    return hashlib.sha256(np.ascontiguousarray(tokens[:]).data).hexdigest()
 
 
 def build_data(settings: DataSettings) -> Data:

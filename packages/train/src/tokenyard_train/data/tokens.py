@@ -106,6 +106,11 @@ class TokenFile:
                 self._verify(int(block))
         return self._tokens[start:stop:step]
 
+    def identity(self) -> str:
+        """Return a digest of the ids and the document ends, wherever the folder is."""
+        parts = [str(self.manifest[name]) for name in ("dtype", "hashes", "documents_sha256")]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
     def verify(self) -> None:
         """Verify every block and the document ends. Raises CorruptError."""
         for block in range(len(self._verified)):
@@ -158,7 +163,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     for name, kind in _MANIFEST_TYPES.items():
         value: Any = manifest.get(name)
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise CorruptError(f"{path} has {name} {value!r}; pack the text again")
     if manifest["dtype"] != ids_dtype(manifest["vocab_size"]).str:
         raise CorruptError(f"{path} has dtype {manifest['dtype']!r}; pack the text again")

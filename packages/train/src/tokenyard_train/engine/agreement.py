@@ -1,13 +1,18 @@
-"""Which keys of a config a resumed run may not change."""
+"""What a resumed run may not change: keys of its config, and the content of its text."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.distributed import is_rank0
+
+log = logging.getLogger("tokenyard")
 
 _MUST_AGREE = (
     "model",
@@ -40,6 +45,27 @@ def check_agreement(config: TrainConfig, checkpoint: Path, saved: dict[str, Any]
             f"{path} is {new!r}, but checkpoint {checkpoint} was made with {old!r}; set it back, "
             "or choose another run_name for a new run"
         )
+
+
+def check_data(
+    identity: Mapping[str, str], checkpoint: Path, saved: Mapping[str, str] | None
+) -> None:
+    """Raise CheckpointError if the tokenizer or the text has other content than a checkpoint's.
+
+    `identity` and `saved` hold a digest for each config key; see `Data.identity`. A checkpoint of
+    an older version has none; a warning says that nothing is compared.
+    """
+    if saved is None:
+        if is_rank0():
+            log.warning("checkpoint %s does not record its text, so it is not compared", checkpoint)
+        return
+    for key, digest in identity.items():
+        if saved.get(key) != digest:
+            raise CheckpointError(
+                f"{key} has other content than checkpoint {checkpoint} was trained on, so other "
+                "samples would follow; bring the former content back, or choose another run_name "
+                "for a new run, which load_path can start from these weights"
+            )
 
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:

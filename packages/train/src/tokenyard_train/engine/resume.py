@@ -17,7 +17,7 @@ from tokenyard_train.checkpoint import (
 )
 from tokenyard_train.config.from_hf import HF
 from tokenyard_train.distributed import on_rank0
-from tokenyard_train.engine.agreement import check_agreement
+from tokenyard_train.engine.agreement import check_agreement, check_data
 from tokenyard_train.engine.save import adamw_states, run_tensors
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Position
@@ -29,8 +29,8 @@ def resume(setup: Setup, metrics: Metrics) -> Position:
 
     Without it, or without a checkpoint, empty the metrics and start at 0.
 
-    `metrics` are cut back to that position. Raises CheckpointError if the config disagrees with
-    the checkpoint's.
+    `metrics` are cut back to that position. Raises CheckpointError if the config or the content
+    of the text disagrees with the checkpoint's.
     """
     on_rank0(lambda: clear_unfinished(setup.folder))
     newest = newest_good(setup.folder) if setup.config.autoresume else None
@@ -39,6 +39,7 @@ def resume(setup: Setup, metrics: Metrics) -> Position:
         return Position()
     meta = read_meta(newest)
     check_agreement(setup.config, newest, meta["config"])
+    check_data(setup.identity, newest, meta.get("data"))
     read_tensors(newest, run_tensors(setup))
     for name, state in adamw_states(setup).items():
         state["step"].fill_(meta["optimizer_steps"][name])

@@ -22,6 +22,7 @@ def save(run: Run, writer: BackgroundWriter) -> None:
         "metrics_bytes": run.metrics.size(),
         "optimizer_steps": steps,
         "config": run.setup.config.model_dump(mode="json"),
+        "data": run.setup.identity,
     }
     writer.save(f"ba{run.batch}", run_tensors(run.setup), meta)
 

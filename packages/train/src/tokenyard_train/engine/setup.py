@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -40,6 +40,11 @@ class Setup:
     data: Data
     batches: int  # optimizer steps of the whole run
     flops_per_token: float  # of training: forward and backward
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Digests of the tokenizer and of the training text, by config key."""
+        return self.data.identity()
 
     @property
     def device(self) -> torch.device:
