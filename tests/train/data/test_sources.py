@@ -2,13 +2,17 @@
 
 import gzip
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 from tokenyard import ConfigError
 from tokenyard_models.strict_config import parse
-from tokenyard_train.data.schema import Source, TextDataset
+from tokenyard_train.config import read_config
+from tokenyard_train.data import build_data
+from tokenyard_train.data.schema import Source, TextDataset, TokenizerConfig
 from tokenyard_train.data.sources import describe_source, read_documents
 
 DOCUMENTS = ["one, naïve", "two\nlines", "", "four ✓"]
@@ -101,3 +105,88 @@ def test_a_source_has_exactly_one_location(keys, has):
         match=f"it has {has}; give exactly one of path, packed, local, hf_name, streams",
     ):
         parse(TextDataset, keys)
+
+
+def foundry_config(settings, **changes):
+    """Return a config in which every blank key of LLM Foundry's data sections is written."""
+    blank = {"remote": None, "split": None, "hf_kwargs": None, "packed": None, "hf_name": ""}
+    loader = settings["train_loader"] | {"drop_last": True}
+    loader["dataset"] = loader["dataset"] | blank | changes
+    return settings | {
+        "train_loader": loader,
+        "tokenizer": {"name": "bytes", "kwargs": None, "eos_token": None},
+    }
+
+
+@pytest.mark.parametrize("blank", [None, ""])
+def test_a_key_without_a_value_is_not_there(settings, text, blank):
+    plain = read_config(settings).data()
+    full = foundry_config(settings, remote=blank, text_key=blank, suffixes=blank, shuffle=blank)
+    assert read_config(full).data() == plain
+    stream = {"path": str(text), "local": blank, "remote": blank, "proportion": blank}
+    full["train_loader"]["dataset"] = {"remote": blank, "streams": {"a": stream}, "path": blank}
+    full["eval_loader"] = settings["eval_loader"] | {
+        "dataset": settings["eval_loader"]["dataset"] | {"remote": blank, "local": blank}
+    }
+    streams = {"streams": {"a": {"path": str(text)}}}
+    loader = {"name": "text", "dataset": streams}
+    assert read_config(full).data() == read_config(settings | {"train_loader": loader}).data()
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("train_loader.dataset", "train_loader.dataset.remote is a key of LLM Foundry"),
+        ("eval_loader.dataset", "eval_loader.dataset.remote is a key of LLM Foundry"),
+        ("train_loader.dataset.streams.a", r"dataset.streams.a.remote is a key of LLM Foundry"),
+    ],
+)
+def test_a_remote_with_a_value_is_refused(settings, text, path, said):
+    if "streams" in path:
+        settings["train_loader"]["dataset"] = {"streams": {"a": {"path": str(text)}}}
+    section = settings
+    for key in path.split("."):
+        section = section[key]
+    section["remote"] = "s3://bucket/data"
+    with pytest.raises(ConfigError, match=rf"{said}.*; bring the shards here"):
+        read_config(settings)
+
+
+@pytest.mark.parametrize("key", ["path", "local", "packed", "hf_name"])
+def test_an_empty_location_is_none(key):
+    with pytest.raises(ConfigError, match="it has none; give exactly one of"):
+        parse(TextDataset, {key: ""})
+
+
+def test_an_unknown_key_without_a_value_is_still_unknown(settings):
+    with pytest.raises(ConfigError, match=r"train_loader.dataset.pth"):
+        read_config(foundry_config(settings, pth=None))
+
+
+def test_another_length_in_the_dataset_is_refused(settings):
+    assert build_data(read_config(foundry_config(settings, max_seq_len=24)).data())
+    with pytest.raises(
+        ConfigError, match=r"train_loader.dataset.max_seq_len is 12, and max_seq_len is 24; give"
+    ):
+        build_data(read_config(foundry_config(settings, max_seq_len=12)).data())
+
+
+def test_a_begin_token_is_refused():
+    with pytest.raises(ConfigError, match=r"a token at the start of a document is not supported"):
+        parse(TokenizerConfig, {"name": "tiktoken", "kwargs": {"add_bos_token": True}})
+
+
+def test_a_description_of_shards_and_of_local_datasets_is_of_their_content(tmp_path):
+    mds = tmp_path / "mds"
+    shutil.copytree(Path(__file__).parent / "mds_of_streaming" / "ids-ndarray", mds)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "train.jsonl").write_text('{"text": "one"}')
+    shard = mds / "shard.00000.mds"
+    for source, file in (
+        (Source(local=str(mds)), shard),
+        (Source(hf_name=str(tmp_path / "hf")), tmp_path / "hf" / "train.jsonl"),
+    ):
+        before = describe_source(source, "dataset")
+        assert describe_source(source, "dataset") == before
+        file.write_bytes(file.read_bytes()[:-2] + b"zz")
+        assert describe_source(source, "dataset") != before

@@ -5,6 +5,7 @@ OmegaConf parses and interpolates; pydantic validates.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,11 @@ from tokenyard_train.config.foundry import INSTEAD, RENAMED
 from tokenyard_train.config.from_hf import with_hf_model
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.data.foundry import BLANK
 
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 40
+_SAME_KEYS = re.compile(r"^(train|eval)_loader\.dataset\.(streams\.[^.]*\.)?")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -149,10 +152,12 @@ def _rename_keys(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_foundry_keys(data: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise ConfigError for a key of LLM Foundry that has another name here."""
+    """Raise ConfigError for a key of LLM Foundry that has another name here, and a value."""
     for key, value in data.items():
         path = f"{prefix}{key}"
-        if (instead := INSTEAD.get(path.replace("eval_loader.", "train_loader.", 1))) is not None:
+        instead = INSTEAD.get(_SAME_KEYS.sub("train_loader.dataset.", path))
+        blank = key in BLANK and value in (None, "")
+        if instead is not None and not blank:
             raise ConfigError(f"{path} is a key of LLM Foundry that is not known here; {instead}")
         if isinstance(value, Mapping) and path != "variables":
             _refuse_foundry_keys(value, f"{path}.")

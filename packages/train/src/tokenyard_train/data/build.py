@@ -12,7 +12,14 @@ from tokenyard import ConfigError
 from tokenyard_train.data.corpus import python_stdlib
 from tokenyard_train.data.mixture import Mixture
 from tokenyard_train.data.samples import HeldOut, Samples
-from tokenyard_train.data.schema import DataSettings, Source, StdlibLoader, TextLoader
+from tokenyard_train.data.schema import (
+    DataSettings,
+    Source,
+    StdlibDataset,
+    StdlibLoader,
+    TextDataset,
+    TextLoader,
+)
 from tokenyard_train.data.sources import mds_folder, read_documents
 from tokenyard_train.data.sources.mds import MdsTokens, has_tokens
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
@@ -53,6 +60,7 @@ def _identity(tokens: Tokens) -> str:
 
 def build_data(settings: DataSettings) -> Data:
     """Open packed text, or read and tokenize text. Raises ConfigError if it is missing or short."""
+    _check_lengths(settings)
     tokenizer = build_tokenizer(settings.tokenizer)
     train = _train_samples(settings, tokenizer)
     if settings.eval_loader is None:
@@ -64,6 +72,24 @@ def build_data(settings: DataSettings) -> Data:
         settings.eval_batches,
     )
     return Data(tokenizer, train, held_out)
+
+
+def _check_lengths(settings: DataSettings) -> None:
+    """Raise ConfigError if a dataset's max_seq_len is not the config's."""
+    sections: dict[str, Source | StdlibDataset] = {
+        f"{key}_loader.dataset": loader.dataset
+        for key, loader in (("train", settings.train_loader), ("eval", settings.eval_loader))
+        if loader is not None
+    }
+    for key, dataset in list(sections.items()):
+        streams = dataset.streams if isinstance(dataset, TextDataset) else None
+        sections |= {f"{key}.streams.{name}": stream for name, stream in (streams or {}).items()}
+    for key, section in sections.items():
+        if section.max_seq_len not in (None, settings.max_seq_len):
+            raise ConfigError(
+                f"{key}.max_seq_len is {section.max_seq_len}, and max_seq_len is "
+                f"{settings.max_seq_len}; give both the same, or only the latter"
+            )
 
 
 def _train_samples(settings: DataSettings, tokenizer: Tokenizer) -> Samples | Mixture:

@@ -25,7 +25,6 @@ DATASET = frozenset(
         "download_timeout",
         "eos_token_id",
         "keep_zip",
-        "max_seq_len",
         "num_canonical_nodes",
         "partition_algo",
         "predownload",
@@ -36,9 +35,16 @@ DATASET = frozenset(
         "validate_hash",
     )
 )
-"""In a loader's dataset: options for fetching and shuffling shards."""
+"""In a loader's dataset: options for fetching and shuffling shards.
+
+bos_token_id and eos_token_id mask attention between documents where the model has
+attn_uses_sequence_id, which is refused.
+"""
 
 TOKENIZER_KWARGS = frozenset(
-    ("add_bos_token", "add_eos_token", "model_max_length", "padding_side", "trust_remote_code")
+    ("add_eos_token", "model_max_length", "padding_side", "trust_remote_code")
 )
 """In tokenizer.kwargs. Documents are cut into windows of max_seq_len, and nothing is padded."""
+
+BLANK = frozenset(("hf_kwargs", "remote"))
+"""Keys of a loader's dataset and its streams that must have no value."""

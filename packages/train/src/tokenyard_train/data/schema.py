@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tokenyard_models.strict_config import Strict
+from tokenyard_models.strict_config import Strict, only
 from tokenyard_train.data import foundry
 
 
-class TiktokenKwargs(Strict):
+class DataSection(Strict):
+    """A section in which a key without a value is as if it were not there.
+
+    LLM Foundry's configs write `remote:` for shards that are local.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_blank_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        known = cls.model_fields.keys() | foundry.BLANK
+        return {
+            key: value
+            for key, value in data.items()
+            if key not in known or (value is not None and value != "")
+        }
+
+
+class TiktokenKwargs(DataSection):
     """A tiktoken encoding, by name or from a file of ranks with the pattern that splits text."""
 
     ignored: ClassVar[frozenset[str]] = foundry.TOKENIZER_KWARGS
@@ -20,10 +40,11 @@ class TiktokenKwargs(Strict):
     model_name: str | None = None  # name of a model whose encoding to use, such as gpt-4
     file: str | None = None  # ranks in tiktoken's file format
     pattern: str | None = None  # with file: regular expression that splits text before BPE
+    add_bos_token: Annotated[bool, only(False, "a token at the start of a document")] = False
     special_tokens: dict[str, int] = {}  # with file: token text to id
 
 
-class TokenizerConfig(Strict):
+class TokenizerConfig(DataSection):
     """The tokenizer. `bytes` maps each byte to its value and ends a document with 256."""
 
     name: str = "bytes"  # bytes, tiktoken, or the path of a tokenizer.json or its folder
@@ -34,15 +55,19 @@ class TokenizerConfig(Strict):
     kwargs: TiktokenKwargs | None = None  # options of tiktoken
 
 
-class StdlibDataset(Strict):
+class StdlibDataset(DataSection):
     """Options for reading the standard library."""
 
-    ignored: ClassVar[frozenset[str]] = foundry.DATASET | {"split"}
+    ignored: ClassVar[frozenset[str]] = foundry.DATASET | {"split", "token_encoding_type"}
 
+    max_seq_len: int | None = Field(
+        None,
+        exclude=True,  # tokens per sample; None or that of the config
+    )
     shuffle: bool = True  # draw a new sample order for each epoch
 
 
-class StdlibLoader(Strict):
+class StdlibLoader(DataSection):
     """The installed Python's standard library as text. One file in 20 is held out."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOADER
@@ -57,7 +82,7 @@ LOCATION_KEYS = ("path", "packed", "local", "hf_name")
 """The keys that locate text. A source sets exactly one of them."""
 
 
-class Source(Strict):
+class Source(DataSection):
     """A location to read documents from."""
 
     ignored: ClassVar[frozenset[str]] = foundry.DATASET
@@ -69,6 +94,10 @@ class Source(Strict):
     split: str | None = None  # local: subfolder; hf_name: split of the dataset, default train
     streaming: bool = True  # hf_name: read while downloading
     text_key: str = "text"  # column that holds the text, in JSON, .parquet, MDS and hf_name
+    max_seq_len: int | None = Field(
+        None,
+        exclude=True,  # tokens per sample; None or that of the config
+    )
     token_encoding_type: EncodingType = "int64"  # local: dtype of ids in a column of bytes
     suffixes: list[str] = [
         # file suffixes to read from folders
@@ -116,7 +145,7 @@ def _check_exactly_one(keys: list[str], known: tuple[str, ...]) -> None:
         raise ValueError(f"it has {has}; give exactly one of {', '.join(known)}")
 
 
-class TextLoader(Strict):
+class TextLoader(DataSection):
     """The user's own text."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOADER

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard_train.data.schema import Source
-from tokenyard_train.data.sources.files import describe_file, find_files
+from tokenyard_train.data.sources.files import describe_file, find_files, list_files
 from tokenyard_train.data.sources.formats import read_file
 
 log = logging.getLogger("tokenyard")
@@ -49,8 +49,19 @@ def mds_folder(source: Source) -> Path:
 
 
 def describe_source(source: Source, key: str) -> list[dict[str, Any]]:
-    """Return a description that identifies a source's content, without reading all of it."""
-    if source.path is None:
-        return [source.model_dump(exclude_defaults=True)]
-    key = f"{key}.path"
-    return [describe_file(file, key) for file in find_files(source.path, source.suffixes, key)]
+    """Return a description that identifies a source's content, without reading all of it.
+
+    A dataset on the hub is identified by its name alone. Raises ConfigError.
+    """
+    if source.path is not None:
+        files = find_files(source.path, source.suffixes, f"{key}.path")
+    elif source.local is not None:
+        from tokenyard_train.data.sources.mds_index import index_files
+
+        files = index_files(mds_folder(source), f"{key}.local")
+    elif source.hf_name is not None and Path(source.hf_name).is_dir():
+        files = list_files(Path(source.hf_name))
+    else:
+        files = []
+    settings = [] if source.path is not None else [source.model_dump(exclude_defaults=True)]
+    return settings + [describe_file(file, key) for file in files]

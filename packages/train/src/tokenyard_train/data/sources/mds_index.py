@@ -90,3 +90,16 @@ def read_index(folder: Path, key: str) -> list[Shard]:
     if not sum(shard.samples for shard in shards):
         raise ConfigError(f"{key}: {path} lists no samples")
     return [shard for shard in shards if shard.samples]
+
+
+def index_files(folder: Path, key: str) -> list[Path]:
+    """Return the files that identify a folder: its index, and its shards without hashes."""
+    files = [folder / INDEX]
+    for shard in read_index(folder, key):
+        names = [file.basename for file in (shard.zip_data, shard.raw_data) if file is not None]
+        if not shard.raw_data.hashes:
+            # The compressed file comes first: reading puts the other one beside it.
+            files.append(
+                next((folder / n for n in names if (folder / n).exists()), folder / names[0])
+            )
+    return files
