@@ -1,29 +1,36 @@
-"""The commands work with a model and a routing algorithm of a third-party distribution."""
+"""The commands work with a model and a routing algorithm of a third-party distribution.
+
+tests/core/test_example_plugin.py imports the same distribution in other processes.
+"""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tokenyard import default_registry
+
+
+@pytest.fixture
+def installed(example_plugin, monkeypatch):
+    """Make the example plugin visible in this process, to a new registry."""
+    monkeypatch.syspath_prepend(example_plugin["PYTHONPATH"])
+    default_registry.cache_clear()
+    yield
+    default_registry.cache_clear()
 
 
 @pytest.fixture
 def written(settings, tmp_path):
     """Write a config for a `model:` section; return its path."""
 
-    def write(model: dict, **changes) -> Path:
+    def write(model: dict, **changes) -> str:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(settings | {"model": model} | changes))
-        return path
+        return str(path)
 
     return write
-
-
-def tokenyard(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tokenyard_train", *arguments]
-    return subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
 
 
 def losses(run: Path) -> list[float]:
@@ -52,39 +59,38 @@ MODELS = {
 }
 
 
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
-def test_checks_trains_resumes_and_generates(example_plugin, written, tmp_path, model):
+def test_checks_trains_resumes_and_generates(tokenyard, written, tmp_path, model):
     run = tmp_path / "run"
-    config = str(written(model, max_duration="6ba", save_interval="3ba", autoresume=True))
-    checked = tokenyard(example_plugin, "check", config)
-    assert checked.returncode == 0, checked.stderr
+    config = written(model, max_duration="6ba", save_interval="3ba", autoresume=True)
+    code, output, errors = tokenyard("check", config)
+    assert (code, errors) == (0, "")
     if "acme_choice" in str(model):
-        assert "acme_choice" in checked.stdout
+        assert "acme_choice" in output
     for duration in ("3ba", "6ba"):
-        trained = tokenyard(example_plugin, "train", config, f"max_duration={duration}")
-        assert trained.returncode == 0, trained.stderr
-    assert "resumed after batch 3" in trained.stdout
+        code, output, errors = tokenyard("train", config, f"max_duration={duration}")
+        assert (code, errors) == (0, "")
+    assert "resumed after batch 3" in output
     assert len(losses(run)) == 6
     assert losses(run)[-1] < losses(run)[0]
     options = ("--prompt", "1 times", "--max-new-tokens", "5")
-    generated = tokenyard(example_plugin, "generate", str(run), *options)
-    assert generated.returncode == 0, generated.stderr
-    assert generated.stdout.startswith("1 times")
+    code, output, errors = tokenyard("generate", str(run), *options)
+    assert (code, errors) == (0, "")
+    assert output.startswith("1 times")
 
 
-def test_the_algorithm_is_named_where_it_is_not_installed(written):
-    import os
-
-    model = MODELS["our model with its routing"]
-    refused = tokenyard(dict(os.environ), "check", str(written(model)))
-    assert refused.returncode == 2
-    assert "'acme_choice'" in refused.stderr
+def test_an_algorithm_that_is_not_installed_is_named(tokenyard, written):
+    code, _, errors = tokenyard("check", written(MODELS["our model with its routing"]))
+    assert code == 2
+    assert "'acme_choice'" in errors
 
 
-def test_only_our_models_are_converted(example_plugin, written, tmp_path):
-    config = str(written(MODELS["its model"], max_duration="1ba"))
-    assert tokenyard(example_plugin, "train", config).returncode == 0
-    refused = tokenyard(example_plugin, "convert", str(tmp_path / "run"), str(tmp_path / "hf"))
-    assert refused.returncode == 2, refused.stderr
-    assert "AcmeModel has no Hugging Face form" in refused.stderr
+@pytest.mark.usefixtures("installed")
+def test_only_our_models_are_converted(tokenyard, written, tmp_path):
+    config = written(MODELS["its model"], max_duration="1ba")
+    assert tokenyard("train", config)[0] == 0
+    code, _, errors = tokenyard("convert", str(tmp_path / "run"), str(tmp_path / "hf"))
+    assert code == 2
+    assert "AcmeModel has no Hugging Face form" in errors
     assert not (tmp_path / "hf").exists()
