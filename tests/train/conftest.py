@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 import tokenyard_cli
+from tokenyard_train.commands.train import train
 from tokenyard_train.config import TrainConfig, read_config
 from tokenyard_train.engine.setup import Setup, build_setup
 
@@ -18,10 +19,8 @@ MODEL = {
 }
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """A folder with 240 lines of predictable text."""
-    folder = tmp_path / "text"
+def write_text(folder: Path) -> Path:
+    """Write 240 lines of predictable text into a new folder; return the folder."""
     folder.mkdir()
     for name, step in (("a.txt", 3), ("b.txt", 7)):
         lines = (
@@ -31,9 +30,8 @@ def text(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def settings(text: Path, tmp_path: Path) -> dict[str, Any]:
-    """A small training config as a mapping."""
+def small_settings(text: Path, run: Path) -> dict[str, Any]:
+    """Return a small training config as a mapping, for a run in the folder `run`."""
     return {
         "max_seq_len": 24,
         "model": MODEL,
@@ -42,9 +40,30 @@ def settings(text: Path, tmp_path: Path) -> dict[str, Any]:
         "optimizer": {"name": "decoupled_adamw", "lr": 0.01, "weight_decay": 0.001},
         "max_duration": "6ba",
         "global_train_batch_size": 4,
-        "save_folder": str(tmp_path / "run"),
+        "save_folder": str(run),
         "device": "cpu",
     }
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A folder with 240 lines of predictable text."""
+    return write_text(tmp_path / "text")
+
+
+@pytest.fixture
+def settings(text: Path, tmp_path: Path) -> dict[str, Any]:
+    """A small training config as a mapping."""
+    return small_settings(text, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one batch in mixed precision; tests do not write into it."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = small_settings(write_text(folder / "text"), folder / "run")
+    settings |= {"precision": "amp_bf16", "max_duration": "1ba"}
+    return train(read_config(settings), Console(quiet=True)).folder
 
 
 @pytest.fixture

@@ -6,13 +6,6 @@ import torch
 from tokenyard import ConfigError, moe_layers
 from tokenyard_models import to_hf
 from tokenyard_train.commands.load_model import load_trained, load_weights_only
-from tokenyard_train.commands.train import train
-
-
-@pytest.fixture
-def run(config, console):
-    """The folder of a run in mixed precision."""
-    return train(config(precision="amp_bf16", max_duration="1ba"), console).folder
 
 
 def dtype_of_experts(loaded):
@@ -30,41 +23,34 @@ def dtype_of_experts(loaded):
     ("precision", "dtype"),
     [(None, torch.bfloat16), ("amp_bf16", torch.bfloat16), ("fp32", torch.float32)],
 )
-def test_a_run_computes_as_it_was_trained(run, precision, dtype):
-    assert dtype_of_experts(load_trained(run, "cpu", precision)) == dtype
+def test_a_run_computes_as_it_was_trained(trained, precision, dtype):
+    assert dtype_of_experts(load_trained(trained, "cpu", precision)) == dtype
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("precision", [None, "amp_bf16", "fp32"])
-def test_a_folder_computes_in_the_dtype_of_its_weights(run, tmp_path, stored, precision):
-    to_hf(load_weights_only(run).model, tmp_path / "hf", dtype=stored)
+def test_a_folder_computes_in_the_dtype_of_its_weights(trained, tmp_path, stored, precision):
+    to_hf(load_weights_only(trained).model, tmp_path / "hf", dtype=stored)
     want = {None: stored, "amp_bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     assert dtype_of_experts(load_trained(tmp_path / "hf", "cpu", precision)) == want
 
 
-def test_an_unknown_precision_or_device_is_named(run):
+def test_an_unknown_precision_or_device_is_named(trained):
     with pytest.raises(
         ConfigError, match=r"--precision 'bf16' is unknown.*known are: fp32, amp_bf16"
     ):
-        load_trained(run, precision="bf16")
+        load_trained(trained, precision="bf16")
     with pytest.raises(ConfigError, match="--device is 'tpu'; give cpu, cuda, cuda:N or auto"):
-        load_trained(run, "tpu")
+        load_trained(trained, "tpu")
 
 
-def test_the_options_reach_the_commands(tokenyard, run, text, tmp_path):
-    generate = ("generate", str(run), "--prompt", "1 times", "--max-new-tokens", "3", "--precision")
+def test_the_options_reach_the_commands(tokenyard, trained, text, tmp_path):
+    prompt = ("--prompt", "1 times", "--max-new-tokens", "3")
+    generate = ("generate", str(trained), *prompt, "--precision")
     code, out, _ = tokenyard(*generate, "fp32")
     assert (code, out[:7]) == (0, "1 times")
     assert tokenyard(*generate, "fp64")[0] == 2
-    routing = (
-        "routing",
-        str(run),
-        "--data",
-        str(text),
-        "--out",
-        str(tmp_path / "out"),
-        "--precision",
-        "amp_bf16",
-    )
+    folders = ("--data", str(text), "--out", str(tmp_path / "out"))
+    routing = ("routing", str(trained), *folders, "--precision", "amp_bf16")
     assert tokenyard(*routing, "--device", "cpu")[0] == 0
     assert "--device is 'tpu'" in tokenyard(*routing, "--device", "tpu")[2]

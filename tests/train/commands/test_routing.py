@@ -70,10 +70,9 @@ def test_dead_experts_are_named(model):
     assert first.entropy == pytest.approx(0.387, abs=1e-3)  # ln 2 / ln 6
 
 
-def test_the_command(tokenyard, settings, text, tmp_path):
-    train(read_config(settings | {"max_duration": "1ba"}), Console(quiet=True))
+def test_the_command(tokenyard, trained, text, tmp_path):
     arguments = ["--data", str(text), "--tokens", "900", "--out", str(tmp_path / "out")]
-    code, out, errors = tokenyard("routing", str(tmp_path / "run"), *arguments)
+    code, out, errors = tokenyard("routing", str(trained), *arguments)
     assert (code, errors) == (0, "")
     assert "900 tokens" in out
     results = json.loads((tmp_path / "out" / "routing.json").read_text())
@@ -82,16 +81,15 @@ def test_the_command(tokenyard, settings, text, tmp_path):
     assert (tmp_path / "out" / "routing.png").stat().st_size > 10_000
 
 
-def test_mistakes(tmp_path, settings, text):
+def test_mistakes(tmp_path, settings, trained, text):
     def options(model, data):
         return RoutingOptions(model, data, tokens=9, out=tmp_path)
 
     (tmp_path / "empty.jsonl").write_text("")
-    train(read_config(settings | {"max_duration": "1ba"}), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"--data '.*empty\.jsonl' holds no text"):
-        report(options(tmp_path / "run", tmp_path / "empty.jsonl"), Console(quiet=True))
+        report(options(trained, tmp_path / "empty.jsonl"), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"--data '.*nowhere' does not exist"):
-        report(options(tmp_path / "run", tmp_path / "nowhere"), Console(quiet=True))
+        report(options(trained, tmp_path / "nowhere"), Console(quiet=True))
     dense = settings | {
         "model": {"name": "mpt_causal_lm", "size": "tiny"},
         "run_name": "dense",
