@@ -53,8 +53,8 @@ def tensors(checkpoint: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_writes_metrics_checkpoints_pictures_and_a_summary(config, console):
-    result = train(config(**WHOLE), console)
+def test_a_run_writes_metrics_checkpoints_pictures_and_a_summary(config, capsys):
+    result = train(config(**WHOLE), Console(width=140))
     lines = records(result.folder)
     half = ["train"] * 3 + ["eval"]
     assert [r["kind"] for r in lines] == ["baselines", *half, *half]
@@ -66,10 +66,6 @@ def test_a_run_writes_metrics_checkpoints_pictures_and_a_summary(config, console
     assert names == ["ba4", "ba6", *pictures, "metrics.jsonl"]
     for name in pictures:
         assert (result.folder / name).read_bytes()[:4] == b"\x89PNG"
-
-
-def test_output_of_a_run(config, capsys):
-    train(config(**WHOLE), Console(width=140))
     printed = capsys.readouterr().out
     for part in (
         "dbrx: ",
