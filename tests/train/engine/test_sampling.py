@@ -1,9 +1,21 @@
 """Generation with the KV cache equals generation with full forward passes."""
 
+import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tokenyard import ConfigError
 from tokenyard_models import Dbrx
-from tokenyard_train.engine.sampling import Sampling, sample
+from tokenyard_train.data import build_tokenizer
+from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.tokenizer import BytesTokenizer
+from tokenyard_train.engine.sampling import (
+    Sampling,
+    continue_texts,
+    encode_prompts,
+    sample,
+    text_after,
+)
 
 
 def model() -> Dbrx:
@@ -47,3 +59,45 @@ def test_training_mode_is_restored():
     net = model().train()
     sample(net, [[0]], Sampling(1, 0, 0))
     assert net.training
+
+
+@pytest.fixture
+def metaspace(tmp_path):
+    """A tokenizer of words whose first space is dropped, as those of Llama 2 and Mixtral."""
+    vocab = {"<unk>": 0, "</s>": 1, "\u2581one": 2, "\u2581two": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return build_tokenizer(TokenizerConfig(name=str(tmp_path), eos_token="</s>"))
+
+
+def test_the_space_after_a_prompt_is_printed(metaspace):
+    assert text_after(metaspace, [2, 3], [3, 3]) == " two two"
+    assert text_after(metaspace, [metaspace.end], [3, 3]) == "two two"
+    assert text_after(metaspace, [2], [0, 900, -1, 3]) == " two"
+    assert text_after(metaspace, [2], []) == ""
+
+
+def test_a_character_over_the_seam_is_whole():
+    first, *rest = "\u00e9t\u00e9".encode()
+    tokenizer = BytesTokenizer()
+    assert text_after(tokenizer, [120, first], rest) == "\u00e9t\u00e9"
+    assert text_after(tokenizer, [120], [first, *rest]) == "\u00e9t\u00e9"
+
+
+def test_a_continuation_begins_with_its_space(metaspace):
+    net = Dbrx({"size": "tiny", "d_model": 32, "vocab_size": 4})
+    net.init_weights(0)
+    with torch.no_grad():
+        net.head.weight[:2] = 0
+    texts = continue_texts(net, metaspace, ["one two", "one"], Sampling(4, 0, 0))
+    assert all(text.startswith((" one", " two")) for text in texts if text)
+    assert any(texts)
+
+
+def test_a_prompt_without_room_is_refused():
+    net = model()
+    with pytest.raises(ConfigError, match=r"the prompt has 256 tokens and .* 256; shorten"):
+        encode_prompts(net, BytesTokenizer(), ["x" * net.max_seq_len])

@@ -17,27 +17,45 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from tokenyard import started_processes
+from tokenyard_train.checkpoint.compare import TensorKind, find_mismatch
 from tokenyard_train.checkpoint.manifest import CheckpointError
 
 
 def read_into(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Fill tensors in place from a checkpoint.
 
-    Raises CheckpointError if the checkpoint lacks a name or shape, or cannot be read.
+    Raises CheckpointError, before anything is read, if its names, shapes or dtypes are others (see
+    `find_mismatch`), or if it cannot be read.
     """
     try:
         with _no_single_process_warning():
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+            reader = HuggingFaceStorageReader(str(checkpoint))
+            _check_tensors(checkpoint, reader, tensors)
+            load(tensors, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
         raise CheckpointError(
             f"checkpoint {checkpoint} is of another model: {_cause(error)}"
         ) from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {_cause(error)}") from None
+
+
+def _check_tensors(
+    checkpoint: Path, reader: HuggingFaceStorageReader, tensors: dict[str, Tensor]
+) -> None:
+    held = {
+        name: TensorKind(tuple(kept.size), kept.properties.dtype)
+        for name, kept in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(kept, TensorStorageMetadata)
+    }
+    wanted = {name: TensorKind(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    if (mismatch := find_mismatch(held, wanted)) is not None:
+        raise CheckpointError(f"checkpoint {checkpoint} is of another model: {mismatch}")
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:

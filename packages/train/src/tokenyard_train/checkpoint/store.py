@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from tokenyard import LoraAdapter
+from tokenyard_train.checkpoint.compare import ADAPTER
 from tokenyard_train.checkpoint.manifest import CheckpointError, find_fault, verify
 from tokenyard_train.distributed import is_rank0, on_rank0
 
@@ -55,7 +58,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     """Fill tensors in place from a verified checkpoint.
 
-    Raises CheckpointError if the checkpoint lacks a name or shape.
+    Raises CheckpointError if names, shapes or dtypes of the checkpoint and of `tensors` differ.
     """
     from tokenyard_train.checkpoint.dcp import read_into
 
@@ -65,13 +68,26 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 def load_model(model: nn.Module, checkpoint: Path) -> None:
     """Verify a checkpoint and fill the model's tensors from it.
 
-    LoRA adapters are filled only if the checkpoint was trained with them. Raises CheckpointError.
+    New LoRA adapters keep their initial values if the checkpoint was trained without any. Raises
+    CheckpointError, also for adapters of another scale.
     """
     verify(checkpoint)
     tensors = model_tensors(model)
-    if not read_meta(checkpoint)["config"].get("lora"):
-        tensors = {name: tensor for name, tensor in tensors.items() if ".adapter." not in name}
+    lora = read_meta(checkpoint)["config"].get("lora")
+    if lora:
+        _check_scale(model, checkpoint, lora["alpha"] / lora["rank"])
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if ADAPTER not in name}
     read_tensors(checkpoint, tensors)
+
+
+def _check_scale(model: nn.Module, checkpoint: Path, scale: float) -> None:
+    for module in model.modules():
+        if isinstance(module, LoraAdapter) and not math.isclose(module.scale, scale):
+            raise CheckpointError(
+                f"checkpoint {checkpoint} has adapters with lora.alpha / lora.rank {scale:g}, and "
+                f"the config's is {module.scale:g}; give the same alpha and rank"
+            )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -31,21 +32,44 @@ def continue_texts(
     The tokenizer's end of a document is a stop. An empty prompt starts a new document. Raises
     ConfigError for a prompt that leaves no room.
     """
-    prompt_ids = [
-        [int(i) for i in tokenizer.encode(prompt.encode())] or [tokenizer.end] for prompt in prompts
-    ]
-    longest = max(len(ids) for ids in prompt_ids)
-    room = model.max_seq_len - longest
-    if room < 1:
-        raise ConfigError(
-            f"the prompt has {longest} tokens and the model's max_seq_len is {model.max_seq_len}"
-        )
+    prompt_ids = encode_prompts(model, tokenizer, prompts)
+    room = model.max_seq_len - max(len(ids) for ids in prompt_ids)
     limited = replace(
         sampling,
         max_new_tokens=min(room, sampling.max_new_tokens),
         stops={tokenizer.end, *sampling.stops},
     )
-    return [tokenizer.decode(row) for row in sample(model, prompt_ids, limited)]
+    rows = sample(model, prompt_ids, limited)
+    return [text_after(tokenizer, ids, row) for ids, row in zip(prompt_ids, rows)]
+
+
+def encode_prompts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of each prompt, and of an empty one the id that ends a document.
+
+    Raises ConfigError for a prompt that leaves the model no room.
+    """
+    prompt_ids = [
+        [int(i) for i in tokenizer.encode(prompt.encode())] or [tokenizer.end] for prompt in prompts
+    ]
+    longest = max(len(ids) for ids in prompt_ids)
+    if longest >= model.max_seq_len:
+        raise ConfigError(
+            f"the prompt has {longest} tokens and the model's max_seq_len is {model.max_seq_len}; "
+            "shorten the prompt"
+        )
+    return prompt_ids
+
+
+def text_after(tokenizer: Tokenizer, prompt: Sequence[int], continuation: Sequence[int]) -> str:
+    """Return the text that a continuation adds to its prompt, both given as ids.
+
+    Both are decoded together: many tokenizers drop the space of a text's first token, and the bytes
+    of one character may lie on both sides.
+    """
+    before = tokenizer.decode(prompt)
+    whole = tokenizer.decode([*prompt, *continuation])
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole)))
+    return whole[shared:]
 
 
 @torch.no_grad()
