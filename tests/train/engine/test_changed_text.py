@@ -50,7 +50,9 @@ def write_mds_ids(folder, text):
 
 def write_streams(folder, text):
     (folder / "other.txt").write_text("something else " * 40)
-    return {"streams": {"one": {"path": str(folder / "other.txt")}, "two": write_text(folder, text)}}
+    return {
+        "streams": {"one": {"path": str(folder / "other.txt")}, "two": write_text(folder, text)}
+    }
 
 
 WRITERS = [write_text, write_jsonl, write_packed, write_mds_text, write_mds_ids, write_streams]
