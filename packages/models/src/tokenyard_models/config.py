@@ -51,6 +51,7 @@ class TransformerConfig:
     tied_head: bool = False
     auxiliary: AuxiliaryLoss = field(default_factory=AuxiliaryLoss)
     expert_parallel: int | None = None  # ranks that the model's own config sets (moe_world_size)
+    model_type: str | None = None  # of the Hugging Face folder, where a family has several
 
     @property
     def dense_width(self) -> int:

@@ -51,7 +51,10 @@ class Strict(BaseModel):
     Keys in `ignored` are accepted, have no effect, and are named in a warning.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Defaults are converted as values are: `1` for a float becomes 1.0, which JSON tells apart.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
+    )
     ignored: ClassVar[frozenset[str]] = frozenset()
 
 

@@ -33,6 +33,8 @@ class HfFormat:
     fused_suffix: str = ""  # of a name that only the fused form has
     renamed: Mapping[str, str] = field(default_factory=dict)  # config.json key -> schema key
     upcycled: str = ""  # of a dense format: the `model_type` with experts
+    refuses: Callable[[TransformerConfig], str | None] = lambda config: None
+    """Why transformers refuses to load a model of this config, or None."""
 
     @property
     def name(self) -> str:

@@ -138,6 +138,10 @@ WEIGHTS = (
 )
 
 
+_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+"""The activation of the gate, by core's name of the gated activation."""
+
+
 def config_json(config: TransformerConfig) -> dict[str, Any]:
     """Return DBRX's config.json. Raises ConfigError for a dense model.
 
@@ -158,7 +162,7 @@ def config_json(config: TransformerConfig) -> dict[str, Any]:
             "rope_theta": config.rope_theta,
         },
         "ffn_config": {
-            "ffn_act_fn": {"name": "silu"},
+            "ffn_act_fn": {"name": _ACTIVATIONS.get(moe.activation, "silu")},
             "ffn_hidden_size": moe.ffn_dim,
             "hidden_size": config.dim,
             "moe_num_experts": moe.num_experts,
@@ -171,6 +175,15 @@ def config_json(config: TransformerConfig) -> dict[str, Any]:
         "router_aux_loss_coef": config.auxiliary.balance_weight,
         "tie_word_embeddings": config.tied_head,
     }
+
+
+def refuses(config: TransformerConfig) -> str | None:
+    """Return why transformers cannot load or compute a DBRX of this config, or None."""
+    if config.tied_head:
+        return "tie_word_embeddings is true"
+    if config.clip_qkv is None:
+        return "attn_config.clip_qkv is null, and torch.clamp needs a bound"
+    return None
 
 
 DEFAULTS = {
@@ -189,4 +202,4 @@ DEFAULTS = {
         "moe_normalize_expert_weights": 1.0,
     },
 }
-FORMATS = (HfFormat(Dbrx, "dbrx", WEIGHTS, config_json, DEFAULTS),)
+FORMATS = (HfFormat(Dbrx, "dbrx", WEIGHTS, config_json, DEFAULTS, refuses=refuses),)

@@ -5,7 +5,7 @@ The keys are those of the published config.json files.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,11 +21,13 @@ from tokenyard_models.strict_config import only
 class LlamaConfig(LlamaKeys):
     """Llama's keys. Defaults: Llama 2 7B (`size: full`, 6.7 B parameters) or `size: tiny`."""
 
-    ignored: ClassVar[frozenset[str]] = LlamaKeys.ignored | {
+    ignored: ClassVar[frozenset[str]] = (LlamaKeys.ignored - {"model_type"}) | {
         "is_llama_config",
         "max_sequence_length",
         "pretraining_tp",
     }
+
+    model_type: Literal["llama", "mistral"] | None = None  # of Hugging Face folders to write
 
     vocab_size: int = Field(32000, ge=1)
     hidden_size: int = Field(4096, ge=1)
@@ -40,7 +42,12 @@ class LlamaConfig(LlamaKeys):
     def resolve(self) -> TransformerConfig:
         """Return the config of the transformer. Raises ConfigError."""
         check_window(self.sliding_window, self.length)
-        return self.transformer(self.head_dim, moe=None, dense_ffn_dim=self.intermediate_size)
+        return self.transformer(
+            self.head_dim,
+            moe=None,
+            dense_ffn_dim=self.intermediate_size,
+            model_type=self.model_type,
+        )
 
 
 class Llama(Definition):
@@ -63,7 +70,7 @@ class Llama(Definition):
     }
 
 
-def config_json(config: TransformerConfig) -> dict[str, Any]:
+def llama_json(config: TransformerConfig) -> dict[str, Any]:
     """Return Llama's config.json."""
     return llama_keys(config, "LlamaForCausalLM", "llama") | {
         "intermediate_size": config.dense_width,
@@ -73,20 +80,37 @@ def config_json(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
+def mistral_json(config: TransformerConfig) -> dict[str, Any]:
+    """Return Mistral's config.json."""
+    return llama_keys(config, "MistralForCausalLM", "mistral") | {
+        "intermediate_size": config.dense_width,
+        "head_dim": config.head_dim,
+        "sliding_window": None,
+    }
+
+
+def llama_refuses(config: TransformerConfig) -> str | None:
+    """Return why transformers' Llama refuses a config, or None. Its Mistral takes any width."""
+    if config.dim % config.heads:
+        return f"hidden_size {config.dim} is no multiple of num_attention_heads {config.heads}"
+    return None
+
+
 FORMATS = (
     HfFormat(
         Llama,
         "llama",
         DENSE,
-        config_json,
+        llama_json,
         defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+        refuses=llama_refuses,
         upcycled="mixtral",
     ),
     HfFormat(
         Llama,
         "mistral",
         DENSE,
-        config_json,
+        mistral_json,
         defaults={
             "intermediate_size": 14336,
             "num_key_value_heads": 8,

@@ -11,14 +11,20 @@ import torch
 from torch import nn
 
 from tokenyard import ConfigError, is_gated
-from tokenyard.draw import unwrapped
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.families._boxes import copy, stacked, stacked_transposed
 from tokenyard_models.families._format import Row
 from tokenyard_models.families._names import BLOCK, DOWN, ROUTER, UP, names
 from tokenyard_models.hf._folder import WeightsError
 from tokenyard_models.hf._folder_map import map_folder
-from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, gather, new_folder, write_weights
+from tokenyard_models.hf._shards import (
+    SHARD_BYTES,
+    dtypes,
+    gather,
+    new_folder,
+    whole_state,
+    write_weights,
+)
 
 ARGUMENTS = "megablocks.json"
 
@@ -68,14 +74,12 @@ def to_megablocks(
     path = Path(path)
     if path.exists():
         raise WeightsError(f"{path} exists already; give the name of a new folder")
-    parameters = {unwrapped(name): p for name, p in model.named_parameters()}
+    state = whole_state(model)
     config: Any = model.config
     arguments = _arguments(config)
-    folder_map = map_folder("MegaBlocks", WEIGHTS, config, parameters)
+    folder_map = map_folder("MegaBlocks", WEIGHTS, config, state)
     with new_folder(path) as folder:
-        write_weights(
-            folder, folder_map, partial(gather, parameters), dtypes(parameters, dtype), shard_bytes
-        )
+        write_weights(folder, folder_map, partial(gather, state), dtypes(state, dtype), shard_bytes)
         (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
 
 

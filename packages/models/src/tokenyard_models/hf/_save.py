@@ -13,18 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenyard.draw import unwrapped
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.families._format import HfFormat
-from tokenyard_models.hf._folder import CONFIG, WeightsError, read_json
+from tokenyard_models.hf._folder import CONFIG, Folder, WeightsError, read_json
 from tokenyard_models.hf._folder_map import formats, map_folder
-from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, gather, new_folder, write_weights
+from tokenyard_models.hf._load import checked_map
+from tokenyard_models.hf._shards import (
+    SHARD_BYTES,
+    dtypes,
+    gather,
+    new_folder,
+    whole_state,
+    write_weights,
+)
 from tokenyard_models.transformer import Transformer
 
 _TRAINING_FIELDS = (
     "auxiliary",
     "expert_parallel",
-    "moe.forced_balance",
+    "model_type",
     "dense_ffn_dim",
     "moe.rule.jitter",
 )
@@ -58,25 +65,29 @@ def to_hf(
     `like` is a folder whose tokenizer, generation settings and token ids are copied. `dtype` is the
     dtype of the weights (default: the parameters' own). `fused` writes one tensor for all experts
     of a layer, if the family has that form. A shard has at most `shard_bytes` bytes; one is in
-    memory at a time. `path` must not exist; it appears once everything is written. Raises
-    WeightsError for a model without a Hugging Face format.
+    memory at a time. `path` must not exist; it appears once everything is written and read back.
+    Raises WeightsError for a model without a Hugging Face format, and for one that transformers
+    would refuse or compute otherwise.
     """
     path = Path(path)
     if path.exists():
         raise WeightsError(f"{path} exists already; give the name of a new folder")
     hf_format = _format(model, fused)
-    parameters = {unwrapped(name): p for name, p in model.named_parameters()}
     config: Any = model.config
-    folder_map = map_folder(hf_format.name, hf_format.rows(fused), config, parameters)
     published = config_json(hf_format, config)
+    state = whole_state(model)
+    folder_map = map_folder(hf_format.name, hf_format.rows(fused), config, state)
     with new_folder(path) as folder:
-        write_weights(
-            folder, folder_map, partial(gather, parameters), dtypes(parameters, dtype), shard_bytes
-        )
-        write_config(folder, published, like, dtype or next(iter(parameters.values())).dtype)
+        write_weights(folder, folder_map, partial(gather, state), dtypes(state, dtype), shard_bytes)
+        write_config(folder, published, like, dtype or next(iter(state.values())).dtype)
+        checked_map(model, Folder(folder), state)
 
 
 def _format(model: nn.Module, fused: bool) -> HfFormat:
+    """Return the format to write: that of the folder the model is from, if transformers loads it.
+
+    Otherwise another one of the same definition. Raises WeightsError if there is none.
+    """
     definition = getattr(model, "definition", None)
     known = formats().values()
     matching = [hf_format for hf_format in known if hf_format.name == definition]
@@ -91,7 +102,12 @@ def _format(model: nn.Module, fused: bool) -> HfFormat:
             f"{definition} has no fused form, with one tensor for all experts in place of many; "
             "drop it"
         )
-    return matching[0]
+    config: Any = model.config
+    matching.sort(key=lambda hf_format: hf_format.model_type != config.model_type)
+    reasons = [hf_format.refuses(config) for hf_format in matching]
+    if all(reasons):
+        raise WeightsError(f"transformers would not load this {definition}: {reasons[0]}")
+    return matching[reasons.index(None)]
 
 
 def config_json(hf_format: HfFormat, config: TransformerConfig) -> dict[str, Any]:
@@ -130,15 +146,17 @@ def write_config(
 
     Takes the token ids from `like` and copies its tokenizer.
     """
+    # null where unknown: transformers' defaults are ids of other vocabularies.
+    tokens: dict[str, Any] = dict.fromkeys(_TOKENS)
     if like is not None:
         source = Path(like)
         source_config = read_json(source / CONFIG) if (source / CONFIG).exists() else {}
-        config = {key: source_config[key] for key in _TOKENS if key in source_config} | config
+        tokens |= {key: source_config[key] for key in _TOKENS if key in source_config}
         for name in _COPIED_FILES:
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
     dtype_name = str(dtype).removeprefix("torch.")
-    config |= {"dtype": dtype_name, "torch_dtype": dtype_name}
+    config = tokens | config | {"dtype": dtype_name, "torch_dtype": dtype_name}
     _write_json(folder / CONFIG, config, sort_keys=True)
     generation = folder / "generation_config.json"
     if not generation.exists():

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokenyard.draw import unwrapped
 from tokenyard.sharded import is_sharded
 from tokenyard_models.families._boxes import Piece, slices
 from tokenyard_models.hf._folder import INDEX, SINGLE, WeightsError
@@ -41,6 +42,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and persistent buffer of a model by name: all that must be written."""
+    return {unwrapped(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def gather(parameters: Mapping[str, Tensor], name: str) -> Tensor:

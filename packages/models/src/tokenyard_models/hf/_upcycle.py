@@ -64,6 +64,7 @@ def upcycle(
     with new_folder(target) as unfinished:
         write_weights(unfinished, folder_map, parameter, dtypes(parameters, dtype), shard_bytes)
         write_config(unfinished, published, source, dtype)
+        checked_map(model, Folder(unfinished), parameters)
     return model
 
 
