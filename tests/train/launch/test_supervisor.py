@@ -168,7 +168,7 @@ RANK = """
 import os, time
 from tokenyard_train.parent_death import die_with_supervisor
 die_with_supervisor()
-print(os.getpid(), flush=True)
+os.write(1, f"{{os.getpid()}}\\n".encode())
 {}
 time.sleep(60)
 """
