@@ -171,9 +171,10 @@ def yarn(folder):
     return r"model\.rope_parameters\.rope_type is 'yarn'; give 'default' or 'llama3'"
 
 
-def unknown_key(folder):
-    edit(folder / "config.json", lambda content: content.update(moe_latent_size=64))
-    return r"model\.moe_latent_size is not a known key"
+def quantised_by_config_json(folder):
+    method = {"quant_method": "gptq", "bits": 4}
+    edit(folder / "config.json", lambda content: content.update(quantization_config=method))
+    return r"model\.quantization_config is \{.*\}, which changes what the model computes"
 
 
 DAMAGES = (
@@ -194,7 +195,7 @@ DAMAGES = (
     no_config,
     unknown_architecture,
     yarn,
-    unknown_key,
+    quantised_by_config_json,
 )
 
 

@@ -194,3 +194,61 @@ def test_the_number_of_experts_under_either_name(name):
         key: value for key, value in keys.items() if key not in ("num_experts", "num_local_experts")
     }
     assert read(keys | {name: 6}).moe.num_experts == 6
+
+
+TOOLS = (
+    {"unsloth_version": "2026.4.2"},
+    {"unsloth_fixed": True},
+    {"_attn_implementation_autoset": True},
+    {"attn_implementation": "sdpa"},
+    {"quantization_config": None},
+    {
+        "pruned_heads": {},
+        "torchscript": False,
+        "use_bfloat16": False,
+        "tie_encoder_decoder": False,
+        "is_decoder": False,
+    },
+    {"max_length": 4096, "do_sample": True, "temperature": 0.6, "top_k": 50},
+    {"layer_types": ["full_attention"] * 2},
+    {"pad_token": None, "tokenizer_class": None},
+)
+
+
+@pytest.mark.parametrize("keys", TOOLS, ids=lambda keys: next(iter(keys)))
+@pytest.mark.parametrize("family", [*LLAMAS, "dbrx"])
+def test_keys_that_other_tools_write(family, keys, caplog):
+    original = (LLAMAS | {"dbrx": dbrx})[family]().to_dict()
+    assert read(original | keys) == read(original)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"final_logit_softcapping": 30.0},
+        {"partial_rotary_factor": 0.5},
+        {"pruned_heads": {"0": [1]}},
+        {"is_encoder_decoder": True},
+        {"n_shared_experts": 1},
+        {"scoring_func": "sigmoid"},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+@pytest.mark.parametrize("family", [*LLAMAS, "dbrx"])
+def test_keys_that_change_what_a_model_computes(family, keys):
+    original = (LLAMAS | {"dbrx": dbrx})[family]().to_dict()
+    with pytest.raises(ConfigError, match=f"^model.{next(iter(keys))}[^;]* is [^;]*; [^;]*$"):
+        read(original | keys)
+
+
+def test_unknown_keys_of_a_folder_are_one_warning(folder, caplog):
+    path = folder(llama(), moe_latent_size=64, invented=[1])
+    with caplog.at_level(logging.WARNING, "tokenyard"):
+        from_hf(path)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == (
+        f"{path / 'config.json'} has keys that are not known here and are left out: "
+        "model.moe_latent_size, model.invented"
+    )

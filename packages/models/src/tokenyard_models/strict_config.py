@@ -100,7 +100,7 @@ def without_ignored(
         if key in section.ignored:
             ignored.append(path)
             continue
-        member = _member(section, key, value)
+        member = member_section(section, key, value)
         kept[key] = value if member is None else without_ignored(member, value, path, ignored)
     return kept
 
@@ -123,7 +123,7 @@ def merged(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
     return result
 
 
-def _member(section: type[Strict], key: str, value: Any) -> type[Strict] | None:
+def member_section(section: type[Strict], key: str, value: Any) -> type[Strict] | None:
     """Return the section that a value of a key is, or None if it is not one."""
     if key not in section.model_fields or not isinstance(value, Mapping):
         return None

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.families._boxes import Operation
 from tokenyard_models.families._definition import Definition
-from tokenyard_models.strict_config import merged, without_ignored
+from tokenyard_models.families._foreign_keys import without_foreign
+from tokenyard_models.strict_config import merged
 
 
 class Row(NamedTuple):
@@ -46,7 +47,16 @@ class HfFormat:
         replaced = {row.parameter: row for row in self.fused} if fused else {}
         return [replaced.get(row.parameter, row) for row in self.weights]
 
-    def section(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Convert a config.json to the `model:` section of a config."""
+    def section(
+        self, config: Mapping[str, Any], unknown: list[str] | None = None
+    ) -> dict[str, Any]:
+        """Convert a config.json to the `model:` section of a config.
+
+        Appends the paths of unknown keys, which are left out, to `unknown`. Raises ConfigError for
+        a key that changes what a model computes and is not supported.
+        """
         keys = {self.renamed.get(key, key): value for key, value in config.items()}
-        return without_ignored(self.definition.schema, merged(self.defaults, keys), "model", [])
+        left_out = [] if unknown is None else unknown
+        return without_foreign(
+            self.definition.schema, merged(self.defaults, keys), "model", left_out
+        )

@@ -9,7 +9,7 @@ import torch
 
 from tokenyard.errors import did_you_mean
 from tokenyard_models.families._format import HfFormat
-from tokenyard_models.hf._folder import Folder, WeightsError
+from tokenyard_models.hf._folder import CONFIG, Folder, WeightsError
 from tokenyard_models.hf._folder_map import formats
 
 log = logging.getLogger("tokenyard")
@@ -26,6 +26,8 @@ _WINDOW = (
     "positions, which computes the same for texts up to that length"
 )
 
+_UNKNOWN = "%s has keys that are not known here and are left out: %s"
+
 
 def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
     """Return the name of a folder's definition and the keys of its `model:` section.
@@ -34,7 +36,10 @@ def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
     warning says so. Raises WeightsError for an unknown architecture.
     """
     hf_format = format_of(folder)
-    section = hf_format.section(folder.config)
+    unknown: list[str] = []
+    section = hf_format.section(folder.config, unknown)
+    if unknown:
+        log.warning(_UNKNOWN, folder.path / CONFIG, ", ".join(unknown))
     window = section.get("sliding_window")
     length = section.get("max_position_embeddings")
     if (
