@@ -58,13 +58,7 @@ def pack(
     packing or another process packs there, TokenyardError if it cannot be written or is damaged.
     """
     tokenizer = build_tokenizer(config)
-    settings = {
-        "format": FORMAT,
-        "journal": JOURNAL_FORMAT,
-        "tokenizer": tokenizer.identity,
-        "sources": sources,
-        "chunk_bytes": CHUNK_BYTES,
-    }
+    settings = _settings(tokenizer, sources)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder, "packs into"):
@@ -81,6 +75,17 @@ def pack(
             f"{folder} cannot be written: {error.strerror}; what is packed so far is kept"
         ) from None
     return done
+
+
+def _settings(tokenizer: Tokenizer, sources: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the journal's first line records: equal settings give equal bytes."""
+    return {
+        "format": FORMAT,
+        "journal": JOURNAL_FORMAT,
+        "tokenizer": tokenizer.identity,
+        "sources": sources,
+        "chunk_bytes": CHUNK_BYTES,
+    }
 
 
 def _delete_packed(folder: Path) -> None:

@@ -40,7 +40,9 @@ class TiktokenKwargs(DataSection):
     model_name: str | None = None  # name of a model whose encoding to use, such as gpt-4
     file: str | None = None  # ranks in tiktoken's file format
     pattern: str | None = None  # with file: regular expression that splits text before BPE
-    add_bos_token: Annotated[bool, only(False, "a token at the start of a document")] = False
+    add_bos_token: Annotated[bool, only(False, "a token at the start of a document")] = (
+        False  # only false: documents have an end token, and none at the start
+    )
     special_tokens: dict[str, int] = {}  # with file: token text to id
 
 
