@@ -7,9 +7,11 @@ from typing import Any
 
 from rich.markup import escape
 
-from tokenyard_train.config.schema import GenerateCallback
+from tokenyard import ConfigError, Model
+from tokenyard_train.config.schema import GenerateCallback, TrainConfig
+from tokenyard_train.data import Data
 from tokenyard_train.engine.callback import Callback
-from tokenyard_train.engine.sampling import Sampling, continue_texts
+from tokenyard_train.engine.sampling import Sampling, continue_texts, encode_prompts
 from tokenyard_train.engine.state import Run
 
 
@@ -18,6 +20,13 @@ class TextGenerator(Callback):
 
     def __init__(self, config: GenerateCallback):
         self.config = config
+
+    def check(self, config: TrainConfig, model: Model, data: Data) -> None:
+        """Raise ConfigError for a prompt that leaves the model no room."""
+        try:
+            encode_prompts(model, data.tokenizer, self.config.prompts)
+        except ConfigError as error:
+            raise ConfigError(f"callbacks.generate_callback.prompts: {error}") from None
 
     def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         """Generate if the interval is due. `end` handles the last batch."""

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenyard import ConfigError
-from tokenyard_train.data import HeldOut, Mixture, Samples, Tokenizer
+from tokenyard import ConfigError, Model
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.data import Data, HeldOut, Mixture, Samples, Tokenizer
 from tokenyard_train.data.tokens import Ids
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.state import Run
@@ -52,12 +53,7 @@ def ngram_baselines(train: Samples | Mixture, held_out: HeldOut, tokenizer: Toke
     p(b | a) = (c(ab) + t(a) p(b)) / (c(a) + t(a)), where t(a) is the number of distinct tokens
     after a. Raises ConfigError for a mixture, and for more text than fits in memory.
     """
-    if isinstance(train, Mixture) or len(train.tokens) > _MAX_TOKENS:
-        what = "several streams" if isinstance(train, Mixture) else f"{len(train.tokens):,} tokens"
-        raise ConfigError(
-            f"callbacks.ngram_baselines counts one text of up to {_MAX_TOKENS:,} tokens, not {what}"
-        )
-    tokens = np.asarray(train.tokens[:])
+    tokens = np.asarray(_one_text(train).tokens[:])
     vocabulary = tokenizer.vocab_size
     target = held_out.predicted
     unigram = (np.bincount(tokens, minlength=vocabulary) + 1) / (len(tokens) + vocabulary)
@@ -67,6 +63,15 @@ def ngram_baselines(train: Samples | Mixture, held_out: HeldOut, tokenizer: Toke
         unigram=float(-np.log2(unigram[target]).sum() / size),
         bigram=float(-np.log2(bigram).sum() / size),
     )
+
+
+def _one_text(train: Samples | Mixture) -> Samples:
+    if isinstance(train, Mixture) or len(train.tokens) > _MAX_TOKENS:
+        what = "several streams" if isinstance(train, Mixture) else f"{len(train.tokens):,} tokens"
+        raise ConfigError(
+            f"callbacks.ngram_baselines counts one text of up to {_MAX_TOKENS:,} tokens, not {what}"
+        )
+    return train
 
 
 def pair_counts(tokens: Ids, vocabulary: int) -> PairCounts:
@@ -93,6 +98,11 @@ def witten_bell(
 
 class NgramScorer(Callback):
     """Writes the n-gram models' scores on the held-out text to metrics.jsonl."""
+
+    def check(self, config: TrainConfig, model: Model, data: Data) -> None:
+        """Raise ConfigError for a mixture, and for more text than fits in memory."""
+        if data.held_out is not None:
+            _one_text(data.train)
 
     def start(self, run: Run) -> None:
         """Fit, score and record both models."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -18,13 +19,18 @@ from tokenyard import (
     default_registry,
     moe_layers,
 )
+from tokenyard_train.callbacks import build_callbacks
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, Mixture, build_data
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.deterministic import COST
-from tokenyard_train.engine.setup import run_batches
+from tokenyard_train.engine.loop import check_run
+from tokenyard_train.engine.setup import run_batches, schedule_warnings
+from tokenyard_train.engine.summary import describe_tokenizer
 from tokenyard_train.optional import require
+
+log = logging.getLogger("tokenyard")
 
 Rows = Iterator[tuple[str, str]]
 
@@ -37,6 +43,9 @@ def check(config: TrainConfig, console: Console) -> None:
     """
     strategy, model = build_model(config)
     data = build_data(config.data())
+    check_run(config, build_callbacks(config.callbacks), model, data)
+    for warning in schedule_warnings(config, data):
+        log.warning("%s", warning)
     layout = strategy.describe(model)
     table = Table(show_header=False, box=box.SIMPLE_HEAD)
     _add(table, "model", _model_rows(config, model))
@@ -89,6 +98,7 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
         held_out = f"{len(data.held_out.predicted):,} tokens are scored"
     streams = data.train.streams.values() if isinstance(data.train, Mixture) else [data.train]
     tokens_read = sum(len(stream.tokens) for stream in streams)
+    yield "tokenizer", describe_tokenizer(config, data).removeprefix("tokenizer ")
     yield (
         "training text",
         f"{tokens_read:,} tokens, {len(data.train):,} samples of {config.max_seq_len}",

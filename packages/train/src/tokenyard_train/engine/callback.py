@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenyard import Model
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.data import Data
 from tokenyard_train.engine.state import Run
 
 
@@ -19,6 +22,12 @@ class Callback:
     Each rank calls its own. ``run.stop_training()`` ends the run after this step; every rank must
     call it after the same step.
     """
+
+    def check(self, config: TrainConfig, model: Model, data: Data) -> None:
+        """Raise ConfigError for what this callback could not do in such a run.
+
+        Called before anything is written, also by `tokenyard check`. `model` is on the meta device.
+        """
 
     def start(self, run: Run) -> None:
         """Act before the first step of a run. Not called when a run resumes."""

@@ -17,15 +17,17 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 
-from tokenyard import TokenyardError
+from tokenyard import Model, TokenyardError
 from tokenyard_train.checkpoint import CheckpointError, verify
 from tokenyard_train.checkpoint.background import BackgroundWriter
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.data import Data
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.deterministic import deterministic
@@ -41,7 +43,7 @@ from tokenyard_train.engine.step import train_step
 from tokenyard_train.engine.step_records import skipped_record, train_record
 from tokenyard_train.engine.summary import announce, summarize
 from tokenyard_train.records.metrics import Metrics, NullMetrics
-from tokenyard_train.records.trackers import build_trackers
+from tokenyard_train.records.trackers import build_trackers, check_trackers
 
 
 class RunResult(NamedTuple):
@@ -62,13 +64,20 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
         return _Loop(config, console, callbacks).train_with_trackers()
 
 
+def check_run(config: TrainConfig, callbacks: Sequence[Callback], model: Model, data: Data) -> None:
+    """Raise ConfigError for what callbacks or trackers of a run could not do. Writes nothing."""
+    check_trackers(config.loggers)
+    for callback in callbacks:
+        callback.check(config, model, data)
+
+
 class _Loop:
     """A run, its callbacks and its checkpoint writer."""
 
     def __init__(self, config: TrainConfig, console: Console, callbacks: Sequence[Callback]):
         self.config = config
         self.callbacks = callbacks
-        setup = build_setup(config, console)
+        setup = build_setup(config, console, partial(check_run, config, callbacks))
         metrics = (Metrics if is_rank0() else NullMetrics)(setup.folder / "metrics.jsonl")
         self.writer = BackgroundWriter(
             setup.folder, config.save_num_checkpoints_to_keep, config.save_async, setup.device

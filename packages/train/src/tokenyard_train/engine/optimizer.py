@@ -90,3 +90,30 @@ def learning_rate(config: SchedulerConfig, peak: float, batch: int, warmup: int,
             return peak * (1 + (config.alpha_f - 1) * passed)
         case "constant_with_warmup":
             return peak
+
+
+def check_schedule(config: SchedulerConfig, warmup: int, end: int, batches: int) -> list[str]:
+    """Return a sentence for each part of a schedule that makes no sense in a run of `batches`.
+
+    `warmup` and `end` are `t_warmup` and `t_max` in steps.
+    """
+    if warmup >= batches:
+        return [
+            f"scheduler.t_warmup is {config.t_warmup}, and the run has {batches} steps: the "
+            "learning rate never reaches optimizer.lr; give a shorter t_warmup, such as 0.1dur"
+        ]
+    if config.name == "constant_with_warmup":
+        return []
+    faults = []
+    if warmup > 0 and warmup >= end:
+        faults.append(
+            f"scheduler.t_warmup is {config.t_warmup}, not less than t_max {config.t_max}: the "
+            "learning rate falls from its peak to its end in one step; give a shorter t_warmup"
+        )
+    rest = batches - max(warmup, end)
+    if config.alpha_f == 0 and rest > 0:
+        faults.append(
+            f"scheduler.t_max is {config.t_max}, and the run has {batches} steps: the last {rest} "
+            "have a learning rate of 0; give t_max: 1dur, or an alpha_f above 0"
+        )
+    return faults

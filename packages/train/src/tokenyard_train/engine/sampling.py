@@ -13,6 +13,9 @@ from tokenyard import ConfigError, Model
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.distributed import broadcast_from_rank0
 
+_GREEDY = 1e-6
+"""Below this temperature the likeliest token is taken: float32 has no room for logits / it."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -114,6 +117,6 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Ten
     They are drawn on the CPU, so that a seed gives the same numbers on every device.
     """
     logits = logits.float().cpu()
-    if temperature == 0:
+    if temperature < _GREEDY:
         return logits.argmax(-1, keepdim=True)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

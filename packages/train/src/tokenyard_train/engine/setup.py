@@ -5,6 +5,7 @@ The fields of a Setup are never reassigned. Weights and optimizer states change 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,7 +23,7 @@ from tokenyard_train.data import Data, build_data
 from tokenyard_train.distributed import is_rank0, on_rank0
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.folder import prepare_folder
-from tokenyard_train.engine.optimizer import AdamW, build_optimizer
+from tokenyard_train.engine.optimizer import AdamW, build_optimizer, check_schedule
 from tokenyard_train.engine.precision import computing_in
 from tokenyard_train.launch.faults import mark_started
 
@@ -65,15 +66,20 @@ class Setup:
         return computing_in(self.config.precision, self.device)
 
 
-def build_setup(config: TrainConfig, console: Console) -> Setup:
+def build_setup(
+    config: TrainConfig, console: Console, check: Callable[[Model, Data], None] | None = None
+) -> Setup:
     """Build a run's setup from a resolved config.
 
-    The folder is prepared last, after everything that may fail here. Raises TokenyardError.
+    `check` receives the model on the meta device and the data, and may raise ConfigError. The
+    folder is prepared last, after everything that may fail here. Raises TokenyardError.
     """
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)
     strategy, model = build_model(config)
     data = build_data(config.data())
+    if check is not None:
+        check(model, data)
     _prepare_kernels(config, model)
     allocate(model, config.device)
     model.init_weights(config.seed)
@@ -114,6 +120,17 @@ def epoch_batches(config: TrainConfig, data: Data) -> int:
     Samples that do not fill a last batch come first in the next epoch.
     """
     return max(1, len(data.train) // config.global_train_batch_size)
+
+
+def schedule_warnings(config: TrainConfig, data: Data) -> list[str]:
+    """Return sentences on steps without a learning rate, and on a warm-up that is too long."""
+    batches = run_batches(config, data)
+    tokens = config.global_train_batch_size * config.max_seq_len
+    warmup, end = (
+        span.batches(tokens, epoch_batches(config, data), batches)
+        for span in (config.scheduler.t_warmup, config.scheduler.t_max)
+    )
+    return check_schedule(config.scheduler, warmup, end, batches)
 
 
 def _prepare_kernels(config: TrainConfig, model: Model) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from tokenyard import count_parameters, moe_layers
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.data import Data
+from tokenyard_train.distributed import is_rank0
+from tokenyard_train.engine.setup import schedule_warnings
 from tokenyard_train.engine.state import Run
+
+log = logging.getLogger("tokenyard")
 
 LAST = 20
 """Steps over which the summary averages routing."""
@@ -21,13 +29,24 @@ def announce(run: Run) -> None:
     setup.console.print(
         f"[bold]{config.model['name']}[/bold]: {size.total:,} parameters, {size.active:,} active; "
         f"{setup.batches} batches of {setup.batch_tokens:,} tokens on {config.device}, "
-        f"{config.precision}"
+        f"{config.precision}; {escape(describe_tokenizer(config, setup.data))}"
     )
+    if is_rank0():
+        for warning in schedule_warnings(config, setup.data):
+            log.warning("%s", warning)
     for moe in moe_layers(setup.model)[:1]:  # all layers of a model have the same backends
         names = [f"{part} {chosen.backend.name}" for part, chosen in moe.chosen.items()]
         setup.console.print(f"backends: {', '.join(names)}")
     if run.batch:
         setup.console.print(f"resumed after batch {run.batch} from {setup.folder}")
+
+
+def describe_tokenizer(config: TrainConfig, data: Data) -> str:
+    """Return the tokenizer's name, its ids, and the rows of the model's vocabulary."""
+    ids = data.tokenizer.vocab_size
+    rows = config.model["vocab_size"]
+    padded = f", vocabulary of the model {rows:,}" if rows != ids else ""
+    return f"tokenizer {config.tokenizer.name}, {ids:,} ids{padded}"
 
 
 def summarize(run: Run, records: list[dict[str, Any]]) -> None:

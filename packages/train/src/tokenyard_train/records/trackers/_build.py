@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -87,6 +88,16 @@ def build_trackers(
     return Trackers(trackers)
 
 
+def check_trackers(config: Loggers) -> None:
+    """Raise ConfigError if a tracker's library is missing. Imports none of them."""
+    for name in _CLASSES:  # each is also the name of its library and of its extra
+        if getattr(config, name) is not None and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"loggers.{name} needs {name}, which is not installed; "
+                f'pip install "tokenyard-train[{name}]"'
+            )
+
+
 def _start(name: str, options: Any, run: RunInfo) -> Tracker:
     module, _, cls = _CLASSES[name].partition(":")
     try:
@@ -105,5 +116,15 @@ def _reason(error: Exception) -> str:
 
 
 def _identities(folder: Path) -> dict[str, str]:
+    """Read the ids of the run; none, with a warning, if the file is damaged."""
     path = folder / IDENTITIES
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        ids = None
+    if isinstance(ids, dict) and all(isinstance(value, str) for value in ids.values()):
+        return ids
+    log.warning("%s is damaged; the run gets new ids in its trackers", path)
+    return {}
