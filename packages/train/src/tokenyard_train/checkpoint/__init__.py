@@ -7,6 +7,7 @@ from tokenyard_train.checkpoint.store import (
     model_tensors,
     newest_good,
     read_meta,
+    read_newest,
     read_tensors,
 )
 from tokenyard_train.checkpoint.write import clear_unfinished, write_checkpoint
@@ -20,6 +21,7 @@ __all__ = [
     "model_tensors",
     "newest_good",
     "read_meta",
+    "read_newest",
     "read_tensors",
     "verify",
     "write_checkpoint",

@@ -71,6 +71,15 @@ def find_fault(folder: Path) -> str | None:
     return None
 
 
+def find_fault_alone(folder: Path) -> str | None:
+    """Return the first fault of a checkpoint, found by this process alone; None if good."""
+    fault, files = _check_names(folder)
+    if fault is not None:
+        return fault
+    faults = (_check_file(folder, *item) for item in sorted(files.items()))
+    return next(filter(None, faults), None)
+
+
 def _check_names(folder: Path) -> tuple[str | None, dict[str, Entry]]:
     """Check the manifest and the names of files. Returns a fault or None, and the entries."""
     try:
@@ -78,7 +87,10 @@ def _check_names(folder: Path) -> tuple[str | None, dict[str, Entry]]:
     except CheckpointError as error:
         return str(error), {}
     listed = set(body["files"])
-    present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    try:
+        present = {path.name for path in folder.iterdir()} - {MANIFEST}
+    except OSError as error:
+        return f"checkpoint {folder} cannot be listed: {error.strerror}", {}
     if missing := sorted(listed - present):
         return f"checkpoint {folder}: {missing[0]} is missing", {}
     if extra := sorted(present - listed):

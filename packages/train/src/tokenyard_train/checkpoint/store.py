@@ -6,14 +6,15 @@ import json
 import logging
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from tokenyard import LoraAdapter
+from tokenyard import LoraAdapter, started_processes
 from tokenyard_train.checkpoint.compare import ADAPTER
-from tokenyard_train.checkpoint.manifest import CheckpointError, find_fault, verify
+from tokenyard_train.checkpoint.manifest import CheckpointError, find_fault, is_checkpoint, verify
 from tokenyard_train.distributed import is_rank0, on_rank0
 
 META = "run.json"
@@ -21,12 +22,26 @@ META = "run.json"
 
 _NAME = re.compile(r"ba(\d+)")
 
+T = TypeVar("T")
+
 log = logging.getLogger("tokenyard")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints of a run's folder, oldest first."""
-    folders = [path for path in folder.glob("ba*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    """List the checkpoints of a run's folder, oldest first; none if there is no folder.
+
+    Raises CheckpointError if the folder cannot be listed.
+    """
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(
+            f"folder {folder} cannot be listed ({error.strerror}), so its checkpoints are unknown; "
+            "give this user the right to read it"
+        ) from None
+    folders = [path for path in paths if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: int(path.name[2:]))
 
 
@@ -41,11 +56,29 @@ def newest_good(folder: Path) -> Path | None:
     for name in reversed(names):
         if (fault := find_fault(folder / name)) is None:
             return folder / name
+        if not on_rank0((folder / name).exists):
+            return newest_good(folder)  # another process pruned it, and may have saved a newer one
         faults.append(fault)
         if is_rank0():
             log.error("%s; falling back to the one before", fault)
     if faults:
         raise CheckpointError(f"no checkpoint in {folder} is good: {'; '.join(faults)}")
+    return None
+
+
+def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
+    """Return what `read` returns for the newest good checkpoint; None if the folder has none.
+
+    Reads the newest again if a run in the folder deletes the checkpoint meanwhile, except in
+    several ranks, which could differ in what they saw. Raises CheckpointError.
+    """
+    while (newest := newest_good(folder)) is not None:
+        try:
+            return read(newest)
+        except (CheckpointError, OSError):
+            if is_checkpoint(newest) or started_processes() > 1:
+                raise
+            log.warning("%s was deleted while it was read; reading the newest again", newest)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -17,12 +18,15 @@ from tokenyard_train.checkpoint.manifest import (
     CheckpointError,
     Entry,
     entry_of,
+    find_fault_alone,
     write_manifest,
 )
 from tokenyard_train.checkpoint.store import META, checkpoints
 from tokenyard_train.distributed import is_rank0, map_over_ranks, on_rank0
 
 _UNFINISHED = ".unfinished-"
+
+log = logging.getLogger("tokenyard")
 
 T = TypeVar("T")
 
@@ -55,13 +59,21 @@ def write_checkpoint(
     except TokenyardError as error:
         if is_rank0():
             shutil.rmtree(unfinished, ignore_errors=True)
-        earlier = checkpoints(folder)
-        last = (
-            f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no earlier one"
-        )
+        last = on_rank0(lambda: _describe_last_good(folder), group)
         raise CheckpointError(f"checkpoint {target} could not be saved ({error}); {last}") from None
     on_rank0(lambda: _write(lambda: _prune(folder, target, keep)), group)
     return target
+
+
+def _describe_last_good(folder: Path) -> str:
+    try:
+        earlier = checkpoints(folder)
+    except CheckpointError as error:
+        return str(error)
+    good = next((path for path in reversed(earlier) if find_fault_alone(path) is None), None)
+    if good is not None:
+        return f"the last good checkpoint is {good}"
+    return "no earlier one is good" if earlier else "there is no earlier one"
 
 
 def _write(step: Callable[[], T]) -> T:
@@ -108,7 +120,13 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
     existing = checkpoints(folder)
     candidates = existing[: existing.index(newest) + 1]
     for old in candidates[:-keep] if keep > 0 else []:
-        shutil.rmtree(old)
+        try:
+            if old.is_symlink():
+                old.unlink()
+            else:
+                shutil.rmtree(old)
+        except OSError as error:
+            log.warning("checkpoint %s cannot be deleted (%s); it is kept", old, error.strerror)
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -16,14 +16,14 @@ from tokenyard_models import from_hf
 from tokenyard_train.checkpoint import (
     is_checkpoint,
     model_tensors,
-    newest_good,
     read_meta,
+    read_newest,
     read_tensors,
     verify,
 )
 from tokenyard_train.config.comparable import comparable_config
-from tokenyard_train.config.from_hf import HF
 from tokenyard_train.config.load import read_config
+from tokenyard_train.data.paths import HF
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import COMPUTE_DTYPES, check_precision, computing_in
@@ -81,7 +81,20 @@ def _load_hf_folder(path: Path, device: torch.device, precision: str | None) -> 
 
 def _load_run(path: Path, overrides: dict[str, Any]) -> LoadedModel:
     """Load a checkpoint, or a run's newest good one, with some keys of its config replaced."""
-    checkpoint = _find_checkpoint(path)
+    if is_checkpoint(path):
+        verify(path)
+        return _load_checkpoint(path, overrides)
+    loaded = read_newest(path, lambda newest: _load_checkpoint(newest, overrides))
+    if loaded is None:
+        raise ConfigError(
+            f"{path} holds no checkpoint; give the folder of a run, such as runs/quickstart, "
+            "or one from Hugging Face"
+        )
+    return loaded
+
+
+def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any]) -> LoadedModel:
+    """Load a verified checkpoint, with some keys of its config replaced."""
     # The batch size of one process. The weights come from the checkpoint, not from load_path.
     inference = {"global_train_batch_size": 1, "device_train_microbatch_size": 1, "load_path": None}
     saved = read_meta(checkpoint)["config"]
@@ -92,19 +105,6 @@ def _load_run(path: Path, overrides: dict[str, Any]) -> LoadedModel:
     source = _hf_source(saved)
     stops = frozenset[int]() if source is None else stop_ids(source)
     return LoadedModel(model, config.precision, config.tokenizer, stops, source)
-
-
-def _find_checkpoint(path: Path) -> Path:
-    if is_checkpoint(path):
-        verify(path)
-        return path
-    newest = newest_good(path) if path.is_dir() else None
-    if newest is None:
-        raise ConfigError(
-            f"{path} holds no checkpoint; give the folder of a run, such as runs/quickstart, "
-            "or one from Hugging Face"
-        )
-    return newest
 
 
 def _hf_source(config: Mapping[str, Any]) -> Path | None:

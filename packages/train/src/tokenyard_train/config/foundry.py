@@ -124,5 +124,34 @@ INSTEAD = {
 }
 """Refused keys of LLM Foundry, in all its spellings, and what to write instead."""
 
+_LION = "Lion is not here; say decoupled_adamw or adamw, with a learning rate of its own"
+_HF_MODEL = "say load_path: hf://folder, which brings the model, and leave model.name out"
+_TEXT_ONLY = "only whole documents are read here; say name: text"
+
+INSTEAD_OF_VALUES = {
+    "model.name": {
+        "hf_causal_lm": _HF_MODEL,
+        "hf_prefix_lm": _HF_MODEL,
+        "hf_t5": "encoder-decoder models are not here; say load_path: hf://folder of a decoder",
+    },
+    "optimizer.name": {
+        "adalr_lion": _LION,
+        "clip_lion": _LION,
+        "decoupled_lionw": _LION,
+        "decoupled_lionw_8b": _LION,
+        "no_op": "say frozen: [patterns] for parameters that are not trained",
+    },
+    "scheduler.name": {
+        "inv_sqrt_with_warmup": "say cosine_with_warmup, linear_decay_with_warmup or "
+        "constant_with_warmup",
+    },
+    "train_loader.name": {
+        "denoising": _TEXT_ONLY,
+        "finetuning": _TEXT_ONLY,
+        "text_denoising": _TEXT_ONLY,
+    },
+}
+"""Values of LLM Foundry that are not here, by key, and what to write instead."""
+
 RENAMED = {"deterministic_mode": "deterministic"}
 """Composer's top-level keys that have another name here, and that name."""

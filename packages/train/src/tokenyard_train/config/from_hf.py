@@ -1,29 +1,34 @@
-"""Take the model section of a config from the Hugging Face folder that it starts from."""
+"""Take model and tokenizer of a config from the Hugging Face folder that it starts from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
 from tokenyard_models.hf import Folder, model_section
+from tokenyard_train.data.paths import HF
 
-HF = "hf://"
 _LENGTH_KEYS = ("max_seq_len", "max_position_embeddings")
 _DEFAULT_LENGTH = 1024  # tokens per sample, unless the model's limit is lower
 
 
 def with_hf_model(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config whose `model` section comes from the folder at `load_path`, if hf://.
+    """Return a config with the model and the tokenizer of the Hugging Face folder at `load_path`.
 
-    The config's own keys override the folder's. Raises ConfigError if the config names another
-    model, and WeightsError if the folder is unusable.
+    A folder with a config.json is one of Hugging Face, also without hf:// before it. The config's
+    own keys override the folder's. Raises ConfigError if the config names another model, or if
+    neither it nor the folder has a tokenizer, and WeightsError if the folder is unusable.
     """
     path = data.get("load_path")
     overrides = data.get("model", {})
-    if not isinstance(path, str) or not path.startswith(HF) or not isinstance(overrides, Mapping):
+    if not isinstance(path, str) or not isinstance(overrides, Mapping):
         return dict(data)
-    name, section = model_section(Folder(path.removeprefix(HF)))
+    folder = Path(path.removeprefix(HF)).expanduser()
+    if not path.startswith(HF) and not (folder / "config.json").is_file():
+        return dict(data)
+    name, section = model_section(Folder(folder))
     if overrides.get("name", name) != name:
         raise ConfigError(
             f"model.name is {overrides['name']!r} but load_path {path!r} holds a {name}; "
@@ -32,4 +37,21 @@ def with_hf_model(data: Mapping[str, Any]) -> dict[str, Any]:
     lengths = [section[key] for key in _LENGTH_KEYS if isinstance(section.get(key), int)]
     length = min(lengths or [_DEFAULT_LENGTH])
     model = {"max_seq_len": length} | section | dict(overrides) | {"name": name}
-    return {"max_seq_len": min(length, _DEFAULT_LENGTH)} | dict(data) | {"model": model}
+    taken = {
+        "load_path": f"{HF}{folder}",
+        "model": model,
+        "tokenizer": _tokenizer(data.get("tokenizer", {}), folder),
+    }
+    return {"max_seq_len": min(length, _DEFAULT_LENGTH)} | dict(data) | taken
+
+
+def _tokenizer(section: Any, folder: Path) -> Any:
+    """Return the config's `tokenizer`, by default the folder's own."""
+    if not isinstance(section, Mapping) or "name" in section:
+        return section
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"load_path {str(folder)!r} has no tokenizer.json, and the config names no tokenizer; "
+            "give tokenizer.name, the path of a tokenizer.json, tiktoken or bytes"
+        )
+    return {"name": str(folder)} | dict(section)

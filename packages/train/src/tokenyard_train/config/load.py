@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokenyard import BackendError, ConfigError, default_registry
 from tokenyard_models.strict_config import parse, warn_ignored, without_ignored
-from tokenyard_train.config.foundry import INSTEAD, RENAMED
+from tokenyard_train.config.foundry import INSTEAD, INSTEAD_OF_VALUES, RENAMED
 from tokenyard_train.config.from_hf import with_hf_model
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
@@ -43,7 +43,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
 def read_config(data: Mapping[str, Any]) -> TrainConfig:
     """Validate a config given as a mapping, and resolve defaults. Raises ConfigError."""
     ignored: list[str] = []
-    kept = without_ignored(TrainConfig, with_hf_model(_rename_keys(data)), "", ignored)
+    given = _rename_keys(_without_blank_keys(data))
+    kept = without_ignored(TrainConfig, with_hf_model(given), "", ignored)
     kept = _without_keys_ignored_by_model(kept, ignored)
     warn_ignored(ignored)
     _refuse_foundry_keys(kept)
@@ -151,14 +152,35 @@ def _rename_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
+def _without_blank_keys(data: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a config without the keys that have no value: a blank key is an absent key.
+
+    Except under `model`, where null may turn off what a size sets, and directly under `callbacks`
+    and `loggers`, where the name alone is enough.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in data.items():
+        if not path and key in ("model", "variables") and value is not None:
+            kept[key] = value
+        elif isinstance(value, Mapping):
+            kept[key] = _without_blank_keys(value, (*path, str(key)))
+        elif value is not None or path in (("callbacks",), ("loggers",)):
+            kept[key] = value
+    return kept
+
+
 def _refuse_foundry_keys(data: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise ConfigError for a key of LLM Foundry that has another name here, and a value."""
+    """Raise ConfigError for a key or a value of LLM Foundry that is something else here."""
     for key, value in data.items():
         path = f"{prefix}{key}"
-        instead = INSTEAD.get(_SAME_KEYS.sub("train_loader.dataset.", path))
+        known_as = _SAME_KEYS.sub("train_loader.dataset.", path)
+        instead = INSTEAD.get(known_as)
         blank = key in BLANK and value in (None, "")
         if instead is not None and not blank:
             raise ConfigError(f"{path} is a key of LLM Foundry that is not known here; {instead}")
+        values = INSTEAD_OF_VALUES.get(known_as, {})
+        if isinstance(value, str) and value in values:
+            raise ConfigError(f"{path} is {value!r}, a name of LLM Foundry; {values[value]}")
         if isinstance(value, Mapping) and path != "variables":
             _refuse_foundry_keys(value, f"{path}.")
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from tokenyard_models.strict_config import Strict
 from tokenyard_train.config import foundry
+from tokenyard_train.data.paths import LocalPath
 
 
 class TensorboardLogger(Strict):
@@ -15,7 +16,9 @@ class TensorboardLogger(Strict):
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGER
 
-    log_dir: str | None = None  # parent of a folder named run_name; None: save_folder/tensorboard
+    log_dir: LocalPath | None = (
+        None  # parent of a folder named run_name; None: save_folder/tensorboard
+    )
     flush_interval: int = Field(100, ge=1)  # records between writes to disk
 
 

@@ -16,6 +16,7 @@ from tokenyard_models.strict_config import Strict
 from tokenyard_train.config import foundry
 from tokenyard_train.config.duration import Duration, Span
 from tokenyard_train.config.loggers import Loggers
+from tokenyard_train.data.paths import LocalPath, WeightsPath
 from tokenyard_train.data.schema import DataSettings, LoaderConfig, TokenizerConfig
 
 CALLBACKS = "tokenyard.callbacks"
@@ -200,7 +201,7 @@ class TrainConfig(Strict):
         "stop"
     )
     nonfinite_limit: Count = 10  # with skip: stop after this many such steps in a row
-    save_folder: str | None = None  # folder of the run; None: runs/{run_name}
+    save_folder: LocalPath | None = None  # folder of the run; None: runs/{run_name}
     save_interval: Duration | None = None  # interval between checkpoints; None: at the end only
     save_num_checkpoints_to_keep: int = -1  # newest checkpoints to keep; -1: all
     save_async: bool = False  # write checkpoints in the background, from a copy in host memory
@@ -210,7 +211,7 @@ class TrainConfig(Strict):
         # name patterns of parameters that are not trained, such as blocks.*.ffn.experts.*
         []
     )
-    load_path: str | None = (
+    load_path: WeightsPath | None = (
         # initial weights of a new run: a checkpoint, or hf:// and a Hugging Face folder
         None
     )

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from tokenyard_models.strict_config import Strict, only
 from tokenyard_train.data import foundry
+from tokenyard_train.data.paths import LocalPath
 
 
 class DataSection(Strict):
@@ -38,7 +39,7 @@ class TiktokenKwargs(DataSection):
 
     encoding_name: str | None = None  # name of an encoding, such as cl100k_base
     model_name: str | None = None  # name of a model whose encoding to use, such as gpt-4
-    file: str | None = None  # ranks in tiktoken's file format
+    file: LocalPath | None = None  # ranks in tiktoken's file format
     pattern: str | None = None  # with file: regular expression that splits text before BPE
     add_bos_token: Annotated[bool, only(False, "a token at the start of a document")] = (
         False  # only false: documents have an end token, and none at the start
@@ -49,7 +50,7 @@ class TiktokenKwargs(DataSection):
 class TokenizerConfig(DataSection):
     """The tokenizer. `bytes` maps each byte to its value and ends a document with 256."""
 
-    name: str = "bytes"  # bytes, tiktoken, or the path of a tokenizer.json or its folder
+    name: LocalPath = "bytes"  # bytes, tiktoken, or the path of a tokenizer.json or its folder
     eos_token: str | None = (
         # end-of-document token of a tokenizer.json; None: read from tokenizer_config.json beside it
         None
@@ -89,10 +90,10 @@ class Source(DataSection):
 
     ignored: ClassVar[frozenset[str]] = foundry.DATASET
 
-    path: str | list[str] | None = None  # files and folders: text, JSON, .parquet
-    packed: str | None = None  # output folder of tokenyard data pack
-    local: str | None = None  # folder of MDS shards
-    hf_name: str | None = None  # Hugging Face dataset: a folder, or a name on the hub
+    path: LocalPath | list[LocalPath] | None = None  # files and folders: text, JSON, .parquet
+    packed: LocalPath | None = None  # output folder of tokenyard data pack
+    local: LocalPath | None = None  # folder of MDS shards
+    hf_name: LocalPath | None = None  # Hugging Face dataset: a folder, or a name on the hub
     split: str | None = None  # local: subfolder; hf_name: split of the dataset, default train
     streaming: bool = True  # hf_name: read while downloading
     text_key: str = "text"  # column that holds the text, in JSON, .parquet, MDS and hf_name

@@ -13,9 +13,10 @@ from tokenyard_train.checkpoint import (
     load_model,
     newest_good,
     read_meta,
+    read_newest,
     read_tensors,
 )
-from tokenyard_train.config.from_hf import HF
+from tokenyard_train.data.paths import HF
 from tokenyard_train.distributed import on_rank0
 from tokenyard_train.engine.agreement import check_agreement, check_data
 from tokenyard_train.engine.save import adamw_states, run_tensors
@@ -29,13 +30,14 @@ def resume(setup: Setup, metrics: Metrics) -> Position:
 
     Without it, or without a checkpoint, empty the metrics and start at 0.
 
-    `metrics` are cut back to that position. Raises CheckpointError if the config or the content
-    of the text disagrees with the checkpoint's.
+    `metrics` are cut back to that position. Metrics without a checkpoint, or with fewer steps than
+    the checkpoint counts, are named in a warning. Raises CheckpointError if the config or the
+    content of the text disagrees with the checkpoint's.
     """
     on_rank0(lambda: clear_unfinished(setup.folder))
     newest = newest_good(setup.folder) if setup.config.autoresume else None
     if newest is None:
-        metrics.rewind(0)
+        metrics.set_aside()
         return Position()
     meta = read_meta(newest)
     check_agreement(setup.config, newest, meta["config"])
@@ -56,14 +58,20 @@ def start_from(model: Model, path: str) -> None:
         load_weights(model, Folder(path.removeprefix(HF)))
         return
     folder = Path(path)
+    if is_checkpoint(folder):
+        load_model(model, folder)
+        return
     if not folder.is_dir():
         raise CheckpointError(
             f"load_path {path!r} does not exist; give a checkpoint such as runs/run/ba200, or its "
             "run"
         )
-    newest = folder if is_checkpoint(folder) else newest_good(folder)
-    if newest is None:
+    if read_newest(folder, lambda newest: _load_named(model, newest)) is None:
         raise CheckpointError(
             f"load_path {path!r} holds no checkpoint; give a folder such as runs/run/ba200"
         )
-    load_model(model, newest)
+
+
+def _load_named(model: Model, checkpoint: Path) -> Path:
+    load_model(model, checkpoint)
+    return checkpoint

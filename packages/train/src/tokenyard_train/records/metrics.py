@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from tokenyard_train.records.trackers import Trackers
 
 TIMINGS = ("seconds", "tokens_per_s", "flops_per_s")
 """Record keys that differ between two runs of the same config."""
+
+
+log = logging.getLogger("tokenyard")
 
 
 class Metrics:
@@ -34,19 +38,60 @@ class Metrics:
         self.trackers.record(record)
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all records."""
+        """Return all records. Damaged lines are left out; `rewind` names them."""
         if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        records = map(_parse, self.path.read_bytes().splitlines())
+        return [record for record in records if record is not None]
 
     def size(self) -> int:
         """Return the file's size in bytes. A checkpoint stores it, see `rewind`."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def rewind(self, size: int) -> None:
-        """Truncate the file to the size that it had when a checkpoint was saved."""
-        if self.size() > size:
+        """Truncate the file to the size that it had when a checkpoint was saved.
+
+        Logs a warning if it is shorter, or has damaged lines.
+        """
+        have = self.size()
+        if have > size:
             os.truncate(self.path, size)
+        elif have < size:
+            log.warning(
+                "%s has %d bytes, and the checkpoint was saved with %d: records of earlier steps "
+                "are lost, and the curves begin later",
+                *(self.path, have, size),
+            )
+        if have == 0:
+            return
+        content = self.path.read_bytes()
+        lines = enumerate(content.splitlines(), 1)
+        if damaged := [number for number, line in lines if _parse(line) is None]:
+            log.warning("%s: line %d is damaged and is left out", self.path, damaged[0])
+        if content and not content.endswith(b"\n"):
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+
+    def set_aside(self) -> None:
+        """Rename the file of a run that has no checkpoint, with a warning. The next run is new."""
+        if self.size() == 0:
+            return
+        kept = self.path.with_name(f"{self.path.stem}.old{self.path.suffix}")
+        self.path.replace(kept)
+        log.warning(
+            "no checkpoint in %s: starting anew at batch 0; the metrics of the earlier run are "
+            "kept as %s",
+            *(self.path.parent, kept.name),
+        )
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line; None if it is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
 
 
 class NullMetrics(Metrics):
@@ -67,3 +112,6 @@ class NullMetrics(Metrics):
     def size(self) -> int:
         """Return 0, since there is no file."""
         return 0
+
+    def rewind(self, size: int) -> None:
+        """Do nothing, since there is no file."""

@@ -1,0 +1,37 @@
+"""Paths in configs: local ones, with ~ for the home folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+HF = "hf://"
+"""Prefix of load_path for the folder of a Hugging Face model."""
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a drive letter such as C: is local
+
+
+def local_path(path: str) -> str:
+    """Return a path with ~ expanded. Raises ValueError for a remote path such as s3://bucket."""
+    if _REMOTE.match(path):
+        scheme = path.partition(":")[0]
+        raise ValueError(
+            f"{path!r} is a remote path, and only local folders and files are read and written; "
+            f"copy or mount what {scheme} holds, and give the local path"
+        )
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _local_or_hf(path: str) -> str:
+    prefix = HF if path.startswith(HF) else ""
+    return prefix + local_path(path.removeprefix(prefix))
+
+
+LocalPath = Annotated[str, AfterValidator(local_path)]
+"""A path of a file or folder on this machine."""
+
+WeightsPath = Annotated[str, AfterValidator(_local_or_hf)]
+"""A local path, with or without hf:// before it."""
