@@ -40,6 +40,7 @@ def test_a_rank_reads_its_shards_and_no_more(settings, hf_folder, tmp_path, layo
     """Byte for byte; no read exceeds the largest read of one process."""
     del settings["model"]
     settings |= {"load_path": f"hf://{hf_folder}", "device_train_microbatch_size": 2}
+    settings |= {"tokenizer": {"name": "bytes"}}
     single = run(runs.read_hf, "single", settings, tmp_path)
     config = settings | {"parallel": parallel, "save_folder": str(tmp_path / layout)}
     reads = ranks(2).run(runs.read_hf, config)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers", minversion="5.14")
 
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from tokenyard import ConfigError
 from tokenyard.tolerance import relative_error
@@ -55,6 +55,7 @@ def tuning(settings, published):
     """A config that fine-tunes `published`, without a model section."""
     changes = {
         "load_path": f"hf://{published}",
+        "tokenizer": {"name": "bytes"},
         "max_duration": "12ba",
         "optimizer": {"name": "adamw", "lr": 0.003},
     }
@@ -79,6 +80,42 @@ def test_fine_tuning_from_folder_to_folder(tokenyard, tuning, published, text, t
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert tuned.config.max_position_embeddings == 128
     assert tuned.config.eos_token_id == 256
+
+
+def test_an_exported_run_of_bytes_brings_its_tokenizer(tokenyard, config, text, tmp_path):
+    """generate needs no --tokenizer, transformers reads the same ids, and a new run starts."""
+    model = {"name": "mixtral", "size": "tiny", "hidden_size": 32, "intermediate_size": 24}
+    train(config(max_duration="1ba", model=model), Console(quiet=True))
+    exported = tmp_path / "exported"
+    code, _, errors = tokenyard("convert", str(tmp_path / "run"), str(exported))
+    assert (code, errors) == (0, "")
+    options = {"prompt": ["3 times", "\u00e9"], "max_new_tokens": 9, "device": "cpu"}
+    assert generate(GenerateOptions(exported, **options)) == generate(
+        GenerateOptions(tmp_path / "run", **options)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    strange = "\u00e9 \u2581\u65e5\n\t 3  x"
+    assert tokenizer(strange)["input_ids"] == list(strange.encode())
+    assert tokenizer.decode(list(strange.encode())) == strange
+    assert (tokenizer.eos_token_id, len(tokenizer)) == (256, 257)
+    for path in (str(exported), f"hf://{exported}"):
+        again = read_config(
+            {
+                "load_path": path,
+                "train_loader": {"name": "text", "dataset": {"path": str(text)}},
+                "max_duration": "1ba",
+                "global_train_batch_size": 1,
+            }
+        )
+        assert again.tokenizer.name == str(exported)
+        assert again.load_path == f"hf://{exported}"
+
+
+def test_a_folder_without_a_tokenizer_is_not_trained_on_bytes(tuning):
+    del tuning["tokenizer"]
+    for section in ({}, {"tokenizer": {}}, {"tokenizer": None}):
+        with pytest.raises(ConfigError, match=r"load_path .* has no tokenizer\.json.*or bytes"):
+            read_config(tuning | section)
 
 
 def test_convert_merges_adapters(tokenyard, tuning, published, text, tmp_path):
@@ -161,6 +198,12 @@ def test_generate_reads_folders_with_the_given_tokenizer(tokenyard, published):
 def test_convert_writes_a_run_at_step_zero(tokenyard, published, tmp_path):
     code, _, errors = tokenyard(
         "convert", str(published), str(tmp_path / "run"), "--to", "tokenyard"
+    )
+    assert code == 2
+    assert "has no tokenizer.json; give --tokenizer" in errors
+    code, _, errors = tokenyard(
+        *("convert", str(published), str(tmp_path / "run"), "--to", "tokenyard"),
+        *("--tokenizer", "bytes"),
     )
     assert (code, errors) == (0, "")
     run = GenerateOptions(tmp_path / "run", ["x"], 9, 0.0)

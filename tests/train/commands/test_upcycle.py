@@ -49,6 +49,7 @@ def test_upcycled_trained_and_exported(tokenyard, settings, dense, tmp_path):
     assert torch.equal(before.experts.up[0], before.experts.up[2])
     assert torch.equal(before.router.weight[0], before.router.weight[1])
     changes = {"load_path": f"hf://{tmp_path / 'moe'}", "max_duration": "6ba"}
+    changes |= {"tokenizer": {"name": "bytes"}}
     tuning = {key: value for key, value in (settings | changes).items() if key != "model"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tuning))
     assert tokenyard("train", str(tmp_path / "config.yaml"))[0] == 0

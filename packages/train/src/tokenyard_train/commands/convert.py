@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,9 +12,11 @@ from tokenyard.errors import one_of
 from tokenyard_models import from_hf, to_hf
 from tokenyard_models.hf import Folder, model_section, to_megablocks
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
+from tokenyard_train.commands.export_tokenizer import tokenizer_folder
 from tokenyard_train.commands.load_model import load_weights_only
 from tokenyard_train.commands.options import ConvertOptions
 from tokenyard_train.config.load import read_config
+from tokenyard_train.data.schema import TokenizerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMATS = ("hf", "tokenyard", "megablocks")
@@ -22,8 +25,9 @@ _FORMATS = ("hf", "tokenyard", "megablocks")
 def convert(options: ConvertOptions) -> None:
     """Write a model in another format to a new folder, with LoRA adapters merged.
 
-    `dtype` (a name in DTYPES), `fused` and `like` have the meaning of `to_hf`. `like` defaults to
-    the Hugging Face folder of the weights. Raises TokenyardError before anything is written.
+    `dtype` (a name in DTYPES), `fused` and `like` have the meaning of `to_hf`. Without `like`, a
+    Hugging Face folder gets the tokenizer that the weights were trained with. Raises TokenyardError
+    before anything is written.
     """
     one_of("--to", options.to, _FORMATS)
     if options.dtype is not None:
@@ -31,7 +35,7 @@ def convert(options: ConvertOptions) -> None:
     if options.target.exists():
         raise ConfigError(f"{options.target} exists already; give the name of a new folder")
     if options.to == "tokenyard":
-        _write_run(options.source, options.target)
+        _write_run(options.source, options.target, options.tokenizer)
         return
     loaded = load_weights_only(options.source)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
@@ -39,18 +43,24 @@ def convert(options: ConvertOptions) -> None:
     if options.to == "megablocks":
         to_megablocks(loaded.model, options.target, dtype=dtype)
     else:
-        like = options.like or loaded.source
-        to_hf(loaded.model, options.target, like=like, dtype=dtype, fused=options.fused)
+        if options.tokenizer is not None:
+            loaded = loaded._replace(tokenizer=TokenizerConfig(name=options.tokenizer))
+        like = nullcontext(options.like) if options.like else tokenizer_folder(loaded)
+        with like as folder:
+            to_hf(loaded.model, options.target, like=folder, dtype=dtype, fused=options.fused)
 
 
-def _write_run(source: Path, target: Path) -> None:
+def _write_run(source: Path, target: Path, tokenizer: str | None) -> None:
     """Write a Hugging Face folder as the checkpoint ba0 of a new run."""
     name, section = model_section(Folder(source))
-    tokenizer = {"name": str(source.resolve())} if (source / "tokenizer.json").exists() else {}
+    if tokenizer is None and not (source / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"{source} has no tokenizer.json; give --tokenizer, the path of one or bytes"
+        )
     config = read_config(
         {
             "model": {"name": name} | section,
-            "tokenizer": tokenizer,
+            "tokenizer": {"name": tokenizer or str(source.resolve())},
             "train_loader": {"name": "python_stdlib"},
             "max_duration": "1ba",
             "global_train_batch_size": 1,

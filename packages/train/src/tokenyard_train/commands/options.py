@@ -67,6 +67,7 @@ class ConvertOptions:
         Path | None,
         typer.Option(help="Folder to copy the tokenizer and the token ids from."),
     ] = None
+    tokenizer: Tokenizer = None
 
 
 @dataclass(frozen=True)
