@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tokenyard_train.checkpoint import CheckpointError, read_meta
 from tokenyard_train.checkpoint.background import BackgroundWriter
@@ -134,3 +135,40 @@ def test_load_path_of_another_model_is_refused(build, tmp_path):
 def test_load_path_without_a_checkpoint(build, tmp_path, path, sentence):
     with pytest.raises(CheckpointError, match=sentence):
         start_from(build().model, str(tmp_path / path))
+
+
+@pytest.fixture
+def words(tmp_path):
+    """The path of a tokenizer.json of 257 ids."""
+    vocab = {f"w{i}": i for i in range(256)} | {"</s>": 256}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return {"name": str(tmp_path / "tokenizer.json"), "eos_token": "</s>"}
+
+
+def warnings_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "tokenyard"]
+
+
+def test_the_tokenizer_of_a_checkpoint_is_not_guessed(build, config, words, tmp_path, caplog):
+    run = build(tokenizer=words)
+    saved(run)
+    other = {"save_folder": str(tmp_path / "other")}
+    sentence = r"was trained with the tokenizer '.*tokenizer\.json', and the config names none"
+    with pytest.raises(CheckpointError, match=sentence):
+        start_from(run.model, str(run.folder), config(**other))
+    start_from(run.model, str(run.folder), config(tokenizer=words, **other))
+    assert warnings_of(caplog) == []
+    start_from(run.model, str(run.folder), config(tokenizer={"name": "bytes"}, **other))
+    assert "tokenizer.name is 'bytes', but load_path" in caplog.text
+
+
+def test_other_keys_of_the_model_are_named(build, config, caplog):
+    run = build()
+    saved(run)
+    model = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_top_k": 1}}
+    start_from(run.model, str(run.folder), config(model=model, max_seq_len=12))
+    assert [message.partition(",")[0] for message in warnings_of(caplog)] == [
+        "model.ffn_config.moe_top_k is 1"
+    ]

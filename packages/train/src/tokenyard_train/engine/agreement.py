@@ -68,6 +68,28 @@ def check_data(
             )
 
 
+def check_start(config: TrainConfig, checkpoint: Path, saved: dict[str, Any]) -> None:
+    """Compare a config with that of the checkpoint whose weights its run starts from.
+
+    Raises CheckpointError if the config names no tokenizer and the checkpoint has another than the
+    default. Logs a warning for a tokenizer that the config names, and for keys of `model`.
+    """
+    current = comparable_config(config.model_dump(mode="json"))
+    explicit = comparable_config(config.model_dump(mode="json", exclude_defaults=True))
+    kept = comparable_config(saved)
+    if kept["tokenizer"] != current["tokenizer"] and "tokenizer" not in config.model_fields_set:
+        name = kept["tokenizer"]["name"]
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was trained with the tokenizer {name!r}, and the config "
+            f"names none; give tokenizer.name {name!r}, or another"
+        )
+    for key in ("tokenizer", "model"):
+        differences = _differences(kept[key], current[key], explicit.get(key, {}), key)
+        for path, old, new in differences:
+            if path != "model.max_seq_len":  # samples may be shorter or longer
+                log.warning("%s is %r, but load_path %s has %r", path, new, checkpoint, old)
+
+
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a dumped config that must agree."""
     kept = {key: value for key, value in comparable_config(config).items() if key in _MUST_AGREE}

@@ -16,9 +16,10 @@ from tokenyard_train.checkpoint import (
     read_newest,
     read_tensors,
 )
+from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data.paths import HF
 from tokenyard_train.distributed import on_rank0
-from tokenyard_train.engine.agreement import check_agreement, check_data
+from tokenyard_train.engine.agreement import check_agreement, check_data, check_start
 from tokenyard_train.engine.save import adamw_states, run_tensors
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Position
@@ -49,29 +50,31 @@ def resume(setup: Setup, metrics: Metrics) -> Position:
     return Position(int(meta["batch"]), int(meta.get("skipped", 0)))
 
 
-def start_from(model: Model, path: str) -> None:
+def start_from(model: Model, path: str, config: TrainConfig | None = None) -> None:
     """Load the weights of a checkpoint, of a run's newest one, or of hf://folder.
 
-    Raises TokenyardError.
+    With a `config`, compare it with the checkpoint's, see `check_start`. Raises TokenyardError.
     """
     if path.startswith(HF):
         load_weights(model, Folder(path.removeprefix(HF)))
         return
     folder = Path(path)
     if is_checkpoint(folder):
-        load_model(model, folder)
+        _load_checked(model, folder, config)
         return
     if not folder.is_dir():
         raise CheckpointError(
             f"load_path {path!r} does not exist; give a checkpoint such as runs/run/ba200, or its "
             "run"
         )
-    if read_newest(folder, lambda newest: _load_named(model, newest)) is None:
+    if read_newest(folder, lambda newest: _load_checked(model, newest, config)) is None:
         raise CheckpointError(
             f"load_path {path!r} holds no checkpoint; give a folder such as runs/run/ba200"
         )
 
 
-def _load_named(model: Model, checkpoint: Path) -> Path:
+def _load_checked(model: Model, checkpoint: Path, config: TrainConfig | None) -> Path:
     load_model(model, checkpoint)
+    if config is not None:
+        check_start(config, checkpoint, read_meta(checkpoint)["config"])
     return checkpoint
