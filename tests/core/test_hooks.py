@@ -24,3 +24,15 @@ def test_a_plugin_offers_a_backend_by_its_hook(kind, install, registry):
     )
     assert "mine" in [o.backend.name for o in registry().offers(kind)]
     assert inspect.getdoc(SPECS[HOOKS[kind]])
+
+
+def test_a_hook_that_does_not_exist_is_named(install, registry):
+    install(
+        "misspelt",
+        "from tokenyard import Backend, hookimpl\n"
+        "@hookimpl\ndef tokenyard_router():\n    return [Backend('mine', 'os:sep')]\n",
+    )
+    (problem,) = [p for p in registry().problems if p.distribution == "misspelt"]
+    assert (
+        "hook 'tokenyard_router' is unknown (did you mean 'tokenyard_routers'?)" in problem.reason
+    )

@@ -244,9 +244,12 @@ def test_a_complete_model_passes():
 @pytest.mark.parametrize(
     ("model", "complaint"),
     [
-        (WithoutCache, "acme: the model lacks new_cache; see tokenyard.Model"),
-        (WithoutLength, "acme: the constructor must set `max_seq_len`, of type int; it is None"),
-        (NoModel, "acme: derive the class from tokenyard.Model"),
+        (WithoutCache, "acme: WithoutCache lacks new_cache; see tokenyard.Model"),
+        (
+            WithoutLength,
+            "acme: the constructor of WithoutLength must set max_seq_len, of type int; it is None",
+        ),
+        (NoModel, "acme: NoModel does not derive from tokenyard.Model"),
     ],
 )
 def test_a_part_that_a_model_lacks_is_named(model, complaint):

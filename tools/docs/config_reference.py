@@ -34,6 +34,8 @@ def model_reference() -> str:
     lines: list[str] = []
     for offer in sorted(default_registry().offers("model"), key=lambda offer: offer.backend.name):
         definition: Any = offer.backend.load()
+        if not hasattr(definition, "schema"):  # a model of another distribution
+            continue
         lines += [f"## `model.name: {offer.backend.name}`", ""]
         lines += _section(definition.schema, "model", 3, titled=False)
     return "\n".join(lines)

@@ -14,13 +14,4 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # a failing assert in the kit shows its values, as in a test
-pytest.register_assert_rewrite(
-    "tokenyard.testing._base",
-    "tokenyard.testing._compare",
-    "tokenyard.testing._exchange",
-    "tokenyard.testing._experts",
-    "tokenyard.testing._model",
-    "tokenyard.testing._permutation",
-    "tokenyard.testing._router",
-    "tokenyard.testing._strategy",
-)
+pytest.register_assert_rewrite("tokenyard.testing")

@@ -19,6 +19,37 @@ class SavedBytes(NamedTuple):
     rest: int  # those outside the blocks
 
 
+_ATTRIBUTES = {
+    "blocks": nn.ModuleList,
+    "vocab_size": int,
+    "max_seq_len": int,
+    "auxiliary": AuxiliaryLoss,
+}
+
+
+def missing_part(model: object) -> str | None:
+    """Return one sentence on what a model, or its class, lacks of `Model`; else None.
+
+    Of a class, only the base class and the methods are checked.
+    """
+    cls = model if isinstance(model, type) else type(model)
+    if not issubclass(cls, Model):
+        return f"{cls.__qualname__} does not derive from tokenyard.Model; derive it"
+    if cls.__abstractmethods__:
+        names = ", ".join(sorted(cls.__abstractmethods__))
+        return f"{cls.__qualname__} lacks {names}; see tokenyard.Model"
+    if isinstance(model, type):
+        return None
+    for name, kind in _ATTRIBUTES.items():
+        value = getattr(model, name, None)
+        if not isinstance(value, kind):
+            return (
+                f"the constructor of {cls.__qualname__} must set {name}, of type {kind.__name__}; "
+                f"it is {value!r}"
+            )
+    return None
+
+
 class Model(nn.Module, ABC):
     """A causal language model.
 
@@ -31,15 +62,20 @@ class Model(nn.Module, ABC):
       Backends are chosen for both.
     * `dtype` is the dtype of the parameters. They are allocated on `device`, or on the meta device
       inside ``with torch.device("meta")``.
-    * `expert_parallel` is the number of ranks that share the experts of each layer.
+    * `expert_parallel` is the number of ranks that share the experts of each layer. None means 1,
+      unless the model's own config says otherwise.
 
-    A subclass sets the four attributes in its constructor.
+    A subclass sets `blocks`, `vocab_size`, `max_seq_len` and `auxiliary` in its constructor.
     """
 
-    blocks: nn.ModuleList  # in order; each is sharded, and recomputed, as a whole
-    vocab_size: int  # V, above all ids
-    max_seq_len: int  # maximum length of a sequence, including tokens in a cache
-    auxiliary: AuxiliaryLoss  # the weights of the router losses
+    blocks: nn.ModuleList
+    """The blocks in order. Each is sharded, and recomputed, as a whole."""
+    vocab_size: int
+    """V, above all ids."""
+    max_seq_len: int
+    """The maximum length of a sequence, including tokens in a cache."""
+    auxiliary: AuxiliaryLoss
+    """The weights of the router losses."""
 
     @abstractmethod
     def forward(self, ids: Any, cache: Any = None) -> Output:
@@ -57,6 +93,7 @@ class Model(nn.Module, ABC):
         """Set every parameter and buffer to its initial value.
 
         Values depend on the seed and on names of parameters, never on the rank or world size.
+        ``tokenyard.draw.draw_normal`` fills a parameter so.
         """
 
     @abstractmethod
@@ -64,7 +101,7 @@ class Model(nn.Module, ABC):
         """Return the FLOPs per token of the forward pass over sequences of `seq_len` tokens.
 
         ``tokenyard.count.weight_flops_per_token`` counts those of the weights. Add those of
-        attention scores.
+        attention scores: 4 * heads * head_dim * (seq_len + 1) / 2 for each causal layer.
         """
 
     @abstractmethod

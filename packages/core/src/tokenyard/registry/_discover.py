@@ -9,9 +9,13 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from tokenyard import hookspecs
 from tokenyard.__about__ import __version__
+from tokenyard.errors import unknown
 
 GROUP = "tokenyard"
+_PREFIX = "tokenyard_"  # of hooks
+_MARK = "tokenyard_impl"  # the attribute that `hookimpl` sets
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,26 @@ def installed_plugins(
         version = distribution.version
         reason = _incompatible(distribution)
         if reason is None:
+            plugin = f"plugin {entry.name!r} ({entry.value}) of {name} {version}"
             try:
-                plugins.append(Plugin(entry.load(), name, version))
+                module = entry.load()
             except Exception as error:
-                reason = (
-                    f"plugin {entry.name!r} ({entry.value}) of {name} {version} "
-                    f"failed to import: {error!r}"
-                )
+                reason = f"{plugin} failed to import: {error!r}"
+            else:
+                plugins.append(Plugin(module, name, version))
+                reason = _unknown_hook(plugin, module)
         if reason is not None:
             problems.append(Problem(name, reason))
     return plugins, problems
+
+
+def _unknown_hook(plugin: str, module: Any) -> str | None:
+    """Return a sentence if a plugin implements a hook that does not exist, else None."""
+    known = [name for name in vars(hookspecs) if name.startswith(_PREFIX)]
+    for name, value in vars(module).items():
+        if name.startswith(_PREFIX) and name not in known and hasattr(value, _MARK):
+            return f"{plugin} implements {unknown('hook', name, known)}"
+    return None
 
 
 def _entry_points(search: Iterable[Distribution]) -> Iterator[tuple[Distribution, EntryPoint]]:

@@ -118,9 +118,11 @@ class RouterContract(LayerPartConformance):
         """
         router = self._router(self.rule, torch.float32)
         x = self._tokens(33, torch.float32).detach()
+        torch.manual_seed(0)  # an algorithm may be random in training
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             cast = router(x)
         router.weight.data = router.weight.data.to(torch.bfloat16)
+        torch.manual_seed(0)
         plain = router(x.to(torch.bfloat16))
         for a, b in zip(cast, plain):
             assert torch.equal(a, b)
@@ -152,7 +154,9 @@ class RouterContract(LayerPartConformance):
         router = self._router(rule, torch.float32)
         x = self._tokens(30, torch.float32)
         compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(0)  # an algorithm may be random in training
         want = router(x)
+        torch.manual_seed(0)
         got = compiled(x)
         assert torch.equal(got.topk_ids, want.topk_ids)
         assert relative_error(got.topk_weights, want.topk_weights) < 1e-5

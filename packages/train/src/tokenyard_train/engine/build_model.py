@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenyard import ConfigError, Model, Strategy, default_registry, started_processes
+from tokenyard.model import missing_part
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.precision import COMPUTE_DTYPES
 from tokenyard_train.engine.trainable import adapt, freeze
@@ -37,6 +38,7 @@ def meta_model(config: TrainConfig) -> Model:
     name = config.model["name"]
     options = {key: value for key, value in config.model.items() if key != "name"}
     chosen = default_registry().choose("model", name)
+    _check(name, chosen.backend.load())
     with torch.device("meta"):
         model = chosen.construct(
             options,
@@ -45,9 +47,15 @@ def meta_model(config: TrainConfig) -> Model:
             compute_dtype=COMPUTE_DTYPES[config.precision],
             expert_parallel=config.parallel.expert_parallel,
         )
-    if not isinstance(model, Model):
+    _check(name, model)
+    checked: Model = model
+    return checked
+
+
+def _check(name: str, model: object) -> None:
+    """Raise ConfigError if a model or its class lacks a part of ``tokenyard.Model``."""
+    missing = missing_part(model)
+    if missing is not None:
         raise ConfigError(
-            f"model.name {name!r} names {type(model).__qualname__}, which does not derive from "
-            "tokenyard.Model; derive it, and test it with tokenyard.testing.ModelConformance"
+            f"model.name {name!r}: {missing}; tokenyard.testing.ModelConformance tests all of it"
         )
-    return model
