@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenyard import AuxiliaryLoss, ConfigError, RoutingRule
-from tokenyard.divisors import divisors
 from tokenyard_models.rotary import RopeScaling
 
 
@@ -78,7 +77,7 @@ class TransformerConfig:
 def check_divides(key: str, value: int, whole_key: str, whole: int) -> None:
     """Raise ConfigError unless `value` divides `whole`. The error lists divisors up to 256."""
     if whole % value:
-        valid = ", ".join(str(divisor) for divisor in divisors(whole) if divisor <= 256)
+        valid = ", ".join(str(n) for n in range(1, min(whole, 256) + 1) if whole % n == 0)
         raise ConfigError(
             f"{key} is {value}, which does not divide {whole_key} {whole}; these do: {valid}"
         )

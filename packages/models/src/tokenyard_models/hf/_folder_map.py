@@ -10,7 +10,7 @@ from tokenyard_models.config import TransformerConfig
 from tokenyard_models.families import FAMILIES, load_module
 from tokenyard_models.families._boxes import Piece
 from tokenyard_models.families._format import HfFormat, Row
-from tokenyard_models.hf._folder import WeightsError
+from tokenyard_models.hf._folder import Folder, WeightsError
 
 FolderMap = dict[str, list[tuple[str, Piece]]]
 """Tensor of the folder, in order -> its parts as (parameter, piece)."""
@@ -24,6 +24,12 @@ def formats() -> dict[str, HfFormat]:
         for module in modules
         for hf_format in getattr(module, "FORMATS", ())
     }
+
+
+def rows_of(hf_format: HfFormat, folder: Folder) -> list[Row]:
+    """Return the weight table of a folder: the published form, or the fused one."""
+    suffix = hf_format.fused_suffix
+    return hf_format.rows(bool(suffix) and any(key.endswith(suffix) for key in folder.keys))
 
 
 def map_folder(

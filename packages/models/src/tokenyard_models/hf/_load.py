@@ -17,7 +17,7 @@ from tokenyard.draw import unwrapped
 from tokenyard.sharded import allocate, local_shard
 from tokenyard_models.families._boxes import Piece, slices
 from tokenyard_models.hf._folder import Folder, Reader, WeightsError
-from tokenyard_models.hf._folder_map import FolderMap, map_folder
+from tokenyard_models.hf._folder_map import FolderMap, map_folder, rows_of
 from tokenyard_models.hf._read_config import dtype_of, format_of, model_section
 from tokenyard_models.transformer import Transformer
 
@@ -52,6 +52,7 @@ def from_hf(
     }
     with torch.device("meta"):
         model = backend.construct(section, **placement)
+    checked_map(model, folder, _loaded(model))  # before memory is taken
     allocate(model, device)
     for buffer in model.buffers():
         buffer.zero_()
@@ -66,15 +67,18 @@ def load_weights(model: nn.Module, folder: Folder) -> None:
     Of a sharded model, each rank reads its shards. Raises WeightsError for a tensor that is
     missing, left over, or of another shape, before it changes any parameter.
     """
-    parameters = {
-        unwrapped(name): p for name, p in model.named_parameters() if ".adapter." not in name
-    }
+    parameters = _loaded(model)
     folder_map = checked_map(model, folder, parameters)
     for file_name, keys in folder.files.items():
         reader = folder.reader(file_name)
         for key in keys:
             for name, piece in folder_map.get(key, []):
                 fill(parameters[name], piece, reader)
+
+
+def _loaded(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that a folder fills, by name: all except adapters."""
+    return {unwrapped(name): p for name, p in model.named_parameters() if ".adapter." not in name}
 
 
 def fill(parameter: Tensor, piece: Piece, reader: Reader) -> None:
@@ -96,9 +100,7 @@ def checked_map(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) ->
     if not isinstance(model, Transformer) or model.definition != hf_format.name:
         other = getattr(model, "definition", type(model).__name__)
         raise WeightsError(f"{folder.path} holds a {hf_format.name}, and the model is {other}")
-    suffix = hf_format.fused_suffix
-    fused = bool(suffix) and any(key.endswith(suffix) for key in folder.keys)
-    folder_map = map_folder(hf_format.name, hf_format.rows(fused), model.config, parameters)
+    folder_map = map_folder(hf_format.name, rows_of(hf_format, folder), model.config, parameters)
     _check(folder, folder_map)
     return folder_map
 

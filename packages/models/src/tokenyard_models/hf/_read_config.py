@@ -11,6 +11,7 @@ from tokenyard.errors import did_you_mean
 from tokenyard_models.families._format import HfFormat
 from tokenyard_models.hf._folder import CONFIG, Folder, WeightsError
 from tokenyard_models.hf._folder_map import formats
+from tokenyard_models.hf._sizes import check_sizes
 
 log = logging.getLogger("tokenyard")
 
@@ -33,7 +34,8 @@ def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
     """Return the name of a folder's definition and the keys of its `model:` section.
 
     A sliding-window model is read with max_seq_len = window, where both compute the same; a
-    warning says so. Raises WeightsError for an unknown architecture.
+    warning says so. Raises WeightsError for an unknown architecture, and for sizes that the files
+    do not have, before anything of those sizes is built.
     """
     hf_format = format_of(folder)
     unknown: list[str] = []
@@ -50,6 +52,7 @@ def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
     ):
         log.warning(_WINDOW, folder.path, window, window)
         section["max_seq_len"] = window
+    check_sizes(folder, hf_format, section)
     return hf_format.name, section
 
 
