@@ -174,6 +174,7 @@ def _refuse_foundry_keys(data: Mapping[str, Any], prefix: str = "") -> None:
     for key, value in data.items():
         path = f"{prefix}{key}"
         known_as = _SAME_KEYS.sub("train_loader.dataset.", path)
+        known_as = known_as.replace("eval_loader.", "train_loader.", 1)
         instead = INSTEAD.get(known_as)
         blank = key in BLANK and value in (None, "")
         if instead is not None and not blank:

@@ -29,7 +29,7 @@ from tokenyard_train.records.metrics import Metrics
 def resume(setup: Setup, metrics: Metrics) -> Position:
     """With `autoresume`, load the newest good checkpoint of the run's folder; return its position.
 
-    Without it, or without a checkpoint, empty the metrics and start at 0.
+    Without it, or without a checkpoint, the position is 0.
 
     `metrics` are cut back to that position. Metrics without a checkpoint, or with fewer steps than
     the checkpoint counts, are named in a warning. Raises CheckpointError if the config or the
