@@ -67,6 +67,13 @@ def copy(keys: Sequence[str], shape: Shape, config: TransformerConfig) -> Iterat
     yield Piece(keys[0], shape, full_box(shape), full_box(shape))
 
 
+def swapped(keys: Sequence[str], shape: Shape, config: TransformerConfig) -> Iterator[Piece]:
+    """Map one tensor [E, M, N] to [E, N, M] (MegaBlocks' w1 and w2 of layers with a capacity)."""
+    experts, rows, columns = shape
+    file_shape = (experts, columns, rows)
+    yield Piece(keys[0], file_shape, full_box(shape), full_box(file_shape), transposed=True)
+
+
 def concat_heads(keys: Sequence[str], shape: Shape, config: TransformerConfig) -> Iterator[Piece]:
     """Concatenate query, key and value rows: each [heads * head_dim, D]."""
     width = shape[1]

@@ -31,15 +31,18 @@ class WeightsError(TokenyardError):
 
 
 class Folder:
-    """A folder with a model's config.json and weights. Raises WeightsError for any other folder."""
+    """A folder with a model's config.json and weights. Raises WeightsError for any other folder.
 
-    def __init__(self, path: Path | str):
+    `config` is the name of the file that describes the model.
+    """
+
+    def __init__(self, path: Path | str, config: str = CONFIG):
         self.path = Path(path)
         if not self.path.is_dir():
             raise WeightsError(
                 f"{self.path} is no folder; give one that holds config.json and model.safetensors"
             )
-        self.config = read_json(self.path / CONFIG)
+        self.config = read_json(self.path / config)
         self.files = self._files()  # file name -> tensor names
 
     @property

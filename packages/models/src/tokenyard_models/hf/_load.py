@@ -101,11 +101,12 @@ def checked_map(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) ->
         other = getattr(model, "definition", type(model).__name__)
         raise WeightsError(f"{folder.path} holds a {hf_format.name}, and the model is {other}")
     folder_map = map_folder(hf_format.name, rows_of(hf_format, folder), model.config, parameters)
-    _check(folder, folder_map)
+    check_tensors(folder, folder_map)
     return folder_map
 
 
-def _check(folder: Folder, folder_map: FolderMap) -> None:
+def check_tensors(folder: Folder, folder_map: FolderMap) -> None:
+    """Raise WeightsError unless a folder holds the tensors of a map, in their shapes."""
     left_over = {key for key in folder.keys - folder_map.keys() if not key.endswith(_DERIVED)}
     if "head.weight" not in {name for parts in folder_map.values() for name, _ in parts}:
         left_over.discard("lm_head.weight")  # some folders store a tied head too

@@ -117,17 +117,25 @@ def config_json(hf_format: HfFormat, config: TransformerConfig) -> dict[str, Any
     """
     published = hf_format.config_json(config)
     section = hf_format.section(published)
-    read_back = _computed_fields(asdict(hf_format.definition.resolve(section)))
-    for name, value in _computed_fields(asdict(config)).items():
-        if read_back.get(name) != value:
-            raise WeightsError(
-                f"a {hf_format.name} folder cannot say that {name} is {value!r}, "
-                f"only {read_back.get(name)!r}"
-            )
+    read_back = computed_fields(asdict(hf_format.definition.resolve(section)))
+    check_read_back(hf_format.name, computed_fields(asdict(config)), read_back)
     return published
 
 
-def _computed_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def check_read_back(name: str, fields: Mapping[str, Any], read_back: Mapping[str, Any]) -> None:
+    """Raise WeightsError for the first field that reads back as another value.
+
+    `name` is that of the format.
+    """
+    for field, value in fields.items():
+        if read_back.get(field) != value:
+            raise WeightsError(
+                f"a {name} folder cannot say that {field} is {value!r}, "
+                f"only {read_back.get(field)!r}"
+            )
+
+
+def computed_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the fields that decide what a model computes, without those of training."""
     fields: dict[str, Any] = {}
     for key, value in config.items():
@@ -135,7 +143,7 @@ def _computed_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, A
         if name.startswith(_TRAINING_FIELDS):
             continue
         nested = isinstance(value, Mapping)
-        fields |= _computed_fields(value, f"{name}.") if nested else {name: value}
+        fields |= computed_fields(value, f"{name}.") if nested else {name: value}
     return fields
 
 
