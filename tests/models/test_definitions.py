@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenyard import ConfigError
-from tokenyard_models import Dbrx, Llama, Mixtral, Mpt
+from tokenyard_models import Dbrx, Llama, Mixtral, Mpt, ffn_config
 
 dbrx = Dbrx.resolve
 mixtral = Mixtral.resolve
@@ -39,6 +39,23 @@ def test_the_megablocks_announcement_s_snippet():
 )
 def test_activations(ffn, activation):
     assert mpt({"ffn_config": EXPERTS | ffn}).moe.activation == activation
+
+
+@pytest.mark.parametrize(
+    ("ffn_type", "activation"),
+    [("mb_dmoe", "gelu_tanh"), ("mb_moe", "gelu_tanh"), ("torch_dmoe", "gelu")],
+)
+def test_the_default_activation_is_that_of_llm_foundry(ffn_type, activation):
+    assert mpt({"ffn_config": EXPERTS | {"ffn_type": ffn_type}}).moe.activation == activation
+
+
+def test_the_default_activation_of_gated_experts_is_named(caplog):
+    """MegaBlocks' default there, the tanh form, has no gated form here."""
+    ffn_config._warn_of_exact_gelu.cache_clear()
+    for _ in range(2):
+        mpt({"ffn_config": EXPERTS | {"mlp_type": "glu"}})
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("model.ffn_config.ffn_act_fn is not set: gated experts have exact")
 
 
 def test_dense_mpt():

@@ -5,6 +5,8 @@ The keys are MegaBlocks', and ours for what MegaBlocks does not have.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -24,6 +26,8 @@ _POINTWISE = {
 }
 _EXPERT_KEYS = ("moe_", "shared_expert", "uniform_expert", "dense_layers")
 
+
+log = logging.getLogger("tokenyard")
 
 FfnType = Literal["mptmlp", "mptglu", "mb_dmoe", "mb_moe", "torch_dmoe"]
 
@@ -109,10 +113,13 @@ class FfnConfig(Strict):
     def activation(self) -> str:
         """Return core's name of the activation. Raises ConfigError if core has none.
 
-        The default is GELU, in its tanh form for experts that are not gated (as in MegaBlocks).
+        The default is GELU, in its tanh form for MegaBlocks' experts that are not gated (as there).
         """
         gated = self.ffn_type == "mptglu" or (self.has_experts and self.mlp_type == "glu")
-        approximate: Literal["none", "tanh"] = "tanh" if self.has_experts and not gated else "none"
+        megablocks = self.ffn_type in ("mb_dmoe", "mb_moe")
+        approximate: Literal["none", "tanh"] = "tanh" if megablocks and not gated else "none"
+        if self.ffn_act_fn is None and megablocks and gated:
+            _warn_of_exact_gelu()
         activation = self.ffn_act_fn or ActivationName(name="gelu", approximate=approximate)
         known = _GATED if gated else _POINTWISE
         key = (activation.name, activation.approximate)
@@ -184,3 +191,12 @@ class FfnConfig(Strict):
     def auxiliary(self) -> AuxiliaryLoss:
         """Return the routers' losses."""
         return AuxiliaryLoss(self.moe_loss_weight, self.moe_zloss_weight, self.moe_loss_convention)
+
+
+@functools.cache
+def _warn_of_exact_gelu() -> None:
+    """Log once that the default of gated experts is not MegaBlocks'."""
+    log.warning(
+        "model.ffn_config.ffn_act_fn is not set: gated experts have exact GELU here, and its tanh "
+        "form in MegaBlocks; set ffn_act_fn to choose silu, gelu or relu"
+    )
