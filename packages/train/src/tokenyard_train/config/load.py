@@ -21,7 +21,6 @@ from tokenyard_train.config.foundry import INSTEAD, INSTEAD_OF_VALUES, RENAMED
 from tokenyard_train.config.from_hf import with_hf_model
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.data.foundry import BLANK
 
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 40
@@ -43,12 +42,13 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
 def read_config(data: Mapping[str, Any]) -> TrainConfig:
     """Validate a config given as a mapping, and resolve defaults. Raises ConfigError."""
     ignored: list[str] = []
-    given = _rename_keys(_without_blank_keys(data))
+    # A top-level key without a value is absent, as in sections; an unknown one stays an error.
+    known = TrainConfig.model_fields.keys() | RENAMED.keys()
+    given = _rename_keys({k: v for k, v in data.items() if v is not None or k not in known})
     kept = without_ignored(TrainConfig, with_hf_model(given), "", ignored)
     kept = _without_keys_ignored_by_model(kept, ignored)
     warn_ignored(ignored)
-    _refuse_foundry_keys(kept)
-    return resolve(parse(TrainConfig, kept))
+    return resolve(parse(TrainConfig, _without_foundry_keys(kept)))
 
 
 def _read(path: Path) -> str:
@@ -152,38 +152,27 @@ def _rename_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _without_blank_keys(data: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return a config without the keys that have no value: a blank key is an absent key.
+def _without_foundry_keys(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a config without the keys of LLM Foundry that are unknown here and have no value.
 
-    Except under `model`, where null may turn off what a size sets, and directly under `callbacks`
-    and `loggers`, where the name alone is enough.
+    Raises ConfigError for such a key with a value, and for a value that is something else here.
     """
     kept: dict[str, Any] = {}
-    for key, value in data.items():
-        if not path and key in ("model", "variables") and value is not None:
-            kept[key] = value
-        elif isinstance(value, Mapping):
-            kept[key] = _without_blank_keys(value, (*path, str(key)))
-        elif value is not None or path in (("callbacks",), ("loggers",)):
-            kept[key] = value
-    return kept
-
-
-def _refuse_foundry_keys(data: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise ConfigError for a key or a value of LLM Foundry that is something else here."""
     for key, value in data.items():
         path = f"{prefix}{key}"
         known_as = _SAME_KEYS.sub("train_loader.dataset.", path)
         known_as = known_as.replace("eval_loader.", "train_loader.", 1)
         instead = INSTEAD.get(known_as)
-        blank = key in BLANK and value in (None, "")
-        if instead is not None and not blank:
+        if instead is not None and value in (None, ""):
+            continue
+        if instead is not None:
             raise ConfigError(f"{path} is a key of LLM Foundry that is not known here; {instead}")
         values = INSTEAD_OF_VALUES.get(known_as, {})
         if isinstance(value, str) and value in values:
             raise ConfigError(f"{path} is {value!r}, a name of LLM Foundry; {values[value]}")
-        if isinstance(value, Mapping) and path != "variables":
-            _refuse_foundry_keys(value, f"{path}.")
+        nested = isinstance(value, Mapping) and path != "variables"
+        kept[key] = _without_foundry_keys(value, f"{path}.") if nested else value
+    return kept
 
 
 def _without_keys_ignored_by_model(data: dict[str, Any], ignored: list[str]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from pydantic import Field
 from tokenyard_models.strict_config import Strict
 from tokenyard_train.config import foundry
 from tokenyard_train.data.paths import LocalPath
+from tokenyard_train.data.schema import Section
 
 
-class TensorboardLogger(Strict):
+class TensorboardLogger(Section):
     """Write event files for TensorBoard."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGER
@@ -22,7 +23,7 @@ class TensorboardLogger(Strict):
     flush_interval: int = Field(100, ge=1)  # records between writes to disk
 
 
-class MlflowLogger(Strict):
+class MlflowLogger(Section):
     """Log to a run of MLflow."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGER
@@ -33,7 +34,7 @@ class MlflowLogger(Strict):
     tags: dict[str, str] = {}  # tags of the run
 
 
-class WandbLogger(Strict):
+class WandbLogger(Section):
     """Log to a run of Weights & Biases."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOGGER

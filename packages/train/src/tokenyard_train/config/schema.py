@@ -17,7 +17,7 @@ from tokenyard_train.config import foundry
 from tokenyard_train.config.duration import Duration, Span
 from tokenyard_train.config.loggers import Loggers
 from tokenyard_train.data.paths import LocalPath, WeightsPath
-from tokenyard_train.data.schema import DataSettings, LoaderConfig, TokenizerConfig
+from tokenyard_train.data.schema import DataSettings, LoaderConfig, Section, TokenizerConfig
 
 CALLBACKS = "tokenyard.callbacks"
 """The entry-point group through which installed distributions provide callbacks."""
@@ -45,7 +45,7 @@ RunName = Annotated[
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimizerConfig(Strict):
+class OptimizerConfig(Section):
     """AdamW. `decoupled_adamw` multiplies weight decay by lr / initial lr, `adamw` by lr.
 
     The former is Composer's, the latter torch's.
@@ -63,7 +63,7 @@ class OptimizerConfig(Strict):
 Schedule = Literal["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"]
 
 
-class SchedulerConfig(Strict):
+class SchedulerConfig(Section):
     """Learning-rate schedule: linear warm-up to the peak, then decay to alpha_f * peak at t_max."""
 
     name: Schedule = "cosine_with_warmup"  # shape after the warm-up
@@ -72,14 +72,14 @@ class SchedulerConfig(Strict):
     alpha_f: float = Field(0.0, ge=0, le=1)  # final learning rate, as a fraction of the peak
 
 
-class GradientClipping(Strict):
+class GradientClipping(Section):
     """Scale all gradients down when their global norm exceeds the threshold."""
 
     clipping_type: Literal["norm"] = "norm"  # one norm over all parameters
     clipping_threshold: float = Field(1.0, gt=0)  # largest norm that is not scaled
 
 
-class Algorithms(Strict):
+class Algorithms(Section):
     """Changes to the training step."""
 
     ignored: ClassVar[frozenset[str]] = foundry.ALGORITHMS
@@ -91,7 +91,7 @@ class NgramBaselines(Strict):
     """Before training, score the held-out text with unigram and smoothed bigram models."""
 
 
-class GenerateCallback(Strict):
+class GenerateCallback(Section):
     """Generate text from prompts at the end of the run, and every `interval`."""
 
     prompts: list[str] = ["def "]  # texts to continue
@@ -123,7 +123,7 @@ class Callbacks(Strict):
         return self
 
 
-class LoraConfig(Strict):
+class LoraConfig(Section):
     """LoRA adapters of the experts: W + alpha / rank * B A. Trains them and `train_also` only."""
 
     rank: Count = 8  # rank of the adapters: rows of A, columns of B
@@ -136,7 +136,7 @@ class LoraConfig(Strict):
     train_also: list[str] = []  # name patterns of other parameters to train, such as *norm*
 
 
-class Backends(Strict):
+class Backends(Section):
     """The backend of each part: a name, "auto", or a mapping with `name` and its options."""
 
     router: BackendSetting = "auto"  # chooses experts for each token
@@ -145,7 +145,7 @@ class Backends(Strict):
     exchange: BackendSetting = "auto"  # moves tokens between expert-parallel ranks
 
 
-class Parallel(Strict):
+class Parallel(Section):
     """Parallelism over devices."""
 
     strategy: BackendSetting = "single"  # single, ddp, fsdp, or a mapping with options
@@ -155,7 +155,7 @@ class Parallel(Strict):
     )
 
 
-class TrainConfig(Strict):
+class TrainConfig(Section):
     """One training run.
 
     `model`, `train_loader`, `max_duration` and `global_train_batch_size` are required.

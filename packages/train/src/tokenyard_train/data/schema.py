@@ -13,7 +13,7 @@ from tokenyard_train.data import foundry
 from tokenyard_train.data.paths import LocalPath
 
 
-class DataSection(Strict):
+class Section(Strict):
     """A section in which a key without a value is as if it were not there.
 
     LLM Foundry's configs write `remote:` for shards that are local.
@@ -32,7 +32,7 @@ class DataSection(Strict):
         }
 
 
-class TiktokenKwargs(DataSection):
+class TiktokenKwargs(Section):
     """A tiktoken encoding, by name or from a file of ranks with the pattern that splits text."""
 
     ignored: ClassVar[frozenset[str]] = foundry.TOKENIZER_KWARGS
@@ -47,7 +47,7 @@ class TiktokenKwargs(DataSection):
     special_tokens: dict[str, int] = {}  # with file: token text to id
 
 
-class TokenizerConfig(DataSection):
+class TokenizerConfig(Section):
     """The tokenizer. `bytes` maps each byte to its value and ends a document with 256."""
 
     name: LocalPath = "bytes"  # bytes, tiktoken, or the path of a tokenizer.json or its folder
@@ -58,7 +58,7 @@ class TokenizerConfig(DataSection):
     kwargs: TiktokenKwargs | None = None  # options of tiktoken
 
 
-class StdlibDataset(DataSection):
+class StdlibDataset(Section):
     """Options for reading the standard library."""
 
     ignored: ClassVar[frozenset[str]] = foundry.DATASET | {"split", "token_encoding_type"}
@@ -70,7 +70,7 @@ class StdlibDataset(DataSection):
     shuffle: bool = True  # draw a new sample order for each epoch
 
 
-class StdlibLoader(DataSection):
+class StdlibLoader(Section):
     """The installed Python's standard library as text. One file in 20 is held out."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOADER
@@ -85,7 +85,7 @@ LOCATION_KEYS = ("path", "packed", "local", "hf_name")
 """The keys that locate text. A source sets exactly one of them."""
 
 
-class Source(DataSection):
+class Source(Section):
     """A location to read documents from."""
 
     ignored: ClassVar[frozenset[str]] = foundry.DATASET
@@ -148,7 +148,7 @@ def _check_exactly_one(keys: list[str], known: tuple[str, ...]) -> None:
         raise ValueError(f"it has {has}; give exactly one of {', '.join(known)}")
 
 
-class TextLoader(DataSection):
+class TextLoader(Section):
     """The user's own text."""
 
     ignored: ClassVar[frozenset[str]] = foundry.LOADER
