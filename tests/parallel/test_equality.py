@@ -52,6 +52,7 @@ def test_in_float32(layout):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)  # some minutes on idle cores
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_equality_matrix(layout):
     """Every case of a layout, and 50 steps of every routing; prints its row of the table (-s)."""
