@@ -339,7 +339,7 @@ def test_one_process_packs_into_a_folder(tmp_path):
 
     def second(done):
         for overwrite in (False, True):
-            with pytest.raises(ConfigError, match=r"another process packs into .*wait until it"):
+            with pytest.raises(ConfigError, match=r"is being written by .*wait until it"):
                 pack(tmp_path / "p", lambda: iter(DOCUMENTS), TokenizerConfig(), [], 1,
                      lambda done: None, overwrite)  # fmt: skip
         said.append(done)

@@ -17,6 +17,7 @@ from tokenyard_train.commands.load_model import load_weights_only
 from tokenyard_train.commands.options import ConvertOptions
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.folder_lock import lock_new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMATS = ("hf", "tokenyard", "megablocks")
@@ -32,8 +33,13 @@ def convert(options: ConvertOptions) -> None:
     one_of("--to", options.to, _FORMATS)
     if options.dtype is not None:
         one_of("--dtype", options.dtype, DTYPES)
-    if options.target.exists():
-        raise ConfigError(f"{options.target} exists already; give the name of a new folder")
+    with lock_new_folder(options.target):
+        if options.target.exists():
+            raise ConfigError(f"{options.target} exists already; give the name of a new folder")
+        _write(options)
+
+
+def _write(options: ConvertOptions) -> None:
     if options.to == "tokenyard":
         _write_run(options.source, options.target, options.tokenizer)
         return

@@ -11,6 +11,7 @@ from tokenyard_models import Upcycling
 from tokenyard_models import upcycle as write_upcycled
 from tokenyard_train.checkpoint import checkpoints, is_checkpoint
 from tokenyard_train.commands.options import UpcycleOptions
+from tokenyard_train.folder_lock import lock_new_folder
 
 _TIES = (
     "where router logits are float32, as here; "
@@ -30,7 +31,8 @@ def upcycle(options: UpcycleOptions, console: Console) -> None:
             f"{source} is a run's; first write it as a folder: "
             f"tokenyard convert {source} FOLDER --to hf"
         )
-    model = write_upcycled(source, options.target, upcycling)
+    with lock_new_folder(options.target):
+        model = write_upcycled(source, options.target, upcycling)
     size = count_parameters(model)
     sizes = f"{size.total:,} parameters, {size.active:,} of them active"
     for line in (

@@ -33,7 +33,7 @@ from tokenyard_train.data.tokens import (
     ids_dtype,
     manifest_digest,
 )
-from tokenyard_train.folder_lock import folder_lock
+from tokenyard_train.folder_lock import LOCK, lock_folder
 
 CHUNK_BYTES = 4 << 20  # text per chunk, at least; documents are never split
 UNFINISHED_MANIFEST = MANIFEST + ".unfinished"
@@ -61,7 +61,7 @@ def pack(
     settings = _settings(tokenizer, sources)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with folder_lock(folder, "packs into"):
+        with lock_folder(folder):
             if overwrite:
                 _delete_packed(folder)
             done = _start_or_resume(folder, settings, ids_dtype(tokenizer.vocab_size).itemsize)
@@ -90,7 +90,8 @@ def _settings(tokenizer: Tokenizer, sources: list[dict[str, Any]]) -> dict[str, 
 
 def _delete_packed(folder: Path) -> None:
     """Delete the files of a packed folder. Raises ConfigError if it holds any other file."""
-    others = sorted(path.name for path in folder.iterdir() if path.name not in PACKED_FILES)
+    allowed = {*PACKED_FILES, LOCK}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in allowed)
     if others:
         raise ConfigError(
             f"--overwrite deletes a packed folder, and {str(folder)!r} holds something else: "

@@ -32,16 +32,18 @@ from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.evaluate import evaluate
+from tokenyard_train.engine.folder import run_folder
 from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped, raise_if_too_many_skipped
 from tokenyard_train.engine.progress import Progress
 from tokenyard_train.engine.resume import resume, start_from
 from tokenyard_train.engine.save import save
-from tokenyard_train.engine.setup import build_setup
+from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.signals import Stopped, stopping
 from tokenyard_train.engine.state import Position, Run
 from tokenyard_train.engine.step import train_step
 from tokenyard_train.engine.step_records import skipped_record, train_record
 from tokenyard_train.engine.summary import announce, summarize
+from tokenyard_train.launch.faults import mark_started
 from tokenyard_train.records.metrics import Metrics, NullMetrics
 from tokenyard_train.records.trackers import build_trackers, check_trackers
 
@@ -61,7 +63,11 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
     Raises TokenyardError for a mistake in the config.
     """
     with deterministic(config.deterministic):
-        return _Loop(config, console, callbacks).train_with_trackers()
+        setup = build_setup(config, console, partial(check_run, config, callbacks))
+        # The folder is made last, after everything that may fail before it.
+        with run_folder(config):
+            mark_started()
+            return _Loop(setup, callbacks).train_with_trackers()
 
 
 def check_run(config: TrainConfig, callbacks: Sequence[Callback], model: Model, data: Data) -> None:
@@ -74,10 +80,10 @@ def check_run(config: TrainConfig, callbacks: Sequence[Callback], model: Model, 
 class _Loop:
     """A run, its callbacks and its checkpoint writer."""
 
-    def __init__(self, config: TrainConfig, console: Console, callbacks: Sequence[Callback]):
+    def __init__(self, setup: Setup, callbacks: Sequence[Callback]):
+        config = setup.config
         self.config = config
         self.callbacks = callbacks
-        setup = build_setup(config, console, partial(check_run, config, callbacks))
         metrics = (Metrics if is_rank0() else NullMetrics)(setup.folder / "metrics.jsonl")
         self.writer = BackgroundWriter(
             setup.folder, config.save_num_checkpoints_to_keep, config.save_async, setup.device

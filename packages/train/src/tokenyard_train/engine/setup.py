@@ -20,12 +20,10 @@ from tokenyard.sharded import allocate
 from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
-from tokenyard_train.distributed import is_rank0, on_rank0
+from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.build_model import build_model
-from tokenyard_train.engine.folder import prepare_folder
 from tokenyard_train.engine.optimizer import AdamW, build_optimizer, check_schedule
 from tokenyard_train.engine.precision import computing_in
-from tokenyard_train.launch.faults import mark_started
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,10 @@ class Setup:
 def build_setup(
     config: TrainConfig, console: Console, check: Callable[[Model, Data], None] | None = None
 ) -> Setup:
-    """Build a run's setup from a resolved config.
+    """Build a run's setup from a resolved config. Writes nothing.
 
-    `check` receives the model on the meta device and the data, and may raise ConfigError. The
-    folder is prepared last, after everything that may fail here. Raises TokenyardError.
+    `check` receives the model on the meta device and the data, and may raise ConfigError. Raises
+    TokenyardError.
     """
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)
@@ -87,12 +85,10 @@ def build_setup(
         _recompute_blocks(model)
     batches = run_batches(config, data)
     optimizer = build_optimizer(config.optimizer, model)
-    folder = Path(on_rank0(lambda: str(prepare_folder(config))))
-    mark_started()
     return Setup(
         config=config,
         console=console if is_rank0() else Console(quiet=True),
-        folder=folder,
+        folder=Path(config.save_folder or "."),
         strategy=strategy,
         model=model,
         optimizer=optimizer,
