@@ -278,7 +278,7 @@ def test_wrong_keys_and_values(load, change, sentence):
             "not a usable YAML config: could not determine a constructor",
         ),
         ("a:\n  " + "[" * 4000, "it is nested deeper than 40 levels"),
-        ("a: " + "x" * (1 << 20), "a config has at most 1048576"),
+        ("a: " + "x" * (1 << 20), "has more than 1,048,576 bytes; at most 1,048,576 are read"),
     ],
     ids=[
         "empty",

@@ -10,6 +10,7 @@ import pytest
 from tokenyard import ConfigError
 from tokenyard_train.commands.train import train
 from tokenyard_train.records.trackers import Trackers, scalars
+from tokenyard_train.records.trackers._build import _identities
 
 
 @pytest.fixture
@@ -202,3 +203,10 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(caplog):
         "loggers.failing failed and is left out from here on: ConnectionError: no such server"
     ]
     assert (failing.calls, kept.seen, kept.failed) == (1, [1, 2, 3], True)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 200_000, b'{"wandb": 5}'])
+def test_damaged_identities_are_a_warning(content, tmp_path, caplog):
+    (tmp_path / "trackers.json").write_bytes(content)
+    assert _identities(tmp_path) == {}
+    assert ("the trackers start new runs" in caplog.text) == (b"wandb" not in content)

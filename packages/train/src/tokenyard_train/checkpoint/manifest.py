@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import TokenyardError
+from tokenyard.bounded import read_json
 from tokenyard_train.distributed import map_over_ranks, on_rank0
 
 MANIFEST = "manifest.json"
@@ -120,7 +121,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """Read a manifest and check its digest and form. Raises CheckpointError."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, error=CheckpointError)
         digest = manifest.pop("digest")
         files = manifest["files"]
         valid = digest == manifest_digest(manifest) and manifest["format"] == _FORMAT
@@ -129,9 +130,13 @@ def _read(folder: Path) -> dict[str, Any]:
             Path(name).name == name and set(entry) == {"bytes", "sha256"}
             for name, entry in files.items()
         )
-    except FileNotFoundError:
+    except CheckpointError as error:
+        if not path.exists():
+            raise CheckpointError(
+                f"checkpoint {folder}: {MANIFEST} is missing; was it saved to the end?"
+            ) from None
         raise CheckpointError(
-            f"checkpoint {folder}: {MANIFEST} is missing; was it saved to the end?"
+            f"checkpoint {folder}: {MANIFEST} cannot be read; it is damaged ({error})"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(

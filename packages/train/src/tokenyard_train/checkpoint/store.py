@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from tokenyard import LoraAdapter, started_processes
 from tokenyard_train.checkpoint.compare import ADAPTER
 from tokenyard_train.checkpoint.manifest import CheckpointError, find_fault, is_checkpoint, verify
+from tokenyard_train.checkpoint.meta import read_meta
 from tokenyard_train.distributed import is_rank0, on_rank0
-
-META = "run.json"
-"""File in a checkpoint: the run's state and config as JSON, everything that is not a tensor."""
 
 _NAME = re.compile(r"ba(\d+)")
 
@@ -80,12 +77,6 @@ def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
                 raise
             log.warning("%s was deleted while it was read; reading the newest again", newest)
     return None
-
-
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """Return the JSON part of a verified checkpoint."""
-    meta: dict[str, Any] = json.loads((checkpoint / META).read_text(encoding="utf-8"))
-    return meta
 
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:

@@ -21,7 +21,8 @@ from tokenyard_train.checkpoint.manifest import (
     find_fault_alone,
     write_manifest,
 )
-from tokenyard_train.checkpoint.store import META, checkpoints
+from tokenyard_train.checkpoint.meta import META
+from tokenyard_train.checkpoint.store import checkpoints
 from tokenyard_train.distributed import is_rank0, map_over_ranks, on_rank0
 
 _UNFINISHED = ".unfinished-"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenyard import ConfigError, Model, resolve_device
+from tokenyard.bounded import read_json
 from tokenyard.sharded import allocate
 from tokenyard_models import from_hf
 from tokenyard_train.checkpoint import (
@@ -119,8 +119,7 @@ def _hf_source(config: Mapping[str, Any]) -> Path | None:
 def stop_ids(folder: Path) -> frozenset[int]:
     """Return the end-of-document ids in a Hugging Face folder's generation_config.json."""
     try:
-        text = (folder / "generation_config.json").read_text(encoding="utf-8")
-        ids = json.loads(text).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
+        ids = read_json(folder / "generation_config.json").get("eos_token_id")
+    except ConfigError:
         return frozenset()
     return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))

@@ -1,6 +1,6 @@
 """Load a TrainConfig from a YAML file and overrides.
 
-OmegaConf parses and interpolates; pydantic validates.
+OmegaConf parses and merges; pydantic validates.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tokenyard import BackendError, ConfigError, default_registry
+from tokenyard.bounded import read_text
 from tokenyard_models.strict_config import parse, warn_ignored, without_ignored
 from tokenyard_train.config.foundry import INSTEAD, INSTEAD_OF_VALUES, RENAMED
 from tokenyard_train.config.from_hf import with_hf_model
+from tokenyard_train.config.interpolate import interpolate
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
 
@@ -27,12 +29,19 @@ _MAX_DEPTH = 40
 _SAME_KEYS = re.compile(r"^(train|eval)_loader\.dataset\.(streams\.[^.]*\.)?")
 
 
+class _NoConfigError(ConfigError):
+    """A file that cannot be a config."""
+
+    def __init__(self, message: str):
+        super().__init__(f"{message}; give the path of a YAML config")
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a config file, apply ``section.key=value`` overrides, and resolve defaults.
 
     Raises ConfigError.
     """
-    text = _read(Path(path))
+    text = read_text(path, _MAX_BYTES, _NoConfigError)
     try:
         return read_config(_container(text, overrides))
     except ConfigError as error:
@@ -51,34 +60,20 @@ def read_config(data: Mapping[str, Any]) -> TrainConfig:
     return resolve(parse(TrainConfig, _without_foundry_keys(kept)))
 
 
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(
-                f"{path} has {path.stat().st_size} bytes; a config has at most {_MAX_BYTES}"
-            )
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give the path of a YAML config") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8 text; give the path of a YAML config") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror}; give the path of a YAML config"
-        ) from None
-
-
 def _container(text: str, overrides: Sequence[str]) -> dict[str, Any]:
     with _one_sentence("not a usable YAML config"):
         _refuse_aliases_and_depth(text)
-        config = OmegaConf.create(text)
+        config = OmegaConf.create(text) if isinstance(yaml.safe_load(text), dict) else None
     if not isinstance(config, DictConfig) or not config:
         raise ConfigError("a config is a mapping of keys to values, and this is not one")
     for override in overrides:
         _override(config, override)
     with _one_sentence("not a usable YAML config"):
-        container = OmegaConf.to_container(config, resolve=True)
-    return {str(key): value for key, value in dict(container).items()}  # type: ignore[arg-type]
+        container = dict(OmegaConf.to_container(config))  # type: ignore[arg-type]
+        try:
+            return interpolate(container, _MAX_BYTES)
+        except ConfigError as error:
+            raise ConfigError(f"not a usable YAML config: {error}") from None
 
 
 def _override(config: DictConfig, override: str) -> None:

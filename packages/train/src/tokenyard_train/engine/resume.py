@@ -45,9 +45,14 @@ def resume(setup: Setup, metrics: Metrics) -> Position:
     check_data(setup.identity, newest, meta.get("data"))
     read_tensors(newest, run_tensors(setup))
     for name, state in adamw_states(setup).items():
+        if name not in meta["optimizer_steps"]:
+            raise CheckpointError(
+                f"checkpoint {newest}: optimizer_steps of run.json lacks {name}; "
+                "take another checkpoint"
+            )
         state["step"].fill_(meta["optimizer_steps"][name])
     metrics.rewind(meta["metrics_bytes"])
-    return Position(int(meta["batch"]), int(meta.get("skipped", 0)))
+    return Position(meta["batch"], meta["skipped"])
 
 
 def start_from(model: Model, path: str, config: TrainConfig | None = None) -> None:

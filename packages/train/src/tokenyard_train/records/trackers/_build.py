@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError, TokenyardError
+from tokenyard.bounded import read_json
 from tokenyard_train.config.loggers import Loggers
 from tokenyard_train.records.trackers._base import Tracker, scalars
 
@@ -118,11 +119,11 @@ def _reason(error: Exception) -> str:
 def _identities(folder: Path) -> dict[str, str]:
     """Read the ids of the run; none, with a warning, if the file is damaged."""
     path = folder / IDENTITIES
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError, RecursionError):
+    try:
+        ids = read_json(path)
+    except ConfigError:
         ids = None
     if isinstance(ids, dict) and all(isinstance(value, str) for value in ids.values()):
         return ids

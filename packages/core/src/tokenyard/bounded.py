@@ -1,0 +1,82 @@
+"""Read small files that others may have written: plain files of a bounded size and depth only."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tokenyard.errors import ConfigError, TokenyardError
+
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 40
+
+
+def read_text(
+    path: Path | str, max_bytes: int = MAX_BYTES, error: type[TokenyardError] = ConfigError
+) -> str:
+    """Return the UTF-8 text of a plain file.
+
+    Raises `error`, one sentence that names the file, for anything else: a folder, a pipe, a device,
+    a missing or unreadable file, a larger file, or other bytes than UTF-8.
+    """
+    try:
+        # O_NONBLOCK: opening a pipe must not wait for its writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise error(f"{path} is not a plain file; give the path of a file with text")
+            content = file.read(max_bytes + 1)  # what a file says of its own size may be wrong
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
+    except ValueError as problem:  # a NUL in the path
+        raise error(f"{str(path)!r} is not a path: {problem}") from None
+    if len(content) > max_bytes:
+        raise error(f"{path} has more than {max_bytes:,} bytes; at most {max_bytes:,} are read")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise error(f"{path} is not UTF-8 text") from None
+
+
+def read_json(
+    path: Path | str, max_bytes: int = MAX_BYTES, error: type[TokenyardError] = ConfigError
+) -> dict[str, Any]:
+    """Return the JSON object of a plain file. Raises `error`, see `read_text`."""
+    text = read_text(path, max_bytes, error)
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise error(f"{path} is nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as problem:
+        raise error(f"{path} is not JSON: {problem}") from None
+    if not isinstance(content, dict):
+        raise error(f"{path} is not a JSON object but {type(content).__name__}")
+    if is_deep(content):
+        raise error(f"{path} is nested deeper than {MAX_DEPTH} levels")
+    return content
+
+
+def is_deep(content: Any, max_depth: int = MAX_DEPTH) -> bool:
+    """Return whether lists and mappings are nested deeper than `max_depth` levels."""
+    level = [content]
+    for _ in range(max_depth):
+        level = [child for value in level for child in _children(value)]
+        if not level:
+            return False
+    return any(isinstance(value, dict | list) for value in level)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
