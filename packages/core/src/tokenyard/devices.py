@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -70,3 +71,18 @@ def _local_rank(count: int) -> int:
     if local_rank is not None and int(local_rank) < count:
         return int(local_rank)
     return with_index("cuda").index or 0
+
+
+def device_memory(device: torch.device | str) -> int | None:
+    """Return the total memory of a device in bytes; None if it is not known."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdecimal() else machine

@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tokenyard.devices import device_memory
+from tokenyard.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+)
 
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
@@ -32,15 +42,48 @@ def allocate(model: nn.Module, device: torch.device | str) -> nn.Module:
     """Allocate a model of the meta device on `device`, uninitialised; return the model.
 
     For a sharded model, only the local shards are allocated. Does the same as ``model.to_empty``,
-    which imports sympy because it reads the strides of meta tensors.
+    which imports sympy because it reads the strides of meta tensors. Raises ConfigError for a model
+    that the device cannot hold.
     """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    size = sum(local_part(tensor).nbytes for tensor in tensors)
+    memory = device_memory(device)
+    if memory is not None and size > memory:
+        raise ConfigError(_too_large(size, device, f"{describe_bytes(memory)} in all"))
 
     def empty(tensor: Tensor) -> Tensor:
         if is_sharded(tensor):
             return torch.empty_like(tensor, device=device)
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    return model._apply(empty)
+    try:
+        return model._apply(empty)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(_too_large(size, device, "less than that free")) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that an allocation failed, on any device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    )
+
+
+def describe_bytes(count: float) -> str:
+    """Return a number of bytes with a binary unit, such as ``1.50 GiB``."""
+    for scale, suffix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if count >= scale:
+            return f"{count / scale:,.2f} {suffix}"
+    return f"{count / 2**10:.1f} KiB"
+
+
+def _too_large(size: int, device: torch.device | str, has: str) -> str:
+    return (
+        f"the model's tensors take {describe_bytes(size)} and {device} has {has}; make the model "
+        "smaller, or shard it over more devices"
+    )
 
 
 def group_by_mesh(tensors: Iterable[AnyTensor]) -> list[list[AnyTensor]]:

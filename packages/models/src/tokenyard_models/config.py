@@ -8,6 +8,9 @@ from typing import Literal
 from tokenyard import AuxiliaryLoss, ConfigError, RoutingRule
 from tokenyard_models.rotary import RopeScaling
 
+MAX_LAYERS = 2000
+MAX_ELEMENTS = 2**58  # of one tensor: its bytes and an optimizer's copies stay below 2**63
+
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -61,6 +64,7 @@ class TransformerConfig:
         for name in ("vocab_size", "max_seq_len", "dim", "layers", "heads", "kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
+        self._check_bounds()
         check_divides("model: kv_heads", self.kv_heads, "heads", self.heads)
         if self.rope_theta is not None and self.head_dim % 2:
             raise ConfigError(
@@ -71,6 +75,27 @@ class TransformerConfig:
             raise ConfigError(
                 f"model: dense_layers names layer {outside[0]}; "
                 f"there are layers 0 to {self.layers - 1}"
+            )
+
+    def _check_bounds(self) -> None:
+        """Raise ConfigError for a model that no machine can build."""
+        if self.layers > MAX_LAYERS:
+            raise ConfigError(f"model: layers is {self.layers}; it must be at most {MAX_LAYERS}")
+        largest = {
+            "vocab_size": self.vocab_size * self.dim,
+            "max_seq_len": self.max_seq_len * (self.dim if self.rope_theta is None else 1),
+            "heads": self.heads * self.head_dim * self.dim,
+            "the dense layers' width": 2 * self.dense_width * self.dim,
+        }
+        if self.moe is not None:
+            expert = self.moe.ffn_dim * self.dim
+            largest["num_experts"] = 2 * self.moe.num_experts * expert
+            largest["the shared expert's width"] = 2 * (self.moe.shared_dim or 0) * self.dim
+        name = max(largest, key=largest.__getitem__)
+        if largest[name] > MAX_ELEMENTS:
+            raise ConfigError(
+                f"model: {name} and dim make a tensor of {largest[name]:.3g} numbers; at most "
+                f"{MAX_ELEMENTS:.3g} can be addressed, so make them smaller"
             )
 
 

@@ -19,6 +19,8 @@ from tokenyard import (
     default_registry,
     moe_layers,
 )
+from tokenyard.devices import device_memory
+from tokenyard.sharded import describe_bytes
 from tokenyard_train.callbacks import build_callbacks
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.config.schema import TrainConfig
@@ -26,6 +28,7 @@ from tokenyard_train.data import Data, Mixture, build_data
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.deterministic import COST
 from tokenyard_train.engine.loop import check_run
+from tokenyard_train.engine.out_of_memory import check_batch_fits, out_of_memory_is_a_mistake
 from tokenyard_train.engine.setup import run_batches, schedule_warnings
 from tokenyard_train.engine.summary import describe_tokenizer
 from tokenyard_train.optional import require
@@ -41,7 +44,9 @@ def check(config: TrainConfig, console: Console) -> None:
     The model stays on the meta device, so a small machine can check a large model. Raises
     TokenyardError for a mistake in the config.
     """
-    strategy, model = build_model(config)
+    with out_of_memory_is_a_mistake(config):
+        strategy, model = build_model(config)
+    check_batch_fits(config, strategy.data[1])
     data = build_data(config.data())
     check_run(config, build_callbacks(config.callbacks), model, data)
     for warning in schedule_warnings(config, data):
@@ -54,6 +59,19 @@ def check(config: TrainConfig, console: Console) -> None:
     _add(table, "memory of a process (estimate)", _memory_rows(config, model, layout))
     _add(table, f"backends ({len(moe_layers(model))} MoE layers)", _backend_rows(config, model))
     console.print(table)
+    _warn_if_too_large(config, sum(estimate(config, model, layout)))
+
+
+def _warn_if_too_large(config: TrainConfig, size: int) -> None:
+    memory = device_memory(config.device)
+    if memory is not None and size > memory:
+        log.warning(
+            "a process needs about %s and %s has %s; lower device_train_microbatch_size or the "
+            "model, set activation_checkpointing: true, or shard it over more devices",
+            describe_bytes(size),
+            config.device,
+            describe_bytes(memory),
+        )
 
 
 def maybe_fake_world(processes: int | None) -> AbstractContextManager[None]:
@@ -121,8 +139,8 @@ def _memory_rows(config: TrainConfig, model: Model, layout: ShardingReport) -> R
     memory = estimate(config, model, layout)
     for name, value in memory._asdict().items():
         if value:
-            yield name.replace("_", " "), _bytes(value)
-    yield "sum", _bytes(sum(memory))
+            yield name.replace("_", " "), describe_bytes(value)
+    yield "sum", describe_bytes(sum(memory))
 
 
 def _backend_rows(config: TrainConfig, model: Model) -> Rows:
@@ -153,10 +171,3 @@ def _count(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.3g} {suffix}"
     return f"{value:.0f}"
-
-
-def _bytes(value: float) -> str:
-    for scale, suffix in ((2**30, "GiB"), (2**20, "MiB")):
-        if value >= scale:
-            return f"{value / scale:.2f} {suffix}"
-    return f"{value / 2**10:.1f} KiB"

@@ -34,6 +34,7 @@ from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.evaluate import evaluate
 from tokenyard_train.engine.folder import run_folder
 from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped, raise_if_too_many_skipped
+from tokenyard_train.engine.out_of_memory import out_of_memory_is_a_mistake
 from tokenyard_train.engine.progress import Progress
 from tokenyard_train.engine.resume import resume, start_from
 from tokenyard_train.engine.save import save
@@ -62,7 +63,7 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
 
     Raises TokenyardError for a mistake in the config.
     """
-    with deterministic(config.deterministic):
+    with deterministic(config.deterministic), out_of_memory_is_a_mistake(config):
         setup = build_setup(config, console, partial(check_run, config, callbacks))
         # The folder is made last, after everything that may fail before it.
         with run_folder(config):

@@ -23,6 +23,7 @@ from tokenyard_train.data import Data, build_data
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.optimizer import AdamW, build_optimizer, check_schedule
+from tokenyard_train.engine.out_of_memory import check_batch_fits
 from tokenyard_train.engine.precision import computing_in
 
 
@@ -75,6 +76,7 @@ def build_setup(
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)
     strategy, model = build_model(config)
+    check_batch_fits(config, strategy.data[1])
     data = build_data(config.data())
     if check is not None:
         check(model, data)

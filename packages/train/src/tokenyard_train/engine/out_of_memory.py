@@ -1,0 +1,46 @@
+"""Turn a failed allocation into one sentence. Another attempt would fail again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tokenyard import ConfigError
+from tokenyard.devices import device_memory
+from tokenyard.sharded import describe_bytes, is_out_of_memory
+from tokenyard_train.config.schema import TrainConfig
+
+
+@contextmanager
+def out_of_memory_is_a_mistake(config: TrainConfig) -> Iterator[None]:
+    """Context: raise ConfigError, with what to change, in place of an allocation's error."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or "no memory is left"
+        raise ConfigError(
+            f"{config.device} is out of memory with device_train_microbatch_size "
+            f"{config.device_train_microbatch_size} and max_seq_len {config.max_seq_len} "
+            f"({reason}); make these or the model smaller, set activation_checkpointing: true, or "
+            "shard it over more devices; `tokenyard check` estimates the memory"
+        ) from None
+
+
+def check_batch_fits(config: TrainConfig, ranks: int) -> None:
+    """Raise ConfigError for a batch whose token ids alone do not fit in host memory."""
+    batch = config.global_train_batch_size // ranks
+    size = batch_bytes(batch, config.max_seq_len)
+    memory = device_memory("cpu")
+    if memory is not None and size > memory:
+        raise ConfigError(
+            f"global_train_batch_size is {config.global_train_batch_size}, whose token ids take "
+            f"{describe_bytes(size)} of a process, and this machine has {describe_bytes(memory)}; "
+            "lower it"
+        )
+
+
+def batch_bytes(samples: int, max_seq_len: int) -> int:
+    """Return the bytes of the token ids of some samples."""
+    return 8 * samples * (max_seq_len + 1)
