@@ -47,6 +47,12 @@ def _run(command: Callable[[], Any]) -> None:
     except Exception as error:
         from tokenyard.errors import TokenyardError  # imports torch, so not at the top
 
+        if isinstance(error, OSError) and error.filename is not None:
+            # A path that a user gave, or a disk: another attempt would fail again.
+            path = str(error.filename)
+            name = path if len(path) <= 120 else f"{path[:60]}...{path[-40:]}"
+            sys.stderr.write(f"error: {name} cannot be used: {error.strerror}\n")
+            sys.exit(MISTAKE)
         if not isinstance(error, TokenyardError):
             raise
         if error.exit_code != STOPPED:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -58,6 +59,17 @@ class Strict(BaseModel):
     ignored: ClassVar[frozenset[str]] = frozenset()
 
 
+def _types(annotation: Any) -> frozenset[type]:
+    """Return the types in a union, those of its literals too."""
+    if get_origin(annotation) is Annotated:
+        return _types(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return frozenset(type(value) for value in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return frozenset().union(*map(_types, get_args(annotation)))
+    return frozenset([annotation] if isinstance(annotation, type) else [])
+
+
 def only(supported: Any, feature: str) -> AfterValidator:
     """Return a validator for the key of an unsupported feature; it accepts only `supported`."""
 
@@ -92,7 +104,8 @@ def without_ignored(
 ) -> dict[str, Any]:
     """Return `data` without the keys that the section ignores, at any depth.
 
-    Appends the paths of those keys to `ignored`.
+    Appends the paths of those keys to `ignored`. Raises ConfigError for a value that pydantic would
+    convert to a number.
     """
     kept: dict[str, Any] = {}
     for key, value in data.items():
@@ -100,9 +113,21 @@ def without_ignored(
         if key in section.ignored:
             ignored.append(path)
             continue
+        _refuse_converted(section, key, value, path)
         member = member_section(section, key, value)
         kept[key] = value if member is None else without_ignored(member, value, path, ignored)
     return kept
+
+
+def _refuse_converted(section: type[Strict], key: str, value: Any, path: str) -> None:
+    """Raise ConfigError for a boolean, text or 8.0 where a number is meant."""
+    if key not in section.model_fields:
+        return
+    types = _types(section.model_fields[key].annotation)
+    convertible = (bool, float, str) if float not in types else (bool, str)
+    if types & {int, float} and isinstance(value, convertible) and type(value) not in types:
+        meant = "a number" if float in types else "a whole number"
+        raise ConfigError(f"{path} is {value!r}; give {meant}")
 
 
 def warn_ignored(ignored: list[str]) -> None:

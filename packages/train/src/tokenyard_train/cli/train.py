@@ -40,7 +40,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
 def launch(
     config: Config,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Number of ranks on this machine.")] = 1,
+    nproc: Annotated[
+        int, typer.Option(min=1, max=1024, help="Number of ranks on this machine.")
+    ] = 1,
     max_restarts: Annotated[int, typer.Option(min=0, help="Maximum restarts after a failure.")] = 3,
 ) -> None:
     """Train with several ranks, restarted from the last good checkpoint after a failure."""
@@ -55,7 +57,9 @@ def check(
     overrides: Overrides = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="Check the layout over this many ranks, which need not exist."),
+        typer.Option(
+            min=1, max=1 << 20, help="Check the layout over this many ranks, which need not exist."
+        ),
     ] = None,
 ) -> None:
     """Validate a config. Print the model's size, cost, layout, memory and backends."""

@@ -39,7 +39,7 @@ class GenerateOptions:
     temperature: Annotated[
         float, typer.Option(min=0, help="Sampling temperature. 0 takes the most likely token.")
     ] = 0.8
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 17
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 17
     tokenizer: Tokenizer = None
     device: Device = "auto"
     precision: Precision = None

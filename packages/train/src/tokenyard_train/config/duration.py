@@ -12,6 +12,8 @@ from pydantic import BeforeValidator, PlainSerializer
 
 _PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*(ba|ep|tok|dur)\s*$")
 
+_MOST = 1e15  # of any unit: its float is exact
+
 
 class Span(NamedTuple):
     """A length of training in batches (ba), epochs (ep), tokens (tok) or as a share (dur)."""
@@ -54,7 +56,12 @@ def parse_span(value: Any) -> Span:
             "a duration is a number with ba (batches), ep (epochs), tok (tokens) or dur, "
             "such as 200ba"
         )
-    return Span(float(match[1]), match[2])
+    span = Span(float(match[1]), match[2])
+    if span.value > _MOST:
+        raise ValueError(f"a duration is at most {_MOST:g}; give a shorter one")
+    if span.unit == "ba" and not span.value.is_integer():
+        raise ValueError("ba counts whole batches; give a whole number, or a share by dur")
+    return span
 
 
 Duration = Annotated[Span, BeforeValidator(parse_span), PlainSerializer(str)]

@@ -27,6 +27,7 @@ from tokenyard_train.config.schema import TrainConfig
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 40
 _SAME_KEYS = re.compile(r"^(train|eval)_loader\.dataset\.(streams\.[^.]*\.)?")
+_BASE_60 = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?")
 
 
 class _NoConfigError(ConfigError):
@@ -125,10 +126,19 @@ def _refuse_aliases_and_depth(text: str) -> None:
         )
         if depth > _MAX_DEPTH:
             raise ConfigError(f"it is nested deeper than {_MAX_DEPTH} levels")
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
+            _refuse_base_60(event.value)
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(
                 f"the YAML alias *{event.anchor} is not supported; write ${{key}} instead"
             )
+
+
+def _refuse_base_60(text: str) -> None:
+    if _BASE_60.fullmatch(text):
+        raise ConfigError(
+            f"{text} is a number of base 60 in YAML; write the number in base 10, or text in quotes"
+        )
 
 
 def _rename_keys(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,10 @@ def _model(config: TrainConfig, length: int) -> dict[str, Any]:
             f"model.name is {value}; "
             "give the name of a model, such as dbrx, mixtral or mpt_causal_lm"
         )
+    if name == "auto":
+        raise ConfigError(
+            "model.name is 'auto', which could be any model; give a name, such as dbrx or mixtral"
+        )
     tokenizer_ids = build_tokenizer(config.tokenizer).vocab_size
     vocab_size = config.model.get("vocab_size", tokenizer_ids)
     if isinstance(vocab_size, int) and vocab_size < tokenizer_ids:

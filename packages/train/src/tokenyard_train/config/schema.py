@@ -42,7 +42,13 @@ RunName = Annotated[
 """A name for the run's folder. An empty `run_name:`, as in LLM Foundry's files, is the default."""
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
+def _check_beta(beta: float) -> float:
+    if beta > 1 - 1e-9:
+        raise ValueError("it leaves nothing of a new gradient; give 0.9999 or less")
+    return beta
+
+
+Beta = Annotated[float, Field(ge=0, lt=1), AfterValidator(_check_beta)]
 
 
 class OptimizerConfig(Section):
@@ -52,11 +58,11 @@ class OptimizerConfig(Section):
     """
 
     name: Literal["decoupled_adamw", "adamw"] = "decoupled_adamw"  # the kind of weight decay
-    lr: float = Field(6e-4, gt=0)  # peak learning rate
+    lr: float = Field(6e-4, gt=0, le=1e3)  # peak learning rate
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates of the first and second moments
-    eps: float = Field(1e-8, gt=0)  # added to the square root of the second moment
+    eps: float = Field(1e-8, gt=0, le=1)  # added to the square root of the second moment
     weight_decay: float = Field(
-        0.0, ge=0
+        0.0, ge=0, le=1e3
     )  # fraction of a weight that a step subtracts, scaled by `name`
 
 
@@ -76,7 +82,7 @@ class GradientClipping(Section):
     """Scale all gradients down when their global norm exceeds the threshold."""
 
     clipping_type: Literal["norm"] = "norm"  # one norm over all parameters
-    clipping_threshold: float = Field(1.0, gt=0)  # largest norm that is not scaled
+    clipping_threshold: float = Field(1.0, ge=1e-9)  # largest norm that is not scaled
 
 
 class Algorithms(Section):
@@ -91,13 +97,22 @@ class NgramBaselines(Strict):
     """Before training, score the held-out text with unigram and smoothed bigram models."""
 
 
+def _check_temperature(temperature: float) -> float:
+    if temperature and not 1e-4 <= temperature <= 1e4:
+        raise ValueError("give 0 (greedy decoding), or a number from 0.0001 to 10000")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0), AfterValidator(_check_temperature)]
+
+
 class GenerateCallback(Section):
     """Generate text from prompts at the end of the run, and every `interval`."""
 
     prompts: list[str] = ["def "]  # texts to continue
     interval: Duration | None = None  # interval between generations; None: at the end only
     max_new_tokens: Count = 200  # tokens to generate for each prompt
-    temperature: float = Field(0.8, ge=0)  # sampling temperature; 0: greedy decoding
+    temperature: Temperature = 0.8  # sampling temperature; 0: greedy decoding
 
 
 class Callbacks(Strict):
@@ -127,7 +142,7 @@ class LoraConfig(Section):
     """LoRA adapters of the experts: W + alpha / rank * B A. Trains them and `train_also` only."""
 
     rank: Count = 8  # rank of the adapters: rows of A, columns of B
-    alpha: float = Field(16.0, gt=0)  # adapters are scaled by alpha / rank
+    alpha: float = Field(16.0, gt=0, le=1e6)  # adapters are scaled by alpha / rank
     targets: list[Literal["up", "down"]] = Field(
         # expert weights that get adapters
         ["up", "down"],
@@ -244,6 +259,8 @@ class TrainConfig(Section):
                 f"max_duration is {self.max_duration}; "
                 "it takes ba (batches), ep (epochs) or tok (tokens)"
             )
+        if self.scheduler.t_max.value <= 0:
+            raise ValueError(f"scheduler.t_max is {self.scheduler.t_max}; it must be above 0")
         if self.max_duration.value <= 0:
             raise ValueError(f"max_duration is {self.max_duration}; it must be above 0")
         for name in ("eval_interval", "save_interval", "console_log_interval"):

@@ -13,9 +13,10 @@ A run ends in one of five ways:
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,8 @@ from tokenyard_train.launch.faults import mark_started
 from tokenyard_train.records.metrics import Metrics, NullMetrics
 from tokenyard_train.records.trackers import build_trackers, check_trackers
 
+log = logging.getLogger("tokenyard")
+
 
 class RunResult(NamedTuple):
     """The result of a finished run."""
@@ -76,6 +79,20 @@ def check_run(config: TrainConfig, callbacks: Sequence[Callback], model: Model, 
     check_trackers(config.loggers)
     for callback in callbacks:
         callback.check(config, model, data)
+
+
+def softly(what: str, call: Callable[[], object]) -> None:
+    """Call what follows the last step. The run is trained and saved, so an error is a warning."""
+    try:
+        call()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        log.warning(
+            "%s failed after the last step (%s: %s); the run is trained and saved",
+            what,
+            type(error).__name__,
+            reason,
+        )
 
 
 class _Loop:
@@ -222,11 +239,11 @@ class _Loop:
             # Imported here: matplotlib takes a second that only the end of a run needs.
             from tokenyard_train.records.plots import expert_heatmap, loss_curve
 
-            loss_curve(records, folder / "loss.png")
-            expert_heatmap(records, folder / "experts.png")
-            summarize(run, records)
+            softly("loss.png", lambda: loss_curve(records, folder / "loss.png"))
+            softly("experts.png", lambda: expert_heatmap(records, folder / "experts.png"))
+            softly("the summary", lambda: summarize(run, records))
         for callback in self.callbacks:
-            callback.end(run)
+            softly(type(callback).__name__, partial(callback.end, run))
         losses = [r["loss"] for r in records if r["kind"] == "train"]
         scores = [r["bits_per_byte"] for r in records if r["kind"] == "eval"]
         return RunResult(

@@ -11,6 +11,8 @@ from typing import Any
 from tokenyard import TokenyardError
 from tokenyard_train.records.trackers import Trackers
 
+log = logging.getLogger("tokenyard")
+
 TIMINGS = ("seconds", "tokens_per_s", "flops_per_s")
 """Record keys that differ between two runs of the same config."""
 

@@ -85,7 +85,10 @@ def build_trackers(
         return Trackers({})
     run = RunInfo(folder, run_name, settings, batch, _identities(folder) if batch else {})
     trackers = {name: _start(name, options, run) for name, options in sections.items()}
-    (folder / IDENTITIES).write_text(json.dumps(run.identities), encoding="utf-8")
+    try:
+        (folder / IDENTITIES).write_text(json.dumps(run.identities), encoding="utf-8")
+    except OSError as error:
+        log.warning("%s; a resumed run will start new runs in its trackers", error)
     return Trackers(trackers)
 
 

@@ -28,6 +28,10 @@ class MlflowTracker:
         if "://" not in uri or uri.startswith("file:"):
             # MLflow refuses a folder without this variable.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        if uri.startswith("http"):
+            # MLflow's own defaults retry for minutes, at each record of a server that is gone.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._entities = mlflow.entities
         self._client = mlflow.MlflowClient(tracking_uri=uri)
         self._run = run.identities.get("mlflow") or self._create(options, run)
