@@ -8,6 +8,7 @@ import pytest
 
 from tokenyard import BackendError, ConfigError, Registry, Workload, __version__, _builtin
 from tokenyard.registry import Plugin, _choose, _extras
+from tokenyard.table import render
 
 WORKLOAD = Workload(8, 8, 4, 2)
 
@@ -164,13 +165,67 @@ def test_a_plugin_for_another_core_is_not_imported(install, registry):
 
 
 def test_two_plugins_with_one_backend_name_are_both_named(offer, registry):
-    offer("fast-experts", "fast")
-    offer("quick-experts", "fast")
+    offer("fast-experts", "fast", priority=99)
+    offer("quick-experts", "fast", priority=99)
+    rest = registry()
+    assert rest.choose("experts", "auto", WORKLOAD).backend.name == "cpu"
     with pytest.raises(
         BackendError,
         match=r"'fast' is offered by both (fast|quick)-experts 1.0 and (fast|quick)-experts 1.0",
     ):
-        registry()
+        rest.choose("experts", "fast", WORKLOAD)
+
+
+def test_a_plugin_that_offers_a_name_of_core_costs_only_itself(offer, registry):
+    offer("rude-experts", "torch", priority=99)
+    rest = registry()
+    (kept,) = [o for o in rest.offers("experts") if o.backend.name == "torch"]
+    assert kept.distribution == "tokenyard-core"
+    (problem,) = [p for p in rest.problems if "'torch' is offered by both" in p.reason]
+    assert "rude-experts 1.0" in problem.reason
+
+
+HOOK = """
+from tokenyard import Backend, hookimpl
+
+class Odd(BaseException):
+    pass
+
+def odd(*args):
+    raise Odd
+
+@hookimpl
+def tokenyard_experts():
+    return {offered}
+"""
+
+BROKEN = {
+    "import": "class Odd(BaseException): pass\nraise Odd('at import')",
+    "exit at import": "raise SystemExit(0)",
+    "text": HOOK.format(offered="['a']"),
+    "nothing": HOOK.format(offered="None"),
+    "number": HOOK.format(offered="5"),
+    "name": HOOK.format(offered="[Backend(5, 'os:path')]"),
+    "path": HOOK.format(offered="[Backend('odd', None)]"),
+    "priority": HOOK.format(offered="[Backend('odd', 'os:path', 'high')]"),
+    "unusable": HOOK.format(offered="[Backend('odd', 'os:path', 99, 'no')]"),
+    "check": HOOK.format(offered="[Backend('odd', 'os:path', 99, odd)]"),
+    "check of a number": HOOK.format(offered="[Backend('odd', 'os:path', 99, lambda w: 5)]"),
+    "hook": HOOK.format(offered="odd()"),
+    "class": HOOK.format(offered="[Backend('odd', 'os:Missing', 99)]"),
+    "module": HOOK.format(offered="[Backend('odd', 'no_such_module:A', 99)]"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_plugin_costs_only_itself(kind, install, registry):
+    install("odd-experts", BROKEN[kind])
+    rest = registry()
+    chosen = rest.choose("experts", "auto", WORKLOAD)
+    assert chosen.backend.name == "cpu"
+    table = render(rest, WORKLOAD)
+    assert "odd" in table or kind == "nothing"
+    assert not [line for line in table.splitlines() if "odd-experts" in line and "  usable" in line]
 
 
 def test_two_plugins_with_one_entry_name_both_count(offer, registry):

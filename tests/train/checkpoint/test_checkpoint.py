@@ -251,3 +251,36 @@ def test_a_manifest_that_is_no_small_object_falls_back(content, tmp_path, tensor
     first = good(tmp_path, tensors, "ba1")
     (good(tmp_path, tensors, "ba2") / "manifest.json").write_bytes(content.encode("latin-1"))
     assert newest_good(tmp_path) == first
+
+
+def linked(folder, tensors, name):
+    """Make a checkpoint that is a link to a folder elsewhere; return that folder."""
+    elsewhere = good(folder / "elsewhere", tensors, name)
+    (folder / name).symlink_to(elsewhere)
+    return elsewhere
+
+
+def test_pruning_unlinks_links_and_never_follows_them(tmp_path, tensors):
+    elsewhere = linked(tmp_path, tensors, "ba1")
+    good(tmp_path, tensors, "ba2", keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["ba2"]
+    verify(elsewhere)
+
+
+def test_a_checkpoint_replaces_a_link_and_not_what_it_points_to(tmp_path, tensors):
+    elsewhere = linked(tmp_path, tensors, "ba1")
+    (tmp_path / ".unfinished-ba1").symlink_to(elsewhere)
+    verify(good(tmp_path, tensors, "ba1"))
+    assert not (tmp_path / "ba1").is_symlink()
+    verify(elsewhere)
+
+
+def test_pruning_that_fails_is_a_warning(tmp_path, tensors, monkeypatch, caplog):
+    def fail(path):
+        if path.name == "ba1":
+            raise OSError(errno.EACCES, "Permission denied")
+
+    good(tmp_path, tensors, "ba1")
+    monkeypatch.setattr(write, "remove", fail)
+    verify(good(tmp_path, tensors, "ba2", keep=1))
+    assert "ba1 cannot be deleted (Permission denied)" in caplog.text

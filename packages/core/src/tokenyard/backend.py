@@ -44,7 +44,9 @@ class Backend:
         module, _, name = self.path.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a broken plugin may raise anything
             raise BackendError(
                 f"backend {self.name!r} could not be loaded from {self.path}: {error!r}"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -16,3 +17,14 @@ def cache_folder() -> Path:
         return Path(os.environ.get("TOKENYARD_CACHE") or "~/.cache/tokenyard").expanduser()
     except RuntimeError:  # the home directory is unknown
         return Path(os.devnull, "tokenyard")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with its content, or a link but never what it points to.
+
+    Does nothing if there is none. Raises OSError.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

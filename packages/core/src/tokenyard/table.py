@@ -10,7 +10,8 @@ import torch
 from tokenyard.backend import KINDS
 from tokenyard.devices import resolve_device
 from tokenyard.registry import Registry
-from tokenyard.registry._choose import why_not
+from tokenyard.registry._choose import load_fault, why_not
+from tokenyard.registry._offers import Offer
 from tokenyard.workload import Workload
 
 
@@ -43,10 +44,14 @@ def sample_workload() -> Workload:
 def rows(registry: Registry, workload: Workload) -> list[Row]:
     """Return one row for each backend, sorted by kind, then by priority."""
     return [
-        Row(kind, o.backend.name, f"{o.distribution} {o.version}", why_not(o, workload) or "usable")
+        Row(kind, o.backend.name, f"{o.distribution} {o.version}", _status(o, workload))
         for kind in KINDS
         for o in registry.offers(kind)
     ]
+
+
+def _status(offer: Offer, workload: Workload) -> str:
+    return why_not(offer, workload) or load_fault(offer) or "usable"
 
 
 def render(registry: Registry, workload: Workload) -> str:

@@ -105,7 +105,7 @@ def _auto(
 ) -> BackendChoice:
     passed_over: dict[str, str] = {}
     for offer in offers:
-        reason = why_not(offer, workload)
+        reason = why_not(offer, workload) or load_fault(offer)
         if reason is None:
             _log_once(kind, offer.backend.name, tuple(passed_over.items()))
             return BackendChoice(kind, offer.backend, options, passed_over)
@@ -124,9 +124,21 @@ def why_not(offer: Offer, workload: Workload | None) -> str | None:
     if workload is None:
         return None
     try:
-        return offer.backend.unusable(workload)
-    except Exception as error:
+        reason = offer.backend.unusable(workload)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a broken plugin may raise anything
         return f"its own check failed: {error!r}"
+    return None if reason is None else str(reason)
+
+
+def load_fault(offer: Offer) -> str | None:
+    """Import the class of a backend; return why that fails, else None."""
+    try:
+        offer.backend.load()
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 def _unknown(kind: Kind, name: str, offers: Sequence[Offer], problems: Sequence[Problem]) -> str:

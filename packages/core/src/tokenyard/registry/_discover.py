@@ -49,7 +49,9 @@ def installed_plugins(
             plugin = f"plugin {entry.name!r} ({entry.value}) of {name} {version}"
             try:
                 module = entry.load()
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a broken plugin may raise anything
                 reason = f"{plugin} failed to import: {error!r}"
             else:
                 plugins.append(Plugin(module, name, version))

@@ -30,9 +30,19 @@ def build_callbacks(config: Callbacks) -> list[Callback]:
 
 
 def _build_installed(name: str, options: Mapping[str, Any]) -> Callback:
-    (point,) = entry_points(group=CALLBACKS, name=name)
+    points = list(entry_points(group=CALLBACKS, name=name))
+    if len(points) > 1:
+        owners = " and ".join(sorted(p.dist.name if p.dist else p.value for p in points))
+        raise ConfigError(f"callbacks.{name} is offered by both {owners}; uninstall one of them")
     try:
-        callback: Callback = point.load()(**options)
-    except Exception as error:
+        callback = points[0].load()(**options)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a broken plugin may raise anything
         raise ConfigError(f"callbacks.{name} cannot be made of {dict(options)}: {error}") from error
+    if not isinstance(callback, Callback):
+        raise ConfigError(
+            f"callbacks.{name} is a {type(callback).__name__}, which does not derive from "
+            "tokenyard_train.Callback; derive it"
+        )
     return callback

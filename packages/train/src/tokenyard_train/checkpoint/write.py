@@ -7,12 +7,14 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from tokenyard import TokenyardError
+from tokenyard.paths import remove
 from tokenyard_train.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
@@ -25,9 +27,9 @@ from tokenyard_train.checkpoint.meta import META
 from tokenyard_train.checkpoint.store import checkpoints
 from tokenyard_train.distributed import is_rank0, map_over_ranks, on_rank0
 
-_UNFINISHED = ".unfinished-"
-
 log = logging.getLogger("tokenyard")
+
+_UNFINISHED = ".unfinished-"
 
 T = TypeVar("T")
 
@@ -107,8 +109,7 @@ def _complete(unfinished: Path, target: Path, files: dict[str, Entry]) -> None:
     write_manifest(unfinished, files)
     for path in (unfinished / MANIFEST, unfinished):
         _sync(path)
-    if target.exists():
-        shutil.rmtree(target)
+    remove(target)
     unfinished.rename(target)
     _sync(target.parent)
 
@@ -122,18 +123,21 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
     candidates = existing[: existing.index(newest) + 1]
     for old in candidates[:-keep] if keep > 0 else []:
         try:
-            if old.is_symlink():
-                old.unlink()
-            else:
-                shutil.rmtree(old)
+            remove(old)
         except OSError as error:
-            log.warning("checkpoint %s cannot be deleted (%s); it is kept", old, error.strerror)
+            log.warning(
+                "checkpoint %s cannot be deleted (%s); delete it, or set "
+                "save_num_checkpoints_to_keep: -1",
+                old,
+                error.strerror,
+            )
 
 
 def clear_unfinished(folder: Path) -> None:
     """Delete the unfinished checkpoints of a killed run."""
     for path in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            remove(path)
 
 
 def _save_tensors(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tokenyard import ConfigError
+from tokenyard.paths import remove
 from tokenyard_train.checkpoint import checkpoints
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.distributed import on_rank0
@@ -38,8 +38,12 @@ def _prepare(config: TrainConfig, held: ExitStack) -> None:
             f"save_folder {str(folder)!r} holds a run already; set autoresume: true to go on "
             "with it, save_overwrite: true to delete it, or another run_name"
         )
-    for path in [folder / "metrics.jsonl", folder / "trackers.json", *checkpoints(folder)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    # The metrics last: they mark the folder as a run's until all checkpoints are deleted.
+    for path in [*checkpoints(folder), folder / "trackers.json", folder / "metrics.jsonl"]:
+        try:
+            remove(path)
+        except OSError as error:
+            raise ConfigError(
+                f"save_overwrite: {path} cannot be deleted: {error.strerror}; "
+                "give another save_folder"
+            ) from None
