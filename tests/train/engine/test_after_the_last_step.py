@@ -6,7 +6,6 @@ from tokenyard_train import Callback
 from tokenyard_train.checkpoint import newest_good
 from tokenyard_train.commands.train import train
 from tokenyard_train.engine.loop import softly
-from tokenyard_train.records.metrics import Metrics
 
 
 def test_pictures_and_callbacks_that_fail_are_warnings(config, console, tmp_path, caplog):
@@ -30,17 +29,3 @@ def test_any_error_is_a_warning(error, caplog):
 
     softly("a picture", call)
     assert "a picture failed after the last step" in caplog.text
-
-
-def test_damaged_metrics_are_left_out_with_a_warning(tmp_path, caplog):
-    metrics = Metrics(tmp_path / "metrics.jsonl")
-    metrics.path.write_bytes(b'{"kind": "train"}\n{"ki\n\xff\n[]\n{}\n' + b"[" * 200_000 + b"\n")
-    assert metrics.read() == [{"kind": "train"}]
-    assert caplog.text.count("is no record and is left out") == 5
-
-
-def test_metrics_shorter_than_the_checkpoint_says_are_a_warning(tmp_path, caplog):
-    metrics = Metrics(tmp_path / "metrics.jsonl")
-    metrics.path.write_text("{}")
-    metrics.rewind(10)
-    assert "has 2 bytes, and had 10 when the checkpoint was saved" in caplog.text

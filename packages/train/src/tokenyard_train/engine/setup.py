@@ -109,12 +109,6 @@ def run_batches(config: TrainConfig, data: Data) -> int:
             f"max_duration is {config.max_duration}, which is less than one batch of {tokens} "
             "tokens"
         )
-    warmup = config.scheduler.t_warmup
-    if warmup.batches(tokens, epoch_batches(config, data), batches) > batches:
-        raise ConfigError(
-            f"scheduler.t_warmup is {warmup}, longer than the run of {batches} batches, so the "
-            "learning rate would never reach optimizer.lr; shorten it, for example to 0.1dur"
-        )
     return batches
 
 
