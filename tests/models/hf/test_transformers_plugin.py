@@ -180,9 +180,9 @@ def test_autocast_is_followed(registered):
         assert torch.equal(one, two.float())
 
 
-def test_a_model_with_its_own_gate_falls_back_to_eager(registered, caplog):
+def test_a_model_with_its_own_gate_falls_back_to_transformers_default(registered, caplog):
     """One warning is logged for all its layers."""
-    transformers_plugin._warn_once.cache_clear()
+    transformers_plugin._warned.clear()
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 16,
@@ -194,7 +194,8 @@ def test_a_model_with_its_own_gate_falls_back_to_eager(registered, caplog):
     )
     config.eos_token_id = config.pad_token_id = 3
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.config._experts_implementation == "grouped_mm"
     ids = torch.randint(0, VOCABULARY, (2, 9))
     want = model(ids).logits
     model.set_experts_implementation("tokenyard")
@@ -202,7 +203,7 @@ def test_a_model_with_its_own_gate_falls_back_to_eager(registered, caplog):
         assert torch.equal(model(ids).logits, want)
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(
-        "GptOssExperts is computed by transformers' own eager implementation: it combines gate"
+        "GptOssExperts is computed by transformers' own grouped_mm: it combines gate"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from tokenyard.interfaces import ExpertKernel, ExpertWeights, Permutation
 
 NAME = "tokenyard"
 _DBRX = "TokenyardDbrxExperts"
+_FALLBACK = "grouped_mm"  # what transformers takes if no implementation is named
 _ACTIVATIONS = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -40,8 +42,9 @@ def use_in_transformers() -> None:
     """Register ``experts_implementation="tokenyard"``, and replace the class of DBRX's experts.
 
     DBRX has no `experts_implementation`. Affects models that transformers builds or loads after
-    this call. A model whose experts core cannot compute falls back to transformers' eager code and
-    logs one warning. Raises ConfigError if transformers is not installed or older than 5.14.
+    this call. A model whose experts core cannot compute falls back to transformers' own default and
+    logs one warning. ``torch.compile(fullgraph=True)`` captures both in one graph. Raises
+    ConfigError if transformers is not installed or older than 5.14.
     """
     try:
         from transformers.integrations.moe import ExpertsInterface
@@ -51,10 +54,26 @@ def use_in_transformers() -> None:
             f'transformers 5.14 or later is needed ({error}); pip install "transformers>=5.14"'
         ) from None
     ExpertsInterface.register(NAME, compute_experts)
+    # The compiler calls these instead of reading their code, which chooses backends and logs.
+    torch.compiler.allow_in_graph(_compute)
+    torch.compiler.assume_constant_result(_warn_once)
     # Not by transformers' own API to replace a class: that one imports all of its models.
-    hf_experts = modeling_dbrx.DbrxExperts
-    if hf_experts.__name__ != _DBRX:
-        modeling_dbrx.DbrxExperts = type(_DBRX, (hf_experts,), {"forward": _dbrx_forward})
+    modeling_dbrx.DbrxExperts = _dbrx_class()
+
+
+def __getattr__(name: str) -> Any:
+    """Return the class of DBRX's experts, which pickles name as a member of this module."""
+    if name == _DBRX:
+        return _dbrx_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _dbrx_class() -> type:
+    from transformers.models.dbrx import modeling_dbrx
+
+    body = {"forward": _dbrx_forward, "__module__": __name__}
+    return type(_DBRX, (modeling_dbrx.DbrxExperts,), body)
 
 
 def compute_experts(
@@ -67,10 +86,8 @@ def compute_experts(
     reason = _unsupported(module)
     if reason is not None:
         _warn_once(type(module).__name__, reason)
-        eager: Tensor = type(module).forward.__wrapped__(
-            module, hidden_states, top_k_index, top_k_weights
-        )
-        return eager
+        theirs: Tensor = _fallback()(module, hidden_states, top_k_index, top_k_weights)
+        return theirs
     up = module.gate_up_proj if module.has_gate else module.up_proj
     weights = [up, module.down_proj]
     if getattr(module, "is_transposed", False):
@@ -80,11 +97,7 @@ def compute_experts(
         up_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
         biases = [up_bias, module.down_proj_bias]
     return _compute(
-        ExpertWeights(*weights, *biases),
-        _activation(module),
-        hidden_states,
-        top_k_index,
-        top_k_weights,
+        _activation(module), hidden_states, top_k_index, top_k_weights, *weights, *biases
     )
 
 
@@ -95,34 +108,47 @@ def _dbrx_forward(
     name = type(module.mlp.activation_fn).__name__
     activation = _GATED.get(_ACTIVATIONS.get(name, ""))
     if activation is None:
-        _warn_once(_DBRX, f"its activation is {name}")
+        _warn_once(_DBRX, f"its activation is {name}", "code")
         eager: Tensor = super(type(module), module).forward(
             hidden_states, top_k_index, top_k_weights
         )
         return eager
     shape = (module.num_experts, module.ffn_hidden_size, module.hidden_size)
     w1, v1, w2 = (getattr(module.mlp, name).view(shape) for name in ("w1", "v1", "w2"))
-    weights = ExpertWeights(torch.cat((w1, v1), 1), w2.transpose(1, 2))
     x = hidden_states.reshape(-1, module.hidden_size)
-    y = _compute(weights, activation, x, top_k_index, top_k_weights)
+    up = torch.cat((w1, v1), 1)
+    y = _compute(activation, x, top_k_index, top_k_weights, up, w2.transpose(1, 2))
     return y.view(hidden_states.shape[0], -1, module.hidden_size)
 
 
 def _compute(
-    weights: ExpertWeights, activation: str, x: Tensor, ids: Tensor, topk_weights: Tensor
+    activation: str,
+    x: Tensor,
+    ids: Tensor,
+    topk_weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """Return y [T, D] of x [T, D]. Follows autocast, as transformers' eager experts do."""
-    experts, dim, ffn_dim = weights.down.shape
-    bias = weights.up_bias is not None
-    dtype = compute_dtype(weights.up)
+    experts, dim, ffn_dim = down.shape
+    dtype = compute_dtype(up)
     workload = Workload(
-        dim, ffn_dim, experts, ids.shape[1], activation, bias=bias, dtype=dtype, device=x.device
+        dim,
+        ffn_dim,
+        experts,
+        ids.shape[1],
+        activation,
+        bias=up_bias is not None,
+        dtype=dtype,
+        device=x.device,
     )
     permutation, kernel = _backends(workload)
     plan = permutation.plan(ids.to(torch.int32), experts)
     wide = topk_weights.to(torch.promote_types(dtype, torch.float32))
-    biases = [None if b is None else b.to(dtype) for b in (weights.up_bias, weights.down_bias)]
-    narrow = ExpertWeights(weights.up.to(dtype), weights.down.to(dtype), *biases)
+    biases = [None if b is None else b.to(dtype) for b in (up_bias, down_bias)]
+    narrow = ExpertWeights(up.to(dtype), down.to(dtype), *biases)
     return kernel(x.to(dtype), plan, wide, narrow).to(x.dtype)
 
 
@@ -132,6 +158,14 @@ def _backends(workload: Workload) -> tuple[Permutation, ExpertKernel]:
     permutation = registry.choose("permutation", "auto", workload).construct(workload)
     kernel = registry.choose("experts", "auto", workload).construct(workload, permutation)
     return permutation, kernel
+
+
+def _fallback() -> Callable[..., Tensor]:
+    """Return transformers' default implementation of experts."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    implementation: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS[_FALLBACK]
+    return implementation
 
 
 def _unsupported(module: Any) -> str | None:
@@ -156,6 +190,14 @@ def _activation(module: Any) -> Any:
     return _GATED.get(name or "") if module.has_gate else name
 
 
-@functools.cache
-def _warn_once(name: str, reason: str) -> None:
-    log.warning("%s is computed by transformers' own eager implementation: %s", name, reason)
+_warned: set[str] = set()
+"""Classes that the log names already."""
+
+
+def _warn_once(name: str, reason: str, implementation: str = _FALLBACK) -> bool:
+    """Log once for each class. Returns whether this call did."""
+    if name in _warned:
+        return False
+    _warned.add(name)
+    log.warning("%s is computed by transformers' own %s: %s", name, implementation, reason)
+    return True
