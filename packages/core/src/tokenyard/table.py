@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from tokenyard.backend import KINDS
 from tokenyard.devices import resolve_device
 from tokenyard.registry import Registry
-from tokenyard.registry._choose import load_fault, why_not
+from tokenyard.registry._choose import why_not
 from tokenyard.registry._offers import Offer
 from tokenyard.workload import Workload
 
@@ -51,7 +55,43 @@ def rows(registry: Registry, workload: Workload) -> list[Row]:
 
 
 def _status(offer: Offer, workload: Workload) -> str:
-    return why_not(offer, workload) or load_fault(offer) or "usable"
+    return why_not(offer, workload) or _missing_class(offer) or "usable"
+
+
+def _missing_class(offer: Offer) -> str | None:
+    """Return a sentence if the class of a backend does not exist.
+
+    A module that is not imported yet is judged by its source: importing all of them takes seconds.
+    """
+    module, _, name = offer.backend.path.partition(":")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        return f"its module {module!r} does not exist"
+    if module in sys.modules:
+        names = set(vars(sys.modules[module]))
+    elif spec.origin is not None and spec.origin.endswith(".py"):
+        names = _defined_names(ast.parse(Path(spec.origin).read_bytes()))
+    else:
+        return None
+    if name in names or "__getattr__" in names:
+        return None
+    return f"its module {module!r} has no {name!r}"
+
+
+def _defined_names(module: ast.Module) -> set[str]:
+    """Return the names that a module defines or imports at its top level."""
+    names: set[str] = set()
+    for node in module.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
 
 
 def render(registry: Registry, workload: Workload) -> str:
