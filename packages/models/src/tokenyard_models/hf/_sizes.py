@@ -33,7 +33,7 @@ def check_sizes(folder: Folder, hf_format: HfFormat, section: Mapping[str, Any])
     try:
         config = hf_format.definition.resolve(section)
     except ConfigError:
-        return  # whoever builds the model reports it, with the keys that override the section
+        return  # building the model reports it, with the keys that override the section
     files = {key: name for name, keys in folder.files.items() for key in keys}
     rows = {row.parameter: row for row in rows_of(hf_format, folder)}
     for parameter, layer, shape in _shapes(config):
