@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tokenyard import ConfigError, TokenyardError
 from tokenyard_cli import app
-from tokenyard_train.data import CorruptError, TokenFile, build_data
+from tokenyard_train.data import CorruptError, TokenFile, build_data, encoding
 from tokenyard_train.data import packing as module
 from tokenyard_train.data.encoding import split_chunks
 from tokenyard_train.data.packing import pack
@@ -361,6 +361,27 @@ def _processes(marker: str) -> list[int]:
         if marker.encode() in environment and state != "Z":
             found.append(int(path.name))
     return found
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("killed", [1, 2], ids=["one", "all"])
+def test_killed_workers_are_an_error_at_any_moment(monkeypatch, killed):
+    """Chunks fill the pipes many times over, so workers are killed while they write."""
+    workers = []
+    start = encoding._Worker.__init__
+
+    def remember(worker, config):
+        start(worker, config)
+        workers.append(worker)
+
+    monkeypatch.setattr(encoding._Worker, "__init__", remember)
+    chunks = iter([document * 2000] for document in DOCUMENTS)
+    encoded = encoding.encode_chunks(chunks, TokenizerConfig(), 2, skip=0)
+    next(encoded)
+    for worker in workers[:killed]:
+        worker.process.kill()
+    with pytest.raises(TokenyardError, match=r"of --workers was killed.*fewer --workers than 2"):
+        list(encoded)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from itertools import islice
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -55,35 +59,83 @@ def encode_chunks(
         yield from (_encode(tokenizer, chunk) for chunk in remaining)
         return
     try:
-        yield from _encode_in_pool(remaining, config, workers)
-    except BrokenProcessPool:
+        yield from _encode_in_processes(remaining, config, workers)
+    except (EOFError, ConnectionError):
         raise TokenyardError(
             "a process of --workers was killed, perhaps for lack of memory; what is packed so far "
             f"is kept: run the same command again, with fewer --workers than {workers}"
         ) from None
 
 
-def _encode_in_pool(
+def _encode_in_processes(
     chunks: Iterator[list[bytes]], config: TokenizerConfig, workers: int
 ) -> Iterator[EncodedChunk]:
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (config,)) as pool:
-        pending: list[Future[EncodedChunk]] = []
+    """Let one thread wait for each process. Raises EOFError if a process was killed."""
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+
+    def encode(chunk: list[bytes]) -> EncodedChunk:
+        worker = idle.get()
+        try:
+            return worker.encode(chunk)
+        finally:
+            idle.put(worker)
+
+    with ExitStack() as stack:
+        threads = ThreadPoolExecutor(workers)
+        stack.callback(threads.shutdown, cancel_futures=True)
+        for _ in range(workers):
+            idle.put(stack.enter_context(closing(_Worker(config))))
+        pending: deque[Future[EncodedChunk]] = deque()
         for chunk in chunks:
-            pending.append(pool.submit(_encode_in_worker, chunk))
+            pending.append(threads.submit(encode, chunk))
             if len(pending) > 2 * workers:
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-# A pool passes no state to its tasks, so a worker process keeps its tokenizer in a global.
-_worker_tokenizer: list[Tokenizer] = []
+class _Worker:
+    """A process that tokenizes chunks.
+
+    Each process has its own pipe. Processes that share a queue, as in ``concurrent.futures``, hang
+    for ever when one of them is killed while it writes.
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        context = get_context("spawn")
+        self.connection, child = context.Pipe()
+        self.process = context.Process(target=_serve, args=(child, config), daemon=True)
+        self.process.start()
+        child.close()  # so that the end of the process ends the pipe
+
+    def encode(self, chunk: list[bytes]) -> EncodedChunk:
+        """Return the encoded chunk. Raises EOFError if the process was killed, or its error."""
+        self.connection.send(chunk)
+        result: EncodedChunk | Exception = self.connection.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """End the process. A thread that waits in `encode` then gets an EOFError."""
+        self.process.terminate()
+        self.process.join()
 
 
-def _start_worker(config: TokenizerConfig) -> None:
+def _serve(connection: Connection, config: TokenizerConfig) -> None:
+    """Encode chunks from the pipe until it ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer.append(build_tokenizer(config))
+    tokenizer = build_tokenizer(config)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            chunk = connection.recv()
+            try:
+                result: EncodedChunk | Exception = _encode(tokenizer, chunk)
+            except Exception as error:
+                result = error
+            connection.send(result)
 
 
 def _end_with_parent() -> None:
@@ -92,10 +144,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _encode_in_worker(documents: list[bytes]) -> EncodedChunk:
-    return _encode(_worker_tokenizer[0], documents)
 
 
 def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> EncodedChunk:
