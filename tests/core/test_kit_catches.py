@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tokenyard import AuxiliaryLoss, Backend, Model, Output, Registry, SavedBytes, hookimpl
+from tokenyard import AuxiliaryLoss, Backend, Model, Registry, SavedBytes, hookimpl, predict
 from tokenyard.draw import draw_normal
 from tokenyard.experts import TorchExperts
 from tokenyard.registry import Plugin
@@ -182,8 +182,8 @@ class Complete(Model):
         self.auxiliary = AuxiliaryLoss()
         self.embed = nn.Embedding(7, 4, dtype=torch.float64)
 
-    def forward(self, ids, cache=None):
-        return Output(self.embed(ids) @ self.embed.weight.T, ())
+    def forward(self, ids, cache=None, targets=None):
+        return predict(self.embed(ids), self.embed.weight, (), targets)
 
     def new_cache(self, batch, length):
         return None
@@ -206,6 +206,16 @@ class WithoutLength(Complete):
     def __init__(self, config, **placement):
         super().__init__(config, **placement)
         del self.max_seq_len
+
+
+class WithoutTargets(Complete):
+    def forward(self, ids, cache=None):
+        return super().forward(ids)
+
+
+class IgnoresWeights(Complete):
+    def forward(self, ids, cache=None, targets=None):
+        return super().forward(ids, cache, targets and targets._replace(weights=None))
 
 
 class NoModel(nn.Module):
@@ -249,12 +259,23 @@ def test_a_complete_model_passes():
             WithoutLength,
             "acme: the constructor of WithoutLength must set max_seq_len, of type int; it is None",
         ),
+        (
+            WithoutTargets,
+            "acme: the forward method of WithoutTargets lacks the argument targets; end it with "
+            r"tokenyard.predict\(x, head_weight, balances, targets\)",
+        ),
         (NoModel, "acme: NoModel does not derive from tokenyard.Model"),
     ],
 )
 def test_a_part_that_a_model_lacks_is_named(model, complaint):
     with pytest.raises(pytest.fail.Exception, match=complaint):
         model_conformance(model).test_is_complete()
+
+
+def test_a_loss_that_ignores_the_weights_is_caught():
+    model_conformance(Complete).test_loss_of_targets()
+    with pytest.raises(AssertionError):
+        model_conformance(IgnoresWeights).test_loss_of_targets()
 
 
 def test_flops_that_are_not_computed_are_caught():

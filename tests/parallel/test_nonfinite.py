@@ -20,7 +20,7 @@ def draw_cases(count=20):
         layout = PARALLEL_LAYOUTS[i % len(PARALLEL_LAYOUTS)]
         value = draw.choice((math.nan, math.inf, -math.inf))
         rank = draw.randrange(LAYOUTS[layout][0])
-        target = ("loss", "logits", "experts")[i % 3]
+        target = ("loss", "norm", "experts")[i % 3]
         yield layout, BadNumber(rank, BATCH, target, value), ("stop", "skip")[i // 2 % 2]
 
 

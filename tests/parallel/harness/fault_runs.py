@@ -25,7 +25,7 @@ class BadNumber(NamedTuple):
 
     rank: int
     batch: int
-    target: str  # "loss", or the gradient of "logits" or "experts"
+    target: str  # "loss", or the gradient of "norm" (the last one) or "experts"
     value: float
 
 
@@ -41,10 +41,9 @@ class Injector(LossRecorder):
     def start(self, run: Run) -> None:
         self.digests.append(digest(run.setup))
         if dist.get_rank() == self.number.rank:
-            target: Any = run.setup.model
-            if self.number.target == "experts":
-                target = target.blocks[1].ffn.experts
-            target.register_forward_hook(
+            model: Any = run.setup.model
+            targets = {"loss": model, "norm": model.norm, "experts": model.blocks[1].ffn.experts}
+            targets[self.number.target].register_forward_hook(
                 lambda module, args, output: self.inject(output) if self.is_due(run) else None
             )
 
@@ -54,9 +53,8 @@ class Injector(LossRecorder):
     def inject(self, output: Any) -> Any:
         value = self.number.value
         if self.number.target == "loss":
-            return output._replace(logits=output.logits + value)
-        tensor: Tensor = output if self.number.target == "experts" else output.logits
-        tensor.register_hook(lambda gradient: gradient + value)
+            return output._replace(nats=output.nats + value)
+        output.register_hook(lambda gradient: gradient + value)
         return output
 
     def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:

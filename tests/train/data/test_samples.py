@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenyard import ConfigError
+from tokenyard import IGNORED, ConfigError
 from tokenyard_train.data import (
-    IGNORED,
     BytesTokenizer,
     HeldOut,
     Samples,

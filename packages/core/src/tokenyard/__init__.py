@@ -4,12 +4,14 @@ from tokenyard.__about__ import __version__
 from tokenyard.activations import ACTIVATIONS, activate, is_gated, up_rows
 from tokenyard.backend import KINDS, Backend, Kind
 from tokenyard.count import Size, count_parameters
+from tokenyard.cross_entropy import linear_cross_entropy, predict
 from tokenyard.devices import resolve_device
 from tokenyard.errors import BackendError, ConfigError, TokenyardError
 from tokenyard.experts import Experts, GroupedExperts
 from tokenyard.feed_forward import FeedForward
 from tokenyard.hookspecs import hookimpl
 from tokenyard.interfaces import (
+    IGNORED,
     Balance,
     Compute,
     Exchange,
@@ -22,6 +24,8 @@ from tokenyard.interfaces import (
     Routing,
     ShardingReport,
     Strategy,
+    Targets,
+    TokenLoss,
 )
 from tokenyard.lora import LoraAdapter, add_lora, merge_lora
 from tokenyard.losses import AuxiliaryLoss, load_balancing_loss, z_loss
@@ -34,6 +38,7 @@ from tokenyard.workload import RoutingRule, Workload
 
 __all__ = [
     "ACTIVATIONS",
+    "IGNORED",
     "KINDS",
     "AuxiliaryLoss",
     "Backend",
@@ -63,6 +68,8 @@ __all__ = [
     "ShardingReport",
     "Size",
     "Strategy",
+    "Targets",
+    "TokenLoss",
     "TokenyardError",
     "Workload",
     "__version__",
@@ -73,9 +80,11 @@ __all__ = [
     "default_registry",
     "hookimpl",
     "is_gated",
+    "linear_cross_entropy",
     "load_balancing_loss",
     "merge_lora",
     "moe_layers",
+    "predict",
     "resolve_device",
     "started_processes",
     "up_rows",

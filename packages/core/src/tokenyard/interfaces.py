@@ -69,10 +69,28 @@ class Balance(NamedTuple):
     z_sum: Tensor  # [] differentiable: sum over tokens of logsumexp(logits)^2
 
 
+IGNORED = -100
+"""The id of a target that is not counted, as in ``F.cross_entropy``."""
+
+
+class Targets(NamedTuple):
+    """The tokens that a model should predict."""
+
+    ids: Tensor  # [B, S] int64; IGNORED is not counted
+    weights: Tensor | None = None  # [B, S] weight of each token in the loss; None means 1
+
+
 class Output(NamedTuple):
     """A model's result: next-token logits, and the Balance of each MoE layer in order."""
 
     logits: Tensor  # [B, S, V]
+    balances: tuple[Balance, ...]
+
+
+class TokenLoss(NamedTuple):
+    """A model's result for given targets: their loss, and the Balance of each MoE layer."""
+
+    nats: Tensor  # [] float64, differentiable: sum over tokens of weight * cross-entropy
     balances: tuple[Balance, ...]
 
 

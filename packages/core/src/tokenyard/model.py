@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from inspect import signature
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from tokenyard.interfaces import Output
+from tokenyard.interfaces import Output, Targets, TokenLoss
 from tokenyard.losses import AuxiliaryLoss
 
 
@@ -30,7 +31,7 @@ _ATTRIBUTES = {
 def missing_part(model: object) -> str | None:
     """Return one sentence on what a model, or its class, lacks of `Model`; else None.
 
-    Of a class, only the base class and the methods are checked.
+    Of a class, only the base class, the methods and their arguments are checked.
     """
     cls = model if isinstance(model, type) else type(model)
     if not issubclass(cls, Model):
@@ -38,6 +39,11 @@ def missing_part(model: object) -> str | None:
     if cls.__abstractmethods__:
         names = ", ".join(sorted(cls.__abstractmethods__))
         return f"{cls.__qualname__} lacks {names}; see tokenyard.Model"
+    if "targets" not in signature(cls.forward).parameters:
+        return (
+            f"the forward method of {cls.__qualname__} lacks the argument targets; end it with "
+            "tokenyard.predict(x, head_weight, balances, targets)"
+        )
     if isinstance(model, type):
         return None
     for name, kind in _ATTRIBUTES.items():
@@ -78,10 +84,13 @@ class Model(nn.Module, ABC):
     """The weights of the router losses."""
 
     @abstractmethod
-    def forward(self, ids: Any, cache: Any = None) -> Output:
+    def forward(
+        self, ids: Any, cache: Any = None, targets: Targets | None = None
+    ) -> Output | TokenLoss:
         """Return logits [B, S, V] for ids [B, S], and the Balance of each MoE layer in order.
 
-        A cache from `new_cache` holds the tokens of earlier calls. This call adds its tokens.
+        A cache from `new_cache` holds the tokens of earlier calls. This call adds its tokens. With
+        `targets`, return their loss instead of the logits. ``tokenyard.predict`` does both.
         """
 
     @abstractmethod

@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tokenyard import (
     Balance,
@@ -22,7 +21,10 @@ from tokenyard import (
     Output,
     Registry,
     SavedBytes,
+    Targets,
+    TokenLoss,
     Workload,
+    predict,
 )
 from tokenyard.count import saved_by_ffn, weight_flops_per_token
 from tokenyard.registry import Request
@@ -118,10 +120,13 @@ class Transformer(Model):
             for parameter in self.parameters():
                 parameter.data = parameter.data.to(dtype)
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Output:
+    def forward(
+        self, ids: Tensor, cache: Cache | None = None, targets: Targets | None = None
+    ) -> Output | TokenLoss:
         """Return logits [B, S, V] for ids [B, S], and the Balance of each MoE layer.
 
-        A cache continues earlier calls. Raises ConfigError for more tokens than max_seq_len.
+        A cache continues earlier calls. With `targets`, return their loss instead of the logits,
+        which then exist in chunks only. Raises ConfigError for more tokens than max_seq_len.
         """
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
@@ -142,7 +147,7 @@ class Transformer(Model):
                 balances.append(balance)
         # Head: [B, S, D] -> [B, S, V]
         weight = self.embed.weight if self.head is None else self.head.weight
-        return Output(F.linear(self.norm(x), weight), tuple(balances))
+        return predict(self.norm(x), weight, balances, targets)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Return an empty cache for `batch` sequences of at most `length` tokens."""

@@ -18,7 +18,10 @@ from tokenyard import (
     Output,
     RoutingRule,
     SavedBytes,
+    Targets,
+    TokenLoss,
     Workload,
+    predict,
 )
 from tokenyard.count import saved_by_ffn, weight_flops_per_token
 from tokenyard.draw import draw_normal
@@ -111,14 +114,16 @@ class AcmeModel(Model):
         if dtype is not None:
             self.to(dtype)
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Output:
-        """Return logits [B, S, V] for ids [B, S], and a Balance for each block."""
+    def forward(
+        self, ids: Tensor, cache: Cache | None = None, targets: Targets | None = None
+    ) -> Output | TokenLoss:
+        """Return logits [B, S, V] for ids [B, S] or the loss of targets, and a Balance a block."""
         x = self.embed(ids)
         balances = []
         for i, block in enumerate(self.blocks):
             x, balance = block(x, None if cache is None else cache[i])
             balances.append(balance)
-        return Output(self.head(x), tuple(balances))
+        return predict(x, self.head.weight, balances, targets)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Return an empty cache. It grows as it is filled."""

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenyard.backend import Kind
+from tokenyard.interfaces import IGNORED, Targets
 from tokenyard.model import Model, missing_part
 from tokenyard.moe import moe_layers
 from tokenyard.testing._base import Conformance
@@ -47,6 +49,35 @@ class ModelConformance(Conformance):
         assert len(output.balances) == len(layers)
         for balance, layer in zip(output.balances, layers):
             assert balance.counts.sum().item() == 18 * layer.workload.top_k
+
+    def test_loss_of_targets(self) -> None:
+        """With targets, the model returns their weighted cross-entropy and its gradients.
+
+        If this fails, `forward` ignores the weights or IGNORED ids, or computes other logits.
+        """
+        model = self._model()
+        inputs = self._ids(model, 2, 9)
+        ids = self._ids(model, 2, 9)
+        ids[0, 3:5] = IGNORED
+        weights = torch.rand(2, 9, device=ids.device, dtype=torch.float64)
+        losses = F.cross_entropy(
+            model(inputs).logits.flatten(0, 1),
+            ids.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        want = (losses * weights.flatten()).sum()
+        got = model(inputs, targets=Targets(ids, weights))
+        assert len(got.balances) == len(moe_layers(model))
+        assert relative_error(got.nats, want) < 1e-12
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = [
+            torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (got.nats, want)
+        ]
+        for gradient, reference in zip(*gradients):
+            if reference is not None and reference.any():
+                assert gradient is not None
+                assert relative_error(gradient, reference) < 1e-11
 
     def test_causal(self) -> None:
         """A later token never changes an earlier position's logits.

@@ -8,10 +8,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from tokenyard import Model, ShardingReport, moe_layers
+from tokenyard.cross_entropy import loss_bytes
 from tokenyard.sharded import is_sharded, local_part
 from tokenyard_train.config.schema import TrainConfig
 
-_WIDE = 4  # bytes of float32: parameters, gradients, the optimizer's moments, logits
+_WIDE = 4  # bytes of float32: parameters, gradients, the optimizer's moments
 
 
 class Memory(NamedTuple):
@@ -22,7 +23,7 @@ class Memory(NamedTuple):
     optimizer: int  # AdamW's two moments
     copies: int  # bfloat16 copies of the weights, which autocast keeps for the backward pass
     activations: int  # kept for the backward pass of one microbatch
-    logits: int  # in the compute dtype, in float32, and their gradient
+    loss: int  # logits of one chunk, and the gradients of the head
     working_set: int  # what the strategy gathers
 
 
@@ -46,9 +47,15 @@ def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memor
         optimizer=2 * _WIDE * trained,
         copies=0 if width == _WIDE else width * _copied(model),
         activations=tokens * (in_blocks + saved.rest),
-        logits=tokens * model.vocab_size * (width + 2 * _WIDE),
+        loss=loss_bytes(tokens, model.vocab_size, _head_dim(model), width),
         working_set=layout.working_set,
     )
+
+
+def _head_dim(model: Model) -> int:
+    """Return the width D of the head [V, D]."""
+    shapes = [p.shape for p in model.parameters() if p.dim() == 2]
+    return max((columns for rows, columns in shapes if rows == model.vocab_size), default=0)
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:

@@ -3,12 +3,11 @@
 from tokenyard_train.data.build import Data, build_data
 from tokenyard_train.data.corpus import Document, python_stdlib
 from tokenyard_train.data.mixture import Mixture
-from tokenyard_train.data.samples import IGNORED, HeldOut, Samples
+from tokenyard_train.data.samples import HeldOut, Samples
 from tokenyard_train.data.tokenizer import BytesTokenizer, Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import CorruptError, TokenFile, Tokens
 
 __all__ = [
-    "IGNORED",
     "BytesTokenizer",
     "CorruptError",
     "Data",

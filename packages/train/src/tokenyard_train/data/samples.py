@@ -7,12 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenyard import ConfigError
+from tokenyard import IGNORED, ConfigError
 from tokenyard_train.data.shuffle import permute_index
 from tokenyard_train.data.tokens import Ids, Tokens
-
-IGNORED = -100
-"""The target of a position that is not scored. It is the default of ``F.cross_entropy``."""
 
 
 class Samples:

@@ -7,9 +7,8 @@ import time
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from tokenyard_train.data import IGNORED
+from tokenyard import Targets, TokenLoss
 from tokenyard_train.engine.setup import Setup
 
 
@@ -33,13 +32,10 @@ def evaluate(setup: Setup, batch: int) -> dict[str, Any]:
             t.to(setup.device) for t in held_out.batch(min(index, len(held_out) - 1))
         )
         with setup.precision():
-            logits = setup.model(inputs).logits
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
+            loss: TokenLoss = setup.model(inputs, targets=Targets(targets))
         # Past the end a rank only takes part: other ranks' tokens need its experts.
         if index < len(held_out):
-            nats += losses.double().sum()
+            nats += loss.nats
     total = setup.strategy.reduce(nats).item()
     tokens = len(held_out.predicted)
     size = setup.data.tokenizer.bytes_in(held_out.predicted)

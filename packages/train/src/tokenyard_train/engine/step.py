@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from tokenyard import Balance, Output, load_balancing_loss, moe_layers, z_loss
+from tokenyard import Balance, Targets, TokenLoss, load_balancing_loss, moe_layers, z_loss
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.optimizer import learning_rate
 from tokenyard_train.engine.phases import Phases, untimed
@@ -102,10 +101,10 @@ def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> tuple[Tenso
     balances: list[list[Balance]] = []
     for rows in samples.split(rows_each):  # [B, S + 1]
         with phase("forward"), setup.precision():
-            output: Output = setup.model(rows[:, :-1])
-            nats = _token_nats(output.logits, rows[:, 1:]) / setup.batch_tokens
+            result: TokenLoss = setup.model(rows[:, :-1], targets=Targets(rows[:, 1:]))
+            nats = result.nats / setup.batch_tokens
         with phase("backward"):
-            all_ranks = _with_all_counts(setup, output.balances)
+            all_ranks = _with_all_counts(setup, result.balances)
             tokens = rows.shape[0] * config.max_seq_len * world
             (nats + _auxiliary(setup, all_ranks, tokens)).backward()
         loss += nats.detach()
@@ -127,12 +126,6 @@ def _summed(balances: Sequence[Balance]) -> Balance:
     for balance in rest:
         total = Balance(*(a + b for a, b in zip(total, balance)))
     return total
-
-
-def _token_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of the cross-entropies of all positions, in float32 at least."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def _auxiliary(setup: Setup, balances: list[Balance], tokens: int) -> Tensor | float:
