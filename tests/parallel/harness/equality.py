@@ -187,7 +187,7 @@ def train(layout: Layout, case: Case) -> dict[str, Tensor]:
     results: dict[str, Tensor] = {}
     for step in range(case.steps):
         outputs = forward_backward(strategy, model, case)
-        norm = strategy.clip(model, 0.5)
+        norm = strategy.gradient_norm(model)
         if step == 0:
             results = outputs | {"norm": norm} | gradients_of(model)
         optimizer.step()

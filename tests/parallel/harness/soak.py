@@ -40,7 +40,7 @@ def soak(layout: Layout, steps: int, device: str) -> Soak:
         x = torch.randn(TOKENS, DIM, generator=generator).to(device)
         y, _ = model(x, [i.int().to(device) for i in ids])
         ((y - 1).square().sum() / (TOKENS * strategy.data[1])).backward()
-        norm = float(strategy.clip(model, 1.0))
+        norm = float(strategy.gradient_norm(model))
         optimizer.step()
         optimizer.zero_grad()
         if step == steps // 10:

@@ -11,7 +11,7 @@ from tokenyard_train import Callback, train
 from tokenyard_train.commands.check import check
 from tokenyard_train.config import parse_span
 from tokenyard_train.config.schema import SchedulerConfig
-from tokenyard_train.engine.optimizer import check_schedule
+from tokenyard_train.engine.schedule import check_schedule
 
 LONG = "this prompt is longer than twenty-four bytes"
 

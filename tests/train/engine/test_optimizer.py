@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tokenyard_train.config.schema import OptimizerConfig, SchedulerConfig
-from tokenyard_train.engine.optimizer import build_optimizer, learning_rate
+from tokenyard_train.engine.adamw import build_optimizer
+from tokenyard_train.engine.schedule import learning_rate
 
 
 @pytest.mark.parametrize("alpha_f", [0.0, 0.1])
@@ -86,3 +87,45 @@ def test_adamw_equals_the_fused_adamw_of_torch_bit_for_bit():
         reference_optimizer.step()
         pairs = zip(model.parameters(), reference.parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("gradient_dtype", [torch.bfloat16, torch.float32])
+def test_masters_follow_the_formula_and_weights_are_their_rounding(gradient_dtype):
+    model = nn.Linear(5, 4)
+    reference = nn.Linear(5, 4)
+    reference.load_state_dict(model.state_dict())
+    options = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizer, exact = (
+        build_optimizer(OptimizerConfig(**options), module) for module in (model, reference)
+    )
+    optimizer.keep_masters(model)
+    for _ in range(5):
+        gradient = torch.randn(4, 5).to(gradient_dtype)
+        for module in (model, reference):
+            for p, value in zip(module.parameters(), (gradient, gradient.sum(1))):
+                p.grad_dtype = None
+                p.grad = value.to(gradient_dtype if module is model else torch.float32)
+        optimizer.step()
+        exact.step()
+    for p, q in zip(model.parameters(), reference.parameters()):
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(optimizer.master_of(p), q)
+        assert torch.equal(p, q.bfloat16())
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+@pytest.mark.parametrize("masters", [False, True])
+def test_a_scale_that_is_not_finite_changes_nothing(scale, masters):
+    model = nn.Linear(5, 4)
+    optimizer = build_optimizer(OptimizerConfig(), model)
+    if masters:
+        optimizer.keep_masters(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step(scale=torch.tensor(scale))
+    for p, old in zip(model.parameters(), before):
+        assert torch.equal(p, old)
+        state = optimizer.state_of(p)
+        assert state["step"] == 0
+        assert not state["exp_avg"].any()

@@ -205,10 +205,10 @@ class Strategy(Protocol):
         """Return the sum of x over the data ranks."""
         ...
 
-    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Scale all gradients to a global norm of at most max_norm. Return the norm before.
+    def gradient_norm(self, model: nn.Module) -> Tensor:
+        """Return the global 2-norm of all gradients, a scalar in float32 at least.
 
-        An infinite max_norm changes nothing.
+        It is the same on every rank, and not finite if a gradient on any rank is not.
         """
         ...
 

@@ -5,13 +5,10 @@ Each function names the torch versions that have the private name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 
@@ -32,11 +29,3 @@ def init_fake_world(ranks: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-
-
-def scale_all(tensors: Sequence[Tensor], scale: Tensor) -> None:
-    """Multiply tensors in place by a scalar tensor, in one kernel launch where torch can.
-
-    torch 2.10 to 2.13.
-    """
-    torch._foreach_mul_(list(tensors), scale)

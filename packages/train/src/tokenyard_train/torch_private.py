@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from tokenyard.sharded import local_part
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -30,6 +32,37 @@ def keep_compiler_out_of_optimizers() -> None:
         method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
         if method is not None and not hasattr(method, "__dynamo_disable"):
             setattr(method, "__dynamo_disable", method)
+
+
+def fused_adamw(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Tensor]],
+    group: dict[str, Any],
+) -> None:
+    """Update plain tensors as ``torch.optim.AdamW(fused=True)`` does.
+
+    `states` and `group` are those of the optimizer. Tensors of a state may be sharded. torch 2.10
+    to 2.13.
+    """
+    steps = [state["step"] for state in states]
+    beta1, beta2 = group["betas"]
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(
+        weights,
+        gradients,
+        [local_part(state["exp_avg"]) for state in states],
+        [local_part(state["exp_avg_sq"]) for state in states],
+        [],
+        steps,
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def copy_default_timeout(group: dist.ProcessGroup) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from tokenyard.interfaces import M, ShardingReport, Strategy
 from tokenyard.moe import moe_layers
+from tokenyard.norm import total_norm
 
 
 class SingleStrategy(Strategy):
@@ -41,10 +40,6 @@ class SingleStrategy(Strategy):
         """Return x: there is one data rank."""
         return x
 
-    def clip(self, model: nn.Module, max_norm: float = math.inf) -> Tensor:
-        """Scale all gradients to a global norm of at most max_norm; return the original norm."""
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if math.isfinite(max_norm):
-            nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-        return norm
+    def gradient_norm(self, model: nn.Module) -> Tensor:
+        """Return the global norm of all gradients."""
+        return total_norm([p.grad for p in model.parameters() if p.grad is not None])

@@ -101,7 +101,6 @@ class StrategyErrors(NamedTuple):
     data: tuple[int, int]  # the strategy's (rank, size)
     gradients: float  # the maximum over all parameters
     norm: float
-    clipped: float
     reduced: float
     held: int  # number of parameter elements on this rank
 
@@ -130,13 +129,11 @@ def strategy_on_rank(
     want = _gradients(single)
     want_norm = torch.cat([gradient.flatten() for gradient in want]).norm()
     errors = [float(relative_error(got, b)) for got, b in zip(_gradients(model), want)]
-    norm = strategy.clip(model, float(want_norm) / 2).cpu()
-    clipped_norm = torch.cat([gradient.flatten() for gradient in _gradients(model)]).norm()
+    norm = strategy.gradient_norm(model).cpu()
     return StrategyErrors(
         data=strategy.data,
         gradients=max(errors),
         norm=float(relative_error(norm, want_norm)),
-        clipped=abs(float(clipped_norm / want_norm) - 0.5),
         reduced=_reduce_error(strategy),
         held=held,
     )

@@ -31,7 +31,7 @@ from tokenyard_parallel.meshes import (
     rank_and_size,
 )
 from tokenyard_parallel.processes import connect
-from tokenyard_parallel.strategies._clip import clip
+from tokenyard_parallel.strategies._norm import gradient_norm
 from tokenyard_parallel.strategies._prefetch import set_prefetch
 from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
 from tokenyard_parallel.strategies._shard_dim import check_shardable, expert_placement
@@ -101,9 +101,9 @@ class FsdpStrategy:
         dist.all_reduce(total)
         return total
 
-    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Scale all gradients to a global norm of at most max_norm; return the norm before."""
-        return clip(model, max_norm)
+    def gradient_norm(self, model: nn.Module) -> Tensor:
+        """Return the norm of all gradients over all ranks."""
+        return gradient_norm(model)
 
     def _expert_sizes(self, model: nn.Module) -> MeshSizes:
         degrees = {moe.workload.expert_parallel for moe in moe_layers(model)} or {1}

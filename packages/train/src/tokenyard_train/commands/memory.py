@@ -11,6 +11,7 @@ from tokenyard import Model, ShardingReport, moe_layers
 from tokenyard.cross_entropy import loss_bytes
 from tokenyard.sharded import is_sharded, local_part
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.engine.precision import BF16_MASTER, COMPUTE_DTYPES
 
 _WIDE = 4  # bytes of float32: parameters, gradients, the optimizer's moments
 
@@ -20,7 +21,7 @@ class Memory(NamedTuple):
 
     parameters: int
     gradients: int
-    optimizer: int  # AdamW's two moments
+    optimizer: int  # AdamW's two moments, and masters of bfloat16 weights
     copies: int  # bfloat16 copies of the weights, which autocast keeps for the backward pass
     activations: int  # kept for the backward pass of one microbatch
     loss: int  # logits of one chunk, and the gradients of the head
@@ -35,17 +36,18 @@ def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memor
     """
     held = _numel(model.parameters())
     trained = _numel(p for p in model.parameters() if p.requires_grad)
-    width = 2 if config.precision == "amp_bf16" else _WIDE
+    width = COMPUTE_DTYPES[config.precision].itemsize
+    stored = width if config.precision == BF16_MASTER else _WIDE
     tokens = int(config.device_train_microbatch_size) * config.max_seq_len
     saved = model.saved_bytes_per_token(config.max_seq_len, width)
     in_blocks = sum(saved.blocks)
     if config.activation_checkpointing:
         in_blocks = len(saved.blocks) * saved.block_input + max(saved.blocks)
     return Memory(
-        parameters=_WIDE * held,
-        gradients=_WIDE * trained,
-        optimizer=2 * _WIDE * trained,
-        copies=0 if width == _WIDE else width * _copied(model),
+        parameters=stored * held,
+        gradients=stored * trained,
+        optimizer=(2 + (stored < _WIDE)) * _WIDE * trained,
+        copies=0 if width == stored else width * _copied(model),
         activations=tokens * (in_blocks + saved.rest),
         loss=loss_bytes(tokens, model.vocab_size, _head_dim(model), width),
         working_set=layout.working_set,

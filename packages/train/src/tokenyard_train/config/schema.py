@@ -205,7 +205,11 @@ class TrainConfig(Section):
         # sequences per forward pass and rank; auto: at most 16,384 tokens
         "auto"
     )
-    precision: Literal["fp32", "amp_bf16"] = "fp32"  # amp_bf16: float32 weights, bfloat16 matmuls
+    precision: Literal["fp32", "amp_bf16", "bf16_master"] = (
+        # amp_bf16: float32 weights, bfloat16 matmuls; bf16_master: bfloat16 weights and
+        # activations, float32 masters in the optimizer
+        "fp32"
+    )
     deterministic: bool = (
         # equal runs end bit-identical; an operation without a deterministic algorithm is an error
         False

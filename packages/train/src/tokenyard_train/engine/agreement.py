@@ -21,7 +21,6 @@ _MUST_AGREE = (
     "train_loader",
     "global_train_batch_size",
     "seed",
-    "precision",
     "frozen",
     "lora",
 )

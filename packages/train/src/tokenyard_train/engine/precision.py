@@ -9,8 +9,11 @@ import torch
 
 from tokenyard.errors import one_of
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
-"""Precision -> the dtype of matmuls. Weights are float32 in both."""
+BF16_MASTER = "bf16_master"
+"""The precision with weights and activations in bfloat16, and float32 masters."""
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, BF16_MASTER: torch.bfloat16}
+"""Precision -> the dtype of matmuls. Weights are float32 in the first two."""
 
 
 @contextmanager

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from tokenyard_train.checkpoint import model_tensors
 from tokenyard_train.checkpoint.background import BackgroundWriter
+from tokenyard_train.engine.adamw import MOMENTS
+from tokenyard_train.engine.precision import BF16_MASTER
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.trainable import trainable
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save(run: Run, writer: BackgroundWriter) -> None:
@@ -28,10 +28,16 @@ def save(run: Run, writer: BackgroundWriter) -> None:
 
 
 def run_tensors(setup: Setup) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name, for saving or for loading in place."""
+    """Return all tensors of a checkpoint by name: to save, or to load before `store_weights`."""
     tensors = model_tensors(setup.model)
+    for name, parameter in setup.model.named_parameters():
+        # A checkpoint has the same dtypes in every precision.
+        if parameter.requires_grad:
+            tensors[f"model.{name}"] = setup.optimizer.master_of(parameter)
+        elif setup.config.precision == BF16_MASTER:
+            tensors[f"model.{name}"] = parameter.detach().float()
     for name, state in adamw_states(setup).items():
-        tensors |= {f"optimizer.{name}.{key}": state[key] for key in _MOMENTS}
+        tensors |= {f"optimizer.{name}.{key}": state[key] for key in MOMENTS}
     return tensors
 
 

@@ -21,10 +21,11 @@ from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
 from tokenyard_train.distributed import is_rank0
+from tokenyard_train.engine.adamw import AdamW, build_optimizer
 from tokenyard_train.engine.build_model import build_model
-from tokenyard_train.engine.optimizer import AdamW, build_optimizer, check_schedule
 from tokenyard_train.engine.out_of_memory import check_batch_fits
-from tokenyard_train.engine.precision import computing_in
+from tokenyard_train.engine.precision import BF16_MASTER, computing_in
+from tokenyard_train.engine.schedule import check_schedule
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Setup:
     def steps_in(self, span: Span) -> int:
         """Return a span of training in optimizer steps of this run."""
         return span.batches(self.batch_tokens, epoch_batches(self.config, self.data), self.batches)
+
+    def store_weights(self) -> None:
+        """Store the weights in the config's precision. Call it once, after they were loaded."""
+        if self.config.precision == BF16_MASTER:
+            self.optimizer.keep_masters(self.model)
 
     def precision(self) -> AbstractContextManager[None]:
         """Return a context that computes in the config's `precision`."""

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from tokenyard import Balance, Targets, TokenLoss, load_balancing_loss, moe_layers, z_loss
+from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.nonfinite import Skipped
-from tokenyard_train.engine.optimizer import learning_rate
 from tokenyard_train.engine.phases import Phases, untimed
+from tokenyard_train.engine.schedule import learning_rate
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.records.routing import StepNumbers, fetch, load_of, routing_stats
 
@@ -57,16 +58,9 @@ def train_step(
     _seed(setup, batch)
     # Forward and backward
     loss, balances = accumulate(setup, batch, phase)
-    # Clip, and bring all numbers to the host in one copy: the only host sync of the step
+    # Clip and update parameters; neither changes anything if a number is not finite
     with phase("optimizer"):
-        clipping = config.algorithms.gradient_clipping
-        max_norm = clipping.clipping_threshold if clipping else math.inf
-        norm = setup.strategy.clip(setup.model, max_norm)
-        numbers = fetch(loss, norm, balances, setup.strategy.reduce, flags)
-        if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
-            setup.optimizer.zero_grad(set_to_none=True)
-            return Step(Skipped(numbers.loss, numbers.grad_norm), numbers.flags)
-        # Update parameters
+        norm = setup.strategy.gradient_norm(setup.model)
         lr = learning_rate(
             config.scheduler,
             config.optimizer.lr,
@@ -76,8 +70,12 @@ def train_step(
         )
         for group in setup.optimizer.param_groups:
             group["lr"] = lr
-        setup.optimizer.step()
+        setup.optimizer.step(scale=_gradient_scale(config, loss, norm))
         setup.optimizer.zero_grad(set_to_none=True)
+        # Bring all numbers to the host in one copy: the only host sync of the step
+        numbers = fetch(loss, norm, balances, setup.strategy.reduce, flags)
+    if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
+        return Step(Skipped(numbers.loss, numbers.grad_norm), numbers.flags)
     # Update routers
     for moe, balance in zip(moe_layers(setup.model), balances):
         moe.router.update(balance.counts)
@@ -107,6 +105,8 @@ def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> tuple[Tenso
             all_ranks = _with_all_counts(setup, result.balances)
             tokens = rows.shape[0] * config.max_seq_len * world
             (nats + _auxiliary(setup, all_ranks, tokens)).backward()
+            if rows.shape[0] < samples.shape[0]:
+                setup.optimizer.widen_gradients()
         loss += nats.detach()
         balances.append([Balance(*(t.detach() for t in b)) for b in all_ranks])
     return setup.strategy.reduce(loss), [_summed(layer) for layer in zip(*balances)]
@@ -135,6 +135,17 @@ def _auxiliary(setup: Setup, balances: list[Balance], tokens: int) -> Tensor | f
         return 0.0
     weighted = setup.model.auxiliary(balances, tokens, layers[0].workload.top_k)
     return weighted * (tokens / setup.batch_tokens)
+
+
+def _gradient_scale(config: TrainConfig, loss: Tensor, norm: Tensor) -> Tensor:
+    """Return the factor that clips gradients of this norm; nan if the step must be skipped."""
+    clipping = config.algorithms.gradient_clipping
+    scale = torch.ones_like(norm)
+    if clipping is not None:
+        # as torch clips: 1e-6 keeps a norm of zero from dividing by zero
+        scale = (clipping.clipping_threshold / (norm + 1e-6)).clamp(max=1.0)
+    finite = loss.isfinite() & norm.isfinite()
+    return scale.where(finite, math.nan)
 
 
 def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:

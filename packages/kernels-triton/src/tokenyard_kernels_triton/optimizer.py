@@ -1,0 +1,130 @@
+"""AdamW in one pass over memory: clipping, moments, float32 master and 16-bit weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from tokenyard_kernels_triton._device import on_device_of
+from tokenyard_kernels_triton.kernels._adamw import adamw
+
+_BLOCK = 2048  # elements of a program
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class AdamWTensors(NamedTuple):
+    """The tensors of one parameter, contiguous and of one size."""
+
+    weight: Tensor
+    master: Tensor  # float32; the weight itself if that is float32
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class AdamWSettings(NamedTuple):
+    """The numbers of a step, as in ``torch.optim.AdamW``."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+def fits(tensors: Sequence[Tensor]) -> bool:
+    """Return whether `FusedAdamW` supports tensors: on GPUs, contiguous, of its dtypes."""
+    return all(
+        tensor.is_cuda and tensor.is_contiguous() and tensor.dtype in _DTYPES for tensor in tensors
+    )
+
+
+class FusedAdamW:
+    """Updates parameters by AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) in one launch.
+
+    Reads each gradient once, and reads and writes each master and moment once. `steps` [parameters]
+    is float32 and counts the steps of each parameter.
+    """
+
+    def __init__(self, parameters: Sequence[AdamWTensors], steps: Tensor):
+        self.parameters = list(parameters)
+        self.steps = steps
+        device = steps.device
+        sizes = torch.tensor([p.weight.numel() for p in self.parameters])
+        blocks = (sizes + _BLOCK - 1) // _BLOCK
+        tensor = torch.arange(len(sizes)).repeat_interleave(blocks)
+        first_block = blocks.cumsum(0) - blocks
+        index = torch.arange(len(tensor)) - first_block[tensor]
+        self._sizes = sizes.to(device)
+        self._block_tensor = tensor.int().to(device)
+        self._block_index = index.int().to(device)
+        self._addresses: list[list[int]] = []
+        self._aligned = False
+        self._table = torch.empty(0, dtype=torch.int64, device=device)
+        self._has_gradient = torch.empty(0, device=device)
+
+    @torch.no_grad()
+    def step(
+        self, gradients: Sequence[Tensor | None], scale: Tensor, settings: AdamWSettings
+    ) -> None:
+        """Update all parameters that have a gradient; gradients have one dtype and are contiguous.
+
+        `scale`, a float32 scalar, multiplies the gradients. If it is not finite, nothing changes.
+        Does not wait for the GPU.
+        """
+        dtype = next((gradient.dtype for gradient in gradients if gradient is not None), None)
+        if dtype is None:
+            return
+        self._write_table(gradients)
+        self.steps += self._has_gradient * scale.isfinite()
+        steps = self.steps.double()
+        beta1, beta2 = settings.betas
+        step_sizes = (settings.lr / (1 - beta1**steps)).float()
+        corrections = (1 - beta2**steps).sqrt().float()
+        first = self.parameters[0]
+        with on_device_of(self.steps):
+            adamw[(len(self._block_tensor),)](
+                self._table,
+                self._sizes,
+                self._block_tensor,
+                self._block_index,
+                step_sizes,
+                corrections,
+                scale,
+                1 - settings.lr * settings.weight_decay,
+                beta1,
+                beta2,
+                settings.eps,
+                WEIGHT=_DTYPES[first.weight.dtype],
+                GRADIENT=_DTYPES[dtype],
+                MASTER=_DTYPES[first.master.dtype],
+                MOMENT=_DTYPES[first.exp_avg.dtype],
+                HAS_MASTER=first.master is not first.weight,
+                ALIGNED=self._aligned,
+                BLOCK=_BLOCK,
+                num_warps=8,
+            )
+
+    def _write_table(self, gradients: Sequence[Tensor | None]) -> None:
+        """Copy the addresses to the GPU, unless they are those of the last step."""
+        addresses = [
+            [
+                parameter.weight.data_ptr(),
+                0 if gradient is None else gradient.data_ptr(),
+                parameter.master.data_ptr(),
+                parameter.exp_avg.data_ptr(),
+                parameter.exp_avg_sq.data_ptr(),
+            ]
+            for parameter, gradient in zip(self.parameters, gradients)
+        ]
+        if addresses == self._addresses:
+            return
+        device = self.steps.device
+        self._addresses = addresses
+        self._aligned = all(address % 16 == 0 for row in addresses for address in row)
+        self._table = torch.tensor(addresses).to(device, non_blocking=True)
+        present = [float(gradient is not None) for gradient in gradients]
+        self._has_gradient = torch.tensor(present).to(device, non_blocking=True)
