@@ -6,10 +6,11 @@ import torch
 from tokenyard import Targets
 from tokenyard.tolerance import relative_error
 from tokenyard_train.checkpoint import newest_good
+from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.resume import start_from
 from tokenyard_train.engine.save import run_tensors
 from tokenyard_train.engine.state import Position
-from tokenyard_train.engine.step import accumulate, train_step
+from tokenyard_train.engine.step import train_step
 
 from ..conftest import MODEL
 from .test_resume import resumed, saved

@@ -12,8 +12,9 @@ from tokenyard import moe_layers
 from tokenyard.tolerance import relative_error
 from tokenyard_train.callbacks import Callback
 from tokenyard_train.commands.train import train
+from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped
-from tokenyard_train.engine.step import accumulate, train_step
+from tokenyard_train.engine.step import train_step
 
 from ..conftest import MODEL
 

@@ -214,6 +214,11 @@ class TrainConfig(Section):
         # equal runs end bit-identical; an operation without a deterministic algorithm is an error
         False
     )
+    compile: bool = False  # compile each block by torch.compile; one process only
+    cuda_graph: bool | Literal["auto"] = (
+        # replay each microbatch as a CUDA graph; auto: on one GPU, unless something forbids it
+        "auto"
+    )
     activation_checkpointing: bool = False  # recompute blocks in the backward pass
     nonfinite: Literal["stop", "skip"] = (
         # action for a step whose loss or gradient is not finite

@@ -23,6 +23,8 @@ from tokenyard_train.data import Data, build_data
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.adamw import AdamW, build_optimizer
 from tokenyard_train.engine.build_model import build_model
+from tokenyard_train.engine.compile import compile_blocks
+from tokenyard_train.engine.cuda_graph import MicrobatchGraph
 from tokenyard_train.engine.out_of_memory import check_batch_fits
 from tokenyard_train.engine.precision import BF16_MASTER, computing_in
 from tokenyard_train.engine.schedule import check_schedule
@@ -39,6 +41,7 @@ class Setup:
     model: Model
     optimizer: AdamW
     data: Data
+    graph: MicrobatchGraph | None  # None: microbatches run without a CUDA graph
     batches: int  # optimizer steps of the whole run
     flops_per_token: float  # of training: forward and backward
 
@@ -89,6 +92,12 @@ def build_setup(
     _prepare_kernels(config, model)
     allocate(model, config.device)
     model.init_weights(config.seed)
+    if config.compile:
+        if strategy.data[1] > 1:
+            raise ConfigError(
+                f"compile is true, and there are {strategy.data[1]} ranks; it is for one process"
+            )
+        compile_blocks(model, config.device)
     if config.activation_checkpointing:
         _recompute_blocks(model)
     batches = run_batches(config, data)
@@ -101,6 +110,7 @@ def build_setup(
         model=model,
         optimizer=optimizer,
         data=data,
+        graph=_build_graph(config, strategy, model),
         batches=batches,
         flops_per_token=3 * model.flops_per_token(config.max_seq_len),
     )
@@ -142,6 +152,20 @@ def _prepare_kernels(config: TrainConfig, model: Model) -> None:
     layers = moe_layers(model)
     if layers and config.device.startswith("cuda"):
         layers[0].prepare(int(config.device_train_microbatch_size) * config.max_seq_len)
+
+
+def _build_graph(config: TrainConfig, strategy: Strategy, model: Model) -> MicrobatchGraph | None:
+    """Return the CUDA graph of a microbatch, or None. Raises ConfigError if it cannot be had."""
+    reason = None
+    if not config.device.startswith("cuda"):
+        reason = f"device is {config.device}"
+    elif strategy.data[1] > 1:
+        reason = f"there are {strategy.data[1]} ranks"
+    elif config.activation_checkpointing:
+        reason = "activation_checkpointing is true"
+    if config.cuda_graph is True and reason is not None:
+        raise ConfigError(f"cuda_graph is true, and {reason}; give auto, which then uses none")
+    return MicrobatchGraph(model) if config.cuda_graph and reason is None else None
 
 
 def _recompute_blocks(model: Model) -> None:

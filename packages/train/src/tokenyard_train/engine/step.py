@@ -1,9 +1,6 @@
 """One optimizer step over a global batch.
 
-The loss is the sum of token losses divided by the tokens of the global batch, for any number of
-microbatches and ranks. The auxiliary losses are computed per microbatch, with counts summed over
-ranks, and weighted by the microbatch's share of the tokens. The strategy sums gradients over ranks
-in the backward pass of each microbatch.
+Forward and backward passes, the gradient norm, AdamW, the numbers to the host, the routers.
 """
 
 from __future__ import annotations
@@ -16,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenyard import Balance, Targets, TokenLoss, load_balancing_loss, moe_layers, z_loss
+from tokenyard import load_balancing_loss, moe_layers, z_loss
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.schedule import learning_rate
@@ -80,61 +78,6 @@ def train_step(
     for moe, balance in zip(moe_layers(setup.model), balances):
         moe.router.update(balance.counts)
     return Step(_result(setup, numbers, lr), numbers.flags)
-
-
-def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> tuple[Tensor, list[Balance]]:
-    """Run forward and backward over this rank's microbatches of a batch.
-
-    Return the loss, summed over ranks, and a Balance for each MoE layer, summed over microbatches.
-    Of a Balance, only `counts` is summed over ranks here; `fetch` sums the rest.
-    """
-    config = setup.config
-    rank, world = setup.strategy.data
-    rows_each = int(config.device_train_microbatch_size)
-    with phase("data"):
-        samples = setup.data.train.batch(
-            batch, config.global_train_batch_size, rank, world, rows_each
-        ).to(setup.device)
-    loss = torch.zeros((), device=setup.device)
-    balances: list[list[Balance]] = []
-    for rows in samples.split(rows_each):  # [B, S + 1]
-        with phase("forward"), setup.precision():
-            result: TokenLoss = setup.model(rows[:, :-1], targets=Targets(rows[:, 1:]))
-            nats = result.nats / setup.batch_tokens
-        with phase("backward"):
-            all_ranks = _with_all_counts(setup, result.balances)
-            tokens = rows.shape[0] * config.max_seq_len * world
-            (nats + _auxiliary(setup, all_ranks, tokens)).backward()
-            if rows.shape[0] < samples.shape[0]:
-                setup.optimizer.widen_gradients()
-        loss += nats.detach()
-        balances.append([Balance(*(t.detach() for t in b)) for b in all_ranks])
-    return setup.strategy.reduce(loss), [_summed(layer) for layer in zip(*balances)]
-
-
-def _with_all_counts(setup: Setup, balances: Sequence[Balance]) -> list[Balance]:
-    """Replace this rank's counts by the sum over ranks, in one collective for all layers."""
-    if not balances:
-        return []
-    counts = [balance.counts for balance in balances]
-    summed = setup.strategy.reduce(torch.cat(counts)).split([each.numel() for each in counts])
-    return [balance._replace(counts=each) for balance, each in zip(balances, summed)]
-
-
-def _summed(balances: Sequence[Balance]) -> Balance:
-    total, *rest = balances
-    for balance in rest:
-        total = Balance(*(a + b for a, b in zip(total, balance)))
-    return total
-
-
-def _auxiliary(setup: Setup, balances: list[Balance], tokens: int) -> Tensor | float:
-    """Return the weighted auxiliary losses of a microbatch of `tokens` tokens over all ranks."""
-    layers = moe_layers(setup.model)
-    if not layers:
-        return 0.0
-    weighted = setup.model.auxiliary(balances, tokens, layers[0].workload.top_k)
-    return weighted * (tokens / setup.batch_tokens)
 
 
 def _gradient_scale(config: TrainConfig, loss: Tensor, norm: Tensor) -> Tensor:
