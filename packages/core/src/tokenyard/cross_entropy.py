@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from tokenyard.dtypes import compute_dtype
 from tokenyard.interfaces import IGNORED, Balance, Output, Targets, TokenLoss, logits_dtype
+from tokenyard.operators import operator
 
 _CHUNK_LOGITS = 2**27  # logits of a chunk: 512 MiB in float32
 
@@ -120,54 +121,50 @@ def _loss(
 ) -> Tensor:
     """Return the loss of tokens x [T, D], and fill the gradients."""
     counted = ids != IGNORED
-    ids = ids.where(counted, 0).unsqueeze(1)  # [T, 1]
-    scale = counted.to(logits_dtype(x.dtype))
+    ids = ids.where(counted, 0)  # [T]
+    scale = counted.to(logits_dtype(x.dtype))  # [T]
     if token_weights is not None:
         scale = scale * token_weights.to(scale)
-    scale = scale.unsqueeze(1)  # [T, 1]
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for first in range(0, x.shape[0], chunk):
         rows = slice(first, first + chunk)
-        log_probs = torch.log_softmax(x[rows] @ weight.T, -1, dtype=scale.dtype)  # [C, V]
-        nats = -log_probs.gather(1, ids[rows]) * scale[rows]  # [C, 1]
-        total += nats.where(scale[rows] != 0, 0).sum(dtype=torch.float64)
-        if gradients.x is not None or gradients.weight is not None:
-            _add_gradients(log_probs, x[rows], weight, ids[rows], scale[rows], gradients, rows)
-        del log_probs  # or the next chunk is computed beside it
+        logits = x[rows] @ weight.T  # [C, V]
+        nats = _replace_by_gradient(logits, ids[rows], scale[rows])  # [C]; logits are overwritten
+        total += nats.sum(dtype=torch.float64)
+        if gradients.x is not None:
+            torch.mm(logits, weight, out=gradients.x[rows])
+        if gradients.weight is not None:
+            _add_product(gradients.weight, logits.T, x[rows])
+        del logits  # or the next chunk is computed beside it
     return total
 
 
-def _add_gradients(
-    log_probs: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    scale: Tensor,
-    gradients: _Gradients,
-    rows: slice,
-) -> None:
-    """Write the gradient of a chunk x [C, D], and add its gradient of the weight.
+def replace_by_gradient(logits: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
+    """Return scale * cross-entropy [C] of logits [C, V]; overwrite them with their gradient.
 
-    Overwrites log_probs [C, V]. ids and scale are [C, 1].
+    The gradient is scale * (softmax - onehot). `scale` [C] is float32 at least; tokens of scale 0
+    have no loss, whatever their logits. A package may register a faster kernel for a device with
+    ``torch.library.impl("tokenyard::replace_by_gradient", device)``.
     """
-    # (softmax - onehot) * scale: the gradient of the logits [C, V]
-    wide = log_probs.exp_()
+    wide = torch.log_softmax(logits, -1, dtype=scale.dtype)
+    nats = -wide.gather(1, ids.unsqueeze(1)).squeeze(1) * scale
+    wide.exp_()
     _subtract_at(wide, ids)
-    dlogits = torch.mul(wide, scale, out=torch.empty_like(wide, dtype=x.dtype))
-    if gradients.x is not None:
-        torch.mm(dlogits, weight, out=gradients.x[rows])
-    if gradients.weight is not None:
-        _add_product(gradients.weight, dlogits.T, x)
+    torch.mul(wide, scale.unsqueeze(1), out=logits)
+    return nats.where(scale != 0, 0)
+
+
+_replace_by_gradient = operator(
+    "tokenyard::replace_by_gradient", "(Tensor(a!) logits, Tensor ids, Tensor scale) -> Tensor"
+)(replace_by_gradient)
 
 
 def _subtract_at(logits: Tensor, ids: Tensor) -> None:
-    """Subtract 1 from the entries of logits [C, V] at ids [C, 1], in place.
+    """Subtract 1 from the entries of logits [C, V] at ids [C], in place.
 
     A flat index, since scatter_add_ has a deterministic algorithm in one dimension only.
     """
-    vocabulary = logits.shape[1]
-    first = torch.arange(0, logits.numel(), vocabulary, device=ids.device)
-    index = first + ids.squeeze(1)
+    index = torch.arange(0, logits.numel(), logits.shape[1], device=ids.device) + ids
     logits.view(-1).scatter_add_(0, index, logits.new_full(index.shape, -1))
 
 

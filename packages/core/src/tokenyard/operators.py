@@ -17,7 +17,8 @@ def operator(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that registers a function as the operator `name`, such as ``acme::plan``.
 
-    The function must not change its arguments, and must not return an argument or a view of one.
+    The function must not change its arguments unless the schema says so, and must not return an
+    argument or a view of one.
     The default of `schema` is inferred from the annotations. `device` restricts the operator to one
     type of device ("cpu").
 

@@ -6,8 +6,10 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
 from tokenyard import Backend, Workload, hookimpl
+from tokenyard.cross_entropy import replace_by_gradient
 from tokenyard_kernels_triton._device import triton_version
 
 _SCORES = ("softmax", "sigmoid")
@@ -15,6 +17,16 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GLUON = ("3.6", "3.7", "3.8", "3.9")  # Gluon is experimental: its names change between versions
 _FAST = 20  # before core's backends, on a GPU
 _LAST = -20  # after all others, in the interpreter
+
+
+@torch.library.impl("tokenyard::replace_by_gradient", "cuda")
+def _replace_by_gradient(logits: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
+    """Compute the loss of training, which core calls through its operator, by a kernel."""
+    if importlib.util.find_spec("triton") is None or logits.dtype not in _DTYPES:
+        return replace_by_gradient(logits, ids, scale)
+    from tokenyard_kernels_triton.ops import _cross_entropy
+
+    return _cross_entropy.replace_by_gradient(logits, ids, scale)
 
 
 def _interpreted() -> bool:

@@ -18,6 +18,7 @@ from tokenyard.measure.trace import trace
 from tokenyard_cli.results import Record
 from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.engine.cuda_graph import MicrobatchGraph
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.phases import Stopwatch
 from tokenyard_train.engine.setup import Setup, build_setup
@@ -41,6 +42,11 @@ class _Entrant:
     step: Step
     times: list[float] = field(default_factory=list)  # ms
     loss: float = 0.0  # of the last step
+    graph: MicrobatchGraph | None = None
+
+    def graph_bytes(self) -> int:
+        """Return the memory that a CUDA graph keeps from step to step."""
+        return 0 if self.graph is None else self.graph.bytes()
 
     def stages(self, batch: int) -> Stages:
         return (lambda _: self.step(batch),)
@@ -82,7 +88,7 @@ def _measure(setup: Setup, peers: Sequence[_Entrant], steps: int) -> list[Record
     def step(batch: int) -> float:
         return train_step(setup, batch, phase=watch).result.loss
 
-    ours = _Entrant(OURS, setup.model, step)
+    ours = _Entrant(OURS, setup.model, step, graph=setup.graph)
     entrants = (ours, *peers)
     last = _WARMUP + steps
     for batch in range(last):
@@ -122,7 +128,7 @@ def _record(setup: Setup, entrant: _Entrant, batch: int) -> Record:
         "loss": entrant.loss,
         "parameters": sum(parameter.numel() for parameter in entrant.model.parameters()),
         "weights": str(dtype).removeprefix("torch."),
-        "peak_bytes": peak_bytes(stages, setup.device),
+        "peak_bytes": peak_bytes(stages, setup.device) + entrant.graph_bytes(),
         **_kernels(stages, setup.device),
     }
 

@@ -48,6 +48,14 @@ class MicrobatchGraph:
         result: T = self._captured.replay(rows, add)
         return result
 
+    def bytes(self) -> int:
+        """Return the memory that the graph keeps for its tensors."""
+        if self._captured is None:
+            return 0
+        pool = self._captured.graph.pool()
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)
+
     def _capture(self, rows: Tensor, run: Callable[[Tensor], T]) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         gradients = [parameter.grad for parameter in parameters]

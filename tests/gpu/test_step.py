@@ -1,0 +1,69 @@
+"""Steps on a GPU: as a CUDA graph, compiled, and with bfloat16 weights."""
+
+import logging
+
+import pytest
+import torch
+from rich.console import Console
+from walk import QUICKSTART
+
+from tokenyard_train.config.load import load_config
+from tokenyard_train.engine.deterministic import deterministic
+from tokenyard_train.engine.setup import build_setup
+from tokenyard_train.engine.step import train_step
+
+pytestmark = pytest.mark.gpu
+
+SMALL = ("max_duration=8ba", "device=cuda:0", "callbacks={}")
+
+
+def losses(tmp_path, *overrides, steps=6):
+    """Train some steps of the quickstart, deterministically; return the losses and the setup."""
+    config = load_config(QUICKSTART, [*SMALL, f"save_folder={tmp_path}", *overrides])
+    with deterministic(True):
+        setup = build_setup(config, Console(quiet=True))
+        setup.store_weights()
+        return [train_step(setup, batch).result.loss for batch in range(steps)], setup
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16_master"])
+@pytest.mark.parametrize("rows", [16, 4], ids=["one microbatch", "four"])
+def test_a_graph_computes_what_is_computed_without(tmp_path, precision, rows):
+    size = ("global_train_batch_size=16", f"device_train_microbatch_size={rows}")
+    options = (*size, f"precision={precision}")
+    eager, _ = losses(tmp_path, *options, "cuda_graph=false")
+    graphed, setup = losses(tmp_path, *options, "cuda_graph=true")
+    assert setup.graph._captured is not None
+    assert graphed == eager
+
+
+def test_jitter_is_drawn_anew_in_every_replay(tmp_path):
+    jitter = ("model.ffn_config.moe_jitter_eps=0.1",)
+    eager, _ = losses(tmp_path, *jitter, "cuda_graph=false")
+    graphed, _ = losses(tmp_path, *jitter)
+    still, _ = losses(tmp_path)
+    assert graphed == eager != still
+
+
+def test_a_model_with_a_hook_runs_without_a_graph(tmp_path, caplog):
+    config = load_config(QUICKSTART, [*SMALL, f"save_folder={tmp_path}"])
+    setup = build_setup(config, Console(quiet=True))
+    calls = []
+    setup.model.register_forward_hook(lambda *_: calls.append(1))
+    with caplog.at_level(logging.WARNING):
+        for batch in range(3):
+            train_step(setup, batch)
+    assert "steps run without a CUDA graph (the model has a forward hook" in caplog.text
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "bf16_master"])
+def test_compiled_blocks_compute_the_same_but_for_rounding(tmp_path, precision):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, _ = losses(tmp_path, f"precision={precision}")
+    compiled, _ = losses(tmp_path, f"precision={precision}", "compile=true")
+    assert compiled == pytest.approx(eager, rel=5e-3)
+    assert compiled != eager
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
