@@ -59,6 +59,8 @@ class MicrobatchGraph:
     def _capture(self, rows: Tensor, run: Callable[[Tensor], T]) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         gradients = [parameter.grad for parameter in parameters]
+        # The capture draws random numbers; what follows must not depend on it.
+        generator = torch.cuda.get_rng_state(rows.device)
         hooked = _hooked_module(self.model)
         try:
             if hooked is not None:
@@ -69,6 +71,7 @@ class MicrobatchGraph:
             reason = " ".join(str(error).split())[:200]
             log.warning("steps run without a CUDA graph (%s); set cuda_graph: false", reason)
         finally:
+            torch.cuda.set_rng_state(generator, rows.device)
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
 
