@@ -413,6 +413,35 @@ def test_no_process_stays_when_one_is_killed(tmp_path, big, victim):
         assert "Traceback" not in stderr
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+def test_a_worker_that_is_killed_while_it_answers_leaves_nobody_waiting():
+    """Its answer fills the pipe, so that it waits in the middle of it."""
+    worker, other = (encoding._Worker(TokenizerConfig()) for _ in range(2))
+    try:
+        for each in (worker, other):
+            each.send([b"x" * (4 << 20)])
+        pid = worker.process.pid
+        _wait_until(lambda: worker.connection.poll() and _state(pid) == "S")
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(encoding._WorkerDiedError):
+            worker.receive()
+        assert other.receive().text_bytes == 4 << 20
+    finally:
+        worker.close()
+        other.close()
+
+
+def _state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def _wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "hashes.bin", "manifest.json"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "deep", "not UTF-8"])
 def test_a_damaged_packed_folder_is_one_sentence(tmp_path, name, damage, tokenyard):

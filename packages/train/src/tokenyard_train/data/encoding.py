@@ -7,10 +7,9 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
-from itertools import islice
-from multiprocessing import get_context, parent_process
+from contextlib import ExitStack
+from itertools import cycle, islice
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -60,90 +59,97 @@ def encode_chunks(
         return
     try:
         yield from _encode_in_processes(remaining, config, workers)
-    except (EOFError, ConnectionError):
+    except _WorkerDiedError:
         raise TokenyardError(
             "a process of --workers was killed, perhaps for lack of memory; what is packed so far "
             f"is kept: run the same command again, with fewer --workers than {workers}"
         ) from None
 
 
-def _encode_in_processes(
-    chunks: Iterator[list[bytes]], config: TokenizerConfig, workers: int
-) -> Iterator[EncodedChunk]:
-    """Let one thread wait for each process. Raises EOFError if a process was killed."""
-    idle: SimpleQueue[_Worker] = SimpleQueue()
-
-    def encode(chunk: list[bytes]) -> EncodedChunk:
-        worker = idle.get()
-        try:
-            return worker.encode(chunk)
-        finally:
-            idle.put(worker)
-
-    with ExitStack() as stack:
-        threads = ThreadPoolExecutor(workers)
-        stack.callback(threads.shutdown, cancel_futures=True)
-        for _ in range(workers):
-            idle.put(stack.enter_context(closing(_Worker(config))))
-        pending: deque[Future[EncodedChunk]] = deque()
-        for chunk in chunks:
-            pending.append(threads.submit(encode, chunk))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+class _WorkerDiedError(Exception):
+    """A worker process ended before it was asked to."""
 
 
 class _Worker:
-    """A process that tokenizes chunks.
+    """A process that tokenizes chunks in order.
 
-    Each process has its own pipe. Processes that share a queue, as in ``concurrent.futures``, hang
-    for ever when one of them is killed while it writes.
+    It has a pipe of its own. A process that is killed while it writes to a pipe of several, as that
+    of a ProcessPoolExecutor is, leaves the others and the reader waiting forever.
     """
 
     def __init__(self, config: TokenizerConfig):
         context = get_context("spawn")
-        self.connection, child = context.Pipe()
-        self.process = context.Process(target=_serve, args=(child, config), daemon=True)
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, config), daemon=True)
         self.process.start()
-        child.close()  # so that the end of the process ends the pipe
+        other.close()  # so that `receive` sees the end of the process
 
-    def encode(self, chunk: list[bytes]) -> EncodedChunk:
-        """Return the encoded chunk. Raises EOFError if the process was killed, or its error."""
-        self.connection.send(chunk)
-        result: EncodedChunk | Exception = self.connection.recv()
+    def send(self, chunk: list[bytes]) -> None:
+        """Give the process another chunk."""
+        try:
+            self.connection.send(chunk)
+        except OSError:
+            raise _WorkerDiedError from None
+
+    def receive(self) -> EncodedChunk:
+        """Wait for the next encoded chunk. Raises the error of the process, if it has one."""
+        try:
+            result = self.connection.recv()
+        except (EOFError, OSError):
+            raise _WorkerDiedError from None
         if isinstance(result, Exception):
             raise result
-        return result
+        encoded: EncodedChunk = result
+        return encoded
 
     def close(self) -> None:
-        """End the process. A thread that waits in `encode` then gets an EOFError."""
-        self.process.terminate()
+        """End the process."""
+        self.process.kill()
         self.process.join()
+        self.connection.close()
+
+
+def _encode_in_processes(
+    chunks: Iterator[list[bytes]], config: TokenizerConfig, workers: int
+) -> Iterator[EncodedChunk]:
+    """Give the chunks to the processes in turn, two each at a time, and take them in turn."""
+    with ExitStack() as running:
+        processes = [_Worker(config) for _ in range(workers)]
+        for process in processes:
+            running.callback(process.close)
+        turns = cycle(processes)
+        pending: deque[_Worker] = deque()
+        for chunk in chunks:
+            process = next(turns)
+            process.send(chunk)
+            pending.append(process)
+            if len(pending) == 2 * workers:
+                yield pending.popleft().receive()
+        while pending:
+            yield pending.popleft().receive()
 
 
 def _serve(connection: Connection, config: TokenizerConfig) -> None:
-    """Encode chunks from the pipe until it ends."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this one
+    """Encode what comes through a connection, in a worker process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = build_tokenizer(config)
-    with suppress(EOFError, ConnectionError):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this
+    chunks: SimpleQueue[list[bytes]] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, chunks), daemon=True).start()
+    try:
+        tokenizer = build_tokenizer(config)
         while True:
-            chunk = connection.recv()
-            try:
-                result: EncodedChunk | Exception = _encode(tokenizer, chunk)
-            except Exception as error:
-                result = error
-            connection.send(result)
+            connection.send(_encode(tokenizer, chunks.get()))
+    except Exception as error:
+        connection.send(error)
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent has ended, also if the parent was killed."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _receive(connection: Connection, chunks: SimpleQueue[list[bytes]]) -> None:
+    """Take chunks at once, so that the parent never waits to send one; end with the parent."""
+    while True:
+        try:
+            chunks.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(1)
 
 
 def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> EncodedChunk:
