@@ -25,7 +25,9 @@ NO_OBJECT = {
     "deep in C": ("[" * 200_000, "nested deeper than 40 levels"),
     "deep": ('{"a":' * 41 + "{}" + "}" * 41, "nested deeper than 40 levels"),
     "nan": ('{"a": NaN}', "NaN is not a number of JSON"),
-    "long number": ('{"a": ' + "9" * 5000 + "}", "is not JSON"),
+    "long number": ('{"a": ' + "9" * 5000 + "}", "an integer of more than 64 bits"),
+    "long negative": ('{"a": -' + "9" * 20 + "}", "an integer of more than 64 bits"),
+    "infinite": ('{"a": 1e999}', "a number beyond those of 64 bits"),
 }
 
 

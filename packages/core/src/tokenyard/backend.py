@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokenyard.errors import BackendError
+from tokenyard.foreign import attempt
 from tokenyard.workload import Workload
 
 Kind = Literal["router", "permutation", "experts", "exchange", "strategy", "model"]
@@ -42,11 +43,9 @@ class Backend:
     def load(self) -> Any:
         """Import the class. Raises BackendError, which names the path, if that fails."""
         module, _, name = self.path.partition(":")
-        try:
-            return getattr(importlib.import_module(module), name)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a broken plugin may raise anything
+        loaded, fault = attempt(lambda: getattr(importlib.import_module(module), name))
+        if fault is not None:
             raise BackendError(
-                f"backend {self.name!r} could not be loaded from {self.path}: {error!r}"
-            ) from error
+                f"backend {self.name!r} could not be loaded from {self.path}: {fault}"
+            )
+        return loaded

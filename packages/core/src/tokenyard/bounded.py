@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable
@@ -13,6 +14,10 @@ from tokenyard.errors import ConfigError, TokenyardError
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 40
+
+
+class _NumberError(ValueError):
+    """A number of JSON that is too large."""
 
 
 def read_text(
@@ -27,9 +32,12 @@ def read_text(
         # O_NONBLOCK: opening a pipe must not wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise error(f"{path} is not a plain file; give the path of a file with text")
-            content = file.read(max_bytes + 1)  # what a file says of its own size may be wrong
+            content = file.read(min(found.st_size, max_bytes) + 1)
+            if len(content) > found.st_size:  # what a file says of its own size may be wrong
+                content += file.read(max_bytes + 1 - len(content))
     except FileNotFoundError:
         raise error(f"{path} does not exist") from None
     except OSError as problem:
@@ -50,9 +58,13 @@ def read_json(
     """Return the JSON object of a plain file. Raises `error`, see `read_text`."""
     text = read_text(path, max_bytes, error)
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
+        content = json.loads(
+            text, parse_constant=_refuse_constant, parse_int=_whole, parse_float=_finite
+        )
     except RecursionError:
         raise error(f"{path} is nested deeper than {MAX_DEPTH} levels") from None
+    except _NumberError as problem:
+        raise error(f"{path} has {problem}") from None
     except ValueError as problem:
         raise error(f"{path} is not JSON: {problem}") from None
     if not isinstance(content, dict):
@@ -76,6 +88,24 @@ def _children(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+def is_large(number: int) -> bool:
+    """Return whether an integer has more than 64 bits: no size, id or count has."""
+    return number.bit_length() > 64
+
+
+def _whole(text: str) -> int:
+    if len(text) > 21 or is_large(int(text)):
+        raise _NumberError(f"an integer of more than 64 bits: {text[:21]}...")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise _NumberError(f"a number beyond those of 64 bits: {text[:21]}")
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -13,6 +13,7 @@ import torch
 
 from tokenyard.backend import KINDS
 from tokenyard.devices import resolve_device
+from tokenyard.foreign import attempt
 from tokenyard.registry import Registry
 from tokenyard.registry._choose import why_not
 from tokenyard.registry._offers import Offer
@@ -55,7 +56,8 @@ def rows(registry: Registry, workload: Workload) -> list[Row]:
 
 
 def _status(offer: Offer, workload: Workload) -> str:
-    return why_not(offer, workload) or _missing_class(offer) or "usable"
+    missing, fault = attempt(lambda: _missing_class(offer))
+    return why_not(offer, workload) or missing or fault or "usable"
 
 
 def _missing_class(offer: Offer) -> str | None:

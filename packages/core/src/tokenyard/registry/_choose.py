@@ -11,8 +11,10 @@ from typing import Any
 
 from tokenyard.backend import Backend, Kind
 from tokenyard.errors import BackendError, ConfigError, did_you_mean
+from tokenyard.foreign import attempt
 from tokenyard.registry._discover import Problem
 from tokenyard.registry._extras import hint, provided_by_extras
+from tokenyard.registry._implementation import load_class
 from tokenyard.registry._offers import Offer
 from tokenyard.workload import Workload
 
@@ -32,7 +34,7 @@ class BackendChoice:
 
     def construct(self, *args: Any, **kwargs: Any) -> Any:
         """Construct the backend. Raises BackendError if its constructor rejects the options."""
-        cls = self.backend.load()
+        cls = load_class(self.kind, self.backend)
         try:
             return cls(*args, **kwargs, **self.options)
         except TypeError as error:
@@ -123,19 +125,18 @@ def why_not(offer: Offer, workload: Workload | None) -> str | None:
     """Return why a backend is unusable for the workload; None if usable or without a workload."""
     if workload is None:
         return None
-    try:
-        reason = offer.backend.unusable(workload)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a broken plugin may raise anything
-        return f"its own check failed: {error!r}"
-    return None if reason is None else str(reason)
+    reason, fault = attempt(lambda: _reason(offer.backend.unusable(workload)))
+    return reason if fault is None else f"its own check failed: {fault}"
+
+
+def _reason(answer: object) -> str | None:
+    return None if answer is None else " ".join(str(answer).split()) or "it gives no reason"
 
 
 def load_fault(offer: Offer) -> str | None:
     """Import the class of a backend; return why that fails, else None."""
     try:
-        offer.backend.load()
+        load_class(offer.kind, offer.backend)
     except BackendError as error:
         return str(error)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any
 
@@ -12,6 +13,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from tokenyard import hookspecs
 from tokenyard.__about__ import __version__
 from tokenyard.errors import unknown
+from tokenyard.foreign import attempt
 
 GROUP = "tokenyard"
 _PREFIX = "tokenyard_"  # of hooks
@@ -47,15 +49,13 @@ def installed_plugins(
         reason = _incompatible(distribution)
         if reason is None:
             plugin = f"plugin {entry.name!r} ({entry.value}) of {name} {version}"
-            try:
-                module = entry.load()
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # a broken plugin may raise anything
-                reason = f"{plugin} failed to import: {error!r}"
+            module, fault = attempt(entry.load)
+            if fault is not None:
+                reason = f"{plugin} failed to import: {fault}"
             else:
                 plugins.append(Plugin(module, name, version))
-                reason = _unknown_hook(plugin, module)
+                reason, fault = attempt(partial(_unknown_hook, plugin, module))
+                reason = reason if fault is None else f"{plugin} cannot be searched: {fault}"
         if reason is not None:
             problems.append(Problem(name, reason))
     return plugins, problems

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import pluggy
 
 from tokenyard import hookspecs
 from tokenyard.backend import KINDS, Backend, Kind
 from tokenyard.errors import BackendError
+from tokenyard.foreign import attempt, shown
 from tokenyard.registry._choose import (
     BackendChoice,
     Request,
@@ -33,7 +37,8 @@ HOOKS: dict[Kind, str] = {
 
 
 _OURS = "tokenyard-"
-_EXPECTED = "an offer is a tokenyard.Backend with texts as its name and path"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_PATH = re.compile(r"[A-Za-z_][\w.]{0,999}:[A-Za-z_]\w{0,199}")
 
 
 class Registry:
@@ -73,27 +78,22 @@ class Registry:
         manager = pluggy.PluginManager("tokenyard")
         manager.add_hookspecs(hookspecs)
         origin = f"{plugin.distribution} {plugin.version}"
-        try:
-            manager.register(plugin.module)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a broken plugin may raise anything
-            self._report(plugin, f"{origin} cannot be registered: {error!r}")
+        _, fault = attempt(lambda: manager.register(plugin.module))
+        if fault is not None:
+            self._report(plugin, f"{origin} cannot be registered: {fault}")
             return
         for kind, hook in HOOKS.items():
-            try:
-                offered = getattr(manager.hook, hook)()
-                backends = [backend for group in offered for backend in group]
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                self._report(plugin, f"{origin} failed in its hook {hook}: {error!r}")
+            backends, fault = attempt(partial(_offered, manager, hook))
+            if backends is None:
+                self._report(plugin, f"{origin} failed in its hook {hook}: {fault}")
                 continue
             for backend in backends:
-                if is_backend(backend):
+                fault = fault_of(backend)
+                if fault is None:
                     self._insert(Offer(kind, backend, plugin.distribution, plugin.version))
                 else:
-                    self._report(plugin, f"{origin} offers {backend!r:.200} in {hook}; {_EXPECTED}")
+                    offer = shown(backend)
+                    self._report(plugin, f"{origin} offers {offer} in {hook}; {fault}")
 
     def _insert(self, offer: Offer) -> None:
         """Add an offer. Of two with one name, a distribution of tokenyard wins, else none does."""
@@ -119,15 +119,22 @@ class Registry:
         self.problems.append(Problem(plugin.distribution, reason))
 
 
-def is_backend(offered: object) -> bool:
-    """Return whether a hook's item is a Backend whose fields have the right types."""
-    return (
-        isinstance(offered, Backend)
-        and isinstance(offered.name, str)
-        and isinstance(offered.path, str)
-        and isinstance(offered.priority, int)
-        and callable(offered.unusable)
-    )
+def _offered(manager: pluggy.PluginManager, hook: str) -> list[Any]:
+    return [backend for group in getattr(manager.hook, hook)() for backend in group]
+
+
+def fault_of(offered: object) -> str | None:
+    """Return why a hook's item cannot be an offer, else None."""
+    if not isinstance(offered, Backend):
+        return "an offer is a tokenyard.Backend"
+    name, path = offered.name, offered.path
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "auto":
+        return "its name is a text of letters, digits, dots, dashes and underscores, but not auto"
+    if not isinstance(path, str) or not _PATH.fullmatch(path):
+        return "its path is module:Class"
+    if not isinstance(offered.priority, int) or not callable(offered.unusable):
+        return "its priority is an int, and unusable a function"
+    return None
 
 
 @functools.cache
