@@ -121,7 +121,7 @@ SIZES = {
     "mixtral": ("num_local_experts", "head_dim"),
     "qwen3_moe": ("num_experts", "moe_intermediate_size"),
 }
-CLAIM = r"config\.json (makes it|has)|make a tensor of \S+ numbers; at most"
+CLAIM = r"config\.json (makes it|has)|make a tensor of \S+ numbers; at most|more than 64 bits"
 LLAMA_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 
 

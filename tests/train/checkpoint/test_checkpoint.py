@@ -35,7 +35,8 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-META = {"batch": 1, "config": {}, "note": "é"}
+CONFIG = {"model": {"name": "dbrx"}, "tokenizer": {"name": "bytes"}}
+META = {"batch": 1, "config": CONFIG, "note": "é"}
 
 
 def good(folder, tensors, name="ba1", keep=-1):
@@ -227,7 +228,10 @@ WRONG = {
     "skipped": (None, True, 0.5, -1, "0"),
     "metrics_bytes": (None, 1e30, -1, "0", {}),
     "optimizer_steps": (None, 1, [1], {"a": 0.5}, {"a": -1}, {"a": True}),
-    "config": (None, 1, [], "text"),
+    "config": (
+        *(None, 1, [], "text", {}, CONFIG | {"model": []}, CONFIG | {"tokenizer": {"name": 5}}),
+        *(CONFIG | {"lora": {"rank": 0, "alpha": 1}}, CONFIG | {"lora": [8]}),
+    ),
 }
 
 

@@ -5,20 +5,17 @@ Nothing in the folder is executed, and nothing outside the folder is read.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenyard import TokenyardError
+from tokenyard import TokenyardError, bounded
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_MAX_JSON = 1 << 26  # bytes
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
@@ -156,17 +153,7 @@ def _open(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object. Raises WeightsError if the file is too large or holds none."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise WeightsError(
-                f"{path} has {path.stat().st_size} bytes; at most {_MAX_JSON} are read"
-            )
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path} does not exist; give a folder that holds {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path} is not a JSON object")
-    return dict(content)
+    """Return the JSON object of a plain file. Raises WeightsError, see `tokenyard.bounded`."""
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist; give a folder that holds {path.name}")
+    return bounded.read_json(path, error=WeightsError)

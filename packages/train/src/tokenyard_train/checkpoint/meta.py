@@ -16,6 +16,29 @@ META = "run.json"
 _Count = Annotated[int, Field(ge=0, le=10**15, strict=True)]
 
 
+class _Named(BaseModel):
+    """A section that says which kind it is."""
+
+    name: str
+
+
+class _Lora(BaseModel):
+    """What is read of the section `lora`."""
+
+    rank: int = Field(ge=1, strict=True)
+    alpha: float = Field(gt=0, strict=True)
+
+
+class _Config(BaseModel):
+    """What is read of a saved config by itself. The rest is compared, or validated as a config."""
+
+    model: _Named
+    tokenizer: _Named
+    optimizer: dict[str, Any] = {}
+    lora: _Lora | None = None
+    load_path: str | None = None
+
+
 class _Meta(BaseModel):
     """What a checkpoint must say. Defaults are those of checkpoints without a trained step."""
 
@@ -25,7 +48,7 @@ class _Meta(BaseModel):
     skipped: _Count = 0  # the last steps in a row that were skipped
     metrics_bytes: _Count = 0  # size of metrics.jsonl at that time
     optimizer_steps: dict[str, _Count] = {}  # steps of each trained parameter
-    config: dict[str, Any]  # the resolved config
+    config: _Config  # the resolved config
     data: dict[str, str] | None = None  # digests of text and tokenizer; older ones have none
 
 
@@ -36,7 +59,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     """
     content = read_json(checkpoint / META, error=CheckpointError)
     try:
-        return _Meta.model_validate(content).model_dump()
+        return _Meta.model_validate(content).model_dump() | {"config": content["config"]}
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tokenyard import ConfigError
+from tokenyard.bounded import is_large
 
 _REFERENCE = re.compile(r"(?P<escaped>\\)?\$\{(?P<key>[^{}]*)\}")
 _PART = re.compile(r"[^.\[\]]+")
@@ -71,6 +72,10 @@ class _Interpolation:
             if "\0" in value:
                 raise ConfigError(f"{_name(path)} has a NUL character; remove it")
             return self._text(value, path)
+        if isinstance(value, int) and is_large(value):
+            raise ConfigError(
+                f"{_name(path)} is an integer of more than 64 bits; give a smaller one"
+            )
         return _Sized(value, 1)
 
     def _text(self, text: str, path: Path) -> _Sized:
