@@ -60,9 +60,14 @@ def undisturbed(small_config, tmp_path_factory):
 
 def final_state(folder: Path):
     """Return the loss of every step, and all tensors of the last checkpoint, by name."""
+    return final_state_at(folder, BATCHES)
+
+
+def final_state_at(folder: Path, batches: int):
+    """Return the loss of every step, and all tensors of the checkpoint after some batches."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = {line["batch"]: line["loss"] for line in lines if line["kind"] == "train"}
-    shards = [load_file(path) for path in sorted((folder / f"ba{BATCHES}").glob("*.safetensors"))]
+    shards = [load_file(path) for path in sorted((folder / f"ba{batches}").glob("*.safetensors"))]
     return losses, [{name: tensor.tolist() for name, tensor in shard.items()} for shard in shards]
 
 

@@ -62,6 +62,11 @@ def trained(settings: Settings) -> Result:
     return Result(digest(recorder.run.setup), recorder.losses, recorder.run.batch)
 
 
+def finished(settings: Settings) -> None:
+    """Train what is left of a run, which may be nothing."""
+    train_with(settings, Callback())
+
+
 def train_with(settings: Settings, callback: Callback) -> None:
     """Train with a callback, and without the figures: they take longer than the steps."""
     with patch.multiple(plots, loss_curve=Mock(), expert_heatmap=Mock()):

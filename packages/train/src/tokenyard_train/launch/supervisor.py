@@ -105,6 +105,8 @@ class Attempt:
             self.processes.append(
                 subprocess.Popen(self.command, env=environment, start_new_session=True)
             )
+        if self.stop_requested:  # the request came before the last of them could hear it
+            self._terminate()
 
     def _wait(self) -> dict[int, int]:
         """Return exit codes by rank, in order of completion; running ranks are absent."""
@@ -126,9 +128,12 @@ class Attempt:
         elif not self.stop_requested:
             self.stop_requested = True
             self.requested_at = now
-            for process in self.processes:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM)
+            self._terminate()
+
+    def _terminate(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
 
 
 def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
