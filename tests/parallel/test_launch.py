@@ -135,6 +135,23 @@ def test_a_run_that_gets_sigterm_saves_and_can_be_resumed(launch, settings, tmp_
     assert rest.digest == whole.digest
 
 
+def test_a_second_launch_in_the_folder_of_the_first_is_refused(launch, tmp_path):
+    """The first one holds the folder's lock in its rank 0, and trains on undisturbed."""
+    first = launch("locked", 2, max_duration="5000ba")
+    assert first.wait_for(lambda: first.steps() >= 2)
+    holder = first.pids()[0]
+    second = launch("locked", 2, autoresume=True)
+    assert second.process.wait(timeout=100) == 2
+    assert f"is being written by process {holder}; wait until it ends" in second.text()
+    first.process.send_signal(signal.SIGTERM)
+    assert first.process.wait(timeout=60) == 75
+    lines = (tmp_path / "locked" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    batches = [line["batch"] for line in steps if line["kind"] == "train"]
+    assert batches == list(range(1, len(batches) + 1))
+    assert (tmp_path / "locked" / f"ba{batches[-1]}" / "manifest.json").exists()
+
+
 def listening_addresses(pids):
     """Return the hexadecimal addresses of the TCP sockets that processes listen on."""
     links = [link for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()]

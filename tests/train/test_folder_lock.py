@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import signal
+import threading
 import time
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from tokenyard import ConfigError
+from tokenyard_train import folder_lock
 from tokenyard_train.folder_lock import LOCK, lock_folder, lock_new_folder
 
 LOCKS = pytest.mark.parametrize("lock", [lock_folder, lock_new_folder])
@@ -36,6 +38,21 @@ def another_writer(lock, folder):
         os.close(ready)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch):
+    monkeypatch.setattr(folder_lock, "PATIENCE", 0.0)
+
+
+@LOCKS
+def test_a_writer_that_is_about_to_end_is_waited_for(lock, tmp_path, monkeypatch):
+    """A killed process holds its lock until the kernel has taken it down."""
+    monkeypatch.setattr(folder_lock, "PATIENCE", 60.0)
+    with another_writer(lock, tmp_path / "run") as pid:
+        threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+        with lock(tmp_path / "run"):
+            pass
 
 
 @LOCKS

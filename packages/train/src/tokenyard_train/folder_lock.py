@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ from tokenyard import ConfigError
 
 LOCK = ".lock"
 """Lock file in a folder that is written. It holds the process id of the writer."""
+
+PATIENCE = 1.0
+"""Seconds to wait for a lock: a process that was killed holds its locks until it has ended."""
 
 log = logging.getLogger("tokenyard")
 
@@ -78,19 +82,29 @@ def _acquire(folder: Path, path: Path) -> int:
 def _flock(descriptor: int, folder: Path, path: Path) -> None:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         raise ConfigError(f"{path} is the lock of a folder and not a plain file; delete it")
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+    deadline = time.monotonic() + PATIENCE
+    while (fault := _try_flock(descriptor)) is not None:
+        if fault.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            log.warning(
+                "folder %r cannot be locked (%s); make sure that no other process writes to it",
+                str(folder),
+                fault.strerror,
+            )
+            return
+        if time.monotonic() > deadline:
             raise ConfigError(
                 f"folder {str(folder)!r} is being written by {_holder(descriptor)}; "
                 "wait until it ends, or give another folder"
-            ) from None
-        log.warning(
-            "folder %r cannot be locked (%s); make sure that no other process writes to it",
-            str(folder),
-            error.strerror,
-        )
+            )
+        time.sleep(0.05)
+
+
+def _try_flock(descriptor: int) -> OSError | None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error
+    return None
 
 
 def _holder(descriptor: int) -> str:
