@@ -273,7 +273,9 @@ def test_nothing_half_written_is_left(original, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tokenyard_models.hf._shards.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        WeightsError, match=r"new cannot be written: No space left .* nothing of it"
+    ):
         to_hf(from_hf(original), tmp_path / "new")
     assert not list(tmp_path.iterdir())
 

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import socket
 import sys
 import time
 
 import pytest
+import yaml
 
 from tokenyard import ConfigError
 from tokenyard_train.commands.train import train
@@ -169,6 +171,36 @@ def test_a_tracker_that_cannot_be_started_is_named(run):
     pytest.importorskip("mlflow")
     with pytest.raises(ConfigError, match=r"loggers.mlflow cannot be started: "):
         run({"mlflow": {"tracking_uri": "carrier-pigeon://coop"}})
+
+
+@pytest.fixture
+def silent_server():
+    """The address of a server that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("server", ["dead", "silent"])
+def test_a_server_that_does_not_answer_is_refused_before_the_first_step(
+    server, silent_server, tokenyard, settings, tmp_path, monkeypatch
+):
+    pytest.importorskip("mlflow")
+    for name in ("MAX_RETRIES", "TIMEOUT"):  # what the tracker sets is undone, too
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", "1")
+        if server == "dead":
+            monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    uri = silent_server if server == "silent" else "http://127.0.0.1:9"
+    start = time.monotonic()
+    code, _, error = tokenyard("train", str(path), f"loggers.mlflow.tracking_uri={uri}")
+    assert time.monotonic() - start < 10
+    assert code == 2
+    assert error.startswith("error: loggers.mlflow cannot be started: MlflowException: ")
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "run").glob("ba*"))
 
 
 def test_a_tracker_that_fails_is_left_out_with_one_warning(caplog):

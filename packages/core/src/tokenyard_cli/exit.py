@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import sys
@@ -14,6 +15,9 @@ MISTAKE = 2
 
 STOPPED = 75
 """Exit code of a run that stopped on request: EX_TEMPFAIL, which means "try again"."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def run_and_exit(command: Callable[[], Any]) -> None:
@@ -52,6 +56,9 @@ def _run(command: Callable[[], Any]) -> None:
             path = str(error.filename)
             name = path if len(path) <= 120 else f"{path[:60]}...{path[-40:]}"
             sys.stderr.write(f"error: {name} cannot be used: {error.strerror}\n")
+            sys.exit(MISTAKE)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            sys.stderr.write(f"error: the output cannot be written: {error.strerror}\n")
             sys.exit(MISTAKE)
         if not isinstance(error, TokenyardError):
             raise

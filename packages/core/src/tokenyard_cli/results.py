@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError, TokenyardError
+from tokenyard.paths import whole_file
 
 FORMAT = 1
 
@@ -20,7 +21,8 @@ def write_results(folder: Path, name: str, content: dict[str, Any]) -> Path:
     text = json.dumps({"format": FORMAT, **content}, indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        with whole_file(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise TokenyardError(f"--out {str(folder)!r} cannot be written: {error.strerror}") from None
     return path

@@ -5,6 +5,7 @@ from tokenyard_models.hf._load import from_hf, load_weights
 from tokenyard_models.hf._megablocks import to_megablocks
 from tokenyard_models.hf._read_config import model_section
 from tokenyard_models.hf._save import to_hf
+from tokenyard_models.hf._shards import new_folder
 from tokenyard_models.hf._upcycle import upcycle
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "from_hf",
     "load_weights",
     "model_section",
+    "new_folder",
     "to_hf",
     "to_megablocks",
     "upcycle",

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ SHARD_BYTES = 5 * 10**9
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder, renamed to `path` on success and removed on failure.
 
-    Raises WeightsError if it cannot be created.
+    Raises WeightsError if it cannot be created or written, for example on a full disk.
     """
     unfinished = path.with_name(path.name + ".unfinished")
     if unfinished.exists():
@@ -39,6 +40,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.rename(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise WeightsError(f"{path} cannot be written: {reason}; nothing of it is kept") from None
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -10,7 +10,7 @@ import torch
 from tokenyard import ConfigError, merge_lora
 from tokenyard.errors import one_of
 from tokenyard_models import from_hf, to_hf
-from tokenyard_models.hf import Folder, model_section, to_megablocks
+from tokenyard_models.hf import Folder, model_section, new_folder, to_megablocks
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
 from tokenyard_train.commands.export_tokenizer import tokenizer_folder
 from tokenyard_train.commands.load_model import load_weights_only
@@ -75,4 +75,5 @@ def _write_run(source: Path, target: Path, tokenizer: str | None) -> None:
     )
     meta = {"batch": 0, "config": config.model_dump(mode="json")}
     model = from_hf(source, dtype=torch.float32)
-    write_checkpoint(target, "ba0", model_tensors(model), meta, keep=-1)
+    with new_folder(target) as folder:
+        write_checkpoint(folder, "ba0", model_tensors(model), meta, keep=-1)

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tokenyard import ConfigError, moe_layers
+from tokenyard import ConfigError, TokenyardError, moe_layers
+from tokenyard.paths import whole_file
 from tokenyard_cli.results import write_results
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import RoutingOptions
@@ -66,7 +67,11 @@ def write_files(
     # Importing matplotlib takes a second, which a mistake in the options need not wait for.
     from tokenyard_train.commands.routing_plot import routing_plot
 
-    routing_plot(layers, picture)
+    try:
+        with whole_file(picture) as unfinished:
+            routing_plot(layers, unfinished)
+    except OSError as error:
+        raise TokenyardError(f"{picture} cannot be written: {error.strerror}") from None
     return results, picture
 
 

@@ -8,6 +8,8 @@ from tokenyard_train.config.loggers import WandbLogger
 from tokenyard_train.optional import require
 from tokenyard_train.records.trackers._build import RunInfo
 
+_START = 20  # seconds in which a server must answer
+
 
 class WandbTracker:
     """Logs to a W&B run, which keeps its id when the run is resumed.
@@ -28,7 +30,8 @@ class WandbTracker:
             mode=options.mode,
             dir=str(run.folder),
             config=dict(run.config),
-            settings=wandb.Settings(console="off", silent=True),
+            # wandb's own default waits 90 s for a server that is gone.
+            settings=wandb.Settings(console="off", silent=True, init_timeout=_START),
         )
         run.identities["wandb"] = self._run.id
 
