@@ -105,6 +105,20 @@ def test_a_broken_command_breaks_no_other(invoke):
     assert out.startswith("error: `tokenyard broken` cannot be imported: AttributeError: ")
 
 
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit("bye"), GeneratorExit(), OSError(5)])
+def test_a_command_that_raises_at_import_breaks_no_other(error, invoke, monkeypatch):
+    def load(point):
+        if point.value.endswith("missing"):
+            raise error
+        return hammer
+
+    monkeypatch.setattr(EntryPoint, "load", load)
+    points = {"broken": "missing", "hit": "hammer"}
+    assert invoke(["hit"], **points)[0] == 0
+    assert invoke(["--help"], **points)[0] == 0
+    assert invoke(["broken"], **points)[0] == MISTAKE
+
+
 def test_two_distributions_of_one_command_are_an_error(invoke, monkeypatch):
     points = [EntryPoint("hit", f"{__name__}:hammer", commands.GROUP) for _ in range(2)]
     for point, name in zip(points, ("acme", "tokenyard-x")):

@@ -70,8 +70,17 @@ def test_a_file_without_keys_is_no_config(text, tokenyard, tmp_path):
         ("check", "a" * 400),
         ("data", "pack", "out", "a" * 400),
         ("data", "info", "a" * 400),
-        ("generate", "run", "--seed", "99999999999999999999"),
+        *(
+            ("generate", "run", option, "99999999999999999999")
+            for option in ("--seed", "--max-new-tokens", "--temperature")
+        ),
         ("check", "config.yaml", "--nproc", "99999999999"),
+        ("launch", "config.yaml", "--max-restarts", "99999999999"),
+        ("launch", "config.yaml", "--nproc", "99999999999"),
+        ("upcycle", "dense", "out", "--num-experts", "99999999999", "--top-k", "1"),
+        ("upcycle", "dense", "out", "--num-experts", "4", "--top-k", "99999999999"),
+        ("data", "pack", "out", "config.yaml", "--workers", "99999999"),
+        ("routing", "run", "--data", "text", "--tokens", "99999999999999999999"),
     ],
     ids=lambda arguments: " ".join(arguments)[:30],
 )
@@ -80,3 +89,16 @@ def test_an_argument_out_of_range_is_a_mistake(arguments, tokenyard, tmp_path, m
     code, _, error = tokenyard(*arguments)
     assert code == 2
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("timeout", ["1e300", "-1", "0", ".nan", ".inf", "x", "[]"])
+@pytest.mark.parametrize("name", ["fsdp", "ddp"])
+def test_a_timeout_that_no_collective_has_is_refused(name, timeout, tokenyard, settings, tmp_path):
+    pytest.importorskip("tokenyard_parallel")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    override = f"parallel.strategy={{name: {name}, timeout: {timeout}}}"
+    code, _, error = tokenyard("check", str(path), override)
+    assert code == 2
+    assert "timeout" in error
+    assert error.count("\n") == 1

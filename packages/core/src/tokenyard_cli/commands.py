@@ -101,7 +101,9 @@ def load_command(node: Node) -> Any:
     parent = typer.Typer(add_completion=False)
     try:
         _add_command(parent, node)
-    except Exception as error:  # a broken plugin must not break the other commands
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a broken plugin, which may exit, costs only its command
         return _failing_command(
             node.word, f"`tokenyard {node.words}` cannot be imported: {_describe(error)}"
         )
@@ -126,7 +128,7 @@ def _add_command(parent: typer.Typer, node: Node) -> None:
         parent.command(node.word)(value)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return str(error) if type(error) is ImportError else f"{type(error).__name__}: {error}"
 
 

@@ -51,20 +51,32 @@ def _run(command: Callable[[], Any]) -> None:
     except Exception as error:
         from tokenyard.errors import TokenyardError  # imports torch, so not at the top
 
-        if isinstance(error, OSError) and error.filename is not None:
-            # A path that a user gave, or a disk: another attempt would fail again.
-            path = str(error.filename)
-            name = path if len(path) <= 120 else f"{path[:60]}...{path[-40:]}"
-            sys.stderr.write(f"error: {name} cannot be used: {error.strerror}\n")
-            sys.exit(MISTAKE)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            sys.stderr.write(f"error: the output cannot be written: {error.strerror}\n")
-            sys.exit(MISTAKE)
-        if not isinstance(error, TokenyardError):
-            raise
-        if error.exit_code != STOPPED:
-            # One write, so that lines of several ranks do not mix.
-            sys.stderr.write(f"error: {error}\n")
-        elif os.environ.get("RANK", "0") == "0":
+        stopped = isinstance(error, TokenyardError) and error.exit_code == STOPPED
+        if stopped and os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        elif not stopped:
+            # One write, so that lines of several ranks do not mix.
+            sys.stderr.write(f"error: {_sentence(error)}\n")
+        sys.exit(error.exit_code if isinstance(error, TokenyardError) else MISTAKE)
+
+
+def _sentence(error: Exception) -> str:
+    """Return the sentence for an error that another attempt would meet again.
+
+    Raises any other error: it is one of the program.
+    """
+    from tokenyard.errors import TokenyardError
+    from tokenyard.sharded import is_out_of_memory
+
+    if isinstance(error, TokenyardError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        path = str(error.filename)
+        name = path if len(path) <= 120 else f"{path[:60]}...{path[-40:]}"
+        return f"{name} cannot be used: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"the output cannot be written: {error.strerror}"
+    if is_out_of_memory(error):
+        reason = " ".join(str(error).split())[:200] or "an allocation failed"
+        return f"the memory is too small ({reason}); take a smaller model or shorter texts"
+    raise error

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenyard.backend import Backend, Kind
-from tokenyard.errors import BackendError, ConfigError, did_you_mean
+from tokenyard.errors import BackendError, ConfigError, TokenyardError, did_you_mean
 from tokenyard.foreign import attempt
 from tokenyard.registry._discover import Problem
 from tokenyard.registry._extras import hint, provided_by_extras
@@ -37,7 +37,9 @@ class BackendChoice:
         cls = load_class(self.kind, self.backend)
         try:
             return cls(*args, **kwargs, **self.options)
-        except TypeError as error:
+        except TokenyardError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
             if not self.options:
                 raise
             names = ", ".join(self.options)

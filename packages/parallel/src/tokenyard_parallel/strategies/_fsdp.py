@@ -37,6 +37,8 @@ from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
 from tokenyard_parallel.strategies._shard_dim import check_shardable, expert_placement
 from tokenyard_parallel.strategies._working_set import working_set
 
+_MOST_SECONDS = 10_000_000
+
 
 class FsdpStrategy:
     """Shards parameters, gradients and optimizer states over the ranks of each replica.
@@ -57,7 +59,7 @@ class FsdpStrategy:
         self.device = torch.device(device)
         self.dense = dense_sizes(started_processes(), replicate)
         self.reshard_after_forward = reshard_after_forward
-        self.timeout = timedelta(seconds=timeout)
+        self.timeout = _collective_timeout(timeout)
         connect(self.device, self.timeout)
         self.data = rank_and_size()
 
@@ -164,6 +166,14 @@ class DdpStrategy(FsdpStrategy):
     def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0):
         replicas = started_processes()
         super().__init__(device, replicate=replicas, reshard_after_forward=False, timeout=timeout)
+
+
+def _collective_timeout(seconds: float) -> timedelta:
+    if not 1 <= seconds <= _MOST_SECONDS:
+        raise ConfigError(
+            f"timeout is {seconds}; give seconds for a collective, from 1 to {_MOST_SECONDS:,}"
+        )
+    return timedelta(seconds=seconds)
 
 
 def _reshard_without_backward(model: nn.Module, *_: Any) -> None:

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from tokenyard import ConfigError
+from tokenyard.foreign import attempt
 from tokenyard_train.callbacks.generate import TextGenerator
 from tokenyard_train.callbacks.ngram import NgramScorer
 from tokenyard_train.config.schema import CALLBACKS, Callbacks
@@ -34,12 +35,9 @@ def _build_installed(name: str, options: Mapping[str, Any]) -> Callback:
     if len(points) > 1:
         owners = " and ".join(sorted(p.dist.name if p.dist else p.value for p in points))
         raise ConfigError(f"callbacks.{name} is offered by both {owners}; uninstall one of them")
-    try:
-        callback = points[0].load()(**options)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a broken plugin may raise anything
-        raise ConfigError(f"callbacks.{name} cannot be made of {dict(options)}: {error}") from error
+    callback, fault = attempt(lambda: points[0].load()(**options))
+    if fault is not None:
+        raise ConfigError(f"callbacks.{name} cannot be made of {dict(options)}: {fault}")
     if not isinstance(callback, Callback):
         raise ConfigError(
             f"callbacks.{name} is a {type(callback).__name__}, which does not derive from "

@@ -43,7 +43,9 @@ def launch(
     nproc: Annotated[
         int, typer.Option(min=1, max=1024, help="Number of ranks on this machine.")
     ] = 1,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Maximum restarts after a failure.")] = 3,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Maximum restarts after a failure.")
+    ] = 3,
 ) -> None:
     """Train with several ranks, restarted from the last good checkpoint after a failure."""
     from tokenyard_train.launch.supervisor import launch as run

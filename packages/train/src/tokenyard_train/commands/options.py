@@ -35,9 +35,12 @@ class GenerateOptions:
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue. Repeat for a batch of prompts.")
     ] = None
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per prompt.")] = 200
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=2**31, help="Maximum tokens per prompt.")
+    ] = 200
     temperature: Annotated[
-        float, typer.Option(min=0, help="Sampling temperature. 0 takes the most likely token.")
+        float,
+        typer.Option(min=0, max=1e4, help="Sampling temperature. 0 takes the most likely token."),
     ] = 0.8
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 17
     tokenizer: Tokenizer = None
@@ -79,8 +82,8 @@ class UpcycleOptions:
         typer.Argument(help="Hugging Face folder of a dense model: llama, mistral or qwen3."),
     ]
     target: Target
-    num_experts: Annotated[int, typer.Option(min=1, help="Experts per layer.")]
-    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")]
+    num_experts: Annotated[int, typer.Option(min=1, max=1 << 20, help="Experts per layer.")]
+    top_k: Annotated[int, typer.Option(min=1, max=1 << 20, help="Experts per token.")]
     granularity: Annotated[
         int,
         typer.Option(
@@ -88,7 +91,9 @@ class UpcycleOptions:
             help="Split each dense FFN into this many experts (1: every expert is a full copy).",
         ),
     ] = 1
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the router weights.")] = 17
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the router weights.")] = (
+        17
+    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,9 @@ class RoutingOptions:
         Path,
         typer.Option(help="Text file (.txt, .jsonl, .parquet, ...), or a folder of .txt files."),
     ]
-    tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens to route.")] = 1 << 17
+    tokens: Annotated[int, typer.Option(min=1, max=1 << 40, help="Maximum tokens to route.")] = (
+        1 << 17
+    )
     text_key: Annotated[
         str, typer.Option(help="Column that holds the text of .jsonl and .parquet.")
     ] = "text"
@@ -138,7 +145,7 @@ class PackOptions:
     ] = None
     text_key: Annotated[str, typer.Option(help="Column that holds the text.")] = "text"
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes. Default: all cores.")
+        int | None, typer.Option(min=1, max=1024, help="Worker processes. Default: all cores.")
     ] = None
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the packed folder at OUT first.")
