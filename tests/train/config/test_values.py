@@ -25,6 +25,17 @@ REFUSED = {
     "optimizer.eps=1e308": "optimizer.eps is 1e.308; give a number at most 1",
     "optimizer.betas=[0.9999999999999999,0.9]": "betas.0 is 0.9999999999999999: it leaves nothing",
     "algorithms.gradient_clipping.clipping_threshold=1e-300": "clipping_threshold is 1e-300; give",
+    # Numbers that float32 does not hold, or not their products
+    "model.ffn_config.moe_loss_weight=1e308": "moe_loss_weight is 1e.308; give 0, or a number from",
+    "model.ffn_config.moe_zloss_weight=1e38": "moe_zloss_weight is 1e.38; give 0, or a number from",
+    "model.ffn_config.moe_weight_scale=1e-300": "moe_weight_scale is 1e-300; give 0, or a number",
+    "model.attn_config.clip_qkv=1e-300": "clip_qkv is 1e-300; give 0, or a number from",
+    "model.attn_config.rope_theta=1e308": "rope_theta is 1e.308; give 0, or a number from",
+    "optimizer.eps=1e-300": "optimizer.eps is 1e-300; give 0, or a number from",
+    "lora.alpha=1e-300": "lora.alpha is 1e-300; give 0, or a number from",
+    # Batches that no memory holds
+    "global_train_batch_size=1000000000": "global_train_batch_size is 10+, whose token ids take",
+    "device_eval_batch_size=1000000000": "device_eval_batch_size is 10+, whose token ids take",
     # Durations
     "max_duration=1e308ep": "max_duration is '1e308ep': a duration is at most",
     "max_duration=1e17tok": "max_duration is '1e17tok': a duration is at most",
@@ -50,6 +61,18 @@ def test_a_value_without_meaning_is_refused(override, tokenyard, settings, tmp_p
     with pytest.raises(ValueError, match=REFUSED[override]):
         raise ValueError(error)
     assert not list((tmp_path / "run").glob("ba*"))
+
+
+@pytest.mark.parametrize("name", ["eval_interval", "save_interval"])
+@pytest.mark.parametrize("span", ["0.0001dur", "0.001ep", "0.01dur"])
+def test_an_interval_of_less_than_a_step_is_a_warning(
+    name, span, tokenyard, settings, tmp_path, caplog
+):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    code, _, _ = tokenyard("check", str(path), f"{name}={span}")
+    assert code == 0
+    assert f"{name} is {span}, less than a step: it is done after every step" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["5", "text", "[1]", "null", "true"])

@@ -46,6 +46,11 @@ HOUSEKEEPING = frozenset(
 """Keys of a published config.json that do not change what a model computes."""
 
 
+# Products of a few such numbers stay within float32.
+_SMALLEST = 1e-30
+_LARGEST = 1e30
+
+
 class Strict(BaseModel):
     """A config section: immutable, without keys that it does not declare.
 
@@ -94,9 +99,11 @@ def parse(section: type[Section], data: Mapping[str, Any], where: str = "") -> S
     kept = without_ignored(section, data, where, ignored)
     warn_ignored(ignored)
     try:
-        return section.model_validate(kept)
+        parsed = section.model_validate(kept)
     except ValidationError as error:
         raise ConfigError(sentences(section, where, error)) from None
+    _check_range(parsed, where)
+    return parsed
 
 
 def without_ignored(
@@ -128,6 +135,24 @@ def _refuse_converted(section: type[Strict], key: str, value: Any, path: str) ->
     if types & {int, float} and isinstance(value, convertible) and type(value) not in types:
         meant = "a number" if float in types else "a whole number"
         raise ConfigError(f"{path} is {value!r}; give {meant}")
+
+
+def _check_range(value: Any, path: str) -> None:
+    """Raise ConfigError for a number of a section, at any depth, that float32 cannot use."""
+    if isinstance(value, float) and value and not _SMALLEST <= abs(value) <= _LARGEST:
+        raise ConfigError(
+            f"{path} is {value!r}; give 0, or a number from {_SMALLEST:g} to {_LARGEST:g} in size"
+        )
+    if isinstance(value, Strict):
+        members = list(value)
+    elif isinstance(value, Mapping):
+        members = list(value.items())
+    elif isinstance(value, list) or type(value) is tuple:  # a Span has a rule of its own
+        members = list(enumerate(value))
+    else:
+        return
+    for key, member in members:
+        _check_range(member, f"{path}.{key}".lstrip("."))
 
 
 def warn_ignored(ignored: list[str]) -> None:

@@ -33,6 +33,8 @@ def convert(options: ConvertOptions) -> None:
     one_of("--to", options.to, _FORMATS)
     if options.dtype is not None:
         one_of("--dtype", options.dtype, DTYPES)
+    if options.like is not None and not options.like.is_dir():
+        raise ConfigError(f"--like {options.like} is no folder; give one with a tokenizer")
     with lock_new_folder(options.target):
         if options.target.exists():
             raise ConfigError(f"{options.target} exists already; give the name of a new folder")

@@ -30,15 +30,18 @@ def out_of_memory_is_a_mistake(config: TrainConfig) -> Iterator[None]:
 
 def check_batch_fits(config: TrainConfig, ranks: int) -> None:
     """Raise ConfigError for a batch whose token ids alone do not fit in host memory."""
-    batch = config.global_train_batch_size // ranks
-    size = batch_bytes(batch, config.max_seq_len)
+    samples = {"global_train_batch_size": config.global_train_batch_size // ranks}
+    if config.eval_loader is not None:
+        samples["device_eval_batch_size"] = config.device_eval_batch_size or 1
     memory = device_memory("cpu")
-    if memory is not None and size > memory:
-        raise ConfigError(
-            f"global_train_batch_size is {config.global_train_batch_size}, whose token ids take "
-            f"{describe_bytes(size)} of a process, and this machine has {describe_bytes(memory)}; "
-            "lower it"
-        )
+    for name, batch in samples.items():
+        size = batch_bytes(batch, config.max_seq_len)
+        if memory is not None and size > memory:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}, whose token ids take "
+                f"{describe_bytes(size)} of a process, and this machine has "
+                f"{describe_bytes(memory)}; lower it"
+            )
 
 
 def batch_bytes(samples: int, max_seq_len: int) -> int:

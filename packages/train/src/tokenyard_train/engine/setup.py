@@ -137,14 +137,20 @@ def epoch_batches(config: TrainConfig, data: Data) -> int:
 
 
 def schedule_warnings(config: TrainConfig, data: Data) -> list[str]:
-    """Return sentences on steps without a learning rate, and on a warm-up that is too long."""
+    """Return sentences on steps without a learning rate, a long warm-up and short intervals."""
     batches = run_batches(config, data)
     tokens = config.global_train_batch_size * config.max_seq_len
-    warmup, end = (
-        span.batches(tokens, epoch_batches(config, data), batches)
-        for span in (config.scheduler.t_warmup, config.scheduler.t_max)
-    )
-    return check_schedule(config.scheduler, warmup, end, batches)
+
+    def steps(span: Span) -> int:
+        return span.batches(tokens, epoch_batches(config, data), batches)
+
+    warmup = steps(config.scheduler.t_warmup)
+    warnings = check_schedule(config.scheduler, warmup, steps(config.scheduler.t_max), batches)
+    for name in ("eval_interval", "save_interval"):
+        span = getattr(config, name)
+        if span is not None and steps(span) < 1:
+            warnings.append(f"{name} is {span}, less than a step: it is done after every step")
+    return warnings
 
 
 def _prepare_kernels(config: TrainConfig, model: Model) -> None:
