@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
@@ -143,14 +143,13 @@ def _check_range(value: Any, path: str) -> None:
         raise ConfigError(
             f"{path} is {value!r}; give 0, or a number from {_SMALLEST:g} to {_LARGEST:g} in size"
         )
+    members: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Strict):
-        members = list(value)
+        members = value
     elif isinstance(value, Mapping):
-        members = list(value.items())
+        members = value.items()
     elif isinstance(value, list) or type(value) is tuple:  # a Span has a rule of its own
-        members = list(enumerate(value))
-    else:
-        return
+        members = enumerate(value)
     for key, member in members:
         _check_range(member, f"{path}.{key}".lstrip("."))
 
