@@ -41,6 +41,7 @@ _MODULES = (
     "tokenyard_train.data.hf_tokenizer",
     "tokenyard_train.data.sources.files",
     "tokenyard_train.data.sources.mds",
+    "tokenyard_parallel.strategies",
     "tokenyard_train.records.plots",
     "torch._dynamo",
 )

@@ -164,6 +164,7 @@ class Configs(Kind):
             "frozen": ["blocks.0.*"],
             "deterministic_mode": True,
             "device": "cpu",
+            "parallel": {"strategy": {"name": "fsdp", "replicate": 1, "timeout": 600.0}},
         },
     }
     train = ("train", "c.yaml", "save_folder=run", "max_duration=2ba", "save_interval=2ba")

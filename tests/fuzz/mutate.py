@@ -6,6 +6,7 @@ import copy
 import os
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,8 @@ def mutate_folder(draw: random.Random, folder: Path, likely: str = "*") -> str:
             draw.choice(("ba9", "ba3", "extra", "x.safetensors", "a.tmp", "x.json"))
         )
         if not other.exists():
-            copy_of = shutil.copytree if path.is_dir() else shutil.copy
-            copy_of(path, other)
+            with suppress(shutil.Error):  # an earlier change has left a pipe in it
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, other)
         return f"{name}: copied to {other.name}"
     if kind == "swap":
         other = draw.choice([each for each in paths if each.is_file() == path.is_file()])
