@@ -206,7 +206,7 @@ def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
             r"train_loader.dataset.pth is not .*\(did you mean 'path'\?\)",
         ),
         ("train_loader: {name: text}", "train_loader.dataset is missing; it has no default"),
-        ("precision: fp8", "precision is 'fp8'; give 'fp32' or 'amp_bf16'"),
+        ("precision: fp8", "precision is 'fp8'; give 'fp32', 'amp_bf16' or 'bf16_master'"),
         (
             "backends: {expert: torch}",
             r"backends.expert is not a known key \(did you mean 'experts'\?\)",

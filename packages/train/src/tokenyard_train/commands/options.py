@@ -22,7 +22,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="fp32 or amp_bf16. Default: the precision of training, or a folder's weight dtype."
+        help=(
+            "fp32, amp_bf16 or bf16_master. "
+            "Default: the precision of training, or a folder's weight dtype."
+        )
     ),
 ]
 
