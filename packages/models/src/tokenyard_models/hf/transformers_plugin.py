@@ -8,7 +8,10 @@ backend. The parameters remain transformers', so training, saving and generating
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,10 +46,12 @@ def use_in_transformers() -> None:
 
     DBRX has no `experts_implementation`. Affects models that transformers builds or loads after
     this call. A model whose experts core cannot compute falls back to transformers' own default and
-    logs one warning. ``torch.compile(fullgraph=True)`` captures both in one graph. Raises
-    ConfigError if transformers is not installed or older than 5.14.
+    logs one warning. ``torch.compile(fullgraph=True)`` captures both in one graph. A model in which
+    transformers lets no implementation be chosen computes as before and logs one warning, too.
+    Raises ConfigError if transformers is not installed or older than 5.14.
     """
     try:
+        from transformers import PreTrainedModel
         from transformers.integrations.moe import ExpertsInterface
         from transformers.models.dbrx import modeling_dbrx
     except ImportError as error:
@@ -59,6 +64,9 @@ def use_in_transformers() -> None:
     torch.compiler.assume_constant_result(_warn_once)
     # Not by transformers' own API to replace a class: that one imports all of its models.
     modeling_dbrx.DbrxExperts = _dbrx_class()
+    choose = PreTrainedModel.get_correct_experts_implementation
+    if not hasattr(choose, "__wrapped__"):
+        PreTrainedModel.get_correct_experts_implementation = _with_warning(choose)
 
 
 def __getattr__(name: str) -> Any:
@@ -160,6 +168,39 @@ def _backends(workload: Workload) -> tuple[Permutation, ExpertKernel]:
     return permutation, kernel
 
 
+def _with_warning(choose: Callable[[Any, str | None], str]) -> Callable[[Any, str | None], str]:
+    """Wrap the method by which a model takes an implementation: warn if it has no use for ours."""
+
+    @functools.wraps(choose)
+    def chosen(model: Any, requested: str | None) -> str:
+        cls: Any = type(model)
+        if requested == NAME and _counts_experts(cls):
+            _warn_once(
+                cls.__name__,
+                "transformers lets no implementation of its experts be chosen",
+                "code",
+                once_for=cls.__module__,
+            )
+        return choose(model, requested)
+
+    return chosen
+
+
+@functools.cache
+def _counts_experts(model: Any) -> bool:
+    """Whether a model has experts that take no `experts_implementation`, by its source."""
+    from transformers.models.dbrx import modeling_dbrx
+
+    module = sys.modules.get(model.__module__)
+    if module is None or module is modeling_dbrx or model._can_set_experts_implementation():
+        return False
+    try:
+        code = inspect.getsource(module)
+    except (OSError, TypeError):
+        return False
+    return re.search(r"config\.\w*experts\b", code) is not None
+
+
 def _fallback() -> Callable[..., Tensor]:
     """Return transformers' default implementation of experts."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -191,13 +232,16 @@ def _activation(module: Any) -> Any:
 
 
 _warned: set[str] = set()
-"""Classes that the log names already."""
+"""What the log names already: classes of experts, and modules without a choice."""
 
 
-def _warn_once(name: str, reason: str, implementation: str = _FALLBACK) -> bool:
-    """Log once for each class. Returns whether this call did."""
-    if name in _warned:
+def _warn_once(
+    name: str, reason: str, implementation: str = _FALLBACK, once_for: str | None = None
+) -> bool:
+    """Log once for each class, or for what `once_for` names. Returns whether this call did."""
+    once_for = once_for or name
+    if once_for in _warned:
         return False
-    _warned.add(name)
+    _warned.add(once_for)
     log.warning("%s is computed by transformers' own %s: %s", name, implementation, reason)
     return True
