@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenyard import ConfigError
 from tokenyard_train.commands.load_model import LoadedModel
+from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
 from tokenyard_train.data import BytesTokenizer, build_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.tiktoken_tokenizer import TiktokenTokenizer
 
-BYTES_END = "<|endoftext|>"
-"""The token that ends a document in the tokenizer.json of bytes."""
+_END = "<|endoftext|>"
+"""The token that ends a document, of bytes and of tiktoken."""
 
 _FILES = (
     "tokenizer.json",
@@ -36,7 +39,7 @@ log = logging.getLogger("tokenyard")
 def tokenizer_folder(loaded: LoadedModel) -> Iterator[Path | None]:
     """Context: a folder with the model's tokenizer and token ids, as `to_hf` takes by `like`.
 
-    None with a warning if the tokenizer has no tokenizer.json.
+    None with a warning that says why if the tokenizer cannot be written as a tokenizer.json.
     """
     name = loaded.tokenizer.name
     if loaded.source is not None and Path(name) in (loaded.source, loaded.source.resolve()):
@@ -44,22 +47,41 @@ def tokenizer_folder(loaded: LoadedModel) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if name == "bytes":
-            _write_bytes_tokenizer(folder)
-            end = BytesTokenizer.end
-        elif Path(name).exists():
-            _copy_tokenizer(loaded.tokenizer, folder)
-            end = build_tokenizer(loaded.tokenizer).end
-        else:
+        try:
+            end = _write_tokenizer(loaded.tokenizer, folder)
+        except ConfigError as error:
             log.warning(
-                "the folder is written without its tokenizer, tokenizer.name %r, which is no "
-                "tokenizer.json; give generate a tokenizer by --tokenizer",
-                name,
+                "the folder is written without its tokenizer: %s; give generate a tokenizer by "
+                "--tokenizer",
+                error,
             )
             yield None
             return
         _write_json(folder / "config.json", {"eos_token_id": end})
         yield folder
+
+
+def _write_tokenizer(config: TokenizerConfig, folder: Path) -> int:
+    """Write the files of a tokenizer into a folder and return its end-of-document id.
+
+    Raises ConfigError if it has no tokenizer.json.
+    """
+    if config.name == "bytes":
+        _write_byte_level(folder, bytes_tokenizer(_END))
+        return BytesTokenizer.end
+    if config.name == "tiktoken":
+        tokenizer = TiktokenTokenizer(config.kwargs)
+        _write_byte_level(folder, tiktoken_tokenizer(tokenizer))
+        return tokenizer.end
+    end = build_tokenizer(config).end
+    _copy_tokenizer(config, folder)
+    return end
+
+
+def _write_byte_level(folder: Path, tokenizer: dict[str, Any]) -> None:
+    _write_json(folder / "tokenizer.json", tokenizer)
+    options = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END}
+    _write_json(folder / "tokenizer_config.json", options)
 
 
 def _copy_tokenizer(config: TokenizerConfig, folder: Path) -> None:
@@ -74,52 +96,6 @@ def _copy_tokenizer(config: TokenizerConfig, folder: Path) -> None:
         options = folder / "tokenizer_config.json"
         given = json.loads(options.read_text(encoding="utf-8")) if options.exists() else {}
         _write_json(options, given | {"eos_token": config.eos_token})
-
-
-def _write_bytes_tokenizer(folder: Path) -> None:
-    """Write a tokenizer.json that maps each byte to its value, and an end of document to 256."""
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
-    end = {
-        "id": BytesTokenizer.end,
-        "content": BYTES_END,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-    model = {"type": "BPE", "vocab": _byte_characters(), "merges": []}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [end],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": model,
-    }
-    _write_json(folder / "tokenizer.json", tokenizer)
-    options = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": BYTES_END}
-    _write_json(folder / "tokenizer_config.json", options)
-
-
-def _byte_characters() -> dict[str, int]:
-    """Return the character that stands for each byte in GPT-2's byte-level tokenizers.
-
-    Printable Latin-1 characters stand for themselves, the other bytes for characters from 256 on.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {byte: chr(byte) for byte in printable}
-    characters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return {characters[byte]: byte for byte in range(256)}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

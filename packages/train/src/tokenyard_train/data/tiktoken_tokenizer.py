@@ -25,17 +25,19 @@ class TiktokenTokenizer:
         tiktoken = require("tiktoken", "tokenizer.name 'tiktoken'", "tokenyard-train[data]")
         kwargs = kwargs or TiktokenKwargs()
         self._encoding = _from_file(tiktoken, kwargs) if kwargs.file else _by_name(tiktoken, kwargs)
-        special = self._encoding._special_tokens
-        if _END not in special:
+        self.pattern: str = self._encoding._pat_str
+        self.ranks: dict[bytes, int] = self._encoding._mergeable_ranks
+        self.special_tokens: dict[str, int] = self._encoding._special_tokens
+        if _END not in self.special_tokens:
             raise ConfigError(
                 f"tokenizer.kwargs.special_tokens must hold {_END!r}, the end of a document, "
                 "and its id"
             )
-        self.end: int = special[_END]
+        self.end: int = self.special_tokens[_END]
         self.vocab_size: int = self._encoding.max_token_value + 1
         self.identity = f"tiktoken {_digest(self._encoding)}"
         self._dtype = ids_dtype(self.vocab_size)
-        self._text_ids = frozenset(self._encoding._mergeable_ranks.values())
+        self._text_ids = frozenset(self.ranks.values())
         self._sizes = _byte_sizes(self._encoding, self.vocab_size)
 
     def encode(self, text: bytes) -> Ids:
