@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from tokenyard import LoraAdapter, started_processes
 from tokenyard_train.checkpoint.compare import ADAPTER
 from tokenyard_train.checkpoint.manifest import CheckpointError, find_fault, is_checkpoint, verify
 from tokenyard_train.checkpoint.meta import read_meta
-from tokenyard_train.distributed import is_rank0, on_rank0
+from tokenyard_train.distributed import is_rank0, map_over_ranks, on_rank0
 
 _NAME = re.compile(r"ba(\d+)")
 
@@ -66,17 +67,34 @@ def newest_good(folder: Path) -> Path | None:
 def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
     """Return what `read` returns for the newest good checkpoint; None if the folder has none.
 
-    Reads the newest again if a run in the folder deletes the checkpoint meanwhile, except in
-    several ranks, which could differ in what they saw. Raises CheckpointError.
+    All ranks of a run call it and read the same checkpoint. If a run in the folder deletes it while
+    any rank reads, all of them read the newest again. Raises CheckpointError.
     """
     while (newest := newest_good(folder)) is not None:
-        try:
-            return read(newest)
-        except (CheckpointError, OSError):
-            if is_checkpoint(newest) or started_processes() > 1:
-                raise
+        result, error = _attempt(read, newest)
+        faults = _faults_of_ranks(error)
+        if not faults:
+            return result
+        if on_rank0(partial(is_checkpoint, newest)):
+            raise error or CheckpointError(faults[0])
+        if is_rank0():
             log.warning("%s was deleted while it was read; reading the newest again", newest)
     return None
+
+
+def _attempt(read: Callable[[Path], T], path: Path) -> tuple[T | None, Exception | None]:
+    """Return what `read` returns or raises, so that no rank leaves the others waiting."""
+    try:
+        return read(path), None
+    except Exception as error:
+        return None, error
+
+
+def _faults_of_ranks(error: Exception | None) -> list[str]:
+    """Return the messages of the errors of all ranks, given this rank's error if it has one."""
+    message = None if error is None else str(error)
+    messages = map_over_ranks(lambda _: message, range(started_processes()))
+    return [one for one in messages if one is not None]
 
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:

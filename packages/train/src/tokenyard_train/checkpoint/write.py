@@ -122,13 +122,17 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
     existing = checkpoints(folder)
     candidates = existing[: existing.index(newest) + 1]
     for old in candidates[:-keep] if keep > 0 else []:
+        # Renamed first: a reader then misses the whole checkpoint, and not some of its files.
+        unfinished = folder / f"{_UNFINISHED}{old.name}"
         try:
-            remove(old)
+            remove(unfinished)
+            old.rename(unfinished)
+            remove(unfinished)
         except OSError as error:
             log.warning(
                 "checkpoint %s cannot be deleted (%s); delete it, or set "
                 "save_num_checkpoints_to_keep: -1",
-                old,
+                unfinished if unfinished.exists() else old,
                 error.strerror,
             )
 
