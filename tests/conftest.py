@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,24 @@ collect_ignore = ["example_plugin"]
 _GPUS = {"gpu": 1, "multigpu": 2}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run all tests with several ranks on one xdist worker, because they share their processes."""
-    for item in items:
-        if "parallel" in item.path.parts or "over_two" in item.name:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run each file on one xdist worker, so that its fixtures are built once.
+
+    All tests with several ranks run on the same worker, because they share their processes.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith("tests/parallel/") or "over_two" in nodeid:
+                return "ranks"
+            scope: str = super()._split_scope(nodeid)
+            return scope
+
+    return Scheduling(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

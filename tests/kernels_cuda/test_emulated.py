@@ -17,7 +17,7 @@ from tokenyard_kernels_cuda.ops._plan import MOST_EXPERTS
 from tokenyard_kernels_cuda.ops._topk import route, weigh
 from tokenyard_kernels_cuda.permutation import CudaPermutation
 
-pytestmark = [pytest.mark.usefixtures("emulation"), pytest.mark.xdist_group("emulated")]
+pytestmark = pytest.mark.usefixtures("emulation")
 
 
 class TestPermutation(PermutationConformance):

@@ -40,9 +40,23 @@ def small_settings(text: Path, run: Path) -> dict[str, Any]:
         "optimizer": {"name": "decoupled_adamw", "lr": 0.01, "weight_decay": 0.001},
         "max_duration": "6ba",
         "global_train_batch_size": 4,
+        "device_eval_batch_size": 64,
         "save_folder": str(run),
         "device": "cpu",
     }
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Draw the pictures of a run, for tests that need them."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no pictures at the end of a run: they take longer than its few steps."""
+    if "drawn" not in request.fixturenames:
+        for name in ("loss_curve", "expert_heatmap"):
+            monkeypatch.setattr(f"tokenyard_train.records.plots.{name}", lambda records, path: None)
 
 
 @pytest.fixture
