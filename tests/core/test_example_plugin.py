@@ -4,41 +4,42 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tokenyard import MoE, Workload, default_registry
+
 PROJECT = Path(__file__).parents[1] / "example_plugin"
-PRINT_CHOICE = """
-from tokenyard import MoE, Workload
-moe = MoE(Workload(8, 8, 4, 2), backends={backends})
-print(moe.chosen["experts"].backend.name, type(moe.experts.kernel).__module__)
-"""
 
 
-def choose(environment: dict[str, str], backends: dict | None) -> str:
-    code = PRINT_CHOICE.format(backends=backends)
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        check=True,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+@pytest.fixture
+def installed(example_plugin, monkeypatch):
+    """Make the example plugin visible in this process, to a new registry."""
+    monkeypatch.syspath_prepend(example_plugin["PYTHONPATH"])
+    default_registry.cache_clear()
+    yield
+    default_registry.cache_clear()
 
 
-def test_config_selects_it(example_plugin):
-    request = {"experts": {"name": "acme", "chunk": 2}}
-    assert choose(example_plugin, request) == "acme acme_experts.kernel"
+def choose(backends: dict | None) -> str:
+    moe = MoE(Workload(8, 8, 4, 2), backends=backends)
+    return f"{moe.chosen['experts'].backend.name} {type(moe.experts.kernel).__module__}"
 
 
-def test_environment_selects_it(example_plugin):
-    environment = example_plugin | {"TOKENYARD_EXPERTS": "acme"}
-    assert choose(environment, None) == "acme acme_experts.kernel"
+def test_config_selects_it(installed):
+    assert choose({"experts": {"name": "acme", "chunk": 2}}) == "acme acme_experts.kernel"
 
 
-def test_auto_does_not_select_it(example_plugin):
-    assert choose(example_plugin, None) == "cpu tokenyard.experts._cpu"
+def test_environment_selects_it(installed, monkeypatch):
+    monkeypatch.setenv("TOKENYARD_EXPERTS", "acme")
+    assert choose(None) == "acme acme_experts.kernel"
+
+
+def test_auto_does_not_select_it(installed):
+    assert choose(None) == "cpu tokenyard.experts._cpu"
 
 
 def test_the_table_shows_it(example_plugin):
+    """In a new process."""
     table = subprocess.run(
         [sys.executable, "-m", "tokenyard"],
         env=example_plugin,

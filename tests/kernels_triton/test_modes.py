@@ -10,7 +10,7 @@ from tokenyard import ConfigError, Workload
 from tokenyard.interfaces import ExpertWeights
 from tokenyard.tolerance import relative_error
 
-T, D, F, E, K = 48, 64, 128, 4, 2
+T, D, F, E, K = 16, 32, 64, 4, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKLOAD = Workload(D, F, E, K, dtype=torch.bfloat16, device=DEVICE)
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -28,21 +29,16 @@ LENGTH = {
 }
 
 
-@pytest.fixture
-def launch(settings, tmp_path):
-    """Start a supervised run; more settings override those of the file."""
-
-    def start(name, nproc, *options, **changes):
-        config = settings | LENGTH
-        config |= {
-            "device_train_microbatch_size": 4 // nproc,
-            "device_eval_batch_size": 2,
-            "parallel": PARALLEL[nproc],
-            "save_folder": str(tmp_path / name),
-        }
-        return SupervisedRun(config | changes, nproc, *options)
-
-    return start
+def start(settings, folder, nproc, *options, **changes):
+    """Start a supervised run in a folder; more settings override those of the file."""
+    config = settings | LENGTH
+    config |= {
+        "device_train_microbatch_size": 4 // nproc,
+        "device_eval_batch_size": 2,
+        "parallel": PARALLEL[nproc],
+        "save_folder": str(folder),
+    }
+    return SupervisedRun(config | changes, nproc, *options)
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +67,10 @@ def final_state_at(folder: Path, batches: int):
     return losses, [{name: tensor.tolist() for name, tensor in shard.items()} for shard in shards]
 
 
-def check_recovery(launched, faults, undisturbed, patience):
-    """Inject faults, and compare the end of the run with that of an undisturbed run."""
+def inject(launched, faults, patience):
+    """Inject faults, and check what the supervisor reports; return what each one cost."""
     recoveries = [launched.inject(fault) for fault in faults]
-    assert launched.process.wait(timeout=200) == 0, launched.text()
     assert len(launched.restarts) == len(faults), launched.text()
-    _, expected_folder = undisturbed()
-    assert final_state(launched.folder) == final_state(expected_folder)
     for fault, recovery in zip(faults, recoveries):
         print(f"\n{fault}: {recovery}")
         if fault.kind == "stop":
@@ -91,65 +84,86 @@ def check_recovery(launched, faults, undisturbed, patience):
     return recoveries
 
 
-def test_ranks_that_are_killed_or_hang_are_restarted(launch, undisturbed):
-    """At random moments; the run ends bit-identical to an undisturbed one."""
-    faults = draw_faults(2, ["kill", "kill while saving", "stop"], 2, BATCHES)
-    launched = launch("disturbed", 2, "--max-restarts", str(len(faults)))
+@pytest.fixture(scope="module")
+def disturbed(small_config, tmp_path_factory):
+    """A run whose ranks are killed and hang at random moments, and which then gets SIGTERM.
+
+    Starting ranks takes longer than their steps, so the tests below share this run.
+    """
+    faults = draw_faults(2, ["kill while saving", "stop"], 2, BATCHES // 2)
+    folder = tmp_path_factory.mktemp("disturbed") / "run"
+    launched = start(small_config(), folder, 2, "--max-restarts", str(len(faults)))
     # other tests run at the same time, so the supervisor may be slow
-    recoveries = check_recovery(launched, faults, lambda: undisturbed(2), patience=10)
-    assert all(recovery.redone <= INTERVAL for recovery in recoveries)
+    launched.recoveries = inject(launched, faults, patience=10)
+    launched.addresses = listening_addresses(launched.pids().values())
+    launched.process.send_signal(signal.SIGTERM)
+    launched.process.wait(timeout=60)
+    return launched
+
+
+def test_ranks_that_are_killed_or_hang_are_restarted(disturbed):
+    """From the last checkpoint. `inject` compares the reports of the supervisor."""
+    assert len(disturbed.recoveries) == 2
+    assert all(recovery.redone <= INTERVAL for recovery in disturbed.recoveries)
+
+
+def test_ranks_listen_on_the_loopback_interface_only(disturbed):
+    assert disturbed.addresses == {"0100007F"}, "it listens on the network, or not at all"
+
+
+def test_a_run_that_gets_sigterm_saves_and_ends_with_75(disturbed):
+    assert disturbed.process.returncode == 75
+    assert disturbed.text().count("stopped as asked, after batch") == 1
+    done = disturbed.steps()
+    assert 0 < done < BATCHES
+    assert (disturbed.folder / f"ba{done}" / "manifest.json").exists()
+
+
+def test_a_disturbed_run_resumes_to_the_same_end(disturbed, settings, tmp_path, undisturbed):
+    """Bit-identical to an undisturbed run."""
+    folder = shutil.copytree(disturbed.folder, tmp_path / "resumed")
+    done = disturbed.steps()
+    changes = LENGTH | {"save_folder": str(folder), "autoresume": True}
+    rest = run(runs.trained, LAYOUTS[2], settings, tmp_path, **changes)
+    whole, whole_folder = undisturbed(2)
+    assert rest.losses == whole.losses[done:]
+    assert rest.digest == whole.digest
+    assert final_state(folder) == final_state(whole_folder)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("nproc", [2, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_many_faults(launch, undisturbed, nproc, seed):
+def test_many_faults(settings, tmp_path, undisturbed, nproc, seed):
     """Six kills and two hangs, some while a checkpoint is written; prints their costs (-s)."""
     kinds = ["kill"] * 3 + ["kill while saving"] * 3 + ["stop"] * 2
     faults = draw_faults(10 * seed + nproc, kinds, nproc, BATCHES)
     save_async = seed % 2 == 1
     options = ("--max-restarts", str(len(faults)))
-    launched = launch("disturbed", nproc, *options, save_async=save_async)
-    recoveries = check_recovery(launched, faults, lambda: undisturbed(nproc), patience=2)
+    launched = start(settings, tmp_path / "disturbed", nproc, *options, save_async=save_async)
+    recoveries = inject(launched, faults, patience=2)
+    assert launched.process.wait(timeout=200) == 0, launched.text()
+    assert final_state(launched.folder) == final_state(undisturbed(nproc)[1])
     most = INTERVAL * (2 if save_async else 1)
     assert all(recovery.redone <= most for recovery in recoveries)
 
 
-def test_a_run_that_gets_sigterm_saves_and_can_be_resumed(launch, settings, tmp_path, undisturbed):
-    """It ends with code 75; the resumed run ends bit-identical to an undisturbed one."""
-    first = launch("stopped", 2)
-    folder = tmp_path / "stopped"
-    assert first.wait_for(lambda: first.steps() >= 7)
-    addresses = listening_addresses(first.pids().values())
-    assert addresses == {"0100007F"}, "it listens on the network, or not at all"
-    first.process.send_signal(signal.SIGTERM)
-    assert first.process.wait(timeout=60) == 75
-    assert first.text().count("stopped as asked, after batch") == 1
-    done = first.steps()
-    assert 7 <= done < BATCHES
-    assert (folder / f"ba{done}" / "manifest.json").exists()
-    changes = LENGTH | {"save_folder": str(folder), "autoresume": True}
-    rest = run(runs.trained, LAYOUTS[2], settings, tmp_path, **changes)
-    whole, _ = undisturbed(2)
-    assert rest.losses == whole.losses[done:]
-    assert rest.digest == whole.digest
-
-
-def test_a_second_launch_in_the_folder_of_the_first_is_refused(launch, tmp_path):
+def test_a_second_launch_in_the_folder_of_the_first_is_refused(settings, tmp_path):
     """The first one holds the folder's lock in its rank 0, and trains on undisturbed."""
-    first = launch("locked", 2, max_duration="5000ba")
+    folder = tmp_path / "locked"
+    first = start(settings, folder, 2, max_duration="5000ba")
     assert first.wait_for(lambda: first.steps() >= 2)
     holder = first.pids()[0]
-    second = launch("locked", 2, autoresume=True)
+    second = start(settings, folder, 2, autoresume=True)
     assert second.process.wait(timeout=100) == 2
     assert f"is being written by process {holder}; wait until it ends" in second.text()
     first.process.send_signal(signal.SIGTERM)
     assert first.process.wait(timeout=60) == 75
-    lines = (tmp_path / "locked" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     batches = [line["batch"] for line in steps if line["kind"] == "train"]
     assert batches == list(range(1, len(batches) + 1))
-    assert (tmp_path / "locked" / f"ba{batches[-1]}" / "manifest.json").exists()
+    assert (folder / f"ba{batches[-1]}" / "manifest.json").exists()
 
 
 def listening_addresses(pids):

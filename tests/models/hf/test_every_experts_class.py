@@ -69,6 +69,14 @@ def test_the_walk_finds_the_classes():
     assert ("mixtral.modeling_mixtral", "MixtralExperts") in CLASSES
 
 
+_COMPILED = set()  # sources of classes
+
+
+def source(cls):
+    """Return the source of a class without its names. Most classes are copies of one another."""
+    return re.sub(rf'{cls.__name__}|config: \w+|""".*?"""', "", inspect.getsource(cls), flags=re.S)
+
+
 @pytest.mark.parametrize(("module", "name"), CLASSES, ids=[name for _, name in CLASSES])
 def test_ours_or_the_stated_default_in_one_graph(module, name, caplog):
     cls = getattr(importlib.import_module(f"transformers.models.{module}"), name)
@@ -97,13 +105,16 @@ def test_ours_or_the_stated_default_in_one_graph(module, name, caplog):
     else:
         assert relative_error(got, computed_by("eager")) < 1e-5
         assert not caplog.records
+    if source(cls) in _COMPILED:
+        return
+    _COMPILED.add(source(cls))
     config._experts_implementation = "tokenyard"
     compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
     assert relative_error(compiled(x, ids, weights), got) < 1e-5
 
 
 def tiny_gpt_oss():
-    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 16}
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     return GptOssConfig(**sizes, **heads, num_local_experts=4, vocab_size=VOCABULARY)
 
@@ -126,7 +137,6 @@ def test_a_model_is_one_graph(config):
     for one, two in zip(grads, wanted, strict=True):
         assert (one is None) == (two is None)
         assert one is None or relative_error(one, two) < 1e-4
-    assert torch._dynamo.explain(model)(ids).graph_break_count == 0
     with torch.autocast("cpu", torch.bfloat16):
         assert relative_error(compiled(ids).logits, model(ids).logits) < 0.02
 

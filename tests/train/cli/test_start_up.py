@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import pytest
 import yaml
 
 HEAVY = (
@@ -33,14 +32,10 @@ print(*(name for name in {watched!r} if name in sys.modules and name not in befo
     return set(result.stdout.splitlines()[-1].split())
 
 
-@pytest.fixture
-def written(settings, tmp_path):
+def test_neither_check_nor_a_step_imports_anything_heavy(settings, tmp_path):
+    """Not `tokenyard backends` either. A step needs no compiler and no checkpoint."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings | {"eval_loader": None, "max_duration": "2ba"}))
-    return str(path)
-
-
-def test_backends_and_check_import_nothing_heavy(written):
     code = """
 import tokenyard_cli
 path = sys.argv[1]
@@ -50,19 +45,14 @@ for arguments in (["backends"], ["check", path]):
         tokenyard_cli.main()
     except SystemExit as ended:
         assert not ended.code
-"""
-    assert imported(code, written) == set()
 
-
-def test_a_step_needs_no_compiler_and_no_checkpoint(written):
-    code = """
 from rich.console import Console
 from tokenyard_train.engine.setup import build_setup
 from tokenyard_train.config import load_config
 from tokenyard_train.commands.train import train
 from tokenyard_train.engine.step import train_step
-setup = build_setup(load_config(sys.argv[1]), Console(quiet=True))
+setup = build_setup(load_config(path), Console(quiet=True))
 train_step(setup, 0)
 train_step(setup, 1)
 """
-    assert imported(code, written) == set()
+    assert imported(code, str(path)) == set()

@@ -106,7 +106,7 @@ def test_a_killed_and_resumed_process_writes_the_same_bytes(tmp_path, big, monke
     options = [str(big), "--workers", "1"]
     folder = tmp_path / "killed"
     kills = 0
-    for chunk in (1, 3, 4):
+    for chunk in (1, 4):
         with subprocess.Popen(
             [*command, str(folder), *options], stdout=subprocess.DEVNULL
         ) as process:
@@ -117,7 +117,7 @@ def test_a_killed_and_resumed_process_writes_the_same_bytes(tmp_path, big, monke
     for target in (folder, tmp_path / "whole"):
         result = CliRunner().invoke(app, ["data", "pack", str(target), *options])
         assert result.exit_code == 0, result.output
-    assert kills == 3
+    assert kills == 2
     assert content(folder) == content(tmp_path / "whole")
 
 

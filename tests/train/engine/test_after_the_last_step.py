@@ -8,7 +8,7 @@ from tokenyard_train.commands.train import train
 from tokenyard_train.engine.loop import softly
 
 
-def test_pictures_and_callbacks_that_fail_are_warnings(config, console, tmp_path, caplog):
+def test_pictures_and_callbacks_that_fail_are_warnings(config, console, tmp_path, caplog, drawn):
     class Broken(Callback):
         def end(self, run):
             raise RuntimeError("no more")

@@ -53,7 +53,7 @@ def tensors(checkpoint: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_writes_metrics_checkpoints_pictures_and_a_summary(config, capsys):
+def test_a_run_writes_metrics_checkpoints_pictures_and_a_summary(config, capsys, drawn):
     result = train(config(**WHOLE), Console(width=140))
     lines = records(result.folder)
     half = ["train"] * 3 + ["eval"]
