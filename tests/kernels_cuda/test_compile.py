@@ -20,7 +20,6 @@ from tokenyard_kernels_cuda.toolchain import (
     cubin_of,
 )
 
-
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 
 
