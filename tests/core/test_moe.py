@@ -184,12 +184,12 @@ def test_expert_parallelism_needs_an_exchange_over_ranks():
         MoE(Workload(D, F_, E, K, expert_parallel=2), registry=core_only)
 
 
-def test_no_router_supports_an_unknown_algorithm():
-    with pytest.raises(
-        BackendError,
-        match=r"no router backend is usable.*'torch' computes the router algorithm 'topk'",
-    ):
-        layer(RoutingRule(algorithm="expert_choice"))
+@pytest.mark.parametrize("router", ["auto", "torch"])
+def test_an_unknown_routing_algorithm_is_named_with_the_installed_ones(router):
+    """Whichever router is asked for."""
+    sentence = r"routing algorithm 'topkk' is unknown \(did you mean 'topk'\?\); installed: topk$"
+    with pytest.raises(BackendError, match=sentence):
+        layer(RoutingRule(algorithm="topkk"), backends={"router": router})
 
 
 def test_another_dtype_than_the_backends_were_chosen_for_is_refused():

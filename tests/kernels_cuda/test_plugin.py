@@ -95,10 +95,9 @@ def test_limits_of_experts():
     assert f"at most {_topk.MOST_EXPERTS} experts" in reason
 
 
-def test_other_router_algorithms_are_refused():
-    assert "'expert_choice'" in _plugin.no_router(
-        workload(router=RoutingRule(algorithm="expert_choice"))
-    )
+def test_the_router_computes_topk():
+    (router,) = _plugin.tokenyard_routers()
+    assert router.algorithm == "topk"
 
 
 def test_unknown_router_scores_are_refused():

@@ -71,12 +71,9 @@ def test_auto_never_selects_the_interpreter():
     assert chosen.backend.name == "cpu"
 
 
-def test_another_router_algorithm_is_declined():
-    from tokenyard import RoutingRule
-
-    assert "'expert_choice'" in _plugin.no_router(
-        workload(router=RoutingRule(algorithm="expert_choice"))
-    )
+def test_the_router_computes_topk_for_up_to_1024_experts():
+    (router,) = _plugin.tokenyard_routers()
+    assert router.algorithm == "topk"
     assert "at most 1024" in _plugin.no_router(workload(num_experts=2048))
 
 

@@ -83,7 +83,20 @@ def test_checks_trains_resumes_and_generates(tokenyard, written, tmp_path, model
 def test_an_algorithm_that_is_not_installed_is_named(tokenyard, written):
     code, _, errors = tokenyard("check", written(MODELS["our model with its routing"]))
     assert code == 2
-    assert "'acme_choice'" in errors
+    assert "routing algorithm 'acme_choice' is unknown; installed: topk" in errors
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_misspelt_algorithm_is_one_sentence(tokenyard, written):
+    config = written(MODELS["our model with its routing"])
+    code, _, errors = tokenyard(
+        "check", config, "model.ffn_config.moe_router_algorithm=acme_choise"
+    )
+    assert (code, errors) == (
+        2,
+        "error: routing algorithm 'acme_choise' is unknown (did you mean 'acme_choice'?); "
+        "installed: acme_choice, topk\n",
+    )
 
 
 @pytest.mark.usefixtures("installed")

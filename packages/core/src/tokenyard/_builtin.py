@@ -7,13 +7,6 @@ from tokenyard.hookspecs import hookimpl
 from tokenyard.workload import Workload
 
 
-def _topk_only(workload: Workload) -> str | None:
-    algorithm = workload.router.algorithm
-    if algorithm == "topk":
-        return None
-    return f"'torch' computes the router algorithm 'topk', not {algorithm!r}"
-
-
 def _cpu_only(workload: Workload) -> str | None:
     device = workload.device.type
     if device == "cpu":
@@ -30,7 +23,7 @@ def _local_only(workload: Workload) -> str | None:
 @hookimpl
 def tokenyard_routers() -> list[Backend]:
     """Offer the top-k router."""
-    return [Backend("torch", "tokenyard.routers:TopKRouter", unusable=_topk_only)]
+    return [Backend("torch", "tokenyard.routers:TopKRouter", algorithm="topk")]
 
 
 @hookimpl

@@ -39,6 +39,7 @@ class Backend:
     path: str  # "package.module:Class"
     priority: int = 0  # "auto" takes the highest usable one; a reference has 0, an oracle less
     unusable: Callable[[Workload], str | None] = _always  # None, or one sentence with the reason
+    algorithm: str | None = None  # of a router: it is unusable for another `RoutingRule.algorithm`
 
     def load(self) -> Any:
         """Import the class. Raises BackendError, which names the path, if that fails."""

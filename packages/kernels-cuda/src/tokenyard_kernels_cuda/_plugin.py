@@ -37,8 +37,6 @@ def no_permutation(workload: Workload) -> str | None:
 
 def no_router(workload: Workload) -> str | None:
     """Return why the router cannot run a workload, or None."""
-    if workload.router.algorithm != "topk":
-        return f"'cuda' computes the router algorithm 'topk', not {workload.router.algorithm!r}"
     if workload.router.score not in _SCORES:  # a later core may add scores
         return (
             f"'cuda' computes the router scores {', '.join(_SCORES)}, not {workload.router.score!r}"
@@ -86,7 +84,8 @@ def _version(distribution: str) -> str | None:
 @hookimpl
 def tokenyard_routers() -> list[Backend]:
     """Register the top-k router, which fuses scores, selection and weights."""
-    return [Backend("cuda", "tokenyard_kernels_cuda.router:CudaRouter", _PRIORITY, no_router)]
+    router = "tokenyard_kernels_cuda.router:CudaRouter"
+    return [Backend("cuda", router, _PRIORITY, no_router, algorithm="topk")]
 
 
 @hookimpl

@@ -82,8 +82,6 @@ def no_gluon(workload: Workload) -> str | None:
 
 def no_router(workload: Workload) -> str | None:
     """Return why the router cannot run a workload, or None if it can."""
-    if workload.router.algorithm != "topk":
-        return f"'triton' computes the router algorithm 'topk', not {workload.router.algorithm!r}"
     score = workload.router.score
     if score not in _SCORES:  # a later core may have more scores
         return f"'triton' computes the router scores {', '.join(_SCORES)}, not {score!r}"
@@ -102,7 +100,8 @@ _PRIORITY = _LAST if _interpreted() else _FAST
 @hookimpl
 def tokenyard_routers() -> list[Backend]:
     """Offer the top-k router with selection and weights fused."""
-    return [Backend("triton", "tokenyard_kernels_triton.router:TritonRouter", _PRIORITY, no_router)]
+    router = "tokenyard_kernels_triton.router:TritonRouter"
+    return [Backend("triton", router, _PRIORITY, no_router, algorithm="topk")]
 
 
 @hookimpl

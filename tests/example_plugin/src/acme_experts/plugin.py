@@ -11,14 +11,6 @@ def only_cpu(workload: Workload) -> str | None:
     return None if kind == "cpu" else f"'acme' runs on CPUs, not on {kind}"
 
 
-def other_algorithm(workload: Workload) -> str | None:
-    """Accept the algorithm 'acme_choice' only."""
-    algorithm = workload.router.algorithm
-    if algorithm == "acme_choice":
-        return None
-    return f"'acme_choice' computes the router algorithm 'acme_choice', not {algorithm!r}"
-
-
 @hookimpl
 def tokenyard_experts() -> list[Backend]:
     """Offer `acme`, below core's kernels in priority: `auto` never takes it."""
@@ -28,9 +20,8 @@ def tokenyard_experts() -> list[Backend]:
 @hookimpl
 def tokenyard_routers() -> list[Backend]:
     """Offer `acme_choice`, the only router of its algorithm: `auto` takes it."""
-    return [
-        Backend("acme_choice", "acme_experts.router:ExpertChoiceRouter", unusable=other_algorithm)
-    ]
+    router = "acme_experts.router:ExpertChoiceRouter"
+    return [Backend("acme_choice", router, algorithm="acme_choice")]
 
 
 @hookimpl

@@ -123,10 +123,27 @@ def _auto(
     )
 
 
+def check_algorithm(name: str, offers: Sequence[Offer]) -> None:
+    """Raise BackendError if no router may compute the routing algorithm `name`."""
+    known = [offer.backend.algorithm for offer in offers]
+    if None in known or name in known:
+        return  # None: the router's own check decides
+    installed = sorted({algorithm for algorithm in known if algorithm is not None})
+    raise BackendError(
+        f"routing algorithm {name!r} is unknown{did_you_mean(name, installed)}; "
+        f"installed: {', '.join(installed) or 'none'}"
+    )
+
+
 def why_not(offer: Offer, workload: Workload | None) -> str | None:
     """Return why a backend is unusable for the workload; None if usable or without a workload."""
     if workload is None:
         return None
+    computed = offer.backend.algorithm
+    asked = workload.router.algorithm
+    if offer.kind == "router" and computed not in (None, asked):
+        name = offer.backend.name
+        return f"{name!r} computes the routing algorithm {computed!r}, not {asked!r}"
     reason, fault = attempt(lambda: _reason(offer.backend.unusable(workload)))
     return reason if fault is None else f"its own check failed: {fault}"
 

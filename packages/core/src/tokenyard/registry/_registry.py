@@ -17,6 +17,7 @@ from tokenyard.foreign import attempt, shown
 from tokenyard.registry._choose import (
     BackendChoice,
     Request,
+    check_algorithm,
     choose,
     overridden,
     parse_request,
@@ -67,8 +68,11 @@ class Registry:
         the request, the reason, and what would work.
         """
         name, options = parse_request(kind, request)
+        offers = self.offers(kind)
+        if kind == "router" and workload is not None:
+            check_algorithm(workload.router.algorithm, offers)
         try:
-            return choose(kind, name, options, self.offers(kind), self.problems, workload)
+            return choose(kind, name, options, offers, self.problems, workload)
         except BackendError as error:
             if name != overridden(kind):
                 raise
@@ -134,6 +138,8 @@ def fault_of(offered: object) -> str | None:
         return "its path is module:Class"
     if not isinstance(offered.priority, int) or not callable(offered.unusable):
         return "its priority is an int, and unusable a function"
+    if not isinstance(offered.algorithm, str | None):
+        return "its algorithm is a text or None"
     return None
 
 
