@@ -171,8 +171,8 @@ def test_one_extra_for_each_package_and_one_for_all():
     assert declared == want | {"all": {f"tokenyard-{name}" for name in others}}
 
 
-def test_the_root_maps_each_backend_and_command_to_its_extra():
-    """All backends and commands of the other packages are in the map. Core has none of them."""
+def test_each_backend_and_command_is_mapped_to_its_extra():
+    """The root maps backends. Core maps commands: it may be installed without the root."""
     offers = [offer for kind in KINDS for offer in default_registry().offers(kind)]
     owners = {f"{o.kind}.{o.backend.name}": o.distribution for o in offers}
     for path in PACKAGES:
@@ -183,7 +183,11 @@ def test_the_root_maps_each_backend_and_command_to_its_extra():
         for name, owner in owners.items()
         if owner.startswith("tokenyard-") and owner != "tokenyard-core"
     }
-    assert project(ROOT)["entry-points"][GROUP] == provided
+    commands = {name: extra for name, extra in provided.items() if name.startswith("command.")}
+    assert project(ROOT / "packages" / "core")["entry-points"][GROUP] == commands
+    assert project(ROOT)["entry-points"][GROUP] == {
+        name: extra for name, extra in provided.items() if name not in commands
+    }
 
 
 @pytest.mark.parametrize("path", PACKAGES, ids=lambda path: path.name)
