@@ -1,5 +1,6 @@
 """The site builds without a warning and documents every name, hook and key."""
 
+import dataclasses
 import re
 import zlib
 
@@ -28,6 +29,21 @@ def documented(site):
 def test_every_public_name_is_in_the_reference(site, module):
     names = {f"{module.__name__}.{name}" for name in module.__all__ if not name.startswith("__")}
     assert names <= documented(site)
+
+
+def test_the_fields_of_types_are_in_the_reference_with_their_comments(site):
+    types = ("Routing", "Plan", "ExpertWeights", "Balance", "Output", "Workload", "RoutingRule")
+    fields = {
+        f"tokenyard.{name}.{field}" for name in types for field in _fields(getattr(tokenyard, name))
+    }
+    assert fields <= documented(site)
+    page = (site / "reference" / "core" / "index.html").read_text()
+    assert "<code>[E + 1]</code> int32" in page
+
+
+def _fields(cls):
+    """Return the names of the fields of a NamedTuple or a dataclass."""
+    return getattr(cls, "_fields", None) or [field.name for field in dataclasses.fields(cls)]
 
 
 def test_every_hook_is_in_the_reference(site):

@@ -84,14 +84,14 @@ class Output(NamedTuple):
     """A model's result: next-token logits, and the Balance of each MoE layer in order."""
 
     logits: Tensor  # [B, S, V]
-    balances: tuple[Balance, ...]
+    balances: tuple[Balance, ...]  # one for each MoE layer
 
 
 class TokenLoss(NamedTuple):
     """A model's result for given targets: their loss, and the Balance of each MoE layer."""
 
     nats: Tensor  # [] float64, differentiable: sum over tokens of weight * cross-entropy
-    balances: tuple[Balance, ...]
+    balances: tuple[Balance, ...]  # one for each MoE layer
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -31,8 +31,8 @@ class RoutingRule:
     selected scores without the bias, normalised and scaled. Raises ConfigError for invalid values.
     """
 
-    algorithm: str = "topk"
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    algorithm: str = "topk"  # or that of a router of a plugin
+    score: Literal["softmax", "sigmoid"] = "softmax"  # of the logits
     select_first: bool = False  # take the softmax over the K selected logits only
     normalize: float | None = None  # p: divide the K weights of a token by their p-norm
     scale: float = 1.0  # factor of the final weights (DeepSeek-V3's routed_scaling_factor)
@@ -90,9 +90,9 @@ class Workload:
     ffn_dim: int  # F
     num_experts: int  # E, over all ranks
     top_k: int  # K
-    activation: str = "swiglu"
+    activation: str = "swiglu"  # a key of `ACTIVATIONS`
     bias: bool = False  # up_bias and down_bias in every expert
-    router: RoutingRule = RoutingRule()
+    router: RoutingRule = RoutingRule()  # how experts are selected
     dtype: torch.dtype = torch.float32  # compute dtype of the experts
     # a GPU always has an index
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
