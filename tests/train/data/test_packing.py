@@ -382,35 +382,26 @@ def test_killed_workers_are_an_error_at_any_moment(monkeypatch, killed):
         worker.process.kill()
     with pytest.raises(TokenyardError, match=r"of --workers was killed.*fewer --workers than 2"):
         list(encoded)
+    assert not any(worker.process.is_alive() for worker in workers)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
-@pytest.mark.parametrize("victim", ["parent", "worker"])
-def test_no_process_stays_when_one_is_killed(tmp_path, big, victim):
+def test_no_process_stays_when_the_parent_is_killed(tmp_path, big):
     command = [sys.executable, "-m", "tokenyard_train", "data", "pack", str(tmp_path / "p")]
     marker = f"PACKING_TEST={tmp_path}"
     environment = os.environ | dict([marker.split("=", 1)])
     with subprocess.Popen(
-        [*command, str(big), "--workers", "2"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
-    ) as process:  # fmt: skip
+        [*command, str(big), "--workers", "2"], stdout=subprocess.DEVNULL, env=environment
+    ) as process:
         while process.poll() is None and _chunks_done(tmp_path / "p") < 1:
             time.sleep(0.01)
         assert process.poll() is None
-        workers = [
-            pid for pid in _processes(marker)
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]  # fmt: skip
-        assert len(workers) == 2
-        os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
-        stderr = process.stderr.read() if process.stderr else ""
+        assert len(_processes(marker)) >= 3
+        process.kill()
     deadline = time.monotonic() + 20
     while _processes(marker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _processes(marker)
-    if victim == "worker":
-        assert "a process of --workers was killed" in " ".join(stderr.split())
-        assert "Traceback" not in stderr
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
