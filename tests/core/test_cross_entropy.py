@@ -85,14 +85,31 @@ def test_tokens_that_are_not_counted_have_no_gradient():
     assert dx[counted].any(1).all()
 
 
+def test_tokens_of_weight_0_have_no_loss_whatever_their_logits():
+    logits = torch.randn(3, 7)
+    logits[0, 2] = float("inf")
+    nats = cross_entropy.replace_by_gradient(
+        logits, torch.tensor([1, 2, 3]), torch.tensor([0, 1, 0.5])
+    )
+    assert nats[0] == 0
+    assert not logits[0].any()
+    assert logits.isfinite().all()
+
+
 def test_only_needed_gradients_are_computed():
     x, weight, targets = drawn()
     want = torch.autograd.grad(reference(x, weight, targets), x)
     frozen = weight.detach()
     got = torch.autograd.grad(linear_cross_entropy(x, frozen, targets), x)
     assert relative_error(got[0], want[0]) < 1e-13
+
+
+def test_evaluation_computes_no_gradients():
+    x, weight, targets = drawn()
+    stages = (lambda _: linear_cross_entropy(x, weight, targets, chunk=4),)
     with torch.no_grad():
         assert not linear_cross_entropy(x, weight, targets).requires_grad
+        assert peak_bytes(stages, x.device) < weight.nbytes
 
 
 def test_tied_heads_add_both_gradients():

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from walk import QUICKSTART
 
+from tokenyard_models.transformer import Block
 from tokenyard_train.config.load import load_config
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.setup import build_setup
@@ -22,7 +23,7 @@ def losses(tmp_path, *overrides, steps=6):
     config = load_config(QUICKSTART, [*SMALL, f"save_folder={tmp_path}", *overrides])
     with deterministic(True):
         setup = build_setup(config, Console(quiet=True))
-        setup.store_weights()
+        setup.convert_weights()
         return [train_step(setup, batch).result.loss for batch in range(steps)], setup
 
 
@@ -33,7 +34,7 @@ def test_a_graph_computes_what_is_computed_without(tmp_path, precision, rows):
     options = (*size, f"precision={precision}")
     eager, _ = losses(tmp_path, *options, "cuda_graph=false")
     graphed, setup = losses(tmp_path, *options, "cuda_graph=true")
-    assert setup.graph._captured is not None
+    assert setup.graph.captured
     assert graphed == eager
 
 
@@ -45,16 +46,44 @@ def test_jitter_is_drawn_anew_in_every_replay(tmp_path):
     assert graphed == eager != still
 
 
-def test_a_model_with_a_hook_runs_without_a_graph(tmp_path, caplog):
+@pytest.mark.parametrize("before", [0, 3], ids=["before the capture", "after it"])
+@pytest.mark.parametrize("kind", ["module", "parameter"])
+def test_a_model_with_a_hook_runs_without_a_graph(tmp_path, caplog, before, kind):
     config = load_config(QUICKSTART, [*SMALL, f"save_folder={tmp_path}"])
     setup = build_setup(config, Console(quiet=True))
+    for batch in range(before):
+        train_step(setup, batch)
+    assert setup.graph.captured == (before > 0)
     calls = []
-    setup.model.register_forward_hook(lambda *_: calls.append(1))
+    if kind == "module":
+        setup.model.register_forward_hook(lambda *_: calls.append(1))
+    else:
+        weight = setup.model.embed.weight
+        weight.register_post_accumulate_grad_hook(lambda _: calls.append(1))
     with caplog.at_level(logging.WARNING):
-        for batch in range(3):
+        for batch in range(before, before + 3):
             train_step(setup, batch)
-    assert "steps run without a CUDA graph (the model has a forward hook" in caplog.text
+    assert "steps run without a CUDA graph (" in caplog.text
+    assert "has a hook" in caplog.text
     assert len(calls) == 3
+
+
+def test_a_model_that_waits_for_the_gpu_runs_without_a_graph(tmp_path, caplog, monkeypatch):
+    """Random numbers are drawn as before, too."""
+    jitter = ("model.ffn_config.moe_jitter_eps=0.1",)
+    eager, _ = losses(tmp_path, *jitter, "cuda_graph=false")
+    forward = Block.forward
+
+    def waits(self, x, *args):
+        assert x.isfinite().all().item()
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(Block, "forward", waits)
+    with caplog.at_level(logging.WARNING):
+        waited, setup = losses(tmp_path, *jitter)
+    assert "steps run without a CUDA graph" in caplog.text
+    assert not setup.graph.captured
+    assert waited == eager
 
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "bf16_master"])

@@ -15,8 +15,8 @@ def test_the_sum_over_ranks_equals_that_of_one_process(settings, tmp_path, layou
     """One process sums microbatches in float32; a bfloat16 sum would differ by about 2e-3."""
     # auxiliary losses depend on which samples are computed together
     settings["model"]["ffn_config"] |= {"moe_loss_weight": 0.0, "moe_zloss_weight": 0.0}
-    single = run(runs.expert_gradients, "single", settings, tmp_path, **NARROW)
-    gradients = run(runs.expert_gradients, layout, settings, tmp_path, **NARROW)
+    single = run(runs.gradients_of, "single", settings, tmp_path, True, **NARROW)
+    gradients = run(runs.gradients_of, layout, settings, tmp_path, True, **NARROW)
     assert gradients.keys() == single.keys()
     for name in single:
         actual = torch.tensor(gradients[name])

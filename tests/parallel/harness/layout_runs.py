@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from tokenyard import Experts
 from tokenyard.sharded import local_part
 from tokenyard.testing._over_ranks import full
 from tokenyard_models.hf import Folder
@@ -134,19 +136,30 @@ def bench_train(path: str, out: str, overrides: list[str]) -> list[str]:
     return sorted(path.name for path in folder.glob("*"))
 
 
-def expert_gradients(settings: Settings) -> dict[str, list[float]]:
-    """Return the experts' gradients of the first step, gathered."""
+def gradients_of(settings: Settings, experts: bool) -> dict[str, list[float]]:
+    """Return the gradients of the first step, of experts or of all else, gathered."""
     setup = build(settings)
+    setup.convert_weights()
     gradients: dict[str, list[float]] = {}
 
     def record(*_: Any) -> None:
         for name, parameter in setup.model.named_parameters():
-            if ".experts." in name and parameter.grad is not None:
+            if (".experts." in name) == experts and parameter.grad is not None:
                 gradients[name] = full(parameter.grad).flatten().tolist()
 
     setup.optimizer.register_step_pre_hook(record)
     train_step(setup, 0)
     return gradients
+
+
+def dense_reduce_dtypes(settings: Settings) -> list[str]:
+    """Return the dtype in which each dense FSDP unit sums its gradients in the first step."""
+    setup = build(settings)
+    setup.convert_weights()
+    train_step(setup, 0)
+    units = (m for m in setup.model.modules() if isinstance(m, FSDPModule))
+    groups = [u._get_fsdp_state()._fsdp_param_group for u in units if not isinstance(u, Experts)]
+    return [str(group._reduce_dtype) for group in groups]
 
 
 class MemoryUse(NamedTuple):

@@ -26,7 +26,7 @@ def ready(build):
         setup = build(**changes)
         if setup.config.autoresume:
             assert resumed(setup) != Position()
-        setup.store_weights()
+        setup.convert_weights()
         return setup
 
     return make
@@ -120,6 +120,6 @@ def test_a_run_that_starts_from_a_checkpoint_has_its_masters(ready, build, tmp_p
     saved(run)
     other = build(**BF16, save_folder=str(tmp_path / "other"))
     start_from(other.model, str(newest_good(run.folder)), other.config)
-    other.store_weights()
+    other.convert_weights()
     for name, p in run.model.named_parameters():
         assert torch.equal(masters(other)[name], p)

@@ -98,7 +98,7 @@ def test_masters_follow_the_formula_and_weights_are_their_rounding(gradient_dtyp
     optimizer, exact = (
         build_optimizer(OptimizerConfig(**options), module) for module in (model, reference)
     )
-    optimizer.keep_masters(model)
+    optimizer.narrow_weights(model)
     for _ in range(5):
         gradient = torch.randn(4, 5).to(gradient_dtype)
         for module in (model, reference):
@@ -119,7 +119,7 @@ def test_a_scale_that_is_not_finite_changes_nothing(scale, masters):
     model = nn.Linear(5, 4)
     optimizer = build_optimizer(OptimizerConfig(), model)
     if masters:
-        optimizer.keep_masters(model)
+        optimizer.narrow_weights(model)
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.randn_like(p)

@@ -51,19 +51,21 @@ def linear_cross_entropy(
     exist at a time. Differentiable once, in x and weight.
     """
     flat = x.reshape(-1, x.shape[-1])
-    tokens = chunk or _chunk_tokens(weight.shape[0])
+    if not torch.is_grad_enabled():  # `needs_input_grad` ignores no_grad
+        flat = flat.detach()
+        weight = weight.detach()
     nats: Tensor = _LinearCrossEntropy.apply(
         flat,
         weight,
         targets.ids.reshape(-1),
         None if targets.weights is None else targets.weights.reshape(-1),
-        tokens,
+        chunk or _chunk_tokens(weight.shape[0]),
     )
     return nats
 
 
 def loss_bytes(tokens: int, vocabulary: int, dim: int, width: int) -> int:
-    """Return the bytes at the peak of the loss of `tokens` tokens, without x and the weight.
+    """Return the peak bytes that the loss of `tokens` tokens allocates.
 
     `width` is the size of the compute dtype in bytes. A chunk holds logits in this dtype and their
     softmax in float32 at least. The gradients of x and of the weight are kept.
@@ -103,12 +105,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the saved gradients."""
         scaled = [
-            None
-            if gradient is None
-            else torch.mul(gradient, dloss, out=torch.empty_like(gradient, dtype=dtype))
+            None if gradient is None else _scaled(gradient, dloss, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
         return *scaled, None, None, None
+
+
+def _scaled(gradient: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient * dloss in `dtype`.
+
+    The factor has one dimension, so that the product is computed in its dtype: on a GPU a scalar is
+    rounded to the gradient's.
+    """
+    factor = dloss.to(logits_dtype(gradient.dtype)).reshape(1)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _loss(
@@ -134,7 +144,7 @@ def _loss(
         if gradients.x is not None:
             torch.mm(logits, weight, out=gradients.x[rows])
         if gradients.weight is not None:
-            _add_product(gradients.weight, logits.T, x[rows])
+            _add_matmul(gradients.weight, logits.T, x[rows])
         del logits  # or the next chunk is computed beside it
     return total
 
@@ -151,6 +161,7 @@ def replace_by_gradient(logits: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
     wide.exp_()
     _subtract_at(wide, ids)
     torch.mul(wide, scale.unsqueeze(1), out=logits)
+    logits.masked_fill_((scale == 0).unsqueeze(1), 0)
     return nats.where(scale != 0, 0)
 
 
@@ -168,7 +179,7 @@ def _subtract_at(logits: Tensor, ids: Tensor) -> None:
     logits.view(-1).scatter_add_(0, index, logits.new_full(index.shape, -1))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b to `total` in place, summed in the dtype of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)

@@ -35,10 +35,19 @@ class AdamWSettings(NamedTuple):
     weight_decay: float
 
 
-def fits(tensors: Sequence[Tensor]) -> bool:
-    """Return whether `FusedAdamW` supports tensors: on GPUs, contiguous, of its dtypes."""
+def supports(parameters: Sequence[AdamWTensors]) -> bool:
+    """Return whether `FusedAdamW` supports parameters.
+
+    Their tensors must be contiguous and on a GPU; all weights must have one of its dtypes, and so
+    must all masters and all moments.
+    """
+    weights, masters, *moments = (list(column) for column in zip(*parameters))
+    kinds = (weights, masters, [tensor for column in moments for tensor in column])
     return all(
-        tensor.is_cuda and tensor.is_contiguous() and tensor.dtype in _DTYPES for tensor in tensors
+        len({tensor.dtype for tensor in kind}) == 1
+        and kind[0].dtype in _DTYPES
+        and all(tensor.is_cuda and tensor.is_contiguous() for tensor in kind)
+        for kind in kinds
     )
 
 
@@ -75,9 +84,12 @@ class FusedAdamW:
         `scale`, a float32 scalar, multiplies the gradients. If it is not finite, nothing changes.
         Does not wait for the GPU.
         """
-        dtype = next((gradient.dtype for gradient in gradients if gradient is not None), None)
-        if dtype is None:
+        dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
+        if not dtypes:
             return
+        if len(dtypes) > 1:
+            raise ValueError(f"gradients have several dtypes: {', '.join(map(str, dtypes))}")
+        (dtype,) = dtypes
         self._write_table(gradients)
         self.steps += self._has_gradient * scale.isfinite()
         steps = self.steps.double()

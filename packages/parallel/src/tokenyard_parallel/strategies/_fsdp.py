@@ -141,12 +141,16 @@ class FsdpStrategy:
         policy: MixedPrecisionPolicy | None = None,
         placement: Callable[[nn.Parameter], Shard] | None = None,
     ) -> Any:
+        if policy is None:
+            # The weights may become 16-bit later; gradients are summed in today's dtype.
+            dtype = next((p.dtype for p in module.parameters()), None)
+            policy = MixedPrecisionPolicy(reduce_dtype=dtype, cast_forward_inputs=False)
         unit: Any = fully_shard(
             module,
             mesh=mesh,
             reshard_after_forward=reshard and self.reshard_after_forward,
             shard_placement_fn=placement,
-            mp_policy=policy or MixedPrecisionPolicy(cast_forward_inputs=False),
+            mp_policy=policy,
         )
         assert isinstance(unit, FSDPModule)
         # on one rank torch would copy the gradients to divide them by 1

@@ -68,7 +68,7 @@ def bench_train(
     with deterministic(config.deterministic), tempfile.TemporaryDirectory() as folder:
         temporary = config.model_copy(update={"save_folder": folder, "autoresume": False})
         setup = build_setup(temporary, console)
-        setup.store_weights()
+        setup.convert_weights()
         entrants = [_peer(setup, name, peer_dtype) for name in peers]
         setup.console.print(
             f"{steps} steps of {setup.batch_tokens:,} tokens on {config.device} ...", style="dim"

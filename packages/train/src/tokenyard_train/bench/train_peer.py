@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tokenyard import ConfigError
 from tokenyard_models import Transformer, TransformerConfig, use_in_transformers
 from tokenyard_train.engine.adamw import build_optimizer
+from tokenyard_train.engine.precision import BF16_MASTER
 from tokenyard_train.engine.setup import Setup
 
 IMPLEMENTATIONS = {
@@ -36,6 +37,11 @@ class MixtralPeer:
     def __init__(self, setup: Setup, implementation: str, dtype: torch.dtype):
         if not isinstance(setup.model, Transformer):
             raise ConfigError("--peers needs a model of tokenyard-models; give --peers none")
+        if setup.config.precision == BF16_MASTER and dtype != torch.bfloat16:
+            raise ConfigError(
+                "precision is bf16_master, whose matmuls are in bfloat16 without autocast; "
+                "give --peer-dtype bf16"
+            )
         self.setup = setup
         self.model = _build(setup.model.config, implementation).to(setup.device, dtype)
         self.optimizer = build_optimizer(setup.config.optimizer, self.model)

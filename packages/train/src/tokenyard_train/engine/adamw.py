@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenyard_kernels_triton.optimizer import FusedAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_KERNELS = "tokenyard_kernels_triton"
+_KERNELS = ("triton", "tokenyard_kernels_triton")  # modules of the kernel
 
 
 class _Update(NamedTuple):
@@ -33,15 +33,15 @@ class _Update(NamedTuple):
 class AdamW(torch.optim.AdamW):
     """AdamW whose step scales the gradients, and can keep float32 masters of the weights.
 
-    On a GPU a kernel of tokenyard-kernels-triton does all of it in one pass, if it is installed.
-    Elsewhere torch's fused AdamW does. Does not import torch's compiler, which takes seconds. All
-    parameters have one dtype.
+    On a GPU, a kernel of tokenyard-kernels-triton updates all parameters in one pass, if that
+    package is installed. Otherwise torch's fused AdamW does. Does not import torch's compiler,
+    which takes seconds.
     """
 
     _kernel: FusedAdamW | None = None
-    _tried_kernel = False
+    _kernel_chosen = False
 
-    def keep_masters(self, model: nn.Module) -> None:
+    def narrow_weights(self, model: nn.Module) -> None:
         """Store all parameters of a model in bfloat16. Those that are trained keep their master.
 
         Call it before the first forward pass. Later changes of a weight from outside are lost.
@@ -51,7 +51,7 @@ class AdamW(torch.optim.AdamW):
         model._apply(lambda t: t.to(torch.bfloat16) if isinstance(t, nn.Parameter) else t)
 
     def widen_gradients(self) -> None:
-        """Make the gradients as wide as the masters, so that later microbatches add precisely."""
+        """Convert gradients to the dtype of the masters, float32, so that more can be added."""
         for parameter in self._parameters():
             master = self.master_of(parameter)
             if parameter.grad is not None and parameter.grad.dtype != master.dtype:
@@ -82,13 +82,13 @@ class AdamW(torch.optim.AdamW):
         With the kernel, the host does not wait for it.
         """
         parameters = self._parameters()
-        if not self._tried_kernel:
-            self._tried_kernel = True
-            self._kernel = self._fused(parameters)
+        if not self._kernel_chosen:
+            self._kernel_chosen = True
+            self._kernel = self._build_kernel(parameters)
         if scale is None:
             scale = torch.ones((), device=parameters[0].device)
         if self._kernel is None:
-            self._step_by_torch(parameters, scale)
+            self._step_without_kernel(parameters, scale)
             return
         from tokenyard_kernels_triton.optimizer import AdamWSettings
 
@@ -100,7 +100,7 @@ class AdamW(torch.optim.AdamW):
     def _parameters(self) -> list[Tensor]:
         return list(self.param_groups[0]["params"])
 
-    def _step_by_torch(self, parameters: Sequence[Tensor], scale: Tensor) -> None:
+    def _step_without_kernel(self, parameters: Sequence[Tensor], scale: Tensor) -> None:
         if not scale.isfinite():
             return
         updates = [
@@ -123,11 +123,11 @@ class AdamW(torch.optim.AdamW):
         if "master" in updates[0].state:
             torch._foreach_copy_([update.weight for update in updates], masters)
 
-    def _fused(self, parameters: Sequence[Tensor]) -> FusedAdamW | None:
+    def _build_kernel(self, parameters: Sequence[Tensor]) -> FusedAdamW | None:
         """Return the kernel, if it is installed and supports all tensors."""
-        if parameters[0].device.type != "cuda" or find_spec(_KERNELS) is None:
+        if parameters[0].device.type != "cuda" or None in map(find_spec, _KERNELS):
             return None
-        from tokenyard_kernels_triton.optimizer import AdamWTensors, FusedAdamW, fits
+        from tokenyard_kernels_triton.optimizer import AdamWTensors, FusedAdamW, supports
 
         rows = []
         for parameter in parameters:
@@ -135,7 +135,7 @@ class AdamW(torch.optim.AdamW):
             weight = local_part(parameter.detach())
             master = local_part(state["master"]) if "master" in state else weight
             rows.append(AdamWTensors(weight, master, *(local_part(state[m]) for m in MOMENTS)))
-        if not fits([tensor for row in rows for tensor in row]):
+        if not supports(rows):
             return None
         steps = torch.stack([self.state_of(parameter)["step"] for parameter in parameters])
         for parameter, step in zip(parameters, steps):

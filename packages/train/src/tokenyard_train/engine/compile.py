@@ -20,7 +20,7 @@ _CPP_COMPILERS = ("c++", "g++", "clang++")
 
 
 def compile_blocks(model: Model, device: str) -> None:
-    """Compile each block's forward pass, if a compiler is found; else warn.
+    """Compile each block's forward pass. Without a compiler on this machine, only warn.
 
     Blocks of one architecture share the compiled code. Evaluation and generation do not use it:
     their shapes differ from call to call.

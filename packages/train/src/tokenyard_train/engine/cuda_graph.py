@@ -7,7 +7,8 @@ gain most: their kernels take less time than their launches.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,21 +19,30 @@ log = logging.getLogger("tokenyard")
 
 T = TypeVar("T")
 
-_EAGER = 1  # microbatches before the capture: they compile and load kernels
+_EAGER_MICROBATCHES = 1  # before the capture: they compile and load kernels
+_MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class MicrobatchGraph:
     """Runs a function of a microbatch, and replays it as a CUDA graph where that is possible.
 
     The function must write gradients to ``parameter.grad`` and return a pytree of tensors. All
-    microbatches have one shape. If the capture fails, a warning says why, and every microbatch runs
-    without a graph.
+    microbatches have one shape. If the capture fails, or the model has hooks, which a graph would
+    not call, a warning says so, and every microbatch runs without a graph.
     """
 
     def __init__(self, model: nn.Module):
-        self.model = model
-        self.eager_left: float = _EAGER
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._named_modules = list(model.named_modules())
+        self._eager_left = _EAGER_MICROBATCHES
+        self._refused = False
         self._captured: _Captured | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether microbatches are replayed."""
+        return self._captured is not None
 
     def __call__(self, rows: Tensor, run: Callable[[Tensor], T], add: bool) -> T:
         """Return ``run(rows)``.
@@ -40,10 +50,16 @@ class MicrobatchGraph:
         With `add`, gradients are added to those that exist. Otherwise they belong to the graph: the
         next call overwrites them.
         """
-        if self._captured is None and self.eager_left <= 0:
+        if not self._refused and (name := self._hooked()) is not None:
+            self._refuse(f"{name} has a hook, which a graph does not call")
+        if self._refused:
+            return run(rows)
+        if self._eager_left > 0:
+            self._eager_left -= 1
+            return run(rows)
+        if self._captured is None:
             self._capture(rows, run)
         if self._captured is None:
-            self.eager_left -= 1
             return run(rows)
         result: T = self._captured.replay(rows, add)
         return result
@@ -56,24 +72,33 @@ class MicrobatchGraph:
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)
 
-    def _capture(self, rows: Tensor, run: Callable[[Tensor], T]) -> None:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = [parameter.grad for parameter in parameters]
-        # The capture draws random numbers; what follows must not depend on it.
-        generator = torch.cuda.get_rng_state(rows.device)
-        hooked = _hooked_module(self.model)
+    def _capture(self, rows: Tensor, run: Callable[[Tensor], Any]) -> None:
+        gradients = [parameter.grad for parameter in self.parameters]
+        # The capture draws random numbers. Later draws must not depend on it.
+        random_state = torch.cuda.get_rng_state(rows.device)
         try:
-            if hooked is not None:
-                raise RuntimeError(f"{hooked} has a forward hook, which a graph would not call")
-            self._captured = _Captured(parameters, rows, run)
+            self._captured = _Captured(self.parameters, rows, run)
         except RuntimeError as error:
-            self.eager_left = float("inf")
-            reason = " ".join(str(error).split())[:200]
-            log.warning("steps run without a CUDA graph (%s); set cuda_graph: false", reason)
+            self._refuse(" ".join(str(error).split())[:200])
         finally:
-            torch.cuda.set_rng_state(generator, rows.device)
-            for parameter, gradient in zip(parameters, gradients):
+            torch.cuda.set_rng_state(random_state, rows.device)
+            for parameter, gradient in zip(self.parameters, gradients):
                 parameter.grad = gradient
+
+    def _refuse(self, reason: str) -> None:
+        self._captured = None
+        self._refused = True
+        log.warning("steps run without a CUDA graph (%s); set cuda_graph: false", reason)
+
+    def _hooked(self) -> str | None:
+        """Return the name of the first module with a hook on it or on its parameters, or None."""
+        for name, module in self._named_modules:
+            if any(getattr(module, hooks) for hooks in _MODULE_HOOKS):
+                return name or "the model"
+            for parameter in module._parameters.values():
+                if any(getattr(parameter, hooks, None) for hooks in _PARAMETER_HOOKS):
+                    return name or "the model"
+        return None
 
 
 class _Captured:
@@ -83,14 +108,15 @@ class _Captured:
         self.parameters = parameters
         self.rows = rows.clone()
         self.graph = torch.cuda.CUDAGraph()
-        self._forget_gradients()
-        # On another stream than the eager passes, as the capture is
+        self._clear_gradients()
+        # A pass on another stream, as the capture is. A host sync is an error here, because within
+        # the capture it would leave the generators and the allocator in a bad state.
         stream = torch.cuda.Stream(rows.device)
         stream.wait_stream(torch.cuda.current_stream(rows.device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _host_syncs_are_errors():
             run(self.rows)
         torch.cuda.current_stream(rows.device).wait_stream(stream)
-        self._forget_gradients()
+        self._clear_gradients()
         with torch.cuda.graph(self.graph):
             self.result = run(self.rows)
         self.gradients = [parameter.grad for parameter in parameters]
@@ -110,14 +136,16 @@ class _Captured:
                 parameter.grad += gradient
         return tree_map(torch.clone, self.result)
 
-    def _forget_gradients(self) -> None:
+    def _clear_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
 
 
-def _hooked_module(model: nn.Module) -> str | None:
-    """Return the name of the first module with a forward hook, if there is one."""
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return name or "the model"
-    return None
+@contextmanager
+def _host_syncs_are_errors() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -109,7 +109,7 @@ class _Loop:
         position = resume(setup, metrics)
         if position.batch == 0 and config.load_path is not None:
             start_from(setup.model, config.load_path, config)
-        setup.store_weights()
+        setup.convert_weights()
         self.run = Run(setup, metrics, position)
         self.stop_agreed = False  # a rank received a signal, and all ranks know
         self.save_failed = False  # a background save failed on some rank

@@ -44,13 +44,13 @@ def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> tuple[Tenso
     balances: list[Balance] = []
     for rows in samples.split(rows_each):  # [B, S + 1]
         run = partial(run_microbatch, setup)
-        last_of_one = rows.shape[0] == samples.shape[0]
+        several = rows.shape[0] < samples.shape[0]
         if setup.graph is None:
             result = run(rows, phase)
         else:
             with phase("forward and backward"):
-                result = setup.graph(rows, run, add=not last_of_one)
-        if not last_of_one:
+                result = setup.graph(rows, run, add=several)
+        if several:
             setup.optimizer.widen_gradients()
         loss += result.nats
         balances = _sum_balances(balances, result.balances)

@@ -7,7 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 Phases = Callable[[str], AbstractContextManager[Any]]
-"""A context for each phase of a step: data, forward, backward, optimizer."""
+"""A context for each phase of a step: data, forward, backward, optimizer.
+
+With a CUDA graph, forward and backward are one phase, "forward and backward".
+"""
 
 
 def untimed(phase: str) -> AbstractContextManager[None]:

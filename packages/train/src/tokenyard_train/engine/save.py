@@ -28,7 +28,7 @@ def save(run: Run, writer: BackgroundWriter) -> None:
 
 
 def run_tensors(setup: Setup) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name: to save, or to load before `store_weights`."""
+    """Return all tensors of a checkpoint by name: to save, or to load before `convert_weights`."""
     tensors = model_tensors(setup.model)
     for name, parameter in setup.model.named_parameters():
         # A checkpoint has the same dtypes in every precision.

@@ -64,10 +64,10 @@ class Setup:
         """Return a span of training in optimizer steps of this run."""
         return span.batches(self.batch_tokens, epoch_batches(self.config, self.data), self.batches)
 
-    def store_weights(self) -> None:
-        """Store the weights in the config's precision. Call it once, after they were loaded."""
+    def convert_weights(self) -> None:
+        """Convert the weights to the config's precision. Call it once, after they were loaded."""
         if self.config.precision == BF16_MASTER:
-            self.optimizer.keep_masters(self.model)
+            self.optimizer.narrow_weights(self.model)
 
     def precision(self) -> AbstractContextManager[None]:
         """Return a context that computes in the config's `precision`."""
@@ -161,7 +161,7 @@ def _prepare_kernels(config: TrainConfig, model: Model) -> None:
 
 
 def _build_graph(config: TrainConfig, strategy: Strategy, model: Model) -> MicrobatchGraph | None:
-    """Return the CUDA graph of a microbatch, or None. Raises ConfigError if it cannot be had."""
+    """Return the CUDA graph of a microbatch, or None. Raises ConfigError if it is impossible."""
     reason = None
     if not config.device.startswith("cuda"):
         reason = f"device is {config.device}"
