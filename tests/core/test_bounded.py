@@ -2,6 +2,7 @@
 
 import os
 import time
+import tracemalloc
 
 import pytest
 
@@ -25,6 +26,7 @@ NO_OBJECT = {
     "deep in C": ("[" * 200_000, "nested deeper than 40 levels"),
     "deep": ('{"a":' * 41 + "{}" + "}" * 41, "nested deeper than 40 levels"),
     "nan": ('{"a": NaN}', "NaN is not a number of JSON"),
+    "key twice": ('{"a": {"b": 1, "b": 2}}', "the key 'b' twice, with different values"),
     "long number": ('{"a": ' + "9" * 5000 + "}", "an integer of more than 64 bits"),
     "long negative": ('{"a": -' + "9" * 20 + "}", "an integer of more than 64 bits"),
     "infinite": ('{"a": 1e999}', "a number beyond those of 64 bits"),
@@ -62,3 +64,18 @@ def test_an_object_is_read(tmp_path):
     path = tmp_path / "file.json"
     path.write_text('{"a": [{"b": 1.5}]}')
     assert read_json(path) == {"a": [{"b": 1.5}]}
+
+
+def test_a_key_that_stands_twice_with_one_value_is_read(tmp_path):
+    (tmp_path / "file.json").write_text('{"a": [1], "b": 2, "a": [1]}')
+    assert read_json(tmp_path / "file.json") == {"a": [1], "b": 2}
+
+
+def test_memory_follows_the_file(tmp_path):
+    (tmp_path / "file.json").write_text("{}")
+    tracemalloc.start()
+    try:
+        read_json(tmp_path / "file.json")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()

@@ -307,6 +307,7 @@ def test_text_that_is_not_utf_8_is_refused(tmp_path):
         ({"column_names": ["text", "id"]}, r"shard.00000.mds has column_names \['id', 'text'\]"),
         ({"column_sizes": [8]}, r"column_names, column_encodings and column_sizes differ"),
         ({"format": "json"}, r"shards.0.format: Input should be 'mds'"),
+        ({"column_names": ["text", "text"]}, r"shards.0: .*column_names has a name twice"),
     ],
 )
 def test_an_index_that_disagrees_with_its_shards(tmp_path, changes, said):
@@ -316,6 +317,27 @@ def test_an_index_that_disagrees_with_its_shards(tmp_path, changes, said):
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises((ConfigError, CorruptError), match=said):
         read(tmp_path)
+
+
+def test_a_shard_that_is_listed_twice_is_refused(tmp_path):
+    text_shards(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["shards"] *= 2
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"index.json lists the shard shard.00000.mds twice"):
+        read(tmp_path)
+
+
+def test_shards_that_are_not_listed_are_named(tmp_path, caplog):
+    text_shards(tmp_path)
+    shutil.copy(tmp_path / "shard.00000.mds", tmp_path / "shard.00007.mds")
+    assert len(read(tmp_path)) == 3
+    assert "does not list 1 files of shards, such as " in caplog.text
+    assert "shard.00007.mds; they are not read" in caplog.text
+    caplog.clear()
+    write(tmp_path, [[[np.arange(4).tobytes()]]], ["tokens"], ["ndarray:int64:4"], [None])
+    MdsTokens(tmp_path, 257, "local")
+    assert "does not list 2 files of shards" in caplog.text
 
 
 def test_an_index_that_is_nested_too_deep(tmp_path):

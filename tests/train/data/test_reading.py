@@ -181,6 +181,9 @@ def test_text_files(tmp_path, name):
     (tmp_path / name).write_bytes(pack_bytes(name, b"h\xe9llo"))
     with pytest.raises(ConfigError, match=rf"{name} is not UTF-8 text; convert it, or leave"):
         read(Source(path=str(tmp_path / name)))
+    (tmp_path / name).write_bytes(pack_bytes(name, "hello".encode("utf-16-le")))
+    with pytest.raises(ConfigError, match=rf"{name} has a NUL byte at byte 1, so it is no UTF-8"):
+        read(Source(path=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(
@@ -243,12 +246,71 @@ def test_every_spelling_is_found_in_a_folder_and_what_is_left_out_is_named(tmp_p
         (b'{"text": "a"}\n' + b"[" * 200_000, r"a.json line 2 is not JSON: it is nested too deep"),
         (b"[" * 200_000, r"a.json row 1 is not JSON: it is nested too deep"),
         (b'{"text": "\xff"}', r"a.json line 1 is not JSON: 'utf-8' codec"),
+        (b'{"text": "a", "text": "b"}', r"line 1 is not JSON: it has the key 'text' twice"),
+        (b'[{"text": "a", "m": {"n": 1, "n": 2}}]', r"row 1 is not JSON: it has the key 'n' twice"),
+        (
+            b'{\n "text": "a"\n}',
+            r"line 1 is not JSON: .*; a file of JSON holds a row a line, or an",
+        ),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", r"a number of more than 4,300 digits"),
+        (b'[{"n": ' + b"9" * 5000 + b"}]", r"row 1 is not JSON: it has a number of more than 4,"),
     ],
 )
 def test_json_that_is_malformed_is_named(tmp_path, content, said):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ConfigError, match=said):
         read(Source(path=str(tmp_path / "a.json")))
+
+
+def test_a_key_that_stands_twice_with_one_value_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"text": "a", "text": "a"}')
+    assert read(Source(path=str(tmp_path / "a.json"))) == [b"a"]
+
+
+def test_parquet_with_two_columns_of_the_name_is_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.Table.from_arrays(columns, names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"a.parquet has 2 columns 'text'; rename one"):
+        read(Source(path=str(tmp_path / "a.parquet")))
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "large_string", "string_view"])
+def test_every_type_of_strings_in_parquet_is_text(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.array(["a", "ü", None, "a"])
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    else:
+        column = column.cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read(Source(path=str(tmp_path / "a.parquet"))) == [b"a", "ü".encode(), b"a"]
+
+
+def test_files_that_are_read_twice_are_named(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    assert read(Source(path=str(tmp_path))) == [b"a", b"a"]
+    assert "1 files are read twice, as links or by several paths (such as" in caplog.text
+    caplog.clear()
+    (tmp_path / "b.txt").unlink()
+    paths = [str(tmp_path), str(tmp_path / "a.txt")]
+    assert read(Source(path=paths)) == [b"a", b"a"]
+    assert "1 files are read twice" in caplog.text
+    caplog.clear()
+    assert read(Source(path=paths[1])) == [b"a"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"])
+def test_files_without_rows_are_named(tmp_path, name, caplog):
+    write(tmp_path, name, [])
+    (tmp_path / "b.jsonl").write_bytes(_lines(["b"]))
+    assert read(Source(path=[str(tmp_path / name), str(tmp_path / "b.jsonl")])) == [b"b"]
+    assert f"1 files hold no rows (such as {tmp_path / name})" in caplog.text
 
 
 def test_an_array_is_read_like_json_loads(tmp_path):

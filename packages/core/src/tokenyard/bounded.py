@@ -59,7 +59,11 @@ def read_json(
     text = read_text(path, max_bytes, error)
     try:
         content = json.loads(
-            text, parse_constant=_refuse_constant, parse_int=_whole, parse_float=_finite
+            text,
+            parse_constant=_refuse_constant,
+            parse_int=_whole,
+            parse_float=_finite,
+            object_pairs_hook=unique_keys,
         )
     except RecursionError:
         raise error(f"{path} is nested deeper than {MAX_DEPTH} levels") from None
@@ -71,6 +75,19 @@ def read_json(
         raise error(f"{path} is not a JSON object but {type(content).__name__}")
     if is_deep(content):
         raise error(f"{path} is nested deeper than {MAX_DEPTH} levels")
+    return content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of its pairs. Raises ValueError if a key has two different values.
+
+    An `object_pairs_hook` of the `json` module, which takes the last value without it.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        for key, value in pairs:
+            if content[key] != value:
+                raise ValueError(f"it has the key {key!r} twice, with different values")
     return content
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
+from tokenyard.bounded import read_json
 from tokenyard_train.commands.load_model import LoadedModel
 from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
 from tokenyard_train.data import BytesTokenizer, build_tokenizer
@@ -94,7 +95,7 @@ def _copy_tokenizer(config: TokenizerConfig, folder: Path) -> None:
         shutil.copy(path, folder / "tokenizer.json")
     if config.eos_token is not None:
         options = folder / "tokenizer_config.json"
-        given = json.loads(options.read_text(encoding="utf-8")) if options.exists() else {}
+        given = read_json(options) if options.exists() else {}
         _write_json(options, given | {"eos_token": config.eos_token})
 
 

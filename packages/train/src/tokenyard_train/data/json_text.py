@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import codecs
 import json
+import sys
 from typing import Any
+
+from tokenyard.bounded import unique_keys
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+"""Parses JSON. Raises ValueError, also for a key with two different values, or RecursionError."""
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -12,6 +18,15 @@ def parse_json(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = text.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(explain(error)) from None
+
+
+def explain(error: ValueError) -> str:
+    """Return what is wrong with a JSON text, without the library's advice for programmers."""
+    if "int_max_str_digits" in str(error):
+        return f"it has a number of more than {sys.get_int_max_str_digits():,} digits"
+    return str(error)

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard_train.data.schema import Source
-from tokenyard_train.data.sources.files import describe_file, find_files, list_files
+from tokenyard_train.data.sources.files import (
+    describe_file,
+    find_files,
+    list_files,
+    repeated_files,
+)
 from tokenyard_train.data.sources.formats import read_file
 
 log = logging.getLogger("tokenyard")
@@ -39,8 +44,30 @@ def _all_documents(source: Source, key: str) -> Iterator[bytes | None]:
 
         yield from mds_documents(mds_folder(source), source.text_key, f"{key}.local")
     else:
-        for file in find_files(source.path or [], source.suffixes, f"{key}.path"):
-            yield from read_file(file, source.text_key, f"{key}.path", source.suffixes)
+        yield from _file_documents(source, f"{key}.path")
+
+
+def _file_documents(source: Source, key: str) -> Iterator[bytes | None]:
+    """Yield the documents of files. Warns of files that are read twice, and of those without rows.
+
+    An empty file of text is as usual as an empty module of code.
+    """
+    files = find_files(source.path or [], source.suffixes, key)
+    _warn_of(repeated_files(files), key, "are read twice, as links or by several paths")
+    empty = []
+    for file in files:
+        rows = 0
+        for document in read_file(file, source.text_key, key, source.suffixes):
+            rows += 1
+            yield document
+        if not rows:
+            empty.append(file)
+    _warn_of(empty, key, "hold no rows")
+
+
+def _warn_of(files: list[Path], key: str, problem: str) -> None:
+    if files:
+        log.warning("%s: %d files %s (such as %s)", key, len(files), problem, files[0])
 
 
 def mds_folder(source: Source) -> Path:

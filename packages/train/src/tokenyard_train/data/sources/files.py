@@ -33,6 +33,18 @@ def find_files(paths: str | Sequence[str], suffixes: Collection[str], key: str) 
     ]
 
 
+def repeated_files(files: Sequence[Path]) -> list[Path]:
+    """Return the files that lead to the same file as an earlier one, by a link or another path."""
+    seen: set[str] = set()
+    repeated = []
+    for file in files:
+        real = os.path.realpath(file)
+        if real in seen:
+            repeated.append(file)
+        seen.add(real)
+    return repeated
+
+
 def describe_file(file: Path, key: str) -> dict[str, Any]:
     """Return a file's name, size, and a digest of its first and last bytes. Raises ConfigError."""
     try:

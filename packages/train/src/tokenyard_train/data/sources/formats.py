@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard_train.data.json_text import parse_json
+from tokenyard_train.data.json_text import DECODER, explain, parse_json
 from tokenyard_train.data.sources.compression import DECOMPRESSORS, Stream, open_decompressed
 from tokenyard_train.data.sources.text import (
     MAX_DOCUMENT_BYTES,
@@ -115,6 +115,11 @@ def _read_text(file: Path, compression: str, text_key: str) -> Documents:
         text = stream.read(MAX_DOCUMENT_BYTES + 1)
         check_size(len(text), str(file))
     text = checked_text(text, str(file))
+    if (nul := text.find(0)) >= 0:
+        raise ConfigError(
+            f"{file} has a NUL byte at byte {nul}, so it is no UTF-8 text; convert it, or leave it "
+            "out"
+        )
     if _suffixes(file.name)[0] in _SNIFFED and _JSON_ROW.match(text):
         raise ConfigError(
             f"{file} holds rows of JSON, and its name says text; name it .jsonl, "
@@ -141,7 +146,8 @@ def _line_rows(stream: Stream, file: Path) -> Iterator[tuple[str, Any]]:
             try:
                 row = parse_json(line)
             except ValueError as error:
-                raise ConfigError(f"{location} is not JSON: {error}") from None
+                hint = "" if number > 1 else "; a file of JSON holds a row a line, or an array"
+                raise ConfigError(f"{location} is not JSON: {error}{hint}") from None
             yield location, row
 
 
@@ -174,17 +180,19 @@ class _ArrayRows:
         self._next_character()
         while True:
             try:
-                value, self._at = json.JSONDecoder().raw_decode(self._text, self._at)
+                value, self._at = DECODER.raw_decode(self._text, self._at)
                 return value
             except RecursionError:
                 raise ConfigError(f"{location} is not JSON: it is nested too deep") from None
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 if len(self._text) > MAX_DOCUMENT_BYTES:
                     raise ConfigError(
                         f"{location} is not JSON, or has more than {MAX_DOCUMENT_BYTES:,} bytes"
                     ) from None
                 if not self._read_more():
                     raise ConfigError(f"{location} is not JSON: {error}") from None
+            except ValueError as error:  # more text would not mend it
+                raise ConfigError(f"{location} is not JSON: {explain(error)}") from None
 
     def _take(self, allowed: str) -> str:
         character = self._next_character()
@@ -225,6 +233,8 @@ def _read_parquet(file: Path, compression: str, text_key: str) -> Documents:
     columns = table.schema_arrow.names
     if text_key not in columns:
         raise no_column(text_key, columns, str(file))
+    if columns.count(text_key) > 1:
+        raise ConfigError(f"{file} has {columns.count(text_key)} columns {text_key!r}; rename one")
     number = 0
     for batch in table.iter_batches(batch_size=64, columns=[text_key]):
         for value in batch.column(0):

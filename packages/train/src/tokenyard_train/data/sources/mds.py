@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenyard import ConfigError
-from tokenyard_train.data.sources.mds_index import read_index
+from tokenyard_train.data.sources.mds_index import read_index, warn_unlisted
 from tokenyard_train.data.sources.mds_shard import ShardReader, Spans
 from tokenyard_train.data.sources.mds_tokens import TokensFormat, tokens_format
 from tokenyard_train.data.sources.text import check_size, document_text
@@ -21,7 +21,9 @@ def mds_documents(folder: Path, text_key: str, key: str) -> Iterator[bytes | Non
 
     Raises ConfigError if the folder or the column is missing, or if the column is not text.
     """
-    for shard in read_index(folder, key):
+    shards = read_index(folder, key)
+    warn_unlisted(folder, shards)
+    for shard in shards:
         reader = ShardReader(folder, shard, key)
         encoding = reader.encoding(text_key)
         if encoding not in ("str", "bytes"):
@@ -48,6 +50,7 @@ class MdsTokens:
 
     def __init__(self, folder: Path, vocab_size: int, key: str, encoding_type: str = "int64"):
         shards = read_index(folder, key)
+        warn_unlisted(folder, shards)
         self._key = key
         self._vocab_size = vocab_size
         self._dtype = ids_dtype(vocab_size)

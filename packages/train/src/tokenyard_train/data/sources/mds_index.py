@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -18,6 +20,10 @@ from tokenyard import ConfigError
 from tokenyard_train.data.json_text import parse_json
 
 INDEX = "index.json"
+
+_ENDS = (".mds", ".mds.zstd", ".mds.zst", ".mds.gz", ".mds.br", ".mds.snappy")
+
+log = logging.getLogger("tokenyard")
 
 
 def _inside(name: str) -> str:
@@ -57,6 +63,8 @@ class Shard(_Entry):
         names = len(self.column_names)
         if not names == len(self.column_encodings) == len(self.column_sizes):
             raise ValueError("column_names, column_encodings and column_sizes differ in length")
+        if len(set(self.column_names)) < names:
+            raise ValueError("column_names has a name twice")
         return self
 
 
@@ -89,7 +97,29 @@ def read_index(folder: Path, key: str) -> list[Shard]:
         raise ConfigError(f"{key}: {path} is not an index of MDS shards: {error}") from None
     if not sum(shard.samples for shard in shards):
         raise ConfigError(f"{key}: {path} lists no samples")
+    counts = Counter(PurePosixPath(shard.raw_data.basename) for shard in shards)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ConfigError(f"{key}: {path} lists the shard {twice[0]} twice; merge the index anew")
     return [shard for shard in shards if shard.samples]
+
+
+def warn_unlisted(folder: Path, shards: list[Shard]) -> None:
+    """Warn of shards beside the listed ones that the folder's index does not list."""
+    files = [file for s in shards for file in (s.raw_data, s.zip_data) if file is not None]
+    listed = {folder / file.basename for file in files}
+    unlisted = {
+        path
+        for parent in {path.parent for path in listed}
+        for path in parent.glob("*.mds*")
+        if path not in listed and path.name.endswith(_ENDS)
+    }
+    if unlisted:
+        log.warning(
+            "%s does not list %d files of shards, such as %s; they are not read",
+            folder / INDEX,
+            len(unlisted),
+            min(unlisted),
+        )
 
 
 def index_files(folder: Path, key: str) -> list[Path]:
