@@ -177,7 +177,50 @@ def quantised_by_config_json(folder):
     return r"model\.quantization_config is \{.*\}, which changes what the model computes"
 
 
+def key_twice_in_the_index(folder):
+    one, two = sorted(path.name for path in folder.glob("*.safetensors"))[:2]
+    index(folder).write_text(f'{{"weight_map": {{"x": "{one}", "x": "{two}"}}}}')
+    return r"index\.json is not JSON: it has the key 'x' twice, with different values"
+
+
+def key_twice_in_config_json(folder):
+    text = (folder / "config.json").read_text().rstrip()
+    (folder / "config.json").write_text(text[:-1] + ', "rms_norm_eps": 0.5}')
+    return r"config\.json is not JSON: it has the key 'rms_norm_eps' twice, with different values"
+
+
+def tensor_in_two_files(folder):
+    one, two = sorted(folder.glob("*.safetensors"))[:2]
+    doubled = next(iter(load_file(one).items()))
+    save_file(load_file(two) | dict([doubled]), two)
+    return rf"does not list {re.escape(doubled[0])}, which is in {two.name}"
+
+
+def weights_that_the_index_does_not_name(folder):
+    save_file({"x": torch.zeros(2)}, folder / "model-00009-of-00009.safetensors")
+    return (
+        r"holds model-00009-of-00009\.safetensors beside model-0.*, which is what is read; remove"
+    )
+
+
+def whole_weights_beside_an_index(folder):
+    """transformers would read the other ones."""
+    save_file({"x": torch.zeros(2)}, folder / "model.safetensors")
+    return r"holds model\.safetensors beside model-0.*, which is what is read; remove"
+
+
+def adapters(folder):
+    save_file({"x": torch.zeros(2)}, folder / "adapter_model.safetensors")
+    return r"holds adapter_model\.safetensors, and adapters are not read; merge them"
+
+
 DAMAGES = (
+    key_twice_in_the_index,
+    key_twice_in_config_json,
+    tensor_in_two_files,
+    weights_that_the_index_does_not_name,
+    whole_weights_beside_an_index,
+    adapters,
     truncated,
     header_larger_than_the_file,
     missing_file,
@@ -210,6 +253,12 @@ def test_a_damaged_folder_gives_one_sentence(folder, damage):
     with pytest.raises((WeightsError, ConfigError), match=sentence) as raised:
         from_hf(folder)
     assert "\n" not in str(raised.value)
+
+
+def test_a_byte_order_mark_before_config_json_is_no_fault(folder):
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    from_hf(folder)
 
 
 def test_nothing_is_filled_from_a_folder_of_another_size(folder):

@@ -1,11 +1,13 @@
 """A loaded model computes in the precision of its training, or in the precision of the option."""
 
+import re
+
 import pytest
 import torch
 
 from tokenyard import ConfigError, moe_layers
 from tokenyard_models import to_hf
-from tokenyard_train.commands.load_model import load_trained, load_weights_only
+from tokenyard_train.commands.load_model import load_trained, load_weights_only, stop_ids
 
 
 def dtype_of_experts(loaded):
@@ -54,3 +56,28 @@ def test_the_options_reach_the_commands(tokenyard, trained, text, tmp_path):
     routing = ("routing", str(trained), *folders, "--precision", "amp_bf16")
     assert tokenyard(*routing, "--device", "cpu")[0] == 0
     assert "--device is 'tpu'" in tokenyard(*routing, "--device", "tpu")[2]
+
+
+@pytest.mark.parametrize(
+    ("content", "ids", "said"),
+    [
+        ('{"eos_token_id": 3}', {3}, ""),
+        ('{"eos_token_id": [3, 4]}', {3, 4}, ""),
+        ('{"eos_token_id": null}', set(), ""),
+        ("{}", set(), ""),
+        (
+            '{"eos_token_id": "3"}',
+            set(),
+            "has the eos_token_id '3'; what is no id there is ignored",
+        ),
+        ('{"eos_token_id": [3, null]}', {3}, "has the eos_token_id"),
+        ("{", set(), "generation_config.json is not JSON: .*; the tokenizer alone says how"),
+        ("[]", set(), "is not a JSON object but list; the tokenizer alone says how"),
+    ],
+)
+def test_ids_that_end_a_document(tmp_path, caplog, content, ids, said):
+    assert stop_ids(tmp_path) == set()
+    (tmp_path / "generation_config.json").write_text(content)
+    assert stop_ids(tmp_path) == ids
+    assert bool(caplog.records) == bool(said)
+    assert re.search(said, caplog.text)

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer, models
 
 from tokenyard import ConfigError, moe_layers
 from tokenyard_models import Mixtral
 from tokenyard_train.commands.options import RoutingOptions
-from tokenyard_train.commands.routing import report
+from tokenyard_train.commands.routing import measure, report
 from tokenyard_train.commands.routing_counts import route
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
@@ -98,3 +99,13 @@ def test_mistakes(tmp_path, settings, trained, text):
     train(read_config(dense | {"save_folder": str(tmp_path / "dense")}), Console(quiet=True))
     with pytest.raises(ConfigError, match="has no experts; give one that has"):
         report(options(tmp_path / "dense", text), Console(quiet=True))
+
+
+def test_a_text_of_another_model_s_tokenizer_is_refused(trained, tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 300, "</s>": 0}, unk_token="a"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "a.txt").write_text("a")
+    options = RoutingOptions(trained, tmp_path / "a.txt", 9, tokenizer=str(tmp_path), device="cpu")
+    with pytest.raises(ConfigError, match=r"--data .* has the id 300, and the model has 257 ids"):
+        measure(options)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, TokenyardError
 from tokenyard_models import Dbrx
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig
@@ -101,3 +101,25 @@ def test_a_prompt_without_room_is_refused():
     net = model()
     with pytest.raises(ConfigError, match=r"the prompt has 256 tokens and .* 256; shorten"):
         encode_prompts(net, BytesTokenizer(), ["x" * net.max_seq_len])
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_text_is_drawn_from_weights_that_mean_nothing(temperature, value):
+    net = model()
+    with torch.no_grad():
+        net.head.weight[3] = value
+    with pytest.raises(TokenyardError, match=r"the model's logits hold nan or inf, so no text can"):
+        sample(net, [[1, 2]], Sampling(1, temperature, 0))
+
+
+def test_a_prompt_of_another_model_s_tokenizer_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"the prompt 'x' has the id 120, and the model has 61 ids"
+    ):
+        encode_prompts(model(), BytesTokenizer(), ["\t", "x"])
+
+
+def test_a_prompt_that_is_no_text_is_refused():
+    with pytest.raises(ConfigError, match=r"the prompt 'a\\udcff' is not UTF-8 text"):
+        encode_prompts(model(), BytesTokenizer(), ["a\udcff"])

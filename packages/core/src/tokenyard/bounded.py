@@ -23,7 +23,7 @@ class _NumberError(ValueError):
 def read_text(
     path: Path | str, max_bytes: int = MAX_BYTES, error: type[TokenyardError] = ConfigError
 ) -> str:
-    """Return the UTF-8 text of a plain file.
+    """Return the UTF-8 text of a plain file, without a byte order mark.
 
     Raises `error`, one sentence that names the file, for anything else: a folder, a pipe, a device,
     a missing or unreadable file, a larger file, or other bytes than UTF-8.
@@ -47,7 +47,7 @@ def read_text(
     if len(content) > max_bytes:
         raise error(f"{path} has more than {max_bytes:,} bytes; at most {max_bytes:,} are read")
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise error(f"{path} is not UTF-8 text") from None
 

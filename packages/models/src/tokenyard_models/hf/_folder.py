@@ -17,6 +17,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 # Bytes to read before reopening a file: mapped pages count as memory until the file is closed.
@@ -41,6 +42,7 @@ class Folder:
             )
         self.config = read_json(self.path / config)
         self.files = self._files()  # file name -> tensor names
+        self._refuse_unused_files()
 
     @property
     def keys(self) -> set[str]:
@@ -78,6 +80,23 @@ class Folder:
         for name, keys in files.items():
             self._compare(name, keys)
         return files
+
+    def _refuse_unused_files(self) -> None:
+        """Raise WeightsError for adapters, and for weights beside those that are read."""
+        patterns = (SINGLE, "model-*-of-*.safetensors")
+        unused = {p.name for pattern in patterns for p in self.path.glob(pattern)}
+        unused -= self.files.keys()
+        if unused:
+            raise WeightsError(
+                f"{self.path} holds {min(unused)} beside {min(self.files)}, which is what is read; "
+                "remove the file, or list it in the index"
+            )
+        for name in _ADAPTERS:
+            if (self.path / name).exists():
+                raise WeightsError(
+                    f"{self.path} holds {name}, and adapters are not read; merge them into the "
+                    "weights (merge_and_unload of peft), or remove the file"
+                )
 
     def _compare(self, name: str, indexed: list[str]) -> None:
         stored = set(_open(self.path / name).keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,6 +28,8 @@ from tokenyard_train.data.paths import HF
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import COMPUTE_DTYPES, check_precision, computing_in
+
+log = logging.getLogger("tokenyard")
 
 
 class LoadedModel(NamedTuple):
@@ -117,9 +120,20 @@ def _hf_source(config: Mapping[str, Any]) -> Path | None:
 
 
 def stop_ids(folder: Path) -> frozenset[int]:
-    """Return the end-of-document ids in a Hugging Face folder's generation_config.json."""
-    try:
-        ids = read_json(folder / "generation_config.json").get("eos_token_id")
-    except ConfigError:
+    """Return the end-of-document ids in a Hugging Face folder's generation_config.json.
+
+    None with a warning if the file is unusable.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
         return frozenset()
-    return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+    try:
+        ids = read_json(path).get("eos_token_id")
+    except ConfigError as error:
+        log.warning("%s; the tokenizer alone says how a document ends", error)
+        return frozenset()
+    listed = ids if isinstance(ids, list) else [ids]
+    known = frozenset(i for i in listed if isinstance(i, int) and not isinstance(i, bool))
+    if ids is not None and len(known) < len(set(map(str, listed))):
+        log.warning("%s has the eos_token_id %r; what is no id there is ignored", path, ids)
+    return known

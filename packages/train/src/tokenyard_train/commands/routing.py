@@ -20,6 +20,7 @@ from tokenyard_train.data import Tokenizer, build_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.sources.files import find_files
 from tokenyard_train.data.sources.formats import read_file
+from tokenyard_train.engine.sampling import check_vocabulary
 
 
 def report(options: RoutingOptions, console: Console) -> list[LayerReport]:
@@ -47,6 +48,7 @@ def measure(options: RoutingOptions) -> tuple[list[LayerReport], int]:
     else:
         tokenizer = build_tokenizer(TokenizerConfig(name=options.tokenizer))
     ids = _read_ids(options.data, options.text_key, tokenizer, options.tokens)
+    check_vocabulary(loaded.model, ids.tolist(), f"--data {str(options.data)!r}")
     with loaded.autocast():
         return route(loaded.model, ids), len(ids)
 

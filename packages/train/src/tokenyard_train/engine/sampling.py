@@ -9,7 +9,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from tokenyard import ConfigError, Model
+from tokenyard import ConfigError, Model, TokenyardError
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.distributed import broadcast_from_rank0
 
@@ -49,10 +49,10 @@ def continue_texts(
 def encode_prompts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Return the ids of each prompt, and of an empty one the id that ends a document.
 
-    Raises ConfigError for a prompt that leaves the model no room.
+    Raises ConfigError for a prompt that leaves the model no room, or whose ids it does not have.
     """
     prompt_ids = [
-        [int(i) for i in tokenizer.encode(prompt.encode())] or [tokenizer.end] for prompt in prompts
+        [int(i) for i in tokenizer.encode(_utf8(prompt))] or [tokenizer.end] for prompt in prompts
     ]
     longest = max(len(ids) for ids in prompt_ids)
     if longest >= model.max_seq_len:
@@ -60,7 +60,25 @@ def encode_prompts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -
             f"the prompt has {longest} tokens and the model's max_seq_len is {model.max_seq_len}; "
             "shorten the prompt"
         )
+    for prompt, ids in zip(prompts, prompt_ids):
+        check_vocabulary(model, ids, f"the prompt {prompt[:40]!r}")
     return prompt_ids
+
+
+def check_vocabulary(model: Model, ids: Collection[int], text: str) -> None:
+    """Raise ConfigError if a text has an id that the model has no embedding for."""
+    if max(ids) >= model.vocab_size:
+        raise ConfigError(
+            f"{text} has the id {max(ids)}, and the model has {model.vocab_size} ids; give the "
+            "tokenizer that the model was trained with"
+        )
+
+
+def _utf8(prompt: str) -> bytes:
+    try:
+        return prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"the prompt {prompt[:40]!r} is not UTF-8 text") from None
 
 
 def text_after(tokenizer: Tokenizer, prompt: Sequence[int], continuation: Sequence[int]) -> str:
@@ -114,9 +132,15 @@ def sample(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """Draw the next ids [B, 1] from logits [B, V].
 
-    They are drawn on the CPU, so that a seed gives the same numbers on every device.
+    They are drawn on the CPU, so that a seed gives the same numbers on every device. Raises
+    TokenyardError for nan and inf.
     """
     logits = logits.float().cpu()
+    if (logits.isnan() | logits.isposinf()).any():
+        raise TokenyardError(
+            "the model's logits hold nan or inf, so no text can be drawn from them; look for nan "
+            "in its weights, or give another precision"
+        )
     if temperature < _GREEDY:
         return logits.argmax(-1, keepdim=True)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
