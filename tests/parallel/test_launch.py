@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -11,6 +12,8 @@ from harness import layout_runs as runs
 from harness.layouts import run
 from harness.supervisor import SupervisedRun, draw_faults
 from safetensors.torch import load_file
+
+from tokenyard_train.folder_lock import LOCK, lock_folder
 
 BATCHES = 60
 INTERVAL = 5  # steps between checkpoints
@@ -148,6 +151,17 @@ def test_many_faults(settings, tmp_path, undisturbed, nproc, seed):
     assert all(recovery.redone <= most for recovery in recoveries)
 
 
+def test_a_launch_in_a_folder_that_another_process_writes_is_refused(settings, tmp_path):
+    folder = tmp_path / "locked"
+    with lock_folder(folder):
+        launched = start(settings, folder, 2)
+        assert launched.process.wait(timeout=100) == 2
+        names = {path.name for path in folder.iterdir()}
+    assert f"is being written by process {os.getpid()}; wait until it ends" in launched.text()
+    assert names == {LOCK}
+
+
+@pytest.mark.full
 def test_a_second_launch_in_the_folder_of_the_first_is_refused(settings, tmp_path):
     """The first one holds the folder's lock in its rank 0, and trains on undisturbed."""
     folder = tmp_path / "locked"

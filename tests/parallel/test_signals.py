@@ -32,8 +32,11 @@ CODES = {
     "kill the supervisor": {-9},
 }
 QUICK = [
-    (2, Disturbance("kill the supervisor", 0, "batch", 4, 0.03)),
+    (1, Disturbance("kill the supervisor", 0, "batch", 4, 0.03)),
     (1, Disturbance("SIGHUP", 0, "saving", 5, 0.005)),
+]
+LONG = [
+    (2, Disturbance("kill the supervisor", 0, "batch", 4, 0.03)),
     (2, Disturbance("stop and kill a rank", 1, "batch", 6, 0.02)),
 ]
 
@@ -86,7 +89,11 @@ def check(nproc, disturbance, settings, folder, undisturbed, monkeypatch):
     assert final_state_at(folder / layout, BATCHES) == undisturbed(nproc), disturbance
 
 
-@pytest.mark.parametrize(("nproc", "disturbance"), QUICK, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("nproc", "disturbance"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.full) for case in LONG)],
+    ids=lambda value: str(value)[:60],
+)
 def test_a_signal_costs_no_bit(nproc, disturbance, settings, tmp_path, undisturbed, monkeypatch):
     check(nproc, disturbance, settings, tmp_path, undisturbed, monkeypatch)
 
