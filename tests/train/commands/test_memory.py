@@ -63,6 +63,27 @@ def test_state_is_exact(config):
     assert estimate(config(precision="amp_bf16"), model, ALONE).copies == 2 * count
 
 
+def test_state_of_bfloat16_weights_is_exact(config):
+    """16 bytes a parameter; gradients of several microbatches take 4 instead of 2."""
+    _, model = build_model(config())
+    count = sum(p.numel() for p in model.parameters())
+    for rows, width in ((4, 2), (1, 4)):
+        changes = {"precision": "bf16_master", "device_train_microbatch_size": rows}
+        memory = estimate(config(**changes), model, ALONE)
+        state = (memory.parameters, memory.gradients, memory.optimizer, memory.copies)
+        assert state == (2 * count, width * count, 12 * count, 0)
+
+
+def test_a_graph_keeps_the_gradient_of_a_microbatch(config):
+    _, model = build_model(config())
+    count = sum(p.numel() for p in model.parameters())
+    changes = {"device_train_microbatch_size": 1}
+    run = config(**changes).model_copy(update={"device": "cuda:0"})
+    assert estimate(run, model, ALONE).gradients == 8 * count
+    without = run.model_copy(update={"cuda_graph": False})
+    assert estimate(without, model, ALONE).gradients == 4 * count
+
+
 def test_recomputing_saves_most_activations(config):
     changes = {"model": LARGER | {"n_layers": 20}}
     _, model = build_model(config(**changes))

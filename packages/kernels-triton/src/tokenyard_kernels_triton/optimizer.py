@@ -84,12 +84,9 @@ class FusedAdamW:
         `scale`, a float32 scalar, multiplies the gradients. If it is not finite, nothing changes.
         Does not wait for the GPU.
         """
-        dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
-        if not dtypes:
+        dtype = _common_dtype(gradients)
+        if dtype is None:
             return
-        if len(dtypes) > 1:
-            raise ValueError(f"gradients have several dtypes: {', '.join(map(str, dtypes))}")
-        (dtype,) = dtypes
         self._write_table(gradients)
         self.steps += self._has_gradient * scale.isfinite()
         steps = self.steps.double()
@@ -140,3 +137,11 @@ class FusedAdamW:
         self._table = torch.tensor(addresses).to(device, non_blocking=True)
         present = [float(gradient is not None) for gradient in gradients]
         self._has_gradient = torch.tensor(present).to(device, non_blocking=True)
+
+
+def _common_dtype(gradients: Sequence[Tensor | None]) -> torch.dtype | None:
+    """Return the dtype of the gradients, None without any. Raises ValueError for several."""
+    dtypes = {gradient.dtype for gradient in gradients if gradient is not None}
+    if len(dtypes) > 1:
+        raise ValueError(f"gradients have several dtypes: {', '.join(sorted(map(str, dtypes)))}")
+    return dtypes.pop() if dtypes else None

@@ -29,6 +29,7 @@ from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.deterministic import COST
 from tokenyard_train.engine.loop import check_run
 from tokenyard_train.engine.out_of_memory import check_batch_fits, out_of_memory_is_a_mistake
+from tokenyard_train.engine.precision import BF16_MASTER, narrow
 from tokenyard_train.engine.setup import run_batches, schedule_warnings
 from tokenyard_train.engine.summary import describe_tokenizer
 from tokenyard_train.optional import require
@@ -51,6 +52,8 @@ def check(config: TrainConfig, console: Console) -> None:
     check_run(config, build_callbacks(config.callbacks), model, data)
     for warning in schedule_warnings(config, data):
         log.warning("%s", warning)
+    if config.precision == BF16_MASTER:
+        narrow(model)
     layout = strategy.describe(model)
     table = Table(show_header=False, box=box.SIMPLE_HEAD)
     _add(table, "model", _model_rows(config, model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from tokenyard import Model, ShardingReport, moe_layers
 from tokenyard.cross_entropy import loss_bytes
 from tokenyard.sharded import is_sharded, local_part
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.engine.cuda_graph import why_no_graph
 from tokenyard_train.engine.precision import BF16_MASTER, COMPUTE_DTYPES
 
 _WIDE = 4  # bytes of float32: parameters, gradients, the optimizer's moments
@@ -45,13 +47,26 @@ def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memor
         in_blocks = len(saved.blocks) * saved.block_input + max(saved.blocks)
     return Memory(
         parameters=stored * held,
-        gradients=stored * trained,
+        gradients=_gradient_width(config, layout, stored) * trained,
         optimizer=(2 + (stored < _WIDE)) * _WIDE * trained,
         copies=0 if width == stored else width * _copied(model),
         activations=tokens * (in_blocks + saved.rest),
         loss=loss_bytes(tokens, model.vocab_size, _head_dim(model), width),
         working_set=layout.working_set,
     )
+
+
+def _gradient_width(config: TrainConfig, layout: ShardingReport, stored: int) -> int:
+    """Return the bytes of a gradient. `stored` are those of a weight.
+
+    Several microbatches are summed in float32, beside the gradient of the next one: FSDP and
+    autograd free it at once, a CUDA graph keeps it.
+    """
+    ranks = math.prod(layout.meshes.get("all but experts", {}).values())
+    if config.global_train_batch_size <= ranks * int(config.device_train_microbatch_size):
+        return stored
+    graphed = bool(config.cuda_graph) and why_no_graph(config, ranks) is None
+    return _WIDE + (stored if graphed else 0)
 
 
 def _head_dim(model: Model) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenyard.sharded import local_part
 from tokenyard_train.config.schema import OptimizerConfig
+from tokenyard_train.engine.precision import narrow
 from tokenyard_train.engine.trainable import trainable
 from tokenyard_train.torch_private import fused_adamw, keep_compiler_out_of_optimizers
 
@@ -48,7 +49,7 @@ class AdamW(torch.optim.AdamW):
         """
         for parameter in self._parameters():
             self.state_of(parameter)["master"] = parameter.detach()
-        model._apply(lambda t: t.to(torch.bfloat16) if isinstance(t, nn.Parameter) else t)
+        narrow(model)
 
     def widen_gradients(self) -> None:
         """Convert gradients to the dtype of the masters, float32, so that more can be added."""

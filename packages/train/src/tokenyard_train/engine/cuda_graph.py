@@ -7,6 +7,7 @@ gain most: their kernels take less time than their launches.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from tokenyard_train.config.schema import TrainConfig
 
 log = logging.getLogger("tokenyard")
 
@@ -144,8 +147,25 @@ class _Captured:
 @contextmanager
 def _host_syncs_are_errors() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    _set_sync_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        _set_sync_mode(before)
+
+
+def _set_sync_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def why_no_graph(config: TrainConfig, ranks: int) -> str | None:
+    """Return why a run of `ranks` data ranks cannot use a CUDA graph, or None."""
+    if not config.device.startswith("cuda"):
+        return f"device is {config.device}"
+    if ranks > 1:
+        return f"there are {ranks} ranks"
+    if config.activation_checkpointing:
+        return "activation_checkpointing is true"
+    return None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from tokenyard.errors import one_of
 
@@ -14,6 +15,11 @@ BF16_MASTER = "bf16_master"
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, BF16_MASTER: torch.bfloat16}
 """Precision -> the dtype of matmuls. Weights are float32 in the first two."""
+
+
+def narrow(model: nn.Module) -> None:
+    """Convert all parameters of a model to bfloat16. Buffers keep their dtype."""
+    model._apply(lambda t: t.to(torch.bfloat16) if isinstance(t, nn.Parameter) else t)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from tokenyard.sharded import is_sharded
 from tokenyard_train.checkpoint import model_tensors
 from tokenyard_train.checkpoint.background import BackgroundWriter
 from tokenyard_train.engine.adamw import MOMENTS
@@ -35,10 +37,15 @@ def run_tensors(setup: Setup) -> dict[str, Tensor]:
         if parameter.requires_grad:
             tensors[f"model.{name}"] = setup.optimizer.master_of(parameter)
         elif setup.config.precision == BF16_MASTER:
-            tensors[f"model.{name}"] = parameter.detach().float()
+            tensors[f"model.{name}"] = _frozen(parameter.detach())
     for name, state in adamw_states(setup).items():
         tensors |= {f"optimizer.{name}.{key}": state[key] for key in MOMENTS}
     return tensors
+
+
+def _frozen(weight: Tensor) -> Tensor:
+    """Return a bfloat16 weight in float32: in host memory if it is not sharded."""
+    return weight.float() if is_sharded(weight) else weight.to("cpu", torch.float32)
 
 
 def adamw_states(setup: Setup) -> dict[str, dict[str, Tensor]]:

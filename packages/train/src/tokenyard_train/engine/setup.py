@@ -24,7 +24,7 @@ from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.adamw import AdamW, build_optimizer
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.compile import compile_blocks
-from tokenyard_train.engine.cuda_graph import MicrobatchGraph
+from tokenyard_train.engine.cuda_graph import MicrobatchGraph, why_no_graph
 from tokenyard_train.engine.out_of_memory import check_batch_fits
 from tokenyard_train.engine.precision import BF16_MASTER, computing_in
 from tokenyard_train.engine.schedule import check_schedule
@@ -162,13 +162,7 @@ def _prepare_kernels(config: TrainConfig, model: Model) -> None:
 
 def _build_graph(config: TrainConfig, strategy: Strategy, model: Model) -> MicrobatchGraph | None:
     """Return the CUDA graph of a microbatch, or None. Raises ConfigError if it is impossible."""
-    reason = None
-    if not config.device.startswith("cuda"):
-        reason = f"device is {config.device}"
-    elif strategy.data[1] > 1:
-        reason = f"there are {strategy.data[1]} ranks"
-    elif config.activation_checkpointing:
-        reason = "activation_checkpointing is true"
+    reason = why_no_graph(config, strategy.data[1])
     if config.cuda_graph is True and reason is not None:
         raise ConfigError(f"cuda_graph is true, and {reason}; give auto, which then uses none")
     return MicrobatchGraph(model) if config.cuda_graph and reason is None else None
