@@ -16,7 +16,7 @@ def layouts():
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("layout", list(layouts()))
 def test_losses_are_those_of_one_device_but_for_rounding(settings, tmp_path, layout, rows):
     """`rows` is the microbatch of a rank: several are summed, or one is not.
 
