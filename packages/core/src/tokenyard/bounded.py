@@ -52,6 +52,20 @@ def read_text(
         raise error(f"{path} is not UTF-8 text") from None
 
 
+def require_plain(path: Path | str, error: type[TokenyardError] = ConfigError) -> None:
+    """Raise `error` if a path is something else than a plain file, such as a pipe or a device.
+
+    Opening a pipe waits for its other end, and a device may have no end. A path that does not exist
+    passes.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode):
+        raise error(f"{path} is not a plain file; delete it, or copy the file again")
+
+
 def read_json(
     path: Path | str, max_bytes: int = MAX_BYTES, error: type[TokenyardError] = ConfigError
 ) -> dict[str, Any]:

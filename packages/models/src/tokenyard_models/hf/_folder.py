@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenyard import TokenyardError, bounded
+from tokenyard.bounded import require_plain
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -161,6 +162,7 @@ def _is_file_name(name: Any) -> bool:
 
 
 def _open(path: Path) -> Any:
+    require_plain(path, WeightsError)
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:

@@ -109,7 +109,7 @@ Temperature = Annotated[float, Field(ge=0), AfterValidator(_check_temperature)]
 class GenerateCallback(Section):
     """Generate text from prompts at the end of the run, and every `interval`."""
 
-    prompts: list[str] = ["def "]  # texts to continue
+    prompts: list[str] = Field(["def "], min_length=1)  # texts to continue
     interval: Duration | None = None  # interval between generations; None: at the end only
     max_new_tokens: Count = 200  # tokens to generate for each prompt
     temperature: Temperature = 0.8  # sampling temperature; 0: greedy decoding

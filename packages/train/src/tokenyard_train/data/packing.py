@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tokenyard import ConfigError, TokenyardError
+from tokenyard.bounded import require_plain
 from tokenyard_train.data.encoding import EncodedChunk, encode_chunks, split_chunks
 from tokenyard_train.data.journal import (
     JOURNAL_FORMAT,
@@ -64,6 +65,8 @@ def pack(
         with lock_folder(folder):
             if overwrite:
                 _delete_packed(folder)
+            for name in PACKED_FILES:
+                require_plain(folder / name)
             done = _start_or_resume(folder, settings, ids_dtype(tokenizer.vocab_size).itemsize)
             report(done)
             chunks = split_chunks(documents(), CHUNK_BYTES)

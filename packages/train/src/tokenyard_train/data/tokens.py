@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenyard import ConfigError, TokenyardError
+from tokenyard.bounded import require_plain
 from tokenyard_train.data.json_text import parse_json
 
 Ids = NDArray[np.integer[Any]]
@@ -137,6 +138,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises ConfigError if it is missing or has another format, CorruptError if it was changed.
     """
     path = folder / MANIFEST
+    require_plain(path)
     try:
         text = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -176,6 +178,7 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 
 def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    require_plain(path)
     size = path.stat().st_size if path.exists() else -1
     if size != count * dtype.itemsize:
         has = "is missing" if size < 0 else f"has {size} bytes"
@@ -189,6 +192,7 @@ def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
 
 
 def _read_bytes(path: Path) -> bytes:
+    require_plain(path)
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import TokenyardError
+from tokenyard.bounded import require_plain
 from tokenyard_train.records.trackers import Trackers
 
 log = logging.getLogger("tokenyard")
@@ -21,9 +22,13 @@ log = logging.getLogger("tokenyard")
 
 
 class Metrics:
-    """The metrics file of a run, and the trackers that receive the same records."""
+    """The metrics file of a run, and the trackers that receive the same records.
+
+    Raises ConfigError if the path is a pipe or a device.
+    """
 
     def __init__(self, path: Path):
+        require_plain(path)
         self.path = path
         self.trackers = Trackers({})
 

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from tokenyard import ConfigError
+from tokenyard.bounded import require_plain
 from tokenyard_train.data.json_text import parse_json
 
 INDEX = "index.json"
@@ -79,6 +80,7 @@ def read_index(folder: Path, key: str) -> list[Shard]:
     Raises ConfigError if the index is missing, malformed or without samples.
     """
     path = folder / INDEX
+    require_plain(path)
     try:
         shards = _Index.model_validate(parse_json(path.read_bytes())).shards
     except FileNotFoundError:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenyard import ConfigError
+from tokenyard.bounded import require_plain
 from tokenyard.errors import did_you_mean
 from tokenyard_train.data.json_text import parse_json
 from tokenyard_train.data.sources.mds_index import Shard
@@ -145,6 +146,7 @@ class ShardReader:
 
 
 def _map_file(path: Path, size: int, key: str) -> NDArray[np.uint8]:
+    require_plain(path)
     try:
         raw: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:
@@ -165,6 +167,7 @@ def _unpack(packed: Path, target: Path, shard: Shard, key: str) -> None:
     size = shard.raw_data.bytes
     zip_data = shard.zip_data
     assert zip_data is not None
+    require_plain(packed)
     try:
         content = packed.read_bytes()
     except OSError as error:
