@@ -20,11 +20,12 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from tokenyard import ConfigError
+from tokenyard_train.commands.export_tokenizer import _copy_tokenizer
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.commands.tokenizer_json import _byte_characters, tiktoken_tokenizer
 from tokenyard_train.commands.train import train
-from tokenyard_train.data.schema import TiktokenKwargs
+from tokenyard_train.data.schema import TiktokenKwargs, TokenizerConfig
 from tokenyard_train.data.tiktoken_tokenizer import TiktokenTokenizer
 
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -157,3 +158,16 @@ def test_a_tokenizer_that_cannot_be_written_is_named(tokenyard, config, ranks, t
     said = errors + caplog.text
     assert "written without its tokenizer: no tokenizer.json can express" in said
     assert "give generate a tokenizer by --tokenizer" in said
+
+
+def test_a_tokenizer_without_a_limit_is_copied(tmp_path):
+    """transformers writes a model_max_length of 1e30."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    options = {"model_max_length": int(1e30), "eos_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(options))
+    _copy_tokenizer(TokenizerConfig(name=str(source), eos_token="<end>"), target)
+    written = json.loads((target / "tokenizer_config.json").read_text())
+    assert written == options | {"eos_token": "<end>"}

@@ -92,15 +92,16 @@ def read_json(
     return content
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]], only: str | None = None) -> dict[str, Any]:
     """Return a JSON object of its pairs. Raises ValueError if a key has two different values.
 
-    An `object_pairs_hook` of the `json` module, which takes the last value without it.
+    An `object_pairs_hook` of the `json` module, which takes the last value without it. With `only`,
+    other keys may have two values.
     """
     content = dict(pairs)
     if len(content) < len(pairs):
         for key, value in pairs:
-            if content[key] != value:
+            if only in (None, key) and repr(content[key]) != repr(value):
                 raise ValueError(f"it has the key {key!r} twice, with different values")
     return content
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
 
-from tokenyard import ConfigError, Model
+from tokenyard import ConfigError, Model, TokenyardError
 from tokenyard_train.config.schema import GenerateCallback, TrainConfig
 from tokenyard_train.data import Data
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.sampling import Sampling, continue_texts, encode_prompts
 from tokenyard_train.engine.state import Run
+
+log = logging.getLogger("tokenyard")
 
 
 class TextGenerator(Callback):
@@ -41,7 +44,11 @@ class TextGenerator(Callback):
         setup = run.setup
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature, setup.config.seed)
         for prompt in self.config.prompts:
-            with setup.precision():
-                (text,) = continue_texts(setup.model, setup.data.tokenizer, [prompt], sampling)
+            try:
+                with setup.precision():
+                    (text,) = continue_texts(setup.model, setup.data.tokenizer, [prompt], sampling)
+            except TokenyardError as error:
+                log.warning("batch %d: no text is generated: %s", run.batch, error)
+                continue
             setup.console.rule(f"batch {run.batch}: a sample")
             setup.console.print(f"[bold]{escape(prompt)}[/bold]{escape(text)}", highlight=False)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from tokenyard import LoraAdapter, started_processes
+from tokenyard import LoraAdapter, TokenyardError, started_processes
 from tokenyard_train.checkpoint.compare import ADAPTER
 from tokenyard_train.checkpoint.manifest import CheckpointError, find_fault, is_checkpoint, verify
 from tokenyard_train.checkpoint.meta import read_meta
@@ -76,7 +76,7 @@ def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
         if not faults:
             return result
         if on_rank0(partial(is_checkpoint, newest)):
-            raise error or CheckpointError(faults[0])
+            raise error or faults[0]
         if is_rank0():
             log.warning("%s was deleted while it was read; reading the newest again", newest)
     return None
@@ -90,11 +90,18 @@ def _attempt(read: Callable[[Path], T], path: Path) -> tuple[T | None, Exception
         return None, error
 
 
-def _faults_of_ranks(error: Exception | None) -> list[str]:
-    """Return the messages of the errors of all ranks, given this rank's error if it has one."""
-    message = None if error is None else str(error)
-    messages = map_over_ranks(lambda _: message, range(started_processes()))
-    return [one for one in messages if one is not None]
+def _faults_of_ranks(error: Exception | None) -> list[Exception]:
+    """Return an error for each rank that has one, given this rank's error.
+
+    A mistake of the user stays a CheckpointError. Any other error is a RuntimeError, after which
+    `tokenyard launch` restarts the ranks.
+    """
+    fault = None if error is None else (isinstance(error, TokenyardError | OSError), str(error))
+    faults = map_over_ranks(lambda _: fault, range(started_processes()))
+    return [
+        CheckpointError(message) if mistake else RuntimeError(f"another rank failed: {message}")
+        for mistake, message in (one for one in faults if one is not None)
+    ]
 
 
 def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard.bounded import read_json
 from tokenyard_train.commands.load_model import LoadedModel
 from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
 from tokenyard_train.data import BytesTokenizer, build_tokenizer
+from tokenyard_train.data.json_text import parse_json
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.tiktoken_tokenizer import TiktokenTokenizer
 
@@ -95,7 +95,8 @@ def _copy_tokenizer(config: TokenizerConfig, folder: Path) -> None:
         shutil.copy(path, folder / "tokenizer.json")
     if config.eos_token is not None:
         options = folder / "tokenizer_config.json"
-        given = read_json(options) if options.exists() else {}
+        # Not `read_json`: transformers writes a model_max_length of 1e30.
+        given = parse_json(options.read_bytes()) if options.exists() else {}
         _write_json(options, given | {"eos_token": config.eos_token})
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import cycle, islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -67,7 +67,7 @@ def encode_chunks(
 
 
 class _WorkerDiedError(Exception):
-    """A worker process ended before it was asked to."""
+    """A worker process was killed."""
 
 
 class _Worker:
@@ -85,11 +85,9 @@ class _Worker:
         other.close()  # so that `receive` sees the end of the process
 
     def send(self, chunk: list[bytes]) -> None:
-        """Give the process another chunk."""
-        try:
+        """Give the process another chunk. If it has ended, `receive` says why."""
+        with suppress(OSError):
             self.connection.send(chunk)
-        except OSError:
-            raise _WorkerDiedError from None
 
     def receive(self) -> EncodedChunk:
         """Wait for the next encoded chunk. Raises the error of the process, if it has one."""
@@ -114,9 +112,10 @@ def _encode_in_processes(
 ) -> Iterator[EncodedChunk]:
     """Give the chunks to the processes in turn, two each at a time, and take them in turn."""
     with ExitStack() as running:
-        processes = [_Worker(config) for _ in range(workers)]
-        for process in processes:
-            running.callback(process.close)
+        processes: list[_Worker] = []
+        for _ in range(workers):
+            processes.append(_Worker(config))
+            running.callback(processes[-1].close)
         turns = cycle(processes)
         pending: deque[_Worker] = deque()
         for chunk in chunks:
@@ -148,7 +147,7 @@ def _receive(connection: Connection, chunks: SimpleQueue[list[bytes]]) -> None:
     while True:
         try:
             chunks.put(connection.recv())
-        except (EOFError, OSError):
+        except BaseException:  # the end of the parent, or too little memory for a chunk
             os._exit(1)
 
 

@@ -93,7 +93,6 @@ def text_after(tokenizer: Tokenizer, prompt: Sequence[int], continuation: Sequen
     return whole[shared:]
 
 
-@torch.no_grad()
 def sample(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     """Return the ids that follow each prompt, without the stop that ends them.
 
@@ -101,8 +100,16 @@ def sample(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -
     takes its own next id until it is used up, so nothing is padded.
     """
     was_training = model.training
-    device = next(model.parameters()).device
     model.eval()
+    try:
+        return _sample(model, prompts, sampling)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _sample(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    device = next(model.parameters()).device
     generator = torch.Generator(device="cpu").manual_seed(sampling.seed)
     shortest = min(len(prompt) for prompt in prompts)
     length = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
@@ -125,7 +132,6 @@ def sample(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -
         if not any(running):
             break
         ids = torch.tensor(next_ids, device=device).unsqueeze(1)
-    model.train(was_training)
     return rows
 
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard_train.data.json_text import DECODER, explain, parse_json
+from tokenyard_train.data.json_text import explain, parse_json, row_decoder
 from tokenyard_train.data.sources.compression import DECOMPRESSORS, Stream, open_decompressed
 from tokenyard_train.data.sources.text import (
     MAX_DOCUMENT_BYTES,
@@ -110,15 +110,18 @@ def _refuse_unless_text(file: Path, suffix: str, text_suffixes: Collection[str])
         )
 
 
+_NUL_SHARE = 4  # a text is refused if more than one byte in so many is NUL
+
+
 def _read_text(file: Path, compression: str, text_key: str) -> Documents:
     with open_decompressed(file, compression) as stream:
         text = stream.read(MAX_DOCUMENT_BYTES + 1)
         check_size(len(text), str(file))
     text = checked_text(text, str(file))
-    if (nul := text.find(0)) >= 0:
+    if text.count(0) * _NUL_SHARE > len(text):
         raise ConfigError(
-            f"{file} has a NUL byte at byte {nul}, so it is no UTF-8 text; convert it, or leave it "
-            "out"
+            f"{file} has {text.count(0):,} NUL bytes, as UTF-16 without a byte order mark or a "
+            "binary file has; convert it, or leave it out"
         )
     if _suffixes(file.name)[0] in _SNIFFED and _JSON_ROW.match(text):
         raise ConfigError(
@@ -132,19 +135,24 @@ def _read_json(file: Path, compression: str, text_key: str) -> Documents:
     """Read an array of rows, or one row per line."""
     with open_decompressed(file, compression) as stream:
         start = stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
-        rows = _ArrayRows(stream, file).rows() if start[:1] == b"[" else _line_rows(stream, file)
+        decoder = row_decoder(text_key)
+        rows = (
+            _ArrayRows(stream, file, decoder).rows()
+            if start[:1] == b"["
+            else _line_rows(stream, file, decoder)
+        )
         for location, row in rows:
             yield row_text(row, text_key, location)
 
 
-def _line_rows(stream: Stream, file: Path) -> Iterator[tuple[str, Any]]:
+def _line_rows(stream: Stream, file: Path, decoder: json.JSONDecoder) -> Iterator[tuple[str, Any]]:
     lines = iter(lambda: stream.readline(MAX_DOCUMENT_BYTES + 1), b"")
     for number, line in enumerate(lines, 1):
         location = f"{file} line {number}"
         check_size(len(line), location)
         if line.strip():
             try:
-                row = parse_json(line)
+                row = parse_json(line, decoder)
             except ValueError as error:
                 hint = "" if number > 1 else "; a file of JSON holds a row a line, or an array"
                 raise ConfigError(f"{location} is not JSON: {error}{hint}") from None
@@ -154,9 +162,10 @@ def _line_rows(stream: Stream, file: Path) -> Iterator[tuple[str, Any]]:
 class _ArrayRows:
     """Parses the rows of a JSON array one by one, in memory that follows the largest row."""
 
-    def __init__(self, stream: Stream, file: Path):
+    def __init__(self, stream: Stream, file: Path, decoder: json.JSONDecoder):
         self._stream = stream
         self._file = file
+        self._decoder = decoder
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._text = ""  # read and not parsed yet, from position `_at` on
         self._at = 0
@@ -180,7 +189,7 @@ class _ArrayRows:
         self._next_character()
         while True:
             try:
-                value, self._at = DECODER.raw_decode(self._text, self._at)
+                value, self._at = self._decoder.raw_decode(self._text, self._at)
                 return value
             except RecursionError:
                 raise ConfigError(f"{location} is not JSON: it is nested too deep") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from tokenyard_train.config.loggers import WandbLogger
@@ -9,6 +10,11 @@ from tokenyard_train.optional import require
 from tokenyard_train.records.trackers._build import RunInfo
 
 _START = 20  # seconds in which a server must answer
+
+
+def _timeout() -> dict[str, int]:
+    """Wait 20 seconds for a server that is gone, not 90, unless the user has set the time."""
+    return {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": _START}
 
 
 class WandbTracker:
@@ -30,8 +36,7 @@ class WandbTracker:
             mode=options.mode,
             dir=str(run.folder),
             config=dict(run.config),
-            # wandb's own default waits 90 s for a server that is gone.
-            settings=wandb.Settings(console="off", silent=True, init_timeout=_START),
+            settings=wandb.Settings(console="off", silent=True, **_timeout()),
         )
         run.identities["wandb"] = self._run.id
 
