@@ -350,16 +350,12 @@ def test_one_process_packs_into_a_folder(tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_an_error_of_a_worker_is_reported_as_itself(monkeypatch):
+def test_an_error_of_a_worker_is_reported_as_itself(tmp_path):
     """Also if the next chunk is sent after the worker has ended."""
-    monkeypatch.setattr(encoding, "_serve", _serve_and_fail)
     chunks = iter([document * 2000] for document in DOCUMENTS)
-    with pytest.raises(ValueError, match="no such vocabulary"):
-        list(encoding.encode_chunks(chunks, TokenizerConfig(), 2, skip=0))
-
-
-def _serve_and_fail(connection, config):
-    connection.send(ValueError("no such vocabulary"))
+    missing = TokenizerConfig(name=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        list(encoding.encode_chunks(chunks, missing, 2, skip=0))
 
 
 def _processes(marker: str) -> list[int]:

@@ -105,7 +105,8 @@ class NullMetrics(Metrics):
     """Metrics of a rank that writes no files. Keeps the last record of each kind in memory."""
 
     def __init__(self, path: Path):
-        super().__init__(path)
+        self.path = path  # not `super().__init__`, which looks at the file
+        self.trackers = Trackers({})
         self.last: dict[str, dict[str, Any]] = {}
 
     def write(self, record: dict[str, Any]) -> None:
