@@ -92,45 +92,25 @@ def adamw(
         size = tl.load(sizes + tensor)
         step_size = tl.load(step_sizes + tensor)
         correction = tl.load(corrections + tensor)
-        if first + BLOCK <= size:
-            _update(
-                row,
-                first,
-                size,
-                step_size,
-                correction,
-                factor,
-                decay,
-                beta1,
-                beta2,
-                eps,
-                WEIGHT,
-                GRADIENT,
-                MASTER,
-                MOMENT,
-                HAS_MASTER,
-                ALIGNED,
-                False,
-                BLOCK,
-            )
-        else:
-            _update(
-                row,
-                first,
-                size,
-                step_size,
-                correction,
-                factor,
-                decay,
-                beta1,
-                beta2,
-                eps,
-                WEIGHT,
-                GRADIENT,
-                MASTER,
-                MOMENT,
-                HAS_MASTER,
-                False,
-                True,
-                BLOCK,
-            )
+        for masked in tl.static_range(2):
+            if (first + BLOCK > size) == masked:
+                _update(
+                    row,
+                    first,
+                    size,
+                    step_size,
+                    correction,
+                    factor,
+                    decay,
+                    beta1,
+                    beta2,
+                    eps,
+                    WEIGHT,
+                    GRADIENT,
+                    MASTER,
+                    MOMENT,
+                    HAS_MASTER,
+                    ALIGNED and masked == 0,
+                    masked,
+                    BLOCK,
+                )
