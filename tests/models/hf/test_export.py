@@ -62,6 +62,20 @@ def test_the_default_of_every_definition_loads(name, tmp_path):
     assert relative_error(got, want) < 1e-5
 
 
+def test_a_subclass_that_may_compute_something_else_is_refused(tmp_path):
+    class Scaled(DEFINITIONS["mixtral"]):
+        """It has the weights of a Mixtral, and scaled embeddings."""
+
+    class Same(DEFINITIONS["mixtral"]):
+        definition = "mixtral"
+
+    sentence = "Scaled derives from the mixtral model and may compute something else, so it is not"
+    with pytest.raises(WeightsError, match=sentence):
+        to_hf(initialized(Scaled, {"size": "tiny"}), tmp_path / "scaled")
+    assert not (tmp_path / "scaled").exists()
+    to_hf(initialized(Same, {"size": "tiny"}), tmp_path / "same")
+
+
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_the_full_size_of_every_definition_is_a_config_of_transformers(name, tmp_path):
     """Without weights: transformers checks the types and sizes of config.json."""

@@ -86,9 +86,16 @@ def to_hf(
 def _format(model: nn.Module, fused: bool) -> HfFormat:
     """Return the format to write: that of the folder the model is from, if transformers loads it.
 
-    Otherwise another one of the same definition. Raises WeightsError if there is none.
+    Otherwise another one of the same definition. Raises WeightsError if there is none. A subclass
+    may compute something else than its base, so it has a format only if it sets `definition`.
     """
     definition = getattr(model, "definition", None)
+    cls = type(model)
+    if definition is not None and "definition" not in vars(cls):
+        raise WeightsError(
+            f"{cls.__name__} derives from the {definition} model and may compute something else, "
+            f"so it is not written as one; set definition = {definition!r} in it if it does not"
+        )
     known = formats().values()
     matching = [hf_format for hf_format in known if hf_format.name == definition]
     if not isinstance(model, Transformer) or not matching:
