@@ -87,6 +87,18 @@ def test_an_algorithm_that_is_not_installed_is_named(tokenyard, written):
 
 
 @pytest.mark.usefixtures("installed")
+def test_a_misspelt_option_of_an_algorithm_is_one_sentence(tokenyard, written):
+    config = written(MODELS["our model with its routing"])
+    option = "model.ffn_config.moe_router_options.factr=2.0"
+    code, _, errors = tokenyard("check", config, option)
+    assert (code, errors) == (
+        2,
+        "error: 'factr' is not an option of the routing algorithm 'acme_choice' "
+        "(did you mean 'factor'?); known are: factor\n",
+    )
+
+
+@pytest.mark.usefixtures("installed")
 def test_a_misspelt_algorithm_is_one_sentence(tokenyard, written):
     config = written(MODELS["our model with its routing"])
     code, _, errors = tokenyard(

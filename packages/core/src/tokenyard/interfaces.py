@@ -105,7 +105,9 @@ It computes the experts of this rank."""
 class Router(Protocol):
     """Selects K experts for each token. An nn.Module, since it owns parameters.
 
-    Constructed as ``cls(workload, **options)``; ``workload.router`` says what it computes.
+    Constructed as ``cls(workload, **options)``; ``workload.router`` says what it computes. A class
+    that reads ``workload.router.options`` names them in ``rule_options``, a tuple; any other option
+    is an error.
     """
 
     weight: Tensor  # [E, D], the matrix of the logits

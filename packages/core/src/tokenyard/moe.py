@@ -65,6 +65,7 @@ class MoE(nn.Module):
         self.workload = workload
         self.chosen = _choose_parts(workload, backends or {}, registry or default_registry())
         with _parameter_defaults(workload.device, dtype):
+            _check_rule_options(self.chosen["router"], workload)
             self.router: Router = self.chosen["router"].construct(workload)
             permutation = self.chosen["permutation"].construct(workload)
             kernel = self.chosen["experts"].construct(workload, permutation)
@@ -123,6 +124,18 @@ def _shared_expert(workload: Workload, ffn_dim: int | None) -> FeedForward | Non
     if ffn_dim < 1:
         raise ConfigError(f"shared_dim is {ffn_dim}; it must be at least 1, or left out")
     return FeedForward(workload.dim, ffn_dim, workload.activation, workload.bias)
+
+
+def _check_rule_options(choice: BackendChoice, workload: Workload) -> None:
+    """Raise ConfigError for an option of the routing rule that the router does not name."""
+    known = getattr(choice.backend.load(), "rule_options", ())
+    for name in workload.router.options:
+        if name not in known:
+            names = ", ".join(known) or "none; a router names them in rule_options"
+            raise ConfigError(
+                f"{name!r} is not an option of the routing algorithm "
+                f"{workload.router.algorithm!r}{did_you_mean(name, known)}; known are: {names}"
+            )
 
 
 def _choose_parts(

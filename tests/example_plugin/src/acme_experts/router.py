@@ -18,6 +18,8 @@ class ExpertChoiceRouter(TopKRouter):
     Tokens of a batch compete for experts, so a model that uses it is not causal in training.
     """
 
+    rule_options = ("factor",)
+
     def __init__(self, workload: Workload):
         super().__init__(workload)
         self.factor = float(workload.router.options.get("factor", 1.0))

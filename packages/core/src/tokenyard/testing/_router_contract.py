@@ -58,6 +58,11 @@ class RouterContract(LayerPartConformance):
         assert [tuple(t.shape) for t in routing] == [slots, slots, (0, self.num_experts)]
         assert not router.balance(routing).counts.any()
 
+    def test_names_its_options(self) -> None:
+        """`rule_options` names every option of the rule. A layer refuses all others."""
+        known = getattr(self.offered().load(), "rule_options", ())
+        assert set(self.rule.options) <= set(known)
+
     def test_given_ids_are_only_weighted(self) -> None:
         """Replayed ids are returned unchanged, and dropped ones among them weigh nothing."""
         self._check_replay(self.rule)
