@@ -31,13 +31,15 @@ class MicrobatchGraph:
     """Runs a function of a microbatch, and replays it as a CUDA graph where that is possible.
 
     The function must write gradients to ``parameter.grad`` and return a pytree of tensors. All
-    microbatches have one shape. If the capture fails, or the model has hooks, which a graph would
-    not call, a warning says so, and every microbatch runs without a graph.
+    microbatches have one shape. If the capture fails, or the model gets a hook later, which a graph
+    would not call, a warning says so, and every microbatch runs without a graph. Hooks that the
+    model has from the start are part of its forward pass.
     """
 
     def __init__(self, model: nn.Module):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._named_modules = list(model.named_modules())
+        modules = model.named_modules()
+        self._hooks = [(name, module, _count_hooks(module)) for name, module in modules]
         self._eager_left = _EAGER_MICROBATCHES
         self._refused = False
         self._captured: _Captured | None = None
@@ -54,7 +56,7 @@ class MicrobatchGraph:
         next call overwrites them.
         """
         if not self._refused and (name := self._hooked()) is not None:
-            self._refuse(f"{name} has a hook, which a graph does not call")
+            self._refuse(f"{name} got a hook, which a graph does not call")
         if self._refused:
             return run(rows)
         if self._eager_left > 0:
@@ -94,13 +96,10 @@ class MicrobatchGraph:
         log.warning("steps run without a CUDA graph (%s); set cuda_graph: false", reason)
 
     def _hooked(self) -> str | None:
-        """Return the name of the first module with a hook on it or on its parameters, or None."""
-        for name, module in self._named_modules:
-            if any(getattr(module, hooks) for hooks in _MODULE_HOOKS):
+        """Return the name of the first module that got a hook, or None."""
+        for name, module, count in self._hooks:
+            if _count_hooks(module) != count:
                 return name or "the model"
-            for parameter in module._parameters.values():
-                if any(getattr(parameter, hooks, None) for hooks in _PARAMETER_HOOKS):
-                    return name or "the model"
         return None
 
 
@@ -142,6 +141,15 @@ class _Captured:
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def _count_hooks(module: nn.Module) -> int:
+    """Count the hooks on a module and on its own parameters."""
+    count = sum(len(getattr(module, hooks)) for hooks in _MODULE_HOOKS)
+    for parameter in module._parameters.values():
+        # None without a hook, and for a parameter that is None
+        count += sum(len(getattr(parameter, hooks, None) or ()) for hooks in _PARAMETER_HOOKS)
+    return count
 
 
 @contextmanager
