@@ -62,7 +62,7 @@ def encode_chunks(
     except _WorkerDiedError:
         raise TokenyardError(
             "a process of --workers was killed, perhaps for lack of memory; what is packed so far "
-            f"is kept: run the same command again, with fewer --workers than {workers}"
+            f"is kept: run the command again with --workers {max(1, workers // 2)} to resume"
         ) from None
 
 
