@@ -68,7 +68,7 @@ def test_the_options_reach_the_commands(tokenyard, trained, text, tmp_path):
         (
             '{"eos_token_id": "3"}',
             set(),
-            "has the eos_token_id '3'; what is no id there is ignored",
+            "has the eos_token_id '3'; values that are not integers are ignored",
         ),
         ('{"eos_token_id": [3, null]}', {3}, "has the eos_token_id"),
         ("{", set(), "generation_config.json is not JSON: .*; the tokenizer alone says how"),

@@ -72,7 +72,7 @@ def test_an_interval_of_less_than_a_step_is_a_warning(
     path.write_text(yaml.safe_dump(settings))
     code, _, _ = tokenyard("check", str(path), f"{name}={span}")
     assert code == 0
-    assert f"{name} is {span}, less than a step: it is done after every step" in caplog.text
+    assert f"{name} is {span}, less than a step, which means after every step" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["5", "text", "[1]", "null", "true"])

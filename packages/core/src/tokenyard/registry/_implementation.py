@@ -34,13 +34,15 @@ def load_class(kind: Kind, backend: Backend) -> Any:
     cls = backend.load()
     if not isinstance(cls, type):
         kind_of = type(cls).__name__
-        raise BackendError(f"backend {backend.name!r}: {backend.path} is no class but a {kind_of}")
+        raise BackendError(
+            f"backend {backend.name!r}: {backend.path} is not a class but a {kind_of}"
+        )
     # Every class is callable, so `hasattr` would find `__call__` in its metaclass.
     defined = {name for base in cls.__mro__ for name in vars(base)}
     missing = [name for name in _methods(kind) if name not in defined]
     if missing:
         raise BackendError(
-            f"backend {backend.name!r}: {backend.path} is no {kind} backend; it lacks "
+            f"backend {backend.name!r}: {backend.path} is not a backend of the kind {kind}; it lacks "
             f"{', '.join(missing)}"
         )
     return cls

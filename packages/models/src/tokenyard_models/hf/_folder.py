@@ -89,8 +89,8 @@ class Folder:
         unused -= self.files.keys()
         if unused:
             raise WeightsError(
-                f"{self.path} holds {min(unused)} beside {min(self.files)}, which is what is read; "
-                "remove the file, or list it in the index"
+                f"{self.path} holds {min(unused)}, which the index does not list; "
+                "remove the file, or list it there"
             )
         for name in _ADAPTERS:
             if (self.path / name).exists():

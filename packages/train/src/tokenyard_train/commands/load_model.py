@@ -122,7 +122,7 @@ def _hf_source(config: Mapping[str, Any]) -> Path | None:
 def stop_ids(folder: Path) -> frozenset[int]:
     """Return the end-of-document ids in a Hugging Face folder's generation_config.json.
 
-    None with a warning if the file is unusable.
+    The set is empty, with a warning, if the file is unusable.
     """
     path = folder / "generation_config.json"
     if not path.exists():
@@ -135,5 +135,7 @@ def stop_ids(folder: Path) -> frozenset[int]:
     listed = ids if isinstance(ids, list) else [ids]
     known = frozenset(i for i in listed if isinstance(i, int) and not isinstance(i, bool))
     if ids is not None and len(known) < len(set(map(str, listed))):
-        log.warning("%s has the eos_token_id %r; what is no id there is ignored", path, ids)
+        log.warning(
+            "%s has the eos_token_id %r; values that are not integers are ignored", path, ids
+        )
     return known

@@ -149,7 +149,7 @@ def schedule_warnings(config: TrainConfig, data: Data) -> list[str]:
     for name in ("eval_interval", "save_interval"):
         span = getattr(config, name)
         if span is not None and steps(span) < 1:
-            warnings.append(f"{name} is {span}, less than a step: it is done after every step")
+            warnings.append(f"{name} is {span}, less than a step, which means after every step")
     return warnings
 
 
