@@ -42,7 +42,7 @@ def load_class(kind: Kind, backend: Backend) -> Any:
     missing = [name for name in _methods(kind) if name not in defined]
     if missing:
         raise BackendError(
-            f"backend {backend.name!r}: {backend.path} is not a backend of the kind {kind}; it lacks "
-            f"{', '.join(missing)}"
+            f"backend {backend.name!r}: {backend.path} is not a backend of the kind {kind}; "
+            f"it lacks {', '.join(missing)}"
         )
     return cls
