@@ -18,6 +18,23 @@ def test_the_table_names_every_backend_with_its_reason(offer, install, registry)
     )
 
 
+def test_a_router_of_another_algorithm_is_usable_for_that(install, registry):
+    install(
+        "hash-router",
+        """
+from tokenyard import Backend, hookimpl
+
+@hookimpl
+def tokenyard_routers():
+    unusable = lambda workload: None if workload.router.algorithm == "hash" else "another"
+    return [Backend("hash", "tokenyard.routers:TopKRouter", 1, unusable, algorithm="hash")]
+""",
+    )
+    text = render(registry(), sample_workload())
+    (line,) = [line for line in text.splitlines() if "hash-router" in line]
+    assert line.endswith("  usable, for the routing algorithm 'hash'")
+
+
 def test_conflicting_plugins_are_left_out(offer, capsys):
     offer("fast-experts", "fast")
     offer("quick-experts", "fast")

@@ -6,7 +6,7 @@ import ast
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,8 +56,13 @@ def rows(registry: Registry, workload: Workload) -> list[Row]:
 
 
 def _status(offer: Offer, workload: Workload) -> str:
+    algorithm = offer.backend.algorithm
+    usable = "usable"
+    if algorithm not in (None, workload.router.algorithm):
+        workload = replace(workload, router=replace(workload.router, algorithm=algorithm))
+        usable = f"usable, for the routing algorithm {algorithm!r}"
     missing, fault = attempt(lambda: _missing_class(offer))
-    return why_not(offer, workload) or missing or fault or "usable"
+    return why_not(offer, workload) or missing or fault or usable
 
 
 def _missing_class(offer: Offer) -> str | None:
