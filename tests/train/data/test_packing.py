@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tokenyard_train.data import packing as module
 from tokenyard_train.data.encoding import split_chunks
 from tokenyard_train.data.packing import pack
 from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.tokens import read_manifest
 
 DOCUMENTS = [f"document {i}: {'word ' * (i * 37 % 200)}é\n".encode() for i in range(300)]
 
@@ -170,6 +172,11 @@ def test_a_truncated_file_is_found_when_it_is_opened(tmp_path):
         TokenFile(folder)
 
 
+def pack_sources(folder: Path, sources: list[dict], overwrite: bool = False) -> None:
+    documents = partial(iter, DOCUMENTS)
+    pack(folder, documents, TokenizerConfig(), sources, 1, lambda done: None, overwrite)
+
+
 def test_only_the_same_packing_is_resumed(tmp_path):
     def interrupt(done):
         if done.chunks:
@@ -181,17 +188,23 @@ def test_only_the_same_packing_is_resumed(tmp_path):
         ConfigError, match=r"was not packed to the end; run the same tokenyard data pack again"
     ):
         TokenFile(tmp_path / "p")
-    with pytest.raises(
-        ConfigError, match=r"holds an unfinished packing of other text or by another tokenizer"
-    ):
-        pack(
-            tmp_path / "p",
-            lambda: iter(DOCUMENTS),
-            TokenizerConfig(),
-            [{"name": "other"}],
-            1,
-            lambda done: None,
-        )
+    for sources, said in [
+        ([{"name": "other"}], r"of other text \({'name': 'test'} is new, gone or changed\)"),
+        ([{"name": "test"}, {"file": "b.txt"}], r"of other text \(b.txt is new, gone or changed\)"),
+    ]:
+        with pytest.raises(ConfigError, match=rf"holds an unfinished packing {said}; give the sam"):
+            pack_sources(tmp_path / "p", sources)
+
+
+def test_a_packing_without_a_chunk_does_not_hold_its_folder(tmp_path):
+    def interrupt(done):
+        raise Killed
+
+    with pytest.raises(Killed):
+        packed(tmp_path / "p", progress=interrupt)
+    pack_sources(tmp_path / "p", [{"name": "other"}])
+    assert read_manifest(tmp_path / "p")["sources"] == [{"name": "other"}]
+    assert content(tmp_path / "p")["tokens.bin"] == content(packed(tmp_path / "w"))["tokens.bin"]
 
 
 def test_a_packed_folder_is_not_overwritten(tmp_path):
@@ -287,8 +300,7 @@ def test_a_packing_does_not_go_on_over_damage(tmp_path, name, damage):
         packed(tmp_path / "p")
     assert not (tmp_path / "p" / "manifest.json").exists()
     assert not path.exists() or path.read_bytes() == damaged  # nothing is filled up with zeros
-    pack(tmp_path / "p", lambda: iter(DOCUMENTS), TokenizerConfig(), [{"name": "test"}], 1,
-         lambda done: None, overwrite=True)  # fmt: skip
+    pack_sources(tmp_path / "p", [{"name": "test"}], overwrite=True)
     assert content(tmp_path / "p") == content(packed(tmp_path / "whole"))
 
 

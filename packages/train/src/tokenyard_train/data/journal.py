@@ -42,14 +42,32 @@ def read_journal(folder: Path, settings: dict[str, Any], itemsize: int) -> PackP
     lines = journal.read_bytes().split(b"\n")[:-1]
     if not lines:
         return PackProgress()
-    if _parse(lines[0], journal) != settings:
+    if len(lines) == 1:
+        return PackProgress()  # nothing is packed yet, so nothing is lost by packing anew
+    recorded = _parse(lines[0], journal)
+    if recorded != settings:
         raise ConfigError(
-            f"{str(folder)!r} holds an unfinished packing of other text or by another tokenizer; "
-            "give the same ones to resume, another folder, or --overwrite"
+            f"{str(folder)!r} holds an unfinished packing of {_difference(recorded, settings)}; "
+            "give the same text and tokenizer to resume, another folder, or --overwrite"
         )
     entries = [_entry(line, journal) for line in lines[1:]]
     _check_files(folder, entries, itemsize)
-    return entries[-1][0] if entries else PackProgress()
+    return entries[-1][0]
+
+
+def _difference(recorded: Any, settings: dict[str, Any]) -> str:
+    """Say what an unfinished packing has other than the settings."""
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("sources"), list):
+        return "another format"
+    if recorded.get("tokenizer") != settings["tokenizer"]:
+        return "another tokenizer"
+    before = recorded["sources"]
+    now = settings["sources"]
+    changed = [s for s in before if s not in now] + [s for s in now if s not in before]
+    if changed:
+        name = changed[0].get("file") if isinstance(changed[0], dict) else None
+        return f"other text ({name or changed[0]} is new, gone or changed)"
+    return "another version" if before == now else "the same text in another order"
 
 
 def _check_files(folder: Path, entries: list[tuple[PackProgress, str]], itemsize: int) -> None:

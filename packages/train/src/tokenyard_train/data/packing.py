@@ -110,7 +110,7 @@ def _start_or_resume(folder: Path, settings: dict[str, Any], itemsize: int) -> P
         raise ConfigError(f"{str(folder)!r} is packed already; give another folder, or --overwrite")
     journal = folder / JOURNAL
     done = read_journal(folder, settings, itemsize)
-    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+    lines = journal.read_bytes().split(b"\n")[:-1] if done.chunks else []
     lines = lines or [json.dumps(settings).encode()]
     journal.write_bytes(b"".join(line + b"\n" for line in lines))
     for name, size in ((TOKENS, done.tokens * itemsize), (DOCUMENTS, done.documents * 8)):
