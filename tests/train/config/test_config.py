@@ -313,6 +313,11 @@ def test_files_that_cannot_be_read(tmp_path, load):
         load_config(tmp_path)
 
 
+def test_a_refused_override_is_named_beside_the_file(load):
+    with pytest.raises(ConfigError, match=r"\.yaml with seed=1 optimizer.lrr=1: optimizer.lrr is "):
+        load(ANNOUNCEMENT + REST, "seed=1", "optimizer.lrr=1")
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

@@ -46,7 +46,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         return read_config(_container(text, overrides))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        given = f" with {' '.join(overrides)}" if overrides else ""
+        raise ConfigError(f"{path}{given}: {error}") from None
 
 
 def read_config(data: Mapping[str, Any]) -> TrainConfig:
