@@ -72,7 +72,7 @@ def run_routing(run, config, console, text):
 
 
 def run_convert(run, config, console, text):
-    convert(ConvertOptions(run, run.with_name("hf")))
+    convert(ConvertOptions(run, run.with_name("hf")), console)
 
 
 CHANGES = (missing, extra, renamed, wrong_shape, wrong_dtype, adapters)

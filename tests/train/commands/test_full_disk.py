@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from rich.console import Console
 
 from tokenyard_models import Llama, to_hf
 
@@ -40,7 +41,7 @@ def inputs(trained, tmp_path_factory):
     from tokenyard_train.commands.options import ConvertOptions
 
     base = tmp_path_factory.mktemp("inputs")
-    convert(ConvertOptions(trained, base / "folder"))
+    convert(ConvertOptions(trained, base / "folder"), Console(quiet=True))
     dense = Llama({"size": "tiny", "vocab_size": 257})
     dense.init_weights(1)
     to_hf(dense, base / "dense", like=base / "folder", dtype=torch.float32)

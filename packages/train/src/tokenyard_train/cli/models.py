@@ -27,7 +27,7 @@ def convert(options: ConvertOptions) -> None:
     """Write a model in another format."""
     from tokenyard_train.commands.convert import convert as run
 
-    run(options)
+    run(options, Console())
 
 
 @dataclass_options

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
-from tokenyard import ConfigError, merge_lora
+from tokenyard import ConfigError, Model, count_parameters, merge_lora
 from tokenyard.errors import one_of
 from tokenyard_models import from_hf, to_hf
 from tokenyard_models.hf import Folder, model_section, new_folder, to_megablocks
@@ -23,8 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _FORMATS = ("hf", "tokenyard", "megablocks")
 
 
-def convert(options: ConvertOptions) -> None:
-    """Write a model in another format to a new folder, with LoRA adapters merged.
+def convert(options: ConvertOptions, console: Console) -> None:
+    """Write a model in another format to a new folder, with LoRA adapters merged; print its size.
 
     `dtype` (a name in DTYPES), `fused` and `like` have the meaning of `to_hf`. Without `like`, a
     Hugging Face folder gets the tokenizer that the weights were trained with. Raises TokenyardError
@@ -38,13 +39,19 @@ def convert(options: ConvertOptions) -> None:
     with lock_new_folder(options.target):
         if options.target.exists():
             raise ConfigError(f"{options.target} exists already; give the name of a new folder")
-        _write(options)
+        model = _write(options)
+    console.print(
+        f"wrote {options.target}: {model.definition}, {count_parameters(model).total:,} parameters",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
-def _write(options: ConvertOptions) -> None:
+def _write(options: ConvertOptions) -> Model:
+    """Write the folder, and return the model that is in it."""
     if options.to == "tokenyard":
-        _write_run(options.source, options.target, options.tokenizer)
-        return
+        return _write_run(options.source, options.target, options.tokenizer)
     loaded = load_weights_only(options.source)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     merge_lora(loaded.model)
@@ -56,9 +63,10 @@ def _write(options: ConvertOptions) -> None:
         like = nullcontext(options.like) if options.like else tokenizer_folder(loaded)
         with like as folder:
             to_hf(loaded.model, options.target, like=folder, dtype=dtype, fused=options.fused)
+    return loaded.model
 
 
-def _write_run(source: Path, target: Path, tokenizer: str | None) -> None:
+def _write_run(source: Path, target: Path, tokenizer: str | None) -> Model:
     """Write a Hugging Face folder as the checkpoint ba0 of a new run."""
     name, section = model_section(Folder(source))
     if tokenizer is None and not (source / "tokenizer.json").is_file():
@@ -79,3 +87,4 @@ def _write_run(source: Path, target: Path, tokenizer: str | None) -> None:
     model = from_hf(source, dtype=torch.float32)
     with new_folder(target) as folder:
         write_checkpoint(folder, "ba0", model_tensors(model), meta, keep=-1)
+    return model
