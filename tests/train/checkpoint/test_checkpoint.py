@@ -123,7 +123,7 @@ def test_every_corruption_is_found_and_the_previous_checkpoint_is_loaded(
     with pytest.raises(CheckpointError, match=f"checkpoint {damaged}: "):
         verify(damaged)
     assert newest_good(tmp_path) == before
-    assert "falling back to the one before" in caplog.text
+    assert "the checkpoint before it is tried" in caplog.text
 
 
 def test_stale_shards_of_another_checkpoint_are_found(tmp_path, tensors):

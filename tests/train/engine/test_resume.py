@@ -71,6 +71,17 @@ def test_a_config_that_disagrees_is_named(build, changes, sentence):
         resumed(build(autoresume=True, **changes))
 
 
+def test_changed_values_of_the_training_are_told(build, caplog):
+    saved(build())
+    resumed(build(autoresume=True, optimizer={"lr": 0.5}, max_duration="7ba"))
+    assert "with other values: max_duration is '7ba' (was '6ba'), optimizer.lr is 0.5" in (
+        caplog.text
+    )
+    caplog.clear()
+    resumed(build(autoresume=True, console_log_interval="3ba"))
+    assert "other values" not in caplog.text
+
+
 @pytest.fixture
 def older(monkeypatch):
     """Read checkpoints as if an older version with fewer keys had written them."""

@@ -58,7 +58,7 @@ def newest_good(folder: Path) -> Path | None:
             return newest_good(folder)  # another process pruned it, and may have saved a newer one
         faults.append(fault)
         if is_rank0():
-            log.error("%s; falling back to the one before", fault)
+            log.error("%s; the checkpoint before it is tried", fault)
     if faults:
         raise CheckpointError(f"no checkpoint in {folder} is good: {'; '.join(faults)}")
     return None

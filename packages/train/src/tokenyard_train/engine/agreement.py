@@ -26,6 +26,18 @@ _MUST_AGREE = (
 )
 """With another value, weights would not fit, or other samples would follow."""
 
+_MAY_CHANGE = (
+    "optimizer",
+    "scheduler",
+    "algorithms",
+    "max_duration",
+    "precision",
+    "deterministic",
+    "nonfinite",
+    "nonfinite_limit",
+)
+"""A resumed run may change them. They apply from its next step, and a warning lists them."""
+
 
 class Difference(NamedTuple):
     """A key that has different values in two configs."""
@@ -44,6 +56,18 @@ def check_agreement(config: TrainConfig, checkpoint: Path, saved: dict[str, Any]
             f"{path} is {new!r}, but checkpoint {checkpoint} was made with {old!r}; set it back, "
             "or choose another run_name for a new run"
         )
+    _warn_of_changes(config, checkpoint, saved)
+
+
+def _warn_of_changes(config: TrainConfig, checkpoint: Path, saved: dict[str, Any]) -> None:
+    """Log a warning that lists the keys of `_MAY_CHANGE` that differ from a checkpoint's."""
+    before = {key: saved.get(key) for key in _MAY_CHANGE if key in saved}
+    now = config.model_dump(mode="json", include=set(_MAY_CHANGE))
+    explicit = config.model_dump(mode="json", include=set(_MAY_CHANGE), exclude_defaults=True)
+    changes = _differences(before, now, explicit)
+    if changes and is_rank0():
+        listed = ", ".join(f"{path} is {new!r} (was {old!r})" for path, old, new in changes)
+        log.warning("resuming %s with other values: %s", checkpoint, listed)
 
 
 def check_data(
