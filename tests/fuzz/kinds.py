@@ -214,8 +214,11 @@ class Configs(Kind):
 
 def _is_large(table: str) -> bool:
     """Return whether the model or the batch that `check` describes takes long to train."""
-    rows = {line.split("  ")[1].strip(): line for line in table.splitlines() if line[:2] == "  "}
-    numbers = "".join(rows.get("parameters", "") + rows.get("batch", "")).replace(",", "").split()
+    rows: dict[str, str] = {}
+    for line in table.splitlines():
+        name, _, value = line.strip().partition("  ")
+        rows.setdefault(name, value)  # the first "parameters" are the model's, not its memory
+    numbers = f"{rows.get('parameters')} {rows.get('batch')}".replace(",", "").split()
     return any(int(word) > 200_000 for word in numbers if word.isdecimal())
 
 
