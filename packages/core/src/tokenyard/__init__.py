@@ -1,7 +1,15 @@
 """Dropless Mixture-of-Experts layers whose parts are plugins."""
 
 from tokenyard.__about__ import __version__
-from tokenyard.activations import ACTIVATIONS, activate, is_gated, up_rows
+from tokenyard.activations import (
+    ACTIVATIONS,
+    SwigluOptions,
+    activate,
+    is_gated,
+    swiglu,
+    swiglu_options,
+    up_rows,
+)
 from tokenyard.backend import KINDS, Backend, Kind
 from tokenyard.count import Size, count_parameters
 from tokenyard.cross_entropy import linear_cross_entropy, predict

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokenyard.activations import ACTIVATIONS
+from tokenyard.activations import check_activation
 from tokenyard.devices import with_index
 from tokenyard.divisors import divisors
 from tokenyard.dtypes import compute_dtype
@@ -90,7 +90,7 @@ class Workload:
     ffn_dim: int  # F
     num_experts: int  # E, over all ranks
     top_k: int  # K
-    activation: str = "swiglu"  # a key of `ACTIVATIONS`
+    activation: str = "swiglu"  # one of `ACTIVATIONS`, or `swiglu` with options
     bias: bool = False  # up_bias and down_bias in every expert
     router: RoutingRule = RoutingRule()  # how experts are selected
     dtype: torch.dtype = torch.float32  # compute dtype of the experts
@@ -101,7 +101,7 @@ class Workload:
     expert_parallel: int = 1  # number of ranks that share the experts
 
     def __post_init__(self) -> None:
-        one_of("activation", self.activation, ACTIVATIONS)
+        check_activation(self.activation)
         self._check_sizes()
         self._check_groups()
         object.__setattr__(self, "device", with_index(self.device))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenyard.activations import ACTIVATIONS
+from tokenyard.activations import ACTIVATIONS, swiglu
 from tokenyard.backend import Kind
 from tokenyard.interfaces import ExpertWeights
 from tokenyard.permutations import TorchPermutation
@@ -24,11 +24,14 @@ from tokenyard.workload import Workload
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+WITH_OPTIONS = (swiglu(limit=1.0), swiglu(alpha=1.702, limit=1.0, offset=1.0))
+"""Activations with options. The limit is so low that the tests' values meet it."""
+
 
 def _pairs() -> Iterator[Any]:
     """Yield every dtype with every activation; biases alternate, so each pair of values is met."""
     for i, dtype in enumerate(DTYPES):
-        for j, activation in enumerate(ACTIVATIONS):
+        for j, activation in enumerate((*ACTIVATIONS, *WITH_OPTIONS)):
             bias = (i + j) % 2 == 1
             name = f"{dtype}-{activation}-{'bias' if bias else 'plain'}"
             yield pytest.param(dtype, activation, bias, id=name)

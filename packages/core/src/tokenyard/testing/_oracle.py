@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tokenyard.activations import ACTIVATIONS, swiglu_options
 from tokenyard.interfaces import ExpertWeights
 
 
@@ -39,6 +40,15 @@ def _gated(gate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return act
 
 
+def _clamped_swiglu(z: Tensor, activation: str) -> Tensor:
+    alpha, limit, offset = swiglu_options(activation)
+    half = z.shape[1] // 2
+    gate = torch.where(z[:, :half] > limit, limit, z[:, :half])
+    up = z[:, half:]
+    up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
+    return (up + offset) * gate / (1 + torch.exp(-alpha * gate))
+
+
 _ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": _gated(_silu),
     "geglu": _gated(_gelu),
@@ -49,6 +59,10 @@ _ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": _relu,
     "relu_squared": lambda z: _relu(z) ** 2,
 }
+
+
+def _activate(z: Tensor, activation: str) -> Tensor:
+    return _ACT[activation](z) if activation in ACTIVATIONS else _clamped_swiglu(z, activation)
 
 
 def experts(
@@ -63,7 +77,7 @@ def experts(
         token, k = (ids == e).nonzero(as_tuple=True)  # [n], [n]: the slots of expert e
         z = x[token] @ weights.up[e].T  # [n, 2F or F]
         z = z if weights.up_bias is None else z + weights.up_bias[e]
-        row = _ACT[activation](z) @ weights.down[e].T  # [n, D]
+        row = _activate(z, activation) @ weights.down[e].T  # [n, D]
         row = row if weights.down_bias is None else row + weights.down_bias[e]
         gate = 1 if topk_weights is None else topk_weights[token, k].unsqueeze(1)  # [n, 1]
         y = y.index_add(0, token, gate * row.to(y.dtype))
