@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tokenyard import RoutingRule, Workload
-from tokenyard.activations import up_rows
+from tokenyard.activations import swiglu, up_rows
 from tokenyard.interfaces import ExpertWeights, Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -160,6 +160,8 @@ CASES = (
     ("GluonExperts", "wide", torch.float16, "gelu_tanh", True, "recompute"),
     ("GluonExperts", "narrow", torch.bfloat16, "geglu", True, "recompute"),
     ("GluonExperts", "wide", torch.bfloat16, "geglu", True, "fp8"),
+    ("GluonExperts", "wide", torch.bfloat16, swiglu(limit=7), False, "pre_activation"),
+    ("GluonExperts", "narrow", torch.bfloat16, swiglu(1.702, 7, 1), False, "pre_activation"),
     ("TritonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("TritonExperts", "odd", torch.bfloat16, "geglu", True, "fp8"),
     ("TritonExperts", "wide", torch.float32, "swiglu", False, "pre_activation"),

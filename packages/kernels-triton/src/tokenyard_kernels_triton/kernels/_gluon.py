@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from tokenyard_kernels_triton.kernels._activations import function
+from tokenyard_kernels_triton.kernels._activations import factor, function
 from tokenyard_kernels_triton.kernels._gluon_loads import (
     arrivals,
     left_slices,
@@ -81,7 +81,7 @@ def _activate_and_store(
         buffers.index(buffer).reshape([64, CHUNK]).store(gate)
     if PARTS == 2:
         up = take_chunk(total, INDEX + COLUMNS // PARTS // CHUNK, COLUMNS, CHUNK).to(a_out.dtype)
-        act *= up.to(gl.float32)
+        act *= factor(up.to(gl.float32), FUNCTION)
         if KEEP_Z:
             buffers.index(buffer + 1).reshape([64, CHUNK]).store(up)
     if KEEP_A:

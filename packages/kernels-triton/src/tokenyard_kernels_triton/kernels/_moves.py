@@ -8,7 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenyard_kernels_triton.kernels._activations import function_and_slope
+from tokenyard_kernels_triton.kernels._activations import (
+    factor,
+    function_and_slope,
+    through_clamp,
+)
 from tokenyard_kernels_triton.kernels._schedule import tile_at
 from tokenyard_kernels_triton.kernels._tiles import rounded
 
@@ -171,9 +175,10 @@ def differentiate(
             if PARTS == 2:
                 up = tl.load(z + (row * 2 + 1) * ffn_dim + column, mask=mask, other=0.0)
                 up = up.to(tl.float32)
-                tl.store(at + ffn_dim, rounded(gradient * w * a, dz.dtype.element_ty), mask=mask)
-                a = a * up
-                slope = slope * up
+                dup = through_clamp(gradient * w * a, up, FUNCTION)
+                tl.store(at + ffn_dim, rounded(dup, dz.dtype.element_ty), mask=mask)
+                a = a * factor(up, FUNCTION)
+                slope = slope * factor(up, FUNCTION)
             tl.store(at, rounded(slope, dz.dtype.element_ty), mask=mask)
             at = weighted + row * ffn_dim + column
             tl.store(at, rounded(a * w, dz.dtype.element_ty), mask=mask)

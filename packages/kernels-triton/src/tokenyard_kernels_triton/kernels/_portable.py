@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenyard_kernels_triton.kernels._activations import function
+from tokenyard_kernels_triton.kernels._activations import factor, function
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 from tokenyard_kernels_triton.kernels._tiles import (
     dot,
@@ -114,7 +114,8 @@ def up_and_activate(
                     ROWS,
                     COLUMNS,
                 )
-            act = function(gate.to(tl.float32), FUNCTION) * up.to(tl.float32)
+            act = function(gate.to(tl.float32), FUNCTION)
+            act *= factor(up.to(tl.float32), FUNCTION)
         else:
             if BIAS:
                 first = bias + expert * ffn_dim + c

@@ -11,7 +11,7 @@ from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors
 from tokenyard_kernels_triton.gluon_tiling import GluonTiling, Matmul, gluon_tiling
 from tokenyard_kernels_triton.kernels import _gluon
-from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
+from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._gluon_operands import Rows, operand, ragged, rows_of, stacked
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
@@ -60,7 +60,7 @@ def up_and_activate(
         x.shape[1],
         ffn_dim,
         TOP_K=top_k,
-        FUNCTION=FUNCTIONS.get(activation, activation),
+        FUNCTION=function_of(activation),
         PARTS=parts,
         BIAS=bias is not None,
         KEEP_Z=keep_z,

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _moves
-from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
+from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
@@ -47,7 +47,7 @@ def differentiate(
         row_tiles.live,
         ffn_dim,
         width,
-        FUNCTION=FUNCTIONS.get(activation, activation),
+        FUNCTION=function_of(activation),
         PARTS=2 if is_gated(activation) else 1,
         WEIGHTED=topk_weights is not None,
         COLUMNS=min(2048, power_of_two(ffn_dim)),

@@ -13,7 +13,7 @@ from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors, shared_memory
 from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.kernels import _portable
-from tokenyard_kernels_triton.kernels._activations import FUNCTIONS
+from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._moves import to_rows
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
@@ -53,7 +53,7 @@ def up_and_activate(
         row_tiles.tile_list(tiling.rows, tiling.group),
         x.shape[1],
         ffn_dim,
-        FUNCTION=FUNCTIONS.get(activation, activation),
+        FUNCTION=function_of(activation),
         PARTS=parts,
         BIAS=bias is not None,
         KEEP_Z=keep_z,
