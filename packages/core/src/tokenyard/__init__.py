@@ -76,6 +76,7 @@ __all__ = [
     "ShardingReport",
     "Size",
     "Strategy",
+    "SwigluOptions",
     "Targets",
     "TokenLoss",
     "TokenyardError",
@@ -95,6 +96,8 @@ __all__ = [
     "predict",
     "resolve_device",
     "started_processes",
+    "swiglu",
+    "swiglu_options",
     "up_rows",
     "z_loss",
 ]
