@@ -18,6 +18,7 @@ from transformers.models.dbrx import modeling_dbrx
 from tokenyard.tolerance import relative_error
 from tokenyard_models import use_in_transformers
 from tokenyard_models.hf import transformers_plugin
+from tokenyard_models.hf._experts_module import unsupported
 
 _DECORATED = re.compile(r"@use_experts_implementation.*\nclass (\w+)")
 _OWN_WAY = (
@@ -96,7 +97,7 @@ def test_ours_or_the_stated_default_in_one_graph(module, name, caplog):
 
     transformers_plugin._warned.clear()
     got = computed_by("tokenyard")
-    if reason := transformers_plugin._unsupported(experts):
+    if reason := unsupported(experts):
         assert re.match(_OWN_WAY, reason)
         assert [record.getMessage() for record in caplog.records] == [
             f"{name} is computed by transformers' own grouped_mm: {reason}"
@@ -120,7 +121,9 @@ def tiny_gpt_oss():
 
 
 @pytest.mark.parametrize(
-    "config", [mixtral(), tiny_gpt_oss(), dbrx()], ids=["ours", "fallback", "dbrx"]
+    "config",
+    [mixtral(), tiny_gpt_oss(), mixtral(hidden_act="tanh"), dbrx()],
+    ids=["mixtral", "gpt_oss", "fallback", "dbrx"],
 )
 def test_a_model_is_one_graph(config):
     """As with transformers' grouped_mm, with gradients and under autocast too."""

@@ -10,11 +10,12 @@ from hf_models import MODELS, VOCABULARY, made
 from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.dbrx import modeling_dbrx
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from tokenyard import ConfigError
 from tokenyard.tolerance import relative_error
 from tokenyard_models import use_in_transformers
-from tokenyard_models.hf import transformers_plugin
+from tokenyard_models.hf import _experts_module, transformers_plugin
 
 DBRX = tuple(name for name in MODELS if name.startswith("dbrx"))
 TOLERANCE = 1e-5
@@ -180,9 +181,50 @@ def test_autocast_is_followed(registered):
         assert torch.equal(one, two.float())
 
 
-def test_a_model_with_its_own_gate_falls_back_to_transformers_default(registered, caplog):
+@pytest.mark.parametrize("limit", [0.05, 7.0])
+def test_gpt_oss_is_computed_by_ours(registered, caplog, limit):
+    """Its gate and up take turns, are clamped and have biases; gradients arrive in its tensors."""
+    transformers_plugin._warned.clear()
+    model = tiny_gpt_oss().double()
+    for layer in model.model.layers:
+        layer.mlp.experts.limit = limit
+    ids = torch.randint(0, VOCABULARY, (2, 9))
+    results = []
+    for implementation in ("eager", "tokenyard"):
+        model.set_experts_implementation(implementation)
+        got = model(ids).logits
+        experts = model.model.layers[0].mlp.experts
+        grads = torch.autograd.grad(got.square().sum(), [*experts.parameters()])
+        results.append((got.detach(), *grads))
+    for got, want in zip(results[1], results[0], strict=True):
+        assert relative_error(got, want) < 1e-10
+    assert not caplog.records
+
+
+def test_a_gate_of_another_kind_falls_back_to_transformers_default(registered, caplog, monkeypatch):
     """One warning is logged for all its layers."""
     transformers_plugin._warned.clear()
+
+    def apply_gate(self, gate_up):
+        return gate_up[..., ::2] * gate_up[..., 1::2].sin()
+
+    monkeypatch.setattr(GptOssExperts, "_apply_gate", apply_gate)
+    _experts_module._probe.cache_clear()
+    model = tiny_gpt_oss()
+    assert model.config._experts_implementation == "grouped_mm"
+    ids = torch.randint(0, VOCABULARY, (2, 9))
+    want = model(ids).logits
+    model.set_experts_implementation("tokenyard")
+    with caplog.at_level(logging.WARNING, logger="tokenyard"):
+        assert torch.equal(model(ids).logits, want)
+    _experts_module._probe.cache_clear()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
+        "GptOssExperts is computed by transformers' own grouped_mm: it combines gate"
+    )
+
+
+def tiny_gpt_oss():
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 16,
@@ -194,17 +236,7 @@ def test_a_model_with_its_own_gate_falls_back_to_transformers_default(registered
     )
     config.eos_token_id = config.pad_token_id = 3
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    assert model.config._experts_implementation == "grouped_mm"
-    ids = torch.randint(0, VOCABULARY, (2, 9))
-    want = model(ids).logits
-    model.set_experts_implementation("tokenyard")
-    with caplog.at_level(logging.WARNING, logger="tokenyard"):
-        assert torch.equal(model(ids).logits, want)
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith(
-        "GptOssExperts is computed by transformers' own grouped_mm: it combines gate"
-    )
+    return AutoModelForCausalLM.from_config(config)
 
 
 def test_without_transformers(monkeypatch):

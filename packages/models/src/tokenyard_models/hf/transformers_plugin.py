@@ -21,22 +21,17 @@ from torch import Tensor
 from tokenyard import ConfigError, Workload, default_registry
 from tokenyard.dtypes import compute_dtype
 from tokenyard.interfaces import ExpertKernel, ExpertWeights, Permutation
+from tokenyard_models.hf._experts_module import (
+    activation,
+    function_name,
+    gated,
+    unsupported,
+    weights,
+)
 
 NAME = "tokenyard"
 _DBRX = "TokenyardDbrxExperts"
 _FALLBACK = "grouped_mm"  # what transformers takes if no implementation is named
-_ACTIVATIONS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELU": "gelu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu_squared",
-}
-"""Core's name of an activation, by the class of transformers' `act_fn`."""
-_GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
 
 log = logging.getLogger("tokenyard")
 
@@ -91,46 +86,36 @@ def compute_experts(
 
     An id at or past the number of experts is dropped.
     """
-    reason = _unsupported(module)
+    reason = unsupported(module)
     if reason is not None:
         _warn_once(type(module).__name__, reason)
         theirs: Tensor = _fallback()(module, hidden_states, top_k_index, top_k_weights)
         return theirs
-    up = module.gate_up_proj if module.has_gate else module.up_proj
-    weights = [up, module.down_proj]
-    if getattr(module, "is_transposed", False):
-        weights = [weight.transpose(1, 2) for weight in weights]
-    biases: list[Tensor | None] = [None, None]
-    if getattr(module, "has_bias", False):
-        up_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
-        biases = [up_bias, module.down_proj_bias]
-    return _compute(
-        _activation(module), hidden_states, top_k_index, top_k_weights, *weights, *biases
-    )
+    return _compute(activation(module), hidden_states, top_k_index, top_k_weights, *weights(module))
 
 
 def _dbrx_forward(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Compute DBRX's experts. Each of its three matrices holds all experts, [E F, D]."""
-    name = type(module.mlp.activation_fn).__name__
-    activation = _GATED.get(_ACTIVATIONS.get(name, ""))
-    if activation is None:
-        _warn_once(_DBRX, f"its activation is {name}", "code")
+    act_fn = module.mlp.activation_fn
+    name = gated(function_name(act_fn))
+    if name is None:
+        _warn_once(_DBRX, f"its activation is {type(act_fn).__name__}", "code")
         eager: Tensor = super(type(module), module).forward(
             hidden_states, top_k_index, top_k_weights
         )
         return eager
     shape = (module.num_experts, module.ffn_hidden_size, module.hidden_size)
-    w1, v1, w2 = (getattr(module.mlp, name).view(shape) for name in ("w1", "v1", "w2"))
+    w1, v1, w2 = (getattr(module.mlp, key).view(shape) for key in ("w1", "v1", "w2"))
     x = hidden_states.reshape(-1, module.hidden_size)
     up = torch.cat((w1, v1), 1)
-    y = _compute(activation, x, top_k_index, top_k_weights, up, w2.transpose(1, 2))
+    y = _compute(name, x, top_k_index, top_k_weights, up, w2.transpose(1, 2))
     return y.view(hidden_states.shape[0], -1, module.hidden_size)
 
 
 def _compute(
-    activation: str,
+    activation_name: str | None,
     x: Tensor,
     ids: Tensor,
     topk_weights: Tensor,
@@ -147,7 +132,7 @@ def _compute(
         ffn_dim,
         experts,
         ids.shape[1],
-        activation,
+        str(activation_name),
         bias=up_bias is not None,
         dtype=dtype,
         device=x.device,
@@ -207,28 +192,6 @@ def _fallback() -> Callable[..., Tensor]:
 
     implementation: Callable[..., Tensor] = ALL_EXPERTS_FUNCTIONS[_FALLBACK]
     return implementation
-
-
-def _unsupported(module: Any) -> str | None:
-    """Return why core cannot compute a module of experts, or None if it can."""
-    from transformers.integrations import moe
-
-    if type(module)._apply_gate is not moe._default_apply_gate:
-        return "it combines gate and up in a way of its own"
-    if getattr(module, "has_post_expert_norm", False):
-        return "it normalises what an expert gives"
-    if not getattr(module, "is_concatenated", True):
-        return "its gate and up stand in turns"
-    if _activation(module) is None:
-        return f"its activation is {type(module.act_fn).__name__}"
-    if not module.down_proj.is_floating_point() or module.down_proj.itemsize < 2:
-        return f"its weights are {module.down_proj.dtype}"
-    return None
-
-
-def _activation(module: Any) -> Any:
-    name = _ACTIVATIONS.get(type(module.act_fn).__name__)
-    return _GATED.get(name or "") if module.has_gate else name
 
 
 _warned: set[str] = set()
