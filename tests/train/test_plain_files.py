@@ -9,6 +9,7 @@ from tokenyard_models.hf import Folder
 from tokenyard_train.data import TokenFile
 from tokenyard_train.data.packing import PACKED_FILES, pack
 from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.sources.files import describe_file
 from tokenyard_train.data.sources.mds_index import read_index
 from tokenyard_train.records.metrics import Metrics
 
@@ -62,6 +63,12 @@ def test_an_index_of_mds_shards(tmp_path, odd):
     odd(tmp_path / "index.json")
     with pytest.raises(TokenyardError, match=r"index\.json is not a plain file"):
         read_index(tmp_path, "train_loader.dataset.local")
+
+
+def test_a_shard_that_is_packed(tmp_path, odd):
+    odd(tmp_path / "shard.00000.mds.gz")
+    with pytest.raises(TokenyardError, match=r"mds\.gz is not a plain file"):
+        describe_file(tmp_path / "shard.00000.mds.gz", "SOURCE")
 
 
 def test_weights_of_a_hugging_face_folder(tmp_path, odd):

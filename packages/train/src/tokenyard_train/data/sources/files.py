@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
+from tokenyard.bounded import require_plain
 from tokenyard_train.data.sources.formats import canonical_name
 
 log = logging.getLogger("tokenyard")
@@ -47,6 +48,7 @@ def repeated_files(files: Sequence[Path]) -> list[Path]:
 
 def describe_file(file: Path, key: str) -> dict[str, Any]:
     """Return a file's name, size, and a digest of its first and last bytes. Raises ConfigError."""
+    require_plain(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
