@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenyard import Routing, Workload, default_registry
 from tokenyard.permutations import TorchPermutation
-from tokenyard_parallel.exchanges import ExchangeError
+from tokenyard_parallel._torch_private import end_all_to_all
+from tokenyard_parallel.exchanges import ExchangeError, _counts
 
 DIM = 8
 EXPERTS = 8
@@ -70,13 +71,7 @@ def with_extra_slot(sort: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
 def wrong_received_counts() -> AbstractContextManager[Any]:
     """Context: add 1 to every count that this rank receives."""
-    all_to_all = dist.all_to_all_single
-
-    def wrong(out: Tensor, sent: Tensor, group: Any) -> None:
-        all_to_all(out, sent, group=group)
-        out.add_(1)
-
-    return patch.object(dist, "all_to_all_single", wrong)
+    return patch.object(_counts, "end_all_to_all", lambda counts: end_all_to_all(counts) + 1)
 
 
 class HostReads(TorchDispatchMode):

@@ -19,6 +19,7 @@ from tokenyard import Experts
 from tokenyard.sharded import local_part
 from tokenyard.testing._over_ranks import full
 from tokenyard_models.hf import Folder
+from tokenyard_parallel._torch_private import begin_all_to_all, end_all_to_all
 from tokenyard_parallel.meshes import MeshSizes, make_mesh
 from tokenyard_train.bench.commands import run_train
 from tokenyard_train.bench.options import TrainOptions
@@ -197,6 +198,16 @@ def group_timeouts(seconds: float) -> list[timedelta]:
     mesh = make_mesh(MeshSizes(1, 2), torch.device("cpu"), timedelta(seconds=seconds))
     groups: list[Any] = mesh.get_all_groups()
     return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+def send_own_rank() -> list[int]:
+    """Send rank r's number to rank 0 once and to rank 1 twice; return what arrives."""
+    rank = dist.get_rank()
+    counts = [rank + 1, rank + 1]
+    sent = torch.full((3,), rank)
+    arriving = begin_all_to_all(sent, [1, 2], counts, dist.group.WORLD)
+    received: list[int] = end_all_to_all(arriving).tolist()
+    return received
 
 
 def build(settings: Settings) -> Setup:

@@ -5,10 +5,13 @@ Each function names the torch versions that have the private name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 
@@ -29,3 +32,22 @@ def init_fake_world(ranks: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+
+
+def begin_all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Any) -> Any:
+    """Start to send `sent[r]` of the rows to each rank r; return the rows [sum(received), ...].
+
+    Only `end_all_to_all` may read them. It is an operator with a result, so selective recompute can
+    keep the result, which ``dist.all_to_all_single`` writes into an argument. torch 2.10 to 2.13.
+    """
+    return torch.ops._c10d_functional.all_to_all_single(
+        rows.contiguous(), list(received), list(sent), group.group_name
+    )
+
+
+def end_all_to_all(rows: Tensor) -> Any:
+    """Wait for rows that `begin_all_to_all` returned: on a GPU the stream waits, not the host.
+
+    torch 2.10 to 2.13.
+    """
+    return torch.ops._c10d_functional.wait_tensor(rows)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenyard import Routing
+from tokenyard_parallel._torch_private import begin_all_to_all, end_all_to_all
 from tokenyard_parallel.exchanges._transfer import ExchangeError
 
 
@@ -27,8 +28,8 @@ def exchange_counts(sent: Tensor, group: Any, kept: Tensor | None = None) -> lis
     sync. With `kept`, the number of slots that the router kept, the counts of all ranks are
     compared first; raises ExchangeError on every rank if they disagree.
     """
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    one_each = [1] * sent.shape[0]
+    received = end_all_to_all(begin_all_to_all(sent, one_each, one_each, group))
     if kept is not None:
         _compare_counts(sent, received, kept, group)
     both = torch.stack((sent, received)).permute(0, 2, 3, 1)  # [2, chunks, 2, ranks]

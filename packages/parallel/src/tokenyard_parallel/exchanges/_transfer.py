@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tokenyard import TokenyardError
+from tokenyard_parallel._torch_private import begin_all_to_all, end_all_to_all
 
 
 class ExchangeError(TokenyardError):
@@ -28,8 +28,7 @@ class Transfer:
         self.group = group
         self.sent = list(sent)
         self.received = list(received)
-        self.work: Any = None  # the collective in flight
-        self.gradient: Tensor | None = None  # its result in the backward pass
+        self.gradient: Tensor | None = None  # what arrives in the backward pass
 
     def begin(self, rows: Tensor) -> Tensor:
         """Start to send rows [sum(sent), ...]; return a tensor that only `end` may read."""
@@ -41,31 +40,17 @@ class Transfer:
         out: Tensor = _End.apply(rows, self)
         return out
 
-    def begin_all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """Start one collective."""
-        out = rows.new_empty(sum(received), *rows.shape[1:])
-        self.work = dist.all_to_all_single(
-            out, rows.contiguous(), received, sent, group=self.group, async_op=True
-        )
-        return out
-
-    def end_all_to_all(self) -> None:
-        """Wait for the collective in flight: on a GPU the stream waits, and the host does not."""
-        self.work.wait()
-        self.work = None
-
 
 class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
-        return transfer.begin_all_to_all(rows, transfer.sent, transfer.received)
+        return begin_all_to_all(rows, transfer.sent, transfer.received, transfer.group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         transfer = ctx.transfer
-        transfer.end_all_to_all()
-        gradient = transfer.gradient
+        gradient = end_all_to_all(transfer.gradient)
         transfer.gradient = None
         return gradient, None
 
@@ -74,12 +59,11 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
-        transfer.end_all_to_all()
-        return rows.view_as(rows)
+        return end_all_to_all(rows).view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
-        transfer.gradient = transfer.begin_all_to_all(grad, transfer.received, transfer.sent)
+        transfer.gradient = begin_all_to_all(grad, transfer.received, transfer.sent, transfer.group)
         # autograd requires this shape here; `_Begin.backward` returns the real gradient
         return grad, None
