@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from tokenyard import ConfigError, moe_layers
+from tokenyard.recompute import recomputed
 from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx, Mpt
 
@@ -42,14 +42,15 @@ def test_compiles_whole():
     assert all(relative_error(a, b) < 1e-12 for a, b in zip(*gradients))
 
 
-def test_recomputing_blocks_changes_nothing():
+@pytest.mark.parametrize("selective", [False, True])
+def test_recomputing_blocks_changes_nothing(selective):
     plain = tiny(dtype=torch.float64, compute_dtype=torch.float64)
-    recomputed = copy.deepcopy(plain)
-    for block in recomputed.blocks:
-        block.forward = lambda *args, f=block.forward: checkpoint(f, *args, use_reentrant=False)
+    wrapped = copy.deepcopy(plain)
+    for block in wrapped.blocks:
+        block.forward = recomputed(block.forward, selective)
     batch = ids()
     results = []
-    for model in (plain, recomputed):
+    for model in (plain, wrapped):
         output = model(batch)
         (output.logits.square().mean() + output.balances[0].prob_sum.square().sum()).backward()
         results.append((output.balances, [p.grad for p in model.parameters()]))

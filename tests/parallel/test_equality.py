@@ -24,7 +24,8 @@ def layouts():
 
 
 LAYOUTS = list(layouts())
-CASES = [Case(*options) for options in product(ROUTINGS, (1, 3), (False, True), (False, True))]
+RECOMPUTES = ("", "whole", "selective")
+CASES = [Case(*options) for options in product(ROUTINGS, (1, 3), RECOMPUTES, (False, True))]
 
 
 @pytest.mark.parametrize(("layout", "case"), pairwise(LAYOUTS, CASES), ids=str)
@@ -57,7 +58,10 @@ def test_in_float32(layout):
 def test_equality_matrix(layout):
     """Every case of a layout, and 50 steps of every routing; prints its row of the table (-s)."""
     plain = [Case(routing, steps=50) for routing in ROUTINGS]
-    mixed = [Case(routing, 3, True, i % 2 == 1, steps=50) for i, routing in enumerate(ROUTINGS)]
+    mixed = [
+        Case(routing, 3, RECOMPUTES[1 + i // 2 % 2], i % 2 == 1, steps=50)
+        for i, routing in enumerate(ROUTINGS)
+    ]
     worst = compare(layout, [*CASES, *plain, *mixed])
     narrow = [Case(r, a, dtype=torch.float32) for r, a in product(ROUTINGS, (1, 3))]
     single = compare(layout, narrow)

@@ -2,9 +2,10 @@
 
 import itertools
 
+import pytest
 import torch
 
-from tokenyard.measure.memory import peak_bytes, saved_bytes
+from tokenyard.measure.memory import held_bytes, peak_bytes, saved_bytes
 from tokenyard.measure.timing import Spread, measure
 
 
@@ -64,3 +65,12 @@ def test_peak_bytes_sees_what_is_freed_again():
         return torch.ones(1 << 10)
 
     assert 8 << 20 <= peak_bytes((work,), torch.device("cpu")) < 9 << 20
+
+
+def test_held_bytes_sees_what_the_result_keeps():
+    def work():
+        x = torch.ones(1 << 10, requires_grad=True)
+        torch.empty(1 << 20).sum()
+        return (x.exp() * 2).sum()  # autograd saves the exponentials
+
+    assert held_bytes(work, torch.device("cpu")) == pytest.approx(2 * (4 << 10), rel=0.02)

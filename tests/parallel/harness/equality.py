@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tokenyard import (
     Balance,
@@ -21,6 +20,7 @@ from tokenyard import (
     load_balancing_loss,
     z_loss,
 )
+from tokenyard.recompute import recomputed
 from tokenyard.sharded import group_by_mesh, local_part
 from tokenyard.testing._over_ranks import DIM, full, initialize
 
@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
     routing: str = "natural"  # one_expert, idle_rank, empty_batch, every_expert, indivisible
     accumulation: int = 1
-    recompute: bool = False
+    recompute: str = ""  # whole, selective
     frozen: bool = False
     dtype: torch.dtype = torch.float64
     steps: int = 1
@@ -69,7 +69,8 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         parts = [self.routing, f"x{self.accumulation}"]
-        parts += ["recompute"] * self.recompute + ["frozen"] * self.frozen
+        parts += [f"recompute_{self.recompute}"] * bool(self.recompute)
+        parts += ["frozen"] * self.frozen
         return "-".join([*parts, str(self.dtype).removeprefix("torch."), f"{self.steps}"])
 
 
@@ -118,7 +119,7 @@ def build(layout: Layout, case: Case) -> tuple[Strategy, nn.Module]:
     for buffer in model.buffers():
         buffer.zero_()
     for block in model.blocks if case.recompute else ():
-        block.forward = recomputed(block.forward)
+        block.forward = recomputed(block.forward, case.recompute == "selective")
     return strategy, model
 
 
@@ -142,10 +143,6 @@ def backends_of(layout: Layout, case: Case) -> dict[str, Any]:
         "experts": "torch" if case.device == "cpu" else "auto",
         "exchange": exchange if layout.expert_parallel > 1 else "local",
     }
-
-
-def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: checkpoint(forward, *args, use_reentrant=False)
 
 
 def batch_of(case: Case) -> tuple[Tensor, list[Tensor | None]]:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from tokenyard import ShardingReport
-from tokenyard_train.commands.memory import estimate
+from tokenyard import ShardingReport, moe_layers
+from tokenyard.measure.memory import held_bytes
+from tokenyard_train.commands.memory import estimate, saved_by_blocks
 from tokenyard_train.engine.build_model import build_model
+from tokenyard_train.engine.precision import COMPUTE_DTYPES
 
 from ..conftest import MODEL
 
@@ -21,6 +23,7 @@ ALONE = ShardingReport({}, 0)
 MODELS = [
     LARGER,
     {"name": "mixtral", "size": "tiny", "num_hidden_layers": 3},
+    {"name": "qwen3_moe", "size": "tiny"},
     {"name": "mpt_causal_lm", "size": "tiny", "ffn_config": {"ffn_type": "mptglu"}},
     {
         "name": "mpt_causal_lm",
@@ -30,8 +33,11 @@ MODELS = [
 ]
 
 
+NAMES = ["dbrx", "mixtral", "qwen3_moe", "dense", "shared expert"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-@pytest.mark.parametrize("model", MODELS, ids=["dbrx", "mixtral", "dense", "shared expert"])
+@pytest.mark.parametrize("model", MODELS, ids=NAMES)
 def test_what_is_saved_for_the_backward_pass_is_within_a_tenth(build, model, precision):
     run = build(model=model, precision=precision, max_seq_len=128, global_train_batch_size=8)
     parameters = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
@@ -48,6 +54,35 @@ def test_what_is_saved_for_the_backward_pass_is_within_a_tenth(build, model, pre
     memory = estimate(run.config, run.model, ALONE)
     assert output.logits.requires_grad
     assert memory.activations + memory.copies == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", [True, "selective"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("model", MODELS, ids=NAMES)
+def test_what_recompute_keeps_is_within_a_tenth(build, model, precision, recompute):
+    run = build(
+        model=model,
+        precision=precision,
+        activation_checkpointing=recompute,
+        max_seq_len=128,
+        global_train_batch_size=8,
+    )
+    rows = run.data.train.batch(0, 8)
+    width = COMPUTE_DTYPES[precision].itemsize
+    with run.precision():
+        held = held_bytes(lambda: run.model(rows[:, :-1]), torch.device("cpu"))
+    held -= rows[:, :-1].numel() * run.model.vocab_size * width  # logits
+    memory = estimate(run.config, run.model, ALONE)
+    # the backward pass computes a block, and copies its experts, again
+    saved = run.model.saved_bytes_per_token(128, width)
+    later = saved_by_blocks(run.config, saved)[1] * 8 * 128
+    if memory.copies:
+        later += width * max(expert_numel(block) for block in run.model.blocks)
+    assert memory.activations + memory.copies - later == pytest.approx(held, rel=0.1)
+
+
+def expert_numel(block: torch.nn.Module) -> int:
+    return sum(p.numel() for moe in moe_layers(block) for p in moe.experts.parameters())
 
 
 def test_state_is_exact(config):

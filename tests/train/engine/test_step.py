@@ -63,10 +63,13 @@ def test_counts_are_summed_over_microbatches(build):
     assert [sum(layer) for layer in a.load] == pytest.approx([1, 1], abs=1e-5)
 
 
-def test_recomputing_activations_changes_nothing(build):
+@pytest.mark.parametrize("recompute", [True, "selective"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_recomputing_activations_changes_nothing(build, recompute, precision):
     jitter = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_jitter_eps": 0.1}}
-    plain = build(model=jitter)
-    recomputed = build(model=jitter, activation_checkpointing=True)
+    changes = {"model": jitter, "precision": precision, "device_train_microbatch_size": 2}
+    plain = build(**changes)
+    recomputed = build(**changes, activation_checkpointing=recompute)
     assert train_step(plain, 0).result == train_step(recomputed, 0).result
     for a, b in zip(plain.model.parameters(), recomputed.model.parameters()):
         assert torch.equal(a, b)

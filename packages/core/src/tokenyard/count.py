@@ -75,6 +75,27 @@ def saved_by_ffn(ffn: MoE | FeedForward, width: int) -> int:
     return width * work.top_k * up_rows + routing + router_input + shared + received
 
 
+def kept_by_ffn(ffn: MoE | FeedForward, width: int) -> int:
+    """Return the bytes per token that selective recompute keeps of an MoE layer or dense FFN.
+
+    The letters are those of `saved_by_ffn`. A dense FFN keeps the results of its matmuls, b(U + D).
+    An MoE layer keeps bKU, the experts' result bD, and 4E + 12K for routing. With an exchange it
+    keeps 3bD for each row that it receives: as it arrives, as computed, and as it returns.
+    """
+    if isinstance(ffn, FeedForward):
+        return _kept_by_dense(ffn, width)
+    work = ffn.workload
+    rows_per_token = ffn.experts.exchange.rows_per_token
+    rows = 3 * rows_per_token if rows_per_token else 1
+    experts = width * (work.top_k * ffn.experts.up.shape[1] + round(rows * work.dim))
+    routing = _WIDE * work.num_experts + 12 * work.top_k
+    return experts + routing + (0 if ffn.shared is None else _kept_by_dense(ffn.shared, width))
+
+
+def _kept_by_dense(ffn: FeedForward, width: int) -> int:
+    return width * (ffn.up.shape[0] + ffn.down.shape[0])
+
+
 def _saved_by_dense(ffn: FeedForward, width: int) -> int:
     activations = 2 if is_gated(ffn.activation) else 1
     return width * (ffn.up.shape[0] + activations * ffn.down.shape[1])

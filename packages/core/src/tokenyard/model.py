@@ -18,6 +18,7 @@ class SavedBytes(NamedTuple):
     blocks: tuple[int, ...]  # those of each block
     block_input: int  # those of a block whose forward pass is recomputed
     rest: int  # those outside the blocks
+    kept: tuple[int, ...] = ()  # those of each block that selective recompute keeps, if known
 
 
 _ATTRIBUTES = {
@@ -118,5 +119,5 @@ class Model(nn.Module, ABC):
         """Return the bytes per token that a forward pass saves, for sequences of `seq_len` tokens.
 
         `width` is the size of the compute dtype in bytes. ``tokenyard.count.saved_by_ffn`` counts
-        them for MoE layers and dense FFNs.
+        them for MoE layers and dense FFNs, and ``kept_by_ffn`` what selective recompute keeps.
         """

@@ -13,14 +13,15 @@ import torch
 
 
 def operator(
-    name: str, schema: str | None = None, device: str = "default"
+    name: str, schema: str | None = None, device: str = "default", kept: bool = False
 ) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator that registers a function as the operator `name`, such as ``acme::plan``.
 
     The function must not change its arguments unless the schema says so, and must not return an
     argument or a view of one.
     The default of `schema` is inferred from the annotations. `device` restricts the operator to one
-    type of device ("cpu").
+    type of device ("cpu"). Selective recompute keeps the results of a `kept` operator, and computes
+    those of others again (see ``tokenyard.recompute``): keep what a matmul or a sort computes.
 
     The decorator returns the operator. Pass it to ``torch.library.register_fake`` and, if it is
     differentiable, to ``torch.library.register_autograd``.
@@ -31,7 +32,9 @@ def operator(
         torch.library.define(name, signature, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(name, device, compute)
         namespace, _, short_name = name.partition("::")
-        return getattr(getattr(torch.ops, namespace), short_name).default
+        op = getattr(getattr(torch.ops, namespace), short_name).default
+        op.kept = kept
+        return op
 
     return register
 

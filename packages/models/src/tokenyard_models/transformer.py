@@ -26,7 +26,7 @@ from tokenyard import (
     Workload,
     predict,
 )
-from tokenyard.count import saved_by_ffn, weight_flops_per_token
+from tokenyard.count import kept_by_ffn, saved_by_ffn, weight_flops_per_token
 from tokenyard.registry import Request
 from tokenyard_models.attention import Attention
 from tokenyard_models.config import TransformerConfig
@@ -173,14 +173,20 @@ class Transformer(Model):
         """Return what the backward pass needs of a token, for a compute dtype of `width` bytes.
 
         A norm saves its input and its output, 4D + bD, and RMSNorm 4D more. Attention keeps no
-        scores, so `seq_len` does not matter.
+        scores, so `seq_len` does not matter. Selective recompute keeps the results of its two
+        projections and of the scores' product with the values, and those of the FFN.
         """
         wide = 2 * _WIDE if self.config.norm == "rms" else _WIDE
         norm = (wide + width) * self.config.dim
         attention = _saved_by_attention(self.config, width)
-        ffns = (cast(Block, block).ffn for block in self.blocks)
-        blocks = [2 * norm + attention + saved_by_ffn(ffn, width) for ffn in ffns]
-        return SavedBytes(tuple(blocks), block_input=_WIDE * self.config.dim, rest=norm)
+        kept_attention = _kept_of_attention(self.config, width)
+        ffns = [cast(Block, block).ffn for block in self.blocks]
+        return SavedBytes(
+            tuple(2 * norm + attention + saved_by_ffn(ffn, width) for ffn in ffns),
+            block_input=_WIDE * self.config.dim,
+            rest=norm,
+            kept=tuple(kept_attention + kept_by_ffn(ffn, width) for ffn in ffns),
+        )
 
 
 def _saved_by_attention(config: TransformerConfig, width: int) -> int:
@@ -188,14 +194,25 @@ def _saved_by_attention(config: TransformerConfig, width: int) -> int:
 
     b is `width`; Q and V are the widths of all heads and of all key-value heads. The projection
     keeps b(Q + 2V), as much again if it is clipped, and b(Q + V) if it is rotated. Queries and
-    the result keep 2bQ.
+    the result keep 2bQ. A norm of queries and keys keeps 4(Q + V) and b(Q + 2V).
     """
     queries = config.heads * config.head_dim
     keys = config.kv_heads * config.head_dim
     projected = queries + 2 * keys
     clipped = 0 if config.clip_qkv is None else projected
     rotated = 0 if config.rope_theta is None else queries + keys
-    return width * (projected + clipped + rotated + 2 * queries)
+    normed = 0 if config.qk_norm is None else _WIDE * (queries + keys) + width * projected
+    return width * (projected + clipped + rotated + 2 * queries) + normed
+
+
+def _kept_of_attention(config: TransformerConfig, width: int) -> int:
+    """Count the bytes per token that selective recompute keeps of attention: b(2Q + 2V + D) + 4H.
+
+    H heads have one float32 each, the logarithm of the softmax's sum.
+    """
+    queries = config.heads * config.head_dim
+    keys = config.kv_heads * config.head_dim
+    return width * (2 * queries + 2 * keys + config.dim) + _WIDE * config.heads
 
 
 def _embedding(rows: int, dim: int) -> nn.Embedding:

@@ -90,14 +90,15 @@ def register_experts_op(
     `device` restricts the kernel to one type of device.
 
     Returns the function ``(x, plan, topk_weights, weights, activation, **options) -> y [T, D]``.
-    It supports autograd (once differentiable), torch.compile and fake tensors.
+    It supports autograd (once differentiable), torch.compile and fake tensors. Selective recompute
+    keeps y and the saved tensors.
     """
     types = options or {}
     kernel = _Kernel(forward, backward, saved, tuple(types))
     inputs = _INPUTS + "".join(f", {_TYPES[kind]} {option}" for option, kind in types.items())
     outputs = "Tensor" + ", Tensor" * saves
 
-    op = operator(name, f"({inputs}) -> ({outputs})", device)(kernel.compute)
+    op = operator(name, f"({inputs}) -> ({outputs})", device, kept=True)(kernel.compute)
     torch.library.register_fake(op, kernel.fake)
 
     gradient_inputs = f"Tensor dy, Tensor[] saved, bool[] needs, {inputs}"

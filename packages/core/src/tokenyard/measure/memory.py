@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +35,24 @@ def saved_bytes(forward: Callable[[], object], without: Iterable[Tensor]) -> int
     return sum(saved.values())
 
 
+def held_bytes(forward: Callable[[], object], device: torch.device) -> int:
+    """Return the bytes that a forward pass allocates and that its result, or a cache, still holds.
+
+    This counts tensors that autograd does not save, such as those that selective recompute keeps.
+    """
+    gc.collect()  # else what is collected in the pass counts as freed by it
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        result = forward()
+        held = torch.cuda.memory_allocated(device) - before
+    else:
+        with _profile_memory() as profiler:
+            result = forward()
+        held = sum(_allocations(profiler))
+    del result
+    return held
+
+
 def peak_bytes(stages: Stages, device: torch.device) -> int:
     """Return the peak of the memory allocated during a run, above what was allocated before."""
     return _cuda_peak(stages, device) if device.type == "cuda" else _cpu_peak(stages)
@@ -47,15 +68,20 @@ def _cuda_peak(stages: Stages, device: torch.device) -> int:
 
 
 def _cpu_peak(stages: Stages) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _profile_memory() as profiler:
         run_stages(stages)
-    allocated = 0
-    peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            allocated += event.nbytes()
-            peak = max(peak, allocated)
-    return peak
+    return max(accumulate(_allocations(profiler), initial=0))
+
+
+def _profile_memory() -> profile:
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
+def _allocations(profiler: Any) -> list[int]:
+    """Return the bytes of each allocation, in order; they are negative where memory is freed."""
+    events = profiler.profiler.kineto_results.events()
+    memory = [event for event in events if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
 
 
 def allocation_retries(device: torch.device) -> int:

@@ -39,7 +39,7 @@ def split_kernel(dtype: torch.dtype) -> Kernel:
     )
 
 
-@operator("tokenyard_cuda::logits")
+@operator("tokenyard_cuda::logits", kept=True)
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [T, D] @ weight.T [D, E] in float32."""
     return _float32_matmul(x, weight.t())

@@ -44,7 +44,7 @@ MOST_EXPERTS = SHARED // 4 // 3 - 1
 """Limit of shared memory: three counters per expert, even for a block of one warp."""
 
 
-@operator("tokenyard_cuda::plan")
+@operator("tokenyard_cuda::plan", kept=True)
 def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return order [rows], inverse [N] and offsets [E + 1] for topk_ids [T, K]."""
     slots = topk_ids.numel()

@@ -76,7 +76,7 @@ def route_kernels(experts: int) -> RouteKernels:
     return RouteKernels(route, backward)
 
 
-@operator("tokenyard_cuda::route")
+@operator("tokenyard_cuda::route", kept=True)
 def route_op(
     logits: Tensor,
     bias: Tensor | None,

@@ -18,7 +18,7 @@ from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.ops._quantize import split_in_two
 
 
-@operator("tokenyard_triton::logits")
+@operator("tokenyard_triton::logits", kept=True)
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [T, D] @ weight.T [D, E] in float32."""
     return _matmul_float32(x, weight.t())

@@ -15,7 +15,7 @@ _BUCKETS = 32  # counted at a time
 _BLOCKS = 256  # added up at a time
 
 
-@operator("tokenyard_triton::plan")
+@operator("tokenyard_triton::plan", kept=True)
 def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return order [rows], inverse [N] and offsets [E + 1] of topk_ids [T, K]."""
     slots = topk_ids.numel()

@@ -16,7 +16,7 @@ from tokenyard_kernels_triton.launching import launch
 _ENTRIES = 4096  # of [T, E], held by one program
 
 
-@operator("tokenyard_triton::select_experts")
+@operator("tokenyard_triton::select_experts", kept=True)
 def select_op(
     logits: Tensor,
     bias: Tensor | None,

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from tokenyard import Model, ShardingReport, moe_layers
+from tokenyard import Model, SavedBytes, ShardingReport, moe_layers
 from tokenyard.cross_entropy import loss_bytes
 from tokenyard.sharded import is_sharded, local_part
 from tokenyard_train.config.schema import TrainConfig
@@ -33,27 +33,39 @@ class Memory(NamedTuple):
 def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memory:
     """Estimate the memory of training on one device; `model` is laid out, on any device or meta.
 
-    Activations are ``model.saved_bytes_per_token`` times the tokens of a microbatch. With
-    activation checkpointing a block keeps its input, and one block at a time keeps all.
+    Activations are ``model.saved_bytes_per_token`` times the tokens of a microbatch.
     """
-    held = _numel(model.parameters())
+    parameters = _numel(model.parameters())
     trained = _numel(p for p in model.parameters() if p.requires_grad)
     width = COMPUTE_DTYPES[config.precision].itemsize
     stored = width if config.precision == BF16_MASTER else _WIDE
     tokens = int(config.device_train_microbatch_size) * config.max_seq_len
     saved = model.saved_bytes_per_token(config.max_seq_len, width)
-    in_blocks = sum(saved.blocks)
-    if config.activation_checkpointing:
-        in_blocks = len(saved.blocks) * saved.block_input + max(saved.blocks)
+    held, recomputed = saved_by_blocks(config, saved)
     return Memory(
-        parameters=stored * held,
+        parameters=stored * parameters,
         gradients=_gradient_width(config, layout, stored) * trained,
         optimizer=(2 + (stored < _WIDE)) * _WIDE * trained,
-        copies=0 if width == stored else width * _copied(model),
-        activations=tokens * (in_blocks + saved.rest),
+        copies=0 if width == stored else width * _copied(config, model),
+        activations=tokens * (held + recomputed + saved.rest),
         loss=loss_bytes(tokens, model.vocab_size, _head_dim(model), width),
         working_set=layout.working_set,
     )
+
+
+def saved_by_blocks(config: TrainConfig, saved: SavedBytes) -> tuple[int, int]:
+    """Return what the forward pass leaves of all blocks, and what the backward pass adds to it.
+
+    Both are bytes per token. With recompute a block leaves its input, and what selective recompute
+    keeps. The backward pass computes the rest of one block at a time.
+    """
+    if not config.activation_checkpointing:
+        return sum(saved.blocks), 0
+    kept = (0,) * len(saved.blocks)
+    if config.activation_checkpointing == "selective":
+        kept = saved.kept or saved.blocks
+    inputs = len(saved.blocks) * saved.block_input
+    return inputs + sum(kept), max(max(0, b - k) for b, k in zip(saved.blocks, kept))
 
 
 def _gradient_width(config: TrainConfig, layout: ShardingReport, stored: int) -> int:
@@ -80,12 +92,18 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
     return sum(local_part(p).numel() for p in parameters)
 
 
-def _copied(model: nn.Module) -> int:
-    """Count the numbers of the weights that autocast copies.
+def _copied(config: TrainConfig, model: Model) -> int:
+    """Count the numbers of the weights that exist as copies at a time.
 
-    Sharded experts are not among them: they are gathered in the compute dtype.
+    Autocast keeps a copy until the forward pass ends. The experts make their own, which recompute
+    makes again for one block at a time. Sharded experts are not among them: they are gathered in
+    the compute dtype.
     """
-    gathered: set[Tensor] = {
-        p for m in moe_layers(model) for p in m.experts.parameters() if is_sharded(p)
-    }
-    return sum(p.numel() for p in model.parameters() if p not in gathered)
+    experts = {p for moe in moe_layers(model) for p in moe.experts.parameters()}
+    by_block = [
+        sum(p.numel() for p in block.parameters() if p in experts and not is_sharded(p))
+        for block in model.blocks
+    ]
+    others = sum(p.numel() for p in model.parameters() if p not in experts)
+    at_a_time = max if config.activation_checkpointing else sum
+    return others + at_a_time(by_block)

@@ -219,7 +219,10 @@ class TrainConfig(Section):
         # replay each microbatch as a CUDA graph; auto: on one GPU, unless something forbids it
         "auto"
     )
-    activation_checkpointing: bool = False  # recompute blocks in the backward pass
+    activation_checkpointing: bool | Literal["selective"] = (
+        # recompute blocks in the backward pass; selective: all but matmuls, attention and routing
+        False
+    )
     nonfinite: Literal["stop", "skip"] = (
         # action for a step whose loss or gradient is not finite
         "stop"

@@ -175,5 +175,5 @@ def why_no_graph(config: TrainConfig, ranks: int) -> str | None:
     if ranks > 1:
         return f"there are {ranks} ranks"
     if config.activation_checkpointing:
-        return "activation_checkpointing is true"
+        return f"activation_checkpointing is {str(config.activation_checkpointing).lower()}"
     return None

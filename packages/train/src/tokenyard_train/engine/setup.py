@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch.utils.checkpoint import checkpoint
 
 from tokenyard import ConfigError, Model, Strategy, moe_layers
 from tokenyard.sharded import allocate
@@ -23,11 +22,11 @@ from tokenyard_train.data import Data, build_data
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.adamw import AdamW, build_optimizer
 from tokenyard_train.engine.build_model import build_model
-from tokenyard_train.engine.compile import compile_blocks
 from tokenyard_train.engine.cuda_graph import MicrobatchGraph, why_no_graph
 from tokenyard_train.engine.out_of_memory import check_batch_fits
 from tokenyard_train.engine.precision import BF16_MASTER, computing_in
 from tokenyard_train.engine.schedule import check_schedule
+from tokenyard_train.engine.wrap_blocks import wrap_blocks
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,7 @@ def build_setup(
     _prepare_kernels(config, model)
     allocate(model, config.device)
     model.init_weights(config.seed)
-    if config.compile:
-        if strategy.data[1] > 1:
-            raise ConfigError(
-                f"compile is true, and there are {strategy.data[1]} ranks; it is for one process"
-            )
-        compile_blocks(model, config.device)
-    if config.activation_checkpointing:
-        _recompute_blocks(model)
+    wrap_blocks(config, model, strategy.data[1])
     batches = run_batches(config, data)
     optimizer = build_optimizer(config.optimizer, model)
     return Setup(
@@ -166,8 +158,3 @@ def _build_graph(config: TrainConfig, strategy: Strategy, model: Model) -> Micro
     if config.cuda_graph is True and reason is not None:
         raise ConfigError(f"cuda_graph is true, and {reason}; give auto, which then uses none")
     return MicrobatchGraph(model) if config.cuda_graph and reason is None else None
-
-
-def _recompute_blocks(model: Model) -> None:
-    for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

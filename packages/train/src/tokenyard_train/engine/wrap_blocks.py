@@ -1,0 +1,30 @@
+"""Wrap the blocks of a model: recompute in the backward pass, and torch.compile."""
+
+from __future__ import annotations
+
+from tokenyard import ConfigError, Model
+from tokenyard.recompute import recomputed
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.engine.compile import compile_blocks
+
+
+def wrap_blocks(config: TrainConfig, model: Model, ranks: int) -> None:
+    """Wrap the forward pass of each block as the config asks. Raises ConfigError.
+
+    Selective recompute is inside the compiled code, so that what is computed again is fused with
+    the backward pass. Whole blocks are recomputed by calling the compiled code again.
+    """
+    if config.compile and ranks > 1:
+        raise ConfigError(f"compile is true, and there are {ranks} ranks; it is for one process")
+    recompute = config.activation_checkpointing
+    if recompute == "selective":
+        _recompute(model, selective=True)
+    if config.compile:
+        compile_blocks(model, config.device)
+    if recompute is True:
+        _recompute(model)
+
+
+def _recompute(model: Model, selective: bool = False) -> None:
+    for block in model.blocks:
+        block.forward = recomputed(block.forward, selective)
