@@ -7,9 +7,11 @@ import torch
 from rich.console import Console
 from walk import QUICKSTART
 
+from tokenyard.measure.memory import peak_bytes
 from tokenyard_models.transformer import Block
 from tokenyard_train.config.load import load_config
 from tokenyard_train.engine.deterministic import deterministic
+from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.setup import build_setup
 from tokenyard_train.engine.step import train_step
 
@@ -36,6 +38,30 @@ def test_a_graph_computes_what_is_computed_without(tmp_path, precision, rows):
     graphed, setup = losses(tmp_path, *options, "cuda_graph=true")
     assert setup.graph.captured
     assert graphed == eager
+
+
+@pytest.mark.parametrize("recompute", ["true", "selective"])
+@pytest.mark.parametrize("offload", ["false", "true"])
+def test_recompute_and_offload_change_nothing(tmp_path, recompute, offload):
+    options = ("cuda_graph=false", "precision=amp_bf16", "model.n_layers=6")
+    keys = (f"activation_checkpointing={recompute}", f"activation_cpu_offload={offload}")
+    plain, _ = losses(tmp_path, *options)
+    again, _ = losses(tmp_path, *options, *keys)
+    assert again == plain
+
+
+@pytest.mark.parametrize("recompute", ["true", "selective"])
+def test_offload_leaves_two_block_inputs_on_the_gpu(tmp_path, recompute):
+    """The peak of a forward and backward pass is lower by most of the others."""
+    peaks = []
+    for offload in ("false", "true"):
+        keys = (f"activation_checkpointing={recompute}", f"activation_cpu_offload={offload}")
+        _, setup = losses(tmp_path, "cuda_graph=false", "model.n_layers=12", *keys, steps=1)
+        peaks.append(peak_bytes((lambda _, run=setup: accumulate(run, 1),), setup.device))
+        config = setup.config
+    tokens = int(config.device_train_microbatch_size) * config.max_seq_len
+    saved = setup.model.saved_bytes_per_token(config.max_seq_len, 4)
+    assert peaks[0] - peaks[1] > 8 * tokens * saved.block_input
 
 
 def test_jitter_is_drawn_anew_in_every_replay(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from tokenyard import ShardingReport, moe_layers
 from tokenyard.measure.memory import held_bytes
-from tokenyard_train.commands.memory import estimate, saved_by_blocks
+from tokenyard_train.commands.memory import estimate, offloaded_bytes, saved_by_blocks
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import COMPUTE_DTYPES
 
@@ -79,6 +79,20 @@ def test_what_recompute_keeps_is_within_a_tenth(build, model, precision, recompu
     if memory.copies:
         later += width * max(expert_numel(block) for block in run.model.blocks)
     assert memory.activations + memory.copies - later == pytest.approx(held, rel=0.1)
+
+
+def test_a_gpu_holds_two_block_inputs_with_offload(config):
+    changes = {"model": LARGER | {"n_layers": 20}, "activation_checkpointing": True}
+    _, model = build_model(config(**changes))
+    plain = config(**changes).model_copy(update={"device": "cuda:0"})
+    offloaded = plain.model_copy(update={"activation_cpu_offload": True})
+    inputs = 4 * 24 * 4 * 64  # bytes of one
+    saved = (estimate(run, model, ALONE).activations for run in (plain, offloaded))
+    assert next(saved) - next(saved) == 18 * inputs
+    assert offloaded_bytes(offloaded, model) == 20 * inputs
+    assert offloaded_bytes(plain, model) == 0
+    on_cpu = config(**changes, activation_cpu_offload=True)
+    assert estimate(on_cpu, model, ALONE) == estimate(config(**changes), model, ALONE)
 
 
 def expert_numel(block: torch.nn.Module) -> int:

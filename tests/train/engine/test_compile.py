@@ -56,8 +56,10 @@ def assert_near(model, other):
 
 
 @pytest.mark.parametrize("recompute", [True, "selective"])
-def test_evaluation_and_recomputed_blocks_add_no_graph(build, traced, recompute):
-    run = build(compile=True, activation_checkpointing=recompute)
+@pytest.mark.parametrize("offload", [False, True])
+def test_evaluation_and_recomputed_blocks_add_no_graph(build, traced, recompute, offload):
+    keys = {"activation_checkpointing": recompute, "activation_cpu_offload": offload}
+    run = build(compile=True, **keys)
     plain = build()
     assert train_step(run, 0).result.loss == train_step(plain, 0).result.loss
     assert_near(run.model, plain.model)

@@ -64,12 +64,15 @@ def test_counts_are_summed_over_microbatches(build):
 
 
 @pytest.mark.parametrize("recompute", [True, "selective"])
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-def test_recomputing_activations_changes_nothing(build, recompute, precision):
+@pytest.mark.parametrize(
+    ("precision", "offload"), [("fp32", False), ("amp_bf16", False), ("amp_bf16", True)]
+)
+def test_recomputing_activations_changes_nothing(build, recompute, precision, offload):
     jitter = MODEL | {"ffn_config": MODEL["ffn_config"] | {"moe_jitter_eps": 0.1}}
     changes = {"model": jitter, "precision": precision, "device_train_microbatch_size": 2}
     plain = build(**changes)
-    recomputed = build(**changes, activation_checkpointing=recompute)
+    keys = {"activation_checkpointing": recompute, "activation_cpu_offload": offload}
+    recomputed = build(**changes, **keys)
     assert train_step(plain, 0).result == train_step(recomputed, 0).result
     for a, b in zip(plain.model.parameters(), recomputed.model.parameters()):
         assert torch.equal(a, b)

@@ -22,7 +22,7 @@ from tokenyard import (
 from tokenyard.devices import device_memory
 from tokenyard.sharded import describe_bytes
 from tokenyard_train.callbacks import build_callbacks
-from tokenyard_train.commands.memory import estimate
+from tokenyard_train.commands.memory import estimate, offloaded_bytes
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, Mixture, build_data
 from tokenyard_train.engine.build_model import build_model
@@ -144,6 +144,8 @@ def _memory_rows(config: TrainConfig, model: Model, layout: ShardingReport) -> R
         if value:
             yield name.replace("_", " "), describe_bytes(value)
     yield "sum", describe_bytes(sum(memory))
+    if size := offloaded_bytes(config, model):
+        yield "beside it, in host memory", describe_bytes(size)
 
 
 def _backend_rows(config: TrainConfig, model: Model) -> Rows:

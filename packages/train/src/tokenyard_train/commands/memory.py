@@ -15,6 +15,7 @@ from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.cuda_graph import why_no_graph
 from tokenyard_train.engine.precision import BF16_MASTER, COMPUTE_DTYPES
 
+_INPUTS_ON_GPU = 2  # with offload: one that is computed, and one that is copied
 _WIDE = 4  # bytes of float32: parameters, gradients, the optimizer's moments
 
 
@@ -64,8 +65,25 @@ def saved_by_blocks(config: TrainConfig, saved: SavedBytes) -> tuple[int, int]:
     kept = (0,) * len(saved.blocks)
     if config.activation_checkpointing == "selective":
         kept = saved.kept or saved.blocks
-    inputs = len(saved.blocks) * saved.block_input
+    inputs = _inputs_held(config, len(saved.blocks)) * saved.block_input
     return inputs + sum(kept), max(max(0, b - k) for b, k in zip(saved.blocks, kept))
+
+
+def offloaded_bytes(config: TrainConfig, model: Model) -> int:
+    """Return the bytes of block inputs that a GPU keeps in host memory."""
+    width = COMPUTE_DTYPES[config.precision].itemsize
+    saved = model.saved_bytes_per_token(config.max_seq_len, width)
+    tokens = int(config.device_train_microbatch_size) * config.max_seq_len
+    if not (config.activation_cpu_offload and config.device.startswith("cuda")):
+        return 0
+    return tokens * len(saved.blocks) * saved.block_input
+
+
+def _inputs_held(config: TrainConfig, blocks: int) -> int:
+    """Return the number of block inputs that the device holds at a time."""
+    if config.activation_cpu_offload and config.device.startswith("cuda"):
+        return min(blocks, _INPUTS_ON_GPU)
+    return blocks
 
 
 def _gradient_width(config: TrainConfig, layout: ShardingReport, stored: int) -> int:

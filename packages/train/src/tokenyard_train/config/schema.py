@@ -223,6 +223,7 @@ class TrainConfig(Section):
         # recompute blocks in the backward pass; selective: all but matmuls, attention and routing
         False
     )
+    activation_cpu_offload: bool = False  # keep the inputs of recomputed blocks in host memory
     nonfinite: Literal["stop", "skip"] = (
         # action for a step whose loss or gradient is not finite
         "stop"
@@ -270,6 +271,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"max_duration is {self.max_duration}; "
                 "it takes ba (batches), ep (epochs) or tok (tokens)"
+            )
+        if self.activation_cpu_offload and not self.activation_checkpointing:
+            raise ValueError(
+                "activation_cpu_offload is true and activation_checkpointing is false; "
+                "say true or selective, because only the inputs of recomputed blocks are offloaded"
             )
         if self.scheduler.t_max.value <= 0:
             raise ValueError(f"scheduler.t_max is {self.scheduler.t_max}; it must be above 0")

@@ -1,11 +1,14 @@
-"""Wrap the blocks of a model: recompute in the backward pass, and torch.compile."""
+"""Wrap the blocks of a model: recompute, torch.compile and offload of their inputs."""
 
 from __future__ import annotations
+
+import torch
 
 from tokenyard import ConfigError, Model
 from tokenyard.recompute import recomputed
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.compile import compile_blocks
+from tokenyard_train.engine.offload import offload_inputs
 
 
 def wrap_blocks(config: TrainConfig, model: Model, ranks: int) -> None:
@@ -23,6 +26,8 @@ def wrap_blocks(config: TrainConfig, model: Model, ranks: int) -> None:
         compile_blocks(model, config.device)
     if recompute is True:
         _recompute(model)
+    if config.activation_cpu_offload:
+        offload_inputs(model, torch.device(config.device))
 
 
 def _recompute(model: Model, selective: bool = False) -> None:
