@@ -41,6 +41,14 @@ def test_train_shows_where_a_step_goes(bench, config, settings, tmp_path):
         1e3 * 4 * 24 / record["step_ms"]["median"], rel=1e-3
     )
     assert "where our step's time goes" in printed
+    kinds = record["kinds"]
+    assert {"matmuls", "attention", "elementwise", "routing", "copies", "optimizer", "host"} == {
+        *kinds
+    }
+    assert sum(kind["share"] for kind in kinds.values()) == pytest.approx(1, abs=2e-3)
+    assert all(kind["ms"] > 0 for kind in kinds.values())
+    assert record["host_ms"] == kinds["host"]["ms"]
+    assert "kind of work" in printed
     assert not (tmp_path / "run").exists()  # nothing is kept
 
 

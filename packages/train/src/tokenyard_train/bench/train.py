@@ -12,6 +12,7 @@ from torch import nn
 
 from tokenyard import ConfigError, started_processes
 from tokenyard.errors import one_of
+from tokenyard.measure.breakdown import break_down
 from tokenyard.measure.memory import allocation_retries, peak_bytes
 from tokenyard.measure.timing import Clock, Spread, Stages, clock_for
 from tokenyard.measure.trace import trace
@@ -29,6 +30,7 @@ Step = Callable[[int], float]
 
 OURS = "tokenyard"
 _WARMUP = 2
+_PROFILED = 3  # steps, for the kinds of work
 _SHOWN = 24  # kernels of a step in the file
 _COLLECTIVES = "nccl"  # prefix of the names of NCCL's kernels
 
@@ -130,6 +132,7 @@ def _record(setup: Setup, entrant: _Entrant, batch: int) -> Record:
         "weights": str(dtype).removeprefix("torch."),
         "peak_bytes": peak_bytes(stages, setup.device) + entrant.graph_bytes(),
         **_kernels(stages, setup.device),
+        **_kinds(stages, setup.device, step.median),
     }
 
 
@@ -143,6 +146,24 @@ def _kernels(stages: Stages, device: torch.device) -> Record:
     return {
         "kernels": [kernel._asdict() for kernel in kernels[:_SHOWN]],
         "collectives_ms": {kernel.name: round(kernel.milliseconds, 3) for kernel in collectives},
+    }
+
+
+def _kinds(stages: Stages, device: torch.device, step_ms: float) -> Record:
+    """Return where a step goes by kind of work. On a GPU, "gaps" are the time in which it idles.
+
+    Gaps are what kernels leave of the measured step, because the profiler makes them longer.
+    """
+    kinds, host = break_down(stages, device, _PROFILED)
+    if device.type == "cuda":
+        kinds["gaps"] = max(0.0, step_ms - sum(kinds.values()))
+    total = sum(kinds.values())
+    return {
+        "kinds": {
+            kind: {"ms": round(milliseconds, 3), "share": round(milliseconds / total, 4)}
+            for kind, milliseconds in kinds.items()
+        },
+        "host_ms": round(host, 3),
     }
 
 

@@ -30,6 +30,7 @@ def print_train(records: Sequence[Record], console: Console) -> None:
         table.add_row(*_cells(record), "" if record is ours else f"{ratio:.2f}x")
     console.print(table)
     _print_phases(ours, console)
+    _print_kinds(records, console)
 
 
 def _cells(record: Record) -> list[str]:
@@ -58,3 +59,22 @@ def _print_phases(ours: Record, console: Console) -> None:
             f"{name}: {milliseconds:.1f} ms, {share:.1f} % of a step, beside other work",
             highlight=False,
         )
+
+
+def _print_kinds(records: Sequence[Record], console: Console) -> None:
+    """Print where each entrant's step goes by kind of work."""
+    table = Table("kind of work", title_justify="left")
+    for record in records:
+        table.add_column(f"{record['contestant']} ms")
+        table.add_column("share")
+    kinds = dict.fromkeys(kind for record in records for kind in record["kinds"])
+    for kind in kinds:
+        cells = [_kind_cells(record["kinds"].get(kind)) for record in records]
+        table.add_row(kind, *(cell for pair in cells for cell in pair))
+    console.print(table)
+    if "gaps" in kinds:
+        console.print(f"the host works {records[0]['host_ms']:.1f} ms of our step, beside the GPU")
+
+
+def _kind_cells(kind: Record | None) -> tuple[str, str]:
+    return ("", "") if kind is None else (f"{kind['ms']:.2f}", f"{100 * kind['share']:.1f} %")
