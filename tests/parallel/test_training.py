@@ -60,6 +60,17 @@ def test_asynchronous_checkpoints_resume_bit_exact(layout, settings, tmp_path, r
     assert {path.name for path in (tmp_path / layout).glob("ba*")} == {"ba1", "ba2", "ba3", "ba4"}
 
 
+def test_a_resumed_run_may_recompute_and_offload(settings, tmp_path, reference):
+    """The result is bit-identical to that of a run that keeps all activations on the device."""
+    whole, _ = reference("fsdp-2-ep2")
+    first_half = {"scheduler": {"t_max": "4ba"}, "max_duration": "2ba"}
+    run(runs.trained, "fsdp-2-ep2", settings, tmp_path, **first_half)
+    keys = {"activation_checkpointing": "selective", "activation_cpu_offload": True}
+    rest = run(runs.trained, "fsdp-2-ep2", settings, tmp_path, autoresume=True, **keys)
+    assert rest.losses == whole.losses[2:]
+    assert rest.digest == whole.digest
+
+
 SMALL_MIXTRAL = {
     "hidden_size": 32,
     "intermediate_size": 16,
