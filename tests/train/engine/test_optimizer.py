@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tokenyard_train.config.schema import OptimizerConfig, SchedulerConfig
-from tokenyard_train.engine.adamw import build_optimizer
+from tokenyard_train.engine.optimizer import build_optimizer
 from tokenyard_train.engine.schedule import learning_rate
 
 

@@ -38,15 +38,18 @@ def fused_adamw(
     weights: list[Tensor],
     gradients: list[Tensor],
     states: list[dict[str, Tensor]],
-    group: dict[str, Any],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
 ) -> None:
     """Update plain tensors as ``torch.optim.AdamW(fused=True)`` does.
 
-    `states` and `group` are those of the optimizer. Tensors of a state may be sharded. torch 2.10
-    to 2.13.
+    `states` are those of the optimizer. Their tensors may be sharded. torch 2.10 to 2.13.
     """
     steps = [state["step"] for state in states]
-    beta1, beta2 = group["betas"]
+    beta1, beta2 = betas
     torch._foreach_add_(steps, 1)
     torch._fused_adamw_(
         weights,
@@ -55,11 +58,11 @@ def fused_adamw(
         [local_part(state["exp_avg_sq"]) for state in states],
         [],
         steps,
-        lr=group["lr"],
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
+        weight_decay=weight_decay,
+        eps=eps,
         amsgrad=False,
         maximize=False,
     )

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tokenyard import ConfigError
 from tokenyard_models import Transformer, TransformerConfig, use_in_transformers
-from tokenyard_train.engine.adamw import build_optimizer
+from tokenyard_train.engine.optimizer import build_optimizer
 from tokenyard_train.engine.precision import BF16_MASTER
 from tokenyard_train.engine.setup import Setup
 

@@ -20,7 +20,7 @@ from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data.paths import HF
 from tokenyard_train.distributed import on_rank0
 from tokenyard_train.engine.agreement import check_agreement, check_data, check_start
-from tokenyard_train.engine.save import adamw_states, run_tensors
+from tokenyard_train.engine.save import optimizer_states, run_tensors
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Position
 from tokenyard_train.records.metrics import Metrics
@@ -44,7 +44,9 @@ def resume(setup: Setup, metrics: Metrics) -> Position:
     check_agreement(setup.config, newest, meta["config"])
     check_data(setup.identity, newest, meta.get("data"))
     read_tensors(newest, run_tensors(setup))
-    for name, state in adamw_states(setup).items():
+    for name, state in optimizer_states(setup).items():
+        if "step" not in state:
+            continue
         if name not in meta["optimizer_steps"]:
             raise CheckpointError(
                 f"checkpoint {newest}: optimizer_steps of run.json lacks {name}; "

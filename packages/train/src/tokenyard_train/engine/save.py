@@ -8,16 +8,19 @@ from torch import Tensor
 from tokenyard.sharded import is_sharded
 from tokenyard_train.checkpoint import model_tensors
 from tokenyard_train.checkpoint.background import BackgroundWriter
-from tokenyard_train.engine.adamw import MOMENTS
 from tokenyard_train.engine.precision import BF16_MASTER
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.trainable import trainable
 
+_NOT_MOMENTS = ("step", "master")
+"""Parts of an optimizer state that run.json and the model's tensors hold."""
+
 
 def save(run: Run, writer: BackgroundWriter) -> None:
     """Start writing model, optimizer and position as ``ba<batch>``; ``writer.finish()`` waits."""
-    steps = {name: int(state["step"].item()) for name, state in adamw_states(run.setup).items()}
+    states = optimizer_states(run.setup)
+    steps = {name: int(state["step"].item()) for name, state in states.items() if "step" in state}
     meta = {
         "batch": run.position.batch,
         "skipped": run.position.skipped_in_a_row,
@@ -38,8 +41,9 @@ def run_tensors(setup: Setup) -> dict[str, Tensor]:
             tensors[f"model.{name}"] = setup.optimizer.master_of(parameter)
         elif setup.config.precision == BF16_MASTER:
             tensors[f"model.{name}"] = _frozen(parameter.detach())
-    for name, state in adamw_states(setup).items():
-        tensors |= {f"optimizer.{name}.{key}": state[key] for key in MOMENTS}
+    for name, state in optimizer_states(setup).items():
+        moments = [key for key in state if key not in _NOT_MOMENTS]
+        tensors |= {f"optimizer.{name}.{key}": state[key] for key in moments}
     return tensors
 
 
@@ -48,8 +52,8 @@ def _frozen(weight: Tensor) -> Tensor:
     return weight.float() if is_sharded(weight) else weight.to("cpu", torch.float32)
 
 
-def adamw_states(setup: Setup) -> dict[str, dict[str, Tensor]]:
-    """Return AdamW's state of each trainable parameter, zero where no step was taken."""
+def optimizer_states(setup: Setup) -> dict[str, dict[str, Tensor]]:
+    """Return the optimizer's state of each trainable parameter, new where no step was taken."""
     return {
         name: setup.optimizer.state_of(parameter)
         for name, parameter in trainable(setup.model).items()

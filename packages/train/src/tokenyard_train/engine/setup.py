@@ -20,9 +20,9 @@ from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
 from tokenyard_train.distributed import is_rank0
-from tokenyard_train.engine.adamw import AdamW, build_optimizer
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.cuda_graph import MicrobatchGraph, why_no_graph
+from tokenyard_train.engine.optimizer import Optimizer, build_optimizer
 from tokenyard_train.engine.out_of_memory import check_batch_fits
 from tokenyard_train.engine.precision import BF16_MASTER, computing_in
 from tokenyard_train.engine.schedule import check_schedule
@@ -38,7 +38,7 @@ class Setup:
     folder: Path
     strategy: Strategy
     model: Model
-    optimizer: AdamW
+    optimizer: Optimizer
     data: Data
     graph: MicrobatchGraph | None  # None: microbatches run without a CUDA graph
     batches: int  # optimizer steps of the whole run
