@@ -20,6 +20,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = activation
         rows = up_rows(activation, ffn_dim)
+        self.fused_rows = {"up": (ffn_dim,) * (rows // ffn_dim)}
         self.up = nn.Parameter(torch.empty(rows, dim))
         self.down = nn.Parameter(torch.empty(dim, ffn_dim))
         self.register_parameter("up_bias", nn.Parameter(torch.empty(rows)) if bias else None)

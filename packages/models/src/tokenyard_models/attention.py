@@ -29,6 +29,8 @@ class Attention(nn.Module):
         self.theta = config.rope_theta
         self.scaling = config.rope_scaling
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        rows = [heads * config.head_dim for heads in (config.heads, *(config.kv_heads,) * 2)]
+        self.fused_rows = {"qkv.weight": tuple(rows)}
         self.qkv = nn.Linear(config.dim, width, bias=config.bias)
         self.out = nn.Linear(config.heads * config.head_dim, config.dim, bias=config.bias)
         self.q_norm = _norm(config, config.heads)

@@ -36,6 +36,7 @@ class Experts(nn.Module):
         self.adapter = None
         experts = workload.num_experts
         rows = up_rows(workload.activation, workload.ffn_dim)
+        self.fused_rows = {"up": (workload.ffn_dim,) * (rows // workload.ffn_dim)}
         self.up = nn.Parameter(torch.empty(experts, rows, workload.dim))
         self.down = nn.Parameter(torch.empty(experts, workload.dim, workload.ffn_dim))
         up_bias = nn.Parameter(torch.empty(experts, rows)) if workload.bias else None
