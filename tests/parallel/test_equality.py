@@ -26,9 +26,10 @@ def layouts():
 LAYOUTS = list(layouts())
 RECOMPUTES = ("", "whole", "selective")
 CASES = [Case(*options) for options in product(ROUTINGS, (1, 3), RECOMPUTES, (False, True))]
+MUON = [case._replace(muon=True) for case in CASES]
 
 
-@pytest.mark.parametrize(("layout", "case"), pairwise(LAYOUTS, CASES), ids=str)
+@pytest.mark.parametrize(("layout", "case"), pairwise(LAYOUTS, [*CASES, *MUON]), ids=str)
 def test_a_layout_equals_one_process(layout, case):
     """A selection of layouts and cases that covers every pair of options; two steps in float64."""
     worst = compare(layout, [case._replace(steps=2)])
@@ -40,7 +41,8 @@ def test_a_layout_equals_one_process(layout, case):
 )
 def test_fewer_experts_than_shards_are_sharded_along_another_dimension(layout):
     """Every rank holds equally many numbers of them, and the result is the same."""
-    worst = compare(layout, [Case("indivisible", 3, experts=2, steps=2)])
+    case = Case("indivisible", 3, experts=2, steps=2)
+    worst = compare(layout, [case, case._replace(muon=True)])
     assert max(worst.values()) <= 1e-12, worst
     assert len(set(ranks(4).run(expert_numel, layout))) == 1
 
@@ -62,7 +64,8 @@ def test_equality_matrix(layout):
         Case(routing, 3, RECOMPUTES[1 + i // 2 % 2], i % 2 == 1, steps=50)
         for i, routing in enumerate(ROUTINGS)
     ]
-    worst = compare(layout, [*CASES, *plain, *mixed])
+    muon = [case._replace(muon=True, steps=3) for case in mixed]
+    worst = compare(layout, [*CASES, *plain, *mixed, *muon])
     narrow = [Case(r, a, dtype=torch.float32) for r, a in product(ROUTINGS, (1, 3))]
     single = compare(layout, narrow)
     kinds = ("y", "grad", "norm", "auxiliary", "final")

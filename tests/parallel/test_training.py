@@ -156,6 +156,15 @@ def test_a_checkpoint_of_one_layout_loads_in_another(source, target, settings, t
     check_resharding(source, [target], settings, tmp_path, reference)
 
 
+@pytest.mark.parametrize(("source", "target"), [("fsdp-4-ep2", "single"), ("single", "hsdp-4-ep2")])
+def test_a_checkpoint_of_muon_loads_in_another_layout(source, target, settings, tmp_path):
+    changes = {"optimizer": {"name": "muon", "lr": 0.01}, "max_duration": "2ba"}
+    changes |= {"autoresume": True, "save_folder": str(tmp_path / "run")}
+    saved = run(runs.trained, source, settings, tmp_path, **changes)
+    actual = run(runs.loaded, target, settings, tmp_path, **changes)
+    assert actual == saved._replace(losses=[])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_every_ordered_pair_of_layouts(source, settings, tmp_path, reference):

@@ -23,6 +23,8 @@ from tokenyard import (
 from tokenyard.recompute import recomputed
 from tokenyard.sharded import group_by_mesh, local_part
 from tokenyard.testing._over_ranks import DIM, full, initialize
+from tokenyard_train.config.schema import OptimizerConfig
+from tokenyard_train.engine.optimizer import build_optimizer
 
 FFN = 12
 EXPERTS = 8
@@ -62,6 +64,7 @@ class Case(NamedTuple):
     steps: int = 1
     device: str = "cpu"
     experts: int = EXPERTS
+    muon: bool = False  # else AdamW
 
     @property
     def top_k(self) -> int:
@@ -71,6 +74,7 @@ class Case(NamedTuple):
         parts = [self.routing, f"x{self.accumulation}"]
         parts += [f"recompute_{self.recompute}"] * bool(self.recompute)
         parts += ["frozen"] * self.frozen
+        parts += ["muon"] * self.muon
         return "-".join([*parts, str(self.dtype).removeprefix("torch."), f"{self.steps}"])
 
 
@@ -176,11 +180,7 @@ def train(layout: Layout, case: Case) -> dict[str, Tensor]:
     after the last step.
     """
     strategy, model = build(layout, case)
-    groups = group_by_mesh(p for p in model.parameters() if p.requires_grad)
-    # fused: DTensor plans the sharding of one operator instead of ten
-    optimizer = torch.optim.AdamW(
-        [{"params": group} for group in groups], lr=3e-3, weight_decay=0.1, fused=True
-    )
+    optimizer = optimizer_of(case, model)
     results: dict[str, Tensor] = {}
     for step in range(case.steps):
         outputs = forward_backward(strategy, model, case)
@@ -190,6 +190,16 @@ def train(layout: Layout, case: Case) -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return results | {f"final {name}": full(p) for name, p in model.named_parameters()}
+
+
+def optimizer_of(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+    if case.muon:
+        return build_optimizer(OptimizerConfig(name="muon", lr=3e-3, weight_decay=0.1), model)
+    groups = group_by_mesh(p for p in model.parameters() if p.requires_grad)
+    # fused: DTensor plans the sharding of one operator instead of ten
+    return torch.optim.AdamW(
+        [{"params": group} for group in groups], lr=3e-3, weight_decay=0.1, fused=True
+    )
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tokenyard import Experts
 from tokenyard.sharded import local_part
@@ -32,6 +35,7 @@ from tokenyard_train.engine.save import run_tensors
 from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.step import train_step
+from tokenyard_train.engine.whole_matrices import on_whole_matrices
 from tokenyard_train.records import plots
 from tokenyard_train.records.metrics import NullMetrics
 
@@ -161,6 +165,23 @@ def dense_reduce_dtypes(settings: Settings) -> list[str]:
     units = (m for m in setup.model.modules() if isinstance(m, FSDPModule))
     groups = [u._get_fsdp_state()._fsdp_param_group for u in units if not isinstance(u, Experts)]
     return [str(group._reduce_dtype) for group in groups]
+
+
+def whole_matrices(shapes: list[tuple[int, ...]], dim: int) -> dict[str, bool]:
+    """Compute matrices that are cut along `dim`: return whether the rank's parts are right."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = [torch.arange(math.prod(shape)).double().view(shape) for shape in shapes]
+    sharded = [distribute_tensor(x, mesh, [Shard(x.dim() + dim)]) for x in whole]
+
+    def compute(parameters: Sequence[Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:
+        return [x * x.sum((-2, -1), keepdim=True) for x in stacks]
+
+    got = on_whole_matrices(sharded, [local_part(x) for x in sharded], compute)
+    want = [distribute_tensor(x, mesh, [Shard(x.dim() + dim)]) for x in compute([], whole)]
+    return {
+        str(tuple(x.shape)): torch.equal(part, local_part(right))
+        for x, part, right in zip(whole, got, want)
+    }
 
 
 class MemoryUse(NamedTuple):

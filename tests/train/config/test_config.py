@@ -239,7 +239,7 @@ def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
         ("optimizer: {betas: [0.9, 1]}", "optimizer.betas.1 is 1; give a number below 1"),
         (
             "optimizer: {name: adam}",
-            r"optimizer.name is 'adam' \(did you mean 'adamw'\?\); give 'decoupled_adamw' or",
+            r"optimizer.name is 'adam' \(did you mean 'adamw'\?\); give 'decoupled_adamw', 'adamw'",
         ),
         (
             "device_train_microbatch_size: big",

@@ -63,6 +63,10 @@ def test_state_and_position_are_restored(build):
             {"optimizer": {"name": "adamw"}},
             "optimizer.name is 'adamw', but .* was made with 'decoupled_adamw'",
         ),
+        (
+            {"optimizer": {"name": "muon"}},
+            "optimizer.name is 'muon', but .* was made with 'decoupled_adamw'",
+        ),
     ],
 )
 def test_a_config_that_disagrees_is_named(build, changes, sentence):

@@ -13,10 +13,11 @@ from tokenyard.cross_entropy import loss_bytes
 from tokenyard.sharded import is_sharded, local_part
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.cuda_graph import why_no_graph
+from tokenyard_train.engine.optimizer import build_optimizer
 from tokenyard_train.engine.precision import BF16_MASTER, COMPUTE_DTYPES
 
 _INPUTS_ON_GPU = 2  # with offload: one that is computed, and one that is copied
-_WIDE = 4  # bytes of float32: parameters, gradients, the optimizer's moments
+_WIDE = 4  # bytes of float32: parameters, gradients, masters
 
 
 class Memory(NamedTuple):
@@ -24,7 +25,7 @@ class Memory(NamedTuple):
 
     parameters: int
     gradients: int
-    optimizer: int  # AdamW's two moments, and masters of bfloat16 weights
+    optimizer: int  # moments, and masters of bfloat16 weights
     copies: int  # bfloat16 copies of the weights, which autocast keeps for the backward pass
     activations: int  # kept for the backward pass of one microbatch
     loss: int  # logits of one chunk, and the gradients of the head
@@ -40,13 +41,14 @@ def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memor
     trained = _numel(p for p in model.parameters() if p.requires_grad)
     width = COMPUTE_DTYPES[config.precision].itemsize
     stored = width if config.precision == BF16_MASTER else _WIDE
+    masters = _WIDE * trained if stored < _WIDE else 0
     tokens = int(config.device_train_microbatch_size) * config.max_seq_len
     saved = model.saved_bytes_per_token(config.max_seq_len, width)
     held, recomputed = saved_by_blocks(config, saved)
     return Memory(
         parameters=stored * parameters,
         gradients=_gradient_width(config, layout, stored) * trained,
-        optimizer=(2 + (stored < _WIDE)) * _WIDE * trained,
+        optimizer=build_optimizer(config.optimizer, model).moment_bytes() + masters,
         copies=0 if width == stored else width * _copied(config, model),
         activations=tokens * (held + recomputed + saved.rest),
         loss=loss_bytes(tokens, model.vocab_size, _head_dim(model), width),

@@ -51,19 +51,46 @@ def _check_beta(beta: float) -> float:
 Beta = Annotated[float, Field(ge=0, lt=1), AfterValidator(_check_beta)]
 
 
-class OptimizerConfig(Section):
-    """AdamW. `decoupled_adamw` multiplies weight decay by lr / initial lr, `adamw` by lr.
+class MuonConfig(Section):
+    """Muon updates the matrices that match `include` and not `exclude`; AdamW updates the rest."""
 
-    The former is Composer's, the latter torch's.
+    include: list[str] = ["blocks.*"]  # name patterns of matrices, and of stacks of matrices
+    exclude: list[str] = ["*bias", "*.router.*", "*.adapter.*"]  # name patterns left to AdamW
+    momentum: Beta = 0.95  # decay rate of the momentum, which is Nesterov's
+    ns_steps: int = Field(5, ge=1, le=99)  # Newton-Schulz iterations of a step
+    adjust_lr: Literal["match_rms_adamw", "original"] = (
+        # match_rms_adamw: updates are as large as AdamW's, so that lr is a rate for AdamW;
+        # original: lr is a rate for Muon, such as 0.02
+        "match_rms_adamw"
+    )
+    adamw_lr: float | None = Field(
+        None, gt=0, le=1e3
+    )  # peak learning rate of the rest; None: optimizer.lr
+
+
+class OptimizerConfig(Section):
+    """AdamW, or Muon for matrices. `decoupled_adamw` multiplies decay by lr / initial lr.
+
+    That is Composer's. `adamw` and `muon` multiply it by lr, as torch does.
     """
 
-    name: Literal["decoupled_adamw", "adamw"] = "decoupled_adamw"  # the kind of weight decay
+    name: Literal["decoupled_adamw", "adamw", "muon"] = (
+        # adamw and decoupled_adamw differ in the weight decay; muon: see the section muon
+        "decoupled_adamw"
+    )
     lr: float = Field(6e-4, gt=0, le=1e3)  # peak learning rate
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates of the first and second moments
     eps: float = Field(1e-8, gt=0, le=1)  # added to the square root of the second moment
     weight_decay: float = Field(
         0.0, ge=0, le=1e3
     )  # fraction of a weight that a step subtracts, scaled by `name`
+    muon: MuonConfig = MuonConfig()  # with name muon only
+
+    @model_validator(mode="after")
+    def _muon_has_its_name(self) -> OptimizerConfig:
+        if self.name != "muon" and self.muon != MuonConfig():
+            raise ValueError(f"its section muon needs name muon, and name is {self.name}")
+        return self
 
 
 Schedule = Literal["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"]

@@ -116,7 +116,12 @@ def check_start(config: TrainConfig, checkpoint: Path, saved: dict[str, Any]) ->
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a dumped config that must agree."""
     kept = {key: value for key, value in comparable_config(config).items() if key in _MUST_AGREE}
-    return kept | {"optimizer": {"name": config.get("optimizer", {}).get("name")}}
+    optimizer = config.get("optimizer", {})
+    kinds = {"name": optimizer.get("name")}
+    if "muon" in optimizer:
+        patterns = {k: v for k, v in optimizer["muon"].items() if k in ("include", "exclude")}
+        kinds |= {"muon": patterns}
+    return kept | {"optimizer": kinds}
 
 
 def _differences(saved: Any, current: Any, explicit: Any, path: str = "") -> list[Difference]:

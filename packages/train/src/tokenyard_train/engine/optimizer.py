@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenyard_train.config.schema import OptimizerConfig
+from tokenyard import ConfigError
+from tokenyard.fused_rows import fused_rows
+from tokenyard.sharded import local_part
+from tokenyard_train.config.schema import MuonConfig, OptimizerConfig
 from tokenyard_train.engine.adamw import AdamW
+from tokenyard_train.engine.muon import Muon
 from tokenyard_train.engine.precision import narrow
-from tokenyard_train.engine.trainable import trainable
-from tokenyard_train.engine.update_rule import ParameterState
+from tokenyard_train.engine.trainable import matching, trainable
+from tokenyard_train.engine.update_rule import ParameterState, UpdateRule
 from tokenyard_train.torch_private import keep_compiler_out_of_optimizers
 
 
@@ -57,6 +62,19 @@ class Optimizer(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[parameter]
         return state
 
+    def moment_bytes(self) -> int:
+        """Return the bytes of this rank's moments, without allocating any."""
+        states = (
+            self._rules[p].new_state(torch.empty_like(p.detach(), device="meta"))
+            for p in self._parameters()
+        )
+        return sum(
+            local_part(tensor).nbytes
+            for state in states
+            for name, tensor in state.items()
+            if name != "step"
+        )
+
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: None = None, scale: Tensor | None = None
@@ -86,8 +104,38 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     if config.name == "decoupled_adamw":
         decay /= config.lr
     adamw = AdamW(config.betas, config.eps, decay)
-    return Optimizer([_group(list(trainable(model).values()), config.lr, adamw)])
+    parameters: list[Tensor] = list(trainable(model).values())
+    if config.name != "muon":
+        return Optimizer([_group(parameters, config.lr, adamw)])
+    matrices = _muon_matrices(config.muon, model)
+    muon = Muon(config.muon.momentum, decay, config.muon.ns_steps, config.muon.adjust_lr, matrices)
+    rest = [p for p in parameters if p not in matrices]
+    groups = [_group(list(matrices), config.lr, muon)]
+    if rest:
+        groups.append(_group(rest, config.muon.adamw_lr or config.lr, adamw))
+    return Optimizer(groups)
 
 
-def _group(parameters: list[nn.Parameter], lr: float, rule: AdamW) -> dict[str, Any]:
+def _group(parameters: list[Tensor], lr: float, rule: UpdateRule) -> dict[str, Any]:
     return {"params": parameters, "lr": lr, "initial_lr": lr, "rule": rule}
+
+
+def _muon_matrices(config: MuonConfig, model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
+    """Return the parameters that Muon updates, and the rows of the matrices in each.
+
+    Raises ConfigError for a pattern of `include` without a match, or if no matrix is chosen.
+    """
+    rows = fused_rows(model)
+    chosen: dict[Tensor, tuple[int, ...]] = {
+        parameter: rows.get(name, (parameter.shape[-2],))
+        for name, parameter in matching(model, config.include, "optimizer.muon.include")
+        if parameter.requires_grad
+        and parameter.dim() in (2, 3)
+        and not any(fnmatchcase(name, pattern) for pattern in config.exclude)
+    }
+    if not chosen:
+        raise ConfigError(
+            f"optimizer.muon: include {config.include} without exclude {config.exclude} leaves no "
+            "matrix; give patterns such as blocks.*, or optimizer.name adamw"
+        )
+    return chosen

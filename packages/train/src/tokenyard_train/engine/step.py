@@ -1,6 +1,6 @@
 """One optimizer step over a global batch.
 
-Forward and backward passes, the gradient norm, AdamW, the numbers to the host, the routers.
+Forward and backward passes, the gradient norm, the optimizer, the numbers to the host, the routers.
 """
 
 from __future__ import annotations
@@ -59,15 +59,7 @@ def train_step(
     # Clip and update parameters; neither changes anything if a number is not finite
     with phase("optimizer"):
         norm = setup.strategy.gradient_norm(setup.model)
-        lr = learning_rate(
-            config.scheduler,
-            config.optimizer.lr,
-            batch,
-            setup.steps_in(config.scheduler.t_warmup),
-            setup.steps_in(config.scheduler.t_max),
-        )
-        for group in setup.optimizer.param_groups:
-            group["lr"] = lr
+        lr = _set_learning_rates(setup, batch)
         setup.optimizer.step(scale=_gradient_scale(config, loss, norm))
         setup.optimizer.zero_grad(set_to_none=True)
         # Bring all numbers to the host in one copy: the only host sync of the step
@@ -78,6 +70,18 @@ def train_step(
     for moe, balance in zip(moe_layers(setup.model), balances):
         moe.router.update(balance.counts)
     return Step(_result(setup, numbers, lr), numbers.flags)
+
+
+def _set_learning_rates(setup: Setup, batch: int) -> float:
+    """Set the rate of each group for a step. Return that of the first group."""
+    scheduler = setup.config.scheduler
+    warmup = setup.steps_in(scheduler.t_warmup)
+    end = setup.steps_in(scheduler.t_max)
+    groups = setup.optimizer.param_groups
+    for group in groups:
+        group["lr"] = learning_rate(scheduler, group["initial_lr"], batch, warmup, end)
+    rate: float = groups[0]["lr"]
+    return rate
 
 
 def _gradient_scale(config: TrainConfig, loss: Tensor, norm: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
     Raises ConfigError for a pattern without a match, or if no parameter is left to train.
     """
-    for parameter in _matching(model, patterns, "frozen"):
+    for _, parameter in matching(model, patterns, "frozen"):
         parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"frozen: {', '.join(map(repr, patterns))} leave nothing to train")
@@ -31,7 +31,7 @@ def adapt(model: nn.Module, lora: LoraConfig) -> None:
     """
     with torch.device("meta"):
         add_lora(model, lora.rank, lora.alpha, lora.targets)
-    for parameter in _matching(model, lora.train_also, "lora.train_also"):
+    for _, parameter in matching(model, lora.train_also, "lora.train_also"):
         parameter.requires_grad_(True)
 
 
@@ -40,7 +40,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _matching(model: nn.Module, patterns: Sequence[str], key: str) -> Iterator[nn.Parameter]:
+def matching(
+    model: nn.Module, patterns: Sequence[str], key: str
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters whose names match a pattern, for each pattern.
+
+    Raises ConfigError, naming the config's `key`, for a pattern without a match.
+    """
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         names = [name for name in parameters if fnmatchcase(name, pattern)]
@@ -50,4 +56,4 @@ def _matching(model: nn.Module, patterns: Sequence[str], key: str) -> Iterator[n
             raise ConfigError(
                 f"{key}: {pattern!r} matches no parameter{hint}; their names are {known}"
             )
-        yield from (parameters[name] for name in names)
+        yield from ((name, parameters[name]) for name in names)
