@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from tokenyard.tolerance import relative_error
+from tokenyard_train.engine.adamw import MOMENTS as NAMES
+from tokenyard_train.engine.moments import SCALE, new_moment, read_moment, write_moment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = ((5000,), (3, 7), (2048,), (1,), (0,))
@@ -88,3 +90,72 @@ def test_weights_are_the_rounding_of_masters():
     optimizer.step(gradients, torch.ones((), device=DEVICE), settings())
     for tensors in optimizer.parameters:
         assert torch.equal(tensors.weight, tensors.master.bfloat16())
+
+
+def stored(moments, sizes):
+    """Return an optimizer with moments in bfloat16 or 8 bits, and states of the plain path."""
+    from tokenyard_kernels_triton.optimizer import AdamWTensors, FusedAdamW
+
+    tensors = []
+    states = []
+    for size in sizes:
+        master = torch.randn(size, device=DEVICE)
+        ours, plain = ({}, {})
+        for state in (ours, plain):
+            for name in NAMES:
+                state |= new_moment(name, master, moments)
+        tensors.append(
+            AdamWTensors(master.bfloat16(), master, *(ours[n] for n in sorted(ours, key=len)))
+        )
+        states.append((ours, plain, master.clone()))
+    return FusedAdamW(tensors, torch.zeros(len(tensors), device=DEVICE)), states
+
+
+@pytest.mark.parametrize(
+    ("moments", "sizes"),
+    [
+        ("bf16", ((5000,), (3, 7), (1,))),
+        ("8bit", ((5, 512), (2, 3, 768), (1, 256))),  # blocks of 256, in part beyond a program's
+        ("8bit", ((7, 64), (3, 3 * 64))),  # of 64
+    ],
+)
+def test_moments_are_stored_as_without_the_kernel(moments, sizes):
+    """Each step starts from equal states. Values in the middle of two codes may be either."""
+    optimizer, states = stored(moments, sizes)
+    for step in range(1, 5):
+        gradients = [torch.randn(size, device=DEVICE) ** 3 for size in sizes]
+        gradients[0][..., : len(gradients[0]) // 2] = 0
+        optimizer.step(gradients, torch.tensor(0.5, device=DEVICE), settings())
+        for tensors, (ours, plain, master), gradient in zip(
+            optimizer.parameters, states, gradients
+        ):
+            m, v = (read_moment(plain, name) for name in NAMES)
+            want, m, v = formula(master, m, v, 0.5 * gradient, step)
+            assert relative_error(tensors.master, want) < 1e-6
+            for name, value in zip(NAMES, (m, v)):
+                write_moment(plain, name, value)
+                got = read_moment(ours, name)
+                # Triton's interpreter truncates to bfloat16.
+                assert relative_error(got, read_moment(plain, name)) < 1e-2
+                if moments == "8bit":
+                    assert (ours[name] != plain[name]).float().mean() < 2e-3
+            master.copy_(tensors.master)
+            for key, tensor in ours.items():
+                plain[key].copy_(tensor)
+
+
+def test_every_code_of_8_bits_is_read_and_written():
+    """All values of the map survive a step without a gradient or a decay."""
+    from tokenyard_kernels_triton.optimizer import AdamWSettings
+
+    optimizer, states = stored("8bit", ((1, 256),))
+    ours = states[0][0]
+    for name, codes in zip(NAMES, (torch.arange(256), torch.arange(256))):
+        ours[name].copy_(codes.view(1, 256))
+        ours[name + SCALE].fill_(3.0)
+    before = {key: tensor.clone() for key, tensor in ours.items()}
+    still = AdamWSettings(0.0, (1 - 1e-9, 1 - 1e-9), EPS, 0.0)
+    optimizer.step([torch.zeros(1, 256, device=DEVICE)], torch.ones((), device=DEVICE), still)
+    assert torch.equal(ours[NAMES[0] + SCALE], before[NAMES[0] + SCALE])
+    for name in NAMES:
+        assert ours[name].tolist() == before[name].tolist()

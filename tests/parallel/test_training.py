@@ -165,6 +165,43 @@ def test_a_checkpoint_of_muon_loads_in_another_layout(source, target, settings, 
     assert actual == saved._replace(losses=[])
 
 
+WIDE = {"d_model": 64, "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4}}
+
+
+@pytest.mark.parametrize(("source", "target"), [("fsdp-4-ep2", "single"), ("single", "hsdp-4-ep2")])
+def test_moments_in_8_bits_load_in_another_layout(source, target, settings, tmp_path):
+    """Rows of 64 are one block, and experts are cut into rows: no block is cut."""
+    changes = {"optimizer": {"name": "adamw", "moments": "8bit"}, "max_duration": "2ba"}
+    changes |= {"autoresume": True, "save_folder": str(tmp_path / "run")}
+    changes["model"] = settings["model"] | WIDE
+    saved = run(runs.trained, source, settings, tmp_path, **changes)
+    actual = run(runs.loaded, target, settings, tmp_path, **changes)
+    assert actual == saved._replace(losses=[])
+
+
+@pytest.mark.parametrize("moments", ["bf16", "8bit"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_stored_moments_train_as_on_one_device(name, moments, settings, tmp_path):
+    changes = {"optimizer": {"name": name, "moments": moments, "lr": 0.01}}
+    changes["model"] = settings["model"] | WIDE
+    alone = run(runs.trained, "single", settings, tmp_path, **changes)
+    together = run(runs.trained, "fsdp-2-ep2", settings, tmp_path, **changes)
+    assert together.losses == pytest.approx(alone.losses, rel=1e-3)
+
+
+def test_shards_that_cut_blocks_are_refused(settings, tmp_path):
+    """An odd number of experts and of rows leaves the columns to shard."""
+    sizes = {"ffn_hidden_size": 63, "moe_num_experts": 3, "moe_top_k": 1}
+    model = {"name": "mpt_causal_lm", "size": "tiny", "d_model": 64}
+    model["ffn_config"] = {"ffn_type": "mb_moe", **sizes}
+    changes = {"optimizer": {"moments": "8bit"}, "model": model}
+    message = run(runs.build_error, "fsdp-2", settings, tmp_path, **changes)
+    assert message.startswith(
+        "ConfigError: optimizer.moments is 8bit, whose blocks have 64 numbers"
+    )
+    assert "blocks.0.ffn.experts.up is cut into shards of 32 columns; give bf16" in message
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_every_ordered_pair_of_layouts(source, settings, tmp_path, reference):

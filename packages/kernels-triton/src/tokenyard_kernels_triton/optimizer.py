@@ -14,16 +14,30 @@ from tokenyard_kernels_triton.kernels._adamw import adamw
 
 _BLOCK = 2048  # elements of a program
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+}
 
 
 class AdamWTensors(NamedTuple):
-    """The tensors of one parameter, contiguous and of one size."""
+    """The tensors of one parameter, contiguous and, but for the scales, of one size."""
 
     weight: Tensor
     master: Tensor  # float32; the weight itself if that is float32
-    exp_avg: Tensor
+    exp_avg: Tensor  # codes, uint8, if there are scales
     exp_avg_sq: Tensor
+    exp_avg_scale: Tensor | None = None  # float32, one for each block of moments in 8 bits
+    exp_avg_sq_scale: Tensor | None = None
+
+    @property
+    def scaled(self) -> int:
+        """How many moments in 8 bits have a scale; 0 without scales."""
+        if self.exp_avg_scale is None or not self.exp_avg_scale.numel():
+            return 0
+        return self.exp_avg.numel() // self.exp_avg_scale.numel()
 
 
 class AdamWSettings(NamedTuple):
@@ -39,11 +53,17 @@ def supports(parameters: Sequence[AdamWTensors]) -> bool:
     """Return whether `FusedAdamW` supports parameters.
 
     Their tensors must be contiguous and on a GPU; all weights must have one of its dtypes, and so
-    must all masters and all moments.
+    must all masters and all moments. Moments in 8 bits need scales of blocks of one size, a power
+    of two.
     """
     weights, masters, *moments = (list(column) for column in zip(*parameters))
-    kinds = (weights, masters, [tensor for column in moments for tensor in column])
-    return all(
+    kinds = (weights, masters, moments[0] + moments[1])
+    sizes = {p.scaled for p in parameters if p.weight.numel()}
+    eight_bits = moments[0][0].dtype == torch.uint8
+    if len(sizes) > 1 or any((size > 0) != eight_bits or size & (size - 1) for size in sizes):
+        return False
+    scales = [scale for column in moments[2:] for scale in column if scale is not None]
+    return all(scale.is_contiguous() for scale in scales) and all(
         len({tensor.dtype for tensor in kind}) == 1
         and kind[0].dtype in _DTYPES
         and all(tensor.is_cuda and tensor.is_contiguous() for tensor in kind)
@@ -55,12 +75,13 @@ class FusedAdamW:
     """Updates parameters by AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) in one launch.
 
     Reads each gradient once, and reads and writes each master and moment once. `steps` [parameters]
-    is float32 and counts the steps of each parameter.
+    is float32 and counts the steps of each parameter. `supports` says which parameters it takes.
     """
 
     def __init__(self, parameters: Sequence[AdamWTensors], steps: Tensor):
         self.parameters = list(parameters)
         self.steps = steps
+        self.scaled = max((p.scaled for p in self.parameters), default=0)
         device = steps.device
         sizes = torch.tensor([p.weight.numel() for p in self.parameters])
         blocks = (sizes + _BLOCK - 1) // _BLOCK
@@ -89,10 +110,8 @@ class FusedAdamW:
             return
         self._write_table(gradients)
         self.steps += self._has_gradient * scale.isfinite()
-        steps = self.steps.double()
         beta1, beta2 = settings.betas
-        step_sizes = (settings.lr / (1 - beta1**steps)).float()
-        corrections = (1 - beta2**steps).sqrt().float()
+        steps = self.steps.double()
         first = self.parameters[0]
         with on_device_of(self.steps):
             adamw[(len(self._block_tensor),)](
@@ -100,8 +119,8 @@ class FusedAdamW:
                 self._sizes,
                 self._block_tensor,
                 self._block_index,
-                step_sizes,
-                corrections,
+                (settings.lr / (1 - beta1**steps)).float(),
+                (1 - beta2**steps).sqrt().float(),
                 scale,
                 1 - settings.lr * settings.weight_decay,
                 beta1,
@@ -114,6 +133,7 @@ class FusedAdamW:
                 HAS_MASTER=first.master is not first.weight,
                 ALIGNED=self._aligned,
                 BLOCK=_BLOCK,
+                SCALED=self.scaled,
                 num_warps=8,
             )
 
@@ -126,6 +146,10 @@ class FusedAdamW:
                 parameter.master.data_ptr(),
                 parameter.exp_avg.data_ptr(),
                 parameter.exp_avg_sq.data_ptr(),
+                *(
+                    0 if scale is None else scale.data_ptr()
+                    for scale in (parameter.exp_avg_scale, parameter.exp_avg_sq_scale)
+                ),
             ]
             for parameter, gradient in zip(self.parameters, gradients)
         ]

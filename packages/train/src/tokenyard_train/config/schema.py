@@ -51,6 +51,10 @@ def _check_beta(beta: float) -> float:
 Beta = Annotated[float, Field(ge=0, lt=1), AfterValidator(_check_beta)]
 
 
+_MOST_BF16 = 0.995
+"""Highest decay rate of a moment in bfloat16, about 1 - 2^-8: a slower decay is rounded away."""
+
+
 class MuonConfig(Section):
     """Muon updates the matrices that match `include` and not `exclude`; AdamW updates the rest."""
 
@@ -84,7 +88,21 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(
         0.0, ge=0, le=1e3
     )  # fraction of a weight that a step subtracts, scaled by `name`
+    moments: Literal["fp32", "bf16", "8bit"] = (
+        # how moments are stored; 8bit: in blocks of up to 256 with a scale
+        "fp32"
+    )
     muon: MuonConfig = MuonConfig()  # with name muon only
+
+    @model_validator(mode="after")
+    def _bf16_holds_changes(self) -> OptimizerConfig:
+        rate = max(*self.betas, self.muon.momentum)
+        if self.moments == "bf16" and rate > _MOST_BF16:
+            raise ValueError(
+                f"moments is bf16, whose rounding undoes a decay by {rate} a step; give betas and "
+                f"momentum of at most {_MOST_BF16}, or moments fp32 or 8bit"
+            )
+        return self
 
     @model_validator(mode="after")
     def _muon_has_its_name(self) -> OptimizerConfig:

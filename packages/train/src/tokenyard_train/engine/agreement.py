@@ -117,7 +117,7 @@ def _compared(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a dumped config that must agree."""
     kept = {key: value for key, value in comparable_config(config).items() if key in _MUST_AGREE}
     optimizer = config.get("optimizer", {})
-    kinds = {"name": optimizer.get("name")}
+    kinds = {key: optimizer.get(key) for key in ("name", "moments") if key in optimizer}
     if "muon" in optimizer:
         patterns = {k: v for k, v in optimizer["muon"].items() if k in ("include", "exclude")}
         kinds |= {"muon": patterns}

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tokenyard.sharded import local_part
+from tokenyard_train.engine.moments import new_moment, read_moment, write_moment
 from tokenyard_train.engine.update_rule import ParameterState
 from tokenyard_train.engine.whole_matrices import on_whole_matrices
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan et al., and of ``torch.optim.Muon``
 _EPS = 1e-7
+_MOMENTUM = "momentum_buffer"
 _PORTION_NUMEL = 1 << 27  # numbers of the weights whose updates exist at a time
 _BATCH_NUMEL = 1 << 26  # numbers of the matrices that are orthogonalised at a time
 
@@ -39,16 +40,18 @@ class Muon:
         ns_steps: int,
         adjust_lr: str,
         fused_rows: Mapping[Tensor, tuple[int, ...]],
+        moments: str = "fp32",
     ):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.ns_steps = ns_steps
         self.adjust_lr = adjust_lr
         self.fused_rows = fused_rows
+        self.moments = moments
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return a momentum of zero."""
-        return {"momentum_buffer": torch.zeros_like(parameter.detach())}
+        return new_moment(_MOMENTUM, parameter, self.moments)
 
     def step(self, parameters: Sequence[ParameterState], lr: float, scale: Tensor) -> None:
         """Update the parameters. The host does not wait for the scale."""
@@ -72,11 +75,12 @@ class Muon:
 
         If the scale is not finite, the momentum stays as it is.
         """
-        momentum = local_part(one.state["momentum_buffer"])
+        momentum = read_moment(one.state, _MOMENTUM)
         assert one.gradient is not None
         gradient = one.gradient.to(momentum.dtype) * scale.to(momentum.dtype)
         gradient = torch.where(scale.isfinite(), gradient, momentum)
         momentum.lerp_(gradient, 1 - self.momentum)
+        write_moment(one.state, _MOMENTUM, momentum, scale.isfinite())
         return gradient.lerp(momentum, self.momentum).to(_compute_dtype(momentum))
 
     def _directions(self, parameters: Sequence[Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from tokenyard.fused_rows import fused_rows
 from tokenyard.sharded import local_part
 from tokenyard_train.config.schema import MuonConfig, OptimizerConfig
 from tokenyard_train.engine.adamw import AdamW
+from tokenyard_train.engine.moments import check_blocks
 from tokenyard_train.engine.muon import Muon
 from tokenyard_train.engine.precision import narrow
 from tokenyard_train.engine.trainable import matching, trainable
@@ -103,12 +104,22 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
     decay = config.weight_decay
     if config.name == "decoupled_adamw":
         decay /= config.lr
-    adamw = AdamW(config.betas, config.eps, decay)
+    adamw = AdamW(config.betas, config.eps, decay, config.moments)
+    if config.moments == "8bit":
+        for name, parameter in trainable(model).items():
+            check_blocks(name, parameter)
     parameters: list[Tensor] = list(trainable(model).values())
     if config.name != "muon":
         return Optimizer([_group(parameters, config.lr, adamw)])
     matrices = _muon_matrices(config.muon, model)
-    muon = Muon(config.muon.momentum, decay, config.muon.ns_steps, config.muon.adjust_lr, matrices)
+    muon = Muon(
+        config.muon.momentum,
+        decay,
+        config.muon.ns_steps,
+        config.muon.adjust_lr,
+        matrices,
+        config.moments,
+    )
     rest = [p for p in parameters if p not in matrices]
     groups = [_group(list(matrices), config.lr, muon)]
     if rest:
