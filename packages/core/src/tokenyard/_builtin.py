@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenyard.backend import Backend
 from tokenyard.hookspecs import hookimpl
-from tokenyard.workload import Workload
+from tokenyard.workload import RoutingRule, Workload
 
 
 def _cpu_only(workload: Workload) -> str | None:
@@ -20,10 +20,33 @@ def _local_only(workload: Workload) -> str | None:
     return f"'local' keeps tokens on their rank, and expert_parallel is {workload.expert_parallel}"
 
 
+def _router(algorithm: str, cls: str, *unused: str) -> Backend:
+    """Return the offer of a routing algorithm that does not use some fields of `RoutingRule`."""
+
+    def unusable(workload: Workload) -> str | None:
+        for name in unused:
+            if getattr(workload.router, name) != getattr(_DEFAULT_RULE, name):
+                return f"{algorithm!r} does not use {name}; leave it out"
+        return None
+
+    return Backend(algorithm, f"tokenyard.routers:{cls}", unusable=unusable, algorithm=algorithm)
+
+
+_DEFAULT_RULE = RoutingRule()
+_BIAS = "bias_update_rate"
+_GROUPS = "num_groups"
+_CAPACITY = "capacity_factor"
+
+
 @hookimpl
 def tokenyard_routers() -> list[Backend]:
-    """Offer the top-k router."""
-    return [Backend("torch", "tokenyard.routers:TopKRouter", algorithm="topk")]
+    """Offer the top-k router, and the routers that balance the tokens of a batch."""
+    return [
+        Backend("torch", "tokenyard.routers:TopKRouter", algorithm="topk"),
+        _router("expert_choice", "ExpertChoiceRouter", _BIAS, _GROUPS, _CAPACITY),
+        _router("sinkhorn", "SinkhornRouter", _BIAS),
+        _router("token_rounding", "TokenRoundingRouter", _CAPACITY),
+    ]
 
 
 @hookimpl

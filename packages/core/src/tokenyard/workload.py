@@ -31,7 +31,8 @@ class RoutingRule:
     selected scores without the bias, normalised and scaled. Raises ConfigError for invalid values.
     """
 
-    algorithm: str = "topk"  # or that of a router of a plugin
+    # or expert_choice, sinkhorn, token_rounding, or that of a router of a plugin
+    algorithm: str = "topk"
     score: Literal["softmax", "sigmoid"] = "softmax"  # of the logits
     select_first: bool = False  # take the softmax over the K selected logits only
     normalize: float | None = None  # p: divide the K weights of a token by their p-norm
@@ -47,14 +48,14 @@ class RoutingRule:
     # each expert keeps its first int(factor * K * T / E) slots and drops the others;
     # where that is 0, none is dropped
     capacity_factor: float | None = None
-    # options for routers of plugins
+    # options of an algorithm other than topk, by name
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.options and self.algorithm == "topk":
             raise ConfigError(
-                f"router options {dict(self.options)} are for algorithms of plugins, and the "
-                "algorithm is 'topk'; leave them out, or name another algorithm"
+                f"router options {dict(self.options)} are for other algorithms than 'topk'; "
+                "leave them out, or name another algorithm"
             )
         one_of("router score", self.score, ("softmax", "sigmoid"))
         one_of("router group_score", self.group_score, ("max", "top2"))

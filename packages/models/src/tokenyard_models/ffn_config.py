@@ -101,8 +101,8 @@ class FfnConfig(Strict):
     moe_num_groups: int = Field(1, ge=1)  # number of expert groups
     moe_groups_kept: int = Field(1, ge=1)  # best groups that a token chooses experts from
     moe_group_score: Literal["max", "top2"] = "max"  # a group's best expert, or sum of best two
-    moe_router_algorithm: str = "topk"  # how experts are selected; plugins offer others
-    moe_router_options: dict[str, Any] = {}  # options of a plugin's algorithm
+    moe_router_algorithm: str = "topk"  # how experts are selected; see the page Routing
+    moe_router_options: dict[str, Any] = {}  # options of an algorithm other than topk
     dense_layers: list[int] = []  # numbers of dense layers, from 0
 
     @property

@@ -24,6 +24,33 @@ def select(scores: Tensor, top_k: int, rule: RoutingRule) -> Tensor:
     return best(scores, top_k)
 
 
+def ranked(scores: Tensor, dim: int) -> Tensor:
+    """Return indices [T, E] that sort scores [T, E] along `dim`, highest first, ties in order."""
+    return scores.argsort(dim=dim, descending=True, stable=True)
+
+
+def keep_first(selected: Tensor, ranking: Tensor, limit: Tensor | int, dim: int) -> Tensor:
+    """Return the selection [T, E] with at most `limit` entries along `dim`: the first ranked ones.
+
+    `ranking` [T, E] comes from ``ranked(scores, dim)``.
+    """
+    in_order = selected.gather(dim, ranking)
+    kept = in_order & (in_order.cumsum(dim) <= limit)
+    return torch.zeros_like(selected).scatter(dim, ranking, kept)
+
+
+def selected_ids(selected: Tensor, ranking: Tensor, top_k: int) -> Tensor:
+    """Return the ids [T, K] of a selection [T, E] in the order of ranking [T, E], padded with E.
+
+    A token with more than K selected experts keeps the first K.
+    """
+    in_order = selected.gather(1, ranking)
+    ids = ranking.masked_fill(~in_order, selected.shape[1])
+    # a stable sort moves the unselected experts behind the selected ones
+    front = (~in_order).to(torch.uint8).argsort(dim=1, stable=True)[:, :top_k]
+    return ids.gather(1, front)
+
+
 def drop_over_capacity(topk_ids: Tensor, num_experts: int, capacity: int) -> Tensor:
     """Return topk_ids [T, K] with ``E + 1 + e`` for each slot that exceeds expert e's capacity.
 
