@@ -26,6 +26,7 @@ _PAGES = {
     "packages/parallel": "parallel.md",
     "packages/models": "models.md",
     "packages/train": "train.md",
+    "docs/block-sparse.md": "block-sparse.md",
     "docs/routing.md": "routing.md",
     "docs/benchmarks": "benchmarks/README.md",
     "docs/benchmarks/README.md": "benchmarks/README.md",
