@@ -14,14 +14,17 @@ from tokenyard.backend import KINDS, Backend, Kind
 from tokenyard.count import Size, count_parameters
 from tokenyard.cross_entropy import linear_cross_entropy, predict
 from tokenyard.devices import resolve_device
+from tokenyard.documents import pack_documents
 from tokenyard.errors import BackendError, ConfigError, TokenyardError
 from tokenyard.experts import Experts, GroupedExperts
 from tokenyard.feed_forward import FeedForward
 from tokenyard.hookspecs import hookimpl
 from tokenyard.interfaces import (
     IGNORED,
+    PADDING,
     Balance,
     Compute,
+    Documents,
     Exchange,
     ExpertKernel,
     ExpertWeights,
@@ -37,7 +40,7 @@ from tokenyard.interfaces import (
 )
 from tokenyard.lora import LoraAdapter, add_lora, merge_lora
 from tokenyard.losses import AuxiliaryLoss, load_balancing_loss, z_loss
-from tokenyard.model import Model, SavedBytes
+from tokenyard.model import Model, SavedBytes, why_no_documents
 from tokenyard.moe import MoE, moe_layers
 from tokenyard.paths import cache_folder
 from tokenyard.processes import started_processes
@@ -48,6 +51,7 @@ __all__ = [
     "ACTIVATIONS",
     "IGNORED",
     "KINDS",
+    "PADDING",
     "AuxiliaryLoss",
     "Backend",
     "BackendChoice",
@@ -55,6 +59,7 @@ __all__ = [
     "Balance",
     "Compute",
     "ConfigError",
+    "Documents",
     "Exchange",
     "ExpertKernel",
     "ExpertWeights",
@@ -93,11 +98,13 @@ __all__ = [
     "load_balancing_loss",
     "merge_lora",
     "moe_layers",
+    "pack_documents",
     "predict",
     "resolve_device",
     "started_processes",
     "swiglu",
     "swiglu_options",
     "up_rows",
+    "why_no_documents",
     "z_loss",
 ]

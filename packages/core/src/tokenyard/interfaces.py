@@ -80,6 +80,29 @@ class Targets(NamedTuple):
     weights: Tensor | None = None  # [B, S] weight of each token in the loss; None means 1
 
 
+PADDING = -1
+"""The document id of a token that belongs to no document."""
+
+
+class Documents(NamedTuple):
+    """The documents of packed rows of tokens. Attention and positions never cross a document.
+
+    Padding belongs to no document. It takes part in no routing, loss or statistic. `pack_documents`
+    makes one from `ids`.
+    """
+
+    ids: Tensor  # [B, S] int32: a number for each document of a row; PADDING for no document
+    positions: Tensor  # [B, S] int64: the position of each token in its document
+    offsets: Tensor  # [N + 1] int32: where documents begin in the B * S tokens; a row's padding is
+    # one, too. The last ones may be empty, so that N is the same for every batch
+    longest: int  # at least the tokens of the longest document
+
+    @property
+    def padding(self) -> Tensor:
+        """Which tokens are padding [B, S]."""
+        return self.ids == PADDING
+
+
 class Output(NamedTuple):
     """A model's result: next-token logits, and the Balance of each MoE layer in order."""
 
@@ -112,12 +135,18 @@ class Router(Protocol):
 
     weight: Tensor  # [E, D], the matrix of the logits
 
-    def __call__(self, x: Tensor, topk_ids: Tensor | None = None) -> Routing:
-        """Route x [T, D]. Given ids [T, K] (replay, forced balance) are only weighted."""
+    def __call__(
+        self, x: Tensor, topk_ids: Tensor | None = None, padding: Tensor | None = None
+    ) -> Routing:
+        """Route x [T, D]. Given ids [T, K] (replay, forced balance) are only weighted.
+
+        Where `padding` [T] is true, the token is dropped and takes part in no capacity. It is
+        passed for packed documents only, and so is that of `balance`.
+        """
         ...
 
-    def balance(self, routing: Routing) -> Balance:
-        """Reduce a routing of this router to its Balance."""
+    def balance(self, routing: Routing, padding: Tensor | None = None) -> Balance:
+        """Reduce a routing of this router to its Balance. `padding` [T] is left out of it."""
         ...
 
     def update(self, counts: Tensor) -> None:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tokenyard.interfaces import Output, Targets, TokenLoss
+from tokenyard.interfaces import Documents, Output, Targets, TokenLoss
 from tokenyard.losses import AuxiliaryLoss
+from tokenyard.moe import moe_layers
 
 
 class SavedBytes(NamedTuple):
@@ -57,6 +58,24 @@ def missing_part(model: object) -> str | None:
     return None
 
 
+def why_no_documents(model: Model) -> str | None:
+    """Return one sentence on why a model cannot read packed documents, or None."""
+    if "documents" not in signature(type(model).forward).parameters:
+        return (
+            f"{type(model).__qualname__} does not read packed documents: its forward method lacks "
+            "the argument documents; see tokenyard.Documents"
+        )
+    for moe in moe_layers(model):
+        router: Any = moe.router
+        for name in ("forward", "balance"):
+            if "padding" not in signature(getattr(router, name)).parameters:
+                return (
+                    f"the router {type(router).__qualname__} does not leave padding out: its "
+                    f"method {name} lacks the argument padding; see tokenyard.Router"
+                )
+    return None
+
+
 class Model(nn.Module, ABC):
     """A causal language model.
 
@@ -86,12 +105,20 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, ids: Any, cache: Any = None, targets: Targets | None = None
+        self,
+        ids: Any,
+        cache: Any = None,
+        targets: Targets | None = None,
+        documents: Documents | None = None,
     ) -> Output | TokenLoss:
         """Return logits [B, S, V] for ids [B, S], and the Balance of each MoE layer in order.
 
         A cache from `new_cache` holds the tokens of earlier calls. This call adds its tokens. With
         `targets`, return their loss instead of the logits. ``tokenyard.predict`` does both.
+
+        `documents` says which tokens of a row belong together. Attention stays within a document,
+        positions begin anew in each, and experts and Balances leave padding out. A model without
+        this argument trains on text only: see ``why_no_documents``.
         """
 
     @abstractmethod

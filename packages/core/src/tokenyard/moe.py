@@ -78,17 +78,23 @@ class MoE(nn.Module):
         k = workload.top_k
         self._shares = (k / (k + 1), 1 / (k + 1)) if shared_weighted_sum else (1.0, 1.0)
 
-    def forward(self, x: Tensor, topk_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, topk_ids: Tensor | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """Return y, shaped like x [..., D], and the Routing of its T tokens.
 
-        `topk_ids` [T, K] override the router's selection. Raises BackendError if x has another
+        `topk_ids` [T, K] override the router's selection. Where `padding` [...] is true, no expert
+        computes the token. Give it to ``router.balance``, too. Raises BackendError if x has another
         dtype or device than the workload.
         """
         self.workload.check_input(x)
         tokens = x.reshape(-1, x.shape[-1])  # [T, D]
 
         # 1. router: topk_ids [T, K], topk_weights [T, K], logits [T, E]
-        routing = self.router(tokens, topk_ids)
+        if padding is None:
+            routing = self.router(tokens, topk_ids)
+        else:
+            routing = self.router(tokens, topk_ids, padding.reshape(-1))
 
         # 2. exchange: dispatch, compute, combine -> [T, D]
         y = self.experts(tokens, routing)

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tokenyard import Documents
 from tokenyard_models.config import TransformerConfig
+from tokenyard_models.document_attention import attend_within_documents
 from tokenyard_models.kv_cache import LayerCache
 from tokenyard_models.rotary import rotate
 
@@ -36,8 +38,17 @@ class Attention(nn.Module):
         self.q_norm = _norm(config, config.heads)
         self.k_norm = _norm(config, config.kv_heads)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Return attention of x [B, S, D], at positions [S], to itself and to the cache."""
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: LayerCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """Return attention of x [B, S, D], at positions [S], to itself and to the cache.
+
+        With `documents`, each attends to itself, and positions are [B, S].
+        """
         qkv = self._normed(self.qkv(x))  # [B, S, (heads + 2 kv_heads) head_dim]
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
@@ -47,12 +58,26 @@ class Attention(nn.Module):
         if self.theta is not None:
             qk = rotate(qk, positions, self.theta, self.scaling)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
-        cached = 0 if cache is None else cache.length
-        if cache is not None:
-            k, v = cache.append(k, v)
-        attend = self._attend if cache is None else self._attend_cached
-        y = attend(q, k, v, positions, cached)  # [B, heads, S, head_dim]
+        y = self._attend_to(q, k, v, positions, cache, documents)  # [B, heads, S, head_dim]
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def _attend_to(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        cache: LayerCache | None,
+        documents: Documents | None,
+    ) -> Tensor:
+        """Return attention within documents, to the cache, or to the row."""
+        if documents is not None:
+            return attend_within_documents(q, k, v, documents)
+        if cache is None:
+            return self._attend(q, k, v, positions, 0)
+        cached = cache.length
+        k, v = cache.append(k, v)
+        return self._attend_cached(q, k, v, positions, cached)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cached: int) -> Tensor:
         """Return causal attention [B, heads, S, head_dim]; the first `cached` keys are cached."""

@@ -34,13 +34,15 @@ class RopeScaling:
 def rotate(
     x: Tensor, positions: Tensor, theta: float, scaling: RopeScaling | None = None
 ) -> Tensor:
-    """Rotate x [B, H, S, head_dim] by its positions [S]. Angles are at least float32."""
+    """Rotate x [B, H, S, head_dim] by its positions [S] or [B, S]. Angles are at least float32."""
     half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
     frequencies = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
     if scaling is not None:
         frequencies = scaling.scaled(frequencies)
-    angles = positions.to(wide).unsqueeze(1) * frequencies  # [S, head_dim / 2]
+    angles = positions.to(wide).unsqueeze(-1) * frequencies  # [S, head_dim / 2] or [B, S, ...]
+    if positions.dim() > 1:
+        angles = angles.unsqueeze(1)  # [B, 1, S, head_dim / 2]
     cos = angles.cos()
     sin = angles.sin()
     first, second = x.to(wide).chunk(2, dim=-1)

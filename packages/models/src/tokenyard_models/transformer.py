@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokenyard import (
     Balance,
     ConfigError,
+    Documents,
     FeedForward,
     Model,
     MoE,
@@ -51,14 +52,20 @@ class Block(nn.Module):
         self.forced_balance = config.moe is not None and config.moe.forced_balance
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: LayerCache | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Balance | None]:
         """Return x [B, S, D] and the Balance of an MoE layer."""
-        x = x + self.attention(self.norm_1(x), positions, cache)
+        x = x + self.attention(self.norm_1(x), positions, cache, documents)
         if not isinstance(self.ffn, MoE):
             return x + self.ffn(self.norm_2(x)), None
-        y, routing = self.ffn(self.norm_2(x), self._forced_ids(x))
-        return x + y, self.ffn.router.balance(routing)
+        padding = None if documents is None else documents.padding.flatten()
+        y, routing = self.ffn(self.norm_2(x), self._forced_ids(x), padding)
+        balance = self.ffn.router.balance
+        return x + y, balance(routing) if padding is None else balance(routing, padding)
 
     def _forced_ids(self, x: Tensor) -> Tensor | None:
         """Return ids [T, K] that take experts in turn, if the config asks for forced balance."""
@@ -121,33 +128,46 @@ class Transformer(Model):
                 parameter.data = parameter.data.to(dtype)
 
     def forward(
-        self, ids: Tensor, cache: Cache | None = None, targets: Targets | None = None
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        targets: Targets | None = None,
+        documents: Documents | None = None,
     ) -> Output | TokenLoss:
         """Return logits [B, S, V] for ids [B, S], and the Balance of each MoE layer.
 
         A cache continues earlier calls. With `targets`, return their loss instead of the logits,
-        which then exist in chunks only. Raises ConfigError for more tokens than max_seq_len.
+        which then exist in chunks only. With `documents`, each is computed as if it were alone.
+        Raises ConfigError for more tokens than max_seq_len, and for documents with a cache.
         """
-        start = 0 if cache is None else cache.length
-        end = start + ids.shape[1]
-        if end > self.max_seq_len:
-            raise ConfigError(
-                f"{end} tokens were given to a model whose max_seq_len is {self.max_seq_len}"
-            )
         # Embed: [B, S] -> [B, S, D]
-        positions = torch.arange(start, end, device=ids.device)
+        positions = self._positions(ids, cache, documents)
         x = self.embed(ids)
         if self.positions is not None:
             x = x + self.positions(positions)
         # Blocks
         balances: list[Balance] = []
         for i, block in enumerate(self.blocks):
-            x, balance = block(x, positions, None if cache is None else cache.layers[i])
+            x, balance = block(x, positions, None if cache is None else cache.layers[i], documents)
             if balance is not None:
                 balances.append(balance)
         # Head: [B, S, D] -> [B, S, V]
         weight = self.embed.weight if self.head is None else self.head.weight
         return predict(self.norm(x), weight, balances, targets)
+
+    def _positions(self, ids: Tensor, cache: Cache | None, documents: Documents | None) -> Tensor:
+        """Return the positions of ids [B, S]: [S], or [B, S] in documents. Raises ConfigError."""
+        start = 0 if cache is None else cache.length
+        end = start + ids.shape[1]
+        if end > self.max_seq_len:
+            raise ConfigError(
+                f"{end} tokens were given to a model whose max_seq_len is {self.max_seq_len}"
+            )
+        if documents is None:
+            return torch.arange(start, end, device=ids.device)
+        if cache is not None:
+            raise ConfigError("documents and a cache were given; a cache continues one document")
+        return documents.positions
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Return an empty cache for `batch` sequences of at most `length` tokens."""

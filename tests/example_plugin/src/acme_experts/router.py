@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from tokenyard import Workload
+from tokenyard import Routing, Workload
 from tokenyard.routers import TopKRouter
 
 
@@ -23,6 +23,10 @@ class ExpertChoiceRouter(TopKRouter):
     def __init__(self, workload: Workload):
         super().__init__(workload)
         self.factor = float(workload.router.options.get("factor", 1.0))
+
+    def forward(self, x: Tensor, topk_ids: Tensor | None = None) -> Routing:
+        """Route x [T, D]. It has no `padding`: all tokens compete, so packed rows are refused."""
+        return super().forward(x, topk_ids)
 
     def choose(self, logits: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return ids and weights [T, K] for logits [T, E]. Given ids are only weighted."""

@@ -51,20 +51,20 @@ def selected_ids(selected: Tensor, ranking: Tensor, top_k: int) -> Tensor:
     return ids.gather(1, front)
 
 
-def drop_over_capacity(topk_ids: Tensor, num_experts: int, capacity: int) -> Tensor:
+def drop_over_capacity(topk_ids: Tensor, num_experts: int, capacity: Tensor | int) -> Tensor:
     """Return topk_ids [T, K] with ``E + 1 + e`` for each slot that exceeds expert e's capacity.
 
     An expert keeps its first `capacity` slots in token order. A capacity of 0 drops nothing, as in
     MegaBlocks: few tokens, of which fewer than one slot falls to each expert, keep their experts.
+    Ids E, which are dropped, stay.
     """
-    if capacity == 0:
-        return topk_ids
     ids = topk_ids.reshape(-1)  # [N]
     sorted_ids, order = ids.sort(stable=True)  # [N], [N]
-    experts = torch.arange(num_experts, device=ids.device, dtype=ids.dtype)
-    first = torch.searchsorted(sorted_ids, experts)  # [E] first position of each expert
+    experts = torch.arange(num_experts + 1, device=ids.device, dtype=ids.dtype)
+    first = torch.searchsorted(sorted_ids, experts)  # [E + 1] first position of each id
     position = torch.arange(ids.numel(), device=ids.device) - first[sorted_ids]  # [N]
-    new_ids = torch.where(position < capacity, sorted_ids, sorted_ids + num_experts + 1)
+    full = (position >= capacity) & (sorted_ids < num_experts) & (capacity > 0)
+    new_ids = torch.where(full, sorted_ids + num_experts + 1, sorted_ids)
     return torch.empty_like(ids).scatter(0, order, new_ids).view_as(topk_ids)
 
 

@@ -37,13 +37,17 @@ class TopKRouter(nn.Module):
         """Draw the weight from U(-b, b) with b = 1/sqrt(D), and zero the selection bias."""
         reset((self.weight,), (self.selection_bias,))
 
-    def forward(self, x: Tensor, topk_ids: Tensor | None = None) -> Routing:
-        """Route x [T, D]. topk_ids [T, K] override the selection."""
+    def forward(
+        self, x: Tensor, topk_ids: Tensor | None = None, padding: Tensor | None = None
+    ) -> Routing:
+        """Route x [T, D]. topk_ids [T, K] override the selection; `padding` [T] is dropped."""
         logits = self.logits(self._jitter(x))
         ids, weights = self.choose(logits, topk_ids)
+        if padding is not None:
+            ids = ids.masked_fill(padding.unsqueeze(1), self.num_experts)
+            weights = weights.masked_fill(padding.unsqueeze(1), 0)
         if topk_ids is None and self.rule.capacity_factor is not None:
-            capacity = int(self.rule.capacity_factor * self.top_k * x.shape[0] / self.num_experts)
-            ids = drop_over_capacity(ids.long(), self.num_experts, capacity)
+            ids = drop_over_capacity(ids.long(), self.num_experts, self._capacity(x, padding))
         return Routing(ids.int(), weights, logits)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -65,8 +69,8 @@ class TopKRouter(nn.Module):
         ids = self._select(logits, scores) if topk_ids is None else topk_ids.long()
         return ids, self._weigh(logits, scores, ids)
 
-    def balance(self, routing: Routing) -> Balance:
-        """Return the Balance of a routing.
+    def balance(self, routing: Routing, padding: Tensor | None = None) -> Balance:
+        """Return the Balance of a routing, without `padding` [T].
 
         Probabilities are the softmax of the logits, or the sigmoid scores divided by their sum.
         """
@@ -78,8 +82,13 @@ class TopKRouter(nn.Module):
             probs = scores / scores.sum(-1, keepdim=True)
         else:
             probs = routing.logits.softmax(-1)
-        dropped = (routing.topk_ids >= self.num_experts).sum()
-        return Balance(counts, dropped, probs.sum(0), routing.logits.logsumexp(-1).square().sum())
+        z = routing.logits.logsumexp(-1).square()
+        dropped = routing.topk_ids >= self.num_experts
+        if padding is not None:
+            probs = probs.masked_fill(padding.unsqueeze(1), 0)
+            z = z.masked_fill(padding, 0)
+            dropped = dropped & ~padding.unsqueeze(1)
+        return Balance(counts, dropped.sum(), probs.sum(0), z.sum())
 
     @torch.no_grad()
     def update(self, counts: Tensor) -> None:
@@ -90,6 +99,13 @@ class TopKRouter(nn.Module):
         if self.selection_bias is not None:
             counts = counts.to(self.selection_bias)
             self.selection_bias += self.rule.bias_update_rate * (counts.mean() - counts).sign()
+
+    def _capacity(self, x: Tensor, padding: Tensor | None) -> Tensor | int:
+        """Return the most slots of an expert. With padding it is a tensor: no host sync."""
+        slots = (self.rule.capacity_factor or 0) * self.top_k
+        if padding is None:
+            return int(slots * x.shape[0] / self.num_experts)
+        return (slots * (~padding).sum().double() / self.num_experts).floor()
 
     def _jitter(self, x: Tensor) -> Tensor:
         if not (self.training and self.rule.jitter):

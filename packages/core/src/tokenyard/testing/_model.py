@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenyard.backend import Kind
-from tokenyard.interfaces import IGNORED, Targets
-from tokenyard.model import Model, missing_part
+from tokenyard.documents import pack_documents
+from tokenyard.interfaces import IGNORED, PADDING, Balance, Targets, TokenLoss
+from tokenyard.model import Model, missing_part, why_no_documents
 from tokenyard.moe import moe_layers
 from tokenyard.testing._base import Conformance
 from tokenyard.tolerance import relative_error
@@ -93,6 +94,46 @@ class ModelConformance(Conformance):
         second = model(changed).logits
         assert relative_error(second[:, :6], first[:, :6]) < 1e-12
         assert relative_error(second[:, 6:], first[:, 6:]) > 1e-6
+
+    def test_packed_documents_are_as_if_alone(self) -> None:
+        """Packed documents give the logits, loss, gradients and Balances of each one alone.
+
+        If this fails, attention or positions cross a document, or padding takes part in routing: a
+        Balance counts it, or it takes the capacity of an expert. A model whose `forward` has no
+        argument `documents` is skipped.
+        """
+        model = self._model()
+        if (reason := why_no_documents(model)) is not None:
+            pytest.skip(f"{self.backend}: {reason}")
+        tokens = self._ids(model, 2, 9)
+        targets = self._ids(model, 2, 9)
+        ids = torch.tensor([[0] * 5 + [1] * 3 + [PADDING], [0] * 4 + [1] * 5])
+        ids = ids.to(tokens.device)
+        targets[ids == PADDING] = IGNORED
+        parts = [(row, ids[row] == number) for row in range(2) for number in range(2)]
+        alone = [(tokens[r, here][None], Targets(targets[r, here][None])) for r, here in parts]
+        documents = pack_documents(ids, count=7, longest=6)
+        logits = model(tokens, documents=documents).logits
+        for (row, here), (inputs, _) in zip(parts, alone):
+            assert relative_error(logits[row, here], model(inputs).logits[0]) < 1e-12
+        got = model(tokens, targets=Targets(targets), documents=documents)
+        each: list[TokenLoss] = [model(inputs, targets=wanted) for inputs, wanted in alone]
+        sums = [_summed(layer) for layer in zip(*(loss.balances for loss in each))]
+        for balance, expected in zip(got.balances, sums):
+            assert torch.equal(balance.counts, expected.counts)
+            assert torch.equal(balance.dropped, expected.dropped)
+        want = TokenLoss(torch.stack([loss.nats for loss in each]).sum(), tuple(sums))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for loss, reference in zip(_scalars(got), _scalars(want), strict=True):
+            assert relative_error(loss, reference) < 1e-12
+            gradients = [
+                torch.autograd.grad(
+                    scalar, parameters, allow_unused=True, retain_graph=True, materialize_grads=True
+                )
+                for scalar in (loss, reference)
+            ]
+            for gradient, alike in zip(*gradients):
+                assert relative_error(gradient, alike) < 1e-12
 
     def test_cache_continues(self) -> None:
         """A prompt and then single tokens through the cache give the logits of one whole pass.
@@ -179,6 +220,16 @@ class ModelConformance(Conformance):
 
     def _ids(self, model: Model, batch: int, length: int) -> Tensor:
         return torch.randint(0, model.vocab_size, (batch, length), device=self.run_device())
+
+
+def _summed(balances: Sequence[Balance]) -> Balance:
+    return Balance(*(torch.stack(parts).sum(0) for parts in zip(*balances)))
+
+
+def _scalars(loss: TokenLoss) -> list[Tensor]:
+    """Return what training differentiates: the loss, and of each layer its probabilities and z."""
+    sums = [(b.prob_sum.square().sum(), b.z_sum) for b in loss.balances]
+    return [loss.nats, *(scalar for pair in sums for scalar in pair)]
 
 
 def _forward_flops(model: Model, ids: Tensor) -> float:

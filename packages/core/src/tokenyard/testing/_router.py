@@ -104,6 +104,11 @@ class TopKRouterConformance(RouterContract):
         """As `test_given_ids_are_only_weighted`, for every option of RoutingRule."""
         self._check_replay(rule)
 
+    @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+    def test_padding_takes_part_in_nothing_by_every_rule(self, rule: RoutingRule) -> None:
+        """As `test_padding_takes_part_in_nothing`, for every option: capacity, too."""
+        self._check_padding(rule)
+
     def test_replay_ignores_the_selection_bias(self) -> None:
         """Replaying the selection of a biased router gives the same weights, bit by bit."""
         router = self._router(RULES["sigmoid with selection bias"], torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, ClassVar
 
 import pytest
@@ -107,6 +108,13 @@ class RouterContract(LayerPartConformance):
         assert balance.prob_sum.requires_grad
         assert balance.z_sum.requires_grad
 
+    def test_padding_takes_part_in_nothing(self) -> None:
+        """Padding is dropped; other tokens and the Balance are as if it were not there.
+
+        A router whose forward method has no argument `padding` is skipped.
+        """
+        self._check_padding(self.rule)
+
     def test_forward_changes_no_state(self) -> None:
         """Only `update` changes the router; it takes counts [E]."""
         router = self._router(self.rule, torch.float32)
@@ -153,6 +161,25 @@ class RouterContract(LayerPartConformance):
         (gradient,) = torch.autograd.grad(routing.topk_weights.sum(), x)
         assert gradient.isfinite().all()
         assert not gradient[0].any()
+
+    def _check_padding(self, rule: RoutingRule) -> None:
+        router = self._router(rule, torch.float64).eval()
+        if "padding" not in signature(router.forward).parameters:
+            pytest.skip(f"{self.backend}: forward has no argument padding")
+        x = self._tokens(50, torch.float64)
+        padding = torch.arange(50, device=x.device) % 3 == 1
+        routing = router(x, padding=padding)
+        alone = router(x[~padding])
+        assert (routing.topk_ids[padding] == self.num_experts).all()
+        assert not routing.topk_weights[padding].any()
+        assert torch.equal(routing.topk_ids[~padding], alone.topk_ids)
+        assert relative_error(routing.topk_weights[~padding], alone.topk_weights) < 1e-12
+        got = router.balance(routing, padding)
+        want = router.balance(alone)
+        assert torch.equal(got.counts, want.counts)
+        assert torch.equal(got.dropped, want.dropped)
+        assert relative_error(got.prob_sum, want.prob_sum) < 1e-12
+        assert relative_error(got.z_sum, want.z_sum) < 1e-12
 
     def _check_compiled(self, rule: RoutingRule) -> None:
         torch.compiler.reset()
