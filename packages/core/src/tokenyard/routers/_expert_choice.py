@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from tokenyard.routers._batch import BatchRouter
 from tokenyard.routers._options import flag_option, number_option
 from tokenyard.routers._selection import keep_first, ranked, selected_ids
-from tokenyard.routers._topk import TopKRouter
 from tokenyard.workload import Workload
 
 
-class ExpertChoiceRouter(TopKRouter):
+class ExpertChoiceRouter(BatchRouter):
     """Each expert selects the C tokens with its highest scores, C = ceil(factor * K * T / E).
 
     Source: Zhou et al. 2022, arXiv 2202.09368. There a token may have any number of experts. Here

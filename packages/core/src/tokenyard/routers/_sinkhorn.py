@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenyard.routers._batch import BatchRouter
 from tokenyard.routers._options import count_option
 from tokenyard.routers._selection import select
-from tokenyard.routers._topk import TopKRouter
 from tokenyard.workload import Workload
 
 
-class SinkhornRouter(TopKRouter):
+class SinkhornRouter(BatchRouter):
     """Each token selects its K highest entries of a matrix that is balanced over experts.
 
     Sinkhorn's iteration scales the rows and columns of exp(logits) [T, E] in turn, until each token

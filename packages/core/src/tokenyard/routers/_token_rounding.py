@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from tokenyard.errors import ConfigError
+from tokenyard.routers._batch import BatchRouter
 from tokenyard.routers._options import count_option
 from tokenyard.routers._selection import keep_first, ranked, selected_ids
-from tokenyard.routers._topk import TopKRouter
 from tokenyard.workload import Workload
 
 _ROUNDS = 4
 """How often experts that lack tokens ask for more. Tokens that are asked twice keep one."""
 
 
-class TokenRoundingRouter(TopKRouter):
+class TokenRoundingRouter(BatchRouter):
     """Top-k, with the number of tokens of each expert rounded to the nearest multiple of a tile.
 
     So no tile of a grouped matmul has padding rows. Source: SonicMoE, arXiv 2512.14080, section 5.
