@@ -1,5 +1,6 @@
 """Documents of packed rows, and which models read them."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -24,6 +25,11 @@ def test_given_counts_make_shapes_static():
     documents = pack_documents(IDS, count=8, longest=5)
     assert documents.offsets.tolist() == [0, 3, 4, 5, 6, 10, 10, 10, 10]
     assert documents.longest == 5
+
+
+def test_too_small_a_count_is_refused():
+    with pytest.raises(ValueError, match="count is 4, and there are 5 documents"):
+        pack_documents(IDS, count=4)
 
 
 class Old(nn.Module):

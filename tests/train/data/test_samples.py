@@ -158,7 +158,7 @@ def test_held_out_windows_predict_every_token_but_the_first_once(count, length, 
 
 
 def test_held_out_inputs_precede_their_targets():
-    inputs, targets = HeldOut(TOKENS[:8], 5, 2).batch(0)
+    inputs, targets, _ = HeldOut(TOKENS[:8], 5, 2).batch(0)
     assert inputs.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 0, 0]]
     assert targets.tolist() == [[1, 2, 3, 4, 5], [6, 7, *[IGNORED] * 3]]
 
@@ -167,7 +167,9 @@ def test_fewer_held_out_batches_are_spread_over_the_text():
     held_out = HeldOut(TOKENS, 10, batch_size=3, batches=2)
     starts = [0, 160, 330, 500, 660, 830]  # 6 of 100 windows, evenly spaced
     assert len(held_out) == 2
-    inputs, targets = (torch.cat(parts) for parts in zip(*(held_out.batch(i) for i in range(2))))
+    inputs, targets = (
+        torch.cat(parts) for parts in zip(*(held_out.batch(i)[:2] for i in range(2)))
+    )
     assert inputs[:, 0].tolist() == starts
     assert targets.flatten().tolist() == held_out.predicted.tolist()
     assert inputs.flatten().tolist() == held_out.previous.tolist()
@@ -178,7 +180,7 @@ def test_fewer_held_out_batches_are_spread_over_the_text():
 def test_counted_pairs_equal_the_predicted_ones(count, length, batch_size, batches):
     held_out = HeldOut(TOKENS[:count], length, batch_size, batches)
     inputs, targets = (
-        torch.cat(parts) for parts in zip(*(held_out.batch(i) for i in range(len(held_out))))
+        torch.cat(parts) for parts in zip(*(held_out.batch(i)[:2] for i in range(len(held_out))))
     )
     scored = targets != IGNORED
     assert inputs[scored].tolist() == held_out.previous.tolist()

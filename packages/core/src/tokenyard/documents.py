@@ -14,7 +14,8 @@ def pack_documents(ids: Tensor, count: int | None = None, longest: int | None = 
 
     A document is a run of equal ids in a row. With `count` and `longest`, which must be at least
     the number of runs and the length of the longest, shapes do not depend on the ids, as a CUDA
-    graph needs. Without them, they are counted, which waits for the device of `ids`.
+    graph needs. Without them, they are counted, which waits for the device of `ids`. Raises
+    ValueError for too small a `count`.
     """
     rows, length = ids.shape
     first = torch.ones(rows, 1, dtype=torch.bool, device=ids.device)
@@ -25,5 +26,7 @@ def pack_documents(ids: Tensor, count: int | None = None, longest: int | None = 
     if longest is None:
         longest = int(offsets.diff().max()) if ids.numel() else 0
     if count is not None:
+        if count + 1 < offsets.numel():
+            raise ValueError(f"count is {count}, and there are {offsets.numel() - 1} documents")
         offsets = F.pad(offsets, (0, count + 1 - offsets.numel()), value=ids.numel())
     return Documents(ids.int(), places - starts, offsets.int(), longest)

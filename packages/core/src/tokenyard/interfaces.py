@@ -87,15 +87,15 @@ PADDING = -1
 class Documents(NamedTuple):
     """The documents of packed rows of tokens. Attention and positions never cross a document.
 
-    Padding belongs to no document. It takes part in no routing, loss or statistic. `pack_documents`
-    makes one from `ids`.
+    Padding belongs to no document. It takes part in no routing, loss or statistic. Of the N parts
+    that `offsets` delimit, each is a document, the padding of a row, or empty: empty ones at the
+    end make N the same for every batch. `pack_documents` makes one from `ids`.
     """
 
     ids: Tensor  # [B, S] int32: a number for each document of a row; PADDING for no document
     positions: Tensor  # [B, S] int64: the position of each token in its document
-    offsets: Tensor  # [N + 1] int32: where documents begin in the B * S tokens; a row's padding is
-    # one, too. The last ones may be empty, so that N is the same for every batch
-    longest: int  # at least the tokens of the longest document
+    offsets: Tensor  # [N + 1] int32: where the parts of the B * S tokens begin, and B * S
+    longest: int  # at least the tokens of the longest part
 
     @property
     def padding(self) -> Tensor:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenyard import ConfigError
+from tokenyard_train.data.batch import Batch, window_batch
 from tokenyard_train.data.samples import Samples, sample_indices
 
 BLOCK = 4096
@@ -42,6 +43,11 @@ class Mixture:
         name, stream_index = self.locate(index)
         return self.streams[name][stream_index]
 
+    def describe(self) -> str:
+        """Return the number of tokens and samples."""
+        tokens = sum(len(stream.tokens) for stream in self.streams.values())
+        return f"{tokens:,} tokens, {len(self):,} samples of {self.length}"
+
     def batch(
         self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None
     ) -> Tensor:
@@ -50,6 +56,11 @@ class Mixture:
         The batch is samples ``step * size`` to ``(step + 1) * size - 1``; see `sample_indices`.
         """
         return torch.stack([self[i] for i in sample_indices(step, size, rank, world, microbatch)])
+
+    def microbatches(self, step: int, size: int, rank: int, world: int, rows: int) -> list[Batch]:
+        """Return what `batch` returns, in microbatches of `rows` samples."""
+        windows = self.batch(step, size, rank, world, rows)
+        return [window_batch(part) for part in windows.split(rows)]
 
     def locate(self, index: int) -> tuple[str, int]:
         """Return the stream of sample `index`, and the sample's index in that stream."""

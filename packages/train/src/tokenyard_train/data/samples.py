@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenyard import IGNORED, ConfigError
+from tokenyard_train.data.batch import Batch, window_batch
 from tokenyard_train.data.shuffle import permute_index
 from tokenyard_train.data.tokens import Ids, Tokens
 
@@ -47,6 +48,10 @@ class Samples:
         start = window * self.length
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
+    def describe(self) -> str:
+        """Return the number of tokens and samples."""
+        return f"{len(self.tokens):,} tokens, {len(self):,} samples of {self.length}"
+
     def batch(
         self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None
     ) -> Tensor:
@@ -55,6 +60,11 @@ class Samples:
         The batch is samples ``step * size`` to ``(step + 1) * size - 1``; see `sample_indices`.
         """
         return torch.stack([self[i] for i in sample_indices(step, size, rank, world, microbatch)])
+
+    def microbatches(self, step: int, size: int, rank: int, world: int, rows: int) -> list[Batch]:
+        """Return what `batch` returns, in microbatches of `rows` samples."""
+        windows = self.batch(step, size, rank, world, rows)
+        return [window_batch(part) for part in windows.split(rows)]
 
 
 def sample_indices(
@@ -102,16 +112,16 @@ class HeldOut:
         """Return the number of batches."""
         return -(-len(self._starts) // self.batch_size)
 
-    def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets, each [b, length] int64.
+    def batch(self, index: int) -> Batch:
+        """Return the rows of a batch [b, length].
 
-        Past the end of the text, inputs are 0 and targets are IGNORED.
+        Past the end of the text, ids are 0 and targets are IGNORED.
         """
         first = index * self.batch_size
         rows = torch.stack(
             [self._window(int(start)) for start in self._starts[first : first + self.batch_size]]
         )
-        return rows[:, :-1].clamp(min=0), rows[:, 1:]
+        return Batch(rows[:, :-1].clamp(min=0), rows[:, 1:])
 
     @property
     def predicted(self) -> Ids:

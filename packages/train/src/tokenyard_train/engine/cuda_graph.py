@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from tokenyard_train.config.schema import TrainConfig
 
 log = logging.getLogger("tokenyard")
 
+W = TypeVar("W")
 T = TypeVar("T")
 
 _EAGER_MICROBATCHES = 1  # before the capture: they compile and load kernels
@@ -30,10 +31,11 @@ _PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 class MicrobatchGraph:
     """Runs a function of a microbatch, and replays it as a CUDA graph where that is possible.
 
-    The function must write gradients to ``parameter.grad`` and return a pytree of tensors. All
-    microbatches have one shape. If the capture fails, or the model gets a hook later, which a graph
-    would not call, a warning says so, and every microbatch runs without a graph. Hooks that the
-    model has from the start are part of its forward pass.
+    The function must write gradients to ``parameter.grad``. A microbatch and the result are pytrees
+    of tensors. All microbatches have one shape, and the same values that are not tensors. If the
+    capture fails, or the model gets a hook later, which a graph would not call, a warning says so,
+    and every microbatch runs without a graph. Hooks that the model has from the start are part of
+    its forward pass.
     """
 
     def __init__(self, model: nn.Module):
@@ -49,8 +51,8 @@ class MicrobatchGraph:
         """Whether microbatches are replayed."""
         return self._captured is not None
 
-    def __call__(self, rows: Tensor, run: Callable[[Tensor], T], add: bool) -> T:
-        """Return ``run(rows)``.
+    def __call__(self, work: W, run: Callable[[W], T], add: bool) -> T:
+        """Return ``run(work)``.
 
         With `add`, gradients are added to those that exist. Otherwise they belong to the graph: the
         next call overwrites them.
@@ -58,15 +60,15 @@ class MicrobatchGraph:
         if not self._refused and (name := self._hooked()) is not None:
             self._refuse(f"{name} got a hook, which a graph does not call")
         if self._refused:
-            return run(rows)
+            return run(work)
         if self._eager_left > 0:
             self._eager_left -= 1
-            return run(rows)
+            return run(work)
         if self._captured is None:
-            self._capture(rows, run)
+            self._capture(work, run)
         if self._captured is None:
-            return run(rows)
-        result: T = self._captured.replay(rows, add)
+            return run(work)
+        result: T = self._captured.replay(work, add)
         return result
 
     def bytes(self) -> int:
@@ -77,16 +79,17 @@ class MicrobatchGraph:
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)
 
-    def _capture(self, rows: Tensor, run: Callable[[Tensor], Any]) -> None:
+    def _capture(self, work: Any, run: Callable[[Any], Any]) -> None:
+        device = self.parameters[0].device
         gradients = [parameter.grad for parameter in self.parameters]
         # The capture draws random numbers. Later draws must not depend on it.
-        random_state = torch.cuda.get_rng_state(rows.device)
+        random_state = torch.cuda.get_rng_state(device)
         try:
-            self._captured = _Captured(self.parameters, rows, run)
+            self._captured = _Captured(self.parameters, work, run)
         except RuntimeError as error:
             self._refuse(" ".join(str(error).split())[:200])
         finally:
-            torch.cuda.set_rng_state(random_state, rows.device)
+            torch.cuda.set_rng_state(random_state, device)
             for parameter, gradient in zip(self.parameters, gradients):
                 parameter.grad = gradient
 
@@ -106,26 +109,29 @@ class MicrobatchGraph:
 class _Captured:
     """A captured graph with its input, its result and its gradients."""
 
-    def __init__(self, parameters: list[nn.Parameter], rows: Tensor, run: Callable[[Tensor], Any]):
+    def __init__(self, parameters: list[nn.Parameter], work: Any, run: Callable[[Any], Any]):
         self.parameters = parameters
-        self.rows = rows.clone()
+        self.work = tree_map_only(Tensor, torch.clone, work)
+        device = parameters[0].device
         self.graph = torch.cuda.CUDAGraph()
         self._clear_gradients()
         # A pass on another stream, as the capture is. A host sync is an error here, because within
         # the capture it would leave the generators and the allocator in a bad state.
-        stream = torch.cuda.Stream(rows.device)
-        stream.wait_stream(torch.cuda.current_stream(rows.device))
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), _host_syncs_are_errors():
-            run(self.rows)
-        torch.cuda.current_stream(rows.device).wait_stream(stream)
+            run(self.work)
+        torch.cuda.current_stream(device).wait_stream(stream)
         self._clear_gradients()
         with torch.cuda.graph(self.graph):
-            self.result = run(self.rows)
+            self.result = run(self.work)
         self.gradients = [parameter.grad for parameter in parameters]
 
-    def replay(self, rows: Tensor, add: bool) -> Any:
-        """Run the graph on rows, and give each parameter its gradient."""
-        self.rows.copy_(rows)
+    def replay(self, work: Any, add: bool) -> Any:
+        """Run the graph on a microbatch, and give each parameter its gradient."""
+        for static, value in zip(tree_leaves(self.work), tree_leaves(work), strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(value)
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients):
             if gradient is None:

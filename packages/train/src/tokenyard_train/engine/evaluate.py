@@ -28,11 +28,10 @@ def evaluate(setup: Setup, batch: int) -> dict[str, Any]:
     nats = torch.zeros((), dtype=torch.float64, device=setup.device)
     for first in range(0, len(held_out), world):
         index = first + rank
-        inputs, targets = (
-            t.to(setup.device) for t in held_out.batch(min(index, len(held_out) - 1))
-        )
+        rows = held_out.batch(min(index, len(held_out) - 1)).to(setup.device)
+        packed = {} if rows.documents is None else {"documents": rows.documents}
         with setup.precision():
-            loss: TokenLoss = setup.model(inputs, targets=Targets(targets))
+            loss: TokenLoss = setup.model(rows.ids, targets=Targets(rows.targets), **packed)
         # Past the end a rank only takes part: other ranks' tokens need its experts.
         if index < len(held_out):
             nats += loss.nats

@@ -1,9 +1,9 @@
 """Forward and backward over the microbatches of a batch.
 
-The loss is the sum of token losses divided by the tokens of the global batch, for any number of
-microbatches and ranks. The auxiliary losses are computed per microbatch, with counts summed over
-ranks, and weighted by the microbatch's share of the tokens. The strategy sums gradients over ranks
-in the backward pass of each microbatch.
+The loss is the sum of token losses divided by the supervised tokens of the global batch, for any
+number of microbatches and ranks. The auxiliary losses are computed per microbatch, with counts
+summed over ranks, and weighted by the microbatch's share of the tokens without padding. The
+strategy sums gradients over ranks in the backward pass of each microbatch.
 """
 
 from __future__ import annotations
@@ -16,57 +16,108 @@ import torch
 from torch import Tensor
 
 from tokenyard import Balance, Targets, TokenLoss, moe_layers
+from tokenyard_train.data.batch import Batch
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.setup import Setup
+
+Count = Tensor | int
+"""A number of tokens. It is a tensor if it is known after a reduction over ranks only."""
+
+
+class Counts(NamedTuple):
+    """Tokens over all ranks. Padding is not counted."""
+
+    microbatch: Count
+    batch: Count
+    supervised: Count  # of the batch; at least 1
+
+
+class Work(NamedTuple):
+    """What a forward and backward pass reads. It is a pytree of tensors and ints."""
+
+    batch: Batch
+    counts: Counts
 
 
 class Microbatch(NamedTuple):
     """The numbers of a microbatch, without a gradient. It is a pytree of tensors."""
 
-    nats: Tensor  # [] this rank's token losses, divided by the tokens of the global batch
+    nats: Tensor  # [] this rank's token losses, divided by the supervised tokens of the batch
     balances: list[Balance]  # one per MoE layer; only `counts` is summed over ranks
 
 
-def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> tuple[Tensor, list[Balance]]:
+class Accumulated(NamedTuple):
+    """The numbers of a batch."""
+
+    loss: Tensor  # [] float64, nats per supervised token, summed over ranks
+    balances: list[Balance]  # one per MoE layer; only `counts` is summed over ranks
+    tokens: Count  # over all ranks, without padding
+    supervised: Count  # over all ranks; at least 1
+
+
+def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> Accumulated:
     """Add the gradients of this rank's microbatches of a batch to ``parameter.grad``.
 
-    Return the loss, summed over ranks, and a Balance for each MoE layer, summed over microbatches.
     Of a Balance, only `counts` is summed over ranks here; `fetch` sums the rest.
     """
     config = setup.config
     rank, world = setup.strategy.data
     rows_each = int(config.device_train_microbatch_size)
     with phase("data"):
-        samples = setup.data.train.batch(
+        parts = setup.data.train.microbatches(
             batch, config.global_train_batch_size, rank, world, rows_each
-        ).to(setup.device)
+        )
+        work = [
+            Work(part.to(setup.device), counts)
+            for part, counts in zip(parts, _count_tokens(setup, parts), strict=True)
+        ]
     loss = torch.zeros((), dtype=torch.float64, device=setup.device)
     balances: list[Balance] = []
-    for rows in samples.split(rows_each):  # [B, S + 1]
+    several = len(work) > 1
+    for each in work:
         run = partial(run_microbatch, setup)
-        several = rows.shape[0] < samples.shape[0]
         if setup.graph is None:
-            result = run(rows, phase)
+            result = run(each, phase)
         else:
             with phase("forward and backward"):
-                result = setup.graph(rows, run, add=several)
+                result = setup.graph(each, run, add=several)
         if several:
             setup.optimizer.widen_gradients()
         loss += result.nats
         balances = _sum_balances(balances, result.balances)
-    return setup.strategy.reduce(loss), balances
+    counts = work[0].counts
+    return Accumulated(setup.strategy.reduce(loss), balances, counts.batch, counts.supervised)
 
 
-def run_microbatch(setup: Setup, rows: Tensor, phase: Phases = untimed) -> Microbatch:
-    """Run forward and backward over rows [B, S + 1] of token ids."""
+def run_microbatch(setup: Setup, work: Work, phase: Phases = untimed) -> Microbatch:
+    """Run forward and backward over a microbatch."""
+    ids, targets, documents = work.batch
+    # A model may have no argument `documents`: it is given only where there are any.
+    packed = {} if documents is None else {"documents": documents}
     with phase("forward"), setup.precision():
-        result: TokenLoss = setup.model(rows[:, :-1], targets=Targets(rows[:, 1:]))
-        nats = result.nats / setup.batch_tokens
+        result: TokenLoss = setup.model(ids, targets=Targets(targets), **packed)
+        nats = result.nats / work.counts.supervised
     with phase("backward"):
         balances = _with_all_counts(setup, result.balances)
-        tokens = rows.shape[0] * setup.config.max_seq_len * setup.strategy.data[1]
-        (nats + _auxiliary(setup, balances, tokens)).backward()
+        (nats + _auxiliary(setup, balances, work.counts)).backward()
     return Microbatch(nats.detach(), [Balance(*(t.detach() for t in b)) for b in balances])
+
+
+def _count_tokens(setup: Setup, parts: Sequence[Batch]) -> list[Counts]:
+    """Return the counts of each microbatch over all ranks.
+
+    Counts of packed documents take one reduction for the whole batch. Those of text are known.
+    """
+    if all(part.documents is None for part in parts):
+        world = setup.strategy.data[1]
+        total = setup.batch_tokens
+        return [Counts(part.ids.numel() * world, total, total) for part in parts]
+    own = torch.tensor(
+        [part.count_tokens() for part in parts], dtype=torch.float64
+    )  # [microbatches, 2]
+    tokens, supervised = setup.strategy.reduce(own.to(setup.device)).unbind(1)
+    # A batch without supervised tokens has the loss 0, and the gradient of the router losses.
+    return [Counts(each, tokens.sum(), supervised.sum().clamp(min=1)) for each in tokens]
 
 
 def _with_all_counts(setup: Setup, balances: Sequence[Balance]) -> list[Balance]:
@@ -85,10 +136,10 @@ def _sum_balances(total: list[Balance], added: list[Balance]) -> list[Balance]:
     return [Balance(*(a + b for a, b in zip(*pair))) for pair in zip(total, added)]
 
 
-def _auxiliary(setup: Setup, balances: list[Balance], tokens: int) -> Tensor | float:
-    """Return the weighted auxiliary losses of a microbatch of `tokens` tokens over all ranks."""
+def _auxiliary(setup: Setup, balances: list[Balance], counts: Counts) -> Tensor | float:
+    """Return the weighted auxiliary losses of a microbatch."""
     layers = moe_layers(setup.model)
     if not layers:
         return 0.0
-    weighted = setup.model.auxiliary(balances, tokens, layers[0].workload.top_k)
-    return weighted * (tokens / setup.batch_tokens)
+    weighted = setup.model.auxiliary(balances, counts.microbatch, layers[0].workload.top_k)
+    return weighted * (counts.microbatch / counts.batch)

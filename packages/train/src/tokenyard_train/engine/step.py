@@ -26,11 +26,12 @@ from tokenyard_train.records.routing import StepNumbers, fetch, load_of, routing
 class StepResult(NamedTuple):
     """The numbers of a step that was taken."""
 
-    loss: float  # nats per token
+    loss: float  # nats per supervised token
     balance_loss: float  # unweighted; 0 without experts
     z_loss: float  # unweighted; 0 without experts
     grad_norm: float  # before clipping
     lr: float
+    supervised: int  # tokens whose loss is counted; those of text are all tokens
     load: list[list[float]]  # per MoE layer, each expert's share of the slots
     dropped: int  # slots
     routing: list[dict[str, float]]  # per MoE layer, the fields of LayerRouting
@@ -55,7 +56,7 @@ def train_step(
     setup.model.train()
     _seed(setup, batch)
     # Forward and backward
-    loss, balances = accumulate(setup, batch, phase)
+    loss, balances, *counts = accumulate(setup, batch, phase)
     # Clip and update parameters; neither changes anything if a number is not finite
     with phase("optimizer"):
         norm = setup.strategy.gradient_norm(setup.model)
@@ -63,7 +64,7 @@ def train_step(
         setup.optimizer.step(scale=_gradient_scale(config, loss, norm))
         setup.optimizer.zero_grad(set_to_none=True)
         # Bring all numbers to the host in one copy: the only host sync of the step
-        numbers = fetch(loss, norm, balances, setup.strategy.reduce, flags)
+        numbers = fetch(loss, norm, balances, setup.strategy.reduce, flags, counts)
     if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
         return Step(Skipped(numbers.loss, numbers.grad_norm), numbers.flags)
     # Update routers
@@ -96,10 +97,9 @@ def _gradient_scale(config: TrainConfig, loss: Tensor, norm: Tensor) -> Tensor:
 
 
 def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:
-    loss, norm, balances, _ = numbers
+    loss, norm, balances, _, (tokens, supervised) = numbers
     if not balances:
-        return StepResult(loss, 0.0, 0.0, norm, lr, [], 0, [])
-    tokens = setup.batch_tokens
+        return StepResult(loss, 0.0, 0.0, norm, lr, supervised, [], 0, [])
     convention = setup.model.auxiliary.convention
     top_k = moe_layers(setup.model)[0].workload.top_k
     stats = routing_stats(balances, tokens, top_k, convention)
@@ -109,6 +109,7 @@ def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:
         z_loss=z_loss(balances, tokens).item(),
         grad_norm=norm,
         lr=lr,
+        supervised=supervised,
         load=[[round(share, 6) for share in load_of(balance)] for balance in balances],
         dropped=sum(int(balance.dropped) for balance in balances),
         routing=[layer._asdict() for layer in stats],

@@ -23,6 +23,7 @@ class StepNumbers(NamedTuple):
     grad_norm: float
     balances: list[Balance]  # one per MoE layer, summed over microbatches and ranks
     flags: list[bool]  # each one set if any rank set it
+    counts: list[int]  # the numbers of tokens that were given
 
 
 class LayerRouting(NamedTuple):
@@ -42,19 +43,21 @@ def fetch(
     balances: Sequence[Balance],
     reduce: Callable[[Tensor], Tensor],
     flags: Sequence[bool] = (),
+    counts: Sequence[Tensor | int] = (),
 ) -> StepNumbers:
     """Copy a step's numbers to the host in one transfer.
 
-    `loss`, `grad_norm` and the Balances' `counts` are already sums over ranks. One call of `reduce`
-    sums the rest over ranks, together with this rank's `flags`.
+    `loss`, `grad_norm`, the Balances' `counts` and the `counts` of tokens are already sums over
+    ranks. One call of `reduce` sums the rest over ranks, together with this rank's `flags`.
     """
-    packed = pack(loss, grad_norm, balances, reduce, flags).cpu()
+    packed = pack(loss, grad_norm, balances, reduce, flags, counts).cpu()
     sizes = [balance.counts.numel() for balance in balances]
     scalars, flag_sums, *layers = packed.split(
-        [2, len(flags), *(2 * experts + 2 for experts in sizes)]
+        [2 + len(counts), len(flags), *(2 * experts + 2 for experts in sizes)]
     )
     summed = [_unpack(layer, experts) for layer, experts in zip(layers, sizes)]
-    return StepNumbers(scalars[0].item(), scalars[1].item(), summed, (flag_sums > 0).tolist())
+    loss_sum, norm, *tokens = scalars.tolist()
+    return StepNumbers(loss_sum, norm, summed, (flag_sums > 0).tolist(), [int(n) for n in tokens])
 
 
 def pack(
@@ -63,21 +66,23 @@ def pack(
     balances: Sequence[Balance],
     reduce: Callable[[Tensor], Tensor],
     flags: Sequence[bool] = (),
+    counts: Sequence[Tensor | int] = (),
 ) -> Tensor:
     """Pack a step's numbers on the device, for `fetch` to copy.
 
-    Returns [2 + flags + sum over layers of (2E + 2)] float64: loss, gradient norm, flags, and per
-    layer counts [E], summed probabilities [E], z sum and dropped slots.
+    Returns [2 + counts + flags + sum over layers of (2E + 2)] float64: loss, gradient norm, counts
+    of tokens, flags, and per layer counts [E], summed probabilities [E], z sum and dropped slots.
     """
-    scalars = torch.stack((loss.double(), grad_norm.to(loss.device).double()))
-    counts = [b.counts.double() for b in balances]
+    tokens = [loss.new_zeros((), dtype=torch.float64) + count for count in counts]
+    scalars = torch.stack((loss.double(), grad_norm.to(loss.device).double(), *tokens))
+    slots = [b.counts.double() for b in balances]
     local = [
         torch.cat((b.prob_sum.double(), torch.stack((b.z_sum.double(), b.dropped.double()))))
         for b in balances
     ]
     local = [torch.tensor(list(flags), dtype=torch.float64, device=loss.device), *local]
     flag_sums, *sums = reduce(torch.cat(local)).split([part.numel() for part in local])
-    return torch.cat((scalars, flag_sums, *(part for layer in zip(counts, sums) for part in layer)))
+    return torch.cat((scalars, flag_sums, *(part for layer in zip(slots, sums) for part in layer)))
 
 
 def _unpack(layer: Tensor, experts: int) -> Balance:
