@@ -30,6 +30,8 @@ from tokenyard_train.callbacks import Callback
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
+from tokenyard_train.engine.microbatch import accumulate
+from tokenyard_train.engine.precision import COMPUTE_DTYPES
 from tokenyard_train.engine.resume import resume, start_from
 from tokenyard_train.engine.save import run_tensors
 from tokenyard_train.engine.setup import Setup, build_setup
@@ -246,3 +248,23 @@ def digest(setup: Setup) -> str:
         content = full(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         sha.update(name.encode() + content)
     return sha.hexdigest()
+
+
+def packed_gradients(settings: Settings) -> dict[str, Any]:
+    """Return the loss, token counts and gradients of the first batch, in float64, gathered."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with patch.dict(COMPUTE_DTYPES, fp32=torch.float64):
+            setup = build(settings)
+        setup.model.train()
+        loss, _, tokens, supervised = accumulate(setup, 0)
+    finally:
+        torch.set_default_dtype(before)
+    numbers = {"loss": loss.item(), "tokens": int(tokens), "supervised": int(supervised)}
+    gradients = {
+        name: full(p.grad).flatten().tolist()
+        for name, p in setup.model.named_parameters()
+        if p.grad is not None
+    }
+    return numbers | gradients

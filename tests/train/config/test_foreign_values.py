@@ -135,8 +135,7 @@ def test_the_data_section_of_llm_foundry(tmp_path):
         ("model.name", "hf_t5", "encoder-decoder models are not here"),
         ("optimizer.name", "decoupled_lionw", "Lion is not here; say decoupled_adamw or adamw"),
         ("scheduler.name", "inv_sqrt_with_warmup", "say cosine_with_warmup"),
-        ("train_loader.name", "finetuning", "only whole documents are read here; say name: text"),
-        ("eval_loader.name", "finetuning", "only whole documents are read here; say name: text"),
+        ("eval_loader.name", "denoising", "only whole documents are read here; say name: text"),
     ],
 )
 def test_names_of_llm_foundry_are_answered_before_spelling(path, value, instead):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from tokenyard import ConfigError
 from tokenyard_models import Transformer, TransformerConfig, use_in_transformers
+from tokenyard_train.data import PackedDocuments
 from tokenyard_train.engine.optimizer import build_optimizer
 from tokenyard_train.engine.precision import BF16_MASTER
 from tokenyard_train.engine.setup import Setup
@@ -42,6 +43,9 @@ class MixtralPeer:
                 "precision is bf16_master, whose matmuls are in bfloat16 without autocast; "
                 "give --peer-dtype bf16"
             )
+        if isinstance(setup.data.train, PackedDocuments):
+            raise ConfigError("--peers compares training on text; give --peers none")
+        self.data = setup.data.train
         self.setup = setup
         self.model = _build(setup.model.config, implementation).to(setup.device, dtype)
         self.optimizer = build_optimizer(setup.config.optimizer, self.model)
@@ -50,7 +54,7 @@ class MixtralPeer:
         """Train on batch `number` in the run's microbatches and precision. Return nats a token."""
         setup = self.setup
         config = setup.config
-        samples = setup.data.train.batch(number, config.global_train_batch_size)
+        samples = self.data.batch(number, config.global_train_batch_size)
         batch = samples.to(setup.device)
         total = torch.zeros((), device=setup.device)
         for rows in batch.split(int(config.device_train_microbatch_size)):

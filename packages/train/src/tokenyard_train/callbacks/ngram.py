@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 
 from tokenyard import ConfigError, Model
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.data import Data, HeldOut, Mixture, Samples, Tokenizer
+from tokenyard_train.data import (
+    Data,
+    HeldOut,
+    Mixture,
+    PackedDocuments,
+    PackedHeldOut,
+    Samples,
+    Tokenizer,
+)
 from tokenyard_train.data.tokens import Ids
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.state import Run
@@ -45,7 +53,11 @@ class PairCounts(NamedTuple):
         return total, np.bincount(firsts, minlength=self.vocabulary)
 
 
-def ngram_baselines(train: Samples | Mixture, held_out: HeldOut, tokenizer: Tokenizer) -> Baselines:
+def ngram_baselines(
+    train: Samples | Mixture | PackedDocuments,
+    held_out: HeldOut | PackedHeldOut,
+    tokenizer: Tokenizer,
+) -> Baselines:
     """Fit both models on the whole training text and score them on the held-out text.
 
     The unigram model adds one to every count. The bigram model is interpolated with it by the
@@ -65,7 +77,11 @@ def ngram_baselines(train: Samples | Mixture, held_out: HeldOut, tokenizer: Toke
     )
 
 
-def _one_text(train: Samples | Mixture) -> Samples:
+def _one_text(train: Samples | Mixture | PackedDocuments) -> Samples:
+    if isinstance(train, PackedDocuments):
+        raise ConfigError(
+            "callbacks.ngram_baselines counts one text, not conversations; leave it out"
+        )
     if isinstance(train, Mixture) or len(train.tokens) > _MAX_TOKENS:
         what = "several streams" if isinstance(train, Mixture) else f"{len(train.tokens):,} tokens"
         raise ConfigError(
@@ -100,7 +116,7 @@ class NgramScorer(Callback):
     """Writes the n-gram models' scores on the held-out text to metrics.jsonl."""
 
     def check(self, config: TrainConfig, model: Model, data: Data) -> None:
-        """Raise ConfigError for a mixture, and for more text than fits in memory."""
+        """Raise ConfigError for anything but one text, and for more than fits in memory."""
         if data.held_out is not None:
             _one_text(data.train)
 

@@ -24,7 +24,7 @@ from tokenyard.sharded import describe_bytes
 from tokenyard_train.callbacks import build_callbacks
 from tokenyard_train.commands.memory import estimate, offloaded_bytes
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.data import Data, Mixture, build_data
+from tokenyard_train.data import Data, build_data
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.deterministic import COST
 from tokenyard_train.engine.loop import check_run
@@ -117,13 +117,8 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
     held_out = "none"
     if data.held_out is not None:
         held_out = f"{len(data.held_out.predicted):,} tokens are scored"
-    streams = data.train.streams.values() if isinstance(data.train, Mixture) else [data.train]
-    tokens_read = sum(len(stream.tokens) for stream in streams)
     yield "tokenizer", describe_tokenizer(config, data).removeprefix("tokenizer ")
-    yield (
-        "training text",
-        f"{tokens_read:,} tokens, {len(data.train):,} samples of {config.max_seq_len}",
-    )
+    yield "training text", data.train.describe()
     yield "held-out text", held_out
     yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
     yield "forward pass", f"{config.device_train_microbatch_size} samples"

@@ -119,6 +119,8 @@ INSTEAD = {
     "data_remote": _VARIABLE.format("data_remote"),
     "train_loader.dataset.remote": "bring the shards here and name their folder by dataset.local",
     "train_loader.dataset.hf_kwargs": "name a folder or a dataset by hf_name, its split by split",
+    "train_loader.dataset.preprocessing_fn": "no code of a config is run; write rows of messages, "
+    "or of prompt and response",
     "callbacks.generate_callback.kwargs": "say max_new_tokens and temperature beside prompts",
     "callbacks.generate_callback.batch_size": "leave it out; prompts are continued one by one",
 }
@@ -126,7 +128,7 @@ INSTEAD = {
 
 _LION = "Lion is not here; say decoupled_adamw or adamw, with a learning rate of its own"
 _HF_MODEL = "say load_path: hf://folder, which brings the model, and leave model.name out"
-_TEXT_ONLY = "only whole documents are read here; say name: text"
+_TEXT_ONLY = "only whole documents are read here; say name: text, or name: finetuning"
 
 INSTEAD_OF_VALUES = {
     "model.name": {
@@ -147,7 +149,6 @@ INSTEAD_OF_VALUES = {
     },
     "train_loader.name": {
         "denoising": _TEXT_ONLY,
-        "finetuning": _TEXT_ONLY,
         "text_denoising": _TEXT_ONLY,
     },
 }

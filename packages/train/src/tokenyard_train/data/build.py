@@ -10,10 +10,13 @@ import numpy as np
 
 from tokenyard import ConfigError
 from tokenyard_train.data.corpus import python_stdlib
+from tokenyard_train.data.finetuning import PackedDocuments, PackedHeldOut, build_packed
 from tokenyard_train.data.mixture import Mixture
 from tokenyard_train.data.samples import HeldOut, Samples
 from tokenyard_train.data.schema import (
     DataSettings,
+    FinetuningDataset,
+    FinetuningLoader,
     Source,
     StdlibDataset,
     StdlibLoader,
@@ -33,16 +36,19 @@ class Data:
     """The tokenizer, training samples and held-out windows of a run."""
 
     tokenizer: Tokenizer
-    train: Samples | Mixture
-    held_out: HeldOut | None
+    train: Samples | Mixture | PackedDocuments
+    held_out: HeldOut | PackedHeldOut | None
 
     def identity(self) -> dict[str, str]:
         """Return digests of what decides the training samples, by config key.
 
         The tokenizer and the ids of each stream: all ids of text that was tokenized at start-up,
         the recorded hashes of a packed folder, and those of MDS shards (without them, their sizes
-        and first and last bytes).
+        and first and last bytes). Of packed documents, the ids and which are supervised.
         """
+        if isinstance(self.train, PackedDocuments):
+            packed = {"train_loader.dataset": self.train.identity()}
+            return {"tokenizer": self.tokenizer.identity} | packed
         if isinstance(self.train, Samples):
             streams = {"train_loader.dataset": self.train}
         else:
@@ -63,20 +69,20 @@ def build_data(settings: DataSettings) -> Data:
     _check_lengths(settings)
     tokenizer = build_tokenizer(settings.tokenizer)
     train = _train_samples(settings, tokenizer)
-    if settings.eval_loader is None:
+    loader = settings.eval_loader
+    if loader is None:
         return Data(tokenizer, train, None)
-    held_out = HeldOut(
-        _loader_tokens(settings.eval_loader, tokenizer, "eval_loader"),
-        settings.max_seq_len,
-        settings.eval_batch_size,
-        settings.eval_batches,
-    )
-    return Data(tokenizer, train, held_out)
+    limits = (settings.eval_batch_size, settings.eval_batches)
+    if isinstance(loader, FinetuningLoader):
+        rows = build_packed(loader.dataset, settings, tokenizer, "eval_loader.dataset")
+        return Data(tokenizer, train, PackedHeldOut(rows, *limits))
+    tokens = _loader_tokens(loader, tokenizer, "eval_loader")
+    return Data(tokenizer, train, HeldOut(tokens, settings.max_seq_len, *limits))
 
 
 def _check_lengths(settings: DataSettings) -> None:
     """Raise ConfigError if a dataset's max_seq_len is not the config's."""
-    sections: dict[str, Source | StdlibDataset] = {
+    sections: dict[str, Source | StdlibDataset | FinetuningDataset] = {
         f"{key}_loader.dataset": loader.dataset
         for key, loader in (("train", settings.train_loader), ("eval", settings.eval_loader))
         if loader is not None
@@ -92,8 +98,12 @@ def _check_lengths(settings: DataSettings) -> None:
             )
 
 
-def _train_samples(settings: DataSettings, tokenizer: Tokenizer) -> Samples | Mixture:
+def _train_samples(
+    settings: DataSettings, tokenizer: Tokenizer
+) -> Samples | Mixture | PackedDocuments:
     loader = settings.train_loader
+    if isinstance(loader, FinetuningLoader):
+        return build_packed(loader.dataset, settings, tokenizer, "train_loader.dataset")
     shuffle = loader.dataset.shuffle
 
     def samples(tokens: Tokens) -> Samples:

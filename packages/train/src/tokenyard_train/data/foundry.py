@@ -41,6 +41,18 @@ bos_token_id and eos_token_id mask attention between documents where the model h
 attn_uses_sequence_id, which is refused.
 """
 
+FINETUNING = frozenset(
+    (
+        "allow_pad_trimming",
+        "auto_packing_replication",
+        "max_leftover_bins_to_keep",
+        "pad_to_longest",
+        "safe_load",
+        "seq_parallel_replication",
+    )
+)
+"""In the dataset of a finetuning loader: padding, and how rows are packed and spread over ranks."""
+
 TOKENIZER_KWARGS = frozenset(
     ("add_eos_token", "model_max_length", "padding_side", "trust_remote_code")
 )

@@ -27,7 +27,7 @@ class HfTokenizer:
     """
 
     def __init__(self, name: str, eos_token: str | None):
-        path = _tokenizer_file(Path(name))
+        path = tokenizer_file(Path(name))
         tokenizers = require("tokenizers", f"tokenizer.name {name!r}", "tokenyard-train[data]")
         try:
             content = path.read_bytes()
@@ -125,7 +125,8 @@ def _ids(tokenizer: dict[str, Any]) -> Iterator[Any]:
         yield added.get("id") if isinstance(added, dict) else None
 
 
-def _tokenizer_file(path: Path) -> Path:
+def tokenizer_file(path: Path) -> Path:
+    """Return the tokenizer.json of a path, which names it or its folder. Raises ConfigError."""
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         what = ", a folder without a tokenizer.json" if path.is_dir() else ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tokenyard_models.strict_config import Strict, only
 from tokenyard_train.data import foundry
@@ -157,7 +158,75 @@ class TextLoader(Section):
     dataset: TextDataset
 
 
-LoaderConfig = Annotated[StdlibLoader | TextLoader, Field(discriminator="name")]
+def _check_target_prompts(value: str) -> str:
+    if not re.fullmatch(r"none|all|length>=[0-9]{1,9}", value):
+        raise ValueError("give none, all, or length>= and a number of tokens")
+    return value
+
+
+def _check_packing_ratio(value: Any) -> Any:
+    if value != "auto":
+        raise ValueError("rows are packed by first fit, which needs no ratio; say auto")
+    return value
+
+
+class RowSource(Section):
+    """A location to read rows from: conversations, or prompts and responses."""
+
+    ignored: ClassVar[frozenset[str]] = foundry.DATASET | foundry.FINETUNING
+
+    path: LocalPath | list[LocalPath] | None = None  # files and folders: JSON, .parquet
+    hf_name: LocalPath | None = None  # Hugging Face dataset: a folder, or a name on the hub
+    split: str | None = None  # hf_name: split of the dataset, default train
+    streaming: bool = True  # hf_name: read while downloading
+    suffixes: list[str] = [
+        # file suffixes to read from folders
+        ".jsonl",
+        ".json",
+        ".jsonl.gz",
+        ".jsonl.zst",
+        ".parquet",
+    ]
+
+
+class FinetuningDataset(RowSource):
+    """Rows to fine-tune on, packed into samples by first fit."""
+
+    max_seq_len: int | None = Field(
+        None,
+        exclude=True,  # tokens per sample; None or that of the config
+    )
+    shuffle: bool = True  # pack in a drawn order, and draw a new order of samples for each epoch
+    target_responses: Literal["all", "last"] = "all"  # the answers whose tokens are supervised
+    target_prompts: Annotated[str, AfterValidator(_check_target_prompts)] = (
+        # the prompts whose tokens are supervised: none, all, or length>=N
+        "none"
+    )
+    chat_template: LocalPath | None = None  # file of a Jinja template; None: the tokenizer's own
+    overlong: Literal["refuse", "drop"] = "refuse"  # action for a row longer than max_seq_len
+    packing_ratio: Annotated[Any, AfterValidator(_check_packing_ratio)] = (
+        "auto"  # only auto: samples are filled as far as they go
+    )
+    decoder_only_format: Annotated[bool, only(True, "an encoder-decoder model")] = True  # only true
+
+    @model_validator(mode="after")
+    def _one_location(self) -> FinetuningDataset:
+        keys = ("path", "hf_name")
+        _check_exactly_one([key for key in keys if getattr(self, key) is not None], keys)
+        return self
+
+
+class FinetuningLoader(Section):
+    """The user's own conversations, instructions, or prompts and responses."""
+
+    ignored: ClassVar[frozenset[str]] = foundry.LOADER
+
+    name: Literal["finetuning"]  # selects this loader
+    dataset: FinetuningDataset
+
+
+Loader = StdlibLoader | TextLoader | FinetuningLoader
+LoaderConfig = Annotated[Loader, Field(discriminator="name")]
 
 
 @dataclass(frozen=True)
@@ -165,8 +234,8 @@ class DataSettings:
     """The data-related values of a resolved training config."""
 
     tokenizer: TokenizerConfig
-    train_loader: StdlibLoader | TextLoader
-    eval_loader: StdlibLoader | TextLoader | None
+    train_loader: Loader
+    eval_loader: Loader | None
     max_seq_len: int  # tokens per sample
     seed: int  # for shuffling
     eval_batch_size: int  # samples per forward pass in evaluation

@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from tokenyard import Model, TokenyardError
+from tokenyard import ConfigError, Model, TokenyardError, why_no_documents
 from tokenyard_train.checkpoint import CheckpointError, verify
 from tokenyard_train.checkpoint.background import BackgroundWriter
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.data import Data
+from tokenyard_train.data import Data, PackedDocuments, PackedHeldOut
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.deterministic import deterministic
@@ -75,7 +75,14 @@ def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Call
 
 
 def check_run(config: TrainConfig, callbacks: Sequence[Callback], model: Model, data: Data) -> None:
-    """Raise ConfigError for what callbacks or trackers of a run could not do. Writes nothing."""
+    """Raise ConfigError for what the model, callbacks or trackers of a run could not do.
+
+    Writes nothing.
+    """
+    reason = why_no_documents(model)
+    for name, rows in (("train", data.train), ("eval", data.held_out)):
+        if isinstance(rows, PackedDocuments | PackedHeldOut) and reason is not None:
+            raise ConfigError(f"{name}_loader.name is 'finetuning', and {reason}")
     check_trackers(config.loggers)
     for callback in callbacks:
         callback.check(config, model, data)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tokenyard import count_parameters, moe_layers
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.data import Data
+from tokenyard_train.data import Data, PackedDocuments
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.setup import schedule_warnings
 from tokenyard_train.engine.state import Run
@@ -31,6 +31,8 @@ def announce(run: Run) -> None:
         f"{setup.batches} batches of {setup.batch_tokens:,} tokens on {config.device}, "
         f"{config.precision}; {escape(describe_tokenizer(config, setup.data))}"
     )
+    if isinstance(setup.data.train, PackedDocuments):
+        setup.console.print(f"training text: {setup.data.train.describe()}")
     if is_rank0():
         for warning in schedule_warnings(config, setup.data):
             log.warning("%s", warning)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
+from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard_train.data.json_text import row_decoder
+from tokenyard_train.data.json_text import DECODER, row_decoder
 from tokenyard_train.data.sources.compression import DECOMPRESSORS, open_decompressed
 from tokenyard_train.data.sources.json_rows import json_rows
 from tokenyard_train.data.sources.text import (
@@ -49,11 +51,38 @@ def read_file(
     """
     suffix, compression = _suffixes(file.name)
     reader = _READERS.get(suffix)
-    try:
+    with _one_error(file, key):
         if reader is None:
             _refuse_unless_text(file, suffix, text_suffixes)
             reader = _read_text
         yield from reader(file, compression, text_key)
+
+
+def read_file_rows(file: Path, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the location and the columns of each row of a JSON or parquet file.
+
+    Raises ConfigError, naming file and row, if it is unreadable or of another format.
+    """
+    suffix, compression = _suffixes(file.name)
+    with _one_error(file, key):
+        if suffix in (".jsonl", ".json"):
+            with open_decompressed(file, compression) as stream:
+                for location, row in json_rows(stream, file, DECODER):
+                    yield f"{key}: {location}", row
+        elif suffix == ".parquet":
+            for location, row in _parquet_rows(file, compression):
+                yield f"{key}: {location}", row
+        else:
+            raise ConfigError(
+                f"{file} has no rows; .jsonl, .json (each also .gz, .zst) and .parquet have"
+            )
+
+
+@contextmanager
+def _one_error(file: Path, key: str) -> Iterator[None]:
+    """Context: raise ConfigError, one sentence that begins with the key, for any error."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
     except Exception as error:  # each decompressor and pyarrow have errors of their own
@@ -135,13 +164,7 @@ def _read_json(file: Path, compression: str, text_key: str) -> Documents:
 
 
 def _read_parquet(file: Path, compression: str, text_key: str) -> Documents:
-    if compression:
-        raise ConfigError(f"{file} is a compressed parquet file; decompress it")
-    parquet = require("pyarrow.parquet", file.name, "tokenyard-train[data]")
-    try:
-        table = parquet.ParquetFile(file, page_checksum_verification=True)
-    except ValueError as error:  # includes pyarrow's ArrowInvalid
-        raise ConfigError(f"{file} is not a parquet file: {' '.join(str(error).split())}") from None
+    table = _open_parquet(file, compression)
     columns = table.schema_arrow.names
     if text_key not in columns:
         raise no_column(text_key, columns, str(file))
@@ -152,6 +175,24 @@ def _read_parquet(file: Path, compression: str, text_key: str) -> Documents:
         for value in batch.column(0):
             number += 1
             yield document_text(value.as_py(), text_key, f"{file} row {number}")
+
+
+def _parquet_rows(file: Path, compression: str) -> Iterator[tuple[str, Any]]:
+    number = 0
+    for batch in _open_parquet(file, compression).iter_batches(batch_size=64):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{file} row {number}", row
+
+
+def _open_parquet(file: Path, compression: str) -> Any:
+    if compression:
+        raise ConfigError(f"{file} is a compressed parquet file; decompress it")
+    parquet = require("pyarrow.parquet", file.name, "tokenyard-train[data]")
+    try:
+        return parquet.ParquetFile(file, page_checksum_verification=True)
+    except ValueError as error:  # includes pyarrow's ArrowInvalid
+        raise ConfigError(f"{file} is not a parquet file: {' '.join(str(error).split())}") from None
 
 
 _READERS: dict[str, Callable[[Path, str, str], Documents]] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard_train.data.schema import Source
+from tokenyard_train.data.schema import RowSource, Source
 from tokenyard_train.data.sources.text import no_column, row_text
 from tokenyard_train.optional import require
 
@@ -17,15 +17,24 @@ def dataset_documents(source: Source, key: str) -> Iterator[bytes | None]:
 
     Raises ConfigError if the dataset cannot be loaded, or has no text in its column `text_key`.
     """
-    datasets = require("datasets", f"{key}.hf_name", "tokenyard-train[datasets]")
-    dataset = _load(datasets, source, key)
+    dataset = _load(source, key)
     columns = dataset.column_names
     if columns is not None and source.text_key not in columns:
         raise no_column(source.text_key, columns, f"{key}.hf_name {source.hf_name!r}")
+    for location, row in _rows(dataset, source, key):
+        yield row_text(row, source.text_key, location)
+
+
+def dataset_rows(source: RowSource, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the location and the columns of each row of a dataset. Raises ConfigError."""
+    yield from _rows(_load(source, key), source, key)
+
+
+def _rows(dataset: Any, source: Source | RowSource, key: str) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         for number, row in enumerate(dataset, 1):
-            yield row_text(row, source.text_key, f"{key}.hf_name {source.hf_name!r} row {number}")
+            yield f"{key}.hf_name {source.hf_name!r} row {number}", row
     except ConfigError:
         raise
     except Exception as error:  # errors come from datasets, pyarrow and fsspec
@@ -34,7 +43,8 @@ def dataset_documents(source: Source, key: str) -> Iterator[bytes | None]:
         ) from None
 
 
-def _load(datasets: Any, source: Source, key: str) -> Any:
+def _load(source: Source | RowSource, key: str) -> Any:
+    datasets = require("datasets", f"{key}.hf_name", "tokenyard-train[datasets]")
     name = str(source.hf_name)
     split = source.split or "train"
     try:

@@ -1,0 +1,154 @@
+"""Turn a row of data into segments: prompts and answers.
+
+| columns of a row | document |
+|---|---|
+| `messages` | a conversation, rendered by the chat template |
+| `instruction`, perhaps `input`, and `output` | a conversation of one question and one answer |
+| `prompt` and `response` (or `completion`) | both texts as they are, and the end of a document |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenyard import ConfigError
+from tokenyard_train.data.finetuning.segment import Segment
+from tokenyard_train.data.finetuning.template import ChatTemplate, Message
+
+_ANSWERS = ("response", "completion")
+_NEXT = {
+    None: ("system", "developer", "user"),
+    "system": ("user",),
+    "developer": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+"""The roles that may follow a role. None is the start."""
+
+
+class Conversations:
+    """Reads rows as segments. Without a template, conversations are refused.
+
+    With `last_only`, the last answer alone is marked as one.
+    """
+
+    def __init__(self, template: ChatTemplate | None, last_only: bool):
+        self.template = template
+        self.last_only = last_only
+
+    def segments(self, row: Any, location: str) -> list[Segment]:
+        """Return the segments of a row. Raises ConfigError, one sentence that names `location`."""
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"{location} is no object with columns; {_WANTED}")
+        if "chosen" in row and "rejected" in row:
+            raise ConfigError(
+                f"{location} has chosen and rejected answers, and preferences are not trained on; "
+                "write the chosen ones as messages"
+            )
+        if "messages" in row:
+            return self._chat(row["messages"], row, location)
+        answer = next((name for name in _ANSWERS if name in row), None)
+        if "prompt" in row and answer is not None:
+            return self._prompt(row["prompt"], row[answer], answer, location)
+        if "instruction" in row and "output" in row:
+            return self._chat(_question(row, location), row, location)
+        raise ConfigError(f"{location} has {', '.join(map(str, row)) or 'no columns'}; {_WANTED}")
+
+    def _prompt(self, prompt: Any, answer: Any, name: str, location: str) -> list[Segment]:
+        if isinstance(prompt, list) and isinstance(answer, list):
+            return self._chat(prompt + answer, {}, location)
+        _check_answer(answer, f"{location}: its {name}")
+        question = Segment(_text(prompt, f"{location}: its prompt"), False)
+        return [question, Segment(answer, True, ended=True)]
+
+    def _chat(self, messages: Any, row: Mapping[str, Any], location: str) -> list[Segment]:
+        checked = _checked(messages, location)
+        template = self.template
+        if template is None:
+            raise ConfigError(
+                f"{location} is a conversation, and the tokenizer has no chat template; give a "
+                "file of one by dataset.chat_template, or a tokenizer's folder that has one"
+            )
+        tools = row.get("tools")
+        if template.marks_answers:
+            return self._only_last(template.marked(checked, location, tools), location)
+        answers = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
+        text = template.render(checked, location, tools=tools)
+        segments = []
+        done = 0
+        for i in answers[-1:] if self.last_only else answers:
+            before = template.render(checked[:i], location, prompt=True, tools=tools)
+            after = template.render(checked[: i + 1], location, tools=tools)
+            _check_prefixes(before, after, text, location)
+            segments.append(Segment(text[done : len(before)], False))
+            segments.append(Segment(text[len(before) : len(after)], True))
+            done = len(after)
+        return [*segments, Segment(text[done:], False)]
+
+    def _only_last(self, segments: list[Segment], location: str) -> list[Segment]:
+        answers = [i for i, segment in enumerate(segments) if segment.answer]
+        if not answers:
+            raise ConfigError(f"{location}: no generation block of the chat template renders it")
+        kept = answers[-1:] if self.last_only else answers
+        return [Segment(segment.text, i in kept) for i, segment in enumerate(segments)]
+
+
+_WANTED = "a row has messages, prompt and response, or instruction and output"
+
+
+def _check_prefixes(before: str, after: str, text: str, location: str) -> None:
+    """Raise ConfigError unless a text begins with what precedes an answer and what includes it."""
+    if not (after.startswith(before) and text.startswith(after)):
+        raise ConfigError(
+            f"{location}: the chat template renders an answer in another way when messages follow, "
+            "so its tokens are unknown; say dataset.target_responses: last, or mark answers in the "
+            "template by {% generation %}"
+        )
+
+
+def _question(row: Mapping[str, Any], location: str) -> list[Message]:
+    question = _text(row["instruction"], f"{location}: its instruction")
+    if row.get("input"):
+        question += "\n\n" + _text(row["input"], f"{location}: its input")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+
+
+def _checked(messages: Any, location: str) -> list[Message]:
+    """Return messages without their null values. Raises ConfigError for roles out of order."""
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f"{location}: messages is no list of messages; {_WANTED}")
+    checked: list[Message] = []
+    role = None
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ConfigError(f"{location}: message {number} has no role; give role and content")
+        allowed = _NEXT[role]
+        role = message["role"]
+        if role not in allowed:
+            raise ConfigError(
+                f"{location}: message {number} is from {role!r} where {' or '.join(allowed)} must "
+                "follow; mend the row, or leave it out"
+            )
+        where = f"{location}: message {number}, from {role!r},"
+        if not message.get("tool_calls"):
+            (_check_answer if role == "assistant" else _text)(message.get("content"), where)
+        checked.append({name: value for name, value in message.items() if value is not None})
+    if role != "assistant":
+        raise ConfigError(
+            f"{location}: the last message is from {role!r}; it must be from 'assistant', which is "
+            "what is trained on"
+        )
+    return checked
+
+
+def _check_answer(value: Any, where: str) -> None:
+    if not _text(value, where).strip():
+        raise ConfigError(f"{where} is empty; leave the row out")
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where} is {type(value).__name__}, not text; mend the row")
+    return value
