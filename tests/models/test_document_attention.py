@@ -1,7 +1,10 @@
 """Attention within documents: every way of computing it gives the same."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tokenyard import PADDING, ConfigError, pack_documents
 from tokenyard.tolerance import relative_error
@@ -28,6 +31,46 @@ def test_one_by_one_equals_the_mask(kv_heads):
     qkv = drawn(torch.float64, "cpu", kv_heads)
     documents = pack_documents(IDS, count=12)
     got = with_gradients(document_attention._one_by_one, qkv, documents)
+    want = with_gradients(document_attention._masked, qkv, documents)
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-13
+
+
+def reference_varlen(q, k, v, offsets, longest, gqa):
+    """What flash attention computes, for q [tokens, heads, head_dim], on a CPU."""
+    results = []
+    for start, end in pairwise(offsets.tolist()):
+        assert end - start <= longest
+        parts = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        y = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=gqa)
+        results.append(y[0].transpose(0, 1))
+    return torch.cat(results)
+
+
+def newest(q, k, v, offsets, _, longest, __, *, window_size=(-1, -1), enable_gqa=False):
+    assert window_size == (-1, 0)
+    return reference_varlen(q, k, v, offsets, longest, enable_gqa)
+
+
+def without_gqa(q, k, v, offsets, _, longest, __, *, window_size=(-1, -1)):
+    assert window_size == (-1, 0)
+    return reference_varlen(q, k, v, offsets, longest, False)
+
+
+def oldest(q, k, v, offsets, _, longest, __, is_causal=False):
+    assert is_causal
+    return reference_varlen(q, k, v, offsets, longest, False)
+
+
+@pytest.mark.parametrize("version", [newest, without_gqa, oldest])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_flash_gets_the_arguments_of_each_version_of_torch(version, kv_heads, monkeypatch):
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", version)
+    qkv = drawn(torch.float64, "cpu", kv_heads)
+    documents = pack_documents(IDS, count=12)
+    got = with_gradients(document_attention._by_flash, qkv, documents)
     want = with_gradients(document_attention._masked, qkv, documents)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-13

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,19 +50,19 @@ def _by_flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     rows = q.shape[0]
-    packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    y = varlen_attn(  # [B * S, heads, head_dim]
-        packed_q,
-        packed_k,
-        packed_v,
-        documents.offsets,
-        documents.offsets,
-        documents.longest,
-        documents.longest,
-        window_size=(-1, 0),  # causal
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    result: Tensor = y.unflatten(0, (rows, -1)).transpose(1, 2)  # type: ignore[union-attr]
+    causal: dict[str, Any] = {"is_causal": True}
+    keywords = varlen_attn.__kwdefaults__ or {}  # they differ between versions of torch
+    if "window_size" in keywords:
+        causal = {"window_size": (-1, 0)}
+    if "enable_gqa" in keywords:
+        causal["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # [B * S, heads, head_dim]
+    lengths = (documents.offsets, documents.offsets, documents.longest, documents.longest)
+    attend: Any = varlen_attn
+    y = attend(*packed, *lengths, **causal)
+    result: Tensor = y.unflatten(0, (rows, -1)).transpose(1, 2)
     return result
 
 
