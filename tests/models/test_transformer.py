@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tokenyard import ConfigError, moe_layers
+from tokenyard import PADDING, ConfigError, moe_layers, pack_documents
 from tokenyard.recompute import recomputed
 from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx, Mpt
@@ -27,13 +27,16 @@ def ids(batch: int = 2, length: int = 11) -> torch.Tensor:
     return torch.randint(0, 50, (batch, length))
 
 
-def test_compiles_whole():
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_whole(packed):
     torch.compiler.reset()
     model = tiny(dtype=torch.float64, compute_dtype=torch.float64)
     batch = ids()
+    numbers = torch.tensor([[0] * 4 + [1] * 7, [0] * 9 + [PADDING] * 2])
+    documents = pack_documents(numbers) if packed else None
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    want = model(batch)
-    got = compiled(batch)
+    want = model(batch, documents=documents)
+    got = compiled(batch, documents=documents)
     assert relative_error(got.logits, want.logits) < 1e-12
     assert all(torch.equal(a.counts, b.counts) for a, b in zip(got.balances, want.balances))
     dy = torch.randn_like(got.logits)

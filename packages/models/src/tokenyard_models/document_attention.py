@@ -3,7 +3,7 @@
 | device and dtype | computed by |
 |---|---|
 | a GPU of capability 8.0, 16 bits | ``torch.nn.attention.varlen``, which is flash attention |
-| another GPU, dtype or head size | SDPA with a mask [B, 1, S, S] |
+| another GPU, dtype or head size; compiled code on a CPU | SDPA with a mask [B, 1, S, S] |
 | a CPU | SDPA, one document after another |
 """
 
@@ -28,11 +28,11 @@ def attend_within_documents(q: Tensor, k: Tensor, v: Tensor, documents: Document
     q is [B, heads, S, head_dim]; k and v are [B, kv_heads, S, head_dim]. Padding attends to padding
     of its row: its result is finite, and no document depends on it.
     """
-    if not q.is_cuda:
-        return _one_by_one(q, k, v, documents)
-    if _has_flash(q):
+    if q.is_cuda and _has_flash(q):
         return _by_flash(q, k, v, documents)
-    return _masked(q, k, v, documents)
+    if q.is_cuda or torch.compiler.is_compiling():  # compiled code depends on no lengths
+        return _masked(q, k, v, documents)
+    return _one_by_one(q, k, v, documents)
 
 
 def _has_flash(q: Tensor) -> bool:
@@ -73,7 +73,6 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-@torch.compiler.disable
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     rows = q.shape[0]
     gqa = q.shape[1] != k.shape[1]
