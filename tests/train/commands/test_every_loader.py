@@ -107,7 +107,10 @@ WITH_LORA = {"lora": {"rank": 4, "alpha": 64}, "optimizer": {"lr": 0.05}}
     ("changes", "sentence"),
     [
         ({}, "it holds LoRA adapters that the config's model does not have"),
-        ({"lora": {"rank": 4, "alpha": 64, "targets": ["up"]}}, "it holds LoRA adapters .*down_a"),
+        (
+            {"lora": {"rank": 4, "alpha": 64, "targets": ["up"]}},
+            "it holds LoRA adapters .*attention",
+        ),
         ({"lora": {"rank": 2, "alpha": 32}}, "has the shape"),
         ({"lora": {"rank": 4, "alpha": 16}}, "lora.alpha / lora.rank 16, and the config's is 4"),
         ({"model": MODEL | {"n_layers": 1}, "lora": {"rank": 4, "alpha": 64}}, r"model\.blocks\.1"),

@@ -64,12 +64,12 @@ def test_a_frozen_run_resumes_only_with_the_same_patterns(settings):
     ("also", "more"), [([], 0), (["*norm*", "*router*"], 2 + 2 * 2 + 1)], ids=str
 )
 def test_only_adapters_and_train_also_are_trained(settings, also, more):
-    """There are two layers with four matrices each, five norms and two routers."""
+    """There are two layers with four adapted weights each, five norms and two routers."""
     run, before, with_gradient = stepped(settings | {"lora": {"rank": 2, "train_also": also}})
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     assert with_gradient == trained
-    assert sum(".adapter." in name for name in trained) == 2 * 4
-    assert len(trained) == 2 * 4 + more
+    assert sum(".adapter." in name for name in trained) == 2 * 8
+    assert len(trained) == 2 * 8 + more
     for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in trained), name
 

@@ -10,6 +10,7 @@ from tokenyard.activations import (
     swiglu_options,
     up_rows,
 )
+from tokenyard.adapter import LoraAdapter, LoraSettings
 from tokenyard.backend import KINDS, Backend, Kind
 from tokenyard.count import Size, count_parameters
 from tokenyard.cross_entropy import linear_cross_entropy, predict
@@ -38,7 +39,7 @@ from tokenyard.interfaces import (
     Targets,
     TokenLoss,
 )
-from tokenyard.lora import LoraAdapter, add_lora, merge_lora
+from tokenyard.lora import add_lora, merge_lora
 from tokenyard.losses import AuxiliaryLoss, load_balancing_loss, z_loss
 from tokenyard.model import Model, SavedBytes, why_no_documents
 from tokenyard.moe import MoE, moe_layers
@@ -68,6 +69,7 @@ __all__ = [
     "GroupedExperts",
     "Kind",
     "LoraAdapter",
+    "LoraSettings",
     "MoE",
     "Model",
     "Output",

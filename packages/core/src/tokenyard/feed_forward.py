@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenyard.activations import activate, up_rows
+from tokenyard.activations import activate, is_gated, up_rows
+from tokenyard.adapter import LoraAdapter
 from tokenyard.reset import reset
 
 
@@ -15,10 +16,15 @@ class FeedForward(nn.Module):
 
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
+    adapter: LoraAdapter | None
+    lora_weights = ("up", "down")  # those that may have an adapter
 
     def __init__(self, dim: int, ffn_dim: int, activation: str, bias: bool = False):
         super().__init__()
         self.activation = activation
+        self.adapter = None
+        # the gate and the up projection are one weight
+        self.lora_parts = {"up": (ffn_dim, ffn_dim)} if is_gated(activation) else {}
         rows = up_rows(activation, ffn_dim)
         self.fused_rows = {"up": (ffn_dim,) * (rows // ffn_dim)}
         self.up = nn.Parameter(torch.empty(rows, dim))
@@ -33,5 +39,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [T, D] for tokens x [T, D]."""
-        z = F.linear(x, self.up, self.up_bias)  # [T, 2F or F]
-        return F.linear(activate(z, self.activation), self.down, self.down_bias)
+        z = self._linear(x, "up")  # [T, 2F or F]
+        return self._linear(activate(z, self.activation), "down")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        y = F.linear(x, getattr(self, name), getattr(self, f"{name}_bias"))
+        return y if self.adapter is None else self.adapter(y, x, name)

@@ -1,105 +1,142 @@
-"""Low-rank adapters (LoRA) of packed expert weights: W + alpha / rank * B A.
+"""Low-rank adapters (LoRA) of a model: of linear layers, experts and dense feed-forward networks.
 
-Source: Hu et al. 2021, arXiv 2106.09685. Each expert has its own A and B. Every forward pass adds
-B A to W before it calls the expert kernel, so adapters work with every kernel.
+``tokenyard.adapter`` has the equation. Experts with adapters are computed by core's grouped
+matmuls, whichever expert kernel the layer has; see ``tokenyard.experts._lora``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tokenyard.errors import ConfigError
-from tokenyard.experts import Experts
-from tokenyard.experts._weights import local_weight
-from tokenyard.interfaces import ExpertWeights
-from tokenyard.moe import moe_layers
+from tokenyard.adapter import LoraAdapter, LoraSettings
+from tokenyard.errors import ConfigError, did_you_mean
 from tokenyard.sharded import is_sharded
 
-LoraTarget = Literal["up", "down"]
-"""The expert weight that an adapter changes."""
+ALL_LINEAR = "all-linear"
+"""Target that stands for all weights that may have an adapter, without the head."""
 
 
-class LoraAdapter(nn.Module):
-    """Adds low-rank matrices to the `up` and `down` weights of an `Experts`, or to one of them.
+class LoraWeight(NamedTuple):
+    """A weight that may have an adapter."""
 
-    Parameters: `up_a` [E, rank, D], `up_b` [E, 2F or F, rank], `down_a` [E, rank, F] and `down_b`
-    [E, D, rank]. B is initially zero, so a new adapter does not change the output.
+    owner: Any  # the module
+    attribute: str  # its name in the module
+
+    @property
+    def tensor(self) -> Tensor:
+        """Return the weight."""
+        tensor: Tensor = getattr(self.owner, self.attribute)
+        return tensor
+
+
+def lora_weights(model: nn.Module) -> dict[str, LoraWeight]:
+    """Return by name the weights that may have an adapter.
+
+    They are those of linear layers, of experts and of dense feed-forward networks. The router has
+    none.
     """
-
-    def __init__(self, experts: Experts, rank: int, alpha: float, targets: Sequence[LoraTarget]):
-        super().__init__()
-        self.scale = alpha / rank
-        for target in targets:
-            weight: Tensor = getattr(experts, target)
-            count, rows, columns = weight.shape
-            self.register_parameter(
-                f"{target}_a", nn.Parameter(weight.new_empty(count, rank, columns))
-            )
-            self.register_parameter(
-                f"{target}_b", nn.Parameter(weight.new_zeros(count, rows, rank))
-            )
-            nn.init.uniform_(getattr(self, f"{target}_a"), -(columns**-0.5), columns**-0.5)
-
-    def forward(self, weights: ExpertWeights) -> ExpertWeights:
-        """Return the weights plus their low-rank deltas, in the dtype of the weights."""
-        adapted = {
-            name: weight + self.delta(name, weight.dtype)
-            for name, weight in weights._asdict().items()
-            if self.has(name)
-        }
-        return weights._replace(**adapted)
-
-    def has(self, target: str) -> bool:
-        """Return True if this adapter changes the weight `target`."""
-        return f"{target}_a" in self._parameters
-
-    def delta(self, target: str, dtype: torch.dtype) -> Tensor:
-        """Return alpha / rank * B A [E, rows, columns] for the experts of this rank."""
-        a, b = (local_weight(getattr(self, f"{target}_{name}"), dtype) for name in "ab")
-        return self.scale * torch.bmm(b.to(dtype), a.to(dtype))
+    found: dict[str, LoraWeight] = {}
+    for prefix, module in model.named_modules():
+        names = ("weight",) if isinstance(module, nn.Linear) else ()
+        for attribute in getattr(module, "lora_weights", names):
+            found[f"{prefix}.{attribute}".lstrip(".")] = LoraWeight(module, attribute)
+    return found
 
 
 def add_lora(
-    model: nn.Module, rank: int, alpha: float, targets: Sequence[LoraTarget] = get_args(LoraTarget)
+    model: nn.Module, settings: LoraSettings, targets: Sequence[str] | str = ALL_LINEAR
 ) -> None:
-    """Add an adapter to the experts of every MoE layer, and freeze all other parameters.
+    """Add adapters to the weights that `targets` name, and freeze all other parameters.
 
-    Raises ConfigError if the model has no experts or already has adapters.
+    A target is a pattern of `lora_weights`, such as ``blocks.*.attention.qkv.weight``, or of the
+    end of a name, such as ``attention.*`` or ``experts.up``. ``all-linear`` stands for all of them
+    but the head. Raises ConfigError for a target without a match, and for a model that has adapters
+    already.
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise ConfigError("lora is for experts, and the model has none")
-    if any(moe.experts.adapter is not None for moe in layers):
+    if any(isinstance(module, LoraAdapter) for module in model.modules()):
         raise ConfigError(
-            "the model's experts have adapters already; merge_lora makes them part of the weights"
+            "the model has adapters already; merge_lora makes them part of the weights"
         )
+    chosen = _chosen(model, targets)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for moe in layers:
-        moe.experts.adapter = LoraAdapter(moe.experts, rank, alpha, targets)
+    owners = {id(weight.owner): weight.owner for weight in chosen}
+    for key, owner in owners.items():
+        names = [weight.attribute for weight in chosen if id(weight.owner) == key]
+        weights = {name: getattr(owner, name) for name in names}
+        owner.adapter = LoraAdapter(weights, getattr(owner, "lora_parts", {}), settings)
+        if isinstance(owner, nn.Linear):
+            owner.adapter.hook = owner.register_forward_hook(_add_adapter)
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, Any, LoraAdapter]]:
+    """Yield the name, the owner and the adapter of each module that has one."""
+    for name, module in model.named_modules():
+        adapter = getattr(module, "adapter", None)
+        if isinstance(adapter, LoraAdapter):
+            yield name, module, adapter
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add each adapter's delta to its weights, and remove the adapters.
+    """Add each adapter's change to its weights, and remove the adapters.
 
     Raises ConfigError if the model is sharded.
     """
-    for moe in moe_layers(model):
-        experts = moe.experts
-        adapter = experts.adapter
-        if not isinstance(adapter, LoraAdapter):
-            continue
-        if is_sharded(experts.up):
-            raise ConfigError(
-                "a sharded model's adapters cannot be merged; load it in one process first"
-            )
-        for target in filter(adapter.has, get_args(LoraTarget)):
-            weight: Tensor = getattr(experts, target)
+    for _, owner, adapter in list(adapters(model)):
+        for target in adapter.targets:
+            weight: Tensor = getattr(owner, target)
+            if is_sharded(weight):
+                raise ConfigError(
+                    "a sharded model's adapters cannot be merged; load it in one process first"
+                )
             wide = torch.promote_types(weight.dtype, torch.float32)
             weight.copy_(weight.to(wide) + adapter.delta(target, wide))
-        experts.adapter = None
+        if adapter.hook is not None:
+            adapter.hook.remove()
+        owner.adapter = None
+
+
+def head_inputs(x: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return the x and the weight of a head whose matmul `predict` computes, adapter included."""
+    adapter = getattr(head, "adapter", None)
+    if not isinstance(adapter, LoraAdapter):
+        return x, head.weight
+    return adapter.widened(x, head.weight, "weight")
+
+
+def _add_adapter(linear: Any, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    added: Tensor = linear.adapter(y, inputs[0], "weight")
+    return added
+
+
+def _chosen(model: nn.Module, targets: Sequence[str] | str) -> list[LoraWeight]:
+    weights = lora_weights(model)
+    if targets == ALL_LINEAR:
+        vocabulary = getattr(model, "vocab_size", None)
+        return [weight for weight in weights.values() if not _is_head(weight, vocabulary)]
+    chosen: dict[str, LoraWeight] = {}
+    for target in [targets] if isinstance(targets, str) else targets:
+        names = [name for name in weights if _matches(name, target)]
+        if not names:
+            patterns = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in weights)
+            raise ConfigError(
+                f"lora target {target!r} matches no weight{did_you_mean(target, patterns)}; those "
+                f"that may have an adapter are: {', '.join(patterns) or 'none'}"
+            )
+        chosen |= {name: weights[name] for name in names}
+    return list(chosen.values())
+
+
+def _matches(name: str, target: str) -> bool:
+    return fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}")
+
+
+def _is_head(weight: LoraWeight, vocabulary: int | None) -> bool:
+    return isinstance(weight.owner, nn.Linear) and weight.tensor.shape[0] == vocabulary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from tokenyard.draw import draw_normal, unwrapped
 
 _EMBEDDING_STD = 0.02
 _INTO_RESIDUAL = ("attention.out.weight", "ffn.experts.down", "ffn.shared.down", "ffn.down")
-_ZERO = ("_bias", "adapter.up_b", "adapter.down_b")  # besides vectors that are not of a norm
+_ADAPTER_B = re.compile(r"\.adapter\.\w+_b$")
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def initialize(model: nn.Module, seed: int, layers: int) -> None:
     """
     for wrapped_name, parameter in model.named_parameters():
         name = unwrapped(wrapped_name)
-        if parameter.dim() == 1 or name.endswith(_ZERO):
+        if parameter.dim() == 1 or name.endswith("_bias") or _ADAPTER_B.search(name):
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         else:
             draw_normal(parameter, seed, name, _std(name, parameter.shape, layers))

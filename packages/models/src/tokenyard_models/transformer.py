@@ -28,6 +28,7 @@ from tokenyard import (
     predict,
 )
 from tokenyard.count import kept_by_ffn, saved_by_ffn, weight_flops_per_token
+from tokenyard.lora import head_inputs
 from tokenyard.registry import Request
 from tokenyard_models.attention import Attention
 from tokenyard_models.config import TransformerConfig
@@ -152,8 +153,11 @@ class Transformer(Model):
             if balance is not None:
                 balances.append(balance)
         # Head: [B, S, D] -> [B, S, V]
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return predict(self.norm(x), weight, balances, targets)
+        x = self.norm(x)
+        weight = self.embed.weight
+        if self.head is not None:
+            x, weight = head_inputs(x, self.head)
+        return predict(x, weight, balances, targets)
 
     def _positions(self, ids: Tensor, cache: Cache | None, documents: Documents | None) -> Tensor:
         """Return the positions of ids [B, S]: [S], or [B, S] in documents. Raises ConfigError."""

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenyard.activations import up_rows
+from tokenyard.adapter import LoraAdapter
 from tokenyard.dtypes import compute_dtype
 from tokenyard.errors import ConfigError
+from tokenyard.experts._lora import lora_experts
 from tokenyard.experts._weights import local_weight
 from tokenyard.interfaces import Exchange, ExpertKernel, ExpertWeights, Permutation, Routing
 from tokenyard.reset import reset
@@ -17,13 +19,15 @@ from tokenyard.workload import Workload
 class Experts(nn.Module):
     """Owns the expert weights, and computes tokens through an exchange and an expert kernel.
 
+    With an adapter, grouped matmuls compute them instead of the kernel, see ``tokenyard.lora``.
     It is the nested unit of FSDP and expert parallelism: a strategy may replace the weights by
     shards (DTensor), and `exchange` by one that sends tokens to other ranks.
     """
 
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
-    adapter: nn.Module | None  # maps ExpertWeights to ExpertWeights; see ``tokenyard.lora``
+    adapter: LoraAdapter | None
+    lora_weights = ("up", "down")  # those that may have an adapter
 
     def __init__(
         self, workload: Workload, permutation: Permutation, kernel: ExpertKernel, exchange: Exchange
@@ -69,8 +73,6 @@ class Experts(nn.Module):
             None if self.up_bias is None else local_weight(self.up_bias, dtype),
             None if self.down_bias is None else local_weight(self.down_bias, dtype),
         )
-        if self.adapter is not None:
-            weights = self.adapter(weights)
         x = x.to(dtype)
         if weights.up.dtype != dtype:
             raise ConfigError(
@@ -78,4 +80,7 @@ class Experts(nn.Module):
                 "cast one, or use autocast"
             )
         plan = self.permutation.plan(topk_ids, weights.up.shape[0], rows)
-        return self.kernel(x, plan, topk_weights, weights)
+        if self.adapter is None:
+            return self.kernel(x, plan, topk_weights, weights)
+        activation = self.workload.activation
+        return lora_experts(x, plan, topk_weights, weights, self.adapter, activation)

@@ -122,7 +122,7 @@ class FsdpStrategy:
                 moe.workload, moe.experts.permutation, group_mesh.get_group()
             )
         shards = mesh[SHARD].size()
-        stored = moe.experts.up.dtype
+        stored = _trained_dtype(moe.experts)
         computed = moe.workload.dtype
         # Experts cast their weights to the compute dtype anyway, so they are gathered in it
         narrow = computed.itemsize < stored.itemsize
@@ -143,7 +143,7 @@ class FsdpStrategy:
     ) -> Any:
         if policy is None:
             # The weights may become 16-bit later; gradients are summed in today's dtype.
-            dtype = next((p.dtype for p in module.parameters()), None)
+            dtype = _trained_dtype(module)
             policy = MixedPrecisionPolicy(reduce_dtype=dtype, cast_forward_inputs=False)
         unit: Any = fully_shard(
             module,
@@ -170,6 +170,12 @@ class DdpStrategy(FsdpStrategy):
     def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0):
         replicas = started_processes()
         super().__init__(device, replicate=replicas, reshard_after_forward=False, timeout=timeout)
+
+
+def _trained_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of the parameters that are trained; without any, of the frozen ones."""
+    parameters = sorted(module.parameters(), key=lambda p: not p.requires_grad)
+    return parameters[0].dtype
 
 
 def _collective_timeout(seconds: float) -> timedelta:

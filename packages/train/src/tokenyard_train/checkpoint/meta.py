@@ -27,6 +27,7 @@ class _Lora(BaseModel):
 
     rank: int = Field(ge=1, strict=True)
     alpha: float = Field(gt=0, strict=True)
+    use_rslora: bool = Field(False, strict=True)
 
 
 class _Config(BaseModel):

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from tokenyard import LoraAdapter, TokenyardError, started_processes
+from tokenyard import LoraAdapter, LoraSettings, TokenyardError, started_processes
 from tokenyard_train.checkpoint.compare import ADAPTER
 from tokenyard_train.checkpoint.manifest import CheckpointError, find_fault, is_checkpoint, verify
 from tokenyard_train.checkpoint.meta import read_meta
@@ -124,7 +124,9 @@ def load_model(model: nn.Module, checkpoint: Path) -> None:
     tensors = model_tensors(model)
     lora = read_meta(checkpoint)["config"].get("lora")
     if lora:
-        _check_scale(model, checkpoint, lora["alpha"] / lora["rank"])
+        stabilized = lora.get("use_rslora", False)
+        settings = LoraSettings(lora["rank"], lora["alpha"], rank_stabilized=stabilized)
+        _check_scale(model, checkpoint, settings.scale)
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if ADAPTER not in name}
     read_tensors(checkpoint, tensors)
@@ -135,7 +137,7 @@ def _check_scale(model: nn.Module, checkpoint: Path, scale: float) -> None:
         if isinstance(module, LoraAdapter) and not math.isclose(module.scale, scale):
             raise CheckpointError(
                 f"checkpoint {checkpoint} has adapters with lora.alpha / lora.rank {scale:g}, and "
-                f"the config's is {module.scale:g}; give the same alpha and rank"
+                f"the config's is {module.scale:g}; give the same alpha, rank and use_rslora"
             )
 
 

@@ -32,6 +32,7 @@ from tokenyard_train.engine.out_of_memory import check_batch_fits, out_of_memory
 from tokenyard_train.engine.precision import BF16_MASTER, narrow
 from tokenyard_train.engine.setup import run_batches, schedule_warnings
 from tokenyard_train.engine.summary import describe_tokenizer
+from tokenyard_train.engine.trainable import describe_trainable
 from tokenyard_train.optional import require
 
 log = logging.getLogger("tokenyard")
@@ -94,6 +95,7 @@ def _model_rows(config: TrainConfig, model: Model) -> Rows:
     forward = model.flops_per_token(config.max_seq_len)
     yield "name", config.model["name"]
     yield "parameters", f"{size.total:,}, of which {size.experts:,} in experts"
+    yield "trainable", describe_trainable(model)
     yield "active parameters", f"{size.active:,} for each token"
     yield "FLOPs per token", f"{_count(forward)} forward, {_count(3 * forward)} in training"
     yield "computes", f"{config.precision} on {config.device}"

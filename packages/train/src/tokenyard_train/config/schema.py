@@ -11,7 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
+from tokenyard import LoraSettings
 from tokenyard.errors import did_you_mean
+from tokenyard.lora import ALL_LINEAR
 from tokenyard_models.strict_config import Strict
 from tokenyard_train.config import foundry
 from tokenyard_train.config.duration import Duration, Span
@@ -184,16 +186,23 @@ class Callbacks(Strict):
 
 
 class LoraConfig(Section):
-    """LoRA adapters of the experts: W + alpha / rank * B A. Trains them and `train_also` only."""
+    """LoRA adapters: y = x W^T + alpha / rank * (x A^T) B^T. Trains A, B and `train_also` only."""
 
     rank: Count = 8  # rank of the adapters: rows of A, columns of B
     alpha: float = Field(16.0, gt=0, le=1e6)  # adapters are scaled by alpha / rank
-    targets: list[Literal["up", "down"]] = Field(
-        # expert weights that get adapters
-        ["up", "down"],
+    targets: list[str] | str = Field(
+        # name patterns of weights that get adapters, such as attention.* or experts.up;
+        # all-linear: those of attention, experts, shared experts and dense layers
+        ALL_LINEAR,
         min_length=1,
     )
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the input of A, while training
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (rank-stabilised)
     train_also: list[str] = []  # name patterns of other parameters to train, such as *norm*
+
+    def settings(self) -> LoraSettings:
+        """Return the options of the adapters."""
+        return LoraSettings(self.rank, self.alpha, self.dropout, self.use_rslora)
 
 
 class Backends(Section):
@@ -279,7 +288,7 @@ class TrainConfig(Section):
     save_num_checkpoints_to_keep: int = -1  # newest checkpoints to keep; -1: all
     save_async: bool = False  # write checkpoints in the background, from a copy in host memory
     save_overwrite: bool = False  # delete an existing run in save_folder
-    lora: LoraConfig | None = None  # train adapters of the experts instead of the weights
+    lora: LoraConfig | None = None  # train low-rank adapters instead of the weights
     frozen: list[str] = (
         # name patterns of parameters that are not trained, such as blocks.*.ffn.experts.*
         []

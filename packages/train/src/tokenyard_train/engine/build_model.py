@@ -7,7 +7,7 @@ import torch
 from tokenyard import ConfigError, Model, Strategy, default_registry, started_processes
 from tokenyard.model import missing_part
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.engine.precision import COMPUTE_DTYPES
+from tokenyard_train.engine.precision import BF16_MASTER, COMPUTE_DTYPES, narrow_frozen
 from tokenyard_train.engine.trainable import adapt, freeze
 
 
@@ -17,6 +17,8 @@ def build_model(config: TrainConfig) -> tuple[Strategy, Model]:
     if config.lora is not None:
         adapt(model, config.lora)
     freeze(model, config.frozen)
+    if config.lora is not None and config.precision == BF16_MASTER:
+        narrow_frozen(model)
     choice = config.parallel.strategy
     strategy: Strategy = (
         default_registry().choose("strategy", choice).construct(device=torch.device(config.device))

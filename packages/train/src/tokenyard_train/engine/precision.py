@@ -22,6 +22,16 @@ def narrow(model: nn.Module) -> None:
     model._apply(lambda t: t.to(torch.bfloat16) if isinstance(t, nn.Parameter) else t)
 
 
+def narrow_frozen(model: nn.Module) -> None:
+    """Convert the frozen parameters of a model on the meta device to bfloat16.
+
+    Unlike those of `narrow`, they never take the memory of float32.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 @contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
     """Compute in a precision: autocast to bfloat16 for ``amp_bf16``, no autocast for any other."""

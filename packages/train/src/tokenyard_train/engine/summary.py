@@ -14,6 +14,7 @@ from tokenyard_train.data import Data, PackedDocuments
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.setup import schedule_warnings
 from tokenyard_train.engine.state import Run
+from tokenyard_train.engine.trainable import describe_trainable, trainable
 
 log = logging.getLogger("tokenyard")
 
@@ -33,6 +34,8 @@ def announce(run: Run) -> None:
     )
     if isinstance(setup.data.train, PackedDocuments):
         setup.console.print(f"training text: {setup.data.train.describe()}")
+    if len(trainable(setup.model)) < len(list(setup.model.parameters())):
+        setup.console.print(f"trainable: {describe_trainable(setup.model)}", highlight=False)
     if is_rank0():
         for warning in schedule_warnings(config, setup.data):
             log.warning("%s", warning)

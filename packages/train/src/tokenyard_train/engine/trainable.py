@@ -25,12 +25,12 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def adapt(model: nn.Module, lora: LoraConfig) -> None:
-    """Add LoRA adapters to a model's experts; train only these and what `train_also` names.
+    """Add LoRA adapters to a model; train only these and what `train_also` names.
 
-    Raises ConfigError for a model without experts, or a pattern that matches nothing.
+    Raises ConfigError for a pattern that matches nothing.
     """
     with torch.device("meta"):
-        add_lora(model, lora.rank, lora.alpha, lora.targets)
+        add_lora(model, lora.settings(), lora.targets)
     for _, parameter in matching(model, lora.train_also, "lora.train_also"):
         parameter.requires_grad_(True)
 
@@ -38,6 +38,14 @@ def adapt(model: nn.Module, lora: LoraConfig) -> None:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that the optimizer updates, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """Return the numbers of trained and of all parameters."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in trainable(model).values())
+    share = "" if trained == total else f" ({trained / total:.2%})"
+    return f"{trained:,} of {total:,} parameters{share}"
 
 
 def matching(
