@@ -25,8 +25,12 @@ def layouts():
 
 LAYOUTS = list(layouts())
 RECOMPUTES = ("", "whole", "selective")
-CASES = [Case(*options) for options in product(ROUTINGS, (1, 3), RECOMPUTES, (False, True))]
-MUON = [case._replace(muon=True) for case in CASES]
+TRAINED = ((False, False), (True, False), (False, True))  # frozen experts, adapters
+CASES = [
+    Case(routing, accumulation, recompute, *trained)
+    for routing, accumulation, recompute, trained in product(ROUTINGS, (1, 3), RECOMPUTES, TRAINED)
+]
+MUON = [case._replace(muon=True) for case in CASES if not case.lora]
 
 
 @pytest.mark.parametrize(("layout", "case"), pairwise(LAYOUTS, [*CASES, *MUON]), ids=str)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tokenyard import (
     Balance,
+    LoraSettings,
     MoE,
     RoutingRule,
     Strategy,
     Workload,
+    add_lora,
     default_registry,
     load_balancing_loss,
     z_loss,
@@ -28,6 +30,7 @@ from tokenyard_train.engine.optimizer import build_optimizer
 
 FFN = 12
 EXPERTS = 8
+LORA = LoraSettings(4, 6.0)
 
 
 class Layout(NamedTuple):
@@ -60,6 +63,7 @@ class Case(NamedTuple):
     accumulation: int = 1
     recompute: str = ""  # whole, selective
     frozen: bool = False
+    lora: bool = False
     dtype: torch.dtype = torch.float64
     steps: int = 1
     device: str = "cpu"
@@ -74,6 +78,7 @@ class Case(NamedTuple):
         parts = [self.routing, f"x{self.accumulation}"]
         parts += [f"recompute_{self.recompute}"] * bool(self.recompute)
         parts += ["frozen"] * self.frozen
+        parts += ["lora"] * self.lora
         parts += ["muon"] * self.muon
         return "-".join([*parts, str(self.dtype).removeprefix("torch."), f"{self.steps}"])
 
@@ -118,6 +123,8 @@ def build(layout: Layout, case: Case) -> tuple[Strategy, nn.Module]:
     assert strategy.unusable(model) is None
     for block in model.blocks if case.frozen else ():
         block.moe.experts.requires_grad_(False)
+    if case.lora:
+        add_lora(model, LORA)
     model = strategy.layout(model).to_empty(device=case.device)
     initialize(model, seed=5)
     for buffer in model.buffers():
