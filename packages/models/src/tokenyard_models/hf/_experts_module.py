@@ -52,7 +52,7 @@ def activation(module: Any) -> str | None:
         act_fn = getattr(module, "act_fn", F.silu)
         if act_fn is not F.silu and function_name(act_fn) != "silu":
             return None
-        return _own_swiglu(type(module), _first(module, _ALPHAS), _first(module, _LIMITS))
+        return own_swiglu(type(module), _first(module, _ALPHAS), _first(module, _LIMITS))
     name = function_name(module.act_fn)
     return _GATED.get(name or "") if module.has_gate else name
 
@@ -105,15 +105,12 @@ def _first(module: Any, names: tuple[str, ...]) -> float | None:
     return next((float(value) for value in values if value is not None), None)
 
 
-def _own_swiglu(cls: Any, alpha: float | None, limit: float | None) -> str | None:
+def own_swiglu(cls: Any, alpha: float | None, limit: float | None) -> str | None:
     """Return the SwiGLU that a class's `_apply_gate` equals on a probe, or None.
 
     The compiler calls this instead of reading its code.
     """
     return _probe(cls, alpha, limit)
-
-
-torch.compiler.assume_constant_result(_own_swiglu)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from tokenyard_models.hf._experts_module import (
     activation,
     function_name,
     gated,
+    own_swiglu,
     unsupported,
     weights,
 )
@@ -57,6 +58,7 @@ def use_in_transformers() -> None:
     # The compiler calls these instead of reading their code, which chooses backends and logs.
     torch.compiler.allow_in_graph(_compute)
     torch.compiler.assume_constant_result(_warn_once)
+    torch.compiler.assume_constant_result(own_swiglu)
     # Not by transformers' own API to replace a class: that one imports all of its models.
     modeling_dbrx.DbrxExperts = _dbrx_class()
     choose = PreTrainedModel.get_correct_experts_implementation
