@@ -101,7 +101,8 @@ def test_gradients_follow_from_those_of_the_weights(activation, settings):
     for name, (owner, attribute) in lora_weights(merged).items():
         adapter = name.removesuffix(attribute) + f"adapter.{attribute}"
         a, b = (matrices[f"{adapter}_{one}"] for one in "ab")
-        sizes = getattr(owner, "lora_parts", {}).get(attribute, [b.shape[-2]])
+        fused = getattr(owner, "fused_rows", {}) if b.dim() == 2 else {}
+        sizes = fused.get(attribute, [b.shape[-2]])
         parts = list(
             zip(want[name].split(sizes, -2), a.split(settings.rank, -2), b.split(sizes, -2))
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenyard.activations import activate, is_gated, up_rows
+from tokenyard.activations import activate, up_rows
 from tokenyard.adapter import LoraAdapter
 from tokenyard.reset import reset
 
@@ -24,7 +24,6 @@ class FeedForward(nn.Module):
         self.activation = activation
         self.adapter = None
         # the gate and the up projection are one weight
-        self.lora_parts = {"up": (ffn_dim, ffn_dim)} if is_gated(activation) else {}
         rows = up_rows(activation, ffn_dim)
         self.fused_rows = {"up": (ffn_dim,) * (rows // ffn_dim)}
         self.up = nn.Parameter(torch.empty(rows, dim))

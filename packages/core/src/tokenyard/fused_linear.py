@@ -8,11 +8,8 @@ from torch import nn
 
 
 class FusedLinear(nn.Linear):
-    """A linear layer whose output is that of several layers, of `sizes`, side by side.
-
-    With LoRA, each of them has an A of its own.
-    """
+    """A linear layer whose output is that of several layers, of `sizes`, side by side."""
 
     def __init__(self, columns: int, sizes: Sequence[int], bias: bool = True):
         super().__init__(columns, sum(sizes), bias)
-        self.lora_parts = {"weight": tuple(sizes)}
+        self.fused_rows = {"weight": tuple(sizes)}

@@ -7,7 +7,7 @@ matmuls, whichever expert kernel the layer has; see ``tokenyard.experts._lora``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -70,9 +70,15 @@ def add_lora(
     for key, owner in owners.items():
         names = [weight.attribute for weight in chosen if id(weight.owner) == key]
         weights = {name: getattr(owner, name) for name in names}
-        owner.adapter = LoraAdapter(weights, getattr(owner, "lora_parts", {}), settings)
+        owner.adapter = LoraAdapter(weights, _parts(owner, weights), settings)
         if isinstance(owner, nn.Linear):
             owner.adapter.hook = owner.register_forward_hook(_add_adapter)
+
+
+def _parts(owner: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the rows of each matrix of fused dense weights. An expert has one A."""
+    rows: dict[str, tuple[int, ...]] = getattr(owner, "fused_rows", {})
+    return {name: rows[name] for name in weights if name in rows and weights[name].dim() == 2}
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Any, LoraAdapter]]:

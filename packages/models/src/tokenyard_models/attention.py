@@ -32,7 +32,6 @@ class Attention(nn.Module):
         self.theta = config.rope_theta
         self.scaling = config.rope_scaling
         sizes = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
-        self.fused_rows = {"qkv.weight": tuple(sizes)}
         self.qkv = FusedLinear(config.dim, sizes, bias=config.bias)
         self.out = nn.Linear(config.heads * config.head_dim, config.dim, bias=config.bias)
         self.q_norm = _norm(config, config.heads)
