@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.attention.varlen  # defines torch_attn::_varlen_attn
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +37,7 @@ class Calls(TorchDispatchMode):
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
         torch.ops._c10d_functional.all_to_all_single.default,
         torch.ops.tokenyard.experts.default,
         torch.ops.tokenyard.cpu_experts.default,

@@ -17,7 +17,7 @@ NAMES = {
         "void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_128x128_16x5_tn_align4>(Params)",
         "void cublasLt::splitKreduce_kernel<32, 16, int, float, float, float, float, true>",
         "triton_tem_fused_mm_3",
-        *("up_and_activate", "times_weight", "weight_gradient"),
+        *("up_and_activate", "times_weight", "weight_gradient", "sparse_times_dense"),
         *("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm"),
         *("tokenyard::cpu_experts", "tokenyard::cpu_experts_backward", "tokenyard_cuda::logits"),
     ],

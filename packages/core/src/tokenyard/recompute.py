@@ -33,7 +33,11 @@ _ATTENTION = (
     "_efficient_attention_forward",
 )
 _KEPT = frozenset(
-    (*(f"aten::{name}" for name in _MATMULS + _ATTENTION), "_c10d_functional::all_to_all_single")
+    (
+        *(f"aten::{name}" for name in _MATMULS + _ATTENTION),
+        "torch_attn::_varlen_attn",
+        "_c10d_functional::all_to_all_single",
+    )
 )
 
 
