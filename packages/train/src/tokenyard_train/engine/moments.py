@@ -52,14 +52,21 @@ def check_blocks(name: str, parameter: Tensor) -> None:
 
 def new_moment(name: str, parameter: Tensor, stored: str) -> dict[str, Tensor]:
     """Return a moment of zero and, with 8 bits, its scales. `stored` is ``optimizer.moments``."""
-    detached = parameter.detach()
     block = block_size(parameter)
     if stored == "bf16":
-        return {name: torch.zeros_like(detached, dtype=torch.bfloat16)}
+        return {name: _zeros(parameter, torch.bfloat16)}
     if stored == "fp32" or block is None:
-        return {name: torch.zeros_like(detached)}
-    codes = torch.zeros_like(detached, dtype=torch.uint8)
-    return {name: codes, name + SCALE: _scales(detached, block)}
+        return {name: _zeros(parameter, parameter.dtype)}
+    codes = _zeros(parameter, torch.uint8)
+    return {name: codes, name + SCALE: _scales(parameter.detach(), block)}
+
+
+def _zeros(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros, laid out like a parameter."""
+    if parameter.is_meta and not is_sharded(parameter):
+        # zeros_like would import torch's symbolic shapes, which takes a second
+        return torch.zeros(parameter.shape, dtype=dtype, device="meta")
+    return torch.zeros_like(parameter.detach(), dtype=dtype)
 
 
 def _scales(parameter: Tensor, block: int) -> Tensor:

@@ -65,10 +65,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def moment_bytes(self) -> int:
         """Return the bytes of this rank's moments, without allocating any."""
-        states = (
-            self._rules[p].new_state(torch.empty_like(p.detach(), device="meta"))
-            for p in self._parameters()
-        )
+        # On the meta device as it is: empty_like would import torch's symbolic shapes there
+        meta = (p if p.is_meta else torch.empty_like(p, device="meta") for p in self._parameters())
+        states = (self._rules[p].new_state(m) for p, m in zip(self._parameters(), meta))
         return sum(
             local_part(tensor).nbytes
             for state in states
