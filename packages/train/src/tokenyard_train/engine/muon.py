@@ -64,8 +64,8 @@ class Muon:
             )
             masters = [one.master for one in some]
             changes = [direction.to(m.dtype) for direction, m in zip(directions, masters)]
-            torch._foreach_mul_(masters, 1 - rate * self.weight_decay)
-            torch._foreach_mul_(changes, rate)
+            torch._foreach_mul_(masters, (1 - rate * self.weight_decay).to(masters[0].dtype))
+            torch._foreach_mul_(changes, rate.to(masters[0].dtype))
             torch._foreach_sub_(masters, changes)
             if "master" in some[0].state:
                 torch._foreach_copy_([one.weight for one in some], masters)
