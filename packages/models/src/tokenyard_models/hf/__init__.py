@@ -3,6 +3,7 @@
 from tokenyard_models.hf._folder import Folder, WeightsError
 from tokenyard_models.hf._load import from_hf, load_weights
 from tokenyard_models.hf._megablocks import to_megablocks
+from tokenyard_models.hf._peft import PeftFolder, is_peft, to_peft
 from tokenyard_models.hf._read_config import model_section
 from tokenyard_models.hf._save import to_hf
 from tokenyard_models.hf._shards import new_folder
@@ -10,12 +11,15 @@ from tokenyard_models.hf._upcycle import upcycle
 
 __all__ = [
     "Folder",
+    "PeftFolder",
     "WeightsError",
     "from_hf",
+    "is_peft",
     "load_weights",
     "model_section",
     "new_folder",
     "to_hf",
     "to_megablocks",
+    "to_peft",
     "upcycle",
 ]

@@ -72,7 +72,7 @@ def to_hf(
     path = Path(path)
     if path.exists():
         raise WeightsError(f"{path} exists already; give the name of a new folder")
-    hf_format = _format(model, fused)
+    hf_format = format_to_write(model, fused)
     config: Any = model.config
     published = config_json(hf_format, config)
     state = whole_state(model)
@@ -83,7 +83,7 @@ def to_hf(
         checked_map(model, Folder(folder), state)
 
 
-def _format(model: nn.Module, fused: bool) -> HfFormat:
+def format_to_write(model: nn.Module, fused: bool = False) -> HfFormat:
     """Return the format to write: that of the folder the model is from, if transformers loads it.
 
     Otherwise another one of the same definition. Raises WeightsError if there is none. A subclass
