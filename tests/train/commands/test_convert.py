@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="5.14")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, LoraSettings
 from tokenyard.tolerance import relative_error
 from tokenyard_models import WeightsError, from_hf
 from tokenyard_train.commands.generate import generate
@@ -132,6 +132,39 @@ def test_convert_merges_adapters(tokenyard, tuning, published, text, tmp_path):
     assert relative_error(from_hf(tmp_path / "tuned")(ids).logits, want) < 1e-5
 
 
+def test_adapters_go_to_peft_and_back(tokenyard, tuning, published, tmp_path):
+    """PEFT, `generate`, `convert` and a new run load what `convert --to peft` writes."""
+    peft = pytest.importorskip("peft", minversion="0.21")
+    lora = {"rank": 4, "targets": "*", "use_rslora": True}
+    train(read_config(tuning | {"lora": lora, "optimizer": {"lr": 0.01}}), Console(quiet=True))
+    run = tmp_path / "run"
+    folder = tmp_path / "adapters"
+    code, out, errors = tokenyard("convert", str(run), str(folder), "--to", "peft")
+    assert (code, errors) == (0, "")
+    assert f"adapters of {published}" in out
+    ids = torch.randint(0, 257, (2, 20))
+    with torch.no_grad():
+        want = load_trained(run).model(ids).logits
+        tuned = peft.AutoPeftModelForCausalLM.from_pretrained(
+            folder, experts_implementation="eager"
+        )
+        assert relative_error(tuned(ids).logits, want) < 1e-5
+        assert torch.equal(load_trained(folder).model(ids).logits, want)
+    assert tokenyard("convert", str(folder), str(tmp_path / "merged"))[0] == 0
+    assert relative_error(from_hf(tmp_path / "merged")(ids).logits, want) < 1e-5
+
+    changes = {"load_path": str(folder), "save_folder": str(tmp_path / "b"), "max_duration": "1ba"}
+    again = read_config(tuning | changes | {"optimizer": {"name": "adamw", "lr": 1e-30}})
+    assert again.lora.settings() == LoraSettings(4, 16.0, rank_stabilized=True)
+    train(again, Console(quiet=True))
+    assert torch.equal(load_trained(tmp_path / "b").model(ids).logits, want)
+    with pytest.raises(ConfigError, match=r"lora differs from the adapters in load_path .*; drop"):
+        read_config(tuning | changes | {"lora": {"rank": 8}})
+    code, _, errors = tokenyard("convert", str(published), str(tmp_path / "no"), "--to", "peft")
+    assert code == 2
+    assert errors == "error: the model has no LoRA adapters; write it by --to hf\n"
+
+
 def test_a_run_starts_from_the_exact_weights(tuning, published, tmp_path):
     still = {"max_duration": "1ba", "optimizer": {"name": "adamw", "lr": 1e-30}}
     train(read_config(tuning | still), Console(quiet=True))
@@ -216,7 +249,8 @@ def test_convert_writes_a_run_at_step_zero(tokenyard, published, tmp_path):
     [
         (
             ["--to", "hff"],
-            "--to 'hff' is unknown (did you mean 'hf'?); known are: hf, tokenyard, megablocks",
+            "--to 'hff' is unknown (did you mean 'hf'?); known are: hf, tokenyard, megablocks, "
+            "peft",
         ),
         (["--dtype", "float8"], "--dtype 'float8' is unknown"),
     ],

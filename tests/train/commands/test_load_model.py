@@ -23,7 +23,12 @@ def dtype_of_experts(loaded):
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [(None, torch.bfloat16), ("amp_bf16", torch.bfloat16), ("fp32", torch.float32)],
+    [
+        (None, torch.bfloat16),
+        ("amp_bf16", torch.bfloat16),
+        ("bf16_master", torch.bfloat16),
+        ("fp32", torch.float32),
+    ],
 )
 def test_a_run_computes_as_it_was_trained(trained, precision, dtype):
     assert dtype_of_experts(load_trained(trained, "cpu", precision)) == dtype

@@ -61,7 +61,7 @@ def draw_rows(
     draw = _StripeDraw(
         seed, name, std, shape, columns=slice(offsets[-1], offsets[-1] + local.shape[-1])
     )
-    stripes = list(_stripes(rows, _positions(local.shape, shape, offsets), draw.height))
+    stripes = list(_stripes(rows, row_positions(local.shape, shape, offsets), draw.height))
     tasks = [
         stripes[begin : begin + _STRIPES_PER_TASK]
         for begin in range(0, len(stripes), _STRIPES_PER_TASK)
@@ -118,7 +118,7 @@ class _StripeDraw:
                 out.copy_(whole_stripe[positions - begin, self.columns])
 
 
-def _positions(block: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> Tensor:
+def row_positions(block: Sequence[int], whole: Sequence[int], first: Sequence[int]) -> Tensor:
     """Return the index of each row of a block among all rows of the parameter, ascending."""
     positions = torch.zeros((), dtype=torch.int64, device="cpu")
     for count, size, start in zip(block[:-1], whole, first):

@@ -9,6 +9,7 @@ from tokenyard_train.checkpoint.store import (
     newest_good,
     read_newest,
     read_tensors,
+    widen,
 )
 from tokenyard_train.checkpoint.write import clear_unfinished, write_checkpoint
 
@@ -24,5 +25,6 @@ __all__ = [
     "read_newest",
     "read_tensors",
     "verify",
+    "widen",
     "write_checkpoint",
 ]

@@ -30,6 +30,14 @@ class _Lora(BaseModel):
     use_rslora: bool = Field(False, strict=True)
 
 
+class _Base(BaseModel):
+    """The base of a checkpoint that holds adapters alone."""
+
+    path: str | None  # None: the initial weights of `seed`
+    seed: int
+    digest: str
+
+
 class _Config(BaseModel):
     """What is read of a saved config by itself. The rest is compared, or validated as a config."""
 
@@ -50,6 +58,7 @@ class _Meta(BaseModel):
     metrics_bytes: _Count = 0  # size of metrics.jsonl at that time
     optimizer_steps: dict[str, _Count] = {}  # steps of each trained parameter
     config: _Config  # the resolved config
+    base: _Base | None = None  # of adapters; None: the checkpoint holds the whole model
     data: dict[str, str] | None = None  # digests of text and tokenizer; older ones have none
 
 

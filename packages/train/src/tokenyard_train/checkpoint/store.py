@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from tokenyard import LoraAdapter, LoraSettings, TokenyardError, started_processes
+from tokenyard.sharded import is_sharded
 from tokenyard_train.checkpoint.compare import ADAPTER
-from tokenyard_train.checkpoint.manifest import CheckpointError, find_fault, is_checkpoint, verify
+from tokenyard_train.checkpoint.manifest import CheckpointError, find_fault, is_checkpoint
 from tokenyard_train.checkpoint.meta import read_meta
 from tokenyard_train.distributed import is_rank0, map_over_ranks, on_rank0
 
@@ -114,22 +116,31 @@ def read_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     read_into(checkpoint, tensors)
 
 
-def load_model(model: nn.Module, checkpoint: Path) -> None:
-    """Verify a checkpoint and fill the model's tensors from it.
+def widen(tensor: Tensor) -> Tensor:
+    """Return a bfloat16 tensor in float32: in host memory if it is not sharded."""
+    return tensor.float() if is_sharded(tensor) else tensor.to("cpu", torch.float32)
 
-    New LoRA adapters keep their initial values if the checkpoint was trained without any. Raises
+
+def load_model(model: nn.Module, checkpoint: Path) -> None:
+    """Fill a model's tensors from a verified checkpoint, except a base that it does not hold.
+
+    New LoRA adapters keep their initial values if the checkpoint was trained without any. A
+    checkpoint has float32 weights in every precision, so those in bfloat16 here are rounded. Raises
     CheckpointError, also for adapters of another scale.
     """
-    verify(checkpoint)
-    tensors = model_tensors(model)
-    lora = read_meta(checkpoint)["config"].get("lora")
+    meta = read_meta(checkpoint)
+    tensors = model_tensors(model, adapters_only=meta["base"] is not None)
+    lora = meta["config"].get("lora")
     if lora:
         stabilized = lora.get("use_rslora", False)
         settings = LoraSettings(lora["rank"], lora["alpha"], rank_stabilized=stabilized)
         _check_scale(model, checkpoint, settings.scale)
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if ADAPTER not in name}
-    read_tensors(checkpoint, tensors)
+    wide = {name: widen(t) for name, t in tensors.items() if t.dtype == torch.bfloat16}
+    read_tensors(checkpoint, tensors | wide)
+    for name, tensor in wide.items():
+        tensors[name].copy_(tensor)
 
 
 def _check_scale(model: nn.Module, checkpoint: Path, scale: float) -> None:
@@ -141,6 +152,14 @@ def _check_scale(model: nn.Module, checkpoint: Path, scale: float) -> None:
             )
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's state dict with the names used in checkpoints."""
-    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+def model_tensors(model: nn.Module, adapters_only: bool = False) -> dict[str, Tensor]:
+    """Return a model's state dict with the names used in checkpoints.
+
+    `adapters_only` leaves out the frozen parameters.
+    """
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {
+        f"model.{name}": tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if not (adapters_only and name in frozen)
+    }

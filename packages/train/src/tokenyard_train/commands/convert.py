@@ -11,7 +11,7 @@ from rich.console import Console
 from tokenyard import ConfigError, Model, count_parameters, merge_lora
 from tokenyard.errors import one_of
 from tokenyard_models import from_hf, to_hf
-from tokenyard_models.hf import Folder, model_section, new_folder, to_megablocks
+from tokenyard_models.hf import Folder, model_section, new_folder, to_megablocks, to_peft
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
 from tokenyard_train.commands.export_tokenizer import tokenizer_folder
 from tokenyard_train.commands.load_model import load_weights_only
@@ -21,11 +21,13 @@ from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.folder_lock import lock_new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FORMATS = ("hf", "tokenyard", "megablocks")
+_FORMATS = ("hf", "tokenyard", "megablocks", "peft")
 
 
 def convert(options: ConvertOptions, console: Console) -> None:
-    """Write a model in another format to a new folder, with LoRA adapters merged; print its size.
+    """Write a model in another format to a new folder; print its size.
+
+    LoRA adapters are merged, except for `to` peft, which writes them alone.
 
     `dtype` (a name in DTYPES), `fused` and `like` have the meaning of `to_hf`. Without `like`, a
     Hugging Face folder gets the tokenizer that the weights were trained with. Raises TokenyardError
@@ -39,21 +41,25 @@ def convert(options: ConvertOptions, console: Console) -> None:
     with lock_new_folder(options.target):
         if options.target.exists():
             raise ConfigError(f"{options.target} exists already; give the name of a new folder")
-        model = _write(options)
+        written = _write(options)
     console.print(
-        f"wrote {options.target}: {model.definition}, {count_parameters(model).total:,} parameters",
+        f"wrote {options.target}: {written}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
 
 
-def _write(options: ConvertOptions) -> Model:
-    """Write the folder, and return the model that is in it."""
+def _write(options: ConvertOptions) -> str:
+    """Write the folder, and describe what is in it."""
     if options.to == "tokenyard":
-        return _write_run(options.source, options.target, options.tokenizer)
-    loaded = load_weights_only(options.source)
+        return _describe(_write_run(options.source, options.target, options.tokenizer))
+    loaded = load_weights_only(options.source, options.base)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
+    if options.to == "peft":
+        base = None if loaded.source is None else str(loaded.source.resolve())
+        count = to_peft(loaded.model, options.target, base=base, dtype=dtype)
+        return f"adapters of {base or 'a base without a folder'}, {count:,} parameters"
     merge_lora(loaded.model)
     if options.to == "megablocks":
         to_megablocks(loaded.model, options.target, dtype=dtype)
@@ -63,7 +69,11 @@ def _write(options: ConvertOptions) -> Model:
         like = nullcontext(options.like) if options.like else tokenizer_folder(loaded)
         with like as folder:
             to_hf(loaded.model, options.target, like=folder, dtype=dtype, fused=options.fused)
-    return loaded.model
+    return _describe(loaded.model)
+
+
+def _describe(model: Model) -> str:
+    return f"{model.definition}, {count_parameters(model).total:,} parameters"
 
 
 def _write_run(source: Path, target: Path, tokenizer: str | None) -> Model:

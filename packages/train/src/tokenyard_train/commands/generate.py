@@ -14,7 +14,7 @@ def generate(options: GenerateOptions) -> list[str]:
 
     `device` and `precision` are those of `load_trained`. Raises TokenyardError.
     """
-    loaded = load_trained(options.model, options.device, options.precision)
+    loaded = load_trained(options.model, options.device, options.precision, options.base)
     if options.tokenizer is None:
         tokenizer = build_tokenizer(loaded.tokenizer)
     else:

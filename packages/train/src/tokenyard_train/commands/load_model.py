@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tokenyard import ConfigError, Model, resolve_device
+from tokenyard import ConfigError, Model, add_lora, resolve_device
 from tokenyard.bounded import read_json
 from tokenyard.sharded import allocate
 from tokenyard_models import from_hf
+from tokenyard_models.hf import PeftFolder, is_peft
 from tokenyard_train.checkpoint import (
     is_checkpoint,
-    model_tensors,
     read_meta,
     read_newest,
-    read_tensors,
     verify,
 )
 from tokenyard_train.config.comparable import comparable_config
@@ -27,7 +25,14 @@ from tokenyard_train.config.load import read_config
 from tokenyard_train.data.paths import HF
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.engine.build_model import build_model
-from tokenyard_train.engine.precision import COMPUTE_DTYPES, check_precision, computing_in
+from tokenyard_train.engine.precision import (
+    BF16_MASTER,
+    COMPUTE_DTYPES,
+    check_precision,
+    computing_in,
+    narrow,
+)
+from tokenyard_train.engine.resume import load_checkpoint
 
 log = logging.getLogger("tokenyard")
 
@@ -46,26 +51,36 @@ class LoadedModel(NamedTuple):
         return computing_in(self.precision or "fp32", next(self.model.parameters()).device)
 
 
-def load_trained(path: Path, device: str = "auto", precision: str | None = None) -> LoadedModel:
-    """Load a Hugging Face folder, a checkpoint, or a run's newest good checkpoint on a device.
+def load_trained(
+    path: Path, device: str = "auto", precision: str | None = None, base: Path | None = None
+) -> LoadedModel:
+    """Load a folder of Hugging Face or PEFT, a checkpoint, or a run's newest good one on a device.
 
-    `precision` is one of COMPUTE_DTYPES. The default is the precision of training for a run, and
-    the dtype of the weights for a Hugging Face folder. Raises TokenyardError.
+    `base` is where the base of adapters is now, if it moved. `precision` is one of COMPUTE_DTYPES.
+    The default is the precision of training for a run, and the dtype of the weights for a Hugging
+    Face folder. Raises TokenyardError.
     """
     target = resolve_device(device, "--device")
     if precision is not None:
         check_precision(precision, "--precision")
     if _is_hf_folder(path):
         return _load_hf_folder(path, target, precision)
+    if is_peft(path):
+        return _load_adapters(path, target, precision, base)
     overrides = {} if precision is None else {"precision": precision}
-    return _load_run(path, {"device": str(target)} | overrides)
+    return _load_run(path, {"device": str(target)} | overrides, base)
 
 
-def load_weights_only(path: Path) -> LoadedModel:
-    """Load a model into host memory to read its weights. Ignores the config's backends."""
+def load_weights_only(path: Path, base: Path | None = None) -> LoadedModel:
+    """Load a model into host memory to read its weights. Ignores the config's backends.
+
+    `base` is where the base of adapters is now, if it moved.
+    """
     if _is_hf_folder(path):
         return _load_hf_folder(path, torch.device("cpu"), None)
-    return _load_run(path, {"device": "cpu", "backends": {}})
+    if is_peft(path):
+        return _load_adapters(path, torch.device("cpu"), None, base)
+    return _load_run(path, {"device": "cpu", "backends": {}, "precision": "fp32"}, base)
 
 
 def _is_hf_folder(path: Path) -> bool:
@@ -82,12 +97,23 @@ def _load_hf_folder(path: Path, device: torch.device, precision: str | None) -> 
     return LoadedModel(model, precision, TokenizerConfig(name=str(path)), stop_ids(path), path)
 
 
-def _load_run(path: Path, overrides: dict[str, Any]) -> LoadedModel:
+def _load_adapters(
+    path: Path, device: torch.device, precision: str | None, base: Path | None
+) -> LoadedModel:
+    """Load a folder of PEFT, and the Hugging Face folder that its adapters are for."""
+    folder = PeftFolder(path)
+    loaded = _load_hf_folder(base or folder.base, device, precision)
+    add_lora(loaded.model, folder.settings, folder.targets(loaded.model))
+    folder.fill(loaded.model)
+    return loaded
+
+
+def _load_run(path: Path, overrides: dict[str, Any], base: Path | None) -> LoadedModel:
     """Load a checkpoint, or a run's newest good one, with some keys of its config replaced."""
     if is_checkpoint(path):
         verify(path)
-        return _load_checkpoint(path, overrides)
-    loaded = read_newest(path, lambda newest: _load_checkpoint(newest, overrides))
+        return _load_checkpoint(path, overrides, base)
+    loaded = read_newest(path, lambda newest: _load_checkpoint(newest, overrides, base))
     if loaded is None:
         raise ConfigError(
             f"{path} holds no checkpoint; give the folder of a run, such as runs/quickstart, "
@@ -96,7 +122,7 @@ def _load_run(path: Path, overrides: dict[str, Any]) -> LoadedModel:
     return loaded
 
 
-def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any]) -> LoadedModel:
+def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any], base: Path | None) -> LoadedModel:
     """Load a verified checkpoint, with some keys of its config replaced."""
     # The batch size of one process. The weights come from the checkpoint, not from load_path.
     inference = {"global_train_batch_size": 1, "device_train_microbatch_size": 1, "load_path": None}
@@ -104,15 +130,18 @@ def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any]) -> LoadedModel
     config = read_config(comparable_config(saved) | inference | overrides)
     _, model = build_model(config)
     allocate(model, config.device)
-    read_tensors(checkpoint, model_tensors(model))
-    source = _hf_source(saved)
+    for buffer in model.buffers():
+        buffer.zero_()
+    origin = load_checkpoint(model, checkpoint, base)
+    if config.precision == BF16_MASTER:
+        narrow(model)
+    source = _hf_source(saved.get("load_path")) or _hf_source(origin.path)
     stops = frozenset[int]() if source is None else stop_ids(source)
     return LoadedModel(model, config.precision, config.tokenizer, stops, source)
 
 
-def _hf_source(config: Mapping[str, Any]) -> Path | None:
+def _hf_source(load_path: str | None) -> Path | None:
     """Return the Hugging Face folder that a run started from, if it still exists."""
-    load_path = config.get("load_path")
     if not load_path:
         return None
     folder = Path(load_path.removeprefix(HF))

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    Path, typer.Argument(help="Folder of a run or a checkpoint, or a Hugging Face folder.")
+    Path, typer.Argument(help="Folder of a run or a checkpoint, or one of Hugging Face or PEFT.")
 ]
 Target = Annotated[Path, typer.Argument(help="Output folder. It must not exist.")]
 Tokenizer = Annotated[
@@ -27,6 +27,11 @@ Precision = Annotated[
             "Default: the precision of training, or a folder's weight dtype."
         )
     ),
+]
+
+Base = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the base that the model's adapters are for. Default: as trained."),
 ]
 
 
@@ -49,6 +54,7 @@ class GenerateOptions:
     tokenizer: Tokenizer = None
     device: Device = "auto"
     precision: Precision = None
+    base: Base = None
 
     @property
     def prompts(self) -> list[str]:
@@ -62,7 +68,9 @@ class ConvertOptions:
 
     source: Model
     target: Target
-    to: Annotated[str, typer.Option(help="Output format: hf, tokenyard or megablocks.")] = "hf"
+    to: Annotated[str, typer.Option(help="Output format: hf, tokenyard, megablocks or peft.")] = (
+        "hf"
+    )
     dtype: Annotated[
         str | None, typer.Option(help="Output weight dtype: float32, bfloat16 or float16.")
     ] = None
@@ -74,6 +82,7 @@ class ConvertOptions:
         typer.Option(help="Folder to copy the tokenizer and the token ids from."),
     ] = None
     tokenizer: Tokenizer = None
+    base: Base = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,7 @@ class RoutingOptions:
     )
     device: Device = "auto"
     precision: Precision = None
+    base: Base = None
 
 
 @dataclass(frozen=True)

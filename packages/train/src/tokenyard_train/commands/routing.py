@@ -40,7 +40,7 @@ def measure(options: RoutingOptions) -> tuple[list[LayerReport], int]:
 
     Raises ConfigError if the model has no experts, or the text is empty.
     """
-    loaded = load_trained(options.model, options.device, options.precision)
+    loaded = load_trained(options.model, options.device, options.precision, options.base)
     if not moe_layers(loaded.model):
         raise ConfigError(f"the model in {options.model} has no experts; give one that has")
     if options.tokenizer is None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenyard import ConfigError
-from tokenyard_models.hf import Folder, model_section
+import torch
+
+from tokenyard import ConfigError, default_registry
+from tokenyard_models.hf import Folder, PeftFolder, is_peft, model_section
 from tokenyard_train.data.paths import HF
 
 _LENGTH_KEYS = ("max_seq_len", "max_position_embeddings")
@@ -22,6 +24,8 @@ def with_hf_model(data: Mapping[str, Any]) -> dict[str, Any]:
     neither it nor the folder has a tokenizer, and WeightsError if the folder is unusable.
     """
     path = data.get("load_path")
+    if isinstance(path, str) and is_peft(Path(path).expanduser()):
+        return _with_peft_adapters(data, Path(path).expanduser())
     overrides = data.get("model", {})
     if not isinstance(path, str) or not isinstance(overrides, Mapping):
         return dict(data)
@@ -43,6 +47,28 @@ def with_hf_model(data: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer": _tokenizer(data.get("tokenizer", {}), folder),
     }
     return {"max_seq_len": min(length, _DEFAULT_LENGTH)} | dict(data) | taken
+
+
+def _with_peft_adapters(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return a config with the model, the tokenizer and the adapters of PEFT's folder."""
+    adapters = PeftFolder(path)
+    taken = with_hf_model({**data, "load_path": f"{HF}{adapters.base}"})
+    section = {key: value for key, value in taken["model"].items() if key != "name"}
+    with torch.device("meta"):
+        backend = default_registry().choose("model", taken["model"]["name"])
+        model = backend.construct(section)
+    settings = adapters.settings
+    lora = {
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "dropout": settings.dropout,
+        "use_rslora": settings.rank_stabilized,
+        "targets": adapters.targets(model),
+    }
+    given = data.get("lora") or {}
+    if any(given.get(key, value) != value for key, value in lora.items() if key != "dropout"):
+        raise ConfigError(f"lora differs from the adapters in load_path {str(path)!r}; drop it")
+    return taken | {"load_path": str(path), "lora": lora | given}
 
 
 def _tokenizer(section: Any, folder: Path) -> Any:

@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,11 +38,11 @@ from tokenyard_train.engine.folder import run_folder
 from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped, raise_if_too_many_skipped
 from tokenyard_train.engine.out_of_memory import out_of_memory_is_a_mistake
 from tokenyard_train.engine.progress import Progress
-from tokenyard_train.engine.resume import resume, start_from
+from tokenyard_train.engine.resume import resume, start
 from tokenyard_train.engine.save import save
 from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.signals import Stopped, stopping
-from tokenyard_train.engine.state import Position, Run
+from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.step import train_step
 from tokenyard_train.engine.step_records import skipped_record, train_record
 from tokenyard_train.engine.summary import announce, summarize
@@ -114,8 +115,8 @@ class _Loop:
             setup.folder, config.save_num_checkpoints_to_keep, config.save_async, setup.device
         )
         position = resume(setup, metrics)
-        if position.batch == 0 and config.load_path is not None:
-            start_from(setup.model, config.load_path, config)
+        if position.batch == 0:
+            position = start(setup)
         setup.convert_weights()
         self.run = Run(setup, metrics, position)
         self.stop_agreed = False  # a rank received a signal, and all ranks know
@@ -180,10 +181,11 @@ class _Loop:
         result, (self.stop_agreed, self.save_failed) = train_step(run.setup, run.batch, flags)
         if isinstance(result, Skipped):
             raise_if_too_many_skipped(run, result)
-            run.position = Position(run.batch + 1, run.position.skipped_in_a_row + 1)
+            skipped = run.position.skipped_in_a_row + 1
+            run.position = replace(run.position, batch=run.batch + 1, skipped_in_a_row=skipped)
             record = skipped_record(run.batch, result)
         else:
-            run.position = Position(run.batch + 1)
+            run.position = replace(run.position, batch=run.batch + 1, skipped_in_a_row=0)
             record = train_record(run.setup, run.batch, result, time.perf_counter() - began)
         run.metrics.write(record)
         progress.show(record)

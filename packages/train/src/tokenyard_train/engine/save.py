@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenyard.sharded import is_sharded
-from tokenyard_train.checkpoint import model_tensors
+from tokenyard_train.checkpoint import model_tensors, widen
 from tokenyard_train.checkpoint.background import BackgroundWriter
-from tokenyard_train.engine.precision import BF16_MASTER
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.trainable import trainable
@@ -29,27 +27,28 @@ def save(run: Run, writer: BackgroundWriter) -> None:
         "config": run.setup.config.model_dump(mode="json"),
         "data": run.setup.identity,
     }
-    writer.save(f"ba{run.batch}", run_tensors(run.setup), meta)
+    base = run.position.base
+    if base is not None:
+        meta["base"] = base._asdict()
+    writer.save(f"ba{run.batch}", run_tensors(run.setup, base is not None), meta)
 
 
-def run_tensors(setup: Setup) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name: to save, or to load before `convert_weights`."""
-    tensors = model_tensors(setup.model)
+def run_tensors(setup: Setup, adapters_only: bool = False) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint by name: to save, or to load before `convert_weights`.
+
+    `adapters_only` leaves out the frozen parameters, which the base of adapters holds.
+    """
+    tensors = model_tensors(setup.model, adapters_only)
     for name, parameter in setup.model.named_parameters():
         # A checkpoint has the same dtypes in every precision.
         if parameter.requires_grad:
             tensors[f"model.{name}"] = setup.optimizer.master_of(parameter)
-        elif setup.config.precision == BF16_MASTER:
-            tensors[f"model.{name}"] = _frozen(parameter.detach())
+        elif parameter.dtype == torch.bfloat16 and not adapters_only:
+            tensors[f"model.{name}"] = widen(parameter.detach())
     for name, state in optimizer_states(setup).items():
         moments = [key for key in state if key not in _NOT_MOMENTS]
         tensors |= {f"optimizer.{name}.{key}": state[key] for key in moments}
     return tensors
-
-
-def _frozen(weight: Tensor) -> Tensor:
-    """Return a bfloat16 weight in float32: in host memory if it is not sharded."""
-    return weight.float() if is_sharded(weight) else weight.to("cpu", torch.float32)
 
 
 def optimizer_states(setup: Setup) -> dict[str, dict[str, Tensor]]:

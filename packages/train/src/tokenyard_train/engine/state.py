@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tokenyard_train.config.duration import Span
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.records.metrics import Metrics
+
+
+class Base(NamedTuple):
+    """The weights that the adapters of a run belong to; see ``tokenyard_train.engine.base``."""
+
+    path: str | None  # a checkpoint, or hf:// and a folder; None: the initial weights of `seed`
+    seed: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -15,6 +24,7 @@ class Position:
 
     batch: int = 0  # optimizer steps done, skipped ones included
     skipped_in_a_row: int = 0  # the last of them, if they were skipped
+    base: Base | None = None  # None: checkpoints hold the whole model
 
 
 @dataclass
