@@ -25,6 +25,20 @@ class TestTritonExpertsRecompute(ExpertsConformance):
     tile = 32
 
 
+class TestSparseExperts(ExpertsConformance):
+    backend = "sparse"
+    tile = 64
+    ffn_dim = 192
+
+
+@pytest.mark.gpu
+class TestSparseExpertsOfWideBlocks(ExpertsConformance):
+    backend = "sparse"
+    tile = 128
+    dim = 330
+    ffn_dim = 512
+
+
 class TestTritonPermutation(PermutationConformance):
     backend = "triton"
 

@@ -40,6 +40,7 @@ class Backend:
     priority: int = 0  # "auto" takes the highest usable one; a reference has 0, an oracle less
     unusable: Callable[[Workload], str | None] = _always  # None, or one sentence with the reason
     algorithm: str | None = None  # of a router: it is unusable for another `RoutingRule.algorithm`
+    any_width: bool = False  # of experts: it is usable for a workload with `ffn_dims`
 
     def load(self) -> Any:
         """Import the class. Raises BackendError, which names the path, if that fails."""

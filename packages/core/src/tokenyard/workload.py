@@ -100,11 +100,15 @@ class Workload:
     # CUDA compute capability, by default that of the device
     capability: tuple[int, int] | None = None
     expert_parallel: int = 1  # number of ranks that share the experts
+    # the width of each expert, if they differ; ffn_dim is the largest. Weights have the shape for
+    # ffn_dim: what lies past an expert's width is not used and has a zero gradient
+    ffn_dims: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
         self._check_sizes()
         self._check_groups()
+        self._check_widths()
         object.__setattr__(self, "device", with_index(self.device))
         if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
@@ -138,6 +142,21 @@ class Workload:
             )
         if experts % self.expert_parallel:
             raise ConfigError(_indivisible("expert_parallel", self.expert_parallel, experts))
+
+    def _check_widths(self) -> None:
+        widths = self.ffn_dims
+        if widths is None:
+            return
+        if len(widths) != self.num_experts or min(widths) < 1 or max(widths) != self.ffn_dim:
+            raise ConfigError(
+                f"ffn_dims is {list(widths)}; give {self.num_experts} widths, one for each expert, "
+                f"of which the largest is ffn_dim, {self.ffn_dim}"
+            )
+        if self.expert_parallel > 1:
+            raise ConfigError(
+                f"ffn_dims goes with experts on one rank, and expert_parallel is "
+                f"{self.expert_parallel}; set it to 1"
+            )
 
     def _check_groups(self) -> None:
         groups = self.router.num_groups

@@ -17,6 +17,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GLUON = ("3.6", "3.7", "3.8", "3.9")  # Gluon is experimental: its names change between versions
 _FAST = 20  # before core's backends, on a GPU
 _LAST = -20  # after all others, in the interpreter
+_BY_NAME = -5  # after core's backends: until it was measured
 
 
 @torch.library.impl("tokenyard::replace_by_gradient", "cuda")
@@ -80,6 +81,24 @@ def no_gluon(workload: Workload) -> str | None:
     return None
 
 
+def no_sparse(workload: Workload) -> str | None:
+    """Return why the block-sparse matmuls cannot run a workload, or None if they can.
+
+    On a CPU they are plain torch, but still need the library triton.
+    """
+    on_cpu = workload.device.type == "cpu" and workload.dtype in _DTYPES
+    if not on_cpu or importlib.util.find_spec("triton") is None:
+        reason = no_triton(workload)
+        if reason is not None:
+            return reason.replace("'triton'", "'sparse'", 1)
+    if workload.bias:
+        return "'sparse' has no biases of experts; set bias: false"
+    for width in workload.ffn_dims or (workload.ffn_dim,):
+        if width % 64:
+            return f"'sparse' has blocks of 64 columns, and {width} is not a multiple of 64"
+    return None
+
+
 def no_router(workload: Workload) -> str | None:
     """Return why the router cannot run a workload, or None if it can."""
     score = workload.router.score
@@ -116,8 +135,10 @@ def tokenyard_permutations() -> list[Backend]:
 
 @hookimpl
 def tokenyard_experts() -> list[Backend]:
-    """Offer the experts for any GPU, and those for Hopper GPUs."""
+    """Offer the experts for any GPU, those for Hopper GPUs, and those that are block-sparse."""
+    sparse = "tokenyard_kernels_triton.sparse_experts:SparseExperts"
     return [
         Backend("triton", "tokenyard_kernels_triton.experts:TritonExperts", _PRIORITY, no_triton),
         Backend("gluon", "tokenyard_kernels_triton.experts:GluonExperts", _PRIORITY + 10, no_gluon),
+        Backend("sparse", sparse, _BY_NAME, no_sparse, any_width=True),
     ]

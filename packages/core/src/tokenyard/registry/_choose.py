@@ -144,6 +144,8 @@ def why_not(offer: Offer, workload: Workload | None) -> str | None:
     if offer.kind == "router" and computed not in (None, asked):
         name = offer.backend.name
         return f"{name!r} computes the routing algorithm {computed!r}, not {asked!r}"
+    if offer.kind == "experts" and workload.ffn_dims is not None and not offer.backend.any_width:
+        return f"{offer.backend.name!r} computes experts of one width; leave out ffn_dims"
     reason, fault = attempt(lambda: _reason(offer.backend.unusable(workload)))
     return reason if fault is None else f"its own check failed: {fault}"
 

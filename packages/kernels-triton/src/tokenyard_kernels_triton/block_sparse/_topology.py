@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,29 +95,30 @@ def topology_of_indices(
 
 
 def topology_of_experts(
-    offsets: Tensor, rows: int, widths: Sequence[int], most: int, block: int, gated: bool = False
+    offsets: Tensor, rows: int, widths: Tensor, most: int, block: int, gated: bool = False
 ) -> Topology:
     """Return the block-diagonal topology of experts, without a host sync.
 
     Each expert e has the block rows ``offsets[e]:offsets[e + 1]`` and the first ``widths[e]`` of
-    its `most` block columns. `offsets` [E + 1] counts in blocks, `rows` bounds ``offsets[-1]``, and
-    widths count in blocks.
+    its `most` block columns. `offsets` [E + 1] and `widths` [E] count in blocks, and `rows` bounds
+    ``offsets[-1]``.
 
     If `gated`, an expert has 2 * `most` block columns: `most` for the gate, then `most` for up. A
     gate block and the up block of the same columns are stored one after the other.
     """
     device = offsets.device
     parts = 2 if gated else 1
-    row = torch.arange(rows, device=device)
-    expert = torch.searchsorted(offsets[1:], row, right=True)  # [rows], E past the last
-    stored = torch.tensor([*(parts * width for width in widths), 0], device=device)[expert]
+    row = torch.arange(rows, device=device, dtype=offsets.dtype)
+    expert = torch.searchsorted(offsets[1:].contiguous(), row, right=True)  # [rows], E past all
+    stored = torch.cat([parts * widths, widths.new_zeros(1)])[expert]
     ends = stored.cumsum(0)  # [rows]
-    position = torch.arange(rows * parts * max(widths), device=device)
+    position = torch.arange(rows * parts * most, device=device)
     row_indices = torch.searchsorted(ends, position, right=True)  # `rows` in the tail
     at = row_indices.clamp(max=max(0, rows - 1))
     in_row = position - (ends - stored)[at]
     column = expert[at] * parts * most + in_row % parts * most + in_row // parts
-    return topology_of_indices(row_indices, column, rows, len(widths) * parts * most, block)
+    columns = widths.shape[0] * parts * most
+    return topology_of_indices(row_indices, column, rows, columns, block)
 
 
 def _starts(indices: Tensor, count: int) -> Tensor:

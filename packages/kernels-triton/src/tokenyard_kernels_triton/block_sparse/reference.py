@@ -31,7 +31,9 @@ def dsd(data: Tensor, topology: Topology, dense: Tensor, transposed: bool = Fals
         data = data.mT
         rows, columns = columns, rows
     data = torch.where(live[:, None, None], data, data.new_zeros(()))
-    blocks = dense.unflatten(0, (-1, topology.block))[columns]  # [blocks, B, N]
+    blocks = dense.unflatten(0, (dense.shape[0] // topology.block, topology.block))[
+        columns
+    ]  # [blocks, B, N]
     wide = logits_dtype(dense.dtype)  # sums of several blocks are accumulated in it
     out = dense.new_zeros(count, topology.block, dense.shape[1], dtype=wide)
     return out.index_add(0, rows, (data @ blocks).to(wide)).flatten(0, 1).to(dense.dtype)
