@@ -6,11 +6,13 @@ below the other, and [G, K, N / G] G matrices side by side.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from tokenyard.operators import operator
 from tokenyard_kernels_triton._device import ceil_div, on_device_of, shared_memory
@@ -224,3 +226,15 @@ def _dsd_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd(sdd_op, _sdd_backward, setup_context=_save)
 torch.library.register_autograd(dsd_op, _dsd_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.tokenyard_sparse.sdd)
+def _sdd_flops(left: list[int], *arguments: Any, out_shape: list[int], **_: Any) -> int:
+    """Return the FLOPs for torch's counter, by shapes. Blocks of the tail count."""
+    return 2 * math.prod(out_shape) * left[-1]
+
+
+@register_flop_formula(torch.ops.tokenyard_sparse.dsd)
+def _dsd_flops(data: list[int], dense: list[int], *arguments: Any, **_: Any) -> int:
+    """Return the FLOPs for torch's counter, by shapes. Blocks of the tail count."""
+    return 2 * math.prod(data) * dense[-1]

@@ -1,0 +1,1 @@
+"""A Llama whose feed-forward weights are block-sparse."""
