@@ -23,7 +23,6 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = activation
         self.adapter = None
-        # the gate and the up projection are one weight
         rows = up_rows(activation, ffn_dim)
         self.fused_rows = {"up": (ffn_dim,) * (rows // ffn_dim)}
         self.up = nn.Parameter(torch.empty(rows, dim))

@@ -7,7 +7,7 @@ matmuls, whichever expert kernel the layer has; see ``tokenyard.experts._lora``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenyard.adapter import LoraAdapter, LoraSettings
 from tokenyard.errors import ConfigError, did_you_mean
+from tokenyard.fused_rows import fused_rows
 from tokenyard.sharded import is_sharded
 
 ALL_LINEAR = "all-linear"
@@ -27,6 +28,7 @@ class LoraWeight(NamedTuple):
 
     owner: Any  # the module
     attribute: str  # its name in the module
+    parts: tuple[int, ...] = ()  # rows of each part, if the parts have an A each
 
     @property
     def tensor(self) -> Tensor:
@@ -39,13 +41,18 @@ def lora_weights(model: nn.Module) -> dict[str, LoraWeight]:
     """Return by name the weights that may have an adapter.
 
     They are those of linear layers, of experts and of dense feed-forward networks. The router has
-    none.
+    none. The matrices of a dense weight that `fused_rows` names are its parts. Gate and up
+    projection of experts share an A, as in PEFT.
     """
+    fused = fused_rows(model)
     found: dict[str, LoraWeight] = {}
     for prefix, module in model.named_modules():
         names = ("weight",) if isinstance(module, nn.Linear) else ()
         for attribute in getattr(module, "lora_weights", names):
-            found[f"{prefix}.{attribute}".lstrip(".")] = LoraWeight(module, attribute)
+            name = f"{prefix}.{attribute}".lstrip(".")
+            rows = fused.get(name, ())
+            parts = rows if len(rows) > 1 and getattr(module, attribute).dim() == 2 else ()
+            found[name] = LoraWeight(module, attribute, parts)
     return found
 
 
@@ -68,17 +75,12 @@ def add_lora(
         parameter.requires_grad_(False)
     owners = {id(weight.owner): weight.owner for weight in chosen}
     for key, owner in owners.items():
-        names = [weight.attribute for weight in chosen if id(weight.owner) == key]
-        weights = {name: getattr(owner, name) for name in names}
-        owner.adapter = LoraAdapter(weights, _parts(owner, weights), settings)
+        own = [weight for weight in chosen if id(weight.owner) == key]
+        weights = {weight.attribute: weight.tensor for weight in own}
+        parts = {weight.attribute: weight.parts for weight in own if weight.parts}
+        owner.adapter = LoraAdapter(weights, parts, settings)
         if isinstance(owner, nn.Linear):
             owner.adapter.hook = owner.register_forward_hook(_add_adapter)
-
-
-def _parts(owner: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the rows of each matrix of fused dense weights. An expert has one A."""
-    rows: dict[str, tuple[int, ...]] = getattr(owner, "fused_rows", {})
-    return {name: rows[name] for name in weights if name in rows and weights[name].dim() == 2}
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Any, LoraAdapter]]:

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenyard import Documents
-from tokenyard.fused_linear import FusedLinear
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.document_attention import attend_within_documents
 from tokenyard_models.kv_cache import LayerCache
@@ -31,8 +30,10 @@ class Attention(nn.Module):
         self.clip = config.clip_qkv
         self.theta = config.rope_theta
         self.scaling = config.rope_scaling
-        sizes = [n * config.head_dim for n in (config.heads, config.kv_heads, config.kv_heads)]
-        self.qkv = FusedLinear(config.dim, sizes, bias=config.bias)
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        rows = [heads * config.head_dim for heads in (config.heads, *(config.kv_heads,) * 2)]
+        self.fused_rows = {"qkv.weight": tuple(rows)}
+        self.qkv = nn.Linear(config.dim, width, bias=config.bias)
         self.out = nn.Linear(config.heads * config.head_dim, config.dim, bias=config.bias)
         self.q_norm = _norm(config, config.heads)
         self.k_norm = _norm(config, config.kv_heads)
