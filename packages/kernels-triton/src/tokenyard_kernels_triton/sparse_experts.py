@@ -61,7 +61,9 @@ class SparseExperts(GroupedExperts):
         if not is_gated(activation):
             return activate(data, activation)
         gate, up = data.unflatten(0, (data.shape[0] // 2, 2)).unbind(1)
-        return GATED[activation](gate) * up
+        if activation in GATED:
+            return GATED[activation](gate) * up
+        return activate(torch.cat([gate, up], -1), activation)  # SwiGLU with options
 
 
 class Padding(NamedTuple):

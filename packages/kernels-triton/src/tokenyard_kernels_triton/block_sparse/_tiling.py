@@ -46,7 +46,7 @@ class Tiling:
 
 # few programs, because each of their operations takes a fraction of a millisecond
 _INTERPRETER = {64: Tiling(64, 256, 64, 4, 1), 128: Tiling(128, 256, 128, 4, 1)}
-_FLOAT32 = Tiling(64, 64, 16, 8, 2)
+_FLOAT32 = Tiling(64, 64, 16, 4, 2)
 _LARGE = {64: Tiling(64, 256, 64, 4, 3), 128: Tiling(128, 256, 64, 8, 3)}
 _SMALL = {64: Tiling(64, 128, 32, 4, 3), 128: Tiling(128, 128, 32, 8, 3)}
 
