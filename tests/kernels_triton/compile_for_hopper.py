@@ -126,6 +126,28 @@ def move(permutation, x, plan, weights):
     y.backward(torch.zeros_like(y))
 
 
+def block_sparse(block, dtype, depth):
+    """Run the forward and backward pass of an up and a down matmul over a full topology."""
+    from tokenyard_kernels_triton.block_sparse import _ops, dsd, sdd, topology_of_mask
+
+    _ops._by_kernels = lambda tensor: True
+    topology = topology_of_mask(torch.ones(4, 1024 // block), block)
+    x, up, down = (
+        torch.zeros(size, dtype=dtype, requires_grad=True)
+        for size in ((4 * block, depth), (2, 512, depth), (2, depth, 512))
+    )
+    y = dsd(sdd(x, up.mT, topology), down.mT)
+    y.backward(torch.zeros_like(y))
+
+
+BLOCK_SPARSE = tuple(
+    (block, dtype, depth)
+    for block in (64, 128)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for depth in (512, 500)
+)
+
+
 def not_prepared():
     """Return the names of kernels that a layer launches and `prepare` does not compile."""
     from tokenyard_kernels_triton.experts import GluonExperts
@@ -196,6 +218,18 @@ def main():
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
                 print(json.dumps(case | {"kernel": kernel_name} | usage(kernel)), flush=True)
+    for block, dtype, depth in BLOCK_SPARSE:
+        compiled = []
+        with compiling(compiled):
+            block_sparse(block, dtype, depth)
+        case = {
+            "kernels": "block_sparse",
+            "case": "odd" if depth % 8 else f"blocks of {block}",
+            "dtype": str(dtype).removeprefix("torch."),
+            "activation": "none",
+        }
+        for kernel_name, kernel in compiled:
+            print(json.dumps(case | {"kernel": kernel_name} | usage(kernel)), flush=True)
     tiling.gpu_key = gpu_key
     print(json.dumps({"not prepared": not_prepared()}), flush=True)
 

@@ -11,6 +11,7 @@ import triton
 
 VERSION = "3.6.0"
 MATMULS = ("up_and_activate", "times_weight", "weight_gradient")
+BLOCK_SPARSE = ("dense_times_dense", "sparse_times_dense")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,8 @@ def test_nothing_spills(records):
 
 def test_16_bit_matmuls_use_the_tensor_cores(records):
     """Every matmul in bfloat16 and float16 has wgmma, and none the slower mma of Ampere."""
-    half = [r for r in records if r["kernel"] in MATMULS and r["dtype"] != "float32"]
+    matmuls = (*MATMULS, *BLOCK_SPARSE)
+    half = [r for r in records if r["kernel"] in matmuls and r["dtype"] != "float32"]
     assert half
     assert not [r for r in half if not r["wgmma"] or r["mma"]]
 
@@ -98,6 +100,13 @@ def test_narrow_experts_gather_their_rows(records):
     matmuls = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in MATMULS]
     assert {r["kernel"] for r in matmuls if r["gathers"]} == set(MATMULS)
     assert {r["case"] for r in matmuls if r["gathers"]} == {"narrow"}
+
+
+def test_block_sparse_matmuls_load_16_bytes_ahead(records):
+    """All operands of aligned matmuls, transposed or not, by asynchronous copies."""
+    matmuls = [r for r in of(records, kernels="block_sparse") if r["case"] != "odd"]
+    assert {r["kernel"] for r in matmuls} == set(BLOCK_SPARSE)
+    assert all(r["gathers"] for r in matmuls)
 
 
 def test_other_token_counts_compile_nothing(records):

@@ -20,7 +20,7 @@ def layer(backend: str, **sizes) -> MoE:
     return MoE(workload, backends=parts, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "sparse"])
 def test_whole_layer_is_captured_and_replayed_with_new_routing(backend):
     """Forward and backward in one CUDA graph, without a host sync; a replay routes new tokens."""
     torch.manual_seed(1)
