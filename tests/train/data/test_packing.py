@@ -196,6 +196,41 @@ def test_only_the_same_packing_is_resumed(tmp_path):
             pack_sources(tmp_path / "p", sources)
 
 
+def test_text_that_changed_in_its_middle_is_not_resumed(tmp_path):
+    """Whether the journal's description of the sources shows the change or not."""
+    unfinished(tmp_path / "p", chunks=3)
+    changed = list(DOCUMENTS)
+    changed[7] = changed[7].replace(b"document", b"DOCUMENT")
+    for documents in (changed, DOCUMENTS[:3], [DOCUMENTS[0] + DOCUMENTS[1], *DOCUMENTS[2:]]):
+        with pytest.raises(ConfigError, match=r"of other text \(document \d+ or one of"):
+            packed(tmp_path / "p", documents=documents)
+    later = [*DOCUMENTS[:200], b"another", *DOCUMENTS[200:]]  # not packed yet
+    assert content(packed(tmp_path / "p", later)) == content(packed(tmp_path / "whole", later))
+
+
+def test_a_resume_with_another_column_is_refused(tmp_path, monkeypatch, tokenyard):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": d.decode(), "b": "b" * len(d)}) + "\n"
+                            for d in DOCUMENTS))  # fmt: skip
+    options = ["data", "pack", str(tmp_path / "p"), str(rows), "--workers", "1"]
+    line = module.journal_line
+
+    def interrupt(done, *rest):
+        if done.chunks == 4:
+            raise Killed
+        return line(done, *rest)
+
+    monkeypatch.setattr(module, "journal_line", interrupt)
+    with pytest.raises(Killed):
+        CliRunner().invoke(app, options, catch_exceptions=False)
+    monkeypatch.setattr(module, "journal_line", line)
+    code, _, errors = tokenyard(*options, "--text-key", "b")
+    assert code == 2
+    assert "other text ({'text_key': 'b'} is new, gone or changed)" in " ".join(errors.split())
+    assert tokenyard(*options)[0] == 0
+    assert (TokenFile(tmp_path / "p")[:] != ord("b")).mean() > 0.9
+
+
 def test_a_packing_without_a_chunk_does_not_hold_its_folder(tmp_path):
     def interrupt(done):
         raise Killed
@@ -307,11 +342,14 @@ def test_a_packing_does_not_go_on_over_damage(tmp_path, name, damage):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('[1, 1000000000, 5, 5, "00"]', r"tokens.bin has \d+ bytes, and .* records 2000000000"),
-        ("[1, 1000000000, 5, 5]", "holds a line that is no record of a chunk"),
-        ('[6, 1, 1, 1, "00"]', r"records no order of chunks|was changed"),
-        ('[6, -1, 1, 1, "00"]', "holds a line that is no record of a chunk"),
-        ('[6, true, 1, 1, "00"]', "holds a line that is no record of a chunk"),
+        (
+            '[1, 1000000000, 5, 5, "00", "00"]',
+            r"tokens.bin has \d+ bytes, and .* records 2000000000",
+        ),
+        ('[1, 1000000000, 5, 5, "00"]', "holds a line that is no record of a chunk"),
+        ('[6, 1, 1, 1, "00", "00"]', r"records no order of chunks|was changed"),
+        ('[6, -1, 1, 1, "00", "00"]', "holds a line that is no record of a chunk"),
+        ('[6, true, 1, 1, "00", "00"]', "holds a line that is no record of a chunk"),
         ("{}", "holds a line that is no record of a chunk"),
         ("nonsense", "holds a line that is not JSON"),
         ("[" * 200_000, "holds a line that is not JSON"),
@@ -367,7 +405,7 @@ def test_an_error_of_a_worker_is_reported_as_itself(tmp_path):
     chunks = iter([document * 2000] for document in DOCUMENTS)
     missing = TokenizerConfig(name=str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
-        list(encoding.encode_chunks(chunks, missing, 2, skip=0))
+        list(encoding.encode_chunks(chunks, missing, 2))
 
 
 def _processes(marker: str) -> list[int]:
@@ -397,7 +435,7 @@ def test_killed_workers_are_an_error_at_any_moment(monkeypatch, killed):
 
     monkeypatch.setattr(encoding._Worker, "__init__", remember)
     chunks = iter([document * 2000] for document in DOCUMENTS)
-    encoded = encoding.encode_chunks(chunks, TokenizerConfig(), 2, skip=0)
+    encoded = encoding.encode_chunks(chunks, TokenizerConfig(), 2)
     next(encoded)
     for worker in workers[:killed]:
         worker.process.kill()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from itertools import cycle, islice
+from itertools import cycle
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -28,6 +29,7 @@ class EncodedChunk(NamedTuple):
     ids: bytes  # each document's ids followed by the end id
     ends: list[int]  # position after each document's end id, from the start of the chunk
     text_bytes: int
+    text_digest: str  # of `digest_text`
 
 
 def split_chunks(documents: Iterable[bytes], min_bytes: int) -> Iterator[list[bytes]]:
@@ -45,20 +47,28 @@ def split_chunks(documents: Iterable[bytes], min_bytes: int) -> Iterator[list[by
         yield chunk
 
 
+def digest_text(documents: Iterable[bytes]) -> str:
+    """Return the SHA-256 of documents, each preceded by its length."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(len(document).to_bytes(8))
+        digest.update(document)
+    return digest.hexdigest()
+
+
 def encode_chunks(
-    chunks: Iterator[list[bytes]], config: TokenizerConfig, workers: int, skip: int
+    chunks: Iterator[list[bytes]], config: TokenizerConfig, workers: int
 ) -> Iterator[EncodedChunk]:
-    """Tokenize all chunks but the first `skip`, in order, with `workers` processes.
+    """Tokenize chunks in order, with `workers` processes.
 
     About 2 * workers chunks are in memory at a time.
     """
-    remaining = islice(chunks, skip, None)
     if workers == 1:
         tokenizer = build_tokenizer(config)
-        yield from (_encode(tokenizer, chunk) for chunk in remaining)
+        yield from (_encode(tokenizer, chunk) for chunk in chunks)
         return
     try:
-        yield from _encode_in_processes(remaining, config, workers)
+        yield from _encode_in_processes(chunks, config, workers)
     except _WorkerDiedError:
         raise TokenyardError(
             "a process of --workers was killed, perhaps for lack of memory; what is packed so far "
@@ -157,4 +167,5 @@ def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> EncodedChunk:
     encoded = [tokenizer.encode(document).astype(dtype, copy=False) for document in documents]
     ids = b"".join(part.data for document in encoded for part in (document, end))
     ends = np.cumsum([len(document) + 1 for document in encoded]).tolist()
-    return EncodedChunk(ids, ends, sum(map(len, documents)))
+    text_bytes = sum(map(len, documents))
+    return EncodedChunk(ids, ends, text_bytes, digest_text(documents))

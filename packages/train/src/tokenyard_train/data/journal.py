@@ -11,7 +11,7 @@ from tokenyard import ConfigError
 from tokenyard_train.data.json_text import parse_json
 from tokenyard_train.data.tokens import DOCUMENTS, JOURNAL, TOKENS, CorruptError
 
-JOURNAL_FORMAT = 2
+JOURNAL_FORMAT = 3
 _ANEW = "copy the folder again, or pack anew with --overwrite"
 
 
@@ -24,26 +24,32 @@ class PackProgress(NamedTuple):
     text_bytes: int = 0
 
 
-def journal_line(done: PackProgress, ids: bytes, ends: bytes) -> str:
-    """Return the line that records a chunk: the counts after it, and a digest of its content."""
-    return json.dumps([*done, _digest(ids, ends)]) + "\n"
+class JournalEntry(NamedTuple):
+    """The record of a chunk."""
+
+    done: PackProgress  # counts after the chunk
+    packed_digest: str  # of the chunk's ids and document ends
+    text_digest: str
 
 
-def read_journal(folder: Path, settings: dict[str, Any], itemsize: int) -> PackProgress:
-    """Return what an unfinished packing has done, after the chunks were compared with the files.
+def journal_line(done: PackProgress, ids: bytes, ends: bytes, text_digest: str) -> str:
+    """Return the line that records a chunk: the counts after it, and digests of its content."""
+    return json.dumps([*done, _digest(ids, ends), text_digest]) + "\n"
+
+
+def read_journal(folder: Path, settings: dict[str, Any], itemsize: int) -> list[JournalEntry]:
+    """Return the finished chunks of an unfinished packing, after a comparison with the files.
 
     Raises ConfigError if the journal is of other `settings`, CorruptError if the journal is damaged
     or the files are not as it records.
     """
     journal = folder / JOURNAL
     if not journal.exists():
-        return PackProgress()
+        return []
     # An interrupted write leaves text after the last line end.
     lines = journal.read_bytes().split(b"\n")[:-1]
-    if not lines:
-        return PackProgress()
-    if len(lines) == 1:
-        return PackProgress()  # nothing is packed yet, so nothing is lost by packing anew
+    if len(lines) < 2:
+        return []  # nothing is packed yet, so nothing is lost by packing anew
     recorded = _parse(lines[0], journal)
     if recorded != settings:
         raise ConfigError(
@@ -52,7 +58,7 @@ def read_journal(folder: Path, settings: dict[str, Any], itemsize: int) -> PackP
         )
     entries = [_entry(line, journal) for line in lines[1:]]
     _check_files(folder, entries, itemsize)
-    return entries[-1][0]
+    return entries
 
 
 def _difference(recorded: Any, settings: dict[str, Any]) -> str:
@@ -70,11 +76,11 @@ def _difference(recorded: Any, settings: dict[str, Any]) -> str:
     return "another version" if before == now else "the same text in another order"
 
 
-def _check_files(folder: Path, entries: list[tuple[PackProgress, str]], itemsize: int) -> None:
+def _check_files(folder: Path, entries: list[JournalEntry], itemsize: int) -> None:
     """Compare each recorded chunk with the files. Raises CorruptError."""
     if not entries:
         return
-    last = entries[-1][0]
+    last = entries[-1].done
     for name, size in ((TOKENS, last.tokens * itemsize), (DOCUMENTS, last.documents * 8)):
         path = folder / name
         has = path.stat().st_size if path.exists() else 0
@@ -84,7 +90,7 @@ def _check_files(folder: Path, entries: list[tuple[PackProgress, str]], itemsize
             )
     before = PackProgress()
     with (folder / TOKENS).open("rb") as tokens, (folder / DOCUMENTS).open("rb") as documents:
-        for done, digest in entries:
+        for done, digest, _ in entries:
             _check_order(before, done, folder / JOURNAL)
             ids = _read(tokens, (done.tokens - before.tokens) * itemsize)
             ends = _read(documents, (done.documents - before.documents) * 8)
@@ -108,13 +114,13 @@ def _read(file: BinaryIO, size: int) -> bytes:
     return content
 
 
-def _entry(line: bytes, journal: Path) -> tuple[PackProgress, str]:
+def _entry(line: bytes, journal: Path) -> JournalEntry:
     entry = _parse(line, journal)
-    counts = entry[:4] if isinstance(entry, list) and len(entry) == 5 else []
+    counts = entry[:4] if isinstance(entry, list) and len(entry) == 6 else []
     sound = len(counts) == 4 and all(type(n) is int and n >= 0 for n in counts)
-    if not sound or not isinstance(entry[4], str):
+    if not sound or not all(isinstance(digest, str) for digest in entry[4:]):
         raise CorruptError(f"{journal} holds a line that is no record of a chunk; {_ANEW}")
-    return PackProgress(*counts), entry[4]
+    return JournalEntry(PackProgress(*counts), *entry[4:])
 
 
 def _parse(line: bytes, journal: Path) -> Any:

@@ -13,9 +13,15 @@ import numpy as np
 
 from tokenyard import ConfigError, TokenyardError
 from tokenyard.bounded import require_plain
-from tokenyard_train.data.encoding import EncodedChunk, encode_chunks, split_chunks
+from tokenyard_train.data.encoding import (
+    EncodedChunk,
+    digest_text,
+    encode_chunks,
+    split_chunks,
+)
 from tokenyard_train.data.journal import (
     JOURNAL_FORMAT,
+    JournalEntry,
     PackProgress,
     journal_line,
     read_journal,
@@ -52,11 +58,12 @@ def pack(
 ) -> PackProgress:
     """Tokenize documents into a packed folder, and return the final counts.
 
-    `documents` must yield the same UTF-8 texts in the same order on each call; `sources` describes
-    them in the manifest. `report` is called at the start and after each chunk. The output does not
-    depend on `workers` or on interruptions: one rule cuts the text into chunks, ids are appended in
-    order, and a journal records each finished chunk. Raises ConfigError if the folder holds another
-    packing or another process packs there, TokenyardError if it cannot be written or is damaged.
+    `documents` yields UTF-8 texts in a fixed order; `sources` describes them in the manifest.
+    `report` is called at the start and after each chunk. The output does not depend on `workers` or
+    on interruptions: one rule cuts the text into chunks, ids are appended in order, and a journal
+    records each finished chunk. Raises ConfigError if the folder holds another packing, if text
+    that was packed has changed, or if another process packs there, TokenyardError if the folder
+    cannot be written or is damaged.
     """
     tokenizer = build_tokenizer(config)
     settings = _settings(tokenizer, sources)
@@ -67,10 +74,12 @@ def pack(
                 _delete_packed(folder)
             for name in PACKED_FILES:
                 require_plain(folder / name)
-            done = _start_or_resume(folder, settings, ids_dtype(tokenizer.vocab_size).itemsize)
+            entries = _start_or_resume(folder, settings, ids_dtype(tokenizer.vocab_size).itemsize)
+            done = entries[-1].done if entries else PackProgress()
             report(done)
             chunks = split_chunks(documents(), CHUNK_BYTES)
-            encoded = encode_chunks(chunks, config, workers, skip=done.chunks)
+            _skip_packed(chunks, entries, folder)
+            encoded = encode_chunks(chunks, config, workers)
             done = _append(folder, encoded, done, tokenizer, report)
             _finish(folder, settings, done, tokenizer)
     except OSError as error:
@@ -104,19 +113,36 @@ def _delete_packed(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _start_or_resume(folder: Path, settings: dict[str, Any], itemsize: int) -> PackProgress:
-    """Start a journal or resume an existing one, and truncate the files to what it records."""
+def _start_or_resume(folder: Path, settings: dict[str, Any], itemsize: int) -> list[JournalEntry]:
+    """Start a journal or resume an existing one, and truncate the files to what it records.
+
+    Returns the chunks that it records.
+    """
     if (folder / MANIFEST).exists():
         raise ConfigError(f"{str(folder)!r} is packed already; give another folder, or --overwrite")
     journal = folder / JOURNAL
-    done = read_journal(folder, settings, itemsize)
-    lines = journal.read_bytes().split(b"\n")[:-1] if done.chunks else []
+    entries = read_journal(folder, settings, itemsize)
+    done = entries[-1].done if entries else PackProgress()
+    lines = journal.read_bytes().split(b"\n")[:-1] if entries else []
     lines = lines or [json.dumps(settings).encode()]
     journal.write_bytes(b"".join(line + b"\n" for line in lines))
     for name, size in ((TOKENS, done.tokens * itemsize), (DOCUMENTS, done.documents * 8)):
         with (folder / name).open("ab") as file:
             file.truncate(size)
-    return done
+    return entries
+
+
+def _skip_packed(
+    chunks: Iterator[list[bytes]], entries: Iterable[JournalEntry], folder: Path
+) -> None:
+    """Read the chunks that are packed already. Raises ConfigError if one has changed since."""
+    for entry in entries:
+        if digest_text(next(chunks, [])) != entry.text_digest:
+            raise ConfigError(
+                f"{str(folder)!r} holds an unfinished packing of other text (document "
+                f"{entry.done.documents:,} or one of those before it in chunk {entry.done.chunks} "
+                "was changed); give the text as it was, another folder, or --overwrite"
+            )
 
 
 def _append(
@@ -145,7 +171,7 @@ def _append(
             # The journal must not record a chunk before its ids are on disk.
             for file in (tokens, documents):
                 _sync(file)
-            journal.write(journal_line(done, chunk.ids, ends).encode())
+            journal.write(journal_line(done, chunk.ids, ends, chunk.text_digest).encode())
             _sync(journal)
             report(done)
     return done

@@ -76,9 +76,9 @@ def mds_folder(source: Source) -> Path:
 
 
 def describe_source(source: Source, key: str) -> list[dict[str, Any]]:
-    """Return a description that identifies a source's content, without reading all of it.
+    """Return a description of a source: its settings, and its files by their sizes and ends.
 
-    A dataset on the hub is identified by its name alone. Raises ConfigError.
+    A dataset on the hub is described by its settings alone. Raises ConfigError.
     """
     if source.path is not None:
         files = find_files(source.path, source.suffixes, f"{key}.path")
@@ -90,5 +90,5 @@ def describe_source(source: Source, key: str) -> list[dict[str, Any]]:
         files = list_files(Path(source.hf_name))
     else:
         files = []
-    settings = [] if source.path is not None else [source.model_dump(exclude_defaults=True)]
-    return settings + [describe_file(file, key) for file in files]
+    settings = source.model_dump(exclude_defaults=True, exclude={"path"})
+    return [settings] * bool(settings) + [describe_file(file, key) for file in files]
