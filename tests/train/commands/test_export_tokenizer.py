@@ -20,11 +20,16 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from tokenyard import ConfigError
-from tokenyard_train.commands.export_tokenizer import _copy_tokenizer
+from tokenyard_train.commands.export_tokenizer import (
+    _copy_tokenizer,
+    _like_trained,
+    _write_tokenizer,
+)
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.commands.tokenizer_json import _byte_characters, tiktoken_tokenizer
 from tokenyard_train.commands.train import train
+from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.schema import TiktokenKwargs, TokenizerConfig
 from tokenyard_train.data.tiktoken_tokenizer import TiktokenTokenizer
 
@@ -148,7 +153,7 @@ def test_an_exported_run_of_tiktoken_brings_its_tokenizer(tokenyard, config, ran
     ours, _ = both(ranks, pattern, {"<|endoftext|>": 1005})
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.eos_token_id == 1005
-    for text in TEXTS:
+    for text in [*TEXTS, "a <|endoftext|> b"]:
         assert theirs(text)["input_ids"] == ours.encode(text.encode()).tolist()
 
 
@@ -171,3 +176,48 @@ def test_a_tokenizer_without_a_limit_is_copied(tmp_path):
     _copy_tokenizer(TokenizerConfig(name=str(source), eos_token="<end>"), target)
     written = json.loads((target / "tokenizer_config.json").read_text())
     assert written == options | {"eos_token": "<end>"}
+
+
+def test_the_text_of_the_end_token_is_text_to_an_exported_tokenizer_of_bytes(tmp_path):
+    text = "a <|endoftext|> b"
+    end = _write_tokenizer(TokenizerConfig(), tmp_path)
+    ours = build_tokenizer(TokenizerConfig(name=str(tmp_path)))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text)["input_ids"] == list(text.encode())
+    assert ours.encode(text.encode()).tolist() == list(text.encode())
+    assert theirs.eos_token_id == ours.end == end == 256
+    assert theirs.decode([97, 256], skip_special_tokens=True) == ours.decode([97, 256]) == "a"
+
+
+@pytest.mark.parametrize("path", ["folder", "file", "folder of the weights"])
+def test_what_training_switched_off_is_not_exported(tmp_path, sources, path):
+    """Dropout would give other ids on every call."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(dropout=0.5))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(
+        sources,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=500,
+            special_tokens=["</s>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bpe.enable_truncation(4)
+    bpe.enable_padding(length=300, pad_id=0, pad_token="</s>")
+    bpe.save(str(source / "tokenizer.json"))
+    options = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (source / "tokenizer_config.json").write_text(json.dumps(options))
+    config = TokenizerConfig(name=str(source / "tokenizer.json" if path == "file" else source))
+    ids = build_tokenizer(config).encode(sources[0][:2000].encode()).tolist()
+    assert len(ids) > 300
+    if path == "folder of the weights":
+        with _like_trained(source) as folder:
+            theirs = AutoTokenizer.from_pretrained(folder)
+    else:
+        _copy_tokenizer(config, target)
+        theirs = AutoTokenizer.from_pretrained(target)
+    assert theirs(sources[0][:2000])["input_ids"] == ids

@@ -15,6 +15,7 @@ from tokenyard import ConfigError
 from tokenyard_train.commands.load_model import LoadedModel
 from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
 from tokenyard_train.data import BytesTokenizer, build_tokenizer
+from tokenyard_train.data.hf_tokenizer import without_training_state
 from tokenyard_train.data.json_text import parse_json
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.tiktoken_tokenizer import TiktokenTokenizer
@@ -30,6 +31,7 @@ _FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "tiktoken.model",
     "chat_template.jinja",
 )
 
@@ -44,7 +46,8 @@ def tokenizer_folder(loaded: LoadedModel) -> Iterator[Path | None]:
     """
     name = loaded.tokenizer.name
     if loaded.source is not None and Path(name) in (loaded.source, loaded.source.resolve()):
-        yield loaded.source
+        with _like_trained(loaded.source) as folder:
+            yield folder
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -60,6 +63,33 @@ def tokenizer_folder(loaded: LoadedModel) -> Iterator[Path | None]:
             return
         _write_json(folder / "config.json", {"eos_token_id": end})
         yield folder
+
+
+@contextmanager
+def _like_trained(source: Path) -> Iterator[Path]:
+    """Context: a folder with the tokenizer of a Hugging Face folder as training used it."""
+    tokenizer = source / "tokenizer.json"
+    trained = _trained_json(tokenizer.read_bytes()) if tokenizer.is_file() else None
+    if trained is None:
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in (*_FILES, "config.json", "generation_config.json"):
+            if (source / name).is_file():
+                shutil.copy(source / name, folder / name)
+        (folder / "tokenizer.json").write_text(trained, encoding="utf-8")
+        yield folder
+
+
+def _trained_json(content: bytes) -> str | None:
+    """Return a tokenizer.json as training used it, or None if that is what it is."""
+    try:
+        trained = without_training_state(content)
+    except ValueError:  # not a tokenizer, so training did not use it
+        return None
+    absent = {"truncation": None, "padding": None}
+    return None if parse_json(trained) == absent | parse_json(content) else trained
 
 
 def _write_tokenizer(config: TokenizerConfig, folder: Path) -> int:
@@ -81,7 +111,12 @@ def _write_tokenizer(config: TokenizerConfig, folder: Path) -> int:
 
 def _write_byte_level(folder: Path, tokenizer: dict[str, Any]) -> None:
     _write_json(folder / "tokenizer.json", tokenizer)
-    options = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END}
+    # Training encodes the text of a special token as plain text.
+    options = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": _END,
+        "split_special_tokens": True,
+    }
     _write_json(folder / "tokenizer_config.json", options)
 
 
@@ -93,6 +128,10 @@ def _copy_tokenizer(config: TokenizerConfig, folder: Path) -> None:
             shutil.copy(source / name, folder / name)
     if path.is_file():
         shutil.copy(path, folder / "tokenizer.json")
+    tokenizer = folder / "tokenizer.json"
+    trained = _trained_json(tokenizer.read_bytes())
+    if trained is not None:
+        tokenizer.write_text(trained, encoding="utf-8")
     if config.eos_token is not None:
         options = folder / "tokenizer_config.json"
         # Not `read_json`: transformers writes a model_max_length of 1e30.

@@ -64,8 +64,7 @@ def tiktoken_tokenizer(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
     steps = {"type": "Sequence", "pretokenizers": [split, _BYTE_LEVEL]}
     content = _tokenizer(model, steps, tokenizer.special_tokens)
     try:
-        written = tokenizers.Tokenizer.from_str(json.dumps(content))
-        same = written.encode(_SAMPLE).ids == tokenizer.encode(_SAMPLE.encode()).tolist()
+        same = _same_ids(tokenizers.Tokenizer.from_str(json.dumps(content)), tokenizer)
     except Exception as error:  # the library raises bare Exceptions
         raise ConfigError(
             f"no tokenizer.json can express this tiktoken encoding: {error}"
@@ -76,6 +75,13 @@ def tiktoken_tokenizer(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
             f"with the pattern {tokenizer.pattern!r}"
         )
     return content
+
+
+def _same_ids(written: Any, tokenizer: TiktokenTokenizer) -> bool:
+    """Return whether both encode sample text equally, special tokens in it as plain text."""
+    written.encode_special_tokens = True
+    sample = _SAMPLE + " ".join(tokenizer.special_tokens)
+    return bool(written.encode(sample).ids == tokenizer.encode(sample.encode()).tolist())
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -23,7 +23,8 @@ class HfTokenizer:
 
     The end-of-document token is `eos_token`, or else the eos_token of the tokenizer_config.json
     beside the file. Truncation, padding and dropout that the file names are off. Raises ConfigError
-    if the file is unusable or no such token exists.
+    if the file is unusable or no such token exists. The text of a special token in a document
+    becomes its id, as in transformers, unless tokenizer_config.json has `split_special_tokens`.
     """
 
     def __init__(self, name: str, eos_token: str | None):
@@ -31,16 +32,20 @@ class HfTokenizer:
         tokenizers = require("tokenizers", f"tokenizer.name {name!r}", "tokenyard-train[data]")
         try:
             content = path.read_bytes()
-            self._tokenizer = tokenizers.Tokenizer.from_str(_without_training_state(content))
+            self._tokenizer = tokenizers.Tokenizer.from_str(without_training_state(content))
         except Exception as error:  # the library raises bare Exceptions
             raise ConfigError(
                 f"tokenizer.name {name!r}: {path} is not a tokenizer: {error}"
             ) from None
-        eos = eos_token or _configured_eos(path)
+        options = _options(path)
+        eos = eos_token or _configured_eos(path, options)
+        splits_special = options.get("split_special_tokens") is True
+        self._tokenizer.encode_special_tokens = splits_special
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self.end = self._end_id(name, eos)
         self.identity = f"tokenizer.json {hashlib.sha256(content).hexdigest()} {eos}"
+        self.identity += " split_special_tokens" * splits_special
         self._special = {
             i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special
         }
@@ -96,7 +101,7 @@ class HfTokenizer:
         return sizes
 
 
-def _without_training_state(content: bytes) -> str:
+def without_training_state(content: bytes) -> str:
     """Return a tokenizer.json without truncation, padding and dropout.
 
     A tool that trained a model leaves them in the file. Raises ValueError if the file is not a
@@ -137,18 +142,25 @@ def tokenizer_file(path: Path) -> Path:
     return file
 
 
-def _configured_eos(path: Path) -> str | None:
+def _options(path: Path) -> dict[str, Any]:
+    """Return the content of the tokenizer_config.json beside a file. Raises ConfigError."""
     config = path.with_name("tokenizer_config.json")
     if not config.is_file():
-        return None
+        return {}
     try:
-        eos = parse_json(config.read_bytes()).get("eos_token")
-    except (OSError, ValueError, AttributeError):
-        raise ConfigError(
-            f"{config} is not a JSON object; fix it, or give tokenizer.eos_token"
-        ) from None
+        options = parse_json(config.read_bytes())
+    except (OSError, ValueError):
+        options = None
+    if not isinstance(options, dict):
+        raise ConfigError(f"{config} is not a JSON object; fix it, or remove it")
+    return options
+
+
+def _configured_eos(path: Path, options: dict[str, Any]) -> str | None:
+    eos = options.get("eos_token")
     token = eos.get("content") if isinstance(eos, dict) else eos
     if token is not None and not isinstance(token, str):
+        config = path.with_name("tokenizer_config.json")
         raise ConfigError(
             f"{config} has the eos_token {token!r}, which is no text; fix it, or give "
             "tokenizer.eos_token"
