@@ -9,7 +9,9 @@ import pytest
 from tokenyard import ConfigError
 from tokenyard_models.strict_config import parse
 from tokenyard_train.commands.data import parse_tokenizer
-from tokenyard_train.data import build_tokenizer
+from tokenyard_train.data import BytesTokenizer, build_tokenizer
+from tokenyard_train.data.build import tokenize
+from tokenyard_train.data.packing import pack
 from tokenyard_train.data.schema import TokenizerConfig
 
 TEXT = "The café — naïve ✓ 東京 costs 3.50 €.\n\tdef f(x):\n        return x ** 2\n" * 3
@@ -243,3 +245,42 @@ def test_ids_without_a_token_have_no_text(tokenizer):
     odd = [tokenizer.vocab_size, tokenizer.vocab_size + 999, 99_999, 2**31, -1, -100]
     assert tokenizer.decode([*odd, *ids, tokenizer.end, *odd]) == "text"
     assert build_tokenizer(TokenizerConfig()).decode([*odd, *b"text", 256, 257]) == "text"
+
+
+def test_documents_with_the_text_of_the_end_token_are_counted(folder, tmp_path, caplog):
+    """It becomes the end id, as in transformers, or text by the option of transformers."""
+    config = TokenizerConfig(name=str(folder))
+    texts = [b"a </s> b", b"plain", b"</s></s>"]
+    ids = tokenize(texts, build_tokenizer(config), "eval_loader.dataset")
+    assert (ids == build_tokenizer(config).end).sum() == 3 + len(texts)
+    assert "eval_loader.dataset: 2 documents contain the text of the end-of-document" in caplog.text
+    caplog.clear()
+    pack(tmp_path / "packed", lambda: iter(texts), config, [], 1, lambda done: None)
+    assert "packed: 2 documents contain the text of the end-of-document token" in caplog.text
+    caplog.clear()
+    plain = changed(folder, tmp_path)
+    options = {"eos_token": "</s>", "split_special_tokens": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    ids = tokenize(texts, build_tokenizer(plain), "eval_loader.dataset")
+    assert (ids == build_tokenizer(plain).end).sum() == len(texts)
+    assert build_tokenizer(plain).decode(ids.tolist()) == "a </s> bplain</s></s>"
+    assert caplog.text == ""
+
+
+def test_characters_that_a_tokenizer_lacks_are_counted(folder, tmp_path, caplog):
+    tokenizers = pytest.importorskip("tokenizers")
+    lossy = tokenizers.Tokenizer(tokenizers.models.BPE())
+    lossy.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    lossy.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"])
+    lossy.train_from_iterator(["plain words of text, such as the quick brown fox"], trainer)
+    lossy.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer(TokenizerConfig(name=str(tmp_path), eos_token="</s>"))
+    texts = ["plain\n words", "the \u6771", "fox \u6771\u4eac \u00e9"]
+    tokenize([text.encode() for text in texts], tokenizer, "train_loader.dataset")
+    assert "train_loader.dataset: 2 documents contain characters that the tokenizer" in caplog.text
+    assert r"(3 different ones, such as '\xe9' '\u4eac' '\u6771')" in caplog.text
+    caplog.clear()
+    for kept in (BytesTokenizer(), build_tokenizer(TokenizerConfig(name=str(folder)))):
+        tokenize([text.encode() for text in texts] + [TEXT.encode()], kept, "dataset")
+    assert caplog.text == ""

@@ -25,6 +25,7 @@ from tokenyard_train.data.schema import (
 )
 from tokenyard_train.data.sources import mds_folder, read_documents
 from tokenyard_train.data.sources.mds import MdsTokens, has_tokens
+from tokenyard_train.data.text_loss import LossCounter
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import Ids, TokenFile, Tokens, ids_dtype
 
@@ -163,6 +164,7 @@ def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer, key: str) -> Ids:
     that the error names.
     """
     dtype = ids_dtype(tokenizer.vocab_size)
+    counter = LossCounter(tokenizer)
     parts: list[Ids] = []
     end = np.array([tokenizer.end], dtype=dtype)
     size = 0
@@ -173,7 +175,8 @@ def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer, key: str) -> Ids:
                 f"{key} has more than {_IN_MEMORY >> 20} MiB of text; run tokenyard data pack "
                 "on it, and name the folder by dataset.packed"
             )
-        parts += [tokenizer.encode(document).astype(dtype, copy=False), end]
+        parts += [counter.encode(document).astype(dtype, copy=False), end]
     if not parts:
         raise ConfigError(f"{key}: there is no text; every file that it names is empty")
+    counter.loss.warn(key)
     return np.concatenate(parts)

@@ -19,7 +19,8 @@ import numpy as np
 
 from tokenyard import TokenyardError
 from tokenyard_train.data.schema import TokenizerConfig
-from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
+from tokenyard_train.data.text_loss import LossCounter, TextLoss
+from tokenyard_train.data.tokenizer import build_tokenizer
 from tokenyard_train.data.tokens import ids_dtype
 
 
@@ -30,6 +31,7 @@ class EncodedChunk(NamedTuple):
     ends: list[int]  # position after each document's end id, from the start of the chunk
     text_bytes: int
     text_digest: str  # of `digest_text`
+    loss: TextLoss
 
 
 def split_chunks(documents: Iterable[bytes], min_bytes: int) -> Iterator[list[bytes]]:
@@ -64,8 +66,8 @@ def encode_chunks(
     About 2 * workers chunks are in memory at a time.
     """
     if workers == 1:
-        tokenizer = build_tokenizer(config)
-        yield from (_encode(tokenizer, chunk) for chunk in chunks)
+        counter = LossCounter(build_tokenizer(config))
+        yield from (_encode(counter, chunk) for chunk in chunks)
         return
     try:
         yield from _encode_in_processes(chunks, config, workers)
@@ -145,9 +147,9 @@ def _serve(connection: Connection, config: TokenizerConfig) -> None:
     chunks: SimpleQueue[list[bytes]] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, chunks), daemon=True).start()
     try:
-        tokenizer = build_tokenizer(config)
+        counter = LossCounter(build_tokenizer(config))
         while True:
-            connection.send(_encode(tokenizer, chunks.get()))
+            connection.send(_encode(counter, chunks.get()))
     except Exception as error:
         connection.send(error)
 
@@ -161,11 +163,11 @@ def _receive(connection: Connection, chunks: SimpleQueue[list[bytes]]) -> None:
             os._exit(1)
 
 
-def _encode(tokenizer: Tokenizer, documents: list[bytes]) -> EncodedChunk:
-    dtype = ids_dtype(tokenizer.vocab_size)
-    end = np.array([tokenizer.end], dtype=dtype)
-    encoded = [tokenizer.encode(document).astype(dtype, copy=False) for document in documents]
+def _encode(counter: LossCounter, documents: list[bytes]) -> EncodedChunk:
+    dtype = ids_dtype(counter.tokenizer.vocab_size)
+    end = np.array([counter.tokenizer.end], dtype=dtype)
+    encoded = [counter.encode(document).astype(dtype, copy=False) for document in documents]
     ids = b"".join(part.data for document in encoded for part in (document, end))
     ends = np.cumsum([len(document) + 1 for document in encoded]).tolist()
     text_bytes = sum(map(len, documents))
-    return EncodedChunk(ids, ends, text_bytes, digest_text(documents))
+    return EncodedChunk(ids, ends, text_bytes, digest_text(documents), counter.take())

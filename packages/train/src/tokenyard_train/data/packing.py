@@ -27,6 +27,7 @@ from tokenyard_train.data.journal import (
     read_journal,
 )
 from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.text_loss import TextLoss
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import (
     BLOCK_BYTES,
@@ -153,6 +154,7 @@ def _append(
     report: Callable[[PackProgress], None],
 ) -> PackProgress:
     itemsize = ids_dtype(tokenizer.vocab_size).itemsize
+    loss = TextLoss()
     with (
         (folder / TOKENS).open("ab") as tokens,
         (folder / DOCUMENTS).open("ab") as documents,
@@ -173,7 +175,9 @@ def _append(
                 _sync(file)
             journal.write(journal_line(done, chunk.ids, ends, chunk.text_digest).encode())
             _sync(journal)
+            loss.add(chunk.loss)
             report(done)
+    loss.warn(str(folder))
     return done
 
 
