@@ -377,3 +377,45 @@ def test_new_folders_of_mosaicml_streaming(tmp_path):
     with streaming.MDSWriter(out=str(tmp_path), columns={"text": "str"}) as writer:
         writer.write({"text": "one"})
     assert read(tmp_path) == [b"one"]
+
+
+def both_columns(folder: Path) -> Path:
+    samples = [[bytes([65 + i] * 30), np.full(30, i, dtype="<i4").tobytes()] for i in range(20)]
+    names = ["text", "tokens"]
+    return write(folder, [samples], names, ["str", "ndarray:int32:30"], [None, 120])
+
+
+def test_text_key_chooses_between_text_and_ids(tmp_path, config):
+    folder = str(both_columns(tmp_path / "both"))
+
+    def ids(**keys):
+        loader = {"name": "text", "dataset": {"local": folder} | keys}
+        return build_data(config(train_loader=loader).data()).train.tokens
+
+    assert ids(text_key="tokens")[:31].tolist() == [0] * 30 + [1]
+    assert ids(text_key="text")[:32].tolist() == [65] * 30 + [256, 66]
+    with pytest.raises(
+        ConfigError, match=r"dataset.local '.*' has the columns 'text' and 'tokens'; say text_key"
+    ):
+        ids()
+    with pytest.raises(ConfigError, match=r"has no column 'body'; it has text, tokens"):
+        ids(text_key="body")
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "vocab_size"),
+    [
+        ("int32", "uint16", 257),
+        ("int32", "uint16", 150_000),
+        ("int64", "uint16", 150_000),
+        ("int64", "int32", 150_000),
+        ("uint16", "uint8", 257),
+    ],
+)
+def test_ids_that_are_read_too_narrow_are_refused(tmp_path, written, read, vocab_size):
+    """Half of the ids would be 0, or the upper halves of large ones."""
+    ids = np.random.default_rng(3).integers(0, vocab_size, size=(6, 24)).astype(written)
+    folder = write(tmp_path, [[[row.tobytes()] for row in ids]], ["tokens"], ["bytes"], [None])
+    with pytest.raises(ConfigError, match=rf"every second id .* is 0 as {read}, so .*wider ids"):
+        MdsTokens(folder, vocab_size, "local", read)
+    assert (MdsTokens(folder, vocab_size, "local", written)[:] == ids.ravel()).all()

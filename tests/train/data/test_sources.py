@@ -190,3 +190,76 @@ def test_a_description_of_shards_and_of_local_datasets_is_of_their_content(tmp_p
         assert describe_source(source, "dataset") == before
         file.write_bytes(file.read_bytes()[:-2] + b"zz")
         assert describe_source(source, "dataset") != before
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        ({"path": "a", "split": "train"}, r"dataset.split is 'train', .*no effect beside path; .* "
+         r"it is for local and hf_name"),
+        ({"path": "a", "streaming": False}, r"dataset.streaming is False, .* is for hf_name"),
+        ({"path": "a", "token_encoding_type": "int32"}, r"token_encoding_type is 'int32', which h"),
+        ({"hf_name": "a", "suffixes": [".x"]}, r"dataset.suffixes is \['.x'\], .* is for path"),
+        ({"hf_name": "a", "token_encoding_type": "int32"}, r"dataset.token_encoding_type is 'int3"),
+        ({"packed": "a", "text_key": "b"}, r"dataset.text_key is 'b', .* path and local and hf_na"),
+        ({"streams": {"x": {"path": "a"}}, "split": "b"}, r"dataset.split is 'b', .*in any stream"),
+        ({"streams": {"x": {"path": "a", "split": "b"}}}, r"dataset.streams.x.split is 'b', which"),
+    ],
+)  # fmt: skip
+def test_a_key_without_effect_is_refused(settings, dataset, said):
+    loader = {"name": "text", "dataset": dataset}
+    with pytest.raises(ConfigError, match=said):
+        build_data(read_config(settings | {"train_loader": loader}).data())
+
+
+def test_keys_beside_streams_are_their_defaults(settings, tmp_path):
+    """As in LLM Foundry."""
+    rows = {"a.jsonl": {"b": "b" * 40, "c": "c" * 40}, "d.jsonl": {"b": "d" * 40, "c": "e" * 40}}
+    for name, row in rows.items():
+        (tmp_path / name).write_text(json.dumps(row))
+    streams = {name: {"path": str(tmp_path / name)} for name in rows}
+    streams["d.jsonl"]["text_key"] = "c"
+    dataset = {"streams": streams, "text_key": "b"}
+    loader = {"name": "text", "dataset": dataset}
+    mixture = build_data(read_config(settings | {"train_loader": loader}).data()).train
+    read = {name: set(s.tokens.tolist()) for name, s in mixture.streams.items()}
+    assert read == {"a.jsonl": {ord("b"), 256}, "d.jsonl": {ord("e"), 256}}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "said"),
+    [
+        ({"name": "bytes", "eos_token": "x"}, r"tokenizer.eos_token is 'x', .* effect with bytes;"),
+        ({"kwargs": {"encoding_name": "gpt2"}}, r"tokenizer.kwargs is .*gpt2.*no effect with byte"),
+    ],
+)
+def test_an_option_of_another_tokenizer_is_refused(settings, text, tokenizer, said):
+    loader = {"name": "text", "dataset": {"path": str(text)}}
+    config = settings | {"train_loader": loader}
+    with pytest.raises(ConfigError, match=said):
+        build_data(read_config(config | {"tokenizer": tokenizer}).data())
+    kept = {"name": "bytes", "kwargs": {"model_max_length": 5}}  # ignored with a warning
+    assert build_data(read_config(config | {"tokenizer": kept}).data())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--split", "x"], "--split is 'x', which has no effect on files"),
+        (["--eos-token", "x"], "--eos-token is 'x', which has no effect with bytes"),
+    ],
+)
+def test_an_option_of_data_pack_without_effect_is_refused(tokenyard, tmp_path, options, said):
+    (tmp_path / "a.txt").write_text("text")
+    arguments = ["data", "pack", str(tmp_path / "p"), str(tmp_path / "a.txt"), "--workers", "1"]
+    code, _, errors = tokenyard(*arguments, *options)
+    assert code == 2
+    assert said in " ".join(errors.split())
+
+
+def test_a_split_of_a_dataset_without_splits_is_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(str(tmp_path / "saved"))
+    assert read(hf_name=str(tmp_path / "saved")) == [b"one"]
+    with pytest.raises(ConfigError, match=r"dataset.split is 'test', .* without splits .*leave"):
+        read(hf_name=str(tmp_path / "saved"), split="test")

@@ -18,6 +18,7 @@ from tokenyard_train.data.packing import pack
 from tokenyard_train.data.schema import Source, TokenizerConfig
 from tokenyard_train.data.sources import describe_source, read_documents
 from tokenyard_train.data.tokens import TokenFile, read_manifest
+from tokenyard_train.data.unused_keys import check_tokenizer
 
 
 def run_pack(console: Console, options: PackOptions) -> None:
@@ -69,10 +70,12 @@ def run_info(console: Console, folder: Path) -> None:
 def parse_tokenizer(text: str, eos_token: str | None) -> TokenizerConfig:
     """Return the config of a `--tokenizer` value: a name or path, or ``tiktoken:<encoding>``."""
     name, _, encoding = text.partition(":")
+    options: dict[str, Any] = {"name": text}
     if name == "tiktoken":
-        kwargs = {"encoding_name": encoding or None}
-        return parse(TokenizerConfig, {"name": "tiktoken", "kwargs": kwargs})
-    return parse(TokenizerConfig, {"name": text, "eos_token": eos_token})
+        options = {"name": "tiktoken", "kwargs": {"encoding_name": encoding or None}}
+    config = parse(TokenizerConfig, options | {"eos_token": eos_token})
+    check_tokenizer(config, "--eos-token")
+    return config
 
 
 def _source(options: PackOptions) -> Source:
@@ -85,6 +88,11 @@ def _source(options: PackOptions) -> Source:
             raise ConfigError(f"{flag} takes one SOURCE, and {len(options.sources)} were given")
         key = "hf_name" if options.hf else "local"
         location = {key: options.sources[0], "split": options.split}
+    elif options.split is not None:
+        raise ConfigError(
+            f"--split is {options.split!r}, which has no effect on files; "
+            "leave it out, it is for --hf and --mds"
+        )
     return parse(Source, location | {"text_key": options.text_key})
 
 

@@ -24,10 +24,11 @@ from tokenyard_train.data.schema import (
     TextLoader,
 )
 from tokenyard_train.data.sources import mds_folder, read_documents
-from tokenyard_train.data.sources.mds import MdsTokens, has_tokens
+from tokenyard_train.data.sources.mds import MdsTokens, reads_tokens
 from tokenyard_train.data.text_loss import LossCounter
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import Ids, TokenFile, Tokens, ids_dtype
+from tokenyard_train.data.unused_keys import check_source, check_tokenizer, streams_of
 
 _IN_MEMORY = 1 << 30  # bytes of text that may be tokenized at start-up
 
@@ -68,6 +69,7 @@ def _identity(tokens: Tokens) -> str:
 def build_data(settings: DataSettings) -> Data:
     """Open packed text, or read and tokenize text. Raises ConfigError if it is missing or short."""
     _check_lengths(settings)
+    check_tokenizer(settings.tokenizer)
     tokenizer = build_tokenizer(settings.tokenizer)
     train = _train_samples(settings, tokenizer)
     loader = settings.eval_loader
@@ -113,11 +115,12 @@ def _train_samples(
     if isinstance(loader, StdlibLoader) or loader.dataset.streams is None:
         return samples(_loader_tokens(loader, tokenizer, "train_loader"))
     key = "train_loader.dataset.streams"
+    sources = streams_of(loader.dataset, "train_loader.dataset")
     streams = {
         name: samples(_source_tokens(stream, tokenizer, f"{key}.{name}"))
-        for name, stream in loader.dataset.streams.items()
+        for name, stream in sources.items()
     }
-    weights = {name: stream.proportion for name, stream in loader.dataset.streams.items()}
+    weights = {name: stream.proportion for name, stream in sources.items()}
     return Mixture(streams, weights, settings.seed)
 
 
@@ -134,9 +137,10 @@ def _loader_tokens(loader: StdlibLoader | TextLoader, tokenizer: Tokenizer, key:
 
 
 def _source_tokens(source: Source, tokenizer: Tokenizer, key: str) -> Tokens:
+    check_source(source, key)
     if source.packed is not None:
         return _open_packed(source.packed, tokenizer, key)
-    if source.local is not None and has_tokens(mds_folder(source), f"{key}.local"):
+    if source.local is not None and reads_tokens(source, mds_folder(source), f"{key}.local"):
         return MdsTokens(
             mds_folder(source), tokenizer.vocab_size, f"{key}.local", source.token_encoding_type
         )

@@ -50,12 +50,26 @@ def _load(source: Source | RowSource, key: str) -> Any:
     try:
         if _is_saved_to_disk(Path(name)):
             saved = datasets.load_from_disk(name)
-            return saved[split] if isinstance(saved, dict) else saved
+            return _split_of(saved, source, key)
         return datasets.load_dataset(name, split=split, streaming=source.streaming)
+    except ConfigError:
+        raise
     except Exception as error:  # errors come from datasets, the hub and fsspec, some bare
         raise ConfigError(
             f"{key}.hf_name {name!r}, split {split!r}, cannot be loaded: {_reason(error)}"
         ) from None
+
+
+def _split_of(saved: Any, source: Source, key: str) -> Any:
+    """Return a split of what `save_to_disk` wrote. Raises ConfigError if it has no such split."""
+    if isinstance(saved, dict):
+        return saved[source.split or "train"]
+    if source.split not in (None, str(saved.split)):
+        raise ConfigError(
+            f"{key}.split is {source.split!r}, and {key}.hf_name {source.hf_name!r} is one dataset "
+            f"without splits (saved from {saved.split}); leave split out"
+        )
+    return saved
 
 
 def _reason(error: Exception) -> str:

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from tokenyard import ConfigError
+from tokenyard_train.data.schema import Source
 from tokenyard_train.data.sources.mds_index import read_index, warn_unlisted
 from tokenyard_train.data.sources.mds_shard import ShardReader, Spans
-from tokenyard_train.data.sources.mds_tokens import TokensFormat, tokens_format
+from tokenyard_train.data.sources.mds_tokens import TokensFormat, WideIds, tokens_format
 from tokenyard_train.data.sources.text import check_size, document_text
 from tokenyard_train.data.tokens import Ids, check_ids, ids_dtype
+
+_TOKENS = "tokens"  # the column of ids
 
 
 def mds_documents(folder: Path, text_key: str, key: str) -> Iterator[bytes | None]:
@@ -119,13 +122,35 @@ class MdsTokens:
             return
         reader = self._readers[shard]
         reader.check_hashes()
-        hint = " or its token_encoding_type" if reader.encoding("tokens") == "bytes" else ""
+        of_bytes = reader.encoding("tokens") == "bytes"
+        hint = " or its token_encoding_type" if of_bytes else ""
+        wide = WideIds(self._vocab_size)
         for row in range(reader.shard.samples):
             ids = self._stored(shard, row)
             check_ids(ids, self._vocab_size, f"{self._key}: sample {row} of {reader.path}", hint)
+            wide.add(ids)
+        if of_bytes and wide:
+            raise ConfigError(
+                f"{self._key}: every second id of {reader.path} is 0 as {ids.dtype.name}, so it "
+                "holds wider ids; give their token_encoding_type, such as int64"
+            )
         self._checked[shard] = True
 
 
-def has_tokens(folder: Path, key: str) -> bool:
-    """Return whether the shards hold ids (LLM Foundry's --concat_tokens) instead of text."""
-    return "tokens" in read_index(folder, key)[0].column_names
+def reads_tokens(source: Source, folder: Path, key: str) -> bool:
+    """Return whether to read ids (LLM Foundry's --concat_tokens) instead of the text of shards.
+
+    Raises ConfigError if the shards hold both, and the source does not say which by `text_key`.
+    """
+    columns = read_index(folder, key)[0].column_names
+    text_key = source.text_key
+    if _TOKENS not in columns or text_key == _TOKENS:
+        return _TOKENS in columns
+    if text_key not in columns:
+        return text_key == Source.model_fields["text_key"].default
+    if "text_key" not in source.model_fields_set:
+        raise ConfigError(
+            f"{key} {str(folder)!r} has the columns {text_key!r} and {_TOKENS!r}; "
+            f"say text_key: {text_key} to read text, or text_key: {_TOKENS} to read ids"
+        )
+    return False

@@ -58,6 +58,29 @@ class TokensFormat:
         return 1 + next(width for width in _SHAPE_BYTES if length < 1 << (8 * width))
 
 
+class WideIds:
+    """Tells whether ids were read in a narrower dtype than they were written in.
+
+    The upper half of each id in memory is then an id of its own: 0, or as large as the vocabulary
+    allows.
+    """
+
+    def __init__(self, vocab_size: int):
+        self._last = vocab_size - 1
+        self._upper = True  # each second id may be an upper half
+        self._lower = False  # some other id may not
+
+    def add(self, ids: Ids) -> None:
+        """Add the ids of a sample."""
+        bits = 8 * ids.dtype.itemsize
+        most = self._last >> bits
+        self._upper &= bits < 64 and len(ids) % 2 == 0 and int(ids[1::2].max(initial=0)) <= most
+        self._lower |= int(ids[::2].max(initial=0)) > most
+
+    def __bool__(self) -> bool:
+        return self._upper and self._lower
+
+
 def tokens_format(encoding: str, encoding_type: str, key: str) -> TokensFormat:
     """Return the format of a column's encoding. Raises ConfigError if it is not read.
 
