@@ -271,7 +271,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor |
     return tuple(result)
 
 
-_lora_experts = operator(_NAME, f"({_SCHEMA}) -> (Tensor, Tensor)")(_forward)
+_lora_experts = operator(_NAME, f"({_SCHEMA}) -> (Tensor, Tensor)", kept=True)(_forward)
 torch.library.register_fake(_lora_experts, _fake)
 _lora_experts_backward = operator(
     f"{_NAME}_backward", f"(Tensor dy, Tensor z, bool[] needs, {_SCHEMA}) -> Tensor[]"
