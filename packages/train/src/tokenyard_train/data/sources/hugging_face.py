@@ -60,7 +60,7 @@ def _load(source: Source | RowSource, key: str) -> Any:
         ) from None
 
 
-def _split_of(saved: Any, source: Source, key: str) -> Any:
+def _split_of(saved: Any, source: Source | RowSource, key: str) -> Any:
     """Return a split of what `save_to_disk` wrote. Raises ConfigError if it has no such split."""
     if isinstance(saved, dict):
         return saved[source.split or "train"]
