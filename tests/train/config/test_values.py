@@ -15,6 +15,9 @@ REFUSED = {
     "model.ffn_config.moe_top_k=2.0": "moe_top_k is 2.0; give a whole number",
     "optimizer.lr=true": "optimizer.lr is True; give a number",
     "seed=190:20:30": "190:20:30 is a number of base 60",
+    "seed=010": "010 is a number of base 8 in YAML; write",
+    "train_loader.dataset.path=my-texts #1": "'#1' is a comment in YAML; put the value in quotes",
+    "run_name=#1": "'#1' is a comment in YAML; put the value in quotes",
     # A model, a schedule and an optimizer that train nothing
     "model.name=auto": "model.name is 'auto', which could be any model",
     "scheduler.t_max=0ba": "scheduler.t_max is 0ba; it must be above 0",

@@ -27,6 +27,7 @@ from tokenyard_train.config.schema import TrainConfig
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 40
 _SAME_KEYS = re.compile(r"^(train|eval)_loader\.dataset\.(streams\.[^.]*\.)?")
+_BASE_8 = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*")
 _BASE_60 = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?")
 
 
@@ -86,6 +87,7 @@ def _override(config: DictConfig, override: str) -> None:
         )
     with _one_sentence(f"override {override!r} cannot be applied"):
         _refuse_aliases_and_depth(value)
+        _refuse_comment(value)
         config.merge_with_dotlist([override])
 
 
@@ -128,17 +130,32 @@ def _refuse_aliases_and_depth(text: str) -> None:
         if depth > _MAX_DEPTH:
             raise ConfigError(f"it is nested deeper than {_MAX_DEPTH} levels")
         if isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
-            _refuse_base_60(event.value)
+            _refuse_other_bases(event.value)
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(
                 f"the YAML alias *{event.anchor} is not supported; write ${{key}} instead"
             )
 
 
-def _refuse_base_60(text: str) -> None:
-    if _BASE_60.fullmatch(text):
+def _refuse_other_bases(text: str) -> None:
+    """Raise ConfigError for a number that YAML reads in a base that it does not show."""
+    for base, pattern in ((8, _BASE_8), (60, _BASE_60)):
+        if pattern.fullmatch(text):
+            raise ConfigError(
+                f"{text} is a number of base {base} in YAML; "
+                "write the number in base 10, or text in quotes"
+            )
+
+
+def _refuse_comment(value: str) -> None:
+    """Raise ConfigError for an override that YAML would cut at a #."""
+    ends = (yaml.StreamEndEvent, yaml.DocumentEndEvent)
+    events = yaml.parse(value, Loader=yaml.SafeLoader)
+    marks = [event.end_mark for event in events if not isinstance(event, ends)]
+    end = max(mark.index for mark in marks if mark is not None)
+    if value[end:].strip():
         raise ConfigError(
-            f"{text} is a number of base 60 in YAML; write the number in base 10, or text in quotes"
+            f"{value[end:].strip()!r} is a comment in YAML; put the value in quotes to keep it"
         )
 
 
