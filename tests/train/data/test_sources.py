@@ -263,3 +263,25 @@ def test_a_split_of_a_dataset_without_splits_is_refused(tmp_path):
     assert read(hf_name=str(tmp_path / "saved")) == [b"one"]
     with pytest.raises(ConfigError, match=r"dataset.split is 'test', .* without splits .*leave"):
         read(hf_name=str(tmp_path / "saved"), split="test")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_dataset_of_text_files_is_refused(tmp_path, streaming, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    with pytest.raises(ConfigError, match=r"a row of each line; give the folder by path"):
+        read(hf_name=str(tmp_path), streaming=streaming)
+    assert read(path=str(tmp_path)) == [b"one\ntwo\n"]
+
+
+@pytest.mark.parametrize("out", ["texts", "texts/packed", "."])
+def test_an_output_among_the_text_is_refused(tokenyard, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "b.txt").write_text("text")
+    source = "texts" if out == "texts/packed" else "texts/b.txt"
+    code, _, errors = tokenyard("data", "pack", out, source, "--workers", "1")
+    assert code == 2
+    assert f"OUT is '{out}' and SOURCE '{source}', one inside" in " ".join(errors.split())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b.txt", "texts"]

@@ -24,6 +24,7 @@ from tokenyard_train.data.unused_keys import check_tokenizer
 def run_pack(console: Console, options: PackOptions) -> None:
     """Pack sources into a folder, with a progress bar. Raises ConfigError for unreadable text."""
     source = _source(options)
+    _check_apart(options)
     start = time.monotonic()
     with _progress_bar(console) as bar:
         task = bar.add_task("packing", total=None, state="")
@@ -94,6 +95,18 @@ def _source(options: PackOptions) -> Source:
             "leave it out, it is for --hf and --mds"
         )
     return parse(Source, location | {"text_key": options.text_key})
+
+
+def _check_apart(options: PackOptions) -> None:
+    """Raise ConfigError if the output would be among the files of a source, or the other way."""
+    out = options.out.resolve()
+    for name in options.sources:
+        source = Path(name).resolve()
+        if source.exists() and (source == out or source in out.parents or out in source.parents):
+            raise ConfigError(
+                f"OUT is {str(options.out)!r} and SOURCE {name!r}, one inside the other; "
+                "give an output folder apart from the text"
+            )
 
 
 def _progress_bar(console: Console) -> Progress:

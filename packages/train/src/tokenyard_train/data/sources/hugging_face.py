@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from tokenyard import ConfigError
 from tokenyard_train.data.schema import RowSource, Source
 from tokenyard_train.data.sources.text import no_column, row_text
 from tokenyard_train.optional import require
+
+log = logging.getLogger("tokenyard")
 
 
 def dataset_documents(source: Source, key: str) -> Iterator[bytes | None]:
@@ -51,13 +54,25 @@ def _load(source: Source | RowSource, key: str) -> Any:
         if _is_saved_to_disk(Path(name)):
             saved = datasets.load_from_disk(name)
             return _split_of(saved, source, key)
-        return datasets.load_dataset(name, split=split, streaming=source.streaming)
+        dataset = datasets.load_dataset(name, split=split, streaming=source.streaming)
+        _refuse_lines(dataset, name, key)
+        return dataset
     except ConfigError:
         raise
     except Exception as error:  # errors come from datasets, the hub and fsspec, some bare
         raise ConfigError(
             f"{key}.hf_name {name!r}, split {split!r}, cannot be loaded: {_reason(error)}"
         ) from None
+
+
+def _refuse_lines(dataset: Any, name: str, key: str) -> None:
+    """Raise ConfigError for a folder of text files, of which each line would be a document."""
+    if getattr(dataset.info, "builder_name", None) != "text":
+        return
+    problem = f"{key}.hf_name {name!r} holds files of text, and datasets makes a row of each line"
+    if Path(name).is_dir():
+        raise ConfigError(f"{problem}; give the folder by path, so that each file is one document")
+    log.warning("%s, so each line is a document", problem)
 
 
 def _split_of(saved: Any, source: Source | RowSource, key: str) -> Any:
