@@ -89,9 +89,13 @@ def test_text_that_is_empty_or_too_short(tmp_path, config):
         build_data(config(train_loader=loader).data())
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "short.txt")}}
     with pytest.raises(
-        ConfigError, match="the text has 6 tokens; a sample of max_seq_len 24 needs 25"
+        ConfigError,
+        match=r"^train_loader.dataset: the text has 6 tokens; a sample of max_seq_len 24 needs 25",
     ):
         build_data(config(train_loader=loader).data())
+    streams = {"name": "text", "dataset": {"streams": {"a": loader["dataset"]}}}
+    with pytest.raises(ConfigError, match=r"^train_loader.dataset.streams.a: the text has 6 tok"):
+        build_data(config(train_loader=streams).data())
 
 
 def test_the_error_names_the_loader(config, tmp_path):

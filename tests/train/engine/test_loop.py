@@ -302,3 +302,11 @@ def test_a_nondeterministic_operator_is_named(config, console, monkeypatch):
     sentence = "CUBLAS_WORKSPACE_CONFIG is ':0:0'; unset it, or give :4096:8"
     with pytest.raises(ConfigError, match=sentence):
         train(config(deterministic=True), console)
+
+
+@pytest.mark.parametrize("folder", [".", "run"])
+def test_a_run_is_not_written_among_its_text(config, text, folder):
+    """A resume would read its metrics as text."""
+    with pytest.raises(ConfigError, match=r"is in the folder \w+_loader.dataset.path '.*text'"):
+        train(config(save_folder=str(text / folder)), Console(quiet=True))
+    assert not (text / folder / "metrics.jsonl").exists()

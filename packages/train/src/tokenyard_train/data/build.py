@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,17 @@ def build_data(settings: DataSettings) -> Data:
         rows = build_packed(loader.dataset, settings, tokenizer, "eval_loader.dataset")
         return Data(tokenizer, train, PackedHeldOut(rows, *limits))
     tokens = _loader_tokens(loader, tokenizer, "eval_loader")
-    return Data(tokenizer, train, HeldOut(tokens, settings.max_seq_len, *limits))
+    with _named("eval_loader.dataset"):
+        return Data(tokenizer, train, HeldOut(tokens, settings.max_seq_len, *limits))
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Context: a ConfigError begins with a key."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def _check_lengths(settings: DataSettings) -> None:
@@ -109,15 +120,16 @@ def _train_samples(
         return build_packed(loader.dataset, settings, tokenizer, "train_loader.dataset")
     shuffle = loader.dataset.shuffle
 
-    def samples(tokens: Tokens) -> Samples:
-        return Samples(tokens, settings.max_seq_len, settings.seed, shuffle)
+    def samples(tokens: Tokens, key: str) -> Samples:
+        with _named(key):
+            return Samples(tokens, settings.max_seq_len, settings.seed, shuffle)
 
     if isinstance(loader, StdlibLoader) or loader.dataset.streams is None:
-        return samples(_loader_tokens(loader, tokenizer, "train_loader"))
+        return samples(_loader_tokens(loader, tokenizer, "train_loader"), "train_loader.dataset")
     key = "train_loader.dataset.streams"
     sources = streams_of(loader.dataset, "train_loader.dataset")
     streams = {
-        name: samples(_source_tokens(stream, tokenizer, f"{key}.{name}"))
+        name: samples(_source_tokens(stream, tokenizer, f"{key}.{name}"), f"{key}.{name}")
         for name, stream in sources.items()
     }
     weights = {name: stream.proportion for name, stream in sources.items()}

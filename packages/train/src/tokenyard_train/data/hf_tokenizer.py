@@ -74,12 +74,18 @@ class HfTokenizer:
         return int(self._sizes[ids].sum())
 
     def _end_id(self, name: str, eos: str | None) -> int:
-        end = None if eos is None else self._tokenizer.token_to_id(eos)
-        if end is None:
-            problem = "has no token for it" if eos is None else f"has no token {eos!r}"
+        if eos is None:
             raise ConfigError(
-                f"tokenizer.name {name!r} must say how a document ends, and {problem}; "
+                f"tokenizer.name {name!r} must say how a document ends, and has no token for it; "
                 "give tokenizer.eos_token"
+            )
+        end = self._tokenizer.token_to_id(eos)
+        if end is None:
+            added = self._tokenizer.get_added_tokens_decoder().values()
+            known = ", ".join([repr(token.content) for token in added][:5]) or "none"
+            raise ConfigError(
+                f"tokenizer.name {name!r} has no token {eos!r}, which eos_token names; "
+                f"give one that it has as tokenizer.eos_token (special tokens: {known})"
             )
         return int(end)
 

@@ -31,7 +31,8 @@ class Samples:
         if self.windows < 1:
             raise ConfigError(
                 f"the text has {len(tokens)} tokens; "
-                f"a sample of max_seq_len {length} needs {length + 1}"
+                f"a sample of max_seq_len {length} needs {length + 1}; give more text, or shorter "
+                "samples"
             )
 
     def __len__(self) -> int:

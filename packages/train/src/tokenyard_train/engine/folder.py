@@ -27,8 +27,35 @@ def run_folder(config: TrainConfig) -> Iterator[None]:
         yield
 
 
+def _check_apart(config: TrainConfig, folder: Path) -> None:
+    """Raise ConfigError if the run's files would be among its text."""
+    parents = [folder.resolve(), *folder.resolve().parents]
+    for key, path in _text_paths(config):
+        if Path(path).resolve() in parents:
+            raise ConfigError(
+                f"save_folder {str(folder)!r} is in the folder {key}.path {path!r}, "
+                "whose files are read as text; give another save_folder"
+            )
+
+
+def _text_paths(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Yield the key and the value of each `path` of text."""
+    for name, loader in (
+        ("train_loader", config.train_loader),
+        ("eval_loader", config.eval_loader),
+    ):
+        key = f"{name}.dataset"
+        dataset = getattr(loader, "dataset", None)
+        streams = getattr(dataset, "streams", None) or {}
+        sources = {key: dataset} | {f"{key}.streams.{s}": stream for s, stream in streams.items()}
+        for where, source in sources.items():
+            paths = getattr(source, "path", None) or []
+            yield from ((where, path) for path in ([paths] if isinstance(paths, str) else paths))
+
+
 def _prepare(config: TrainConfig, held: ExitStack) -> None:
     folder = Path(config.save_folder or ".")
+    _check_apart(config, folder)
     held.enter_context(lock_folder(folder))
     taken = (folder / "metrics.jsonl").exists() or bool(checkpoints(folder))
     if not taken or config.autoresume:

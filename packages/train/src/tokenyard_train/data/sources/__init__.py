@@ -53,7 +53,7 @@ def _file_documents(source: Source, key: str) -> Iterator[bytes | None]:
     An empty file of text is as usual as an empty module of code.
     """
     files = find_files(source.path or [], source.suffixes, key)
-    _warn_of(repeated_files(files), key, "are read twice, as links or by several paths")
+    _warn_of(repeated_files(files), key, "read twice, as links or by several paths")
     empty = []
     for file in files:
         rows = 0
@@ -62,12 +62,12 @@ def _file_documents(source: Source, key: str) -> Iterator[bytes | None]:
             yield document
         if not rows:
             empty.append(file)
-    _warn_of(empty, key, "hold no rows")
+    _warn_of(empty, key, "without rows")
 
 
 def _warn_of(files: list[Path], key: str, problem: str) -> None:
     if files:
-        log.warning("%s: %d files %s (such as %s)", key, len(files), problem, files[0])
+        log.warning("%s: files %s: %d, such as %s", key, problem, len(files), files[0])
 
 
 def mds_folder(source: Source) -> Path:

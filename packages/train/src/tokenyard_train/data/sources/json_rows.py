@@ -35,9 +35,20 @@ def _line_rows(stream: Stream, file: Path, decoder: json.JSONDecoder) -> Iterato
             try:
                 row = parse_json(line, decoder)
             except ValueError as error:
+                if number == 1 and line.lstrip().startswith(b"{") and _goes_on(stream, line):
+                    raise ConfigError(
+                        f"{file} has a row of JSON over several lines; write each row in one line "
+                        "(jq -c), or all as an array"
+                    ) from None
                 hint = "" if number > 1 else "; a file of JSON holds a row a line, or an array"
                 raise ConfigError(f"{location} is not JSON: {error}{hint}") from None
             yield location, row
+
+
+def _goes_on(stream: Stream, line: bytes) -> bool:
+    """Return whether a line is the start of a JSON object, of which more lines follow."""
+    opened = line.strip()
+    return opened.endswith((b"{", b",", b"[")) and bool(stream.peek(1))
 
 
 class _ArrayRows:
