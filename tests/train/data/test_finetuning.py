@@ -304,6 +304,11 @@ def test_keys_without_a_meaning_are_refused(option, said):
         FinetuningLoader(name="finetuning", dataset={"path": "a.jsonl"} | option)
 
 
+def test_a_key_of_another_location_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"dataset.split is 'train', .* path; .* is for hf_name"):
+        load(folder, path="a.jsonl", split="train")
+
+
 @given(sizes=st.lists(st.integers(0, 20), max_size=60))
 def test_first_fit_is_first_fit(sizes):
     room: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard_train.data.schema import Source, Stream, TextDataset, TokenizerConfig
+from tokenyard_train.data.schema import RowSource, Source, Stream, TextDataset, TokenizerConfig
 
 _EFFECTIVE = {
     "path": ("text_key", "suffixes"),
@@ -17,12 +17,13 @@ _EFFECTIVE = {
 _KEYS = ("split", "streaming", "text_key", "token_encoding_type", "suffixes")
 
 
-def check_source(source: Source, key: str) -> None:
+def check_source(source: Source | RowSource, key: str) -> None:
     """Raise ConfigError for a key that has no effect beside the location of a source."""
-    location = source.locations()[0]
+    location = next(name for name in _EFFECTIVE if getattr(source, name, None) is not None)
     for name, value in _given(source).items():
         if name not in _EFFECTIVE[location]:
-            raise _no_effect(f"{key}.{name}", value, f"beside {location}", _locations(name))
+            users = _locations(name, source)
+            raise _no_effect(f"{key}.{name}", value, f"beside {location}", users)
 
 
 def streams_of(dataset: TextDataset, key: str) -> dict[str, Stream]:
@@ -35,7 +36,7 @@ def streams_of(dataset: TextDataset, key: str) -> dict[str, Stream]:
     for name, value in _given(dataset).items():
         takers = [s for s, stream in streams.items() if name in _EFFECTIVE[stream.locations()[0]]]
         if not takers:
-            raise _no_effect(f"{key}.{name}", value, "in any stream", _locations(name))
+            raise _no_effect(f"{key}.{name}", value, "in any stream", _locations(name, dataset))
         for taker in takers:
             if name not in streams[taker].model_fields_set:
                 streams[taker] = streams[taker].model_copy(update={name: value})
@@ -53,15 +54,17 @@ def check_tokenizer(config: TokenizerConfig, eos_key: str = "tokenizer.eos_token
         raise _no_effect("tokenizer.kwargs", given, f"with {name}", "tiktoken")
 
 
-def _given(source: Source) -> dict[str, Any]:
+def _given(source: Source | RowSource) -> dict[str, Any]:
     """Return the keys that are set. A default has the same effect as no key."""
-    defaults = {name: Source.model_fields[name].default for name in _KEYS}
-    values = {name: getattr(source, name) for name in _KEYS}
-    return {name: value for name, value in values.items() if value != defaults[name]}
+    fields = type(source).model_fields
+    values = {name: getattr(source, name) for name in _KEYS if name in fields}
+    return {name: value for name, value in values.items() if value != fields[name].default}
 
 
-def _locations(name: str) -> str:
-    return " and ".join(place for place, keys in _EFFECTIVE.items() if name in keys)
+def _locations(name: str, source: Source | RowSource) -> str:
+    """Return the locations of such a source beside which a key has an effect."""
+    places = [place for place, keys in _EFFECTIVE.items() if name in keys]
+    return " and ".join(place for place in places if place in type(source).model_fields)
 
 
 def _no_effect(key: str, value: Any, where: str, users: str) -> ConfigError:

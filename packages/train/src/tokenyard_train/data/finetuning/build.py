@@ -18,6 +18,7 @@ from tokenyard_train.data.schema import DataSettings, FinetuningDataset
 from tokenyard_train.data.sources.rows import Rows, read_rows
 from tokenyard_train.data.tokenizer import Tokenizer
 from tokenyard_train.data.tokens import Ids, ids_dtype
+from tokenyard_train.data.unused_keys import check_source
 
 log = logging.getLogger("tokenyard")
 
@@ -36,6 +37,7 @@ def build_packed(
 
     Raises ConfigError, one sentence with file and row, for a row that cannot be trained on.
     """
+    check_source(dataset, key)
     template = read_template(dataset, settings.tokenizer, key)
     conversations = Conversations(template, dataset.target_responses == "last")
     encode = _Encoder(tokenizer, _prompt_rule(dataset.target_prompts))
