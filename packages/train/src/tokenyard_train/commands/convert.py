@@ -13,11 +13,10 @@ from tokenyard.errors import one_of
 from tokenyard_models import from_hf, to_hf
 from tokenyard_models.hf import Folder, model_section, new_folder, to_megablocks, to_peft
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
-from tokenyard_train.commands.export_tokenizer import tokenizer_folder
+from tokenyard_train.commands.export_tokenizer import exported_tokenizer
 from tokenyard_train.commands.load_model import load_weights_only
 from tokenyard_train.commands.options import ConvertOptions
 from tokenyard_train.config.load import read_config
-from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.folder_lock import lock_new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,9 +63,8 @@ def _write(options: ConvertOptions) -> str:
     if options.to == "megablocks":
         to_megablocks(loaded.model, options.target, dtype=dtype)
     else:
-        if options.tokenizer is not None:
-            loaded = loaded._replace(tokenizer=TokenizerConfig(name=options.tokenizer))
-        like = nullcontext(options.like) if options.like else tokenizer_folder(loaded)
+        loaded = loaded.with_tokenizer(options.tokenizer)
+        like = nullcontext(options.like) if options.like else exported_tokenizer(loaded)
         with like as folder:
             to_hf(loaded.model, options.target, like=folder, dtype=dtype, fused=options.fused)
     return _describe(loaded.model)

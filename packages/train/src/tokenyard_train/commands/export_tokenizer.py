@@ -7,12 +7,12 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard_train.commands.load_model import LoadedModel
+from tokenyard_train.commands.load_model import LoadedModel, tokenizer_folder
 from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
 from tokenyard_train.data import BytesTokenizer, build_tokenizer
 from tokenyard_train.data.hf_tokenizer import without_training_state
@@ -39,30 +39,38 @@ log = logging.getLogger("tokenyard")
 
 
 @contextmanager
-def tokenizer_folder(loaded: LoadedModel) -> Iterator[Path | None]:
+def exported_tokenizer(loaded: LoadedModel) -> Iterator[Path | None]:
     """Context: a folder with the model's tokenizer and token ids, as `to_hf` takes by `like`.
 
-    None with a warning that says why if the tokenizer cannot be written as a tokenizer.json.
+    None with a warning that says why if the tokenizer cannot be written as a tokenizer.json. Raises
+    CheckpointError if it has other content than in training.
     """
-    name = loaded.tokenizer.name
-    if loaded.source is not None and Path(name) in (loaded.source, loaded.source.resolve()):
-        with _like_trained(loaded.source) as folder:
-            yield folder
-        return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder: Path | None
         try:
-            end = _write_tokenizer(loaded.tokenizer, folder)
+            folder = _folder_of_tokenizer(loaded, Path(temporary))
         except ConfigError as error:
             log.warning(
                 "the folder is written without its tokenizer: %s; give generate a tokenizer by "
                 "--tokenizer",
                 error,
             )
-            yield None
-            return
-        _write_json(folder / "config.json", {"eos_token_id": end})
-        yield folder
+            folder = None
+        with nullcontext() if folder is None else _like_trained(folder) as trained:
+            yield trained
+
+
+def _folder_of_tokenizer(loaded: LoadedModel, temporary: Path) -> Path:
+    """Return the Hugging Face folder that the tokenizer is from, or a written one."""
+    config = loaded.tokenizer
+    if config.name == str(loaded.path):
+        return loaded.path  # a folder that is converted, with or without a tokenizer
+    loaded.build_tokenizer()
+    source = tokenizer_folder(config)
+    if source is not None and (source / "config.json").is_file() and config.eos_token is None:
+        return source
+    _write_json(temporary / "config.json", {"eos_token_id": _write_tokenizer(config, temporary)})
+    return temporary
 
 
 @contextmanager

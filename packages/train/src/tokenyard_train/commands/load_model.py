@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -15,6 +15,7 @@ from tokenyard.sharded import allocate
 from tokenyard_models import from_hf
 from tokenyard_models.hf import PeftFolder, is_peft
 from tokenyard_train.checkpoint import (
+    CheckpointError,
     is_checkpoint,
     read_meta,
     read_newest,
@@ -22,6 +23,7 @@ from tokenyard_train.checkpoint import (
 )
 from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.config.load import read_config
+from tokenyard_train.data import Tokenizer, build_tokenizer
 from tokenyard_train.data.paths import HF
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.engine.build_model import build_model
@@ -43,12 +45,42 @@ class LoadedModel(NamedTuple):
     model: Model
     precision: str | None  # a config's precision; None: the dtype of the weights
     tokenizer: TokenizerConfig
-    stops: frozenset[int]  # ids that end a document, in addition to the tokenizer's
-    source: Path | None  # the Hugging Face folder of the model, or of its run's load_path
+    path: Path  # the checkpoint, or the Hugging Face folder
+    tokenizer_digest: str | None = None  # of the tokenizer that a checkpoint was trained with
+    source: Path | None = None  # the Hugging Face folder of the model, or that its run started from
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context: call the model inside it to compute in the model's precision."""
         return computing_in(self.precision or "fp32", next(self.model.parameters()).device)
+
+    def with_tokenizer(self, name: str | None) -> Self:
+        """Return the model with the tokenizer of another name. None keeps the model's own."""
+        if name is None:
+            return self
+        return self._replace(tokenizer=TokenizerConfig(name=name), tokenizer_digest=None)
+
+    def build_tokenizer(self) -> Tokenizer:
+        """Build the tokenizer.
+
+        Raises ConfigError if it is unusable, and CheckpointError if it has other content than the
+        checkpoint was trained with.
+        """
+        tokenizer = build_tokenizer(self.tokenizer)
+        if self.tokenizer_digest not in (None, tokenizer.identity):
+            raise CheckpointError(
+                f"the tokenizer {self.tokenizer.name!r} has other content than checkpoint "
+                f"{self.path} was trained with; bring the former content back, or name a "
+                "tokenizer by --tokenizer"
+            )
+        return tokenizer
+
+    def stop_ids(self) -> frozenset[int]:
+        """Return the ids that end a document in addition to the tokenizer's end.
+
+        They are those of the generation_config.json beside the tokenizer.
+        """
+        folder = tokenizer_folder(self.tokenizer)
+        return frozenset() if folder is None else stop_ids(folder)
 
 
 def load_trained(
@@ -94,7 +126,7 @@ def _load_hf_folder(path: Path, device: torch.device, precision: str | None) -> 
         model = from_hf(
             path, device=device, dtype=torch.float32, compute_dtype=COMPUTE_DTYPES[precision]
         )
-    return LoadedModel(model, precision, TokenizerConfig(name=str(path)), stop_ids(path), path)
+    return LoadedModel(model, precision, TokenizerConfig(name=str(path)), path, source=path)
 
 
 def _load_adapters(
@@ -126,8 +158,9 @@ def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any], base: Path | N
     """Load a verified checkpoint, with some keys of its config replaced."""
     # The batch size of one process. The weights come from the checkpoint, not from load_path.
     inference = {"global_train_batch_size": 1, "device_train_microbatch_size": 1, "load_path": None}
-    saved = read_meta(checkpoint)["config"]
-    config = read_config(comparable_config(saved) | inference | overrides)
+    meta = read_meta(checkpoint)
+    saved = comparable_config(meta["config"]) | inference | overrides
+    config = read_config(saved, needs_tokenizer=False)
     _, model = build_model(config)
     allocate(model, config.device)
     for buffer in model.buffers():
@@ -135,9 +168,9 @@ def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any], base: Path | N
     origin = load_checkpoint(model, checkpoint, base)
     if config.precision == BF16_MASTER:
         narrow(model)
-    source = _hf_source(saved.get("load_path")) or _hf_source(origin.path)
-    stops = frozenset[int]() if source is None else stop_ids(source)
-    return LoadedModel(model, config.precision, config.tokenizer, stops, source)
+    digest = (meta["data"] or {}).get("tokenizer")
+    source = _hf_source(meta["config"].get("load_path")) or _hf_source(origin.path)
+    return LoadedModel(model, config.precision, config.tokenizer, checkpoint, digest, source)
 
 
 def _hf_source(load_path: str | None) -> Path | None:
@@ -146,6 +179,14 @@ def _hf_source(load_path: str | None) -> Path | None:
         return None
     folder = Path(load_path.removeprefix(HF))
     return folder if _is_hf_folder(folder) else None
+
+
+def tokenizer_folder(config: TokenizerConfig) -> Path | None:
+    """Return the folder of a tokenizer.json. None for other tokenizers."""
+    path = Path(config.name)
+    if path.is_dir():
+        return path
+    return path.parent if path.name == "tokenizer.json" else None
 
 
 def stop_ids(folder: Path) -> frozenset[int]:

@@ -16,8 +16,7 @@ from tokenyard_cli.results import write_results
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import RoutingOptions
 from tokenyard_train.commands.routing_counts import LayerReport, route
-from tokenyard_train.data import Tokenizer, build_tokenizer
-from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data import Tokenizer
 from tokenyard_train.data.sources.files import find_files
 from tokenyard_train.data.sources.formats import read_file
 from tokenyard_train.engine.sampling import check_vocabulary
@@ -43,10 +42,7 @@ def measure(options: RoutingOptions) -> tuple[list[LayerReport], int]:
     loaded = load_trained(options.model, options.device, options.precision, options.base)
     if not moe_layers(loaded.model):
         raise ConfigError(f"the model in {options.model} has no experts; give one that has")
-    if options.tokenizer is None:
-        tokenizer = build_tokenizer(loaded.tokenizer)
-    else:
-        tokenizer = build_tokenizer(TokenizerConfig(name=options.tokenizer))
+    tokenizer = loaded.with_tokenizer(options.tokenizer).build_tokenizer()
     ids = _read_ids(options.data, options.text_key, tokenizer, options.tokens)
     check_vocabulary(loaded.model, ids.tolist(), f"--data {str(options.data)!r}")
     with loaded.autocast():

@@ -51,8 +51,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}{given}: {error}") from None
 
 
-def read_config(data: Mapping[str, Any]) -> TrainConfig:
-    """Validate a config given as a mapping, and resolve defaults. Raises ConfigError."""
+def read_config(data: Mapping[str, Any], *, needs_tokenizer: bool = True) -> TrainConfig:
+    """Validate a config given as a mapping, and resolve defaults. Raises ConfigError.
+
+    A config whose model has a vocab_size may be read without its tokenizer.
+    """
     ignored: list[str] = []
     # A top-level key without a value is absent, as in sections; an unknown one stays an error.
     known = TrainConfig.model_fields.keys() | RENAMED.keys()
@@ -60,7 +63,7 @@ def read_config(data: Mapping[str, Any]) -> TrainConfig:
     kept = without_ignored(TrainConfig, with_hf_model(given), "", ignored)
     kept = _without_keys_ignored_by_model(kept, ignored)
     warn_ignored(ignored)
-    return resolve(parse(TrainConfig, _without_foundry_keys(kept)))
+    return resolve(parse(TrainConfig, _without_foundry_keys(kept)), needs_tokenizer)
 
 
 def _container(text: str, overrides: Sequence[str]) -> dict[str, Any]:

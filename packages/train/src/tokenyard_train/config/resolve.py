@@ -15,10 +15,11 @@ _AUTO_TOKENS = 16384  # tokens per forward pass with an automatic microbatch siz
 _EVAL_TOKENS = 1 << 17  # held-out tokens to score if eval_subset_num_batches is not set
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
+def resolve(config: TrainConfig, needs_tokenizer: bool = True) -> TrainConfig:
     """Return the config with device, model sizes, held-out data, folder and batch sizes resolved.
 
-    Raises ConfigError.
+    Without `needs_tokenizer`, a model's vocab_size is not compared with the tokenizer. Raises
+    ConfigError.
     """
     length = _max_seq_len(config)
     microbatch = _microbatch(config, length)
@@ -29,7 +30,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         update={
             "device": str(resolve_device(config.device)),
             "max_seq_len": length,
-            "model": _model(config, length),
+            "model": _model(config, length, needs_tokenizer),
             "eval_loader": config.eval_loader or _stdlib_held_out(config),
             "eval_subset_num_batches": config.eval_subset_num_batches or eval_batches,
             "save_folder": folder.replace("{run_name}", config.run_name),  # Composer's placeholder
@@ -53,7 +54,7 @@ def _max_seq_len(config: TrainConfig) -> int:
     return config.max_seq_len
 
 
-def _model(config: TrainConfig, length: int) -> dict[str, Any]:
+def _model(config: TrainConfig, length: int, needs_tokenizer: bool) -> dict[str, Any]:
     name = config.model.get("name")
     if not isinstance(name, str):
         value = "missing" if name is None else repr(name)
@@ -65,6 +66,8 @@ def _model(config: TrainConfig, length: int) -> dict[str, Any]:
         raise ConfigError(
             "model.name is 'auto', which could be any model; give a name, such as dbrx or mixtral"
         )
+    if not needs_tokenizer and "vocab_size" in config.model:
+        return {"max_seq_len": length} | config.model
     tokenizer_ids = build_tokenizer(config.tokenizer).vocab_size
     vocab_size = config.model.get("vocab_size", tokenizer_ids)
     if isinstance(vocab_size, int) and vocab_size < tokenizer_ids:

@@ -141,6 +141,8 @@ def tokenizer_file(path: Path) -> Path:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         what = ", a folder without a tokenizer.json" if path.is_dir() else ""
+        if not path.is_absolute():
+            what += f" (looked for {file.absolute()})"
         raise ConfigError(
             f"tokenizer.name is {str(path)!r}{what}; give bytes, tiktoken, or the path of a "
             "tokenizer.json or its folder (to generate and routing as --tokenizer)"

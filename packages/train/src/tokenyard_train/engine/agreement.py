@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.data import build_tokenizer
 from tokenyard_train.distributed import is_rank0
 
 log = logging.getLogger("tokenyard")
@@ -91,12 +92,14 @@ def check_data(
             )
 
 
-def check_start(config: TrainConfig, checkpoint: Path, saved: dict[str, Any]) -> None:
+def check_start(config: TrainConfig, checkpoint: Path, meta: dict[str, Any]) -> None:
     """Compare a config with that of the checkpoint whose weights its run starts from.
 
     Raises CheckpointError if the config names no tokenizer and the checkpoint has another than the
-    default. Logs a warning for a tokenizer that the config names, and for keys of `model`.
+    default, and for a tokenizer of the same name with other content. Logs a warning for a tokenizer
+    that the config names, and for keys of `model`.
     """
+    saved = meta["config"]
     current = comparable_config(config.model_dump(mode="json"))
     explicit = comparable_config(config.model_dump(mode="json", exclude_defaults=True))
     kept = comparable_config(saved)
@@ -106,11 +109,23 @@ def check_start(config: TrainConfig, checkpoint: Path, saved: dict[str, Any]) ->
             f"checkpoint {checkpoint} was trained with the tokenizer {name!r}, and the config "
             f"names none; give tokenizer.name {name!r}, or another"
         )
+    if kept["tokenizer"] == current["tokenizer"]:
+        _check_tokenizer(config, checkpoint, meta)
     for key in ("tokenizer", "model"):
         differences = _differences(kept[key], current[key], explicit.get(key, {}), key)
         for path, old, new in differences:
             if path != "model.max_seq_len":  # samples may be shorter or longer
                 log.warning("%s is %r, but load_path %s has %r", path, new, checkpoint, old)
+
+
+def _check_tokenizer(config: TrainConfig, checkpoint: Path, meta: dict[str, Any]) -> None:
+    """Raise CheckpointError if the content of the tokenizer is not what a checkpoint records."""
+    saved = (meta["data"] or {}).get("tokenizer")
+    if saved not in (None, build_tokenizer(config.tokenizer).identity):
+        raise CheckpointError(
+            f"tokenizer {config.tokenizer.name!r} has other content than load_path {checkpoint} "
+            "was trained with; bring the former content back, or give tokenizer.name another path"
+        )
 
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:

@@ -176,5 +176,5 @@ def _name(base: Base | None) -> str:
 def _load_checked(model: Model, checkpoint: Path, config: TrainConfig | None) -> Origin:
     origin = load_checkpoint(model, checkpoint)
     if config is not None:
-        check_start(config, checkpoint, read_meta(checkpoint)["config"])
+        check_start(config, checkpoint, read_meta(checkpoint))
     return origin

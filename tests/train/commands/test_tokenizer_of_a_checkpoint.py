@@ -1,0 +1,118 @@
+"""The tokenizer and the stop ids of a checkpoint are those that it was trained with."""
+
+import json
+import shutil
+
+import pytest
+from rich.console import Console
+
+pytest.importorskip("tokenizers")
+
+import tokenizers
+
+from tokenyard_models import to_hf
+from tokenyard_train.checkpoint import CheckpointError
+from tokenyard_train.commands.generate import generate
+from tokenyard_train.commands.load_model import load_weights_only
+from tokenyard_train.commands.options import GenerateOptions
+from tokenyard_train.commands.train import train
+
+MIXTRAL = {"name": "mixtral", "size": "tiny", "hidden_size": 32, "intermediate_size": 24}
+
+
+def write_tokenizer(folder, reverse=False):
+    """Write a tokenizer.json of one id per byte character, in one order or the other."""
+    folder.mkdir(exist_ok=True)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
+    vocab = {token: i for i, token in enumerate([*alphabet, "</s>"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return folder
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """A run of one batch with the tokenizer in `tmp_path / "tok"`."""
+    tokenizer = {"name": str(write_tokenizer(tmp_path / "tok"))}
+    return train(
+        config(max_duration="1ba", model=MIXTRAL, tokenizer=tokenizer), Console(quiet=True)
+    ).folder
+
+
+def greedy(model, tokenizer=None):
+    return GenerateOptions(model, ["3 times"], 9, 0.0, tokenizer=tokenizer, device="cpu")
+
+
+def test_a_changed_tokenizer_is_refused(tokenyard, config, run, text, tmp_path):
+    before = generate(greedy(run))
+    kept = shutil.copytree(tmp_path / "tok", tmp_path / "kept")
+    write_tokenizer(tmp_path / "tok", reverse=True)
+    said = "/tok' has other content than checkpoint"
+    with pytest.raises(CheckpointError, match=said):
+        generate(greedy(run))
+    assert generate(greedy(run, str(kept))) == before
+    assert generate(greedy(run, str(tmp_path / "tok"))) != before  # named, so meant
+    for command in (
+        ("convert", str(run), str(tmp_path / "hf")),
+        ("routing", str(run), "--data", str(text), "--out", str(tmp_path / "out")),
+    ):
+        code, _, errors = tokenyard(*command)
+        assert (code, said in errors, errors.count("\n")) == (2, True, 1)
+    assert not (tmp_path / "hf").exists()
+    other = {"save_folder": str(tmp_path / "other"), "max_duration": "1ba", "model": MIXTRAL}
+    tokenizer = {"name": str(tmp_path / "tok")}
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer '.*tok' has other content than load_path"
+    ):
+        train(config(tokenizer=tokenizer, load_path=str(run), **other), Console(quiet=True))
+
+
+def test_a_tokenizer_that_moved_is_named_with_the_path_that_was_tried(
+    tokenyard, config, run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    moved = {"tokenizer": {"name": "tok"}, "save_folder": "relative", "model": MIXTRAL}
+    train(config(max_duration="1ba", **moved), Console(quiet=True))
+    before = generate(greedy(tmp_path / "relative"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, errors = tokenyard("generate", str(tmp_path / "relative"), "--prompt", "3 times")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"tokenizer.name is 'tok' (looked for {tmp_path / 'elsewhere' / 'tok'})" in errors
+    assert generate(greedy(tmp_path / "relative", "../tok")) == before
+
+
+def test_an_exported_folder_has_the_token_ids_of_its_tokenizer(tokenyard, run, tmp_path):
+    """A folder with a config.json beside the tokenizer says what its ids mean."""
+    ids = {"bos_token_id": 7, "eos_token_id": 256, "pad_token_id": 8}
+    (tmp_path / "tok" / "config.json").write_text(json.dumps(ids))
+    (tmp_path / "tok" / "generation_config.json").write_text('{"eos_token_id": [256, 9]}')
+    code, _, errors = tokenyard("convert", str(run), str(tmp_path / "hf"))
+    assert (code, errors) == (0, "")
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert {key: written[key] for key in ids} == ids
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [256, 9]}
+
+
+def test_stop_ids_belong_to_a_tokenizer(config, trained, tmp_path):
+    """Those of the folder that a run starts from say nothing of the run's own tokenizer."""
+    folder = tmp_path / "hf"
+    start = {"max_duration": "1ba", "model": MIXTRAL, "save_folder": str(tmp_path / "first")}
+    first = train(config(**start), Console(quiet=True)).folder
+    to_hf(load_weights_only(first).model, folder)
+    free = generate(greedy(folder, "bytes"))
+    assert len(free[0]) > 0
+    write_tokenizer(folder)
+    every = json.dumps({"eos_token_id": list(range(256))})
+    (folder / "generation_config.json").write_text(every)
+    assert generate(greedy(folder)) == [""]
+    assert generate(greedy(folder, "bytes")) == free
+    settings = {"load_path": f"hf://{folder}", "tokenizer": {"name": "bytes"}, "model": {}}
+    run = train(config(max_duration="1ba", **settings), Console(quiet=True)).folder
+    with_folder = generate(greedy(run))
+    shutil.rmtree(folder)
+    assert generate(greedy(run)) == with_folder != [""]
