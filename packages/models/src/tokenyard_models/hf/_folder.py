@@ -17,7 +17,7 @@ from tokenyard.bounded import require_plain
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
@@ -118,10 +118,10 @@ class Folder:
             raise WeightsError(
                 f"{key} in {self.path / name} is {stored}, and config.json makes it {list(shape)}"
             )
-        if tensor.get_dtype() not in _DTYPES:
+        if tensor.get_dtype() not in _BYTES:
             raise WeightsError(
                 f"{key} in {self.path / name} is {tensor.get_dtype()}; weights are read in "
-                f"{', '.join(_DTYPES)}, and quantised ones not at all"
+                f"{', '.join(_BYTES)}, and quantised ones not at all"
             )
 
     def stored_dtype(self) -> str:
@@ -129,6 +129,16 @@ class Folder:
         name, keys = next(iter(self.files.items()))
         dtype: str = self.reader(name).file.get_slice(keys[0]).get_dtype()
         return dtype
+
+    def stored_wider(self, itemsize: int) -> list[str]:
+        """Return the tensors whose stored dtype has more bytes than `itemsize`."""
+        return [
+            key
+            for name, keys in self.files.items()
+            for file in (self.reader(name).file,)
+            for key in keys
+            if _BYTES.get(file.get_slice(key).get_dtype(), 0) > itemsize
+        ]
 
     def reader(self, name: str) -> Reader:
         """Open a file of the folder."""

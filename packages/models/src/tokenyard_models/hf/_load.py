@@ -5,6 +5,7 @@ Of a sharded model, each rank reads only its shards.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ from tokenyard import Registry, default_registry
 from tokenyard.draw import unwrapped
 from tokenyard.sharded import allocate, local_shard
 from tokenyard_models.families._boxes import Piece, slices
-from tokenyard_models.hf._folder import Folder, Reader, WeightsError
+from tokenyard_models.hf._folder import CONFIG, Folder, Reader, WeightsError
 from tokenyard_models.hf._folder_map import FolderMap, map_folder, rows_of
-from tokenyard_models.hf._read_config import dtype_of, format_of, model_section
+from tokenyard_models.hf._read_config import checked_dtype_of, format_of, model_section
+from tokenyard_models.hf._values import check_cast
 from tokenyard_models.transformer import Transformer
 
+log = logging.getLogger("tokenyard")
+
+HEAD = "lm_head.weight"
+_ROWS = 4096  # of a head, compared at a time
 _DERIVED = ("rotary_emb.inv_freq",)  # in older files, though config.json determines it
 
 
@@ -42,7 +48,7 @@ def from_hf(
     """
     folder = Folder(path)
     name, section = model_section(folder)
-    dtype = dtype or dtype_of(folder)
+    dtype = dtype or checked_dtype_of(folder)
     backend = (registry or default_registry()).choose("model", name)
     placement |= {
         "device": device,
@@ -69,11 +75,15 @@ def load_weights(model: nn.Module, folder: Folder) -> None:
     """
     parameters = _loaded(model)
     folder_map = checked_map(model, folder, parameters)
+    not_finite: list[str] = []
     for file_name, keys in folder.files.items():
         reader = folder.reader(file_name)
         for key in keys:
             for name, piece in folder_map.get(key, []):
-                fill(parameters[name], piece, reader)
+                if not fill(parameters[name], piece, reader):
+                    not_finite.append(key)
+    if not_finite:
+        log.warning("%s holds nan or inf%s", not_finite[0], _in_folder(folder, not_finite))
 
 
 def _loaded(model: nn.Module) -> dict[str, Tensor]:
@@ -81,17 +91,33 @@ def _loaded(model: nn.Module) -> dict[str, Tensor]:
     return {unwrapped(name): p for name, p in model.named_parameters() if ".adapter." not in name}
 
 
-def fill(parameter: Tensor, piece: Piece, reader: Reader) -> None:
-    """Read a piece into a parameter; of a sharded one, the part that this rank holds."""
+def _in_folder(folder: Folder, keys: list[str]) -> str:
+    others = len(set(keys)) - 1
+    return f" in {folder.path}" + (f", and so do {others} other tensors" if others else "")
+
+
+def fill(parameter: Tensor, piece: Piece, reader: Reader) -> bool:
+    """Read a piece into a parameter; of a sharded one, the part that this rank holds.
+
+    Returns whether all values are finite. Raises WeightsError for finite ones that are infinite in
+    the dtype of the parameter.
+    """
     shard, offsets = local_shard(parameter)
     box = tuple((offset, offset + size) for offset, size in zip(offsets, shard.shape))
     part = piece.within(box)
     if part is None:
-        return
+        return True
     tensor = part.orient(reader.read(part.key, slices(part.file_box)))
+    finite = check_cast(
+        tensor,
+        parameter.dtype,
+        f"{part.key} in {reader.path}",
+        "read it in another dtype: by dtype in config.json, or --dtype of convert",
+    )
     local_box = tuple((a - offset, b - offset) for (a, b), offset in zip(part.box, offsets))
     target = shard[slices(local_box)]
     target.copy_(tensor.reshape(target.shape))
+    return finite
 
 
 def checked_map(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) -> FolderMap:
@@ -108,8 +134,9 @@ def checked_map(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) ->
 def check_tensors(folder: Folder, folder_map: FolderMap) -> None:
     """Raise WeightsError unless a folder holds the tensors of a map, in their shapes."""
     left_over = {key for key in folder.keys - folder_map.keys() if not key.endswith(_DERIVED)}
-    if "head.weight" not in {name for parts in folder_map.values() for name, _ in parts}:
-        left_over.discard("lm_head.weight")  # some folders store a tied head too
+    tied = "head.weight" not in {name for parts in folder_map.values() for name, _ in parts}
+    if tied:
+        left_over.discard(HEAD)  # some folders store a tied head too
     if missing := sorted(folder_map.keys() - folder.keys):
         raise WeightsError(f"{folder.path} lacks {missing[0]}{_and_others(missing)}")
     if left_over:
@@ -122,6 +149,30 @@ def check_tensors(folder: Folder, folder_map: FolderMap) -> None:
         for key in keys:
             if key in folder_map:
                 folder.check(key, folder_map[key][0][1].shape, file, name)
+    if tied:
+        _check_tied_head(folder, folder_map)
+
+
+def _check_tied_head(folder: Folder, folder_map: FolderMap) -> None:
+    """Raise WeightsError if a stored head differs from the embedding that it is tied to.
+
+    transformers does not tie such a head, whatever config.json says.
+    """
+    files = {key: name for name, keys in folder.files.items() for key in keys}
+    (embedding,) = (key for key, parts in folder_map.items() if parts[0][0] == "embed.weight")
+    if HEAD not in files:
+        return
+    head, embed = (folder.reader(files[key]).file.get_slice(key) for key in (HEAD, embedding))
+    shape = head.get_shape()
+    starts = range(0, shape[0], _ROWS)
+    if shape != embed.get_shape() or not all(
+        torch.equal(head[start : start + _ROWS].float(), embed[start : start + _ROWS].float())
+        for start in starts
+    ):
+        raise WeightsError(
+            f"{folder.path / CONFIG} has tie_word_embeddings true, and {HEAD} has other values "
+            f"than {embedding}; set tie_word_embeddings to false, or remove {HEAD}"
+        )
 
 
 def _and_others(names: list[str]) -> str:

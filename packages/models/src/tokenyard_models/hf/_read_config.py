@@ -77,6 +77,22 @@ def dtype_of(folder: Folder) -> torch.dtype:
     return _DTYPES[name]
 
 
+def checked_dtype_of(folder: Folder) -> torch.dtype:
+    """Return `dtype_of`, with a warning that names tensors which lose precision in that dtype."""
+    dtype = dtype_of(folder)
+    wider = folder.stored_wider(dtype.itemsize)
+    if wider:
+        log.warning(
+            "%s has dtype %s, and %d tensors are wider, such as %s: they are rounded; "
+            "set dtype in config.json to keep them",
+            folder.path / CONFIG,
+            str(dtype).removeprefix("torch."),
+            len(wider),
+            wider[0],
+        )
+    return dtype
+
+
 def format_of(folder: Folder) -> HfFormat:
     """Return a folder's format. Raises WeightsError for an unknown architecture."""
     model_type = folder.config.get("model_type")

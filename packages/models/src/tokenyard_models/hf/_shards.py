@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from tokenyard.sharded import is_sharded
 from tokenyard_models.families._boxes import Piece, slices
 from tokenyard_models.hf._folder import INDEX, SINGLE, WeightsError
 from tokenyard_models.hf._folder_map import FolderMap
+from tokenyard_models.hf._values import check_cast
+
+log = logging.getLogger("tokenyard")
 
 SHARD_BYTES = 5 * 10**9
 
@@ -82,12 +86,15 @@ def write_weights(
     weight_map: dict[str, str] = {}
     cached = _LastParameter(parameter)
     total = 0
+    not_finite: list[str] = []
     for number, keys in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {key: _tensor(folder_map[key], cached, dtypes) for key in keys}
+        tensors = {key: _tensor(folder_map[key], cached, dtypes, not_finite) for key in keys}
         save_file(tensors, folder / name, {"format": "pt"})
         total += sum(t.nbytes for t in tensors.values())
         weight_map |= dict.fromkeys(keys, name)
+    if not_finite:
+        log.warning("%s holds nan or inf, which is written as it is", not_finite[0])
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -127,13 +134,16 @@ def _tensor(
     parts: list[tuple[str, Piece]],
     parameter: Callable[[str], Tensor],
     dtypes: Mapping[str, torch.dtype],
+    not_finite: list[str],
 ) -> Tensor:
-    """Build a tensor of the file from its parts."""
+    """Build a tensor of the file from its parts. Appends parameters with nan or inf."""
     first_name, first_piece = parts[0]
     out = torch.empty(first_piece.shape, dtype=dtypes[first_name], device="cpu")
     for name, piece in parts:
         target = out[slices(piece.file_box)]
         source = piece.orient(parameter(name)[slices(piece.box)])
+        if not check_cast(source, out.dtype, name, "write another dtype, such as --dtype bfloat16"):
+            not_finite.append(name)
         target.copy_(source.reshape(target.shape))
     return out
 

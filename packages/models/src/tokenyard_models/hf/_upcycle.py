@@ -20,7 +20,7 @@ from tokenyard_models.families._format import HfFormat
 from tokenyard_models.hf._folder import Folder, WeightsError
 from tokenyard_models.hf._folder_map import formats, map_folder
 from tokenyard_models.hf._load import checked_map, fill
-from tokenyard_models.hf._read_config import dtype_of, format_of, model_section
+from tokenyard_models.hf._read_config import checked_dtype_of, format_of, model_section
 from tokenyard_models.hf._save import config_json, write_config
 from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, new_folder, write_weights
 from tokenyard_models.transformer import Transformer
@@ -58,7 +58,7 @@ def upcycle(
     with torch.device("meta"):
         model: Transformer = hf_format.definition(hf_format.section(published))
     parameters = dict(model.named_parameters())
-    dtype = dtype_of(folder)
+    dtype = checked_dtype_of(folder)
     folder_map = map_folder(hf_format.name, hf_format.weights, config, parameters)
     parameter = partial(_parameter, upcycling, _dense_reader(dense, folder, dtype))
     with new_folder(target) as unfinished:

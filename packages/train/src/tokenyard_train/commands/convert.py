@@ -53,8 +53,8 @@ def _write(options: ConvertOptions) -> str:
     """Write the folder, and describe what is in it."""
     if options.to == "tokenyard":
         return _describe(_write_run(options.source, options.target, options.tokenizer))
-    loaded = load_weights_only(options.source, options.base)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
+    loaded = load_weights_only(options.source, options.base, dtype)
     if options.to == "peft":
         base = None if loaded.source is None else str(loaded.source.resolve())
         count = to_peft(loaded.model, options.target, base=base, dtype=dtype)

@@ -103,13 +103,17 @@ def load_trained(
     return _load_run(path, {"device": str(target)} | overrides, base)
 
 
-def load_weights_only(path: Path, base: Path | None = None) -> LoadedModel:
+def load_weights_only(
+    path: Path, base: Path | None = None, dtype: torch.dtype | None = None
+) -> LoadedModel:
     """Load a model into host memory to read its weights. Ignores the config's backends.
 
-    `base` is where the base of adapters is now, if it moved.
+    `base` is where the base of adapters is now, if it moved. The weights of a Hugging Face folder
+    are read in `dtype` (default: the folder's).
     """
     if _is_hf_folder(path):
-        return _load_hf_folder(path, torch.device("cpu"), None)
+        model = from_hf(path, dtype=dtype)
+        return LoadedModel(model, None, TokenizerConfig(name=str(path)), path, source=path)
     if is_peft(path):
         return _load_adapters(path, torch.device("cpu"), None, base)
     return _load_run(path, {"device": "cpu", "backends": {}, "precision": "fp32"}, base)
