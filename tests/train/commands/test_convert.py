@@ -228,7 +228,7 @@ def test_generate_reads_folders_with_the_given_tokenizer(tokenyard, published):
     assert (code, out, errors) == (0, f"3 times{one}\nx{two}\n", "")
 
 
-def test_convert_writes_a_run_at_step_zero(tokenyard, published, tmp_path):
+def test_convert_writes_a_run_at_step_zero(tokenyard, published, tmp_path, caplog):
     code, _, errors = tokenyard(
         "convert", str(published), str(tmp_path / "run"), "--to", "tokenyard"
     )
@@ -238,7 +238,8 @@ def test_convert_writes_a_run_at_step_zero(tokenyard, published, tmp_path):
         *("convert", str(published), str(tmp_path / "run"), "--to", "tokenyard"),
         *("--tokenizer", "bytes"),
     )
-    assert (code, errors) == (0, "")
+    assert code == 0
+    assert "the run has the tokenizer 'bytes' and does not keep them" in errors + caplog.text
     run = GenerateOptions(tmp_path / "run", ["x"], 9, 0.0)
     folder = GenerateOptions(published, ["x"], 9, 0.0, tokenizer="bytes")
     assert generate(run) == generate(folder)
@@ -253,6 +254,11 @@ def test_convert_writes_a_run_at_step_zero(tokenyard, published, tmp_path):
             "peft",
         ),
         (["--dtype", "float8"], "--dtype 'float8' is unknown"),
+        (["--to", "tokenyard", "--dtype", "float32"], "--dtype has no effect with --to tokenyard"),
+        (["--to", "tokenyard", "--fused"], "--fused has no effect with --to tokenyard"),
+        (["--to", "megablocks", "--tokenizer", "bytes"], "--tokenizer has no effect with --to"),
+        (["--like", ".", "--tokenizer", "bytes"], "--like . and --tokenizer bytes both name"),
+        (["--like", "."], "--like . holds no tokenizer; give a folder with one of tokenizer.json"),
     ],
 )
 def test_convert_refuses_unknown_choices(tokenyard, published, tmp_path, arguments, sentence):

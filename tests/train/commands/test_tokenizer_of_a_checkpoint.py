@@ -98,6 +98,21 @@ def test_an_exported_folder_has_the_token_ids_of_its_tokenizer(tokenyard, run, t
     assert generation == {"eos_token_id": [256, 9]}
 
 
+def test_a_folder_comes_back_from_a_run_as_it_was(tokenyard, run, tmp_path):
+    first, there, back = (tmp_path / name for name in ("first", "there", "back"))
+    assert tokenyard("convert", str(run), str(first))[0] == 0
+    changes = {"max_position_embeddings": 2048, "bos_token_id": 7, "pad_token_id": 8}
+    said = json.loads((first / "config.json").read_text()) | changes
+    (first / "config.json").write_text(json.dumps(said))
+    (first / "generation_config.json").write_text('{"eos_token_id": [256, 9], "top_k": 3}')
+    for arguments in ((str(first), str(there), "--to", "tokenyard"), (str(there), str(back))):
+        code, _, errors = tokenyard("convert", *arguments)
+        assert (code, errors) == (0, "")
+    assert json.loads((back / "config.json").read_text()) == said
+    for name in ("generation_config.json", "tokenizer.json", "model.safetensors"):
+        assert (back / name).read_bytes() == (first / name).read_bytes()
+
+
 def test_stop_ids_belong_to_a_tokenizer(config, trained, tmp_path):
     """Those of the folder that a run starts from say nothing of the run's own tokenizer."""
     folder = tmp_path / "hf"

@@ -57,6 +57,7 @@ def test_state_and_position_are_restored(build):
             {"model": MODEL | {"n_layers": 3}},
             "model.n_layers is 3, but checkpoint .*ba0 was made with None",
         ),
+        ({"load_path": "other"}, "load_path is 'other', but checkpoint .* was made with None"),
         ({"seed": 5}, "seed is 5, but checkpoint .* was made with 17; set it back"),
         ({"global_train_batch_size": 8}, "global_train_batch_size is 8, but .* was made with 4"),
         (

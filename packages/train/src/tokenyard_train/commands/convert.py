@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,16 +12,22 @@ from rich.console import Console
 from tokenyard import ConfigError, Model, count_parameters, merge_lora
 from tokenyard.errors import one_of
 from tokenyard_models import from_hf, to_hf
-from tokenyard_models.hf import Folder, model_section, new_folder, to_megablocks, to_peft
+from tokenyard_models.hf import new_folder, to_megablocks, to_peft
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
 from tokenyard_train.commands.export_tokenizer import exported_tokenizer
-from tokenyard_train.commands.load_model import load_weights_only
+from tokenyard_train.commands.load_model import load_weights_only, tokenizer_folder
 from tokenyard_train.commands.options import ConvertOptions
 from tokenyard_train.config.load import read_config
+from tokenyard_train.data import build_tokenizer
+from tokenyard_train.data.paths import HF
+from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.folder_lock import lock_new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
 _FORMATS = ("hf", "tokenyard", "megablocks", "peft")
+
+log = logging.getLogger("tokenyard")
 
 
 def convert(options: ConvertOptions, console: Console) -> None:
@@ -35,8 +42,7 @@ def convert(options: ConvertOptions, console: Console) -> None:
     one_of("--to", options.to, _FORMATS)
     if options.dtype is not None:
         one_of("--dtype", options.dtype, DTYPES)
-    if options.like is not None and not options.like.is_dir():
-        raise ConfigError(f"--like {options.like} is no folder; give one with a tokenizer")
+    _check_options(options)
     with lock_new_folder(options.target):
         if options.target.exists():
             raise ConfigError(f"{options.target} exists already; give the name of a new folder")
@@ -47,6 +53,33 @@ def convert(options: ConvertOptions, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _check_options(options: ConvertOptions) -> None:
+    """Raise ConfigError for an option that has no effect, and for a folder without a tokenizer."""
+    weights_alone = ("fused", "like", "tokenizer")
+    unused = {
+        "tokenyard": ("dtype", "fused", "like"),
+        "megablocks": weights_alone,
+        "peft": weights_alone,
+    }
+    for name in unused.get(options.to, ()):
+        if getattr(options, name):
+            raise ConfigError(f"--{name} has no effect with --to {options.to}; leave it out")
+    if options.like is None:
+        return
+    if options.tokenizer is not None:
+        raise ConfigError(
+            f"--like {options.like} and --tokenizer {options.tokenizer} both name a tokenizer; "
+            "give one of them"
+        )
+    if not options.like.is_dir():
+        raise ConfigError(f"--like {options.like} is no folder; give one with a tokenizer")
+    if not any((options.like / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"--like {options.like} holds no tokenizer; give a folder with one of "
+            f"{', '.join(TOKENIZER_FILES)}"
+        )
 
 
 def _write(options: ConvertOptions) -> str:
@@ -76,14 +109,15 @@ def _describe(model: Model) -> str:
 
 def _write_run(source: Path, target: Path, tokenizer: str | None) -> Model:
     """Write a Hugging Face folder as the checkpoint ba0 of a new run."""
-    name, section = model_section(Folder(source))
+    if not (source / "config.json").is_file():
+        raise ConfigError(f"{source} has no config.json; give a Hugging Face folder")
     if tokenizer is None and not (source / "tokenizer.json").is_file():
         raise ConfigError(
             f"{source} has no tokenizer.json; give --tokenizer, the path of one or bytes"
         )
     config = read_config(
         {
-            "model": {"name": name} | section,
+            "load_path": f"{HF}{source.resolve()}",
             "tokenizer": {"name": tokenizer or str(source.resolve())},
             "train_loader": {"name": "python_stdlib"},
             "max_duration": "1ba",
@@ -91,8 +125,26 @@ def _write_run(source: Path, target: Path, tokenizer: str | None) -> Model:
             "device": "cpu",
         }
     )
-    meta = {"batch": 0, "config": config.model_dump(mode="json")}
+    digest = build_tokenizer(config.tokenizer).identity
+    meta = {
+        "batch": 0,
+        "config": config.model_dump(mode="json"),
+        "data": {"tokenizer": digest},
+    }
+    _warn_of_token_ids(source, config.tokenizer)
     model = from_hf(source, dtype=torch.float32)
     with new_folder(target) as folder:
         write_checkpoint(folder, "ba0", model_tensors(model), meta, keep=-1)
     return model
+
+
+def _warn_of_token_ids(source: Path, tokenizer: TokenizerConfig) -> None:
+    """Log a warning if a run does not keep the token ids of the folder that it is written from."""
+    own = tokenizer_folder(tokenizer)
+    if own is None or own.resolve() != source.resolve():
+        log.warning(
+            "the token ids and the generation_config.json of %s are of its own tokenizer; the run "
+            "has the tokenizer %r and does not keep them",
+            source,
+            tokenizer.name,
+        )

@@ -24,8 +24,9 @@ _MUST_AGREE = (
     "seed",
     "frozen",
     "lora",
+    "load_path",
 )
-"""With another value, weights would not fit, or other samples would follow."""
+"""With another value, weights would not fit, other samples would follow, or run.json be wrong."""
 
 _MAY_CHANGE = (
     "optimizer",
