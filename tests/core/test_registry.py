@@ -256,3 +256,15 @@ def test_a_missing_class_is_named(install, registry):
     )
     with pytest.raises(BackendError, match=r"backend 'hollow' could not be loaded from os:Missing"):
         registry().choose("experts", "hollow", WORKLOAD).construct(WORKLOAD, None)
+
+
+def test_an_unknown_variable_is_named_once(monkeypatch, caplog):
+    _choose._warn_of_unknown_variables.cache_clear()
+    monkeypatch.setenv("TOKENYARD_EXPERT", "loop")
+    for _ in range(2):
+        _choose.overridden("experts")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the environment variable TOKENYARD_EXPERT is not known and has no effect "
+        "(did you mean 'TOKENYARD_EXPERTS'?)"
+    ]
+    _choose._warn_of_unknown_variables.cache_clear()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenyard.backend import Backend, Kind
+from tokenyard.backend import KINDS, Backend, Kind
 from tokenyard.errors import BackendError, ConfigError, TokenyardError, did_you_mean
 from tokenyard.foreign import attempt
 from tokenyard.registry._discover import Problem
@@ -19,6 +19,9 @@ from tokenyard.registry._offers import Offer
 from tokenyard.workload import Workload
 
 Request = str | Mapping[str, Any] | None
+
+_OTHER_VARIABLES = ("TOKENYARD_CACHE", "TOKENYARD_NOTES", "TOKENYARD_PARENT", "TOKENYARD_PIN")
+"""Variables of this project that name no backend."""
 
 log = logging.getLogger("tokenyard")
 
@@ -75,7 +78,21 @@ def variable(kind: Kind) -> str:
 
 def overridden(kind: Kind) -> str | None:
     """Return the backend name set in the environment, or None."""
+    _warn_of_unknown_variables()
     return os.environ.get(variable(kind))
+
+
+@functools.cache
+def _warn_of_unknown_variables() -> None:
+    """Log a warning, once, for each variable TOKENYARD_... that nothing reads."""
+    known = [*map(variable, KINDS), *_OTHER_VARIABLES]
+    for name in sorted(os.environ):
+        if name.startswith("TOKENYARD_") and name not in known:
+            log.warning(
+                "the environment variable %s is not known and has no effect%s",
+                name,
+                did_you_mean(name, known),
+            )
 
 
 def choose(
