@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tokenyard import ConfigError
 from tokenyard_models import Llama, Upcycling, WeightsError, from_hf, to_hf, upcycle
 
 NORM = "model.norm.weight"
@@ -76,3 +77,11 @@ def test_weights_that_are_not_finite_are_named_once(write, tmp_path, caplog, val
     ]
     to_hf(model, tmp_path / "again")
     assert len(caplog.records) == 2
+
+
+def test_two_values_of_rope_theta_are_refused():
+    sections = {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_theta": 1e4}}
+    with pytest.raises(ConfigError, match=r"rope_theta is 500000.0 and .* 10000.0; .* set one"):
+        Llama.resolve(SIZES | sections)
+    sections["rope_scaling"]["rope_theta"] = 5e5
+    assert Llama.resolve(SIZES | sections).rope_theta == 5e5

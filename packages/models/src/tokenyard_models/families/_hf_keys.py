@@ -90,6 +90,12 @@ class LlamaKeys(ModelConfig):
             check_divides("model.num_attention_heads", heads, "hidden_size", self.hidden_size)
         check_divides("model.num_key_value_heads", kv_heads, "num_attention_heads", heads)
         sections = [s for s in (self.rope_parameters, self.rope_scaling) if s is not None]
+        if len({s.rope_theta for s in sections if s.rope_theta}) > 1:
+            raise ConfigError(
+                f"model.rope_parameters.rope_theta is {sections[0].rope_theta} and "
+                f"model.rope_scaling.rope_theta is {sections[1].rope_theta}; they mean the same, "
+                "set one"
+            )
         return TransformerConfig(
             vocab_size=self.vocab_size,
             max_seq_len=self.length,

@@ -37,6 +37,8 @@ class Folder:
 
     def __init__(self, path: Path | str, config: str = CONFIG):
         self.path = Path(path)
+        if str(path).startswith("hf:/"):
+            raise WeightsError(f"{path} is the form of load_path; leave hf:// out here")
         if not self.path.is_dir():
             raise WeightsError(
                 f"{self.path} is no folder; give one that holds config.json and model.safetensors"
