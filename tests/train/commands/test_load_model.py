@@ -1,13 +1,16 @@
 """A loaded model computes in the precision of its training, or in the precision of the option."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from tokenyard import ConfigError, moe_layers
 from tokenyard_models import to_hf
+from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.load_model import load_trained, load_weights_only, stop_ids
+from tokenyard_train.commands.options import GenerateOptions
 
 
 def dtype_of_experts(loaded):
@@ -86,3 +89,17 @@ def test_ids_that_end_a_document(tmp_path, caplog, content, ids, said):
     assert stop_ids(tmp_path) == ids
     assert bool(caplog.records) == bool(said)
     assert re.search(said, caplog.text)
+
+
+def test_a_full_model_says_so(trained, caplog):
+    """The model has 24 positions, and the prompt takes 7."""
+    generate(GenerateOptions(trained, ["1 times"], 200, 0.0, device="cpu"))
+    assert re.search("after 17 new tokens instead of 200: .* max_seq_len is 24", caplog.text)
+    caplog.clear()
+    generate(GenerateOptions(trained, ["1 times"], 17, 0.0, device="cpu"))
+    assert "instead of" not in caplog.text
+
+
+def test_hf_before_a_folder_is_named():
+    with pytest.raises(ConfigError, match="hf:/folder is the form of load_path; leave hf:// out"):
+        load_trained(Path("hf://folder"), "cpu")

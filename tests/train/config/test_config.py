@@ -326,6 +326,7 @@ def test_a_refused_override_is_named_beside_the_file(load):
             "override 'max_duration' is not of the form key=value, such as optimizer.lr=1e-3",
         ),
         ("=3", "override '=3' is not of the form key=value"),
+        ("optimizer.betas[0]=0.8", r"of one item of a list; give .* optimizer.betas=\[1,2\]"),
         (
             "optimizer.betas=[0.9",
             r"override 'optimizer.betas=\[0.9' cannot be applied: expected .* at line 1",

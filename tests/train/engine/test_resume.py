@@ -4,9 +4,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from tokenyard import ConfigError
 from tokenyard_train.checkpoint import CheckpointError, read_meta
 from tokenyard_train.checkpoint.background import BackgroundWriter
 from tokenyard_train.engine import resume as module
+from tokenyard_train.engine.folder import run_folder
 from tokenyard_train.engine.resume import resume, start_from
 from tokenyard_train.engine.save import save
 from tokenyard_train.engine.state import Position, Run
@@ -188,3 +190,19 @@ def test_other_keys_of_the_model_are_named(build, config, caplog):
     assert [message.partition(",")[0] for message in warnings_of(caplog)] == [
         "model.ffn_config.moe_top_k is 1"
     ]
+
+
+def test_a_renamed_checkpoint_is_refused(build):
+    path = saved(build(), Position(batch=3))
+    path.rename(path.with_name("ba30"))
+    said = r"checkpoint .*ba30 is of batch 3, as its run.json says; .* name back, ba3$"
+    with pytest.raises(CheckpointError, match=said):
+        resumed(build(autoresume=True))
+
+
+def test_a_save_folder_that_is_a_file_is_named(config, text):
+    with (
+        pytest.raises(ConfigError, match=r"save_folder '.*a\.txt' is a file; give the name"),
+        run_folder(config(save_folder=str(text / "a.txt"))),
+    ):
+        pass

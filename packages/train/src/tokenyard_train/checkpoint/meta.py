@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,8 @@ from tokenyard_train.checkpoint.manifest import CheckpointError
 
 META = "run.json"
 """File in a checkpoint: the run's state and config as JSON, everything that is not a tensor."""
+
+_NAME = re.compile(r"ba(\d+)")
 
 _Count = Annotated[int, Field(ge=0, le=10**15, strict=True)]
 
@@ -65,11 +68,12 @@ class _Meta(BaseModel):
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """Return the JSON part of a verified checkpoint.
 
-    Raises CheckpointError if a key is missing or has no usable value.
+    Raises CheckpointError if a key is missing or has no usable value, and if the folder is named
+    after another batch.
     """
     content = read_json(checkpoint / META, error=CheckpointError)
     try:
-        return _Meta.model_validate(content).model_dump() | {"config": content["config"]}
+        meta = _Meta.model_validate(content).model_dump() | {"config": content["config"]}
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -77,3 +81,10 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
             f"checkpoint {checkpoint}: {key} of {META} is not usable: {first['msg']}; "
             "take another checkpoint"
         ) from None
+    named = _NAME.fullmatch(checkpoint.name)
+    if named and int(named[1]) != meta["batch"]:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is of batch {meta['batch']}, as its {META} says; "
+            f"give the folder its name back, ba{meta['batch']}"
+        )
+    return meta

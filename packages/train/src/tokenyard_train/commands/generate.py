@@ -16,6 +16,8 @@ def generate(options: GenerateOptions) -> list[str]:
     loaded = loaded.with_tokenizer(options.tokenizer)
     tokenizer = loaded.build_tokenizer()
     stops = loaded.stop_ids()
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.seed, stops)
+    sampling = Sampling(
+        options.max_new_tokens, options.temperature, options.seed, stops, warn_when_full=True
+    )
     with loaded.autocast():
         return continue_texts(loaded.model, tokenizer, options.prompts, sampling)

@@ -150,6 +150,8 @@ def _load_run(path: Path, overrides: dict[str, Any], base: Path | None) -> Loade
         verify(path)
         return _load_checkpoint(path, overrides, base)
     loaded = read_newest(path, lambda newest: _load_checkpoint(newest, overrides, base))
+    if loaded is None and str(path).startswith("hf:/"):
+        raise ConfigError(f"{path} is the form of load_path; leave hf:// out here")
     if loaded is None:
         raise ConfigError(
             f"{path} holds no checkpoint; give the folder of a run, such as runs/quickstart, "

@@ -88,6 +88,12 @@ def _override(config: DictConfig, override: str) -> None:
         raise ConfigError(
             f"override {override!r} is not of the form key=value, such as optimizer.lr=1e-3"
         )
+    if "[" in key:
+        name = key.partition("[")[0].strip()
+        raise ConfigError(
+            f"override {override!r} is of one item of a list; give the whole list, such as "
+            f"{name}=[1,2]"
+        )
     with _one_sentence(f"override {override!r} cannot be applied"):
         _refuse_aliases_and_depth(value)
         _refuse_comment(value)

@@ -27,7 +27,7 @@ def build_model(config: TrainConfig) -> tuple[Strategy, Model]:
     if strategy.data[1] == 1 and processes > 1:
         raise ConfigError(
             f"parallel.strategy is {choice!r}, which is for one process, and {processes} were "
-            "started; give fsdp or ddp"
+            "started; give fsdp or ddp, or unset WORLD_SIZE if no launcher set it"
         )
     reason = strategy.unusable(model)
     if reason is not None:

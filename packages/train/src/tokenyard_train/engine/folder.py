@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -55,6 +56,8 @@ def _text_paths(config: TrainConfig) -> Iterator[tuple[str, str]]:
 
 def _prepare(config: TrainConfig, held: ExitStack) -> None:
     folder = Path(config.save_folder or ".")
+    if os.path.isfile(folder):  # unlike Path.is_file, False for a name that is too long
+        raise ConfigError(f"save_folder {str(folder)!r} is a file; give the name of a folder")
     _check_apart(config, folder)
     held.enter_context(lock_folder(folder))
     taken = (folder / "metrics.jsonl").exists() or bool(checkpoints(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -12,6 +13,8 @@ from torch import Tensor
 from tokenyard import ConfigError, Model, TokenyardError
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.distributed import broadcast_from_rank0
+
+log = logging.getLogger("tokenyard")
 
 _GREEDY = 1e-6
 """Below this temperature the likeliest token is taken: float32 has no room for logits / it."""
@@ -25,6 +28,7 @@ class Sampling:
     temperature: float  # of the softmax; 0 takes the likeliest token
     seed: int
     stops: Collection[int] = ()  # ids that end a continuation
+    warn_when_full: bool = False  # warn if max_seq_len ends a continuation
 
 
 def continue_texts(
@@ -43,6 +47,14 @@ def continue_texts(
         stops={tokenizer.end, *sampling.stops},
     )
     rows = sample(model, prompt_ids, limited)
+    longest = max(len(row) for row in rows)
+    if sampling.warn_when_full and longest == room < sampling.max_new_tokens:
+        log.warning(
+            "the text ends after %d new tokens instead of %d: the model's max_seq_len is %d",
+            room,
+            sampling.max_new_tokens,
+            model.max_seq_len,
+        )
     return [text_after(tokenizer, ids, row) for ids, row in zip(prompt_ids, rows)]
 
 
