@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenyard.activations import up_rows
+from tokenyard.activations import swiglu_options, up_rows
 from tokenyard.interfaces import ExpertWeights, Plan, logits_dtype
 from tokenyard.permutations import TorchPermutation
 from tokenyard.workload import Workload
@@ -81,6 +81,24 @@ def make_case(workload: Workload, ids: Tensor) -> Case:
     for tensor in tensors.values():
         tensor.requires_grad_()
     return Case(workload, ids.to(workload.device), tensors, randn(ids.shape[0], dim))
+
+
+def near_limit(case: Case) -> bool:
+    """Return whether rounding could move a pre-activation over the limit of SwiGLU.
+
+    The gradient jumps there, so two right kernels would differ. No slot of the case is dropped.
+    """
+    if "limit" not in case.workload.activation:
+        return False
+    limit = swiglu_options(case.workload.activation).limit
+    tensors = {name: tensor.detach().double() for name, tensor in case.tensors.items()}
+    ids = case.ids.long()
+    z = torch.einsum("td,tkfd->tkf", tensors["x"], tensors["up"][ids])  # [T, K, 2F]
+    if "up_bias" in tensors:
+        z = z + tensors["up_bias"][ids]
+    gate, up = z.chunk(2, -1)
+    distance = torch.minimum((gate - limit).abs(), (up.abs() - limit).abs())
+    return bool((distance < limit * 2**-8).any())  # the rounding of bfloat16
 
 
 def random_ids(tokens: int, num_experts: int, top_k: int) -> Tensor:
