@@ -16,7 +16,8 @@ def build(weight_dtype):
     """Return an optimizer of random tensors, and their float64 copies."""
     from tokenyard_kernels_triton.optimizer import AdamWTensors, FusedAdamW
 
-    masters = [torch.randn(size, device=DEVICE) for size in SIZES]
+    # Away from 0, where an update could cancel a weight and leave its rounding error alone
+    masters = [torch.rand(size, device=DEVICE) + 0.5 for size in SIZES]
     exact = [master.double() for master in masters]
     tensors = []
     for master in masters:

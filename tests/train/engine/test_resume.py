@@ -177,7 +177,7 @@ def test_the_tokenizer_of_a_checkpoint_is_not_guessed(build, config, words, tmp_
     with pytest.raises(CheckpointError, match=sentence):
         start_from(run.model, str(run.folder), config(**other))
     start_from(run.model, str(run.folder), config(tokenizer=words, **other))
-    assert warnings_of(caplog) == []
+    assert "load_path" not in caplog.text
     start_from(run.model, str(run.folder), config(tokenizer={"name": "bytes"}, **other))
     assert "tokenizer.name is 'bytes', but load_path" in caplog.text
 
