@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from tokenyard_cli import dataclass_options
+from tokenyard_cli.interrupts import fatal_interrupts
 from tokenyard_train.commands.options import PackOptions
 
 app = typer.Typer(
@@ -22,7 +23,8 @@ Folder = Annotated[Path, typer.Argument(help="Packed folder.")]
 @dataclass_options
 def pack(options: PackOptions) -> None:
     """Pack text into token files. Resumes an interrupted run."""
-    from tokenyard_train.commands.data import run_pack
+    with fatal_interrupts():
+        from tokenyard_train.commands.data import run_pack
 
     run_pack(Console(), options)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tokenyard_cli.interrupts import fatal_interrupts
 from tokenyard_train.cli.exit import exit_if_collective_fails
 
 Config = Annotated[Path, typer.Argument(help="YAML config.")]
@@ -23,11 +24,12 @@ def train(config: Config, overrides: Overrides = None) -> None:
     from tokenyard_train.parent_death import die_with_supervisor
 
     die_with_supervisor()
-    from tokenyard_cli.console import RunConsole
-    from tokenyard_train.commands.train import train as run
-    from tokenyard_train.config import load_config
-    from tokenyard_train.distributed import leave_group
-    from tokenyard_train.engine.signals import Stopped
+    with fatal_interrupts():
+        from tokenyard_cli.console import RunConsole
+        from tokenyard_train.commands.train import train as run
+        from tokenyard_train.config import load_config
+        from tokenyard_train.distributed import leave_group
+        from tokenyard_train.engine.signals import Stopped
 
     try:
         run(load_config(config, overrides or []), RunConsole())
