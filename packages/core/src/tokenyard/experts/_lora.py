@@ -7,45 +7,23 @@ weight. Grouped matmuls over sorted rows do all of it, the low-rank ones too.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenyard.activations import activate, activate_with_pullback
+from tokenyard.activations import activate
 from tokenyard.adapter import LoraAdapter
-from tokenyard.experts._grouped_matmuls import (
-    add_bias,
-    row_experts,
-    rows_outer,
-    rows_sum,
-    rows_times,
-)
+from tokenyard.experts._grouped_matmuls import add_bias, rows_times
+from tokenyard.experts._lora_backward import DIFFERENTIABLE, TENSORS, backward
+from tokenyard.experts._lora_call import lora_call
 from tokenyard.experts._weights import local_weight
 from tokenyard.interfaces import ExpertWeights, Plan
 from tokenyard.operators import operator, refuse_second_derivative
-from tokenyard.permutations._moves import rows_to_slots, slots_to_rows, to_rows, to_tokens
+from tokenyard.permutations._moves import to_rows, to_tokens
 
 _NAME = "tokenyard::lora_experts"
-_TENSORS = (
-    "x",
-    "order",
-    "inverse",
-    "offsets",
-    "topk_weights",
-    "up",
-    "down",
-    "up_bias",
-    "down_bias",
-    "up_a",
-    "up_b",
-    "down_a",
-    "down_b",
-    "dropped",
-    "mask",
-)
-_DIFFERENTIABLE = (0, *range(4, 14))  # positions in _TENSORS
 _SCHEMA = (
     "Tensor x, Tensor order, Tensor inverse, Tensor offsets, Tensor? topk_weights, Tensor up, "
     "Tensor down, Tensor? up_bias, Tensor? down_bias, Tensor? up_a, Tensor? up_b, Tensor? down_a, "
@@ -93,64 +71,9 @@ def lora_experts(
     return y
 
 
-class _Pair(NamedTuple):
-    """A and B of one weight, for rows sorted by expert."""
-
-    a: Tensor  # [E, rank, columns]
-    b: Tensor  # [E, rows, rank]
-    scale: float
-    offsets: Tensor
-
-    def low(self, rows: Tensor) -> Tensor:
-        """Return s x A^T [R, rank] for x [R, columns]."""
-        return rows_times(rows, self.a.mT, self.offsets) * self.scale
-
-    def add(self, y: Tensor, rows: Tensor) -> None:
-        """Add s (x A^T) B^T to y [R, rows] for x [R, columns]."""
-        y += rows_times(self.low(rows), self.b.mT, self.offsets)
-
-    def low_gradient(self, dy: Tensor) -> Tensor:
-        """Return s dy B [R, rank] for dy [R, rows]."""
-        return rows_times(dy, self.b, self.offsets) * self.scale
-
-
-class _Call(NamedTuple):
-    """The inputs of a forward pass, by name."""
-
-    x: Tensor  # [T, D]
-    plan: Plan
-    topk_weights: Tensor | None  # [T, K]
-    weights: ExpertWeights
-    up: _Pair | None
-    down: _Pair | None
-    dropped: Tensor | None  # [T, D] x after dropout, the input of A of up; None: x
-    mask: Tensor | None  # [R, F] factors of the activation before A of down; None: 1
-    activation: str
-
-    def masked(self, rows: Tensor) -> Tensor:
-        return rows if self.mask is None else rows * self.mask
-
-
-def _call(arguments: tuple[Any, ...]) -> _Call:
-    """Return the inputs of the operator by name."""
-    x, order, inverse, offsets, topk_weights = arguments[:5]
-    up_a, up_b, down_a, down_b, dropped, mask, top_k, scale, activation = arguments[9:]
-    return _Call(
-        x,
-        Plan(order, inverse, offsets, top_k),
-        topk_weights,
-        ExpertWeights(*arguments[5:9]),
-        None if up_a is None else _Pair(up_a, up_b, scale, offsets),
-        None if down_a is None else _Pair(down_a, down_b, scale, offsets),
-        dropped,
-        mask,
-        activation,
-    )
-
-
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return y [T, D] and the pre-activation z [R, 2F or F]."""
-    call = _call(arguments)
+    call = lora_call(arguments)
     plan = call.plan
     up, down, up_bias, down_bias = call.weights
     x_rows = to_rows(call.x, plan)  # [R, D]
@@ -165,87 +88,14 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return to_tokens(rows, plan, call.topk_weights), z
 
 
-def _backward(dy: Tensor, z: Tensor, needs: list[bool], *arguments: Any) -> list[Tensor]:
-    """Return a gradient for each tensor of _DIFFERENTIABLE; an empty one if it is not needed."""
-    wanted = {_TENSORS[i] for i, need in zip(_DIFFERENTIABLE, needs) if need}
-    call = _call(arguments)
-    gradients: dict[str, Tensor] = {}
-    dz = _through_down(dy, z, call, wanted, gradients)
-    _through_up(dz, call, wanted, gradients)
-    empty = dy.new_empty(0)
-    return [
-        gradients[_TENSORS[i]] if need else empty.clone() for i, need in zip(_DIFFERENTIABLE, needs)
-    ]
-
-
-def _through_down(
-    dy: Tensor, z: Tensor, call: _Call, wanted: set[str], gradients: dict[str, Tensor]
-) -> Tensor:
-    """Return dz [R, 2F or F]; add the gradients of the down projection and of topk_weights."""
-    _, plan, topk_weights, (_, down, _, down_bias), _, pair, *_ = call
-    offsets = plan.offsets
-    a, pullback = activate_with_pullback(z, call.activation)  # [R, F]
-    drows = to_rows(dy.contiguous(), plan)  # [R, D], not multiplied by topk_weights
-    row_weights = None if topk_weights is None else slots_to_rows(topk_weights, plan)  # [R, 1]
-    da = rows_times(drows, down, offsets)  # [R, F], not multiplied by topk_weights
-    if pair is not None:
-        dlow = pair.low_gradient(drows)  # [R, rank], not multiplied by topk_weights
-        da += call.masked(rows_times(dlow, pair.a, offsets))
-        if "down_a" in wanted:
-            dlow = _weighted(dlow, row_weights)
-            gradients["down_a"] = rows_outer(dlow, call.masked(a), offsets)
-        if "down_b" in wanted:
-            low = _weighted(pair.low(call.masked(a)), row_weights)
-            gradients["down_b"] = rows_outer(drows, low, offsets)
-    if "topk_weights" in wanted and topk_weights is not None:
-        dots = (da.to(topk_weights.dtype) * a).sum(1, keepdim=True)
-        if down_bias is not None:
-            biases = down_bias[row_experts(drows, offsets)]
-            dots += (drows.to(topk_weights.dtype) * biases).sum(1, keepdim=True)
-        gradients["topk_weights"] = rows_to_slots(dots, plan).squeeze(-1)
-    if "down" in wanted:
-        gradients["down"] = rows_outer(drows, _weighted(a, row_weights), offsets)
-    if "down_bias" in wanted:
-        gradients["down_bias"] = rows_sum(_weighted(drows, row_weights), offsets)
-    return pullback(_weighted(da, row_weights))
-
-
-def _through_up(dz: Tensor, call: _Call, wanted: set[str], gradients: dict[str, Tensor]) -> None:
-    """Add the gradients of the up projection, of x, and of x after dropout."""
-    x, plan, _, weights, pair, *_ = call
-    offsets = plan.offsets
-    dx_rows = rows_times(dz, weights.up, offsets) if "x" in wanted else None  # [R, D]
-    if pair is not None:
-        dlow = pair.low_gradient(dz)  # [R, rank]
-        if wanted & {"up_a", "up_b"}:
-            a_rows = to_rows(x if call.dropped is None else call.dropped, plan)  # [R, D]
-            gradients["up_a"] = rows_outer(dlow, a_rows, offsets)
-            gradients["up_b"] = rows_outer(dz, pair.low(a_rows), offsets)
-            del a_rows
-        if "dropped" in wanted:
-            gradients["dropped"] = to_tokens(rows_times(dlow, pair.a, offsets), plan, None)
-        elif dx_rows is not None and call.dropped is None:
-            dx_rows += rows_times(dlow, pair.a, offsets)
-    if dx_rows is not None:
-        gradients["x"] = to_tokens(dx_rows, plan, None)
-    if "up" in wanted:
-        gradients["up"] = rows_outer(dz, to_rows(x, plan), offsets)
-    if "up_bias" in wanted:
-        gradients["up_bias"] = rows_sum(dz, offsets)
-
-
-def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
-    return rows if weights is None else (rows * weights).to(rows.dtype)
-
-
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    call = _call(arguments)
+    call = lora_call(arguments)
     shape = (call.plan.order.shape[0], call.weights.up.shape[1])
     return torch.empty_like(call.x), call.x.new_empty(shape)
 
 
 def _fake_backward(dy: Tensor, z: Tensor, needs: list[bool], *arguments: Any) -> list[Tensor]:
-    likes = [arguments[i] for i in _DIFFERENTIABLE]
+    likes = [arguments[i] for i in DIFFERENTIABLE]
     return [
         like.new_empty(like.shape) if need else dy.new_empty(0) for like, need in zip(likes, needs)
     ]
@@ -254,19 +104,19 @@ def _fake_backward(dy: Tensor, z: Tensor, needs: list[bool], *arguments: Any) ->
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: len(_TENSORS)], output[1])
-    ctx.constants = inputs[len(_TENSORS) :]
+    ctx.save_for_backward(*inputs[: len(TENSORS)], output[1])
+    ctx.constants = inputs[len(TENSORS) :]
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     refuse_second_derivative(_NAME, "loop")
-    result: list[Tensor | None] = [None] * (len(_TENSORS) + len(ctx.constants))
+    result: list[Tensor | None] = [None] * (len(TENSORS) + len(ctx.constants))
     if dy is None:
         return tuple(result)
     *inputs, z = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
     gradients = _lora_experts_backward(dy, z, needs, *inputs, *ctx.constants)
-    for position, gradient, need in zip(_DIFFERENTIABLE, gradients, needs):
+    for position, gradient, need in zip(DIFFERENTIABLE, gradients, needs):
         result[position] = gradient if need else None
     return tuple(result)
 
@@ -275,6 +125,6 @@ _lora_experts = operator(_NAME, f"({_SCHEMA}) -> (Tensor, Tensor)", kept=True)(_
 torch.library.register_fake(_lora_experts, _fake)
 _lora_experts_backward = operator(
     f"{_NAME}_backward", f"(Tensor dy, Tensor z, bool[] needs, {_SCHEMA}) -> Tensor[]"
-)(_backward)
+)(backward)
 torch.library.register_fake(_lora_experts_backward, _fake_backward)
 torch.library.register_autograd(_lora_experts, _differentiate, setup_context=_save)
