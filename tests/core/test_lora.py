@@ -1,6 +1,7 @@
 """Adapters compute x W^T + s (x A^T) B^T, and are the only trained parameters."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -17,7 +18,7 @@ from tokenyard import (
     add_lora,
     merge_lora,
 )
-from tokenyard.experts import _lora
+from tokenyard.experts import _lora_backward
 from tokenyard.lora import head_inputs, lora_weights
 from tokenyard.tolerance import relative_error
 
@@ -144,8 +145,9 @@ def outputs_of_matmuls():
 
         return record
 
-    calls = {name: recording(getattr(_lora, name)) for name in ("rows_times", "rows_outer")}
-    with patch.multiple(_lora, **calls):
+    names = ("rows_times", "rows_outer")
+    calls = {name: recording(getattr(_lora_backward, name)) for name in names}
+    with patch.multiple(_lora_backward, **calls):
         yield shapes
 
 
@@ -267,3 +269,11 @@ def test_mistakes(net):
         LoraSettings(0, 1.0)
     with pytest.raises(ConfigError, match="lora dropout is 1; it must be at least 0 and below 1"):
         LoraSettings(1, 1.0, 1)
+
+
+def test_experts_of_several_widths_are_refused():
+    """Grouped matmuls would use columns that an expert does not have."""
+    experts = MoE(Workload(D, F_, E, 2)).experts
+    experts.workload = replace(experts.workload, ffn_dims=(F_, 5, F_, F_, F_))
+    with pytest.raises(ConfigError, match=r"experts of one width, and ffn_dims is \[10, 5"):
+        add_lora(experts, LORA, ["up"])

@@ -75,12 +75,23 @@ def add_lora(
         parameter.requires_grad_(False)
     owners = {id(weight.owner): weight.owner for weight in chosen}
     for key, owner in owners.items():
+        _require_one_width(owner)
         own = [weight for weight in chosen if id(weight.owner) == key]
         weights = {weight.attribute: weight.tensor for weight in own}
         parts = {weight.attribute: weight.parts for weight in own if weight.parts}
         owner.adapter = LoraAdapter(weights, parts, settings)
         if isinstance(owner, nn.Linear):
             owner.adapter.hook = owner.register_forward_hook(_add_adapter)
+
+
+def _require_one_width(owner: Any) -> None:
+    """Raise ConfigError for experts of several widths, which grouped matmuls do not compute."""
+    workload = getattr(owner, "workload", None)
+    if workload is not None and workload.ffn_dims is not None:
+        raise ConfigError(
+            f"adapters are for experts of one width, and ffn_dims is {list(workload.ffn_dims)}; "
+            "leave the experts out of the targets"
+        )
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Any, LoraAdapter]]:

@@ -52,7 +52,8 @@ def lora_experts(
     if adapter.training and adapter.settings.dropout:
         if matrices["up_a"] is not None:
             dropped = adapter.dropped(x)
-        mask = adapter.dropped(x.new_ones(plan.order.shape[0], weights.down.shape[2]))
+        if matrices["down_a"] is not None:
+            mask = adapter.dropped(x.new_ones(plan.order.shape[0], weights.down.shape[2]))
     order, inverse, offsets, top_k = plan
     y: Tensor = _lora_experts(
         x,
