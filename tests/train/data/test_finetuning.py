@@ -69,6 +69,9 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+MARK = "an answer \ufdd0 with a mark"
+
+
 def write(path: Path, rows: list) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -141,6 +144,16 @@ def test_generation_blocks_mark_answers_as_in_transformers(folder, tmp_path):
     assert packed.documents.targets.tolist() == [bool(n) for n in want["assistant_masks"]]
     last = load(folder, path=path, chat_template=str(template), target_responses="last")
     assert texts(folder, last)[0][1] == "It is 8.<|im_end|>"
+
+
+def test_marks_of_answers_in_a_message_are_refused_or_kept(folder, tmp_path):
+    """They are noncharacters, which a text may hold all the same."""
+    template = tmp_path / "marked.jinja"
+    template.write_text(MARKED)
+    path = write(tmp_path / "a.jsonl", [{"messages": [*CHAT[:-1], {**CHAT[-1], "content": MARK}]}])
+    with pytest.raises(ConfigError, match=r"line 1.* holds the noncharacter U\+FDD0 or U\+FDD1"):
+        load(folder, path=path, chat_template=str(template))
+    assert len(load(folder, path=path).documents.ids) > 0
 
 
 def test_a_template_that_changes_earlier_answers(folder, tmp_path):

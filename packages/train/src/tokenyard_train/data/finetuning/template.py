@@ -18,7 +18,7 @@ from tokenyard_train.optional import require
 
 Message = dict[str, Any]
 
-# Unicode noncharacters, which no text has. They mark what a generation block renders.
+# Unicode noncharacters. They mark what a generation block renders, so messages may not hold them.
 _BEGIN = "\ufdd0"
 _END = "\ufdd1"
 
@@ -53,7 +53,7 @@ class ChatTemplate:
         Raises ConfigError, naming the `location` of the messages, if the template refuses them.
         """
         text = self._render(messages, location, prompt, tools)
-        return text.replace(_BEGIN, "").replace(_END, "")
+        return text.replace(_BEGIN, "").replace(_END, "") if self.marks_answers else text
 
     def marked(
         self, messages: Sequence[Message], location: str, tools: Any = None
@@ -68,6 +68,12 @@ class ChatTemplate:
         return segments
 
     def _render(self, messages: Sequence[Message], location: str, prompt: bool, tools: Any) -> str:
+        given = str((messages, tools))
+        if self.marks_answers and (repr(_BEGIN)[1:-1] in given or repr(_END)[1:-1] in given):
+            raise ConfigError(
+                f"{location} holds the noncharacter U+FDD0 or U+FDD1, which marks answers here; "
+                "remove it"
+            )
         try:
             return str(
                 self._template.render(
