@@ -18,7 +18,7 @@ from transformers.models.dbrx import modeling_dbrx
 from tokenyard.tolerance import relative_error
 from tokenyard_models import use_in_transformers
 from tokenyard_models.hf import transformers_plugin
-from tokenyard_models.hf._experts_module import unsupported
+from tokenyard_models.hf._experts_module import activation, unsupported
 
 _DECORATED = re.compile(r"@use_experts_implementation.*\nclass (\w+)")
 _OWN_WAY = (
@@ -97,7 +97,7 @@ def test_ours_or_the_stated_default_in_one_graph(module, name, caplog):
 
     transformers_plugin._warned.clear()
     got = computed_by("tokenyard")
-    if reason := unsupported(experts):
+    if reason := unsupported(experts, activation(experts)):
         assert re.match(_OWN_WAY, reason)
         assert [record.getMessage() for record in caplog.records] == [
             f"{name} is computed by transformers' own grouped_mm: {reason}"

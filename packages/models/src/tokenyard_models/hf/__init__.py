@@ -5,11 +5,12 @@ from tokenyard_models.hf._load import from_hf, load_weights
 from tokenyard_models.hf._megablocks import to_megablocks
 from tokenyard_models.hf._peft import PeftFolder, is_peft, to_peft
 from tokenyard_models.hf._read_config import model_section
-from tokenyard_models.hf._save import to_hf
+from tokenyard_models.hf._save import TOKENIZER_FILES, to_hf
 from tokenyard_models.hf._shards import new_folder
 from tokenyard_models.hf._upcycle import upcycle
 
 __all__ = [
+    "TOKENIZER_FILES",
     "Folder",
     "PeftFolder",
     "WeightsError",

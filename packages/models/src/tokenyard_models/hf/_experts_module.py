@@ -33,11 +33,14 @@ _ALPHAS = ("alpha", "swiglu_alpha")
 _SAME = 1e-6  # relative error: some classes compute in float32
 
 
-def unsupported(module: Any) -> str | None:
-    """Return why core cannot compute a module of experts, or None if it can."""
+def unsupported(module: Any, name: str | None) -> str | None:
+    """Return why core cannot compute a module of experts, or None if it can.
+
+    `name` is that of its activation.
+    """
     if getattr(module, "has_post_expert_norm", False):
         return "it normalises what an expert gives"
-    if activation(module) is None:
+    if name is None:
         if _has_own_gate(module):
             return "it combines gate and up in a way of its own"
         return f"its activation is {type(module.act_fn).__name__}"

@@ -36,8 +36,7 @@ _TRAINING_FIELDS = (
     "moe.rule.jitter",
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_COPIED_FILES = (
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -48,6 +47,7 @@ _COPIED_FILES = (
     "tiktoken.model",
     "chat_template.jinja",
 )
+"""Files of a tokenizer in a Hugging Face folder."""
 
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ def write_config(
         source = Path(like)
         source_config = read_json(source / CONFIG) if (source / CONFIG).exists() else {}
         tokens |= {key: source_config[key] for key in _TOKENS if key in source_config}
-        for name in _COPIED_FILES:
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
     dtype_name = str(dtype).removeprefix("torch.")

@@ -88,12 +88,13 @@ def compute_experts(
 
     An id at or past the number of experts is dropped.
     """
-    reason = unsupported(module)
-    if reason is not None:
-        _warn_once(type(module).__name__, reason)
+    name = activation(module)
+    reason = unsupported(module, name)
+    if name is None or reason is not None:
+        _warn_once(type(module).__name__, str(reason))
         theirs: Tensor = _fallback()(module, hidden_states, top_k_index, top_k_weights)
         return theirs
-    return _compute(activation(module), hidden_states, top_k_index, top_k_weights, *weights(module))
+    return _compute(name, hidden_states, top_k_index, top_k_weights, *weights(module))
 
 
 def _dbrx_forward(
@@ -117,7 +118,7 @@ def _dbrx_forward(
 
 
 def _compute(
-    activation_name: str | None,
+    activation_name: str,
     x: Tensor,
     ids: Tensor,
     topk_weights: Tensor,
@@ -134,7 +135,7 @@ def _compute(
         ffn_dim,
         experts,
         ids.shape[1],
-        str(activation_name),
+        activation_name,
         bias=up_bias is not None,
         dtype=dtype,
         device=x.device,

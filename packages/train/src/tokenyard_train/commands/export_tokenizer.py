@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
+from tokenyard_models.hf import TOKENIZER_FILES
 from tokenyard_train.commands.load_model import LoadedModel, tokenizer_folder
 from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
 from tokenyard_train.data import BytesTokenizer, build_tokenizer
@@ -22,18 +23,6 @@ from tokenyard_train.data.tiktoken_tokenizer import TiktokenTokenizer
 
 _END = "<|endoftext|>"
 """The token that ends a document, of bytes and of tiktoken."""
-
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "tiktoken.model",
-    "chat_template.jinja",
-)
 
 log = logging.getLogger("tokenyard")
 
@@ -83,7 +72,7 @@ def _like_trained(source: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in (*_FILES, "config.json", "generation_config.json"):
+        for name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
         (folder / "tokenizer.json").write_text(trained, encoding="utf-8")
@@ -131,7 +120,7 @@ def _write_byte_level(folder: Path, tokenizer: dict[str, Any]) -> None:
 def _copy_tokenizer(config: TokenizerConfig, folder: Path) -> None:
     path = Path(config.name)
     source = path if path.is_dir() else path.parent
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
     if path.is_file():
