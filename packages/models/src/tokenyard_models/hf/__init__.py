@@ -1,6 +1,6 @@
 """Read and write Hugging Face folders. transformers is not needed; a test proves it."""
 
-from tokenyard_models.hf._folder import Folder, WeightsError
+from tokenyard_models.hf._folder import Folder, WeightsError, is_hf_folder
 from tokenyard_models.hf._load import from_hf, load_weights
 from tokenyard_models.hf._megablocks import to_megablocks
 from tokenyard_models.hf._peft import PeftFolder, is_peft, to_peft
@@ -15,6 +15,7 @@ __all__ = [
     "PeftFolder",
     "WeightsError",
     "from_hf",
+    "is_hf_folder",
     "is_peft",
     "load_weights",
     "model_section",

@@ -25,6 +25,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 _REOPEN_AFTER = 1 << 28
 
 
+def is_hf_folder(path: Path) -> bool:
+    """Return whether a folder is that of a model: whether it has a config.json."""
+    return (path / CONFIG).exists()
+
+
 class WeightsError(TokenyardError):
     """A folder of weights is incomplete, unsafe, or for another model."""
 

@@ -21,7 +21,7 @@ from tokenyard import ConfigError, LoraAdapter, LoraSettings
 from tokenyard.lora import adapters, lora_weights
 from tokenyard.sharded import is_sharded, local_shard
 from tokenyard_models.families._boxes import copy, slices
-from tokenyard_models.hf._folder import Reader, WeightsError, read_json
+from tokenyard_models.hf._folder import Reader, WeightsError, is_hf_folder, read_json
 from tokenyard_models.hf._save import format_to_write
 from tokenyard_models.hf._shards import new_folder
 
@@ -122,7 +122,7 @@ class PeftFolder:
     def base(self) -> Path:
         """Return the folder of the base. Raises WeightsError if it is not on this machine."""
         name = self.config.get("base_model_name_or_path")
-        if not isinstance(name, str) or not (Path(name) / "config.json").exists():
+        if not isinstance(name, str) or not is_hf_folder(Path(name)):
             raise WeightsError(
                 f"{self.path / ADAPTER_CONFIG} names the base {name!r}, which is no folder here; "
                 "put the folder's path in base_model_name_or_path"
@@ -207,7 +207,7 @@ class PeftFolder:
 
 def is_peft(path: Path) -> bool:
     """Return whether a folder holds adapters alone, as PEFT saves them."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
+    return (path / ADAPTER_CONFIG).is_file() and not is_hf_folder(path)
 
 
 def _places(model: Any) -> dict[str, list[_Place]]:

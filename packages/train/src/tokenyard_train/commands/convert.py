@@ -12,11 +12,12 @@ from rich.console import Console
 from tokenyard import ConfigError, Model, count_parameters, merge_lora
 from tokenyard.errors import one_of
 from tokenyard_models import from_hf, to_hf
-from tokenyard_models.hf import new_folder, to_megablocks, to_peft
+from tokenyard_models.hf import is_hf_folder, new_folder, to_megablocks, to_peft
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
 from tokenyard_train.commands.export_tokenizer import exported_tokenizer
-from tokenyard_train.commands.load_model import load_weights_only, tokenizer_folder
+from tokenyard_train.commands.load_model import load_weights_only
 from tokenyard_train.commands.options import ConvertOptions
+from tokenyard_train.commands.stop_ids import tokenizer_folder
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.paths import HF
@@ -24,7 +25,7 @@ from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.folder_lock import lock_new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
 _FORMATS = ("hf", "tokenyard", "megablocks", "peft")
 
 log = logging.getLogger("tokenyard")
@@ -75,10 +76,10 @@ def _check_options(options: ConvertOptions) -> None:
         )
     if not options.like.is_dir():
         raise ConfigError(f"--like {options.like} is no folder; give one with a tokenizer")
-    if not any((options.like / name).is_file() for name in TOKENIZER_FILES):
+    if not any((options.like / name).is_file() for name in _TOKENIZERS):
         raise ConfigError(
             f"--like {options.like} holds no tokenizer; give a folder with one of "
-            f"{', '.join(TOKENIZER_FILES)}"
+            f"{', '.join(_TOKENIZERS)}"
         )
 
 
@@ -109,7 +110,7 @@ def _describe(model: Model) -> str:
 
 def _write_run(source: Path, target: Path, tokenizer: str | None) -> Model:
     """Write a Hugging Face folder as the checkpoint ba0 of a new run."""
-    if not (source / "config.json").is_file():
+    if not is_hf_folder(source):
         raise ConfigError(f"{source} has no config.json; give a Hugging Face folder")
     if tokenizer is None and not (source / "tokenizer.json").is_file():
         raise ConfigError(

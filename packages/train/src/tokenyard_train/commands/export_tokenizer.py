@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
-from tokenyard_models.hf import TOKENIZER_FILES
-from tokenyard_train.commands.load_model import LoadedModel, tokenizer_folder
+from tokenyard_models.hf import TOKENIZER_FILES, is_hf_folder
+from tokenyard_train.commands.load_model import LoadedModel
+from tokenyard_train.commands.stop_ids import tokenizer_folder
 from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
 from tokenyard_train.data import BytesTokenizer, build_tokenizer
 from tokenyard_train.data.hf_tokenizer import without_training_state
@@ -56,7 +57,7 @@ def _folder_of_tokenizer(loaded: LoadedModel, temporary: Path) -> Path:
         return loaded.path  # a folder that is converted, with or without a tokenizer
     loaded.build_tokenizer()
     source = tokenizer_folder(config)
-    if source is not None and (source / "config.json").is_file() and config.eos_token is None:
+    if source is not None and is_hf_folder(source) and config.eos_token is None:
         return source
     _write_json(temporary / "config.json", {"eos_token_id": _write_tokenizer(config, temporary)})
     return temporary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -10,10 +9,9 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from tokenyard import ConfigError, Model, add_lora, resolve_device
-from tokenyard.bounded import read_json
 from tokenyard.sharded import allocate
 from tokenyard_models import from_hf
-from tokenyard_models.hf import PeftFolder, is_peft
+from tokenyard_models.hf import PeftFolder, is_hf_folder, is_peft
 from tokenyard_train.checkpoint import (
     CheckpointError,
     is_checkpoint,
@@ -21,6 +19,7 @@ from tokenyard_train.checkpoint import (
     read_newest,
     verify,
 )
+from tokenyard_train.commands.stop_ids import stop_ids, tokenizer_folder
 from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data import Tokenizer, build_tokenizer
@@ -35,8 +34,6 @@ from tokenyard_train.engine.precision import (
     narrow,
 )
 from tokenyard_train.engine.resume import load_checkpoint
-
-log = logging.getLogger("tokenyard")
 
 
 class LoadedModel(NamedTuple):
@@ -95,7 +92,7 @@ def load_trained(
     target = resolve_device(device, "--device")
     if precision is not None:
         check_precision(precision, "--precision")
-    if _is_hf_folder(path):
+    if is_hf_folder(path):
         return _load_hf_folder(path, target, precision)
     if is_peft(path):
         return _load_adapters(path, target, precision, base)
@@ -111,16 +108,12 @@ def load_weights_only(
     `base` is where the base of adapters is now, if it moved. The weights of a Hugging Face folder
     are read in `dtype` (default: the folder's).
     """
-    if _is_hf_folder(path):
+    if is_hf_folder(path):
         model = from_hf(path, dtype=dtype)
         return LoadedModel(model, None, TokenizerConfig(name=str(path)), path, source=path)
     if is_peft(path):
         return _load_adapters(path, torch.device("cpu"), None, base)
     return _load_run(path, {"device": "cpu", "backends": {}, "precision": "fp32"}, base)
-
-
-def _is_hf_folder(path: Path) -> bool:
-    return (path / "config.json").exists()
 
 
 def _load_hf_folder(path: Path, device: torch.device, precision: str | None) -> LoadedModel:
@@ -184,34 +177,4 @@ def _hf_source(load_path: str | None) -> Path | None:
     if not load_path:
         return None
     folder = Path(load_path.removeprefix(HF))
-    return folder if _is_hf_folder(folder) else None
-
-
-def tokenizer_folder(config: TokenizerConfig) -> Path | None:
-    """Return the folder of a tokenizer.json. None for other tokenizers."""
-    path = Path(config.name)
-    if path.is_dir():
-        return path
-    return path.parent if path.name == "tokenizer.json" else None
-
-
-def stop_ids(folder: Path) -> frozenset[int]:
-    """Return the end-of-document ids in a Hugging Face folder's generation_config.json.
-
-    The set is empty, with a warning, if the file is unusable.
-    """
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return frozenset()
-    try:
-        ids = read_json(path).get("eos_token_id")
-    except ConfigError as error:
-        log.warning("%s; the tokenizer alone says how a document ends", error)
-        return frozenset()
-    listed = ids if isinstance(ids, list) else [ids]
-    known = frozenset(i for i in listed if isinstance(i, int) and not isinstance(i, bool))
-    if ids is not None and len(known) < len(set(map(str, listed))):
-        log.warning(
-            "%s has the eos_token_id %r; values that are not integers are ignored", path, ids
-        )
-    return known
+    return folder if is_hf_folder(folder) else None

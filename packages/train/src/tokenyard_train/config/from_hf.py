@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokenyard import ConfigError, default_registry
-from tokenyard_models.hf import Folder, PeftFolder, is_peft, model_section
+from tokenyard_models.hf import Folder, PeftFolder, is_hf_folder, is_peft, model_section
 from tokenyard_train.data.paths import HF
 
 _LENGTH_KEYS = ("max_seq_len", "max_position_embeddings")
@@ -30,7 +30,7 @@ def with_hf_model(data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(path, str) or not isinstance(overrides, Mapping):
         return dict(data)
     folder = Path(path.removeprefix(HF)).expanduser()
-    if not path.startswith(HF) and not (folder / "config.json").is_file():
+    if not path.startswith(HF) and not is_hf_folder(folder):
         return dict(data)
     name, section = model_section(Folder(folder))
     if overrides.get("name", name) != name:

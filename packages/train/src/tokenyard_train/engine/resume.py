@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenyard import Model
-from tokenyard_models.hf import Folder, PeftFolder, is_peft, load_weights
+from tokenyard_models.hf import Folder, PeftFolder, is_hf_folder, is_peft, load_weights
 from tokenyard_train.checkpoint import (
     CheckpointError,
     clear_unfinished,
@@ -141,7 +141,7 @@ def load_checkpoint(model: Model, checkpoint: Path, moved: Path | None = None) -
 
 def weights_path(folder: Path) -> str:
     """Return the load_path of a folder: one with a config.json is Hugging Face's."""
-    return f"{HF}{folder}" if (folder / "config.json").exists() else str(folder)
+    return f"{HF}{folder}" if is_hf_folder(folder) else str(folder)
 
 
 def _load_base(model: Model, checkpoint: Path, base: Base, moved: Path | None) -> Origin:
