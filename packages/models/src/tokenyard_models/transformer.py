@@ -27,15 +27,14 @@ from tokenyard import (
     Workload,
     predict,
 )
-from tokenyard.count import kept_by_ffn, saved_by_ffn, weight_flops_per_token
+from tokenyard.count import weight_flops_per_token
 from tokenyard.lora import head_inputs
 from tokenyard.registry import Request
 from tokenyard_models.attention import Attention
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.init_weights import initialize
 from tokenyard_models.kv_cache import Cache, LayerCache
-
-_WIDE = 4  # bytes of float32, the dtype of the stream between blocks
+from tokenyard_models.saved_bytes import saved_bytes
 
 
 class Block(nn.Module):
@@ -196,47 +195,10 @@ class Transformer(Model):
     def saved_bytes_per_token(self, seq_len: int, width: int) -> SavedBytes:
         """Return what the backward pass needs of a token, for a compute dtype of `width` bytes.
 
-        A norm saves its input and its output, 4D + bD, and RMSNorm 4D more. Attention keeps no
-        scores, so `seq_len` does not matter. Selective recompute keeps the results of its two
-        projections and of the scores' product with the values, and those of the FFN.
+        Attention keeps no scores, so `seq_len` does not matter.
         """
-        wide = 2 * _WIDE if self.config.norm == "rms" else _WIDE
-        norm = (wide + width) * self.config.dim
-        attention = _saved_by_attention(self.config, width)
-        kept_attention = _kept_of_attention(self.config, width)
         ffns = [cast(Block, block).ffn for block in self.blocks]
-        return SavedBytes(
-            tuple(2 * norm + attention + saved_by_ffn(ffn, width) for ffn in ffns),
-            block_input=_WIDE * self.config.dim,
-            rest=norm,
-            kept=tuple(kept_attention + kept_by_ffn(ffn, width) for ffn in ffns),
-        )
-
-
-def _saved_by_attention(config: TransformerConfig, width: int) -> int:
-    """Count the bytes per token that attention keeps for the backward pass.
-
-    b is `width`; Q and V are the widths of all heads and of all key-value heads. The projection
-    keeps b(Q + 2V), as much again if it is clipped, and b(Q + V) if it is rotated. Queries and
-    the result keep 2bQ. A norm of queries and keys keeps 4(Q + V) and b(Q + 2V).
-    """
-    queries = config.heads * config.head_dim
-    keys = config.kv_heads * config.head_dim
-    projected = queries + 2 * keys
-    clipped = 0 if config.clip_qkv is None else projected
-    rotated = 0 if config.rope_theta is None else queries + keys
-    normed = 0 if config.qk_norm is None else _WIDE * (queries + keys) + width * projected
-    return width * (projected + clipped + rotated + 2 * queries) + normed
-
-
-def _kept_of_attention(config: TransformerConfig, width: int) -> int:
-    """Count the bytes per token that selective recompute keeps of attention: b(2Q + 2V + D) + 4H.
-
-    H heads have one float32 each, the logarithm of the softmax's sum.
-    """
-    queries = config.heads * config.head_dim
-    keys = config.kv_heads * config.head_dim
-    return width * (2 * queries + 2 * keys + config.dim) + _WIDE * config.heads
+        return saved_bytes(self.config, ffns, width)
 
 
 def _embedding(rows: int, dim: int) -> nn.Embedding:
