@@ -25,7 +25,7 @@ from tokenyard import (
 from tokenyard.recompute import recomputed
 from tokenyard.sharded import group_by_mesh, local_part
 from tokenyard.testing._over_ranks import DIM, full, initialize
-from tokenyard_train.config.schema import OptimizerConfig
+from tokenyard_train.config.optimizer import OptimizerConfig
 from tokenyard_train.engine.optimizer import build_optimizer
 
 FFN = 12

@@ -10,7 +10,7 @@ from tokenyard import ConfigError, ShardingReport
 from tokenyard.tolerance import relative_error
 from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.commands.memory import estimate
-from tokenyard_train.config.schema import OptimizerConfig
+from tokenyard_train.config.optimizer import OptimizerConfig
 from tokenyard_train.engine.muon import Muon
 from tokenyard_train.engine.optimizer import Optimizer, build_optimizer
 from tokenyard_train.engine.save import run_tensors

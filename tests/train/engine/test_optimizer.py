@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tokenyard_train.config.schema import OptimizerConfig, SchedulerConfig
+from tokenyard_train.config.optimizer import OptimizerConfig
+from tokenyard_train.config.schema import SchedulerConfig
 from tokenyard_train.engine.optimizer import build_optimizer
 from tokenyard_train.engine.schedule import learning_rate
 

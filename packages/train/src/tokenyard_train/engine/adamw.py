@@ -1,4 +1,4 @@
-"""AdamW, with float32 masters of weights that are stored in bfloat16."""
+"""AdamW, with moments in float32, bfloat16 or 8 bits."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenyard import ConfigError
 from tokenyard.fused_rows import fused_rows
 from tokenyard.sharded import local_part
-from tokenyard_train.config.schema import MuonConfig, OptimizerConfig
+from tokenyard_train.config.optimizer import MuonConfig, OptimizerConfig
 from tokenyard_train.engine.adamw import AdamW
 from tokenyard_train.engine.moments import check_blocks
 from tokenyard_train.engine.muon import Muon
