@@ -52,8 +52,7 @@ def unsupported(module: Any, name: str | None) -> str | None:
 def activation(module: Any) -> str | None:
     """Return core's name of a module's activation, or None if core has none."""
     if _has_own_gate(module):
-        act_fn = getattr(module, "act_fn", F.silu)
-        if act_fn is not F.silu and function_name(act_fn) != "silu":
+        if function_name(getattr(module, "act_fn", F.silu)) != "silu":
             return None
         return own_swiglu(type(module), _first(module, _ALPHAS), _first(module, _LIMITS))
     name = function_name(module.act_fn)
@@ -62,6 +61,8 @@ def activation(module: Any) -> str | None:
 
 def function_name(act_fn: Any) -> str | None:
     """Return core's name of the function of an `act_fn`, or None if core has none."""
+    if act_fn is F.silu:  # of LFM2
+        return "silu"
     return _ACTIVATIONS.get(type(act_fn).__name__)
 
 
