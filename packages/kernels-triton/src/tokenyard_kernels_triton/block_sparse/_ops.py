@@ -136,7 +136,7 @@ def _write_product(
         out,
         sparse.column_offsets if transposed else sparse.offsets,
         sparse.column_order,
-        sparse.row_indices if transposed else sparse.column_indices,
+        sparse.column_rows if transposed else sparse.column_indices,
         rows,
         width,
         *_groups(dense, block),

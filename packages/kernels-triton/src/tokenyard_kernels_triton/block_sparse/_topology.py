@@ -26,6 +26,7 @@ class Topology(NamedTuple):
     column_indices: Tensor  # [blocks] int32; `columns` in the tail
     offsets: Tensor  # [rows + 1] int32: the blocks of row r are offsets[r]:offsets[r + 1]
     column_order: Tensor  # [blocks] int32: the blocks sorted by column, then by row
+    column_rows: Tensor  # [blocks] int32: the block row of each, in the same order
     column_offsets: Tensor  # [columns + 1] int32: of column c in column_order
     schedule: Tensor  # int32: the order in which a kernel computes runs of consecutive blocks
 
@@ -46,6 +47,7 @@ class Topology(NamedTuple):
             self.column_indices,
             self.offsets,
             self.column_order,
+            self.column_rows,
             self.column_offsets,
             self.schedule,
         ]
@@ -89,6 +91,7 @@ def topology_of_indices(
         column_indices,
         _starts(row_indices, rows),
         column_order.int(),
+        row_indices[column_order],
         _starts(sorted_columns, columns),
         _schedule(row_indices, column_indices, columns, WIDE[block]),
     )

@@ -117,7 +117,7 @@ def sparse_times_dense(
     out,  # [M, N], rows in groups
     offsets,  # [M / BLOCK + 1] first block of each block row; of each block column if TRANSPOSED
     order,  # [blocks] blocks by column, read if TRANSPOSED
-    indices,  # [blocks] block column of each block; block row if TRANSPOSED
+    indices,  # [blocks] block column of each block; if TRANSPOSED, block row in that order
     rows,  # M / BLOCK
     width,  # N
     dense_blocks,  # block rows of a group
@@ -147,33 +147,43 @@ def sparse_times_dense(
     m, n = matrix_tile_at(rows * DOWN, tl.cdiv(width, COLUMNS), tl.program_id(0), GROUP)
     row = m // DOWN
     inside_row = m % DOWN * ROWS + tl.arange(0, ROWS)
-    c = n * COLUMNS + tl.arange(0, COLUMNS)
+    inside_column = tl.arange(0, COLUMNS)
     first = tl.load(offsets + row)
     end = tl.load(offsets + row + 1)
 
-    # Main loop: SLICES slices of each block.
+    # Where a slice's elements lie, apart from the slice: the same in every slice.
+    k = tl.arange(0, DEPTH)
+    if TRANSPOSED:
+        x_tile = inside_row[:, None] + (k * BLOCK)[None, :]
+    else:
+        x_tile = (inside_row * BLOCK)[:, None] + k[None, :]
+    y_tile = k[:, None] * dense_row + inside_column[None, :] * dense_column
+    b = dense + (n * COLUMNS).to(tl.int64) * dense_column
+    c = n * COLUMNS + inside_column
+
+    # Main loop: SLICES slices of each block. A block's place is loaded one slice ahead, so that
+    # the pipeline loads matrices as early as it does with addresses that are computed.
     SLICES: tl.constexpr = BLOCK // DEPTH
+    STEP: tl.constexpr = DEPTH * BLOCK if TRANSPOSED else DEPTH
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    block = tl.load(order + first, mask=first < end, other=0) if TRANSPOSED else first
+    index = tl.load(indices + first, mask=first < end, other=0)
     for i in range(0, (end - first) * SLICES):
-        block = first + i // SLICES
-        if TRANSPOSED:
-            block = tl.load(order + block)
-        index = tl.load(indices + block)
-        k = i % SLICES * DEPTH + tl.arange(0, DEPTH)
-        a = data + block.to(tl.int64) * BLOCK * BLOCK
-        if TRANSPOSED:
-            x = tl.load(a + inside_row[:, None] + (k * BLOCK)[None, :])
-        else:
-            x = tl.load(a + (inside_row * BLOCK)[:, None] + k[None, :])
-        group = index // dense_blocks
-        b = dense + group.to(tl.int64) * dense_group
-        b += (index % dense_blocks * BLOCK + k).to(tl.int64)[:, None] * dense_row
-        b += c.to(tl.int64)[None, :] * dense_column
+        part = i % SLICES
+        x = tl.load(data + (block.to(tl.int64) * BLOCK * BLOCK + part * STEP) + x_tile)
+        at = (index // dense_blocks).to(tl.int64) * dense_group
+        at += (index % dense_blocks * BLOCK + part * DEPTH).to(tl.int64) * dense_row
         if EVEN:
-            y = tl.load(b)
+            y = tl.load(b + at + y_tile)
         else:
-            y = tl.load(b, mask=(c < width)[None, :], other=0.0)
+            y = tl.load(b + at + y_tile, mask=(c < width)[None, :], other=0.0)
         total = dot(x, y, total, PRECISION)
+        following = first + (i + 1) // SLICES
+        if TRANSPOSED:
+            block = tl.load(order + following, mask=following < end, other=0)
+        else:
+            block = following
+        index = tl.load(indices + following, mask=following < end, other=0)
 
     # Epilogue.
     target = out + (row // out_blocks).to(tl.int64) * out_group
