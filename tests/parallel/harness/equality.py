@@ -245,7 +245,7 @@ def train_on_rank(layout: Layout, cases: list[Case]) -> list[Any]:
 
 def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
     """Return float64 arrays, which pickle copies without torch's shared memory."""
-    return {name: tensor.double().cpu().numpy() for name, tensor in tensors.items()}
+    return {name: tensor.detach().double().cpu().numpy() for name, tensor in tensors.items()}
 
 
 def arrays_on_rank(layout: Layout, case: Case) -> dict[str, np.ndarray[Any, Any]]:
