@@ -1,10 +1,11 @@
-"""The cache folder."""
+"""The cache folder, and paths without links."""
 
 from pathlib import Path
 
 import pytest
 
 from tokenyard import cache_folder
+from tokenyard.paths import real_path
 
 
 def test_the_environment_overrides_the_folder_in_the_home_directory(monkeypatch, tmp_path):
@@ -20,3 +21,9 @@ def test_without_a_home_directory_the_folder_cannot_be_created(monkeypatch):
     monkeypatch.setenv("TOKENYARD_CACHE", "~no-such-user/cache")
     with pytest.raises(OSError, match="Not a directory"):
         cache_folder().mkdir(parents=True)
+
+
+def test_a_loop_of_links_has_a_real_path(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    assert real_path(tmp_path / "a") in (tmp_path / "a", tmp_path / "b")

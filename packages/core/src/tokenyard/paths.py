@@ -21,6 +21,14 @@ def cache_folder() -> Path:
         return Path(os.devnull, "tokenyard")
 
 
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path without links. A loop of links ends where it begins.
+
+    ``Path.resolve`` raises RuntimeError for such a loop up to Python 3.12.
+    """
+    return Path(os.path.realpath(path))
+
+
 def remove(path: Path) -> None:
     """Delete a file, a folder with its content, or a link but never what it points to.
 

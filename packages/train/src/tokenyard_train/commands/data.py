@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from tokenyard import ConfigError
+from tokenyard.paths import real_path
 from tokenyard_models.strict_config import parse
 from tokenyard_train.commands.options import PackOptions
 from tokenyard_train.data.journal import PackProgress
@@ -99,9 +100,9 @@ def _source(options: PackOptions) -> Source:
 
 def _check_apart(options: PackOptions) -> None:
     """Raise ConfigError if the output would be among the files of a source, or the other way."""
-    out = options.out.resolve()
+    out = real_path(options.out)
     for name in options.sources:
-        source = Path(name).resolve()
+        source = real_path(name)
         if source.exists() and (source == out or source in out.parents or out in source.parents):
             raise ConfigError(
                 f"OUT is {str(options.out)!r} and SOURCE {name!r}, one inside the other; "

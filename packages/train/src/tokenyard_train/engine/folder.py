@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tokenyard import ConfigError
-from tokenyard.paths import remove
+from tokenyard.paths import real_path, remove
 from tokenyard_train.checkpoint import checkpoints
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.distributed import on_rank0
@@ -30,9 +30,10 @@ def run_folder(config: TrainConfig) -> Iterator[None]:
 
 def _check_apart(config: TrainConfig, folder: Path) -> None:
     """Raise ConfigError if the run's files would be among its text."""
-    parents = [folder.resolve(), *folder.resolve().parents]
+    own = real_path(folder)
+    parents = [own, *own.parents]
     for key, path in _text_paths(config):
-        if Path(path).resolve() in parents:
+        if real_path(path) in parents:
             raise ConfigError(
                 f"save_folder {str(folder)!r} is in the folder {key}.path {path!r}, "
                 "whose files are read as text; give another save_folder"

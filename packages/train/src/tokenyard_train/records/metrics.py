@@ -17,8 +17,11 @@ log = logging.getLogger("tokenyard")
 TIMINGS = ("seconds", "tokens_per_s", "flops_per_s")
 """Record keys that differ between two runs of the same config."""
 
-
-log = logging.getLogger("tokenyard")
+_NUMBERS = {
+    "train": ("batch", "loss", "seconds"),
+    "eval": ("batch", "loss", "bits_per_byte"),
+}
+"""Keys that every record of a kind has; their values are numbers."""
 
 
 class Metrics:
@@ -98,7 +101,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "kind" in record else None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    numbers = [record.get(key) for key in _NUMBERS.get(record["kind"], ())]
+    return record if all(type(number) in (int, float) for number in numbers) else None
 
 
 class NullMetrics(Metrics):

@@ -1,0 +1,42 @@
+"""The metrics file: what is read back of a file that was changed."""
+
+import json
+
+import pytest
+
+from tokenyard_train.records.metrics import Metrics
+
+TRAIN = {"kind": "train", "batch": 1, "loss": 2.5, "seconds": 0.1}
+EVAL = {"kind": "eval", "batch": 1, "loss": 2.0, "bits_per_byte": 1.5}
+
+
+def without(record, key):
+    return {name: value for name, value in record.items() if name != key}
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.write(TRAIN)
+    metrics.write(EVAL)
+    assert metrics.read() == [TRAIN, EVAL]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        without(TRAIN, "loss"),
+        without(TRAIN, "seconds"),
+        without(EVAL, "bits_per_byte"),
+        TRAIN | {"loss": "2.5"},
+        TRAIN | {"kind": ["train"]},
+        [TRAIN],
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_left_out_and_named(tmp_path, caplog, damaged):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(TRAIN) + "\n" + json.dumps(damaged) + "\n")
+    metrics = Metrics(path)
+    assert metrics.read() == [TRAIN]
+    metrics.rewind(path.stat().st_size)
+    assert "line 2 is damaged" in caplog.text
