@@ -73,8 +73,8 @@ def test_copies_to_the_host_are_kept():
 def test_an_operator_of_a_plugin_is_kept_if_it_says_so():
     kept = operator("test_recompute::sort_rows", "(Tensor x) -> Tensor", kept=True)(torch.clone)
     other = operator("test_recompute::scale_rows", "(Tensor x) -> Tensor")(torch.clone)
-    assert is_kept(kept, (), {})
-    assert not is_kept(other, (), {})
+    assert is_kept(kept.op, (), {})
+    assert not is_kept(other.op, (), {})
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu", "loop"])

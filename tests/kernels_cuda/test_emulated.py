@@ -156,9 +156,9 @@ def test_plan_of_other_tokens_is_refused():
 def test_fakes_of_transposed_logits_match():
     x = torch.randn(8, 12).bfloat16().t().requires_grad_()
     weight = torch.randn(4, 8).bfloat16().requires_grad_()
-    torch.library.opcheck(logits_op, (x, weight))
+    torch.library.opcheck(logits_op.op, (x, weight))
     torch.library.opcheck(
-        logits_backward_op, (torch.randn(12, 4), x.detach(), weight.detach(), [True, True])
+        logits_backward_op.op, (torch.randn(12, 4), x.detach(), weight.detach(), [True, True])
     )
 
 

@@ -104,7 +104,7 @@ def move_rows(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return torch.where((source < x.shape[0]).unsqueeze(1), rows, rows.new_zeros(()))
 
 
-@torch.library.register_fake(move_rows)
+@move_rows.fake
 def _(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return x.new_empty(source.shape[0], x.shape[1])
 
@@ -118,4 +118,4 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return move_rows(gradient, target, source), None, None
 
 
-torch.library.register_autograd(move_rows, _backward, setup_context=_save)
+move_rows.differentiable(_backward, _save)

@@ -123,9 +123,9 @@ def _differentiate(ctx: Any, dy: Tensor | None, *unused: None) -> tuple[Tensor |
 
 
 _lora_experts = operator(_NAME, f"({_SCHEMA}) -> (Tensor, Tensor)", kept=True)(_forward)
-torch.library.register_fake(_lora_experts, _fake)
+_lora_experts.fake(_fake)
 _lora_experts_backward = operator(
     f"{_NAME}_backward", f"(Tensor dy, Tensor z, bool[] needs, {_SCHEMA}) -> Tensor[]"
 )(backward)
-torch.library.register_fake(_lora_experts_backward, _fake_backward)
-torch.library.register_autograd(_lora_experts, _differentiate, setup_context=_save)
+_lora_experts_backward.fake(_fake_backward)
+_lora_experts.differentiable(_differentiate, _save)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokenyard.interfaces import ExpertWeights, Plan
@@ -99,16 +98,16 @@ def register_experts_op(
     outputs = "Tensor" + ", Tensor" * saves
 
     op = operator(name, f"({inputs}) -> ({outputs})", device, kept=True)(kernel.compute)
-    torch.library.register_fake(op, kernel.fake)
+    op.fake(kernel.fake)
 
     gradient_inputs = f"Tensor dy, Tensor[] saved, bool[] needs, {inputs}"
     gradient_op = operator(f"{name}_backward", f"({gradient_inputs}) -> Tensor[]", device)(
         kernel.gradients
     )
-    torch.library.register_fake(gradient_op, kernel.fake_gradients)
+    gradient_op.fake(kernel.fake_gradients)
 
     differentiate = partial(_differentiate, name, gradient_op)
-    torch.library.register_autograd(op, differentiate, setup_context=_save)
+    op.differentiable(differentiate, _save)
     return _caller(op, kernel.options)
 
 

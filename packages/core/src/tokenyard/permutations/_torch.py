@@ -54,7 +54,7 @@ def permute_op(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k
     return to_rows(x, Plan(order, inverse, offsets, top_k))
 
 
-@torch.library.register_fake(permute_op)
+@permute_op.fake
 def _(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     return x.new_empty(order.shape[0], x.shape[1])
 
@@ -72,7 +72,7 @@ def unpermute_op(
     return to_tokens(rows, Plan(order, inverse, offsets, top_k), topk_weights)
 
 
-@torch.library.register_fake(unpermute_op)
+@unpermute_op.fake
 def _(
     rows: Tensor,
     topk_weights: Tensor | None,
@@ -115,5 +115,5 @@ def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return drows, dweights, None, None, None, None
 
 
-torch.library.register_autograd(permute_op, _permute_backward, setup_context=_save_plan)
-torch.library.register_autograd(unpermute_op, _unpermute_backward, setup_context=_save_rows)
+permute_op.differentiable(_permute_backward, _save_plan)
+unpermute_op.differentiable(_unpermute_backward, _save_rows)

@@ -25,7 +25,7 @@ def permute_op(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k
     return to_rows(x.contiguous(), Plan(order, inverse, offsets, top_k))
 
 
-@torch.library.register_fake(permute_op)
+@permute_op.fake
 def _(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     return x.new_empty(order.shape[0], x.shape[1])
 
@@ -46,7 +46,7 @@ def unpermute_op(
     return to_tokens(rows.contiguous(), Plan(order, inverse, offsets, top_k), weights)
 
 
-@torch.library.register_fake(unpermute_op)
+@unpermute_op.fake
 def _(
     rows: Tensor,
     topk_weights: Tensor | None,
@@ -83,7 +83,7 @@ def unpermute_backward_op(
     return [empty if grad is None else grad for grad, empty in zip(gradients, defaults)]
 
 
-@torch.library.register_fake(unpermute_backward_op)
+@unpermute_backward_op.fake
 def _(
     dy: Tensor,
     rows: Tensor | None,
@@ -128,5 +128,5 @@ def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd(permute_op, _permute_backward, setup_context=_save_plan)
-torch.library.register_autograd(unpermute_op, _unpermute_backward, setup_context=_save_rows)
+permute_op.differentiable(_permute_backward, _save_plan)
+unpermute_op.differentiable(_unpermute_backward, _save_rows)

@@ -102,7 +102,7 @@ def route_op(
     return ids, weights
 
 
-@torch.library.register_fake(route_op)
+@route_op.fake
 def _(logits: Tensor, bias: Tensor | None, top_k: int, *rule: Any) -> tuple[Tensor, Tensor]:
     ids = logits.new_empty(logits.shape[0], top_k, dtype=torch.int32)
     return ids, logits.new_empty(logits.shape[0], top_k)
@@ -117,7 +117,7 @@ def weigh_op(logits: Tensor, ids: Tensor, score: int, power: float, scale: float
     return weights
 
 
-@torch.library.register_fake(weigh_op)
+@weigh_op.fake
 def _(logits: Tensor, ids: Tensor, *rule: Any) -> Tensor:
     return logits.new_empty(ids.shape)
 
@@ -180,7 +180,7 @@ def weights_backward_op(
     return dlogits
 
 
-@torch.library.register_fake(weights_backward_op)
+@weights_backward_op.fake
 def _(dweights: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -207,8 +207,8 @@ def _weigh_backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
     return weights_backward_op(dweights, *ctx.saved_tensors, *ctx.rule), *(None,) * 4
 
 
-torch.library.register_autograd(route_op, _route_backward, setup_context=_save_route)
-torch.library.register_autograd(weigh_op, _weigh_backward, setup_context=_save_weigh)
+route_op.differentiable(_route_backward, _save_route)
+weigh_op.differentiable(_weigh_backward, _save_weigh)
 
 
 def route(

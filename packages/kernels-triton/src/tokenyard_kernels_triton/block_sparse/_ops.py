@@ -48,7 +48,7 @@ def sdd_op(left: Tensor, right: Tensor, topology: list[Tensor], size: list[int])
     return data
 
 
-@torch.library.register_fake(sdd_op)
+@sdd_op.fake
 def _(left: Tensor, right: Tensor, topology: list[Tensor], size: list[int]) -> Tensor:
     return left.new_empty(topology[0].shape[0], size[0], size[0])
 
@@ -79,7 +79,7 @@ def dsd_op(
     return out
 
 
-@torch.library.register_fake(dsd_op)
+@dsd_op.fake
 def _(
     data: Tensor,
     dense: Tensor,
@@ -224,8 +224,8 @@ def _dsd_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return ddata, ddense, [None] * len(topology), None, None, None, None
 
 
-torch.library.register_autograd(sdd_op, _sdd_backward, setup_context=_save)
-torch.library.register_autograd(dsd_op, _dsd_backward, setup_context=_save)
+sdd_op.differentiable(_sdd_backward, _save)
+dsd_op.differentiable(_dsd_backward, _save)
 
 
 @register_flop_formula(torch.ops.tokenyard_sparse.sdd)

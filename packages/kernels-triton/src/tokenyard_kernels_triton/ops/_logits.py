@@ -24,7 +24,7 @@ def logits_op(x: Tensor, weight: Tensor) -> Tensor:
     return _matmul_float32(x, weight.t())
 
 
-@torch.library.register_fake(logits_op)
+@logits_op.fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
@@ -45,7 +45,7 @@ def logits_backward_op(
     return [dx, dweight]
 
 
-@torch.library.register_fake(logits_backward_op)
+@logits_backward_op.fake
 def _(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
     return [t.new_empty(t.shape if need else 0) for t, need in zip((x, weight), needs)]
 
@@ -68,4 +68,4 @@ def _backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(g if need else None for g, need in zip(grads, needs))
 
 
-torch.library.register_autograd(logits_op, _backward, setup_context=_save)
+logits_op.differentiable(_backward, _save)

@@ -30,7 +30,7 @@ def permute_op(
         return to_rows(x.contiguous(), Plan(order, inverse, offsets, top_k), weights, tail=True)
 
 
-@torch.library.register_fake(permute_op)
+@permute_op.fake
 def _(
     x: Tensor,
     topk_weights: Tensor | None,
@@ -59,7 +59,7 @@ def unpermute_op(
         return to_tokens(rows.contiguous(), Plan(order, inverse, offsets, top_k), weights)
 
 
-@torch.library.register_fake(unpermute_op)
+@unpermute_op.fake
 def _(
     rows: Tensor,
     topk_weights: Tensor | None,
@@ -84,7 +84,7 @@ def weights_backward_op(
         )
 
 
-@torch.library.register_fake(weights_backward_op)
+@weights_backward_op.fake
 def _(
     dy: Tensor, rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, top_k: int
 ) -> Tensor:
@@ -114,5 +114,5 @@ def _unpermute_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return drows, dweights, None, None, None, None
 
 
-torch.library.register_autograd(permute_op, _permute_backward, setup_context=_save_plan)
-torch.library.register_autograd(unpermute_op, _unpermute_backward, setup_context=_save_rows)
+permute_op.differentiable(_permute_backward, _save_plan)
+unpermute_op.differentiable(_unpermute_backward, _save_rows)

@@ -52,7 +52,7 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
     return order, inverse, offsets
 
 
-@torch.library.register_fake(plan_op)
+@plan_op.fake
 def _(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(topk_ids, num_experts, rows)
 

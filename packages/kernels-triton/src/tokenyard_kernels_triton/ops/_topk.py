@@ -55,7 +55,7 @@ def select_op(
     return ids
 
 
-@torch.library.register_fake(select_op)
+@select_op.fake
 def _(logits: Tensor, bias: Tensor | None, top_k: int, *rule: Any) -> Tensor:
     return logits.new_empty(logits.shape[0], top_k, dtype=torch.int32)
 
@@ -87,7 +87,7 @@ def weigh_op(
     return weights
 
 
-@torch.library.register_fake(weigh_op)
+@weigh_op.fake
 def _(logits: Tensor, ids: Tensor, *rule: Any) -> Tensor:
     return logits.new_empty(ids.shape)
 
@@ -121,7 +121,7 @@ def weigh_backward_op(
     return dlogits
 
 
-@torch.library.register_fake(weigh_backward_op)
+@weigh_backward_op.fake
 def _(dweights: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -155,7 +155,7 @@ def _backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
     return weigh_backward_op(dweights, *ctx.saved_tensors, *ctx.rule), None, None, None, None, None
 
 
-torch.library.register_autograd(weigh_op, _backward, setup_context=_save)
+weigh_op.differentiable(_backward, _save)
 
 
 def select(logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule) -> Tensor:
