@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenyard.experts import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
-from tokenyard.interfaces import ExpertWeights
+from tokenyard.interfaces import ExpertWeights, Plan
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
@@ -16,6 +16,7 @@ from tokenyard_kernels_triton.ops._kernel_set import KernelSet, KernelSetName, k
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
 from tokenyard_kernels_triton.ops._quantize import dequantize, quantize, quantized_shapes
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+from tokenyard_kernels_triton.replay import replayed
 
 Save = Literal["pre_activation", "fp8", "recompute"]
 """What the forward pass keeps of the pre-activation for the backward pass."""
@@ -27,20 +28,33 @@ def _forward(
     """Return y [T, D], what is saved of the pre-activation, and its scales."""
     if _is_empty(call):
         return torch.zeros_like(call.x), *_saved(call, save, kernels)
-    x, plan, topk_weights, (up, down, up_bias, down_bias), activation = _aligned_call(call)
-    with on_device_of(x):
-        row_tiles = RowTiles(plan.offsets, plan.order.shape[0])
-        matmuls = kernel_set(kernels)
-        keep_z = save != "recompute"
-        rows = matmuls.rows_of(x, plan, down.shape[2])
-        z, a = matmuls.up_and_activate(rows, up, up_bias, row_tiles, activation, keep_z)
-        del rows  # free each operand before the next allocation
-        y_rows = matmuls.times_weight(a, down, down_bias, row_tiles, True, "down")
-        del a
-        y = to_tokens(y_rows, plan, topk_weights)
-        if save == "fp8":
-            return y, *quantize(z, row_tiles.live)
-        return y, z, x.new_empty(0)
+    call = _aligned_call(call)
+
+    def launches(*tensors: Any) -> tuple[Tensor, ...]:
+        return _launch_forward(_with_tensors(call, tensors), save, kernels)
+
+    with on_device_of(call.x):
+        key = ("experts", save, kernels, *_sizes(call))
+        y, saved, scales = replayed(key, launches, _tensors(call))
+    return y, saved, scales
+
+
+def _launch_forward(
+    call: ExpertsCall, save: Save, kernels: KernelSetName
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, plan, topk_weights, (up, down, up_bias, down_bias), activation = call
+    row_tiles = RowTiles(plan.offsets, plan.order.shape[0])
+    matmuls = kernel_set(kernels)
+    keep_z = save != "recompute"
+    rows = matmuls.rows_of(x, plan, down.shape[2])
+    z, a = matmuls.up_and_activate(rows, up, up_bias, row_tiles, activation, keep_z)
+    del rows  # free each operand before the next allocation
+    y_rows = matmuls.times_weight(a, down, down_bias, row_tiles, True, "down")
+    del a
+    y = to_tokens(y_rows, plan, topk_weights)
+    if save == "fp8":
+        return y, *quantize(z, row_tiles.live)
+    return y, z, x.new_empty(0)
 
 
 def _saved(call: ExpertsCall, save: Save, kernels: KernelSetName) -> tuple[Tensor, Tensor]:
@@ -63,14 +77,32 @@ def _backward(
     if _is_empty(call):
         return _zero_gradients(call, needs)
     call = _aligned_call(call)
+
+    def launches(dy: Tensor, saved: Tensor, scales: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        inputs = _with_tensors(call, tensors)
+        gradients = _launch_backward(dy, inputs, [saved, scales], needs, save, kernels)
+        return tuple(gradients[name] for name in _needed(needs))
+
+    with on_device_of(call.x):
+        key = ("experts backward", save, kernels, needs, *_sizes(call))
+        found = replayed(key, launches, (_aligned(dy), *saved, *_tensors(call)))
+    return ExpertGradients(**dict(zip(_needed(needs), found)))
+
+
+def _launch_backward(
+    dy: Tensor,
+    call: ExpertsCall,
+    saved: list[Tensor],
+    needs: ExpertNeeds,
+    save: Save,
+    kernels: KernelSetName,
+) -> dict[str, Tensor]:
     row_tiles = RowTiles(call.plan.offsets, call.plan.order.shape[0])
     matmuls = kernel_set(kernels)
-    with on_device_of(call.x):
-        dy = _aligned(dy)
-        dz, gradients = _through_down(dy, call, saved, needs, save, row_tiles, matmuls)
-        if dz is not None:
-            gradients |= _through_up(dz, call, needs, row_tiles, matmuls)
-    return ExpertGradients(**gradients)
+    dz, gradients = _through_down(dy, call, saved, needs, save, row_tiles, matmuls)
+    if dz is not None:
+        gradients |= _through_up(dz, call, needs, row_tiles, matmuls)
+    return gradients
 
 
 def _through_down(
@@ -166,6 +198,39 @@ def compile_experts(call: ExpertsCall, save: Save, kernels: KernelSetName) -> No
     with compiling():
         y, *saved = _forward(call, save, kernels)
         _backward(y, call, saved, needs, save, kernels)
+
+
+def _needed(needs: ExpertNeeds) -> list[str]:
+    return [name for name, need in needs._asdict().items() if need]
+
+
+def _tensors(call: ExpertsCall) -> tuple[Tensor | None, ...]:
+    return call.x, *call.plan[:3], call.topk_weights, *call.weights
+
+
+def _with_tensors(call: ExpertsCall, tensors: tuple[Any, ...]) -> ExpertsCall:
+    x, order, inverse, offsets, topk_weights, *weights = tensors
+    plan = Plan(order, inverse, offsets, call.plan.top_k)
+    return ExpertsCall(x, plan, topk_weights, ExpertWeights(*weights), call.activation)
+
+
+def _sizes(call: ExpertsCall) -> tuple[Any, ...]:
+    """Return what determines the launches of a call besides its options."""
+    weights = call.weights
+    topk_weights = call.topk_weights
+    return (
+        call.x.shape,
+        call.x.dtype,
+        call.plan.order.shape,
+        call.plan.top_k,
+        None if topk_weights is None else topk_weights.dtype,
+        weights.up.shape,
+        weights.down.shape,
+        weights.up_bias is None,
+        weights.down_bias is None,
+        call.activation,
+        torch.get_float32_matmul_precision(),
+    )
 
 
 def _is_empty(call: ExpertsCall) -> bool:
