@@ -23,11 +23,14 @@ _FAULTS = {1: "has a deadlock", 2: "writes past its shared memory"}
 _INSTRUCTION = re.compile(r'asm\("(\S+) %0, %1;" : "=\w"\((.+?)\) : "\w"\((.+?)\)\);')
 _SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 _seeds = count(1)
+_CTYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
 def launch(source, name, device, grid, threads, shared, arguments):
     """Run a kernel; replaces the driver's launch."""
-    values = [kind(value) for value, kind in zip(*arguments)]
+    values, layout = arguments
+    codes = layout.format.removeprefix("@")
+    values = [_CTYPES[code](value) for value, code in zip(values, codes, strict=True)]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     code = getattr(_library(source), f"run_{name}")(
         *grid[:2], threads, shared, next(_seeds), pointers

@@ -1,7 +1,7 @@
 """Calls of the CUDA driver, recorded by a fake driver, since a CPU machine has none."""
 
 import ctypes
-from types import SimpleNamespace
+from struct import Struct
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from tokenyard_kernels_cuda.toolchain import DriverError, Source, _driver
 OK = driver.CUresult.CUDA_SUCCESS
 INVALID = driver.CUresult.CUDA_ERROR_INVALID_VALUE
 SOURCE = Source("split.cu", (("ELEMENT", "bf16"),))
-ARGUMENTS = ((0, 7, 0.5), (ctypes.c_void_p, ctypes.c_int, ctypes.c_float))
+VALUES = (1 << 40, 7, 0.5, 1 << 41)
+LAYOUT = Struct("@PifP")
 
 
 @pytest.fixture
@@ -36,9 +37,8 @@ def fake_driver(monkeypatch):
     fake("cuKernelGetFunction", OK, driver.CUfunction(5))
     fake("cuLaunchKernel", OK)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=99)
-    )
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 99, raising=False)
+    monkeypatch.setattr(_driver, "_thread", _driver._Thread())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(_driver, "cubin_of", lambda source, architecture: architecture.encode())
     for cached in (_driver.function, _driver._library):
@@ -49,7 +49,15 @@ def fake_driver(monkeypatch):
 
 
 def launch():
-    _driver.launch(SOURCE, "split_in_two", 0, (5, 2, 1), 64, 16, ARGUMENTS)
+    _driver.launch(SOURCE, "split_in_two", 0, (5, 2, 1), 64, 16, (VALUES, LAYOUT))
+
+
+def unpacked(extra):
+    """Return the arguments that a launch's `extra` points to."""
+    pointer, buffer, size, length, end = (ctypes.c_void_p * 5).from_address(extra)
+    assert (pointer, size, end) == (1, 2, None)
+    assert ctypes.c_size_t.from_address(length).value == LAYOUT.size == 24
+    return LAYOUT.unpack(ctypes.string_at(buffer, LAYOUT.size))
 
 
 def test_kernel_is_loaded_once_and_launched_on_torch_s_stream(fake_driver):
@@ -59,17 +67,19 @@ def test_kernel_is_loaded_once_and_launched_on_torch_s_stream(fake_driver):
     names = [call[0] for call in calls]
     assert names.count("cuLibraryLoadData") == names.count("cuKernelGetFunction") == 1
     assert names.count("cuLaunchKernel") == 2
-    _, function, *sizes, shared, stream, arguments, _ = next(
+    _, function, *sizes, shared, stream, parameters, extra = next(
         c for c in calls if c[0] == "cuLaunchKernel"
     )
     assert (int(function), sizes, shared, int(stream)) == (5, [5, 2, 1, 64, 1, 1], 16, 99)
-    assert arguments == ARGUMENTS
+    assert parameters == 0
+    assert unpacked(extra) == VALUES
     assert next(call[1] for call in calls if call[0] == "cuLibraryLoadData") == b"sm_90a"
 
 
 def test_thread_without_a_context_gets_torch_s(fake_driver):
     calls, fake = fake_driver
     fake("cuCtxGetCurrent", OK, driver.CUcontext(0))
+    launch()
     launch()
     (call,) = [call for call in calls if call[0] == "cuCtxSetCurrent"]
     assert int(call[1]) == 2

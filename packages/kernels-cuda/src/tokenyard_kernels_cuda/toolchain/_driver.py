@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from struct import Struct
 from typing import Any
 
 import torch
@@ -15,9 +18,32 @@ from tokenyard_kernels_cuda.toolchain._cache import cubin_of
 from tokenyard_kernels_cuda.toolchain._compile import architecture_of
 from tokenyard_kernels_cuda.toolchain._source import Source
 
+_MOST_BYTES = 4096  # of a kernel's arguments, by CUDA's limit
+_BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
+
 
 class DriverError(TokenyardError):
     """A call of the CUDA driver failed."""
+
+
+class _Thread(threading.local):
+    """What a thread needs for its launches."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()  # whose context is known to be current with the device
+        self.arguments = ctypes.create_string_buffer(_MOST_BYTES)
+        self.size = ctypes.c_size_t()
+        self.extra = (ctypes.c_void_p * 5)(
+            _BUFFER_POINTER,
+            ctypes.addressof(self.arguments),
+            _BUFFER_SIZE,
+            ctypes.addressof(self.size),
+            _END,
+        )
+        self.extra_address = ctypes.addressof(self.extra)
+
+
+_thread = _Thread()
 
 
 def launch(
@@ -27,20 +53,30 @@ def launch(
     grid: tuple[int, int, int],
     threads: int,
     shared: int,
-    arguments: tuple[tuple[Any, ...], tuple[Any, ...]],
+    arguments: tuple[tuple[Any, ...], Struct],
 ) -> None:
     """Launch a kernel on the current stream of a GPU; compile it first if needed.
 
     `shared` is the dynamic shared memory per block, in bytes. `arguments` are the values and their
-    ctypes. Raises CompileError and DriverError.
+    layout in memory. Raises CompileError and DriverError.
+
+    The arguments travel as one buffer, because to convert each takes longer than the launch.
+    ``torch._C._cuda_getCurrentRawStream`` is private: torch 2.10 to 2.13.
     """
     from cuda.bindings import driver
 
+    values, layout = arguments
     with _current_device(device):
-        _ensure_context(driver, device)
-        stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+        if device not in _thread.devices:
+            _ensure_context(driver, device)
+            _thread.devices.add(device)
         kernel = function(source, name, device)
-        returned = driver.cuLaunchKernel(kernel, *grid, threads, 1, 1, shared, stream, arguments, 0)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        layout.pack_into(_thread.arguments, 0, *values)
+        _thread.size.value = layout.size
+        returned = driver.cuLaunchKernel(
+            kernel, *grid, threads, 1, 1, shared, stream, 0, _thread.extra_address
+        )
         checked(returned, f"to launch {name}")
 
 

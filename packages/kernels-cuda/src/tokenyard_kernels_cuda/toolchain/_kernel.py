@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
+from struct import Struct
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ _MOST_BLOCKS = {"x": (1 << 31) - 1, "y": (1 << 16) - 1}  # CUDA's limits of the 
 class Parameter(Protocol):
     """The type of one kernel parameter."""
 
-    ctype: Any
+    code: str  # of the module struct
 
     def value(self, argument: Any) -> Any:
         """Convert an argument for the launch. Raises TypeError with a message like "is ..."."""
@@ -36,7 +36,7 @@ class Array:
 
     dtype: torch.dtype
     optional: bool = False
-    ctype = ctypes.c_void_p
+    code = "P"
 
     def value(self, argument: Any) -> int:
         """Return the address of a tensor."""
@@ -54,7 +54,7 @@ class Array:
 class Int:
     """A 32-bit integer."""
 
-    ctype = ctypes.c_int
+    code = "i"
 
     def value(self, argument: Any) -> int:
         """Return the integer."""
@@ -67,7 +67,7 @@ class Int:
 class Float:
     """A 32-bit float."""
 
-    ctype = ctypes.c_float
+    code = "f"
 
     def value(self, argument: Any) -> float:
         """Return the number as a float."""
@@ -83,7 +83,8 @@ class Kernel:
         self.source = source
         self.name = name
         self.parameters = parameters
-        self._types = tuple(parameter.ctype for parameter in parameters.values())
+        # as C lays out a struct, which is how CUDA lays out a kernel's parameters
+        self._layout = Struct("@" + "".join(p.code for p in parameters.values()))
 
     def __call__(
         self, grid: tuple[int, int], threads: int, *arguments: Any, shared: int = 0
@@ -102,7 +103,7 @@ class Kernel:
                 )
         device = next(a.get_device() for a in arguments if isinstance(a, Tensor))
         _driver.launch(
-            self.source, self.name, device, (*grid, 1), threads, shared, (values, self._types)
+            self.source, self.name, device, (*grid, 1), threads, shared, (values, self._layout)
         )
 
     def _values(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
