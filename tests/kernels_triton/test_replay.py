@@ -5,6 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
+from tokenyard import Workload
+from tokenyard.interfaces import ExpertWeights
+from tokenyard.permutations import TorchPermutation
+from tokenyard_kernels_triton import experts as backends
 from tokenyard_kernels_triton import replay
 from tokenyard_kernels_triton.launching import launch
 
@@ -129,3 +133,44 @@ def test_old_keys_are_forgotten(monkeypatch):
     for key in range(5):
         replay.replayed(key, chain, (draw(), draw()))
     assert [key[0] for key in replay._entries] == [2, 3, 4]
+
+
+GLUON = pytest.param("GluonExperts", marks=pytest.mark.gpu)
+
+
+def gradients_of_new_inputs(kernel, workload, seed):
+    """Return y and all gradients of a layer with random inputs, some slots dropped."""
+    torch.manual_seed(seed)
+    experts, rows = workload.num_experts, 2 * workload.ffn_dim
+    dtype, device = workload.dtype, workload.device
+
+    def leaf(*size):
+        return torch.randn(size, dtype=dtype, device=device).requires_grad_()
+
+    x = leaf(37, workload.dim)
+    topk_weights = torch.rand(37, workload.top_k, device=device).requires_grad_()
+    ids = torch.randint(0, experts + 1, topk_weights.shape, device=device, dtype=torch.int32)
+    biases = (leaf(experts, rows), leaf(experts, workload.dim)) if workload.bias else (None, None)
+    weights = ExpertWeights(
+        leaf(experts, rows, workload.dim), leaf(experts, workload.dim, workload.ffn_dim), *biases
+    )
+    plan = TorchPermutation(workload).plan(ids, experts)
+    y = kernel(x, plan, topk_weights, weights)
+    leaves = [leaf for leaf in (x, topk_weights, *weights) if leaf is not None]
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.randn_like(y))]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("save", ["pre_activation", "fp8", "recompute"])
+@pytest.mark.parametrize("name", ["TritonExperts", GLUON])
+def test_replayed_experts_give_the_same_bits(monkeypatch, name, save, bias):
+    workload = Workload(64, 32, 3, 2, bias=bias, dtype=torch.bfloat16, device=torch.device(DEVICE))
+    kernel = getattr(backends, name)(workload, None, save=save)
+    results = [gradients_of_new_inputs(kernel, workload, seed) for seed in range(4)]
+    programs = [entry.program for entry in replay._entries.values()]
+    assert len(programs) == 2  # forward and backward
+    assert None not in programs
+    monkeypatch.setattr(replay, "can_record", lambda: False)
+    for seed, result in enumerate(results):
+        for got, want in zip(result, gradients_of_new_inputs(kernel, workload, seed), strict=True):
+            assert torch.equal(got, want)

@@ -13,13 +13,13 @@ from tokenyard_kernels_triton.launching import Launch, current_stream, start
 
 
 class _View(NamedTuple):
-    """A tensor of a program: memory of the tensor in `slot`, in some shape."""
+    """A tensor of a program: memory of the tensor in `slot`, in some shape and dtype."""
 
     slot: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int  # in elements, from the first one of the tensor in the slot
-    size: int  # of an element, in bytes
+    dtype: torch.dtype
 
 
 class _Allocation(NamedTuple):
@@ -60,7 +60,7 @@ class _Step:
             if interpreted:
                 arguments[position] = _seen_as(tensor, view)
                 continue
-            address = tensor.data_ptr() + view.offset * view.size
+            address = tensor.data_ptr() + view.offset * view.dtype.itemsize
             recorded = arguments[position]
             arguments[position] = address if recorded is None else _moved(recorded, address)
         start(self.launch, arguments, stream)
@@ -151,9 +151,8 @@ class ProgramBuilder:
         if place is None:
             return None
         slot, first = place
-        size = tensor.element_size()
-        offset = (tensor.data_ptr() - first) // size
-        return _View(slot, tuple(tensor.shape), tensor.stride(), offset, size)
+        offset = (tensor.data_ptr() - first) // tensor.element_size()
+        return _View(slot, tuple(tensor.shape), tensor.stride(), offset, tensor.dtype)
 
     def _place(self, tensor: Tensor) -> tuple[int, int] | None:
         """Return the slot of the tensor that this one is memory of, and its first address."""
@@ -165,6 +164,8 @@ class ProgramBuilder:
 
 
 def _seen_as(tensor: Tensor, view: _View) -> Tensor:
+    if tensor.dtype != view.dtype:
+        tensor = tensor.view(view.dtype)
     if view.offset == 0 and tensor.shape == view.shape and tensor.stride() == view.strides:
         return tensor
     return tensor.as_strided(view.shape, view.strides, tensor.storage_offset() + view.offset)
