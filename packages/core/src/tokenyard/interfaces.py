@@ -57,6 +57,21 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None = None  # [E, D], weighted by topk_weights
 
 
+class LowRank(NamedTuple):
+    """Low-rank matrices (LoRA) of experts: W x becomes W x + s B A x for each adapted weight W.
+
+    Those of `up` or of `down` are None if that weight has no adapter.
+    """
+
+    up_a: Tensor | None  # [E, rank, D]
+    up_b: Tensor | None  # [E, 2F or F, rank]
+    down_a: Tensor | None  # [E, rank, F]
+    down_b: Tensor | None  # [E, D, rank]
+    dropped: Tensor | None  # [T, D] x after dropout, the input of up_a; None means x
+    mask: Tensor | None  # [R, F] factors of the activation before down_a; None means 1
+    scale: float  # s
+
+
 class Balance(NamedTuple):
     """Sums over the tokens of one layer's routing, for losses, statistics and the selection bias.
 
@@ -188,6 +203,31 @@ class ExpertKernel(Protocol):
         """Return y [T, D], the sum over k of topk_weights[t, k] * expert(x[t]).
 
         Without topk_weights each expert counts 1.
+        """
+        ...
+
+
+class LoraExpertKernel(ExpertKernel, Protocol):
+    """An expert kernel that computes adapters, too. This part of the contract is optional.
+
+    Core's grouped matmuls compute adapters of a higher rank than `max_lora_rank`, and those of
+    kernels without that attribute.
+    """
+
+    max_lora_rank: int
+
+    def with_adapter(
+        self,
+        x: Tensor,
+        plan: Plan,
+        topk_weights: Tensor | None,
+        weights: ExpertWeights,
+        low_rank: LowRank,
+    ) -> Tensor:
+        """Return y [T, D] like the call, with the adapters beside the weights.
+
+        It must be differentiable in x, topk_weights, the matrices and ``low_rank.dropped``, and in
+        the weights that require a gradient.
         """
         ...
 

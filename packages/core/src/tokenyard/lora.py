@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA) of a model: of linear layers, experts and dense feed-forward networks.
 
-``tokenyard.adapter`` has the equation. Experts with adapters are computed by core's grouped
-matmuls, whichever expert kernel the layer has; see ``tokenyard.experts._lora``.
+``tokenyard.adapter`` has the equation. Experts with adapters are computed by their kernel if it can
+(``tokenyard.interfaces.LoraExpertKernel``), else by core's grouped matmuls.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from tokenyard.experts._cpu import CpuExperts
 from tokenyard.experts._grouped import GroupedExperts
 from tokenyard.experts._grouped_matmuls import rows_outer, rows_times
 from tokenyard.experts._loop import LoopExperts
+from tokenyard.experts._lora_call import LoraCall, LoraPair
+from tokenyard.experts._lora_op import register_lora_op
 from tokenyard.experts._module import Experts
 from tokenyard.experts._op import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
 from tokenyard.experts._torch import TorchExperts
@@ -16,8 +18,11 @@ __all__ = [
     "ExpertsCall",
     "GroupedExperts",
     "LoopExperts",
+    "LoraCall",
+    "LoraPair",
     "TorchExperts",
     "register_experts_op",
+    "register_lora_op",
     "rows_outer",
     "rows_times",
 ]

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from tokenyard.activations import activate_with_pullback
 from tokenyard.experts._grouped_matmuls import row_experts, rows_outer, rows_sum, rows_times
-from tokenyard.experts._lora_call import LoraCall, lora_call
+from tokenyard.experts._lora_call import LoraCall
 from tokenyard.permutations._moves import rows_to_slots, slots_to_rows, to_rows, to_tokens
 
-TENSORS = (
-    "x",
-    "order",
-    "inverse",
-    "offsets",
-    "topk_weights",
-    "up",
-    "down",
-    "up_bias",
-    "down_bias",
-    "up_a",
-    "up_b",
-    "down_a",
-    "down_b",
-    "dropped",
-    "mask",
-)
-DIFFERENTIABLE = (0, *range(4, 14))
-"""Positions in TENSORS."""
 
-
-def backward(dy: Tensor, z: Tensor, needs: list[bool], *arguments: Any) -> list[Tensor]:
-    """Return a gradient for each tensor of DIFFERENTIABLE; an empty one if it is not needed."""
-    wanted = {TENSORS[i] for i, need in zip(DIFFERENTIABLE, needs) if need}
-    call = lora_call(arguments)
+def backward(
+    dy: Tensor, call: LoraCall, saved: list[Tensor], wanted: set[str]
+) -> dict[str, Tensor]:
+    """Return the gradients of the tensors that `wanted` names."""
+    (z,) = saved
     gradients: dict[str, Tensor] = {}
     dz = _through_down(dy, z, call, wanted, gradients)
     _through_up(dz, call, wanted, gradients)
-    empty = dy.new_empty(0)
-    return [
-        gradients[TENSORS[i]] if need else empty.clone() for i, need in zip(DIFFERENTIABLE, needs)
-    ]
+    return gradients
 
 
 def _through_down(

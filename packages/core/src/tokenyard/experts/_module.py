@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +11,16 @@ from tokenyard.activations import up_rows
 from tokenyard.adapter import LoraAdapter
 from tokenyard.dtypes import compute_dtype
 from tokenyard.errors import ConfigError
-from tokenyard.experts._lora import lora_experts
+from tokenyard.experts._lora import lora_experts, low_rank_of
 from tokenyard.experts._weights import local_weight
-from tokenyard.interfaces import Exchange, ExpertKernel, ExpertWeights, Permutation, Routing
+from tokenyard.interfaces import (
+    Exchange,
+    ExpertKernel,
+    ExpertWeights,
+    LoraExpertKernel,
+    Permutation,
+    Routing,
+)
 from tokenyard.reset import reset
 from tokenyard.workload import Workload
 
@@ -19,7 +28,8 @@ from tokenyard.workload import Workload
 class Experts(nn.Module):
     """Owns the expert weights, and computes tokens through an exchange and an expert kernel.
 
-    With an adapter, grouped matmuls compute them instead of the kernel, see ``tokenyard.lora``.
+    If the kernel does not compute their adapter (``interfaces.LoraExpertKernel``), core's grouped
+    matmuls compute both instead of it.
     It is the nested unit of FSDP and expert parallelism: a strategy may replace the weights by
     shards (DTensor), and `exchange` by one that sends tokens to other ranks.
     """
@@ -82,5 +92,9 @@ class Experts(nn.Module):
         plan = self.permutation.plan(topk_ids, weights.up.shape[0], rows)
         if self.adapter is None:
             return self.kernel(x, plan, topk_weights, weights)
+        low_rank = low_rank_of(self.adapter, x, plan, weights)
+        if self.adapter.settings.rank <= getattr(self.kernel, "max_lora_rank", 0):
+            kernel = cast(LoraExpertKernel, self.kernel)
+            return kernel.with_adapter(x, plan, topk_weights, weights, low_rank)
         activation = self.workload.activation
-        return lora_experts(x, plan, topk_weights, weights, self.adapter, activation)
+        return lora_experts(x, plan, topk_weights, weights, low_rank, activation)
