@@ -11,10 +11,13 @@ from torch import Tensor
 from tokenyard.activations import up_rows
 from tokenyard.errors import ConfigError
 from tokenyard.experts import ExpertsCall
-from tokenyard.interfaces import ExpertWeights, Permutation, Plan, logits_dtype
+from tokenyard.interfaces import ExpertWeights, LowRank, Permutation, Plan, logits_dtype
 from tokenyard.workload import Workload
-from tokenyard_kernels_triton.ops._experts import Save, compile_experts, experts
+from tokenyard_kernels_triton.ops._experts import compile_experts, experts
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
+from tokenyard_kernels_triton.ops._lora import lora_experts
+from tokenyard_kernels_triton.ops._low_rank import MAX_RANK
+from tokenyard_kernels_triton.ops._save import Save
 
 
 class TritonExperts:
@@ -31,6 +34,7 @@ class TritonExperts:
     """
 
     kernels: ClassVar[KernelSetName] = "portable"
+    max_lora_rank = MAX_RANK
 
     def __init__(self, workload: Workload, permutation: Permutation, save: Save = "pre_activation"):
         if save not in get_args(Save):
@@ -73,6 +77,19 @@ class TritonExperts:
         return experts(
             x, plan, topk_weights, weights, self.activation, save=self.save, kernels=self.kernels
         )
+
+    def with_adapter(
+        self,
+        x: Tensor,
+        plan: Plan,
+        topk_weights: Tensor | None,
+        weights: ExpertWeights,
+        low_rank: LowRank,
+    ) -> Tensor:
+        """Return y [T, D] for unsorted tokens x [T, D], with adapters beside the weights."""
+        activation = self.activation
+        options = {"save": self.save, "kernels": self.kernels}
+        return lora_experts(x, plan, topk_weights, weights, low_rank, activation, **options)
 
 
 class GluonExperts(TritonExperts):

@@ -1,8 +1,8 @@
-"""The expert layer as an operator; `Save` selects what the forward pass keeps for the backward."""
+"""The expert layer as an operator; `Save` selects what is kept for the backward pass."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +11,13 @@ from tokenyard.experts import ExpertGradients, ExpertNeeds, ExpertsCall, registe
 from tokenyard.interfaces import ExpertWeights, Plan
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.launching import compiling
+from tokenyard_kernels_triton.ops._alignment import aligned, contiguous
 from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
 from tokenyard_kernels_triton.ops._kernel_set import KernelSet, KernelSetName, kernel_set
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
-from tokenyard_kernels_triton.ops._quantize import dequantize, quantize, quantized_shapes
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+from tokenyard_kernels_triton.ops._save import Save, keep, restore, saved_shapes
 from tokenyard_kernels_triton.replay import replayed
-
-Save = Literal["pre_activation", "fp8", "recompute"]
-"""What the forward pass keeps of the pre-activation for the backward pass."""
 
 
 def _forward(
@@ -52,18 +50,12 @@ def _launch_forward(
     y_rows = matmuls.times_weight(a, down, down_bias, row_tiles, True, "down")
     del a
     y = to_tokens(y_rows, plan, topk_weights)
-    if save == "fp8":
-        return y, *quantize(z, row_tiles.live)
-    return y, z, x.new_empty(0)
+    return y, *keep(z, row_tiles, save)
 
 
 def _saved(call: ExpertsCall, save: Save, kernels: KernelSetName) -> tuple[Tensor, Tensor]:
-    x = call.x
     rows = call.plan.order.shape[0]
-    width = call.weights.up.shape[1]
-    if save == "fp8":
-        return quantized_shapes(x, rows, width)
-    return x.new_empty(0 if save == "recompute" else rows, width), x.new_empty(0)
+    return saved_shapes(call.x, rows, call.weights.up.shape[1], save)
 
 
 def _backward(
@@ -85,7 +77,7 @@ def _backward(
 
     with on_device_of(call.x):
         key = ("experts backward", save, kernels, needs, *_sizes(call))
-        found = replayed(key, launches, (_aligned(dy), *saved, *_tensors(call)))
+        found = replayed(key, launches, (aligned(dy), *saved, *_tensors(call)))
     return ExpertGradients(**dict(zip(_needed(needs), found)))
 
 
@@ -174,10 +166,8 @@ def _pre_activation(
     matmuls: KernelSet[Any],
 ) -> Tensor:
     """Return z [R, 2F or F] as saved, dequantized, or recomputed."""
-    z, scales = saved
-    if save == "fp8":
-        return dequantize(z, scales, row_tiles.live, call.x.dtype)
-    if save == "recompute":
+    z = restore(*saved, call.x, row_tiles, save)
+    if z is None:
         up, down, up_bias, _ = call.weights
         rows = matmuls.rows_of(call.x, call.plan, down.shape[2])
         z, _ = matmuls.up_and_activate(rows, up, up_bias, row_tiles, call.activation, keep_a=False)
@@ -252,22 +242,10 @@ def _aligned_call(call: ExpertsCall) -> ExpertsCall:
     All of them are contiguous, and x, up and down are aligned to 16 bytes.
     """
     up, down, up_bias, down_bias = call.weights
-    weights = ExpertWeights(
-        _aligned(up), _aligned(down), _contiguous(up_bias), _contiguous(down_bias)
-    )
+    weights = ExpertWeights(aligned(up), aligned(down), contiguous(up_bias), contiguous(down_bias))
     return call._replace(
-        x=_aligned(call.x), topk_weights=_contiguous(call.topk_weights), weights=weights
+        x=aligned(call.x), topk_weights=contiguous(call.topk_weights), weights=weights
     )
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor whose address is a multiple of 16, as TMA requires."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 experts = register_experts_op(

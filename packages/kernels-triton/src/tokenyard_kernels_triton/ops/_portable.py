@@ -123,9 +123,10 @@ def _tiling(*matrices: Tensor) -> PortableTiling:
 
 
 def _options(x: Tensor, tiling: PortableTiling) -> dict[str, Any]:
+    return tiling.options() | {"PROGRAMS": processors(x.device)} | number_options(x)
+
+
+def number_options(x: Tensor) -> dict[str, Any]:
+    """Return the dtype and the precision of a kernel's matmuls, as its arguments."""
     full = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return tiling.options() | {
-        "PROGRAMS": processors(x.device),
-        "PRECISION": "ieee" if full else "tf32",
-        "TYPE": _TYPES[x.dtype],
-    }
+    return {"PRECISION": "ieee" if full else "tf32", "TYPE": _TYPES[x.dtype]}

@@ -1,0 +1,91 @@
+"""The inputs of an expert layer with adapters, and the matmuls that both passes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokenyard.experts import LoraCall, LoraPair
+from tokenyard.interfaces import ExpertWeights
+from tokenyard_kernels_triton.ops._alignment import aligned, contiguous
+from tokenyard_kernels_triton.ops._kernel_set import KernelSet, KernelSetName, kernel_set
+from tokenyard_kernels_triton.ops._low_rank import (
+    Wide,
+    add_low_rank_and_activate,
+    to_low_rank,
+    tokens_as_rows,
+)
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+
+
+@dataclass
+class LoraLayer:
+    """A call with what both passes compute from it."""
+
+    call: LoraCall
+    row_tiles: RowTiles
+    matmuls: KernelSet[Any]
+
+    def rows_of(self, tokens: Tensor) -> Any:
+        """Return the rows of tokens [T, D] as an operand of a matmul with a frozen weight."""
+        return self.matmuls.rows_of(tokens, self.call.plan, self.call.weights.down.shape[2])
+
+    def up_input(self) -> Wide:
+        """Return the operand of A of up."""
+        call = self.call
+        return tokens_as_rows(call.x if call.dropped is None else call.dropped, call.plan)
+
+    def down_input(self, a: Tensor) -> Wide:
+        """Return the operand of A of down, for activations a [R, F]."""
+        return Wide(a, self.call.plan.order, mask=self.call.mask)
+
+    def low(self, pair: LoraPair, wide: Wide) -> Tensor:
+        """Return s A x [R, r]."""
+        return to_low_rank(wide, pair.a, pair.scale, self.row_tiles, transposed=False)
+
+    def low_gradient(self, pair: LoraPair, wide: Wide) -> Tensor:
+        """Return s B^T dy [R, r]."""
+        return to_low_rank(wide, pair.b, pair.scale, self.row_tiles, transposed=True)
+
+    def activated(
+        self, low: Tensor, keep_z: bool = True, keep_a: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return z [R, 2F or F] and a [R, F], given s A x [R, r] of the up projection."""
+        x, _, _, (up, _, bias, _), pair, *_, activation = self.call
+        rows = self.rows_of(x)
+        if pair is None:
+            return self.matmuls.up_and_activate(
+                rows, up, bias, self.row_tiles, activation, keep_z, keep_a
+            )
+        # Without a fused activation, this matmul has the shape of the activation's gradient.
+        z = self.matmuls.times_weight(rows, up, bias, self.row_tiles, True, "activation_gradient")
+        a = add_low_rank_and_activate(z, low, pair.b, self.row_tiles, activation, keep_a)
+        return z, a
+
+
+def is_empty(call: LoraCall) -> bool:
+    """Return whether there is nothing to compute."""
+    return call.plan.order.shape[0] == 0 or call.x.shape[0] == 0
+
+
+def lora_layer(call: LoraCall, kernels: KernelSetName) -> LoraLayer:
+    """Return the layer of a call, with tensors that the kernels can read."""
+    up, down, up_bias, down_bias = call.weights
+    weights = ExpertWeights(aligned(up), aligned(down), contiguous(up_bias), contiguous(down_bias))
+    call = call._replace(
+        x=aligned(call.x),
+        topk_weights=contiguous(call.topk_weights),
+        weights=weights,
+        up=_contiguous_pair(call.up),
+        down=_contiguous_pair(call.down),
+        dropped=contiguous(call.dropped),
+        mask=contiguous(call.mask),
+    )
+    row_tiles = RowTiles(call.plan.offsets, call.plan.order.shape[0])
+    return LoraLayer(call, row_tiles, kernel_set(kernels))
+
+
+def _contiguous_pair(pair: LoraPair | None) -> LoraPair | None:
+    return None if pair is None else pair._replace(a=pair.a.contiguous(), b=pair.b.contiguous())

@@ -1,0 +1,36 @@
+"""What the forward pass keeps of the pre-activation for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from tokenyard_kernels_triton.ops._quantize import dequantize, quantize, quantized_shapes
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+
+Save = Literal["pre_activation", "fp8", "recompute"]
+"""What the forward pass keeps of the pre-activation for the backward pass."""
+
+
+def saved_shapes(x: Tensor, rows: int, width: int, save: Save) -> tuple[Tensor, Tensor]:
+    """Return undefined tensors with the shapes of what `keep` returns for z [rows, width]."""
+    if save == "fp8":
+        return quantized_shapes(x, rows, width)
+    return x.new_empty(0 if save == "recompute" else rows, width), x.new_empty(0)
+
+
+def keep(z: Tensor, row_tiles: RowTiles, save: Save) -> tuple[Tensor, Tensor]:
+    """Return what is saved of z [R, W], and its scales; both empty if it is recomputed."""
+    if save == "fp8":
+        return quantize(z, row_tiles.live)
+    return z.new_empty(0, z.shape[1]) if save == "recompute" else z, z.new_empty(0)
+
+
+def restore(
+    z: Tensor, scales: Tensor, like: Tensor, row_tiles: RowTiles, save: Save
+) -> Tensor | None:
+    """Return z in the dtype of `like` from what was saved; None if it must be recomputed."""
+    if save == "recompute":
+        return None
+    return dequantize(z, scales, row_tiles.live, like.dtype) if save == "fp8" else z
