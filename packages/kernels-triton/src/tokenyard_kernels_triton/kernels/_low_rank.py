@@ -56,36 +56,37 @@ def _load_wide(
 def _load_matrix(
     matrix,  # [E, width, r] if TRANSPOSED, else [E, r, width]
     expert,
+    first,  # of the rank
     column,
     rank,
     width,
     TRANSPOSED: tl.constexpr,
-    RANK: tl.constexpr,
+    SLICE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Return [RANK, COLUMNS] of an expert's matrix; zero outside of it."""
+    """Return [SLICE, COLUMNS] of an expert's matrix; zero outside of it."""
     if TRANSPOSED:
         tile = load_weight(
             matrix,
             expert,
             column,
-            0,  # column
+            first,
             width,
             rank,
             1,  # PARTS
             COLUMNS,
-            RANK,
+            SLICE,
         ).T
     else:
         tile = load_weight(
             matrix,
             expert,
-            0,  # row
+            first,
             column,
             rank,
             width,
             1,  # PARTS
-            RANK,
+            SLICE,
             COLUMNS,
         )
     return tile
@@ -136,6 +137,7 @@ def to_low_rank(
             right = _load_matrix(
                 matrix,
                 expert,
+                0,  # first
                 k,
                 rank,
                 width,
@@ -161,6 +163,50 @@ def to_low_rank(
 
 
 @triton.jit
+def _times_matrix(
+    low,  # [R, r]
+    matrix,  # [E, width, r] if TRANSPOSED, else [E, r, width]
+    expert,
+    row,
+    end,
+    column,
+    rank,
+    width,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return a tile [ROWS, COLUMNS] of low @ matrix in float32, SLICE of the rank at a time."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, RANK, SLICE):
+        left = load_rows(
+            low,
+            row,
+            end,
+            k,
+            rank,
+            ROWS,
+            SLICE,
+        )
+        right = _load_matrix(
+            matrix,
+            expert,
+            k,
+            column,
+            rank,
+            width,
+            TRANSPOSED,
+            SLICE,
+            COLUMNS,
+        )
+        total = dot(left, right, total, PRECISION)
+    return total
+
+
+@triton.jit
 def add_low_rank(
     low,  # [R, r]
     matrix,  # [E, width, r] if TRANSPOSED, else [E, r, width]
@@ -175,6 +221,7 @@ def add_low_rank(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
+    SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
@@ -196,27 +243,25 @@ def add_low_rank(
             COLUMNS,
         )
 
-        # One slice holds the whole reduction dimension.
-        left = load_rows(
+        # Load the previous values ahead of the matmul, whose operands come from cache.
+        if ADD:
+            before = tl.load(pointers, mask=inside, other=0.0)
+        total = _times_matrix(
             low,
-            row,
-            end,
-            0,  # column
-            rank,
-            ROWS,
-            RANK,
-        )
-        right = _load_matrix(
             matrix,
             expert,
+            row,
+            end,
             column,
             rank,
             width,
             TRANSPOSED,
-            RANK,
+            ROWS,
             COLUMNS,
+            RANK,
+            SLICE,
+            PRECISION,
         )
-        total = dot(left, right, tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION)
 
         # Epilogue: mask, sum and rounding.
         if MASKED:
@@ -233,56 +278,8 @@ def add_low_rank(
             )[0]
             total *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if ADD:
-            total += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+            total += before.to(tl.float32)
         tl.store(pointers, rounded(total, TYPE), mask=inside)
-
-
-@triton.jit
-def _add_to_part(
-    z,  # [R, PARTS * F]
-    left,  # [ROWS, RANK]
-    matrix,  # [E, PARTS * F, r]
-    expert,
-    row,
-    end,
-    part,
-    column,
-    rank,
-    ffn_dim,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TYPE: tl.constexpr,
-):
-    """Add left @ matrix.T to a tile of a part of z, and return the rounded sum in float32."""
-    pointers, inside = row_pointers(
-        z,
-        row,
-        end,
-        part,
-        column,
-        ffn_dim,
-        PARTS,
-        ROWS,
-        COLUMNS,
-    )
-    right = _load_matrix(
-        matrix,
-        expert * PARTS + part,
-        column,
-        rank,
-        ffn_dim,
-        True,  # TRANSPOSED
-        RANK,
-        COLUMNS,
-    )
-    total = dot(left, right, tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION)
-    total += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    narrow = rounded(total, TYPE)
-    tl.store(pointers, narrow, mask=inside)
-    return narrow.to(tl.float32)
 
 
 @triton.jit
@@ -300,6 +297,7 @@ def add_low_rank_and_activate(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
+    SLICE: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
@@ -309,56 +307,63 @@ def add_low_rank_and_activate(
     if index < tl.load(tiles) * columns:
         expert, row, end, n = tile_at(tiles, columns, index, ROWS)
         column = n * COLUMNS
-        left = load_rows(
-            low,
-            row,
-            end,
-            0,  # column
-            rank,
-            ROWS,
-            RANK,
-        )
 
-        # The activation sees the rounded z, so that recomputing z gives the same bits.
-        gate = _add_to_part(
+        # Load z ahead of the matmuls, whose operands come from cache.
+        pointers, inside = row_pointers(
             z,
-            left,
-            matrix,
-            expert,
             row,
             end,
             0,  # part
             column,
-            rank,
             ffn_dim,
             PARTS,
             ROWS,
             COLUMNS,
-            RANK,
-            PRECISION,
-            TYPE,
         )
-        act = function(gate, FUNCTION)
+        gate = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
         if PARTS == 2:
-            up = _add_to_part(
-                z,
-                left,
+            up = tl.load(pointers + ffn_dim, mask=inside, other=0.0).to(tl.float32)
+
+        # The activation sees the rounded z, so that recomputing z gives the same bits.
+        gate += _times_matrix(
+            low,
+            matrix,
+            expert * PARTS,
+            row,
+            end,
+            column,
+            rank,
+            ffn_dim,
+            True,  # TRANSPOSED
+            ROWS,
+            COLUMNS,
+            RANK,
+            SLICE,
+            PRECISION,
+        )
+        gate = rounded(gate, TYPE)
+        tl.store(pointers, gate, mask=inside)
+        act = function(gate.to(tl.float32), FUNCTION)
+        if PARTS == 2:
+            up += _times_matrix(
+                low,
                 matrix,
-                expert,
+                expert * PARTS + 1,
                 row,
                 end,
-                1,  # part
                 column,
                 rank,
                 ffn_dim,
-                PARTS,
+                True,  # TRANSPOSED
                 ROWS,
                 COLUMNS,
                 RANK,
+                SLICE,
                 PRECISION,
-                TYPE,
             )
-            act *= factor(up, FUNCTION)
+            up = rounded(up, TYPE)
+            tl.store(pointers + ffn_dim, up, mask=inside)
+            act *= factor(up.to(tl.float32), FUNCTION)
         if KEEP_A:
             store_rows(
                 a,

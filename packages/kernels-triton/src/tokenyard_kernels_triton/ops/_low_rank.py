@@ -72,7 +72,7 @@ def to_low_rank(
         scale,
         TRANSPOSED=transposed,
         ROWS=rows,
-        DEPTH=_depth(wide.source, rank),
+        DEPTH=_depth(wide, rank),
         RANK=_padded(rank),
         **wide.options(),
     )
@@ -94,7 +94,7 @@ def add_low_rank(
     """
     width = out.shape[1]
     rows = _rows()
-    columns = _columns(out)
+    columns = _columns(out, low)
     launch(_low_rank.add_low_rank, (row_tiles.bound(rows) * ceil_div(width, columns),))(
         low,
         matrix,
@@ -108,7 +108,7 @@ def add_low_rank(
         ADD=add,
         ROWS=rows,
         COLUMNS=columns,
-        RANK=_padded(low.shape[1]),
+        **_rank_options(low),
         **number_options(out),
     )
 
@@ -129,7 +129,7 @@ def add_low_rank_and_activate(
     ffn_dim = z.shape[1] // parts
     a = z.new_empty(row_tiles.rows if keep_a else 0, ffn_dim)
     rows = _rows()
-    columns = _columns(z) // parts
+    columns = _columns(z, low) // parts
     grid = (row_tiles.bound(rows) * ceil_div(ffn_dim, columns),)
     launch(_low_rank.add_low_rank_and_activate, grid)(
         z,
@@ -144,7 +144,7 @@ def add_low_rank_and_activate(
         KEEP_A=keep_a,
         ROWS=rows,
         COLUMNS=columns,
-        RANK=_padded(low.shape[1]),
+        **_rank_options(low),
         **number_options(z),
     )
     return a
@@ -161,7 +161,7 @@ def low_rank_gradient(
     rank = low.shape[1]
     shape = (wide.width, rank) if transposed else (rank, wide.width)
     out = low.new_empty(row_tiles.num_experts, *shape)
-    columns = _columns(low) if rank <= _NARROW else _columns(low) // 2
+    columns = _columns(wide.source, low) if rank <= _NARROW else _columns(low) // 2
     launch(_low_rank.low_rank_gradient, (row_tiles.num_experts * ceil_div(wide.width, columns),))(
         wide.source,
         wide.order,
@@ -176,7 +176,7 @@ def low_rank_gradient(
         WEIGHTED=topk_weights is not None,
         TRANSPOSED=transposed,
         COLUMNS=columns,
-        DEPTH=_depth(low, rank),
+        DEPTH=_depth(wide, rank),
         RANK=_padded(rank),
         **wide.options(),
     )
@@ -188,18 +188,29 @@ def _rows() -> int:
     return 32 if INTERPRETED.value else 64
 
 
-def _columns(like: Tensor) -> int:
+def _columns(*matrices: Tensor) -> int:
     """Return the columns of a tile."""
     if INTERPRETED.value:
         return 32
-    return 64 if like.dtype == torch.float32 else 128
+    return 128 if _are_light(*matrices) else 64
 
 
-def _depth(like: Tensor, rank: int) -> int:
+def _depth(wide: Wide, rank: int) -> int:
     """Return the length of a slice of the reduction dimension."""
-    if INTERPRETED.value or like.dtype == torch.float32:
-        return 32
+    if INTERPRETED.value or wide.mask is not None or not _are_light(wide.source):
+        return 32 if wide.source.dtype != torch.float32 or rank <= _NARROW else 16
     return 128 if rank <= _NARROW else 64
+
+
+def _are_light(*matrices: Tensor) -> bool:
+    """Return whether tiles take few registers: 16-bit numbers in rows of whole 16 bytes."""
+    return all(m.dtype != torch.float32 and m.shape[-1] % 8 == 0 for m in matrices)
+
+
+def _rank_options(low: Tensor) -> dict[str, int]:
+    """Return the padded rank and the length of its slices, as a kernel's arguments."""
+    rank = _padded(low.shape[1])
+    return {"RANK": rank, "SLICE": min(rank, 16 if low.dtype == torch.float32 else 64)}
 
 
 def _padded(rank: int) -> int:
