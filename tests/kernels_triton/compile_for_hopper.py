@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from tokenyard import RoutingRule, Workload
 from tokenyard.activations import swiglu, up_rows
-from tokenyard.interfaces import ExpertWeights, Plan
+from tokenyard.interfaces import ExpertWeights, LowRank, Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPES = {  # T, D, F, E, K
@@ -120,6 +120,39 @@ def layer(kernels, shape, dtype, activation, bias, save):
     move(TritonPermutation(workload), x, Plan(*plan), router(x).topk_weights)
 
 
+def adapted(kernels, shape, dtype, activation, rank, dropout):
+    """Run one forward and backward pass of experts with adapters on a frozen base."""
+    from tokenyard_kernels_triton import experts as backends
+    from tokenyard_kernels_triton.permutation import TritonPermutation
+
+    tokens, dim, ffn_dim, experts, top_k = shape
+    workload = Workload(dim, ffn_dim, experts, top_k, activation, dtype=dtype)
+    rows = up_rows(activation, ffn_dim)
+    x, up, down, up_a, up_b, down_a, down_b, mask = (
+        torch.zeros(size, dtype=dtype)
+        for size in (
+            (tokens, dim),
+            (experts, rows, dim),
+            (experts, dim, ffn_dim),
+            (experts, rank, dim),
+            (experts, rows, rank),
+            (experts, rank, ffn_dim),
+            (experts, dim, rank),
+            (tokens * top_k, ffn_dim),
+        )
+    )
+    leaves = [x, up_a, up_b, down_a, down_b]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    plan = TritonPermutation(workload).plan(torch.zeros(tokens, top_k, dtype=torch.int32), experts)
+    weights = torch.zeros(tokens, top_k, requires_grad=True)
+    after = (x * 2, mask) if dropout else (None, None)
+    low_rank = LowRank(*leaves[1:], *after, scale=2.0)
+    kernel = getattr(backends, kernels)(workload, None, save="recompute")
+    y = kernel.with_adapter(x, plan, weights, ExpertWeights(up, down), low_rank)
+    y.backward(torch.zeros_like(y))
+
+
 def move(permutation, x, plan, weights):
     """Permute and unpermute without experts, as an exchange does, and run both backward passes."""
     y = permutation.unpermute(permutation.permute(x, plan), plan, weights)
@@ -192,6 +225,14 @@ CASES = (
     ("GluonExperts", "one token", torch.bfloat16, "swiglu", False, "pre_activation"),
 )
 
+ADAPTED = (
+    ("GluonExperts", "narrow", torch.bfloat16, "swiglu", 16, False),
+    ("GluonExperts", "narrow", torch.float16, "gelu", 128, False),
+    ("TritonExperts", "narrow", torch.bfloat16, "swiglu", 64, True),
+    ("TritonExperts", "odd", torch.bfloat16, "swiglu", 4, False),
+    ("TritonExperts", "narrow", torch.float32, "swiglu", 16, True),
+)
+
 
 def main():
     import tokenyard_kernels_triton._device as device
@@ -210,6 +251,20 @@ def main():
             layer(kernels, SHAPES[name], dtype, activation, bias, save)
         case = {
             "kernels": kernels,
+            "case": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "activation": activation,
+        }
+        for kernel_name, kernel in compiled:
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                print(json.dumps(case | {"kernel": kernel_name} | usage(kernel)), flush=True)
+    for kernels, name, dtype, activation, rank, dropout in ADAPTED:
+        compiled = []
+        with compiling(compiled):
+            adapted(kernels, SHAPES[name], dtype, activation, rank, dropout)
+        case = {
+            "kernels": f"adapters of {kernels}",
             "case": name,
             "dtype": str(dtype).removeprefix("torch."),
             "activation": activation,

@@ -11,6 +11,12 @@ import triton
 
 VERSION = "3.6.0"
 MATMULS = ("up_and_activate", "times_weight", "weight_gradient")
+LOW_RANK = (
+    "to_low_rank",
+    "add_low_rank",
+    "add_low_rank_and_activate",
+    "low_rank_gradient",
+)
 BLOCK_SPARSE = ("dense_times_dense", "sparse_times_dense")
 
 
@@ -100,6 +106,17 @@ def test_narrow_experts_gather_their_rows(records):
     matmuls = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in MATMULS]
     assert {r["kernel"] for r in matmuls if r["gathers"]} == set(MATMULS)
     assert {r["case"] for r in matmuls if r["gathers"]} == {"narrow"}
+
+
+def test_adapters_compile_for_every_kernel_set_and_dtype(records):
+    """With 16-bit matmuls on the tensor cores, and frozen matmuls that gather their rows."""
+    for kernels in ("GluonExperts", "TritonExperts"):
+        compiled = of(records, kernels=f"adapters of {kernels}")
+        assert {r["kernel"] for r in compiled} >= set(LOW_RANK)
+        low_rank = [r for r in compiled if r["kernel"] in LOW_RANK and r["dtype"] != "float32"]
+        assert all(r["wgmma"] and not r["mma"] for r in low_rank)
+    gluon = of(records, kernels="adapters of GluonExperts", kernel="times_weight")
+    assert any(r["gathers"] and r["tma"] for r in gluon)
 
 
 def test_block_sparse_matmuls_load_16_bytes_ahead(records):

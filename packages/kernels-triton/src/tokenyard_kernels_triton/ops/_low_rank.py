@@ -176,7 +176,7 @@ def low_rank_gradient(
         WEIGHTED=topk_weights is not None,
         TRANSPOSED=transposed,
         COLUMNS=columns,
-        DEPTH=_depth(wide, rank),
+        DEPTH=min(64, _depth(wide, rank)),
         RANK=_padded(rank),
         **wide.options(),
     )
