@@ -1,8 +1,8 @@
 """Grouped matmuls over rows sorted by expert, in plain torch.
 
 They use ``F.grouped_mm`` if it is correct and fast: bfloat16 on a GPU of compute capability 9.0 or
-later, with widths that are multiples of 16 bytes. It leaves the tail and empty groups undefined, so
-both are zeroed. Otherwise each expert is one matmul, which needs a host sync on a GPU.
+later, with widths that are multiples of 16 bytes. Otherwise each expert is one matmul, which needs
+a host sync on a GPU.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from torch.nn import functional as F
 def rows_times(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """Return [R, N]: rows [R, M] times the matrix of each row's expert, in weights [E, M, N].
 
-    The tail is zero.
+    The tail is undefined: to zero it would take another pass over the result.
     """
     if _grouped_mm_fits(rows, weights.shape[-1]):
-        out = F.grouped_mm(rows, weights, offs=offsets[1:])
-        return torch.where(_live(rows, offsets), out, out.new_zeros(()))
+        return F.grouped_mm(rows, weights, offs=offsets[1:])
     out = rows.new_zeros(rows.shape[0], weights.shape[-1])
     for e, start, end in segments(offsets):
         torch.mm(rows[start:end], weights[e], out=out[start:end])
@@ -31,7 +30,8 @@ def rows_times(rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 def rows_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """Return [E, M, N]: for each expert, its rows of left [R, M], transposed, times right [R, N].
 
-    An expert without rows has a zero matrix.
+    The tail is not read. An expert without rows has a zero matrix, which ``F.grouped_mm`` leaves
+    undefined.
     """
     experts = offsets.shape[0] - 1
     if _grouped_mm_fits(left, right.shape[1]):
