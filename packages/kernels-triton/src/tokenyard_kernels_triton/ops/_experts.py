@@ -166,7 +166,7 @@ def _pre_activation(
     matmuls: KernelSet[Any],
 ) -> Tensor:
     """Return z [R, 2F or F] as saved, dequantized, or recomputed."""
-    z = restore(*saved, call.x, row_tiles, save)
+    z = restore(saved, call.x, row_tiles, save)
     if z is None:
         up, down, up_bias, _ = call.weights
         rows = matmuls.rows_of(call.x, call.plan, down.shape[2])

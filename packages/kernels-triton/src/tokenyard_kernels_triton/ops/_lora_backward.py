@@ -34,8 +34,8 @@ def backward(
         return {name: torch.zeros_like(like) for name, like in _tensors(call).items()}
     with on_device_of(call.x):
         layer = lora_layer(call, kernels)
-        z, scales, low_up, low_down = saved
-        z = restore(z, scales, call.x, layer.row_tiles, save)
+        *pre_activation, low_up, low_down = saved
+        z = restore(pre_activation, call.x, layer.row_tiles, save)
         if z is None:
             z, _ = layer.activated(low_up, keep_a=False)
         dz, gradients = _through_down(aligned(dy), z, low_down, layer, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -28,9 +29,10 @@ def keep(z: Tensor, row_tiles: RowTiles, save: Save) -> tuple[Tensor, Tensor]:
 
 
 def restore(
-    z: Tensor, scales: Tensor, like: Tensor, row_tiles: RowTiles, save: Save
+    saved: Sequence[Tensor], like: Tensor, row_tiles: RowTiles, save: Save
 ) -> Tensor | None:
-    """Return z in the dtype of `like` from what was saved; None if it must be recomputed."""
+    """Return z in the dtype of `like` from what `keep` returned; None if it must be recomputed."""
+    z, scales = saved
     if save == "recompute":
         return None
     return dequantize(z, scales, row_tiles.live, like.dtype) if save == "fp8" else z
