@@ -36,9 +36,12 @@ def _offloaded(
     if not torch.is_grad_enabled():
         return forward(x, *args)
     copies: list[_Offloaded] = []
+    # Autograd keeps `pack` until the backward pass, so it must not hold x.
+    address = x.data_ptr()
+    shape = x.shape
 
     def pack(tensor: Tensor) -> Any:
-        if tensor.data_ptr() != x.data_ptr() or tensor.shape != x.shape:
+        if tensor.data_ptr() != address or tensor.shape != shape:
             return tensor
         if not copies:
             copies.append(transfers.offload(tensor, first))
