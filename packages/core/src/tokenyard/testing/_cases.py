@@ -83,13 +83,19 @@ def make_case(workload: Workload, ids: Tensor) -> Case:
     return Case(workload, ids.to(workload.device), tensors, randn(ids.shape[0], dim))
 
 
-def near_limit(case: Case) -> bool:
-    """Return whether rounding could move a pre-activation over the limit of SwiGLU.
+@torch.no_grad()
+def keep_off_limit(case: Case) -> None:
+    """Draw tokens again until rounding cannot move a pre-activation over the limit of SwiGLU.
 
     The gradient jumps there, so two right kernels would differ. No slot of the case is dropped.
     """
-    if "limit" not in case.workload.activation:
-        return False
+    while "limit" in case.workload.activation and (near := _near_limit(case)).any():
+        x = case.tensors["x"]
+        x[near] = torch.randn_like(x[near])
+
+
+def _near_limit(case: Case) -> Tensor:
+    """Return [T] bool: the tokens with a pre-activation near the limit."""
     limit = swiglu_options(case.workload.activation).limit
     tensors = {name: tensor.detach().double() for name, tensor in case.tensors.items()}
     ids = case.ids.long()
@@ -98,7 +104,7 @@ def near_limit(case: Case) -> bool:
         z = z + tensors["up_bias"][ids]
     gate, up = z.chunk(2, -1)
     distance = torch.minimum((gate - limit).abs(), (up.abs() - limit).abs())
-    return bool((distance < limit * 2**-8).any())  # the rounding of bfloat16
+    return (distance < limit * 2**-8).flatten(1).any(1)  # the rounding of bfloat16
 
 
 def random_ids(tokens: int, num_experts: int, top_k: int) -> Tensor:
