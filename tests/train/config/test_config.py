@@ -318,6 +318,49 @@ def test_a_refused_override_is_named_beside_the_file(load):
         load(ANNOUNCEMENT + REST, "seed=1", "optimizer.lrr=1")
 
 
+RENAMED = """
+model: {name: mixtral, size: tiny, num_local_experts: 8}
+optimizer: {name: adamw, lr: 1.0e-4, betas: [0.9, 0.99]}
+backends: {experts: {name: loop, speed: 3}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "dropped"),
+    [
+        ("model={name: dbrx, size: tiny}", "model", "num_local_experts"),
+        ("optimizer={name: decoupled_adamw}", "optimizer", "betas, lr"),
+        ("backends={experts: {name: sorted}}", "backends.experts", "speed"),
+    ],
+)
+def test_an_override_with_another_name_replaces_the_section(
+    load, caplog, override, section, dropped
+):
+    config = load(RENAMED + REST, override)
+    said = [r.getMessage() for r in caplog.records if "override" in r.getMessage()]
+    assert len(said) == 1
+    assert f"the override of {section} by name" in said[0]
+    assert f"its keys are dropped: {dropped};" in said[0]
+    kept = {key: value for key, value in yaml.safe_load(override.partition("=")[2]).items()}
+    given = config.model_dump(exclude_unset=True)[override.partition("=")[0]]
+    assert kept.items() <= given.items()
+    assert not {"num_local_experts", "betas", "speed"} & given.keys()
+
+
+@pytest.mark.parametrize(
+    "override", ["model={name: mixtral, num_experts_per_tok: 1}", "model={num_experts_per_tok: 1}"]
+)
+def test_an_override_with_the_same_name_or_none_is_merged(load, caplog, override):
+    model = load(RENAMED + REST, override).model
+    assert (model["num_local_experts"], model["num_experts_per_tok"]) == (8, 1)
+    assert "override" not in caplog.text
+
+
+def test_a_name_alone_keeps_the_section_s_other_keys(load, caplog):
+    assert load(RENAMED + REST, "optimizer.name=decoupled_adamw").optimizer.lr == 1e-4
+    assert "override" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

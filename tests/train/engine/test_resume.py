@@ -57,7 +57,7 @@ def test_state_and_position_are_restored(build):
     [
         (
             {"model": MODEL | {"n_layers": 3}},
-            "model.n_layers is 3, but checkpoint .*ba0 was made with None",
+            "model.n_layers is 3, but checkpoint .*ba0 was made with 2",
         ),
         ({"load_path": "other"}, "load_path is 'other', but checkpoint .* was made with None"),
         ({"seed": 5}, "seed is 5, but checkpoint .* was made with 17; set it back"),
@@ -76,6 +76,26 @@ def test_a_config_that_disagrees_is_named(build, changes, sentence):
     saved(build())
     with pytest.raises(CheckpointError, match=sentence):
         resumed(build(autoresume=True, **changes))
+
+
+@pytest.mark.parametrize(
+    "written_out",
+    [
+        {"n_layers": 2, "resid_pdrop": 0.0},
+        {"attn_config": {"rope_theta": 10000.0}},
+        {"ffn_config": MODEL["ffn_config"] | {"moe_jitter_eps": 0, "ffn_act_fn": {"name": "silu"}}},
+    ],
+)
+def test_a_default_of_the_model_that_is_written_out_is_no_change(
+    build, config, written_out, caplog, tmp_path
+):
+    run = build()
+    saved(run)
+    model = MODEL | written_out
+    assert resumed(build(autoresume=True, model=model)) == Position()
+    new = config(model=model, save_folder=str(tmp_path / "other"))
+    start_from(run.model, str(run.folder), new)
+    assert "load_path" not in caplog.text
 
 
 def test_changed_values_of_the_training_are_told(build, caplog):

@@ -34,5 +34,10 @@ class Definition(Transformer):
     @classmethod
     def resolve(cls, config: Mapping[str, Any]) -> TransformerConfig:
         """Read the keys of a `model:` section without building anything. Raises ConfigError."""
+        return cls.read(config).resolve()
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Return the keys of a `model:` section with their defaults. Raises ConfigError."""
         keys = merged(cls.tiny, config) if config.get("size") == "tiny" else config
-        return parse(cls.schema, keys, "model").resolve()
+        return parse(cls.schema, keys, "model")

@@ -21,6 +21,7 @@ from tokenyard_models.strict_config import parse, warn_ignored, without_ignored
 from tokenyard_train.config.foundry import INSTEAD, INSTEAD_OF_VALUES, RENAMED
 from tokenyard_train.config.from_hf import with_hf_model
 from tokenyard_train.config.interpolate import interpolate
+from tokenyard_train.config.replace import replace_renamed
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
 
@@ -97,6 +98,7 @@ def _override(config: DictConfig, override: str) -> None:
     with _one_sentence(f"override {override!r} cannot be applied"):
         _refuse_aliases_and_depth(value)
         _refuse_comment(value)
+        replace_renamed(config, key.strip(), value)
         config.merge_with_dotlist([override])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenyard_train.checkpoint import CheckpointError
-from tokenyard_train.config.comparable import comparable_config
+from tokenyard_train.config.comparable import comparable_config, comparable_models
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.distributed import is_rank0
@@ -53,7 +53,9 @@ def check_agreement(config: TrainConfig, checkpoint: Path, saved: dict[str, Any]
     """Raise CheckpointError if a config disagrees with the one that a checkpoint was saved with."""
     current = _compared(config.model_dump(mode="json"))
     explicit = _compared(config.model_dump(mode="json", exclude_defaults=True))
-    for path, old, new in _differences(_compared(saved), current, explicit):
+    before = _compared(saved)
+    before["model"], current["model"] = comparable_models(before["model"], current["model"])
+    for path, old, new in _differences(before, current, explicit):
         raise CheckpointError(
             f"{path} is {new!r}, but checkpoint {checkpoint} was made with {old!r}; set it back, "
             "or choose another run_name for a new run"
@@ -110,6 +112,7 @@ def check_start(config: TrainConfig, checkpoint: Path, meta: dict[str, Any]) -> 
             f"checkpoint {checkpoint} was trained with the tokenizer {name!r}, and the config "
             f"names none; give tokenizer.name {name!r}, or another"
         )
+    kept["model"], current["model"] = comparable_models(kept["model"], current["model"])
     if kept["tokenizer"] == current["tokenizer"]:
         _check_tokenizer(config, checkpoint, meta)
     for key in ("tokenizer", "model"):
