@@ -11,7 +11,7 @@ from tokenyard_models import to_hf
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.load_model import load_trained, load_weights_only
 from tokenyard_train.commands.options import GenerateOptions
-from tokenyard_train.commands.stop_ids import stop_ids
+from tokenyard_train.data.stop_ids import stop_ids
 
 
 def dtype_of_experts(loaded):

@@ -11,10 +11,12 @@ pytest.importorskip("tokenizers")
 import tokenizers
 
 from tokenyard_models import to_hf
-from tokenyard_train.checkpoint import CheckpointError
+from tokenyard_train.checkpoint import CheckpointError, read_meta
+from tokenyard_train.commands import load_model
+from tokenyard_train.commands.convert import convert
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.load_model import load_weights_only
-from tokenyard_train.commands.options import GenerateOptions
+from tokenyard_train.commands.options import ConvertOptions, GenerateOptions
 from tokenyard_train.commands.train import train
 
 MIXTRAL = {"name": "mixtral", "size": "tiny", "hidden_size": 32, "intermediate_size": 24}
@@ -131,3 +133,41 @@ def test_stop_ids_belong_to_a_tokenizer(config, trained, tmp_path):
     with_folder = generate(greedy(run))
     shutil.rmtree(folder)
     assert generate(greedy(run)) == with_folder != [""]
+
+
+def test_stop_ids_that_have_changed_since_the_training_are_named(config, tmp_path, caplog):
+    folder = write_tokenizer(tmp_path / "tok")
+    stops = folder / "generation_config.json"
+    stops.write_text('{"eos_token_id": [256, 13]}')
+    settings = {"max_duration": "1ba", "model": MIXTRAL, "tokenizer": {"name": str(folder)}}
+    run = train(config(**settings), Console(quiet=True)).folder
+    said = "'{}' has the end ids {}, and checkpoint {} was saved with [13, 256]; those of the file"
+
+    def warnings_of(model, tokenizer=None):
+        caplog.clear()
+        generate(greedy(model, tokenizer))
+        return [m for m in (r.getMessage() for r in caplog.records) if "end ids" in m]
+
+    assert warnings_of(run) == []
+    for content, ids in (('{"eos_token_id": 256}', [256]), (None, [])):
+        stops.unlink()
+        if content is not None:
+            stops.write_text(content)
+        (message,) = warnings_of(run)
+        assert said.format(folder, ids, run / "ba1") in message
+        assert warnings_of(run, str(folder)) == []  # named, so meant
+    caplog.clear()
+    convert(ConvertOptions(run, tmp_path / "hf"), Console(quiet=True))
+    assert said.format(folder, [], run / "ba1") in caplog.text
+
+
+def test_a_checkpoint_of_an_older_version_records_no_stop_ids(run, tmp_path, monkeypatch, caplog):
+    def older(folder):
+        meta = read_meta(folder)
+        assert meta["stop_ids"] == []
+        return meta | {"stop_ids": None}
+
+    monkeypatch.setattr(load_model, "read_meta", older)
+    (tmp_path / "tok" / "generation_config.json").write_text('{"eos_token_id": 13}')
+    generate(greedy(run))
+    assert "end ids" not in caplog.text

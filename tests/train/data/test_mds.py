@@ -419,3 +419,21 @@ def test_ids_that_are_read_too_narrow_are_refused(tmp_path, written, read, vocab
     with pytest.raises(ConfigError, match=rf"every second id .* is 0 as {read}, so .*wider ids"):
         MdsTokens(folder, vocab_size, "local", read)
     assert (MdsTokens(folder, vocab_size, "local", written)[:] == ids.ravel()).all()
+
+
+@pytest.mark.parametrize(("written", "read"), [("uint16", "uint8"), ("int32", "uint8")])
+def test_ids_in_a_dtype_that_cannot_hold_the_vocabulary_are_named(tmp_path, written, read, caplog):
+    """All bytes are ids then, so that only the dtype tells."""
+    ids = np.random.default_rng(3).integers(0, 60_000, size=(6, 24)).astype(written)
+    folder = write(tmp_path, [[[row.tobytes()] for row in ids]], ["tokens"], ["bytes"], [None])
+    length = 24 * ids.itemsize
+    assert MdsTokens(folder, 100_277, "local", read).length == length
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(
+        f"local: token_encoding_type is {read}, which holds ids up to 255, and the tokenizer has "
+        "100277 ids; if"
+    )
+    assert said.endswith(f"samples of {length} ids each are read")
+    caplog.clear()
+    MdsTokens(folder, 60_000, "local", written)
+    assert caplog.text == ""

@@ -10,6 +10,7 @@ from tokenyard import IGNORED, ConfigError
 from tokenyard_train.data import (
     BytesTokenizer,
     HeldOut,
+    Mixture,
     Samples,
     build_data,
     python_stdlib,
@@ -189,3 +190,15 @@ def test_counted_pairs_equal_the_predicted_ones(count, length, batch_size, batch
     scored = targets != IGNORED
     assert inputs[scored].tolist() == held_out.previous.tolist()
     assert targets[scored].tolist() == held_out.predicted.tolist()
+
+
+@pytest.mark.parametrize(("length", "unused"), [(999, 0), (998, 1), (500, 499), (7, 5)])
+def test_tokens_after_the_last_whole_window_are_counted(length, unused):
+    """Each token but the first of the text is predicted in an epoch, or counted as unused."""
+    samples = Samples(TOKENS, length, seed=0)
+    assert samples.unused == unused == 999 - len(samples) * length
+    rest = f", last {unused} tokens unused" if unused else ""
+    assert samples.describe() == f"1,000 tokens, {len(samples)} samples of {length}{rest}"
+    mixture = Mixture({"a": samples, "b": samples}, {"a": 1, "b": 1}, seed=0)
+    rest = f", {2 * unused} tokens at the ends unused" if unused else ""
+    assert mixture.describe().endswith(f" samples of {length}{rest}")

@@ -285,3 +285,25 @@ def test_an_output_among_the_text_is_refused(tokenyard, tmp_path, monkeypatch, o
     assert code == 2
     assert f"OUT is '{out}' and SOURCE '{source}', one inside" in " ".join(errors.split())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["b.txt", "texts"]
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "said"),
+    [
+        ("gone", [], "error: SOURCE 'gone' does not exist; give a file of text"),
+        ("empty", [], "error: SOURCE 'empty' is a folder without files that end in"),
+        ("rows.jsonl", [], "error: SOURCE: rows.jsonl line 1 has no column 'text'; it has body; "
+                           "see text_key (data pack: --text-key)"),
+        ("gone", ["--mds"], "error: --mds SOURCE 'gone' has no index.json"),
+        ("gone", ["--hf"], "error: --hf SOURCE 'gone', split 'train', cannot be loaded: "),
+    ],
+)  # fmt: skip
+def test_data_pack_names_its_arguments(tokenyard, tmp_path, monkeypatch, source, options, said):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"body": "one"}\n')
+    code, _, errors = tokenyard("data", "pack", "out", source, "--workers", "1", *options)
+    assert code == 2
+    assert " ".join(errors.split()).startswith(said)

@@ -283,3 +283,61 @@ def test_characters_that_a_tokenizer_lacks_are_counted(folder, tmp_path, caplog)
     for kept in (BytesTokenizer(), build_tokenizer(TokenizerConfig(name=str(folder)))):
         tokenize([text.encode() for text in texts] + [TEXT.encode()], kept, "dataset")
     assert caplog.text == ""
+
+
+def words_tokenizer(folder, normalizer, pre_tokenizer):
+    """Write a tokenizer of all bytes behind a normalizer that may drop text; return it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocab = {token: i for i, token in enumerate([*sorted(alphabet), "</s>"])}
+    lossy = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    lossy.add_special_tokens(["</s>"])
+    if normalizer is not None:
+        lossy.normalizer = normalizer
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = [byte_level] if pre_tokenizer is None else [pre_tokenizer, byte_level]
+    lossy.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
+    lossy.decoder = tokenizers.decoders.ByteLevel()
+    lossy.save(str(folder / "tokenizer.json"))
+    return TokenizerConfig(name=str(folder), eos_token="</s>")
+
+
+DROPPING = {
+    "strip": (lambda t: (t.normalizers.Strip(), None), "'  two  w' became 'two  wor'"),
+    "collapse": (
+        lambda t: (t.normalizers.Replace(t.Regex(r"\s+"), " "), None),
+        "'  two  wo' became ' two word'",
+    ),
+    "split": (
+        lambda t: (None, t.pre_tokenizers.WhitespaceSplit()),
+        "'  two  w' became 'twowords'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_spaces_that_a_tokenizer_drops_are_counted(tmp_path, caplog, kind):
+    make, example = DROPPING[kind]
+    config = words_tokenizer(tmp_path, *make(pytest.importorskip("tokenizers")))
+    texts = [b"  two  words  "] * 40
+    said = f"3 of 3 compared documents differ from the text of their ids ({example})"
+    tokenize(texts, build_tokenizer(config), "train_loader.dataset")
+    assert f"train_loader.dataset: {said}" in caplog.text
+    caplog.clear()
+    pack(tmp_path / "packed", lambda: iter(texts), config, [], 1, lambda done: None)
+    assert f"packed: {said}" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_text_that_a_tokenizer_keeps_is_not_counted(tmp_path, tokenizer, caplog):
+    """Special tokens in a text and a long document that is compared in part, too."""
+    kept = build_tokenizer(words_tokenizer(tmp_path, None, None))
+    texts = [b" a\t\r\n \n b ", "\u00e9\u6771\ufffd".encode() * 30_000, b"", TEXT.encode()]
+    for each in (kept, tokenizer):
+        for text in texts:
+            tokenize([text], each, "dataset")
+    assert caplog.text == ""
+    tokenize([b"a </s>b"], kept, "dataset")
+    assert [r.getMessage().partition(",")[0] for r in caplog.records] == [
+        "dataset: 1 documents contain the text of the end-of-document token"
+    ]

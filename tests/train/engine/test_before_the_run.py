@@ -121,3 +121,15 @@ def test_damaged_identities_of_trackers_are_a_warning(tmp_path, caplog, content)
     assert "trackers.json is damaged; the run gets new ids" in caplog.text
     (tmp_path / IDENTITIES).write_text(json.dumps({"tensorboard": "x"}))
     assert _identities(tmp_path) == {"tensorboard": "x"}
+
+
+@pytest.mark.parametrize("command", [train, check])
+def test_a_world_size_without_a_launcher_is_explained(config, console, monkeypatch, command):
+    settings = config()  # before several processes share its batch
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = (
+        r"parallel.strategy is 'single', which is for one process, and 2 were started; give fsdp "
+        r"or ddp, or unset WORLD_SIZE if no launcher set it$"
+    )
+    with pytest.raises(ConfigError, match=said):
+        command(settings, console)

@@ -63,6 +63,7 @@ class _Meta(BaseModel):
     config: _Config  # the resolved config
     base: _Base | None = None  # of adapters; None: the checkpoint holds the whole model
     data: dict[str, str] | None = None  # digests of text and tokenizer; older ones have none
+    stop_ids: list[int] | None = None  # of the generation_config.json beside the tokenizer
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:

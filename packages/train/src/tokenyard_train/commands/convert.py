@@ -17,7 +17,7 @@ from tokenyard_train.checkpoint import model_tensors, write_checkpoint
 from tokenyard_train.commands.export_tokenizer import exported_tokenizer
 from tokenyard_train.commands.load_model import load_weights_only
 from tokenyard_train.commands.options import ConvertOptions
-from tokenyard_train.commands.stop_ids import tokenizer_folder
+from tokenyard_train.data.stop_ids import tokenizer_folder, tokenizer_stop_ids
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.paths import HF
@@ -131,6 +131,7 @@ def _write_run(source: Path, target: Path, tokenizer: str | None) -> Model:
         "batch": 0,
         "config": config.model_dump(mode="json"),
         "data": {"tokenizer": digest},
+        "stop_ids": sorted(tokenizer_stop_ids(config.tokenizer)),
     }
     _warn_of_token_ids(source, config.tokenizer)
     model = from_hf(source, dtype=torch.float32)

@@ -18,6 +18,7 @@ from tokenyard_train.data.journal import PackProgress
 from tokenyard_train.data.packing import pack
 from tokenyard_train.data.schema import Source, TokenizerConfig
 from tokenyard_train.data.sources import describe_source, read_documents
+from tokenyard_train.data.sources.keys import SOURCE
 from tokenyard_train.data.tokens import TokenFile, read_manifest
 from tokenyard_train.data.unused_keys import check_tokenizer
 
@@ -36,9 +37,9 @@ def run_pack(console: Console, options: PackOptions) -> None:
 
         done = pack(
             options.out,
-            lambda: read_documents(source, "SOURCE"),
+            lambda: read_documents(source, SOURCE),
             parse_tokenizer(options.tokenizer, options.eos_token),
-            describe_source(source, "SOURCE"),
+            describe_source(source, SOURCE),
             options.workers or os.cpu_count() or 1,
             report,
             options.overwrite,

@@ -14,7 +14,7 @@ from typing import Any
 from tokenyard import ConfigError
 from tokenyard_models.hf import TOKENIZER_FILES, is_hf_folder
 from tokenyard_train.commands.load_model import LoadedModel
-from tokenyard_train.commands.stop_ids import tokenizer_folder
+from tokenyard_train.data.stop_ids import tokenizer_folder
 from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
 from tokenyard_train.data import BytesTokenizer, build_tokenizer
 from tokenyard_train.data.hf_tokenizer import without_training_state
@@ -56,6 +56,7 @@ def _folder_of_tokenizer(loaded: LoadedModel, temporary: Path) -> Path:
     if config.name == str(loaded.path):
         return loaded.path  # a folder that is converted, with or without a tokenizer
     loaded.build_tokenizer()
+    loaded.stop_ids()  # warns if they have changed
     source = tokenizer_folder(config)
     if source is not None and is_hf_folder(source) and config.eos_token is None:
         return source

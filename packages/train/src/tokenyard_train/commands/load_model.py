@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -19,7 +20,7 @@ from tokenyard_train.checkpoint import (
     read_newest,
     verify,
 )
-from tokenyard_train.commands.stop_ids import stop_ids, tokenizer_folder
+from tokenyard_train.data.stop_ids import tokenizer_stop_ids
 from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data import Tokenizer, build_tokenizer
@@ -35,6 +36,8 @@ from tokenyard_train.engine.precision import (
 )
 from tokenyard_train.engine.resume import load_checkpoint
 
+log = logging.getLogger("tokenyard")
+
 
 class LoadedModel(NamedTuple):
     """A model with weights, its precision and its tokenizer."""
@@ -44,6 +47,7 @@ class LoadedModel(NamedTuple):
     tokenizer: TokenizerConfig
     path: Path  # the checkpoint, or the Hugging Face folder
     tokenizer_digest: str | None = None  # of the tokenizer that a checkpoint was trained with
+    saved_stop_ids: frozenset[int] | None = None  # that a checkpoint records; None: nothing
     source: Path | None = None  # the Hugging Face folder of the model, or that its run started from
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -54,7 +58,9 @@ class LoadedModel(NamedTuple):
         """Return the model with the tokenizer of another name. None keeps the model's own."""
         if name is None:
             return self
-        return self._replace(tokenizer=TokenizerConfig(name=name), tokenizer_digest=None)
+        return self._replace(
+            tokenizer=TokenizerConfig(name=name), tokenizer_digest=None, saved_stop_ids=None
+        )
 
     def build_tokenizer(self) -> Tokenizer:
         """Build the tokenizer.
@@ -74,10 +80,20 @@ class LoadedModel(NamedTuple):
     def stop_ids(self) -> frozenset[int]:
         """Return the ids that end a document in addition to the tokenizer's end.
 
-        They are those of the generation_config.json beside the tokenizer.
+        They are those of the generation_config.json beside the tokenizer. A warning says if the
+        checkpoint recorded others.
         """
-        folder = tokenizer_folder(self.tokenizer)
-        return frozenset() if folder is None else stop_ids(folder)
+        ids = tokenizer_stop_ids(self.tokenizer)
+        if self.saved_stop_ids not in (None, ids):
+            log.warning(
+                "the generation_config.json beside the tokenizer %r has the end ids %s, and "
+                "checkpoint %s was saved with %s; those of the file are used",
+                self.tokenizer.name,
+                sorted(ids),
+                self.path,
+                sorted(self.saved_stop_ids or ()),
+            )
+        return ids
 
 
 def load_trained(
@@ -169,7 +185,10 @@ def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any], base: Path | N
         narrow(model)
     digest = (meta["data"] or {}).get("tokenizer")
     source = _hf_source(meta["config"].get("load_path")) or _hf_source(origin.path)
-    return LoadedModel(model, config.precision, config.tokenizer, checkpoint, digest, source)
+    saved_ids = None if meta["stop_ids"] is None else frozenset(meta["stop_ids"])
+    return LoadedModel(
+        model, config.precision, config.tokenizer, checkpoint, digest, saved_ids, source
+    )
 
 
 def _hf_source(load_path: str | None) -> Path | None:

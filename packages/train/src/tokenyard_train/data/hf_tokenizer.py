@@ -59,10 +59,10 @@ class HfTokenizer:
         )
         return np.array(encoding.ids, dtype=self._dtype)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without special tokens and ids that have no token."""
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of ids, of `special` tokens if asked, and of ids that have a token."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        return str(self._tokenizer.decode(known, skip_special_tokens=True))
+        return str(self._tokenizer.decode(known, skip_special_tokens=not special))
 
     def bytes_in(self, ids: Ids) -> int:
         """Return the number of text bytes that the ids represent.

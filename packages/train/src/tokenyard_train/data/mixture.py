@@ -44,9 +44,11 @@ class Mixture:
         return self.streams[name][stream_index]
 
     def describe(self) -> str:
-        """Return the number of tokens and samples."""
+        """Return the number of tokens, of samples, and of tokens after the last whole windows."""
         tokens = sum(len(stream.tokens) for stream in self.streams.values())
-        return f"{tokens:,} tokens, {len(self):,} samples of {self.length}"
+        unused = sum(stream.unused for stream in self.streams.values())
+        rest = f", {unused:,} tokens at the ends unused" if unused else ""
+        return f"{tokens:,} tokens, {len(self):,} samples of {self.length}{rest}"
 
     def batch(
         self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None

@@ -50,8 +50,15 @@ class Samples:
         return torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
 
     def describe(self) -> str:
-        """Return the number of tokens and samples."""
-        return f"{len(self.tokens):,} tokens, {len(self):,} samples of {self.length}"
+        """Return the number of tokens, of samples, and of tokens after the last whole window."""
+        unused = self.unused
+        rest = f", last {unused:,} tokens unused" if unused else ""
+        return f"{len(self.tokens):,} tokens, {len(self):,} samples of {self.length}{rest}"
+
+    @property
+    def unused(self) -> int:
+        """The tokens after the last whole window, which are never trained on."""
+        return len(self.tokens) - 1 - self.windows * self.length
 
     def batch(
         self, step: int, size: int, rank: int = 0, world: int = 1, microbatch: int | None = None

@@ -44,8 +44,11 @@ class TiktokenTokenizer:
         """Return the ids of UTF-8 text. The text of a special token is encoded as plain text."""
         return np.array(self._encoding.encode_ordinary(text.decode("utf-8")), dtype=self._dtype)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without special tokens and ids that have no token."""
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of ids, without special tokens and ids that have no token.
+
+        No text becomes a special token.
+        """
         return str(
             self._encoding.decode([int(i) for i in ids if i in self._text_ids], errors="replace")
         )

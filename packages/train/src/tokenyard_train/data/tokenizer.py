@@ -22,10 +22,11 @@ class Tokenizer(Protocol):
         """Return the ids of UTF-8 text, without begin or end ids."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """Return the text of ids. Invalid UTF-8 becomes a replacement character.
 
-        Special tokens and ids that have no token, such as padded ones, have no text.
+        Ids that have no token, such as padded ones, have no text. Special tokens have none, unless
+        `special` asks for the text of those that text in a document becomes.
         """
         ...
 
@@ -45,8 +46,8 @@ class BytesTokenizer:
         """Return the ids of UTF-8 text."""
         return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids."""
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Return the text of ids. No text becomes a special token."""
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
     def bytes_in(self, ids: Ids) -> int:

@@ -26,6 +26,7 @@ def save(run: Run, writer: BackgroundWriter) -> None:
         "optimizer_steps": steps,
         "config": run.setup.config.model_dump(mode="json"),
         "data": run.setup.identity,
+        "stop_ids": run.setup.stop_ids,
     }
     base = run.position.base
     if base is not None:

@@ -19,6 +19,7 @@ from tokenyard.sharded import allocate
 from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
+from tokenyard_train.data.stop_ids import tokenizer_stop_ids
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.cuda_graph import MicrobatchGraph, why_no_graph
@@ -48,6 +49,11 @@ class Setup:
     def identity(self) -> dict[str, str]:
         """Digests of the tokenizer and of the training text, by config key."""
         return self.data.identity()
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The ids beside the tokenizer that end a document."""
+        return sorted(tokenizer_stop_ids(self.config.tokenizer))
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tokenyard import count_parameters, moe_layers
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.data import Data, PackedDocuments
+from tokenyard_train.data import Data
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.setup import schedule_warnings
 from tokenyard_train.engine.state import Run
@@ -32,8 +32,7 @@ def announce(run: Run) -> None:
         f"{setup.batches} batches of {setup.batch_tokens:,} tokens on {config.device}, "
         f"{config.precision}; {escape(describe_tokenizer(config, setup.data))}"
     )
-    if isinstance(setup.data.train, PackedDocuments):
-        setup.console.print(f"training text: {setup.data.train.describe()}")
+    setup.console.print(f"training text: {setup.data.train.describe()}", highlight=False)
     if len(trainable(setup.model)) < len(list(setup.model.parameters())):
         setup.console.print(f"trainable: {describe_trainable(setup.model)}", highlight=False)
     if is_rank0():

@@ -16,6 +16,7 @@ from tokenyard_train.data.finetuning.segment import Segment
 from tokenyard_train.data.finetuning.template import read_template
 from tokenyard_train.data.schema import DataSettings, FinetuningDataset
 from tokenyard_train.data.sources.rows import Rows, read_rows
+from tokenyard_train.data.text_loss import LossCounter
 from tokenyard_train.data.tokenizer import Tokenizer
 from tokenyard_train.data.tokens import Ids, ids_dtype
 from tokenyard_train.data.unused_keys import check_source
@@ -44,6 +45,7 @@ def build_packed(
     tokenized = _tokenize(
         read_rows(dataset, key), conversations, encode, settings.max_seq_len, dataset, key
     )
+    encode.warn(key)
     return PackedDocuments(tokenized, settings.max_seq_len, settings.seed, dataset.shuffle)
 
 
@@ -60,6 +62,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt_is_target: Callable[[int], bool]):
         self.tokenizer = tokenizer
+        self.counter = LossCounter(tokenizer)
         self.prompt_is_target = prompt_is_target
         self.dtype = ids_dtype(tokenizer.vocab_size)
 
@@ -78,12 +81,17 @@ class _Encoder:
             raise ConfigError(f"{location}: its answers have no tokens; leave the row out")
         return whole
 
+    def warn(self, key: str) -> None:
+        """Log a warning if ids do not represent their text."""
+        self.counter.loss.ended = 0  # the templates of chats write the end of a document
+        self.counter.loss.warn(key, "prompts and answers")
+
     def _ids(self, segment: Segment, location: str) -> Ids:
         try:
             text = segment.text.encode("utf-8")
         except UnicodeEncodeError:
             raise ConfigError(f"{location} has a lone surrogate, which is not text") from None
-        ids = self.tokenizer.encode(text).astype(self.dtype, copy=False)
+        ids = self.counter.encode(text).astype(self.dtype, copy=False)
         return np.append(ids, np.array(self.tokenizer.end, self.dtype)) if segment.ended else ids
 
 

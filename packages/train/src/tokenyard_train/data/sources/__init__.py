@@ -15,6 +15,7 @@ from tokenyard_train.data.sources.files import (
     repeated_files,
 )
 from tokenyard_train.data.sources.formats import read_file
+from tokenyard_train.data.sources.keys import key_below
 
 log = logging.getLogger("tokenyard")
 
@@ -42,9 +43,9 @@ def _all_documents(source: Source, key: str) -> Iterator[bytes | None]:
     elif source.local is not None:
         from tokenyard_train.data.sources.mds import mds_documents
 
-        yield from mds_documents(mds_folder(source), source.text_key, f"{key}.local")
+        yield from mds_documents(mds_folder(source), source.text_key, key_below(key, "local"))
     else:
-        yield from _file_documents(source, f"{key}.path")
+        yield from _file_documents(source, key_below(key, "path"))
 
 
 def _file_documents(source: Source, key: str) -> Iterator[bytes | None]:
@@ -81,11 +82,11 @@ def describe_source(source: Source, key: str) -> list[dict[str, Any]]:
     A dataset on the hub is described by its settings alone. Raises ConfigError.
     """
     if source.path is not None:
-        files = find_files(source.path, source.suffixes, f"{key}.path")
+        files = find_files(source.path, source.suffixes, key_below(key, "path"))
     elif source.local is not None:
         from tokenyard_train.data.sources.mds_index import index_files
 
-        files = index_files(mds_folder(source), f"{key}.local")
+        files = index_files(mds_folder(source), key_below(key, "local"))
     elif source.hf_name is not None and Path(source.hf_name).is_dir():
         files = list_files(Path(source.hf_name))
     else:

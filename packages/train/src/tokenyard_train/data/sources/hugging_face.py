@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenyard import ConfigError
 from tokenyard_train.data.schema import RowSource, Source
+from tokenyard_train.data.sources.keys import key_below
 from tokenyard_train.data.sources.text import no_column, row_text
 from tokenyard_train.optional import require
 
@@ -23,7 +24,7 @@ def dataset_documents(source: Source, key: str) -> Iterator[bytes | None]:
     dataset = _load(source, key)
     columns = dataset.column_names
     if columns is not None and source.text_key not in columns:
-        raise no_column(source.text_key, columns, f"{key}.hf_name {source.hf_name!r}")
+        raise no_column(source.text_key, columns, f"{key_below(key, 'hf_name')} {source.hf_name!r}")
     for location, row in _rows(dataset, source, key):
         yield row_text(row, source.text_key, location)
 
@@ -37,17 +38,17 @@ def _rows(dataset: Any, source: Source | RowSource, key: str) -> Iterator[tuple[
     number = 0
     try:
         for number, row in enumerate(dataset, 1):
-            yield f"{key}.hf_name {source.hf_name!r} row {number}", row
+            yield f"{key_below(key, 'hf_name')} {source.hf_name!r} row {number}", row
     except ConfigError:
         raise
     except Exception as error:  # errors come from datasets, pyarrow and fsspec
         raise ConfigError(
-            f"{key}.hf_name {source.hf_name!r} cannot be read after row {number}: {_reason(error)}"
+            f"{key_below(key, 'hf_name')} {source.hf_name!r} cannot be read after row {number}: {_reason(error)}"
         ) from None
 
 
 def _load(source: Source | RowSource, key: str) -> Any:
-    datasets = require("datasets", f"{key}.hf_name", "tokenyard-train[datasets]")
+    datasets = require("datasets", key_below(key, "hf_name"), "tokenyard-train[datasets]")
     name = str(source.hf_name)
     split = source.split or "train"
     try:
@@ -61,7 +62,7 @@ def _load(source: Source | RowSource, key: str) -> Any:
         raise
     except Exception as error:  # errors come from datasets, the hub and fsspec, some bare
         raise ConfigError(
-            f"{key}.hf_name {name!r}, split {split!r}, cannot be loaded: {_reason(error)}"
+            f"{key_below(key, 'hf_name')} {name!r}, split {split!r}, cannot be loaded: {_reason(error)}"
         ) from None
 
 
@@ -69,7 +70,7 @@ def _refuse_lines(dataset: Any, name: str, key: str) -> None:
     """Raise ConfigError for a folder of text files, of which each line would be a document."""
     if getattr(dataset.info, "builder_name", None) != "text":
         return
-    problem = f"{key}.hf_name {name!r} holds files of text, and datasets makes a row of each line"
+    problem = f"{key_below(key, 'hf_name')} {name!r} holds files of text, and datasets makes a row of each line"
     if Path(name).is_dir():
         raise ConfigError(f"{problem}; give the folder by path, so that each file is one document")
     log.warning("%s, so each line is a document", problem)
@@ -81,7 +82,7 @@ def _split_of(saved: Any, source: Source | RowSource, key: str) -> Any:
         return saved[source.split or "train"]
     if source.split not in (None, str(saved.split)):
         raise ConfigError(
-            f"{key}.split is {source.split!r}, and {key}.hf_name {source.hf_name!r} is one dataset "
+            f"{key_below(key, 'split')} is {source.split!r}, and {key_below(key, 'hf_name')} {source.hf_name!r} is one dataset "
             f"without splits (saved from {saved.split}); leave split out"
         )
     return saved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tokenyard_train.data.sources.mds_shard import ShardReader, Spans
 from tokenyard_train.data.sources.mds_tokens import TokensFormat, WideIds, tokens_format
 from tokenyard_train.data.sources.text import check_size, document_text
 from tokenyard_train.data.tokens import Ids, check_ids, ids_dtype
+
+log = logging.getLogger("tokenyard")
 
 _TOKENS = "tokens"  # the column of ids
 
@@ -65,6 +68,7 @@ class MdsTokens:
             self._formats.append(form)
             self._spans.append(reader.spans("tokens"))
         self.length = self._common_length()
+        self._warn_if_narrow()
         self._firsts = np.cumsum([0, *(shard.samples for shard in shards)])
         self._checked = [False] * len(shards)
         self._check(0)
@@ -115,6 +119,26 @@ class MdsTokens:
                 )
         assert length is not None  # an index without samples is refused
         return length
+
+    def _warn_if_narrow(self) -> None:
+        """Log a warning if ids of bytes are read in a dtype that cannot hold the vocabulary.
+
+        It is no error: a tokenizer may have got tokens since.
+        """
+        for reader, form in zip(self._readers, self._formats):
+            most = np.iinfo(form.dtype).max
+            if reader.encoding(_TOKENS) == "bytes" and most < self._vocab_size - 1:
+                log.warning(
+                    "%s: token_encoding_type is %s, which holds ids up to %d, and the tokenizer "
+                    "has %d ids; if the ids were written wider, they are read wrong: samples of "
+                    "%d ids each are read",
+                    self._key,
+                    form.dtype.name,
+                    most,
+                    self._vocab_size,
+                    self.length,
+                )
+                return
 
     def _check(self, shard: int) -> None:
         """Check a shard's hashes and ids, once. Raises CorruptError or ConfigError."""

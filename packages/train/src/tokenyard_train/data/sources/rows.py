@@ -8,6 +8,7 @@ from typing import Any
 from tokenyard_train.data.schema import RowSource
 from tokenyard_train.data.sources.files import find_files
 from tokenyard_train.data.sources.formats import read_file_rows
+from tokenyard_train.data.sources.keys import key_below
 
 Rows = Iterator[tuple[str, Any]]
 """The location of each row, for errors, and the row."""
@@ -20,5 +21,5 @@ def read_rows(source: RowSource, key: str) -> Rows:
 
         yield from dataset_rows(source, key)
         return
-    for file in find_files(source.path or [], source.suffixes, f"{key}.path"):
-        yield from read_file_rows(file, f"{key}.path")
+    for file in find_files(source.path or [], source.suffixes, key_below(key, "path")):
+        yield from read_file_rows(file, key_below(key, "path"))

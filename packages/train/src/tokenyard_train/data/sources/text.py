@@ -48,7 +48,7 @@ def document_text(value: Any, text_key: str, location: str) -> bytes | None:
         hint = " (render chats to text first)" if isinstance(value, list) else ""
         raise ConfigError(
             f"{location}: {text_key!r} holds {kind or type(value).__name__}; "
-            f"text is a string{hint}; see text_key"
+            f"text is a string{hint}; see text_key (data pack: --text-key)"
         )
     return checked_text(value, location)
 
@@ -64,7 +64,10 @@ def no_column(text_key: str, columns: list[str], location: str) -> ConfigError:
     """Return the error for rows without a column `text_key`."""
     hint = did_you_mean(text_key, columns)
     has = ", ".join(map(str, columns)) or "no columns"
-    return ConfigError(f"{location} has no column {text_key!r}{hint}; it has {has}; see text_key")
+    return ConfigError(
+        f"{location} has no column {text_key!r}{hint}; it has {has}; see text_key "
+        "(data pack: --text-key)"
+    )
 
 
 def checked_text(text: bytes, location: str) -> bytes:

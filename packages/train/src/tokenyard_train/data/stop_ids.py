@@ -20,6 +20,12 @@ def tokenizer_folder(config: TokenizerConfig) -> Path | None:
     return path.parent if path.name == "tokenizer.json" else None
 
 
+def tokenizer_stop_ids(config: TokenizerConfig) -> frozenset[int]:
+    """Return the ids beside a tokenizer that end a document in addition to its own end."""
+    folder = tokenizer_folder(config)
+    return frozenset() if folder is None else stop_ids(folder)
+
+
 def stop_ids(folder: Path) -> frozenset[int]:
     """Return the end-of-document ids in a Hugging Face folder's generation_config.json.
 

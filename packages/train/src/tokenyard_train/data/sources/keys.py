@@ -1,0 +1,18 @@
+"""Name a key of a source as the user gave it: in a config, or to `data pack`."""
+
+from __future__ import annotations
+
+SOURCE = "SOURCE"
+"""The key of the sources of `data pack`."""
+
+_ARGUMENTS = {
+    "path": SOURCE,
+    "local": f"--mds {SOURCE}",
+    "hf_name": f"--hf {SOURCE}",
+    "split": "--split",
+}
+
+
+def key_below(key: str, name: str) -> str:
+    """Return the config key `name` of a source; of `data pack`, the argument that it is from."""
+    return _ARGUMENTS[name] if key == SOURCE else f"{key}.{name}"
