@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -196,3 +197,98 @@ def test_what_is_not_written_is_an_error(tmp_path):
     with pytest.raises(WeightsError, match=r"no adapter of blocks\.0\.attention\.qkv\.weight"):
         to_peft(dbrx, tmp_path / "adapters")
     assert not (tmp_path / "adapters").exists()
+
+
+def edit_tensors(folder, change):
+    """Change the tensors of a folder of adapters."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
+EXPERT_A = "base_model.model.model.layers.1.mlp.experts.lora_A.weight"
+TENSORS = {
+    "no A": (lambda t: t.pop(A), rf"holds {B} without its lora_A; save the adapters by PEFT"),
+    "no B": (lambda t: t.pop(B), rf"holds {A} without its lora_B; save the adapters by PEFT"),
+    "neither": (lambda t: (t.pop(A), t.pop(B)), rf"lacks {A}, which .*_config.json names as a t"),
+    "no experts": (
+        lambda t: (t.pop(EXPERT_A), t.pop(EXPERT_A.replace("lora_A", "lora_B"))),
+        rf"lacks {EXPERT_A}, which .*_config.json names as a target",
+    ),
+    "renamed": (lambda t: t.update({A.replace("1", "9"): t.pop(A)}), "without its lora_"),
+    "rank": (lambda t: t.update({A: t[A][:1], B: t[B][:, :1]}), r"the shape \[1, \d+\], and the"),
+    "experts' rank": (
+        lambda t: t.update({EXPERT_A: t[EXPERT_A][:1]}),
+        r"of the shape \[1, \d+\], and the model's is of \d+ experts",
+    ),
+    "dtype": (lambda t: t.update({A: t[A].to(torch.int8)}), rf"{A} in .* is I8; weights are read"),
+}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A base, and a folder of adapters of attention and experts."""
+    folder = tmp_path_factory.mktemp("both")
+    base = saved("mixtral", folder)
+    options = {"target_modules": ATTENTION, "target_parameters": EXPERTS}
+    by_peft(base, **options).save_pretrained(folder / "adapters")
+    return base, folder / "adapters"
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_adapters_that_are_not_whole_are_an_error(both, tmp_path, kind):
+    change, sentence = TENSORS[kind]
+    base, adapters = both
+    folder = shutil.copytree(adapters, tmp_path / "adapters")
+    edit_tensors(folder, change)
+    with pytest.raises(WeightsError, match=sentence):
+        read(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"target_modules": ["q_proj"]}, r"holds .*k_proj.lora_A.*names no such target, so PEFT"),
+        ({"exclude_modules": ["q_proj"]}, r"holds .*q_proj.lora_A.*names no such target"),
+        ({"layers_to_transform": [0]}, r"holds .*layers.1.*lora_A.*names no such target"),
+        ({"target_modules": [*ATTENTION, "lm_head"]}, r"lacks .*lm_head.lora_A.weight, which"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'; read is None only"),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens \[1, 2\]; read is None"),
+        ({"trainable_token_indices": [1]}, r"trainable_token_indices \[1\]; read is None"),
+    ],
+)
+def test_a_config_that_disagrees_with_the_adapters_is_an_error(both, tmp_path, change, sentence):
+    base, adapters = both
+    folder = shutil.copytree(adapters, tmp_path / "adapters")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(WeightsError, match=sentence):
+        read(base, folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ATTENTION, "layers_to_transform": [1]},
+        {"target_modules": ATTENTION, "exclude_modules": ["k_proj"]},
+        {"target_modules": r".*\.(q|v)_proj"},
+    ],
+    ids=["layer", "exclude", "regex"],
+)
+def test_each_way_to_name_targets_is_read(options, tmp_path, caplog):
+    base = saved("mixtral", tmp_path)
+    tuned = by_peft(base, **options).eval()
+    tuned.save_pretrained(tmp_path / "adapters")
+    with torch.no_grad():
+        got = read(base, tmp_path / "adapters").eval()(ids()).logits
+        assert relative_error(got, tuned(ids()).logits) < 1e-5
+    assert caplog.text == ""
+    path = tmp_path / "adapters" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scaled_by": 3, "unset": None}))
+    PeftFolder(tmp_path / "adapters")
+    assert "adapter_config.json has keys that are not known here and are left out: scaled_by" in (
+        caplog.text
+    )

@@ -269,3 +269,12 @@ def test_convert_refuses_unknown_choices(tokenyard, published, tmp_path, argumen
     assert code == 2
     assert errors.startswith(f"error: {sentence}")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_megablocks_is_not_read_back(tokenyard, trained, tmp_path):
+    assert tokenyard("convert", str(trained), str(tmp_path / "mb"), "--to", "megablocks")[0] == 0
+    for command in (("generate", "{}", "--prompt", "x"), ("convert", "{}", str(tmp_path / "hf"))):
+        arguments = [part.format(tmp_path / "mb") for part in command]
+        code, _, errors = tokenyard(*arguments)
+        assert code == 2
+        assert "is in MegaBlocks' format, which is written and not read; give the run" in errors

@@ -46,6 +46,14 @@ def test_a_folder_computes_in_the_dtype_of_its_weights(trained, tmp_path, stored
     assert dtype_of_experts(load_trained(tmp_path / "hf", "cpu", precision)) == want
 
 
+def test_a_base_of_a_whole_model_is_refused(trained, tmp_path):
+    to_hf(load_weights_only(trained).model, tmp_path / "hf")
+    for path in (trained, next(trained.glob("ba*")), tmp_path / "hf"):
+        for load in (lambda p: load_trained(p, "cpu", base=p), lambda p: load_weights_only(p, p)):
+            with pytest.raises(ConfigError, match=r"--base .* has no effect, because .* holds a w"):
+                load(path)
+
+
 def test_an_unknown_precision_or_device_is_named(trained):
     with pytest.raises(
         ConfigError, match=r"--precision 'bf16' is unknown.*known are: fp32, amp_bf16"

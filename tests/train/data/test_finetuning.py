@@ -244,6 +244,7 @@ CHAT_ERRORS = [
         "'assistant', is empty; leave the row out",
     ),
     ([CHAT[1], {"role": "assistant", "content": 5}], "'assistant', is int, not text"),
+    ([CHAT[1], CHAT[2] | {"weight": 0}], "'assistant', has the weight 0, which is not read"),
 ]
 
 
@@ -391,3 +392,65 @@ def test_packing_is_drawn_from_the_seed(packed, tmp_path):
     assert rows[0] == rows[1] != rows[2]
     assert bytes(rows[3][0][:2]) == b"00"
     assert packed.identity() == other.identity()
+
+
+ANSWER = {"role": "assistant", "content": "It is 8."}
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add_up"}}]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "said"),
+    [
+        (CHAT, "{% for m in messages if m.role != 'system' %}{{ m.content }};{% endfor %}",
+         "content of message 1"),
+        ([CHAT[1], ANSWER | {"reasoning_content": "I add them."}], CHATML,
+         "reasoning_content of message 2"),
+        ([CHAT[1], CALL | {"content": ""}], CHATML, "a tool call of message 2"),
+        ([CHAT[1], ANSWER], "{% for m in messages %}{{ m.content|upper }};{% endfor %}",
+         "content of message 1"),
+    ],
+)  # fmt: skip
+def test_a_template_that_leaves_out_text_is_named(
+    folder, tmp_path, messages, template, said, caplog
+):
+    path = write(tmp_path / "a.jsonl", [{"messages": messages}] * 3)
+    (tmp_path / "t.jinja").write_text(template)
+    load(folder, path=path, chat_template=str(tmp_path / "t.jinja"))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "train_loader.dataset: the chat template leaves out or changes a text of 3 conversations, "
+        f"such as {said} of train_loader.dataset.path: {path} line 1"
+    )
+
+
+def test_a_template_that_renders_all_text_is_not_named(folder, tmp_path, caplog):
+    """Stripped, or quoted as JSON, too."""
+    quoted = "{% for m in messages %}{{ m.content|trim|tojson }}{{ m.tool_calls }};{% endfor %}"
+    (tmp_path / "t.jinja").write_text(quoted)
+    spoken = {"role": "user", "content": ' say "hi"\n\u00e9 '}
+    rows = [{"messages": CHAT}, {"messages": [spoken, ANSWER]}, {"messages": [spoken, CALL]}]
+    load(folder, path=write(tmp_path / "a.jsonl", rows), chat_template=str(tmp_path / "t.jinja"))
+    assert caplog.text == ""
+
+
+def test_columns_that_are_not_read_are_named_once(folder, tmp_path, caplog):
+    rows = [
+        {"messages": CHAT, "tools": None, "id": 0, "prompt": "x"},
+        {"instruction": "add", "input": "1 2", "output": "3", "system": "Be short.", "history": []},
+        {"prompt": "1 +", "response": " 2", "completion": " 3", "messages_of": None},
+    ]
+    load(folder, path=write(tmp_path / "a.jsonl", rows))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "train_loader.dataset: columns that are not read: completion, prompt, system"
+    )
+
+
+def test_characters_that_a_tokenizer_lacks_in_conversations_are_counted(tmp_path, caplog):
+    vocab = {character: i for i, character in enumerate("abc ")} | {"</s>": 4}
+    lossy = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    lossy.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    rows = [{"prompt": "ab\u00e9", "response": "c"}, {"prompt": "ab", "response": "c\u00e9"}]
+    load(tmp_path, path=write(tmp_path / "a.jsonl", rows))
+    assert "train_loader.dataset: 2 prompts and answers contain characters" in caplog.text

@@ -93,6 +93,13 @@ def test_a_value_that_is_no_text_is_named(tmp_path, name, value, kind):
         read(write(tmp_path, name, [value, value]))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_nul_characters_are_refused_as_files_are(tmp_path, name):
+    """UTF-16 without a byte order mark is valid UTF-8."""
+    with pytest.raises(ConfigError, match=r"(line|row) 2 has 5 NUL bytes, as UTF-16 without"):
+        read(write(tmp_path, name, ["a\0bcd", "h\0e\0l\0l\0o\0"]))
+
+
 def test_bytes_are_text_if_they_are_utf_8(tmp_path):
     assert read(write(tmp_path, "a.parquet", ["ü".encode(), BOM + b"b"])) == ["ü".encode(), b"b"]
     with pytest.raises(ConfigError, match=r"a.parquet row 2 is not UTF-8 text"):

@@ -157,3 +157,19 @@ def test_a_checkpoint_that_is_pruned_while_it_is_verified(run, monkeypatch):
 
     monkeypatch.setattr(module, "find_fault", find_fault)
     assert module.newest_good(run).name == "ba3"
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_checkpoint_that_is_a_link_to_nothing_or_a_file_is_damaged(config, console, run, kind):
+    """It is no reason to start anew: of several, the one before it is taken."""
+    for path in checkpoints(run)[2:]:
+        shutil.rmtree(path)
+        path.symlink_to("nowhere") if kind == "link" else path.write_text("")
+    assert load_trained(run, "cpu").path.name == "ba2"
+    for path in checkpoints(run)[:2]:
+        shutil.rmtree(path)
+    sentence = r"no checkpoint in .*run is good: checkpoint .*ba4: manifest.json is missing"
+    with pytest.raises(CheckpointError, match=sentence):
+        go_on(config, console)
+    train(config(save_overwrite=True, max_duration="1ba"), console)
+    assert [path.name for path in checkpoints(run)] == ["ba1"]

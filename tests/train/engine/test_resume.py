@@ -60,6 +60,14 @@ def test_state_and_position_are_restored(build):
             "model.n_layers is 3, but checkpoint .*ba0 was made with 2",
         ),
         ({"load_path": "other"}, "load_path is 'other', but checkpoint .* was made with None"),
+        (
+            {"model": {"name": "mixtral", "size": "tiny"}},
+            "model.name is 'mixtral', but checkpoint .*ba0 was made with 'dbrx'",
+        ),
+        (
+            {"train_loader": {"name": "python_stdlib"}},
+            "train_loader.name is 'python_stdlib', but .*ba0 was made with 'text'",
+        ),
         ({"seed": 5}, "seed is 5, but checkpoint .* was made with 17; set it back"),
         ({"global_train_batch_size": 8}, "global_train_batch_size is 8, but .* was made with 4"),
         (

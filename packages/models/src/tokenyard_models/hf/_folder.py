@@ -17,7 +17,7 @@ from tokenyard.bounded import require_plain
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
@@ -46,7 +46,8 @@ class Folder:
             raise WeightsError(f"{path} is the form of load_path; leave hf:// out here")
         if not self.path.is_dir():
             raise WeightsError(
-                f"{self.path} is no folder; give one that holds config.json and model.safetensors"
+                f"{self.path} is no folder; give one that holds config.json and model.safetensors "
+                "(models of the hub are not downloaded: use hf download)"
             )
         self.config = read_json(self.path / config)
         self.files = self._files()  # file name -> tensor names
@@ -125,10 +126,10 @@ class Folder:
             raise WeightsError(
                 f"{key} in {self.path / name} is {stored}, and config.json makes it {list(shape)}"
             )
-        if tensor.get_dtype() not in _BYTES:
+        if tensor.get_dtype() not in STORED_BYTES:
             raise WeightsError(
                 f"{key} in {self.path / name} is {tensor.get_dtype()}; weights are read in "
-                f"{', '.join(_BYTES)}, and quantised ones not at all"
+                f"{', '.join(STORED_BYTES)}, and quantised ones not at all"
             )
 
     def stored_dtype(self) -> str:
@@ -144,7 +145,7 @@ class Folder:
             for name, keys in self.files.items()
             for file in (self.reader(name).file,)
             for key in keys
-            if _BYTES.get(file.get_slice(key).get_dtype(), 0) > itemsize
+            if STORED_BYTES.get(file.get_slice(key).get_dtype(), 0) > itemsize
         ]
 
     def reader(self, name: str) -> Reader:

@@ -12,7 +12,14 @@ from tokenyard import ConfigError, LoraAdapter, LoraSettings
 from tokenyard.lora import adapters
 from tokenyard.sharded import local_shard
 from tokenyard_models.families._boxes import slices
-from tokenyard_models.hf._folder import Reader, WeightsError, is_hf_folder, read_json
+from tokenyard_models.hf._folder import (
+    STORED_BYTES,
+    Reader,
+    WeightsError,
+    is_hf_folder,
+    read_json,
+)
+from tokenyard_models.hf._peft_config import check_config, is_targeted
 from tokenyard_models.hf._peft_places import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -22,31 +29,13 @@ from tokenyard_models.hf._peft_places import (
     places_of,
 )
 
-_READ: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": (None, "none"),
-    "use_dora": (None, False),
-    "fan_in_fan_out": (None, False),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layer_replication": (None,),
-}
-"""Keys of adapter_config.json -> the values that are read."""
-
-
 class PeftFolder:
     """A folder of LoRA adapters that PEFT wrote. Raises WeightsError for what is not read."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.config = read_json(self.path / ADAPTER_CONFIG)
-        for key, values in _READ.items():
-            if self.config.get(key) not in values:
-                raise WeightsError(
-                    f"{self.path / ADAPTER_CONFIG} has {key} {self.config.get(key)!r}; read is "
-                    f"{values[0]!r} only: merge the adapters by PEFT's merge_and_unload"
-                )
+        check_config(self.config, self.path / ADAPTER_CONFIG)
         if not (self.path / ADAPTER_WEIGHTS).exists():
             raise WeightsError(
                 f"{self.path} holds no {ADAPTER_WEIGHTS}; save the adapters by PEFT again"
@@ -55,6 +44,7 @@ class PeftFolder:
         # PEFT also saves the weight of a head that has an adapter
         keys: list[str] = list(self._reader.file.keys())
         self._keys = {key for key in keys if not key.endswith(f"{INNER}weight")}
+        self._check_tensors()
 
     @property
     def settings(self) -> LoraSettings:
@@ -84,11 +74,14 @@ class PeftFolder:
     def targets(self, model: nn.Module) -> list[str]:
         """Return the names of the model's weights that have adapters here.
 
-        Raises WeightsError for an adapter that is of none of them.
+        Raises WeightsError for an adapter that is of none of them, or of another set than
+        adapter_config.json names.
         """
         used: set[str] = set()
         names = []
         for name, places in places_of(model).items():
+            for place in places:
+                self._check_targeted(place)
             keys = {key for place in places for key in self._of(place) if key in self._keys}
             if keys:
                 names.append(name)
@@ -106,6 +99,7 @@ class PeftFolder:
 
         Raises WeightsError for a matrix of another shape.
         """
+        self.targets(model)  # compares what the folder holds
         places = places_of(model)
         for name, _, adapter in adapters(model):
             for target in adapter.targets:
@@ -116,6 +110,38 @@ class PeftFolder:
                     shard, first = local_shard(matrix)
                     box = tuple((o, o + n) for o, n in zip(first, shard.shape))
                     shard.copy_(value[slices(box)])
+
+    def _check_tensors(self) -> None:
+        """Raise WeightsError for A without B, B without A, and for numbers that are no floats."""
+        path = self.path / ADAPTER_WEIGHTS
+        for key in sorted(self._keys):
+            for one, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+                if f".{one}." in key and key.replace(one, other) not in self._keys:
+                    raise WeightsError(
+                        f"{path} holds {key} without its {other}; save the adapters by PEFT again"
+                    )
+            dtype = self._reader.file.get_slice(key).get_dtype()
+            if dtype not in STORED_BYTES:
+                raise WeightsError(
+                    f"{key} in {path} is {dtype}; weights are read in {', '.join(STORED_BYTES)}"
+                )
+
+    def _check_targeted(self, place: Place) -> None:
+        """Raise WeightsError if only one of adapter_config.json and the weights has an adapter."""
+        a, _ = self._of(place)
+        config = self.path / ADAPTER_CONFIG
+        targeted = is_targeted(self.config, place)
+        if targeted is True and a not in self._keys:
+            key = a or f"an adapter of {place.module}.{place.parameter}"
+            raise WeightsError(
+                f"{self.path / ADAPTER_WEIGHTS} lacks {key}, which {config} names as a target; "
+                "save the adapters by PEFT again"
+            )
+        if targeted is False and a in self._keys:
+            raise WeightsError(
+                f"{self.path / ADAPTER_WEIGHTS} holds {a}, and {config} names no such target, so "
+                "PEFT leaves it out; save the adapters by PEFT again"
+            )
 
     def _of(self, place: Place) -> tuple[str, str]:
         """Return the names of A and B."""
@@ -147,15 +173,28 @@ class PeftFolder:
             if part is None:
                 continue
             if a.dim() == 3:
-                part = (part[0].unflatten(0, (len(a), -1)), _experts_first(part[1], len(a)))
+                part = self._by_expert(part, len(a), target)
             for target_part, value in zip((a_part, b_part), part):
                 if target_part.shape != value.shape:
-                    raise WeightsError(
-                        f"{self.path / ADAPTER_WEIGHTS} has an adapter of {target} of the shape "
-                        f"{list(value.shape)}, and the model's is {list(target_part.shape)}"
-                    )
+                    raise self._wrong_shape(target, value, f"{list(target_part.shape)}")
                 target_part.copy_(value)
         return a, b
+
+    def _by_expert(
+        self, part: tuple[Tensor, Tensor], experts: int, target: str
+    ) -> tuple[Tensor, Tensor]:
+        """Return A [E, rank, columns] and B [E, rows, rank] of PEFT's matrices for all experts."""
+        a, b = part
+        for matrix, dimension in ((a, 0), (b, 1)):
+            if matrix.dim() != 2 or matrix.shape[dimension] % experts:
+                raise self._wrong_shape(target, matrix, f"of {experts} experts")
+        return a.unflatten(0, (experts, -1)), _experts_first(b, experts)
+
+    def _wrong_shape(self, target: str, value: Tensor, wanted: str) -> WeightsError:
+        return WeightsError(
+            f"{self.path / ADAPTER_WEIGHTS} has an adapter of {target} of the shape "
+            f"{list(value.shape)}, and the model's is {wanted}"
+        )
 
 
 def is_peft(path: Path) -> bool:

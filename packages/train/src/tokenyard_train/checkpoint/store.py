@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +31,7 @@ log = logging.getLogger("tokenyard")
 def checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a run's folder, oldest first; none if there is no folder.
 
-    Raises CheckpointError if the folder cannot be listed.
+    A file or a link to nothing that has the name of a checkpoint is one, and is damaged. Raises CheckpointError if the folder cannot be listed.
     """
     try:
         paths = list(folder.iterdir())
@@ -41,7 +42,7 @@ def checkpoints(folder: Path) -> list[Path]:
             f"folder {folder} cannot be listed ({error.strerror}), so its checkpoints are unknown; "
             "give this user the right to read it"
         ) from None
-    folders = [path for path in paths if _NAME.fullmatch(path.name) and path.is_dir()]
+    folders = [path for path in paths if _NAME.fullmatch(path.name)]
     return sorted(folders, key=lambda path: int(path.name[2:]))
 
 
@@ -56,7 +57,7 @@ def newest_good(folder: Path) -> Path | None:
     for name in reversed(names):
         if (fault := find_fault(folder / name)) is None:
             return folder / name
-        if not on_rank0((folder / name).exists):
+        if not on_rank0(partial(os.path.lexists, folder / name)):
             return newest_good(folder)  # another process pruned it, and may have saved a newer one
         faults.append(fault)
         if is_rank0():

@@ -38,6 +38,8 @@ from tokenyard_train.engine.resume import load_checkpoint
 
 log = logging.getLogger("tokenyard")
 
+_MEGABLOCKS = "megablocks.json"  # in a folder that `to_megablocks` wrote
+
 
 class LoadedModel(NamedTuple):
     """A model with weights, its precision and its tokenizer."""
@@ -109,6 +111,7 @@ def load_trained(
     if precision is not None:
         check_precision(precision, "--precision")
     if is_hf_folder(path):
+        _refuse_base(path, base)
         return _load_hf_folder(path, target, precision)
     if is_peft(path):
         return _load_adapters(path, target, precision, base)
@@ -125,6 +128,7 @@ def load_weights_only(
     are read in `dtype` (default: the folder's).
     """
     if is_hf_folder(path):
+        _refuse_base(path, base)
         model = from_hf(path, dtype=dtype)
         return LoadedModel(model, None, TokenizerConfig(name=str(path)), path, source=path)
     if is_peft(path):
@@ -161,6 +165,11 @@ def _load_run(path: Path, overrides: dict[str, Any], base: Path | None) -> Loade
     loaded = read_newest(path, lambda newest: _load_checkpoint(newest, overrides, base))
     if loaded is None and str(path).startswith("hf:/"):
         raise ConfigError(f"{path} is the form of load_path; leave hf:// out here")
+    if loaded is None and (path / _MEGABLOCKS).is_file():
+        raise ConfigError(
+            f"{path} is in MegaBlocks' format, which is written and not read; give the run or the "
+            "folder that it was written from"
+        )
     if loaded is None:
         raise ConfigError(
             f"{path} holds no checkpoint; give the folder of a run, such as runs/quickstart, "
@@ -174,6 +183,8 @@ def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any], base: Path | N
     # The batch size of one process. The weights come from the checkpoint, not from load_path.
     inference = {"global_train_batch_size": 1, "device_train_microbatch_size": 1, "load_path": None}
     meta = read_meta(checkpoint)
+    if meta["base"] is None:
+        _refuse_base(checkpoint, base)
     saved = comparable_config(meta["config"]) | inference | overrides
     config = read_config(saved, needs_tokenizer=False)
     _, model = build_model(config)
@@ -189,6 +200,15 @@ def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any], base: Path | N
     return LoadedModel(
         model, config.precision, config.tokenizer, checkpoint, digest, saved_ids, source
     )
+
+
+def _refuse_base(path: Path, base: Path | None) -> None:
+    """Raise ConfigError for a base of weights that are no adapters."""
+    if base is not None:
+        raise ConfigError(
+            f"--base {base} has no effect, because {path} holds a whole model and no adapters; "
+            "leave it out"
+        )
 
 
 def _hf_source(load_path: str | None) -> Path | None:

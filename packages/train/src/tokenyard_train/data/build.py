@@ -193,6 +193,6 @@ def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer, key: str) -> Ids:
             )
         parts += [counter.encode(document).astype(dtype, copy=False), end]
     if not parts:
-        raise ConfigError(f"{key}: there is no text; every file that it names is empty")
+        raise ConfigError(f"{key}: there is no text; every document that it names is empty or null")
     counter.loss.warn(key)
     return np.concatenate(parts)

@@ -147,10 +147,13 @@ def _differences(saved: Any, current: Any, explicit: Any, path: str = "") -> lis
     """List the differences of two dumped configs, at any depth.
 
     An old checkpoint lacks new keys. Such a key counts as changed only if the current config sets
-    it to another value than its default: if it is in `explicit`.
+    it to another value than its default: if it is in `explicit`. Of sections with another name,
+    only the name is listed.
     """
     if not (isinstance(saved, dict) and isinstance(current, dict)):
         return [] if saved == current else [Difference(path, saved, current)]
+    if saved.get("name") != current.get("name"):  # other keys differ only because of it
+        return [Difference(f"{path}.name".lstrip("."), saved.get("name"), current.get("name"))]
     differences = []
     for key in sorted(saved.keys() | (current.keys() & explicit.keys())):
         below = f"{path}.{key}".lstrip(".")

@@ -46,6 +46,7 @@ def build_packed(
         read_rows(dataset, key), conversations, encode, settings.max_seq_len, dataset, key
     )
     encode.warn(key)
+    conversations.left_out.warn(key)
     return PackedDocuments(tokenized, settings.max_seq_len, settings.seed, dataset.shuffle)
 
 

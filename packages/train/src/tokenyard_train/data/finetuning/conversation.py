@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenyard import ConfigError
+from tokenyard_train.data.finetuning.left_out import LeftOut
 from tokenyard_train.data.finetuning.segment import Segment
 from tokenyard_train.data.finetuning.template import ChatTemplate, Message
 
@@ -37,6 +38,7 @@ class Conversations:
     def __init__(self, template: ChatTemplate | None, last_only: bool):
         self.template = template
         self.last_only = last_only
+        self.left_out = LeftOut()
 
     def segments(self, row: Any, location: str) -> list[Segment]:
         """Return the segments of a row. Raises ConfigError, one sentence that names `location`."""
@@ -48,11 +50,14 @@ class Conversations:
                 "write the chosen ones as messages"
             )
         if "messages" in row:
+            self.left_out.add_columns(row, ("messages", "tools"))
             return self._chat(row["messages"], row, location)
         answer = next((name for name in _ANSWERS if name in row), None)
         if "prompt" in row and answer is not None:
+            self.left_out.add_columns(row, ("prompt", answer))
             return self._prompt(row["prompt"], row[answer], answer, location)
         if "instruction" in row and "output" in row:
+            self.left_out.add_columns(row, ("instruction", "input", "output", "tools"))
             return self._chat(_question(row, location), row, location)
         raise ConfigError(f"{location} has {', '.join(map(str, row)) or 'no columns'}; {_WANTED}")
 
@@ -73,9 +78,13 @@ class Conversations:
             )
         tools = row.get("tools")
         if template.marks_answers:
-            return self._only_last(template.marked(checked, location, tools), location)
+            marked = template.marked(checked, location, tools)
+            whole = "".join(segment.text for segment in marked)
+            self.left_out.add_messages(checked, tools, whole, location)
+            return self._only_last(marked, location)
         answers = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
         text = template.render(checked, location, tools=tools)
+        self.left_out.add_messages(checked, tools, text, location)
         segments = []
         done = 0
         for i in answers[-1:] if self.last_only else answers:
@@ -132,6 +141,11 @@ def _checked(messages: Any, location: str) -> list[Message]:
                 "follow; mend the row, or leave it out"
             )
         where = f"{location}: message {number}, from {role!r},"
+        if message.get("weight") not in (None, 1):
+            raise ConfigError(
+                f"{where} has the weight {message['weight']!r}, which is not read: answers are "
+                "chosen by dataset.target_responses; leave weight out"
+            )
         if not message.get("tool_calls"):
             (_check_answer if role == "assistant" else _text)(message.get("content"), where)
         checked.append({name: value for name, value in message.items() if value is not None})

@@ -135,19 +135,11 @@ def _refuse_unless_text(file: Path, suffix: str, text_suffixes: Collection[str])
         )
 
 
-_NUL_SHARE = 4  # a text is refused if more than one byte in so many is NUL
-
-
 def _read_text(file: Path, compression: str, text_key: str) -> Documents:
     with open_decompressed(file, compression) as stream:
         text = stream.read(MAX_DOCUMENT_BYTES + 1)
         check_size(len(text), str(file))
     text = checked_text(text, str(file))
-    if text.count(0) * _NUL_SHARE > len(text):
-        raise ConfigError(
-            f"{file} has {text.count(0):,} NUL bytes, as UTF-16 without a byte order mark or a "
-            "binary file has; convert it, or leave it out"
-        )
     if _suffixes(file.name)[0] in _SNIFFED and _JSON_ROW.match(text):
         raise ConfigError(
             f"{file} holds rows of JSON, and its name says text; name it .jsonl, "

@@ -17,6 +17,7 @@ _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+_NUL_SHARE = 4  # a text is refused if more than one byte in so many is NUL
 _PIECE = 1 << 20  # bytes that are decoded at a time, to check them
 
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
@@ -73,7 +74,7 @@ def no_column(text_key: str, columns: list[str], location: str) -> ConfigError:
 def checked_text(text: bytes, location: str) -> bytes:
     """Return UTF-8 text without the byte order mark at its start.
 
-    Raises ConfigError if it is not UTF-8, or larger than MAX_DOCUMENT_BYTES.
+    Raises ConfigError if it is not UTF-8, larger than MAX_DOCUMENT_BYTES, or full of NUL bytes.
     """
     check_size(len(text), location)
     for mark, encoding in _BYTE_ORDER_MARKS.items():
@@ -86,6 +87,11 @@ def checked_text(text: bytes, location: str) -> bytes:
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         raise ConfigError(f"{location} is not UTF-8 text; convert it, or leave it out") from None
+    if text.count(0) * _NUL_SHARE > len(text):
+        raise ConfigError(
+            f"{location} has {text.count(0):,} NUL bytes, as UTF-16 without a byte order mark or "
+            "binary data has; convert it, or leave it out"
+        )
     return text.removeprefix(codecs.BOM_UTF8)
 
 
