@@ -265,6 +265,16 @@ def test_a_split_of_a_dataset_without_splits_is_refused(tmp_path):
         read(hf_name=str(tmp_path / "saved"), split="test")
 
 
+def test_a_split_that_a_saved_dataset_lacks_is_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["one"]})
+    datasets.DatasetDict({"fit": rows, "test": rows}).save_to_disk(str(tmp_path / "saved"))
+    assert read(hf_name=str(tmp_path / "saved"), split="fit") == [b"one"]
+    for split in ({"split": "dev"}, {}):
+        with pytest.raises(ConfigError, match=r"split is '(dev|train)', .*has the splits fit, tes"):
+            read(hf_name=str(tmp_path / "saved"), **split)
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_dataset_of_text_files_is_refused(tmp_path, streaming, monkeypatch):
     pytest.importorskip("datasets")

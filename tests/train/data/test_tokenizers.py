@@ -13,6 +13,7 @@ from tokenyard_train.data import BytesTokenizer, build_tokenizer
 from tokenyard_train.data.build import tokenize
 from tokenyard_train.data.packing import pack
 from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.unused_keys import check_tokenizer
 
 TEXT = "The café — naïve ✓ 東京 costs 3.50 €.\n\tdef f(x):\n        return x ** 2\n" * 3
 
@@ -341,3 +342,38 @@ def test_text_that_a_tokenizer_keeps_is_not_counted(tmp_path, tokenizer, caplog)
     assert [r.getMessage().partition(",")[0] for r in caplog.records] == [
         "dataset: 1 documents contain the text of the end-of-document token"
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: [*lines[:-1], lines[-1].rpartition(" ")[0] + " 3"], "two tokens of one id"),
+        (lambda lines: lines[4:], "no token for 4 of the 256 bytes"),
+        (lambda lines: [], "no token for 256 of the 256 bytes"),
+    ],
+)
+def test_ranks_that_are_not_whole(ranks, tmp_path, change, said):
+    """tiktoken would panic, perhaps at a later text."""
+    (tmp_path / "bad").write_text("\n".join(change(ranks.read_text().splitlines())) + "\n")
+    with pytest.raises(ConfigError, match=rf"kwargs.file: .*bad has {said}; copy the file again"):
+        build_tokenizer(tiktoken(ranks, file=str(tmp_path / "bad")))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"file": "x", "encoding_name": "gpt2"}, "has file 'x' and encoding_name 'gpt2'; give one"),
+        (
+            {"encoding_name": "gpt2", "model_name": "gpt-4"},
+            "has encoding_name 'gpt2' and model_name 'gpt-4'; give one of them",
+        ),
+        (
+            {"encoding_name": "gpt2", "pattern": "x"},
+            ".pattern is 'x', which has no effect beside encoding_name; .* it is for file",
+        ),
+    ],
+)
+def test_options_of_tiktoken_that_exclude_each_other(kwargs, said):
+    config = parse(TokenizerConfig, {"name": "tiktoken", "kwargs": kwargs})
+    with pytest.raises(ConfigError, match=rf"tokenizer.kwargs ?{said}"):
+        check_tokenizer(config)

@@ -75,6 +75,7 @@ def _from_file(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
         )
     try:
         ranks = load_tiktoken_bpe(str(path))
+        _check_ranks(ranks, path)
         _check_special_ids(kwargs.special_tokens, ranks)
         return tiktoken.Encoding(
             path.name,
@@ -89,6 +90,19 @@ def _from_file(tiktoken: Any, kwargs: TiktokenKwargs) -> Any:
             f"tokenizer.kwargs.file: {path} is not a file of ranks, or the pattern is no regular "
             f"expression: {error}"
         ) from None
+
+
+def _check_ranks(ranks: dict[bytes, int], path: Path) -> None:
+    """Raise ConfigError for an id of two tokens, and for bytes without a token.
+
+    tiktoken panics at the first, and at the first text with such a byte.
+    """
+    missing = [i for i in range(256) if bytes([i]) not in ranks]
+    problem = f"no token for {len(missing)} of the 256 bytes" if missing else ""
+    if len(set(ranks.values())) != len(ranks):
+        problem = "two tokens of one id"
+    if problem:
+        raise ConfigError(f"tokenizer.kwargs.file: {path} has {problem}; copy the file again")
 
 
 def _check_special_ids(special: dict[str, int], ranks: dict[bytes, int]) -> None:

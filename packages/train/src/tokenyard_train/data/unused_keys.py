@@ -52,6 +52,15 @@ def check_tokenizer(config: TokenizerConfig, eos_key: str = "tokenizer.eos_token
     if given and config.name != "tiktoken":
         name = "bytes" if config.name == "bytes" else file
         raise _no_effect("tokenizer.kwargs", given, f"with {name}", "tiktoken")
+    names = [key for key in ("file", "encoding_name", "model_name") if key in given]
+    for key in names[1:]:
+        raise ConfigError(
+            f"tokenizer.kwargs has {names[0]} {given[names[0]]!r} and {key} {given[key]!r}; give "
+            "one of them"
+        )
+    for key in ("pattern", "special_tokens"):
+        if key in given and names and names[0] != "file":
+            raise _no_effect(f"tokenizer.kwargs.{key}", given[key], f"beside {names[0]}", "file")
 
 
 def _given(source: Source | RowSource) -> dict[str, Any]:

@@ -79,7 +79,13 @@ def _refuse_lines(dataset: Any, name: str, key: str) -> None:
 def _split_of(saved: Any, source: Source | RowSource, key: str) -> Any:
     """Return a split of what `save_to_disk` wrote. Raises ConfigError if it has no such split."""
     if isinstance(saved, dict):
-        return saved[source.split or "train"]
+        split = source.split or "train"
+        if split not in saved:
+            raise ConfigError(
+                f"{key_below(key, 'split')} is {split!r}, and {key_below(key, 'hf_name')} "
+                f"{source.hf_name!r} has the splits {', '.join(saved)}; give one of them"
+            )
+        return saved[split]
     if source.split not in (None, str(saved.split)):
         raise ConfigError(
             f"{key_below(key, 'split')} is {source.split!r}, and {key_below(key, 'hf_name')} {source.hf_name!r} is one dataset "
