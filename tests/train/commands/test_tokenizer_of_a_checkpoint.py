@@ -10,13 +10,16 @@ pytest.importorskip("tokenizers")
 
 import tokenizers
 
+from tokenyard import ConfigError
 from tokenyard_models import to_hf
 from tokenyard_train.checkpoint import CheckpointError, read_meta
 from tokenyard_train.commands import load_model
+from tokenyard_train.commands.check import check
 from tokenyard_train.commands.convert import convert
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.load_model import load_weights_only
-from tokenyard_train.commands.options import ConvertOptions, GenerateOptions
+from tokenyard_train.commands.options import ConvertOptions, GenerateOptions, RoutingOptions
+from tokenyard_train.commands.routing import measure
 from tokenyard_train.commands.train import train
 
 MIXTRAL = {"name": "mixtral", "size": "tiny", "hidden_size": 32, "intermediate_size": 24}
@@ -171,3 +174,62 @@ def test_a_checkpoint_of_an_older_version_records_no_stop_ids(run, tmp_path, mon
     (tmp_path / "tok" / "generation_config.json").write_text('{"eos_token_id": 13}')
     generate(greedy(run))
     assert "end ids" not in caplog.text
+
+
+def write_small(folder, characters="0123456789 timesao,.\n"):
+    """Write a tokenizer.json of a few characters, as it is without transformers' files."""
+    folder.mkdir()
+    vocab = {c: i for i, c in enumerate(dict.fromkeys(characters))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return folder
+
+
+@pytest.fixture
+def small(config, tmp_path):
+    """A run of one batch with a tokenizer of a few characters."""
+    tokenizer = {"name": str(write_small(tmp_path / "few"))}
+    return train(
+        config(max_duration="1ba", model=MIXTRAL, tokenizer=tokenizer), Console(quiet=True)
+    ).folder
+
+
+def test_prompts_and_text_that_the_tokenizer_changes_are_named(
+    config, small, tmp_path, caplog, tokenyard
+):
+    said = "{}: 1 {} contain characters that the tokenizer drops or changes (1 different ones, such"
+    generate(GenerateOptions(small, ["3 times", "3 \u6771 times"], 2, 0.0, device="cpu"))
+    assert said.format("--prompt", "prompts") in caplog.text
+    caplog.clear()
+    (tmp_path / "a.txt").write_text("3 times \u6771 is")
+    measure(RoutingOptions(small, tmp_path / "a.txt", device="cpu"))
+    assert said.format("--data", "documents") in caplog.text
+    caplog.clear()
+    callback = {"generate_callback": {"prompts": ["3 \u6771"]}}
+    tokenizer = {"name": str(tmp_path / "few")}
+    check(config(tokenizer=tokenizer, callbacks=callback, model=MIXTRAL), Console(quiet=True))
+    assert said.format("callbacks.generate_callback.prompts", "prompts") in caplog.text
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_not_exported(small, tmp_path):
+    other = write_tokenizer(tmp_path / "other")
+    for options in ({"tokenizer": "bytes"}, {"tokenizer": str(other)}, {"like": other}):
+        with pytest.raises(ConfigError, match=r"--(tokenizer|like) .* has 257 ids, and the model"):
+            convert(ConvertOptions(small, tmp_path / "hf", **options), Console(quiet=True))
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "dbrx", "olmoe"])
+def test_transformers_reads_the_exported_tokenizer_as_it_was_trained_with(config, tmp_path, name):
+    """Without a class, transformers takes that of the model, which splits text by its own rules."""
+    transformers = pytest.importorskip("transformers", minversion="5.14")
+    folder = write_small(tmp_path / "few")
+    settings = {"model": {"name": name, "size": "tiny"}, "tokenizer": {"name": str(folder)}}
+    run = train(config(max_duration="1ba", **settings), Console(quiet=True)).folder
+    convert(ConvertOptions(run, tmp_path / "hf"), Console(quiet=True))
+    want = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("3 times 10").ids
+    got = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert got("3 times 10", add_special_tokens=False)["input_ids"] == want

@@ -85,7 +85,7 @@ def test_text_that_is_empty_or_too_short(tmp_path, config):
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "empty.txt")}}
     with pytest.raises(
         ConfigError,
-        match=r"train_loader.dataset: there is no text; every document that it names is empty or null",
+        match=r"train_loader.dataset: there is no text; every document .* is empty or null",
     ):
         build_data(config(train_loader=loader).data())
     loader = {"name": "text", "dataset": {"path": str(tmp_path / "short.txt")}}

@@ -29,6 +29,7 @@ from tokenyard_models.hf._peft_places import (
     places_of,
 )
 
+
 class PeftFolder:
     """A folder of LoRA adapters that PEFT wrote. Raises WeightsError for what is not read."""
 

@@ -12,7 +12,12 @@ from tokenyard import ConfigError, Model, TokenyardError
 from tokenyard_train.config.schema import GenerateCallback, TrainConfig
 from tokenyard_train.data import Data
 from tokenyard_train.engine.callback import Callback
-from tokenyard_train.engine.sampling import Sampling, continue_texts, encode_prompts
+from tokenyard_train.engine.sampling import (
+    Sampling,
+    continue_texts,
+    encode_prompts,
+    warn_of_loss,
+)
 from tokenyard_train.engine.state import Run
 
 log = logging.getLogger("tokenyard")
@@ -30,6 +35,7 @@ class TextGenerator(Callback):
             encode_prompts(model, data.tokenizer, self.config.prompts)
         except ConfigError as error:
             raise ConfigError(f"callbacks.generate_callback.prompts: {error}") from None
+        warn_of_loss(data.tokenizer, self.config.prompts, "callbacks.generate_callback.prompts")
 
     def batch_end(self, run: Run, record: Mapping[str, Any]) -> None:
         """Generate if the interval is due. `end` handles the last batch."""

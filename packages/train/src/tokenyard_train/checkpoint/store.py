@@ -31,7 +31,8 @@ log = logging.getLogger("tokenyard")
 def checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a run's folder, oldest first; none if there is no folder.
 
-    A file or a link to nothing that has the name of a checkpoint is one, and is damaged. Raises CheckpointError if the folder cannot be listed.
+    A file or a link to nothing that has the name of a checkpoint is one, and is damaged. Raises
+    CheckpointError if the folder cannot be listed.
     """
     try:
         paths = list(folder.iterdir())

@@ -17,11 +17,11 @@ from tokenyard_train.checkpoint import model_tensors, write_checkpoint
 from tokenyard_train.commands.export_tokenizer import exported_tokenizer
 from tokenyard_train.commands.load_model import load_weights_only
 from tokenyard_train.commands.options import ConvertOptions
-from tokenyard_train.data.stop_ids import tokenizer_folder, tokenizer_stop_ids
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.paths import HF
 from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.stop_ids import tokenizer_folder, tokenizer_stop_ids
 from tokenyard_train.folder_lock import lock_new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,10 +98,35 @@ def _write(options: ConvertOptions) -> str:
         to_megablocks(loaded.model, options.target, dtype=dtype)
     else:
         loaded = loaded.with_tokenizer(options.tokenizer)
+        _check_vocabulary(options, loaded.model)
         like = nullcontext(options.like) if options.like else exported_tokenizer(loaded)
         with like as folder:
             to_hf(loaded.model, options.target, like=folder, dtype=dtype, fused=options.fused)
     return _describe(loaded.model)
+
+
+def _check_vocabulary(options: ConvertOptions, model: Model) -> None:
+    """Raise ConfigError if the tokenizer of an option has ids that the model has no row for."""
+    named = {"--tokenizer": options.tokenizer}
+    if options.like is not None and (options.like / "tokenizer.json").is_file():
+        named["--like"] = str(options.like)
+    for option, name in named.items():
+        ids = 0 if name is None else _count_ids(TokenizerConfig(name=name), option)
+        if ids > model.vocab_size:
+            raise ConfigError(
+                f"{option} {name} has {ids} ids, and the model {model.vocab_size}; give the "
+                "tokenizer that the model was trained with"
+            )
+
+
+def _count_ids(config: TokenizerConfig, option: str) -> int:
+    """Return the ids of a tokenizer; 0 for one of --like that only transformers can build."""
+    try:
+        return build_tokenizer(config).vocab_size
+    except ConfigError:
+        if option == "--tokenizer":
+            raise
+        return 0
 
 
 def _describe(model: Model) -> str:

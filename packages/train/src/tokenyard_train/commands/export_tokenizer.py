@@ -14,12 +14,12 @@ from typing import Any
 from tokenyard import ConfigError
 from tokenyard_models.hf import TOKENIZER_FILES, is_hf_folder
 from tokenyard_train.commands.load_model import LoadedModel
-from tokenyard_train.data.stop_ids import tokenizer_folder
 from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
 from tokenyard_train.data import BytesTokenizer, build_tokenizer
 from tokenyard_train.data.hf_tokenizer import without_training_state
 from tokenyard_train.data.json_text import parse_json
 from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.stop_ids import tokenizer_folder
 from tokenyard_train.data.tiktoken_tokenizer import TiktokenTokenizer
 
 _END = "<|endoftext|>"
@@ -131,11 +131,15 @@ def _copy_tokenizer(config: TokenizerConfig, folder: Path) -> None:
     trained = _trained_json(tokenizer.read_bytes())
     if trained is not None:
         tokenizer.write_text(trained, encoding="utf-8")
+    options = folder / "tokenizer_config.json"
+    # Not `read_json`: transformers writes a model_max_length of 1e30.
+    given = parse_json(options.read_bytes()) if options.exists() else {}
+    # Without a class, transformers takes that of the model, with rules of its own for text.
+    written = {"tokenizer_class": "PreTrainedTokenizerFast"} | given
     if config.eos_token is not None:
-        options = folder / "tokenizer_config.json"
-        # Not `read_json`: transformers writes a model_max_length of 1e30.
-        given = parse_json(options.read_bytes()) if options.exists() else {}
-        _write_json(options, given | {"eos_token": config.eos_token})
+        written["eos_token"] = config.eos_token
+    if written != given:
+        _write_json(options, written)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

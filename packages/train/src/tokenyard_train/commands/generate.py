@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import GenerateOptions
-from tokenyard_train.engine.sampling import Sampling, continue_texts
+from tokenyard_train.engine.sampling import Sampling, continue_texts, warn_of_loss
 
 
 def generate(options: GenerateOptions) -> list[str]:
@@ -16,6 +16,7 @@ def generate(options: GenerateOptions) -> list[str]:
     loaded = loaded.with_tokenizer(options.tokenizer)
     tokenizer = loaded.build_tokenizer()
     stops = loaded.stop_ids()
+    warn_of_loss(tokenizer, options.prompts, "--prompt")
     sampling = Sampling(
         options.max_new_tokens, options.temperature, options.seed, stops, warn_when_full=True
     )

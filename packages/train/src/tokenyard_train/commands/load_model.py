@@ -20,12 +20,12 @@ from tokenyard_train.checkpoint import (
     read_newest,
     verify,
 )
-from tokenyard_train.data.stop_ids import tokenizer_stop_ids
 from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data import Tokenizer, build_tokenizer
 from tokenyard_train.data.paths import HF
 from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.stop_ids import tokenizer_stop_ids
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import (
     BF16_MASTER,

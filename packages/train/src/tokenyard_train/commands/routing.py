@@ -19,6 +19,7 @@ from tokenyard_train.commands.routing_counts import LayerReport, route
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.data.sources.files import find_files
 from tokenyard_train.data.sources.formats import read_file
+from tokenyard_train.data.text_loss import LossCounter
 from tokenyard_train.engine.sampling import check_vocabulary
 
 
@@ -76,16 +77,20 @@ def write_files(
 def _read_ids(data: Path, text_key: str, tokenizer: Tokenizer, limit: int) -> Tensor:
     """Read and tokenize at most `limit` tokens of text; each document ends with the end id."""
     ids: list[int] = []
+    counter = LossCounter(tokenizer)
     for file in find_files(str(data), (".txt",), "--data"):
         for document in filter(None, read_file(file, text_key, "--data")):
-            ids += [*tokenizer.encode(document).tolist(), tokenizer.end]
+            ids += [*counter.encode(document).tolist(), tokenizer.end]
             if len(ids) >= limit:
-                return torch.tensor(ids[:limit])
+                break
+        if len(ids) >= limit:
+            break
     if not ids:
         raise ConfigError(
             f"--data {str(data)!r} holds no text; give a file of text, or a folder of .txt files"
         )
-    return torch.tensor(ids)
+    counter.loss.warn("--data")
+    return torch.tensor(ids[:limit])
 
 
 def _print_table(layers: Sequence[LayerReport], tokens: int, console: Console) -> None:

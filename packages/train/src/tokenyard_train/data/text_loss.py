@@ -119,9 +119,7 @@ class LossCounter:
             pairs = enumerate(zip(text, kept))
             first = next((i for i, (a, b) in pairs if a != b), min(len(text), len(kept)))
             span = slice(max(0, first - 8), first + 8)
-            self.loss.example = (
-                self.loss.example or f"{ascii(text[span])} became {ascii(kept[span])}"
-            )
+            self.loss.example = self.loss.example or f"{text[span]!a} became {kept[span]!a}"
 
     def _lost_characters(self, document: bytes) -> set[str]:
         characters = set(document.decode("utf-8"))

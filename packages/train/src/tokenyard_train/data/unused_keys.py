@@ -58,9 +58,11 @@ def check_tokenizer(config: TokenizerConfig, eos_key: str = "tokenizer.eos_token
             f"tokenizer.kwargs has {names[0]} {given[names[0]]!r} and {key} {given[key]!r}; give "
             "one of them"
         )
-    for key in ("pattern", "special_tokens"):
-        if key in given and names and names[0] != "file":
-            raise _no_effect(f"tokenizer.kwargs.{key}", given[key], f"beside {names[0]}", "file")
+    for option in ("pattern", "special_tokens"):
+        if option in given and names and names[0] != "file":
+            raise _no_effect(
+                f"tokenizer.kwargs.{option}", given[option], f"beside {names[0]}", "file"
+            )
 
 
 def _given(source: Source | RowSource) -> dict[str, Any]:

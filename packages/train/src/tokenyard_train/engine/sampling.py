@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenyard import ConfigError, Model, TokenyardError
 from tokenyard_train.data import Tokenizer
+from tokenyard_train.data.text_loss import LossCounter
 from tokenyard_train.distributed import broadcast_from_rank0
 
 log = logging.getLogger("tokenyard")
@@ -75,6 +76,15 @@ def encode_prompts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -
     for prompt, ids in zip(prompts, prompt_ids):
         check_vocabulary(model, ids, f"the prompt {prompt[:40]!r}")
     return prompt_ids
+
+
+def warn_of_loss(tokenizer: Tokenizer, prompts: Sequence[str], location: str) -> None:
+    """Log a warning for prompts with text that the tokenizer drops or changes."""
+    counter = LossCounter(tokenizer)
+    for prompt in prompts:
+        counter.encode(_utf8(prompt))
+    counter.loss.ended = 0  # a prompt may end a turn or a document on purpose
+    counter.loss.warn(location, "prompts")
 
 
 def check_vocabulary(model: Model, ids: Collection[int], text: str) -> None:

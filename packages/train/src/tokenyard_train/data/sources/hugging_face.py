@@ -43,7 +43,8 @@ def _rows(dataset: Any, source: Source | RowSource, key: str) -> Iterator[tuple[
         raise
     except Exception as error:  # errors come from datasets, pyarrow and fsspec
         raise ConfigError(
-            f"{key_below(key, 'hf_name')} {source.hf_name!r} cannot be read after row {number}: {_reason(error)}"
+            f"{key_below(key, 'hf_name')} {source.hf_name!r} cannot be read after row {number}: "
+            f"{_reason(error)}"
         ) from None
 
 
@@ -62,7 +63,8 @@ def _load(source: Source | RowSource, key: str) -> Any:
         raise
     except Exception as error:  # errors come from datasets, the hub and fsspec, some bare
         raise ConfigError(
-            f"{key_below(key, 'hf_name')} {name!r}, split {split!r}, cannot be loaded: {_reason(error)}"
+            f"{key_below(key, 'hf_name')} {name!r}, split {split!r}, cannot be loaded: "
+            f"{_reason(error)}"
         ) from None
 
 
@@ -70,7 +72,10 @@ def _refuse_lines(dataset: Any, name: str, key: str) -> None:
     """Raise ConfigError for a folder of text files, of which each line would be a document."""
     if getattr(dataset.info, "builder_name", None) != "text":
         return
-    problem = f"{key_below(key, 'hf_name')} {name!r} holds files of text, and datasets makes a row of each line"
+    problem = (
+        f"{key_below(key, 'hf_name')} {name!r} holds files of text, and datasets makes a row of "
+        "each line"
+    )
     if Path(name).is_dir():
         raise ConfigError(f"{problem}; give the folder by path, so that each file is one document")
     log.warning("%s, so each line is a document", problem)
@@ -88,8 +93,9 @@ def _split_of(saved: Any, source: Source | RowSource, key: str) -> Any:
         return saved[split]
     if source.split not in (None, str(saved.split)):
         raise ConfigError(
-            f"{key_below(key, 'split')} is {source.split!r}, and {key_below(key, 'hf_name')} {source.hf_name!r} is one dataset "
-            f"without splits (saved from {saved.split}); leave split out"
+            f"{key_below(key, 'split')} is {source.split!r}, and {key_below(key, 'hf_name')} "
+            f"{source.hf_name!r} is one dataset without splits (saved from {saved.split}); "
+            "leave split out"
         )
     return saved
 
