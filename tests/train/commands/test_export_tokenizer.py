@@ -175,7 +175,8 @@ def test_a_tokenizer_without_a_limit_is_copied(tmp_path):
     (source / "tokenizer_config.json").write_text(json.dumps(options))
     _copy_tokenizer(TokenizerConfig(name=str(source), eos_token="<end>"), target)
     written = json.loads((target / "tokenizer_config.json").read_text())
-    assert written == options | {"eos_token": "<end>"}
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    assert written == options | named
 
 
 def test_the_text_of_the_end_token_is_text_to_an_exported_tokenizer_of_bytes(tmp_path):

@@ -202,3 +202,23 @@ def test_tokens_after_the_last_whole_window_are_counted(length, unused):
     mixture = Mixture({"a": samples, "b": samples}, {"a": 1, "b": 1}, seed=0)
     rest = f", {2 * unused} tokens at the ends unused" if unused else ""
     assert mixture.describe().endswith(f" samples of {length}{rest}")
+
+
+def test_held_out_text_that_is_the_training_text_is_named(config, text, tmp_path, caplog):
+    a, b = ({"path": str(text / name)} for name in ("a.txt", "b.txt"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n')
+    streams = {"dataset": {"streams": {"x": b, "y": a}}}
+    loaders = [
+        ({"dataset": a}, {"dataset": a}, "train_loader.dataset"),
+        (streams, {"dataset": a}, "train_loader.dataset.streams.y"),
+        (*[{"name": "finetuning", "dataset": {"path": str(rows)}}] * 2, "train_loader.dataset"),
+        ({"dataset": b}, {"dataset": a}, None),
+    ]
+    for train, held_out, key in loaders:
+        caplog.clear()
+        name = {"name": "text"}
+        build_data(config(train_loader=name | train, eval_loader=name | held_out).data())
+        said = [record.getMessage() for record in caplog.records]
+        same = f"eval_loader.dataset has the same text as {key}, so its score is of training text"
+        assert [message.startswith(same) for message in said] == [True] * (key is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
 from tokenyard_train.data.tokens import Ids, TokenFile, Tokens, ids_dtype
 from tokenyard_train.data.unused_keys import check_source, check_tokenizer, streams_of
 
+log = logging.getLogger("tokenyard")
+
+_SAME_TEXT = (
+    "eval_loader.dataset has the same text as %s, so bits_per_byte is that of training text"
+)
 _IN_MEMORY = 1 << 30  # bytes of text that may be tokenized at start-up
 
 
@@ -52,13 +58,19 @@ class Data:
         if isinstance(self.train, PackedDocuments):
             packed = {"train_loader.dataset": self.train.identity()}
             return {"tokenizer": self.tokenizer.identity} | packed
-        if isinstance(self.train, Samples):
-            streams = {"train_loader.dataset": self.train}
-        else:
-            prefix = "train_loader.dataset.streams"
-            streams = {f"{prefix}.{name}": stream for name, stream in self.train.streams.items()}
+        streams = _streams(self.train)
         digests = {key: _identity(stream.tokens) for key, stream in streams.items()}
         return {"tokenizer": self.tokenizer.identity} | digests
+
+
+def _streams(train: Samples | Mixture | PackedDocuments) -> dict[str, Samples]:
+    """Return the streams of training text by config key; none of packed documents."""
+    if isinstance(train, PackedDocuments):
+        return {}
+    if isinstance(train, Samples):
+        return {"train_loader.dataset": train}
+    prefix = "train_loader.dataset.streams"
+    return {f"{prefix}.{name}": stream for name, stream in train.streams.items()}
 
 
 def _identity(tokens: Tokens) -> str:
@@ -79,8 +91,13 @@ def build_data(settings: DataSettings) -> Data:
     limits = (settings.eval_batch_size, settings.eval_batches)
     if isinstance(loader, FinetuningLoader):
         rows = build_packed(loader.dataset, settings, tokenizer, "eval_loader.dataset")
+        if isinstance(train, PackedDocuments) and rows.identity() == train.identity():
+            log.warning(_SAME_TEXT, "train_loader.dataset")
         return Data(tokenizer, train, PackedHeldOut(rows, *limits))
     tokens = _loader_tokens(loader, tokenizer, "eval_loader")
+    for key, stream in _streams(train).items():
+        if len(stream.tokens) == len(tokens) and _identity(stream.tokens) == _identity(tokens):
+            log.warning(_SAME_TEXT, key)
     with _named("eval_loader.dataset"):
         return Data(tokenizer, train, HeldOut(tokens, settings.max_seq_len, *limits))
 

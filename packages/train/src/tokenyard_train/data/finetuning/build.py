@@ -124,7 +124,8 @@ def _tokenize(
     if dropped:
         log.warning("%s: %d rows are longer than max_seq_len; dropped", key, dropped)
     if not documents:
-        raise ConfigError(f"{key} has no row that can be trained on; every file is empty")
+        reason = f"all {dropped} are longer than max_seq_len" if dropped else "every file is empty"
+        raise ConfigError(f"{key} has no row that can be trained on; {reason}")
     ids, targets = (np.concatenate(parts) for parts in zip(*documents))
     ends = np.cumsum([len(document.ids) for document in documents])
     return TokenizedDocuments(ids, targets, ends)
