@@ -34,9 +34,7 @@ from tokenyard_train.data.unused_keys import check_source, check_tokenizer, stre
 
 log = logging.getLogger("tokenyard")
 
-_SAME_TEXT = (
-    "eval_loader.dataset has the same text as %s, so bits_per_byte is that of training text"
-)
+_SAME_TEXT = "eval_loader.dataset has the same text as %s, so its score is of training text"
 _IN_MEMORY = 1 << 30  # bytes of text that may be tokenized at start-up
 
 
