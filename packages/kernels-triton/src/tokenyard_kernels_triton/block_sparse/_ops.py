@@ -127,7 +127,7 @@ def _write_product(
     block = sparse.block
     width = dense.shape[-1]
     machine = (dense.dtype, shared_memory(dense.device), _even(dense) and _even(out))
-    tiling = dense_output_tiling(block, *machine, width)
+    tiling = dense_output_tiling(block, *machine, width, dense.stride(-1) != 1)
     rows = sparse.columns if transposed else sparse.rows
     tiles = rows * (block // tiling.rows) * ceil_div(width, tiling.columns)
     launch(_block_sparse.sparse_times_dense, (tiles,))(

@@ -51,23 +51,39 @@ _LARGE = {64: Tiling(64, 256, 64, 4, 3), 128: Tiling(128, 256, 64, 8, 3)}
 _SMALL = {64: Tiling(64, 128, 32, 4, 3), 128: Tiling(128, 128, 32, 8, 3)}
 
 
+_DEEPER = replace(_LARGE[128], stages=4)
+_BY_DEPTH = Tiling(128, 128, 64, 4, 4)
+"""For a dense operand whose columns are contiguous: faster than wide tiles on an H200."""
+
+
 def sparse_output_tiling(block: int, dtype: torch.dtype, shared: int, even: bool) -> Tiling:
     """Return the tile of a dense @ dense matmul, given the shared memory of a program in bytes.
 
     `even` says that dense operands have strides of a multiple of 16 bytes. Others are addressed
     number by number, which takes registers.
     """
+    tiling = _tiling(block, dtype, shared, even)
+    deeper = tiling == _LARGE[128] and shared >= _DEEPER.shared()
+    return _DEEPER if deeper else tiling
+
+
+def dense_output_tiling(
+    block: int, dtype: torch.dtype, shared: int, even: bool, width: int, by_depth: bool
+) -> Tiling:
+    """Return the tile of a sparse @ dense matmul whose output has `width` columns.
+
+    `by_depth` says that the columns of the dense operand are contiguous, not its rows.
+    """
+    tiling = _tiling(block, dtype, shared, even)
+    if by_depth and tiling == _LARGE[128]:
+        return _BY_DEPTH
+    return replace(tiling, columns=128) if width <= 128 < tiling.columns else tiling
+
+
+def _tiling(block: int, dtype: torch.dtype, shared: int, even: bool) -> Tiling:
     if INTERPRETED.value:
         return _INTERPRETER[block]
     if dtype == torch.float32:
         return _FLOAT32
     large = _LARGE[block]
     return large if even and shared >= large.shared() else _SMALL[block]
-
-
-def dense_output_tiling(
-    block: int, dtype: torch.dtype, shared: int, even: bool, width: int
-) -> Tiling:
-    """Return the tile of a sparse @ dense matmul whose output has `width` columns."""
-    tiling = sparse_output_tiling(block, dtype, shared, even)
-    return replace(tiling, columns=128) if width <= 128 < tiling.columns else tiling
