@@ -25,3 +25,15 @@ def test_a_layer_of_bfloat16(device):
     assert notes == {"dense": None, "torch": None, "grouped_mm": None, "cpu": notes["cpu"]}
     assert "the device is 'cuda'" in notes["cpu"]
     assert all(r["launches"] > 10 for r in records if "launches" in r)
+
+
+def test_launches_of_few_tokens(device):
+    sweep = Sweep([Shape("small", 8, 256, 256, 8, 2)], ["bf16"], ["natural"], device, repetitions=5)
+    cases = bench_layer(sweep, "triton,torch", "none", Console(quiet=True), launches=True)
+    records = {r["contestant"]: r for records in cases for r in records if "idle" in r}
+    for record in records.values():
+        assert 0 < record["host"]["forward"] < record["host"]["step"]
+        assert record["idle"]["step"] > 0.5 * record["host"]["step"]
+    fast = records["triton"]
+    assert 0 < fast["graph"]["forward"] < fast["idle"]["forward"]
+    assert fast["graph"]["forward"] < fast["graph"]["step"] < fast["idle"]["step"]

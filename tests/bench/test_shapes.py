@@ -29,3 +29,13 @@ def test_all_shapes_are_those_of_the_machine():
         n for n in SHAPES if n != "cpu"
     ]
     assert [shape.name for shape in parse_shapes(["all"], gpu=False)] == ["cpu"]
+
+
+def test_tokens_replace_those_of_every_shape():
+    shapes = parse_shapes(["cpu", "64,8,8,8,2"], gpu=False, tokens=[1, 8, 8])
+    assert [(shape.name, shape.tokens) for shape in shapes] == [
+        ("cpu", 1),
+        ("cpu", 8),
+        ("64,8,8,8,2", 1),
+        ("64,8,8,8,2", 8),
+    ]

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
-from tokenyard import resolve_device
+from tokenyard import ConfigError, resolve_device
 from tokenyard.errors import one_of
 from tokenyard.measure.machine import describe_machine
 from tokenyard_bench.case import DTYPES, ROUTINGS, RoutingKind
@@ -31,7 +31,9 @@ from tokenyard_cli.results import Record, read_results, write_results
 def run_layer(options: LayerOptions, console: Console) -> None:
     """Measure layers. Print tables; write ``layer.json`` and ``layer.png``. Raises ConfigError."""
     sweep = _sweep(options, options.activation)
-    cases = bench_layer(sweep, options.backends, options.peers, console)
+    if options.launches and sweep.device.type != "cuda":
+        raise ConfigError(f"--launches is for a GPU, and --device is {options.device!r}")
+    cases = bench_layer(sweep, options.backends, options.peers, console, options.launches)
     path, content = _write("layer", options, sweep, cases, lambda r: print_layers(r, console))
     picture = path.with_suffix(".png")
     efficiency_bars(content["records"], content["machine"], picture)
@@ -76,7 +78,7 @@ def _sweep(options: CaseOptions, activation: str = "swiglu") -> Sweep:
     for routing in options.routings:
         one_of("--routing", routing, ROUTINGS)
     return Sweep(
-        parse_shapes(options.shapes, device.type == "cuda"),
+        parse_shapes(options.shapes, device.type == "cuda", options.tokens),
         options.dtypes,
         cast(list[RoutingKind], options.routings),
         device,

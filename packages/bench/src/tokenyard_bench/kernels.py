@@ -59,7 +59,8 @@ def _piece_record(name: str, piece: Piece, spreads: dict[str, list[Spread]]) -> 
 
 
 def _layer_record(case: Case, layer: Entrant, step: Spread) -> Record:
-    kernels = trace(layer.stages(case), case.workload.device).kernels
+    profile = trace(layer.stages(case), case.workload.device)
+    kernels = profile.kernels
     busy = sum(kernel.milliseconds for kernel in kernels)
     # Time without a kernel. Not negative: on a CPU the profiler itself makes the kernels slower.
     gap = max(0.0, step.median - busy)
@@ -67,6 +68,7 @@ def _layer_record(case: Case, layer: Entrant, step: Spread) -> Record:
         "layer": layer.name,
         "ms": step._asdict(),
         "kernels": [kernel._asdict() for kernel in kernels],
+        "sequence": [kernel._asdict() for kernel in profile.sequence],
         "busy_ms": round(busy, 5),
         "gap_ms": round(gap, 5),
     }

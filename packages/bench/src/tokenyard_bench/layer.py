@@ -13,6 +13,7 @@ from tokenyard.measure.trace import trace
 from tokenyard_bench.case import Case, busiest
 from tokenyard_bench.dense import DenseMatmuls
 from tokenyard_bench.entrants import Entrant, SkippedEntrant, backend_entrants, peer_entrants
+from tokenyard_bench.launch_times import launch_times
 from tokenyard_bench.oracle import Verdict, judge
 from tokenyard_bench.sweep import Sweep, release_memory
 from tokenyard_cli.results import Record
@@ -25,22 +26,23 @@ _PEER_ERRORS = 8
 
 
 def bench_layer(
-    sweep: Sweep, backends: str, peers: str, console: Console
+    sweep: Sweep, backends: str, peers: str, console: Console, launches: bool = False
 ) -> Iterator[list[Record]]:
     """Measure every case. Yield, for each case, one record for each entrant.
 
-    `backends` and `peers` are names separated by commas, or "all"; `peers` may be "none".
+    `backends` and `peers` are names separated by commas, or "all"; `peers` may be "none". With
+    `launches`, records have the times of `launch_times`, too.
     """
 
     def measure_case(case: Case) -> Iterator[Record]:
         entrants = [*backend_entrants(case, backends), *peer_entrants(case, peers)]
-        return _measure_case(sweep, case, entrants)
+        return _measure_case(sweep, case, entrants, launches)
 
     return sweep.run(measure_case, console)
 
 
 def _measure_case(
-    sweep: Sweep, case: Case, entrants: list[Entrant | SkippedEntrant]
+    sweep: Sweep, case: Case, entrants: list[Entrant | SkippedEntrant], launches: bool
 ) -> Iterator[Record]:
     """Check each entrant, then time the correct ones in turns with the dense matmuls."""
     correct: dict[str, Record] = {}
@@ -55,8 +57,9 @@ def _measure_case(
     spreads = sweep.time({DENSE: DenseMatmuls(case).stages(), **calls})
     dense = spreads[DENSE]
     yield {"contestant": DENSE, "group": "dense", "note": None} | _times(dense, dense)
+    more = launch_times(sweep, calls) if launches else {}
     for name, record in correct.items():
-        yield record | _times(spreads[name], dense)
+        yield record | _times(spreads[name], dense) | more.get(name, {})
 
 
 def _check(case: Case, entrant: Entrant | SkippedEntrant) -> Record:

@@ -20,6 +20,9 @@ class CaseOptions:
             help="Built-in name, all, or T,D,F,E,K such as 2048,512,1024,16,4. Repeatable.",
         ),
     ] = field(default_factory=lambda: ["all"])
+    tokens: Annotated[
+        list[int], Option(min=1, help="Tokens in place of those of the shapes. Repeatable.")
+    ] = field(default_factory=list)
     dtypes: Annotated[list[str], Option("--dtype", help="bf16, fp16 or fp32. Repeatable.")] = field(
         default_factory=lambda: ["bf16"]
     )
@@ -46,6 +49,9 @@ class LayerOptions(KernelsOptions):
     """Options of `bench layer`."""
 
     peers: Annotated[str, Option(help="Peers separated by commas, all or none.")] = "all"
+    launches: Annotated[
+        bool, Option("--launches", help="Also time from an idle GPU, the host, and CUDA graphs.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

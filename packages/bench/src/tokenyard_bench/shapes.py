@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tokenyard import ConfigError
@@ -64,8 +65,14 @@ def parse_shape(text: str) -> Shape:
     return Shape(text.replace(" ", ""), tokens, dim, ffn_dim, num_experts, top_k)
 
 
-def parse_shapes(texts: list[str], gpu: bool) -> list[Shape]:
-    """Return the requested shapes. "all" means every built-in one for a GPU or a CPU."""
+def parse_shapes(texts: list[str], gpu: bool, tokens: Sequence[int] = ()) -> list[Shape]:
+    """Return the requested shapes. "all" means every built-in one for a GPU or a CPU.
+
+    Each comes once for every number in `tokens`, if there is any, in place of its own.
+    """
     every = GPU_SHAPES if gpu else ("cpu",)
     names = [name for text in texts for name in (every if text == "all" else (text,))]
-    return [parse_shape(name) for name in dict.fromkeys(names)]
+    shapes = [parse_shape(name) for name in dict.fromkeys(names)]
+    if not tokens:
+        return shapes
+    return [shape._replace(tokens=count) for shape in shapes for count in dict.fromkeys(tokens)]

@@ -13,6 +13,7 @@ from tokenyard_bench.tables.titles import case_key, case_title
 from tokenyard_cli.results import Record
 
 _SHOWN = 14  # kernels of a layer
+_FEW = 40  # launches that are shown one by one
 
 
 def print_kernels(records: Sequence[Record], console: Console) -> None:
@@ -53,7 +54,9 @@ def _kernels_table(record: Record) -> Table:
         share = f"{100 * milliseconds / step:.1f} %"
         table.add_row(escape(name[:90]), calls, f"{milliseconds:.3f}", share)
 
-    shown = record["kernels"][:_SHOWN]
+    # One by one, so that the matmuls that one kernel computes are told apart.
+    few = 0 < len(record["sequence"]) <= _FEW
+    shown = record["sequence"] if few else record["kernels"][:_SHOWN]
     for kernel in shown:
         add_row(kernel["name"], str(kernel["calls"]), kernel["milliseconds"])
     rest = record["busy_ms"] - sum(kernel["milliseconds"] for kernel in shown)

@@ -15,12 +15,16 @@ from tokenyard_cli.results import Record
 _COLUMNS = ("forward ms", "fwd+bwd ms", "efficiency fwd", "fwd+bwd")
 _FACTS = ("saved MiB", "peak MiB", "error")
 _GPU_FACTS = ("launches", "waits")
+_LAUNCHES = ("idle", "host", "graph")
 
 
 def print_layers(records: Sequence[Record], console: Console) -> None:
     """Print a table for each case, with times, efficiencies, memory, and notes below."""
     for _, group in groupby(records, case_key):
-        console.print(_table(sorted(group, key=_order)))
+        ordered = sorted(group, key=_order)
+        console.print(_table(ordered))
+        if any("idle" in record for record in ordered):
+            console.print(_launch_table(ordered))
 
 
 def _order(record: Record) -> tuple[bool, float]:
@@ -46,6 +50,20 @@ def _table(records: Sequence[Record]) -> Table:
     ]
     table.caption = "".join(notes) or None
     table.caption_justify = "left"
+    return table
+
+
+def _launch_table(records: Sequence[Record]) -> Table:
+    title = "the same in ms: from an idle GPU, time of the host, as a CUDA graph"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for kind in _LAUNCHES:
+        table.add_column(f"{kind} fwd", justify="right")
+        table.add_column(f"{kind} fwd+bwd", justify="right")
+    for record in records:
+        if "idle" in record:
+            times = [record[kind][key] for kind in _LAUNCHES for key in ("forward", "step")]
+            table.add_row(record["contestant"], *("-" if t is None else _ms(t) for t in times))
     return table
 
 

@@ -28,6 +28,7 @@ class Trace(NamedTuple):
     """Profile of one run."""
 
     kernels: list[Kernel]  # longest first; on a CPU torch's operators, by self time
+    sequence: list[Kernel]  # each launch, in the order in which they ran; empty on a CPU
     launches: int
     waits: int  # host syncs
 
@@ -42,7 +43,9 @@ def trace(stages: Stages, device: torch.device) -> Trace:
         if gpu:
             _wait_without_sync()
     events = profiler.events()
-    return Trace(_kernels(profiler.key_averages(), gpu), _launches(events), _host_syncs(events))
+    launches = _launches(events)
+    kernels = _kernels(profiler.key_averages(), gpu)
+    return Trace(kernels, launches, len(launches), _host_syncs(events))
 
 
 def _wait_without_sync() -> None:
@@ -63,9 +66,16 @@ def _kernels(averages: Iterable[Any], gpu: bool) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: -kernel.milliseconds)
 
 
-def _launches(events: Iterable[Any]) -> int:
-    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
-    return sum(not event.name.startswith(("Memcpy", "Memset", _REGION)) for event in on_device)
+def _launches(events: Iterable[Any]) -> list[Kernel]:
+    """Return each launch, in the order in which they began."""
+    launched = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset", _REGION))
+    ]
+    launched.sort(key=lambda event: event.time_range.start)
+    return [Kernel(event.name, 1, event.time_range.elapsed_us() / 1e3) for event in launched]
 
 
 def _host_syncs(events: Iterable[Any]) -> int:

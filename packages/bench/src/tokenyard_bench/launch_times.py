@@ -1,0 +1,53 @@
+"""A layer's times where launching counts: from an idle GPU, on the host, and as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tokenyard.measure.launching import IdleClock, graph_of, host_times
+from tokenyard.measure.timing import Spread, Stages, clock_for, measure
+from tokenyard_bench.sweep import Sweep, release_memory
+from tokenyard_cli.results import Record
+
+
+def launch_times(sweep: Sweep, layers: Mapping[str, Stages]) -> dict[str, Record]:
+    """Return for each layer, whose stages are the forward and the backward pass, its times in ms.
+
+    - `idle`: forward pass, and forward and backward pass, on a GPU that is idle before.
+    - `host`: until the host has launched them.
+    - `graph`: as CUDA graphs, the forward pass without autograd; None if they cannot be captured.
+    """
+    idle = measure(layers, IdleClock(sweep.device), sweep.repetitions)
+    graphs: dict[str, Stages] = {}
+    for name, stages in layers.items():
+        graphs |= _graphs(name, stages, sweep.device)
+    graphed = measure(graphs, clock_for(sweep.device), sweep.repetitions)
+    return {
+        name: {
+            "idle": _pair(idle[name]),
+            "host": _pair(host_times(stages, sweep.repetitions)),
+            "graph": {key: _median(graphed.get(f"{name} {key}")) for key in ("forward", "step")},
+        }
+        for name, stages in layers.items()
+    }
+
+
+def _graphs(name: str, stages: Stages, device: torch.device) -> dict[str, Stages]:
+    """Return the forward pass and the whole step as CUDA graphs, those that can be captured."""
+    try:
+        with torch.no_grad():
+            forward = graph_of(stages[:1], device)
+        return {f"{name} forward": forward, f"{name} step": graph_of(stages, device)}
+    except RuntimeError:  # a layer that waits for the device
+        release_memory()
+        return {}
+
+
+def _pair(spreads: list[Spread]) -> dict[str, float | None]:
+    return {"forward": spreads[0].median, "step": spreads[1].median}
+
+
+def _median(spreads: list[Spread] | None) -> float | None:
+    return None if spreads is None else spreads[0].median
