@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -39,18 +40,28 @@ class MuonConfig(Section):
     )  # peak learning rate of the rest; None: optimizer.lr
 
 
-class OptimizerConfig(Section):
-    """AdamW, or Muon for matrices. `decoupled_adamw` multiplies decay by lr / initial lr.
+LION = ("lionw", "decoupled_lionw")
+"""The names of Lion."""
 
-    That is Composer's. `adamw` and `muon` multiply it by lr, as torch does.
+_LION_DEFAULTS = {"lr": 1e-4, "betas": (0.9, 0.99)}  # of LLM Foundry's DecoupledLionW
+
+
+class OptimizerConfig(Section):
+    """AdamW, Lion, or Muon for matrices. `decoupled_` multiplies decay by lr / initial lr.
+
+    That is Composer's. `adamw`, `lionw` and `muon` multiply it by lr, as torch does.
     """
 
-    name: Literal["decoupled_adamw", "adamw", "muon"] = (
-        # adamw and decoupled_adamw differ in the weight decay; muon: see the section muon
+    name: Literal["decoupled_adamw", "adamw", "decoupled_lionw", "lionw", "muon"] = (
+        # decoupled_ differs in the weight decay; muon: see the section muon
         "decoupled_adamw"
     )
-    lr: float = Field(6e-4, gt=0, le=1e3)  # peak learning rate
-    betas: tuple[Beta, Beta] = (0.9, 0.95)  # decay rates of the first and second moments
+    lr: float = Field(6e-4, gt=0, le=1e3)  # peak learning rate; of Lion, 1e-4
+    betas: tuple[Beta, Beta] = (
+        # decay rates of the first and second moments; of Lion, (0.9, 0.99): that of the
+        # interpolation, and that of the moment
+        (0.9, 0.95)
+    )
     eps: float = Field(1e-8, gt=0, le=1)  # added to the square root of the second moment
     weight_decay: float = Field(
         0.0, ge=0, le=1e3
@@ -60,6 +71,16 @@ class OptimizerConfig(Section):
         "fp32"
     )
     muon: MuonConfig = MuonConfig()  # with name muon only
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lion_has_other_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("name") not in LION:
+            return data
+        given = {key: value for key, value in data.items() if value is not None}
+        if given.get("eps", 1e-8) != 1e-8:
+            raise ValueError(f"eps is {given['eps']}, and {given['name']} has none; leave it out")
+        return _LION_DEFAULTS | given
 
     @model_validator(mode="after")
     def _bf16_holds_changes(self) -> OptimizerConfig:

@@ -19,6 +19,7 @@ from tokenyard_train.config import foundry
 from tokenyard_train.config.duration import Duration, Span
 from tokenyard_train.config.loggers import Loggers
 from tokenyard_train.config.optimizer import OptimizerConfig
+from tokenyard_train.config.scheduler import SchedulerConfig
 from tokenyard_train.data.paths import LocalPath, WeightsPath
 from tokenyard_train.data.schema import DataSettings, LoaderConfig, Section, TokenizerConfig
 
@@ -43,18 +44,6 @@ RunName = Annotated[
     AfterValidator(_check_run_name),
 ]
 """A name for the run's folder. An empty `run_name:`, as in LLM Foundry's files, is the default."""
-
-
-Schedule = Literal["cosine_with_warmup", "linear_decay_with_warmup", "constant_with_warmup"]
-
-
-class SchedulerConfig(Section):
-    """Learning-rate schedule: linear warm-up to the peak, then decay to alpha_f * peak at t_max."""
-
-    name: Schedule = "cosine_with_warmup"  # shape after the warm-up
-    t_warmup: Duration = Span(0, "ba")  # length of the warm-up
-    t_max: Duration = Span(1, "dur")  # end of the decay, from the start of the run
-    alpha_f: float = Field(0.0, ge=0, le=1)  # final learning rate, as a fraction of the peak
 
 
 class GradientClipping(Section):

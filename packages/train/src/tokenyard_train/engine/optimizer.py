@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tokenyard import ConfigError
 from tokenyard.fused_rows import fused_rows
 from tokenyard.sharded import local_part
-from tokenyard_train.config.optimizer import MuonConfig, OptimizerConfig
+from tokenyard_train.config.optimizer import LION, MuonConfig, OptimizerConfig
 from tokenyard_train.engine.adamw import AdamW
+from tokenyard_train.engine.lion import Lion
 from tokenyard_train.engine.moments import check_blocks
 from tokenyard_train.engine.muon import Muon
 from tokenyard_train.engine.precision import narrow
@@ -98,16 +99,19 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
 
     `decoupled_adamw` (Loshchilov and Hutter 2017, arXiv 1711.05101, as in Composer) shrinks
     weights by lr / initial lr * weight_decay a step. torch's AdamW shrinks them by
-    lr * weight_decay, so its weight_decay is divided by the initial lr.
+    lr * weight_decay, so its weight_decay is divided by the initial lr. `decoupled_lionw` and
+    `lionw` differ likewise.
     """
     decay = config.weight_decay
-    if config.name == "decoupled_adamw":
+    if config.name.startswith("decoupled_"):
         decay /= config.lr
-    adamw = AdamW(config.betas, config.eps, decay, config.moments)
     if config.moments == "8bit":
         for name, parameter in trainable(model).items():
             check_blocks(name, parameter)
     parameters: list[Tensor] = list(trainable(model).values())
+    if config.name in LION:
+        return Optimizer([_group(parameters, config.lr, Lion(config.betas, decay, config.moments))])
+    adamw = AdamW(config.betas, config.eps, decay, config.moments)
     if config.name != "muon":
         return Optimizer([_group(parameters, config.lr, adamw)])
     matrices = _muon_matrices(config.muon, model)

@@ -18,7 +18,7 @@ from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.phases import Phases, untimed
-from tokenyard_train.engine.schedule import learning_rate
+from tokenyard_train.engine.schedule import learning_rate, schedule_steps
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.records.routing import StepNumbers, fetch, load_of, routing_stats
 
@@ -76,11 +76,10 @@ def train_step(
 def _set_learning_rates(setup: Setup, batch: int) -> float:
     """Set the rate of each group for a step. Return that of the first group."""
     scheduler = setup.config.scheduler
-    warmup = setup.steps_in(scheduler.t_warmup)
-    end = setup.steps_in(scheduler.t_max)
+    times = schedule_steps(scheduler, setup.steps_in)
     groups = setup.optimizer.param_groups
     for group in groups:
-        group["lr"] = learning_rate(scheduler, group["initial_lr"], batch, warmup, end)
+        group["lr"] = learning_rate(scheduler, group["initial_lr"], batch, times)
     rate: float = groups[0]["lr"]
     return rate
 
