@@ -7,7 +7,7 @@ import pytest
 import tokenyard_train.callbacks.installed
 from tokenyard import ConfigError, TokenyardError
 from tokenyard_train import Callback, train
-from tokenyard_train.config import schema
+from tokenyard_train.config import callbacks as schema
 
 
 class Recorder(Callback):

@@ -82,6 +82,11 @@ save_num_checkpoints_to_keep: 1
 """
 
 
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+
 @pytest.fixture
 def load(tmp_path):
     def load(text: str, *overrides: str):
@@ -114,8 +119,8 @@ def test_interpolation_and_overrides(load):
 
 def test_keys_of_llm_foundry_that_mean_nothing_here_are_named_in_one_warning(load, caplog):
     extra = """
-fsdp_config: {sharding_strategy: FULL_SHARD}
-callbacks: {speed_monitor: {window_size: 10}}
+fsdp_config: {verbose: true}
+callbacks: {env_logger: {}}
 """
     text = (
         ANNOUNCEMENT
@@ -127,8 +132,8 @@ callbacks: {speed_monitor: {window_size: 10}}
         load(text)
     (message,) = caplog.messages
     names = {
-        "fsdp_config",
-        "callbacks.speed_monitor",
+        "fsdp_config.verbose",
+        "callbacks.env_logger",
         "train_loader.num_workers",
         "model.ffn_config.mlp_impl",
     }
@@ -174,8 +179,7 @@ def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
     assert config.eval_loader is not None
     (message,) = caplog.messages
     assert "model.init_device" in message
-    assert "callbacks.runtime_estimator" in message
-    assert "fsdp_config" in message
+    assert "callbacks" not in message
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
         ),
         ("optimizer: {lr: -1}", "optimizer.lr is -1; give a number above 0"),
         ("optimizer: {lr: .nan}", "optimizer.lr is nan; give a finite number"),
-        ("max_duration: 200", "max_duration is 200: a duration is a number with ba"),
+        ("max_duration: '200'", "max_duration is '200': a duration is a number with ba"),
         ("max_duration: 0ba", "max_duration is 0ba; it must be above 0"),
         ("max_duration: 1dur", "max_duration is 1dur; it takes ba"),
         ("eval_interval: 0ep", "eval_interval is 0ep; it must be above 0"),
@@ -271,7 +275,8 @@ def test_wrong_keys_and_values(load, change, sentence):
             r"not a usable YAML config: expected ',' or '\]', but got '<stream end>' at line 1",
         ),
         ("a: 1\na: 2", "not a usable YAML config: found duplicate key a at line 2"),
-        ("a: &x [1]\nb: *x", r"the YAML alias \*x is not supported; write \$\{key\} instead"),
+        ("a: &x [*x]", "a YAML alias is inside of what it names"),
+        (BOMB, "it has more than 1,048,576 characters with each YAML alias written out"),
         ("a: ${nowhere}", "not a usable YAML config: a: Interpolation key 'nowhere' not found$"),
         (
             "a: !!python/object/apply:os.system ['true']",
@@ -285,7 +290,8 @@ def test_wrong_keys_and_values(load, change, sentence):
         "list",
         "syntax",
         "duplicate",
-        "alias",
+        "endless alias",
+        "nested aliases",
         "interpolation",
         "python tag",
         "deep",

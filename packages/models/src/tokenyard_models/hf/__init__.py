@@ -5,16 +5,18 @@ from tokenyard_models.hf._load import from_hf, load_weights
 from tokenyard_models.hf._megablocks import to_megablocks
 from tokenyard_models.hf._peft_read import PeftFolder, is_peft
 from tokenyard_models.hf._peft_write import to_peft
-from tokenyard_models.hf._read_config import model_section
+from tokenyard_models.hf._read_config import DescribedModel, described_model, model_section
 from tokenyard_models.hf._save import TOKENIZER_FILES, to_hf
 from tokenyard_models.hf._shards import new_folder
 from tokenyard_models.hf._upcycle import upcycle
 
 __all__ = [
     "TOKENIZER_FILES",
+    "DescribedModel",
     "Folder",
     "PeftFolder",
     "WeightsError",
+    "described_model",
     "from_hf",
     "is_hf_folder",
     "is_peft",

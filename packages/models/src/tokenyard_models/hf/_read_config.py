@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from tokenyard.errors import did_you_mean
 from tokenyard_models.families._format import HfFormat
-from tokenyard_models.hf._folder import CONFIG, Folder, WeightsError
+from tokenyard_models.hf._folder import CONFIG, Folder, WeightsError, read_json
 from tokenyard_models.hf._folder_map import formats
 from tokenyard_models.hf._sizes import check_sizes
 
@@ -30,6 +32,31 @@ _WINDOW = (
 _UNKNOWN = "%s has keys that are not known here and are left out: %s"
 
 
+class DescribedModel(NamedTuple):
+    """What a folder's config.json says of a model."""
+
+    name: str  # of the definition
+    section: dict[str, Any]  # the keys of its `model:` section
+    renamed: Mapping[str, str]  # key of config.json -> key of the section
+    modules: dict[str, tuple[str, ...]]  # name pattern of a weight -> its modules in transformers
+
+
+def described_model(path: Path) -> DescribedModel:
+    """Read a folder's config.json alone; weights need not be there. Raises WeightsError.
+
+    See `model_section` for windows.
+    """
+    config = read_json(path / CONFIG)
+    hf_format = _format_of(config, path)
+    modules = {
+        row.parameter.replace("{layer}", "*"): tuple(k.removesuffix(".weight") for k in row.keys)
+        for row in hf_format.rows(fused=True)
+        if all(key.endswith(".weight") for key in row.keys)
+    }
+    section = _section(hf_format, config, path)
+    return DescribedModel(hf_format.name, section, hf_format.renamed, modules)
+
+
 def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
     """Return the name of a folder's definition and the keys of its `model:` section.
 
@@ -38,10 +65,16 @@ def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
     do not have, before anything of those sizes is built.
     """
     hf_format = format_of(folder)
+    section = _section(hf_format, folder.config, folder.path)
+    check_sizes(folder, hf_format, section)
+    return hf_format.name, section
+
+
+def _section(hf_format: HfFormat, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     unknown: list[str] = []
-    section = hf_format.section(folder.config, unknown)
+    section = hf_format.section(config, unknown)
     if unknown:
-        log.warning(_UNKNOWN, folder.path / CONFIG, ", ".join(unknown))
+        log.warning(_UNKNOWN, path / CONFIG, ", ".join(unknown))
     window = section.get("sliding_window")
     length = section.get("max_position_embeddings")
     if (
@@ -50,10 +83,9 @@ def model_section(folder: Folder) -> tuple[str, dict[str, Any]]:
         and isinstance(length, int)
         and window < length
     ):
-        log.warning(_WINDOW, folder.path, window, window)
+        log.warning(_WINDOW, path, window, window)
         section["max_seq_len"] = window
-    check_sizes(folder, hf_format, section)
-    return hf_format.name, section
+    return section
 
 
 def _always_windowed(hf_format: HfFormat) -> bool:
@@ -95,12 +127,15 @@ def checked_dtype_of(folder: Folder) -> torch.dtype:
 
 def format_of(folder: Folder) -> HfFormat:
     """Return a folder's format. Raises WeightsError for an unknown architecture."""
-    model_type = folder.config.get("model_type")
+    return _format_of(folder.config, folder.path)
+
+
+def _format_of(config: Mapping[str, Any], path: Path) -> HfFormat:
+    model_type = config.get("model_type")
     known = formats()
     if not isinstance(model_type, str) or model_type not in known:
         hint = did_you_mean(model_type, known) if isinstance(model_type, str) else ""
         raise WeightsError(
-            f"{folder.path / 'config.json'} has model_type {model_type!r}{hint}; "
-            f"known are: {', '.join(known)}"
+            f"{path / CONFIG} has model_type {model_type!r}{hint}; known are: {', '.join(known)}"
         )
     return known[model_type]

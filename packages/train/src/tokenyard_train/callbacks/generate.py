@@ -9,7 +9,8 @@ from typing import Any
 from rich.markup import escape
 
 from tokenyard import ConfigError, Model, TokenyardError
-from tokenyard_train.config.schema import GenerateCallback, TrainConfig
+from tokenyard_train.config.callbacks import GenerateCallback
+from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.sampling import (

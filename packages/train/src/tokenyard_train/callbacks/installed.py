@@ -8,9 +8,10 @@ from typing import Any
 
 from tokenyard import ConfigError
 from tokenyard.foreign import attempt
+from tokenyard_train.callbacks.early_stopper import EarlyStopper
 from tokenyard_train.callbacks.generate import TextGenerator
 from tokenyard_train.callbacks.ngram import NgramScorer
-from tokenyard_train.config.schema import CALLBACKS, Callbacks
+from tokenyard_train.config.callbacks import CALLBACKS, Callbacks
 from tokenyard_train.engine.callback import Callback
 
 
@@ -24,6 +25,8 @@ def build_callbacks(config: Callbacks) -> list[Callback]:
         callbacks.append(NgramScorer())
     if config.generate_callback is not None:
         callbacks.append(TextGenerator(config.generate_callback))
+    if config.early_stopper is not None:
+        callbacks.append(EarlyStopper(config.early_stopper))
     return callbacks + [
         _build_installed(name, options or {})
         for name, options in (config.model_extra or {}).items()

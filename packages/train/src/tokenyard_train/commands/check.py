@@ -116,12 +116,14 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
     tokens = samples * config.max_seq_len
     batches = run_batches(config, data)
     epochs = batches * samples / len(data.train)
-    held_out = "none"
-    if data.held_out is not None:
-        held_out = f"{len(data.held_out.predicted):,} tokens are scored"
     yield "tokenizer", describe_tokenizer(config, data).removeprefix("tokenizer ")
     yield "training text", data.train.describe()
-    yield "held-out text", held_out
+    sets = data.held_out_sets()
+    if not sets:
+        yield "held-out text", "none"
+    for kind, rows in sets.items():
+        name = kind.replace("eval", "held-out text", 1).replace("/", " ", 1)
+        yield name, f"{len(rows.predicted):,} tokens are scored"
     yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
     yield "forward pass", f"{config.device_train_microbatch_size} samples"
     yield "duration", f"{batches:,} batches, {epochs:.2f} epochs, {_count(batches * tokens)} tokens"

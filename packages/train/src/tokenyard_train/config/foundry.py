@@ -6,19 +6,19 @@ TOP = frozenset(
     (
         "accumulate_train_batch_on_tokens",
         "activation_checkpointing_reentrant",
-        "code_paths",
         "compile_config",
+        "cuda_load_lazy",
         "deepspeed_config",
         "device_eval_microbatch_size",
         "device_train_batch_size",
         "device_train_grad_accum",
         "dist_timeout",
-        "eval_first",
         "eval_gauntlet",
         "eval_gauntlet_str",
         "expandable_segments",
         "flatten_imports",
-        "fsdp_config",
+        "flatten_metadata",
+        "icl_max_seq_len",
         "icl_seq_len",
         "icl_subset_num_batches",
         "icl_tasks",
@@ -42,7 +42,6 @@ TOP = frozenset(
         "save_latest_filename",
         "save_weights_only",
         "spin_dataloaders",
-        "tp_config",
     )
 )
 """Ignored top-level keys: sharding, logging, profiling, file names, in-context evaluation."""
@@ -59,11 +58,8 @@ CALLBACKS = frozenset(
         "eval_output_logging",
         "export_for_inference",
         "fdiff",
-        "hf_checkpointer",
         "loss_perp_v_len",
-        "lr_monitor",
         "mbmoe_tok_per_expert",
-        "memory_monitor",
         "memory_snapshot",
         "mono_checkpoint_saver",
         "monolithic_ckpt_callback",
@@ -71,16 +67,27 @@ CALLBACKS = frozenset(
         "oom_observer",
         "optimizer_monitor",
         "run_timeout",
-        "runtime_estimator",
         "scheduled_gc",
-        "speed_monitor",
         "system_metrics_monitor",
     )
 )
-"""Ignored in callbacks: those that only observe. metrics.jsonl has what several of them report.
+"""Ignored in callbacks: those that only observe.
 
 A callback that changes the training, such as layer_freezing, is refused like any unknown key.
 """
+
+RECORDED = {
+    "lr_monitor": "metrics.jsonl has the learning rate of each step, as lr",
+    "memory_monitor": "metrics.jsonl has the most bytes that a GPU has held, as peak_bytes",
+    "runtime_estimator": "metrics.jsonl has the time that is left, as remaining_s",
+    "speed_monitor": "metrics.jsonl has tokens_per_s and flops_per_s of each step",
+}
+"""Callbacks of Composer whose numbers every run records."""
+
+LEFT_OUT = {
+    "hf_checkpointer": "left out; run `tokenyard convert RUN OUT` after the run",
+}
+"""Callbacks with files of their own that no run writes, and what to do instead."""
 
 LOGGERS = frozenset(
     (
@@ -117,6 +124,9 @@ INSTEAD = {
     "global_seed": _VARIABLE.format("global_seed"),
     "data_local": _VARIABLE.format("data_local"),
     "data_remote": _VARIABLE.format("data_remote"),
+    "code_paths": "no code of a config is run; install it as a distribution with entry points",
+    "tp_config": "leave it out; parallel shards experts and whole parameters",
+    "train_subset_num_batches": "give max_duration in ba",
     "train_loader.dataset.remote": "bring the shards here and name their folder by dataset.local",
     "train_loader.dataset.hf_kwargs": "name a folder or a dataset by hf_name, its split by split",
     "train_loader.dataset.preprocessing_fn": "no code of a config is run; write rows of messages, "
@@ -126,26 +136,19 @@ INSTEAD = {
 }
 """Refused keys of LLM Foundry, in all its spellings, and what to write instead."""
 
-_LION = "Lion is not here; say decoupled_adamw or adamw, with a learning rate of its own"
-_HF_MODEL = "say load_path: hf://folder, which brings the model, and leave model.name out"
+_LION = "say decoupled_lionw, or adamw with a learning rate of its own"
 _TEXT_ONLY = "only whole documents are read here; say name: text, or name: finetuning"
 
 INSTEAD_OF_VALUES = {
     "model.name": {
-        "hf_causal_lm": _HF_MODEL,
-        "hf_prefix_lm": _HF_MODEL,
-        "hf_t5": "encoder-decoder models are not here; say load_path: hf://folder of a decoder",
+        "hf_prefix_lm": "prefix language models are not here; say hf_causal_lm",
+        "hf_t5": "encoder-decoder models are not here; say hf_causal_lm, and name a decoder",
     },
     "optimizer.name": {
         "adalr_lion": _LION,
         "clip_lion": _LION,
-        "decoupled_lionw": _LION,
-        "decoupled_lionw_8b": _LION,
+        "decoupled_lionw_8b": "say decoupled_lionw with moments: 8bit",
         "no_op": "say frozen: [patterns] for parameters that are not trained",
-    },
-    "scheduler.name": {
-        "inv_sqrt_with_warmup": "say cosine_with_warmup, linear_decay_with_warmup or "
-        "constant_with_warmup",
     },
     "train_loader.name": {
         "denoising": _TEXT_ONLY,
@@ -153,6 +156,9 @@ INSTEAD_OF_VALUES = {
     },
 }
 """Values of LLM Foundry that are not here, by key, and what to write instead."""
+
+KNOWN = TOP | {"fsdp_config"} | {key for key in INSTEAD if "." not in key}
+"""All top-level keys of LLM Foundry that are not known here by the same name."""
 
 RENAMED = {"deterministic_mode": "deterministic"}
 """Composer's top-level keys that have another name here, and that name."""

@@ -10,6 +10,7 @@ import torch
 
 from tokenyard import ConfigError, default_registry
 from tokenyard_models.hf import Folder, PeftFolder, is_hf_folder, is_peft, model_section
+from tokenyard_models.strict_config import merged
 from tokenyard_train.data.paths import HF
 
 _LENGTH_KEYS = ("max_seq_len", "max_position_embeddings")
@@ -38,15 +39,21 @@ def with_hf_model(data: Mapping[str, Any]) -> dict[str, Any]:
             f"model.name is {overrides['name']!r} but load_path {path!r} holds a {name}; "
             "drop the name"
         )
-    lengths = [section[key] for key in _LENGTH_KEYS if isinstance(section.get(key), int)]
-    length = min(lengths or [_DEFAULT_LENGTH])
-    model = {"max_seq_len": length} | section | dict(overrides) | {"name": name}
+    section = section_with_length(section)
+    length = section["max_seq_len"]
+    model = merged(section, overrides) | {"name": name}
     taken = {
         "load_path": f"{HF}{folder}",
         "model": model,
         "tokenizer": _tokenizer(data.get("tokenizer", {}), folder),
     }
     return {"max_seq_len": min(length, _DEFAULT_LENGTH)} | dict(data) | taken
+
+
+def section_with_length(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a folder's `model:` section with a max_seq_len."""
+    lengths = [section[key] for key in _LENGTH_KEYS if isinstance(section.get(key), int)]
+    return {**section, "max_seq_len": min(lengths or [_DEFAULT_LENGTH])}
 
 
 def _with_peft_adapters(data: Mapping[str, Any], path: Path) -> dict[str, Any]:

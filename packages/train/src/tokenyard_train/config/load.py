@@ -5,6 +5,7 @@ OmegaConf parses and merges; pydantic validates.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,21 +16,23 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenyard import BackendError, ConfigError, default_registry
+from tokenyard import BackendError, ConfigError, default_registry, started_processes
 from tokenyard.bounded import read_text
 from tokenyard_models.strict_config import parse, warn_ignored, without_ignored
-from tokenyard_train.config.foundry import INSTEAD, INSTEAD_OF_VALUES, RENAMED
+from tokenyard_train.config.foundry import INSTEAD, INSTEAD_OF_VALUES, KNOWN, RENAMED
 from tokenyard_train.config.from_hf import with_hf_model
 from tokenyard_train.config.interpolate import interpolate
 from tokenyard_train.config.replace import replace_renamed
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.config.translate import Change, translate
+from tokenyard_train.config.yaml_limits import check_yaml, references
+
+log = logging.getLogger("tokenyard")
 
 _MAX_BYTES = 1 << 20
-_MAX_DEPTH = 40
-_SAME_KEYS = re.compile(r"^(train|eval)_loader\.dataset\.(streams\.[^.]*\.)?")
-_BASE_8 = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*")
-_BASE_60 = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?")
+_LOADER = re.compile(r"^(eval_loader|eval_loaders\.[^.]*)\.")
+_STREAM = re.compile(r"^train_loader\.dataset\.streams\.[^.]*\.")
 
 
 class _NoConfigError(ConfigError):
@@ -58,18 +61,29 @@ def read_config(data: Mapping[str, Any], *, needs_tokenizer: bool = True) -> Tra
     A config whose model has a vocab_size may be read without its tokenizer.
     """
     ignored: list[str] = []
-    # A top-level key without a value is absent, as in sections; an unknown one stays an error.
-    known = TrainConfig.model_fields.keys() | RENAMED.keys()
-    given = _rename_keys({k: v for k, v in data.items() if v is not None or k not in known})
-    kept = without_ignored(TrainConfig, with_hf_model(given), "", ignored)
+    changes: list[Change] = []
+    kept = translated(data, changes, ignored, started_processes())
+    kept = without_ignored(TrainConfig, with_hf_model(kept), "", ignored)
     kept = _without_keys_ignored_by_model(kept, ignored)
     warn_ignored(ignored)
-    return resolve(parse(TrainConfig, _without_foundry_keys(kept)), needs_tokenizer)
+    if told := [f"{change.key} as {change.note}" for change in changes if change.told]:
+        log.warning("read as LLM Foundry means it: %s", "; ".join(told))
+    return resolve(parse(TrainConfig, kept), needs_tokenizer)
+
+
+def translated(
+    data: Mapping[str, Any], changes: list[Change], ignored: list[str], processes: int
+) -> dict[str, Any]:
+    """Return a config in the keys of this package, see `translate`. Raises ConfigError."""
+    # A top-level key without a value is absent, as in sections; an unknown one stays an error.
+    known = TrainConfig.model_fields.keys() | RENAMED.keys() | KNOWN
+    given = _rename_keys({k: v for k, v in data.items() if v is not None or k not in known})
+    return _without_foundry_keys(translate(given, changes, ignored, processes))
 
 
 def _container(text: str, overrides: Sequence[str]) -> dict[str, Any]:
     with _one_sentence("not a usable YAML config"):
-        _refuse_aliases_and_depth(text)
+        check_yaml(text, _MAX_BYTES)
         config = OmegaConf.create(text) if isinstance(yaml.safe_load(text), dict) else None
     if not isinstance(config, DictConfig) or not config:
         raise ConfigError("a config is a mapping of keys to values, and this is not one")
@@ -78,9 +92,23 @@ def _container(text: str, overrides: Sequence[str]) -> dict[str, Any]:
     with _one_sentence("not a usable YAML config"):
         container = dict(OmegaConf.to_container(config))  # type: ignore[arg-type]
         try:
-            return interpolate(container, _MAX_BYTES)
+            resolved = interpolate(container, _MAX_BYTES)
         except ConfigError as error:
             raise ConfigError(f"not a usable YAML config: {error}") from None
+    return _with_variables(resolved, references(text))
+
+
+def _with_variables(config: dict[str, Any], used: set[str]) -> dict[str, Any]:
+    """Move unknown top-level keys that others refer to below `variables`.
+
+    `used` are the keys that ``${key}`` or an alias of YAML names.
+    """
+    known = TrainConfig.model_fields.keys() | RENAMED.keys() | KNOWN
+    moved = {key: value for key, value in config.items() if key in used and key not in known}
+    if not moved or not isinstance(config.get("variables", {}), dict | None):
+        return config
+    kept = {key: value for key, value in config.items() if key not in moved}
+    return kept | {"variables": moved | (config.get("variables") or {})}
 
 
 def _override(config: DictConfig, override: str) -> None:
@@ -96,7 +124,7 @@ def _override(config: DictConfig, override: str) -> None:
             f"{name}=[1,2]"
         )
     with _one_sentence(f"override {override!r} cannot be applied"):
-        _refuse_aliases_and_depth(value)
+        check_yaml(value, _MAX_BYTES)
         _refuse_comment(value)
         replace_renamed(config, key.strip(), value)
         config.merge_with_dotlist([override])
@@ -126,36 +154,6 @@ def _one_sentence(what: str) -> Iterator[None]:
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"{what}: {reason}") from None
-
-
-def _refuse_aliases_and_depth(text: str) -> None:
-    """Raise ConfigError for aliases, and for nesting that could exhaust the stack.
-
-    Nested aliases expand exponentially, and interpolation replaces them.
-    """
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
-            event, yaml.CollectionEndEvent
-        )
-        if depth > _MAX_DEPTH:
-            raise ConfigError(f"it is nested deeper than {_MAX_DEPTH} levels")
-        if isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
-            _refuse_other_bases(event.value)
-        if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(
-                f"the YAML alias *{event.anchor} is not supported; write ${{key}} instead"
-            )
-
-
-def _refuse_other_bases(text: str) -> None:
-    """Raise ConfigError for a number that YAML reads in a base that it does not show."""
-    for base, pattern in ((8, _BASE_8), (60, _BASE_60)):
-        if pattern.fullmatch(text):
-            raise ConfigError(
-                f"{text} is a number of base {base} in YAML; "
-                "write the number in base 10, or text in quotes"
-            )
 
 
 def _refuse_comment(value: str) -> None:
@@ -194,8 +192,7 @@ def _without_foundry_keys(data: Mapping[str, Any], prefix: str = "") -> dict[str
     kept: dict[str, Any] = {}
     for key, value in data.items():
         path = f"{prefix}{key}"
-        known_as = _SAME_KEYS.sub("train_loader.dataset.", path)
-        known_as = known_as.replace("eval_loader.", "train_loader.", 1)
+        known_as = _STREAM.sub("train_loader.dataset.", _LOADER.sub("train_loader.", path))
         instead = INSTEAD.get(known_as)
         if instead is not None and value in (None, ""):
             continue

@@ -79,7 +79,9 @@ def _model(config: TrainConfig, length: int, needs_tokenizer: bool) -> dict[str,
 
 
 def _stdlib_held_out(config: TrainConfig) -> StdlibLoader | None:
-    return config.train_loader if isinstance(config.train_loader, StdlibLoader) else None
+    if config.eval_loaders or not isinstance(config.train_loader, StdlibLoader):
+        return None
+    return config.train_loader
 
 
 def _microbatch(config: TrainConfig, length: int) -> int:

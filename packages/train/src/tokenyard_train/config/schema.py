@@ -6,16 +6,14 @@ Unknown keys are errors.
 from __future__ import annotations
 
 import re
-from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tokenyard import LoraSettings
-from tokenyard.errors import did_you_mean
 from tokenyard.lora import ALL_LINEAR
-from tokenyard_models.strict_config import Strict
 from tokenyard_train.config import foundry
+from tokenyard_train.config.callbacks import Callbacks, Count
 from tokenyard_train.config.duration import Duration, Span
 from tokenyard_train.config.loggers import Loggers
 from tokenyard_train.config.optimizer import OptimizerConfig
@@ -23,11 +21,7 @@ from tokenyard_train.config.scheduler import SchedulerConfig
 from tokenyard_train.data.paths import LocalPath, WeightsPath
 from tokenyard_train.data.schema import DataSettings, LoaderConfig, Section, TokenizerConfig
 
-CALLBACKS = "tokenyard.callbacks"
-"""The entry-point group through which installed distributions provide callbacks."""
-
 BackendSetting = str | dict[str, Any]
-Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 def _check_run_name(run_name: str) -> str:
@@ -46,6 +40,15 @@ RunName = Annotated[
 """A name for the run's folder. An empty `run_name:`, as in LLM Foundry's files, is the default."""
 
 
+def _check_label(label: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", label):
+        raise ValueError("a label has letters, digits, dots, slashes, dashes and underscores only")
+    return label
+
+
+Label = Annotated[str, AfterValidator(_check_label)]
+
+
 class GradientClipping(Section):
     """Scale all gradients down when their global norm exceeds the threshold."""
 
@@ -59,51 +62,6 @@ class Algorithms(Section):
     ignored: ClassVar[frozenset[str]] = foundry.ALGORITHMS
 
     gradient_clipping: GradientClipping | None = None
-
-
-class NgramBaselines(Strict):
-    """Before training, score the held-out text with unigram and smoothed bigram models."""
-
-
-def _check_temperature(temperature: float) -> float:
-    if temperature and not 1e-4 <= temperature <= 1e4:
-        raise ValueError("give 0 (greedy decoding), or a number from 0.0001 to 10000")
-    return temperature
-
-
-Temperature = Annotated[float, Field(ge=0), AfterValidator(_check_temperature)]
-
-
-class GenerateCallback(Section):
-    """Generate text from prompts at the end of the run, and every `interval`."""
-
-    prompts: list[str] = Field(["def "], min_length=1)  # texts to continue
-    interval: Duration | None = None  # interval between generations; None: at the end only
-    max_new_tokens: Count = 200  # tokens to generate for each prompt
-    temperature: Temperature = 0.8  # sampling temperature; 0: greedy decoding
-
-
-class Callbacks(Strict):
-    """Extra actions during a run. Other names are callbacks of installed distributions."""
-
-    model_config = ConfigDict(extra="allow")
-    ignored: ClassVar[frozenset[str]] = foundry.CALLBACKS
-
-    ngram_baselines: NgramBaselines | None = None
-    generate_callback: GenerateCallback | None = None
-
-    @model_validator(mode="after")
-    def _installed(self) -> Callbacks:
-        installed = entry_points(group=CALLBACKS).names
-        for name in self.model_extra or {}:
-            if name not in installed:
-                known = [*type(self).model_fields, *sorted(installed)]
-                raise ValueError(
-                    f"callbacks.{name} is not a known key{did_you_mean(name, known)}; "
-                    f"known are: {', '.join(known)}; an installed distribution offers others as "
-                    f"entry points of {CALLBACKS}"
-                )
-        return self
 
 
 class LoraConfig(Section):
@@ -162,11 +120,13 @@ class TrainConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     train_loader: LoaderConfig
     eval_loader: LoaderConfig | None = None
+    eval_loaders: dict[Label, LoaderConfig] = {}  # more held-out text, scored apart, by label
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     algorithms: Algorithms = Algorithms()
     max_duration: Duration  # length of the run
     eval_interval: Duration | None = None  # interval between evaluations; None: at the end only
+    eval_first: bool = False  # evaluate before the first step too
     eval_subset_num_batches: int | None = (
         # held-out batches to score; -1: all; None: about 130,000 tokens
         None
@@ -238,6 +198,7 @@ class TrainConfig(Section):
             self.seed,
             self.device_eval_batch_size or 1,
             self.eval_subset_num_batches or -1,
+            self.eval_loaders,
         )
 
     @model_validator(mode="after")

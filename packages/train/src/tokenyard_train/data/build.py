@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from tokenyard_train.data.schema import (
     DataSettings,
     FinetuningDataset,
     FinetuningLoader,
+    Loader,
     Source,
     StdlibDataset,
     StdlibLoader,
@@ -34,7 +35,7 @@ from tokenyard_train.data.unused_keys import check_source, check_tokenizer, stre
 
 log = logging.getLogger("tokenyard")
 
-_SAME_TEXT = "eval_loader.dataset has the same text as %s, so its score is of training text"
+_SAME_TEXT = "%s has the same text as %s, so its score is of training text"
 _IN_MEMORY = 1 << 30  # bytes of text that may be tokenized at start-up
 
 
@@ -45,6 +46,12 @@ class Data:
     tokenizer: Tokenizer
     train: Samples | Mixture | PackedDocuments
     held_out: HeldOut | PackedHeldOut | None
+    labelled: Mapping[str, HeldOut | PackedHeldOut] = field(default_factory=dict)  # eval_loaders
+
+    def held_out_sets(self) -> dict[str, HeldOut | PackedHeldOut]:
+        """Return the held-out sets by the kind of their records: eval, or eval/label."""
+        first = {} if self.held_out is None else {"eval": self.held_out}
+        return first | {f"eval/{label}": rows for label, rows in self.labelled.items()}
 
     def identity(self) -> dict[str, str]:
         """Return digests of what decides the training samples, by config key.
@@ -84,20 +91,35 @@ def build_data(settings: DataSettings) -> Data:
     tokenizer = build_tokenizer(settings.tokenizer)
     train = _train_samples(settings, tokenizer)
     loader = settings.eval_loader
-    if loader is None:
-        return Data(tokenizer, train, None)
+    held_out = None
+    if loader is not None:
+        held_out = _held_out(loader, settings, train, tokenizer, "eval_loader")
+    labelled = {
+        label: _held_out(loader, settings, train, tokenizer, f"eval_loaders.{label}")
+        for label, loader in settings.eval_loaders.items()
+    }
+    return Data(tokenizer, train, held_out, labelled)
+
+
+def _held_out(
+    loader: Loader,
+    settings: DataSettings,
+    train: Samples | Mixture | PackedDocuments,
+    tokenizer: Tokenizer,
+    key: str,
+) -> HeldOut | PackedHeldOut:
     limits = (settings.eval_batch_size, settings.eval_batches)
     if isinstance(loader, FinetuningLoader):
-        rows = build_packed(loader.dataset, settings, tokenizer, "eval_loader.dataset")
+        rows = build_packed(loader.dataset, settings, tokenizer, f"{key}.dataset")
         if isinstance(train, PackedDocuments) and rows.identity() == train.identity():
-            log.warning(_SAME_TEXT, "train_loader.dataset")
-        return Data(tokenizer, train, PackedHeldOut(rows, *limits))
-    tokens = _loader_tokens(loader, tokenizer, "eval_loader")
-    for key, stream in _streams(train).items():
+            log.warning(_SAME_TEXT, f"{key}.dataset", "train_loader.dataset")
+        return PackedHeldOut(rows, *limits)
+    tokens = _loader_tokens(loader, tokenizer, key)
+    for name, stream in _streams(train).items():
         if len(stream.tokens) == len(tokens) and _identity(stream.tokens) == _identity(tokens):
-            log.warning(_SAME_TEXT, key)
-    with _named("eval_loader.dataset"):
-        return Data(tokenizer, train, HeldOut(tokens, settings.max_seq_len, *limits))
+            log.warning(_SAME_TEXT, f"{key}.dataset", name)
+    with _named(f"{key}.dataset"):
+        return HeldOut(tokens, settings.max_seq_len, *limits)
 
 
 @contextmanager
@@ -112,9 +134,7 @@ def _named(key: str) -> Iterator[None]:
 def _check_lengths(settings: DataSettings) -> None:
     """Raise ConfigError if a dataset's max_seq_len is not the config's."""
     sections: dict[str, Source | StdlibDataset | FinetuningDataset] = {
-        f"{key}_loader.dataset": loader.dataset
-        for key, loader in (("train", settings.train_loader), ("eval", settings.eval_loader))
-        if loader is not None
+        f"{key}.dataset": loader.dataset for key, loader in settings.loaders().items()
     }
     for key, dataset in list(sections.items()):
         streams = dataset.streams if isinstance(dataset, TextDataset) else None
@@ -154,7 +174,7 @@ def _train_samples(
 def _loader_tokens(loader: StdlibLoader | TextLoader, tokenizer: Tokenizer, key: str) -> Tokens:
     if isinstance(loader, StdlibLoader):
         try:
-            documents = python_stdlib(held_out=key == "eval_loader")
+            documents = python_stdlib(held_out=key != "train_loader")
         except ConfigError as error:
             raise ConfigError(f"{key}.{error}") from None
         return tokenize((document.text for document in documents), tokenizer, key)

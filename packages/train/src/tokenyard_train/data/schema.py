@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -165,8 +165,8 @@ def _check_target_prompts(value: str) -> str:
 
 
 def _check_packing_ratio(value: Any) -> Any:
-    if value != "auto":
-        raise ValueError("rows are packed by first fit, which needs no ratio; say auto")
+    if value not in ("auto", 1) or value is True:
+        raise ValueError("rows are packed by first fit, which needs no ratio; say auto, or 1")
     return value
 
 
@@ -205,7 +205,7 @@ class FinetuningDataset(RowSource):
     chat_template: LocalPath | None = None  # file of a Jinja template; None: the tokenizer's own
     overlong: Literal["refuse", "drop"] = "refuse"  # action for a row longer than max_seq_len
     packing_ratio: Annotated[Any, AfterValidator(_check_packing_ratio)] = (
-        "auto"  # only auto: samples are filled as far as they go
+        "auto"  # auto: samples are filled as far as they go; 1: each row is alone
     )
     decoder_only_format: Annotated[bool, only(True, "an encoder-decoder model")] = True  # only true
 
@@ -240,3 +240,10 @@ class DataSettings:
     seed: int  # for shuffling
     eval_batch_size: int  # samples per forward pass in evaluation
     eval_batches: int  # held-out batches to score; -1: all
+    eval_loaders: Mapping[str, Loader] = field(default_factory=dict)  # by label
+
+    def loaders(self) -> dict[str, Loader]:
+        """Return all loaders by their config key."""
+        first = {"train_loader": self.train_loader, "eval_loader": self.eval_loader}
+        labelled = {f"eval_loaders.{label}": each for label, each in self.eval_loaders.items()}
+        return {key: loader for key, loader in first.items() if loader is not None} | labelled

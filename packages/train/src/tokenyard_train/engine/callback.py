@@ -39,7 +39,7 @@ class Callback:
         """Act after a step that was skipped because a number was not finite, with its record."""
 
     def evaluated(self, run: Run, record: Mapping[str, Any]) -> None:
-        """Act after an evaluation, with its record."""
+        """Act after an evaluation, with its record; its `kind` is eval, or eval/label."""
 
     def saved(self, run: Run, checkpoint: Path) -> None:
         """Act after a checkpoint was saved. `run.batch` may be past the checkpoint's step."""

@@ -13,15 +13,15 @@ from tokenyard_train.engine.setup import Setup
 
 
 @torch.no_grad()
-def evaluate(setup: Setup, batch: int) -> dict[str, Any]:
+def evaluate(setup: Setup, batch: int, kind: str = "eval") -> dict[str, Any]:
     """Return the record of an evaluation after `batch` steps: nats per token, bits per byte.
+
+    `kind` names the held-out set, see ``Data.held_out_sets``.
 
     Bits per byte are the sum of nats over all predicted tokens, divided by ln 2 and by the bytes
     that these tokens encode. The end of a document is predicted as any token and encodes no byte.
     """
-    held_out = setup.data.held_out
-    if held_out is None:
-        raise ValueError("evaluate needs held-out data")
+    held_out = setup.data.held_out_sets()[kind]
     began = time.perf_counter()
     setup.model.eval()
     rank, world = setup.strategy.data
@@ -39,7 +39,7 @@ def evaluate(setup: Setup, batch: int) -> dict[str, Any]:
     tokens = len(held_out.predicted)
     size = setup.data.tokenizer.bytes_in(held_out.predicted)
     return {
-        "kind": "eval",
+        "kind": kind,
         "batch": batch,
         "loss": total / tokens,
         "bits_per_byte": total / math.log(2) / size,

@@ -42,10 +42,7 @@ def _check_apart(config: TrainConfig, folder: Path) -> None:
 
 def _text_paths(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Yield the key and the value of each `path` of text."""
-    for name, loader in (
-        ("train_loader", config.train_loader),
-        ("eval_loader", config.eval_loader),
-    ):
+    for name, loader in config.data().loaders().items():
         key = f"{name}.dataset"
         dataset = getattr(loader, "dataset", None)
         streams = getattr(dataset, "streams", None) or {}

@@ -44,7 +44,7 @@ from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.signals import Stopped, stopping
 from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.step import train_step
-from tokenyard_train.engine.step_records import skipped_record, train_record
+from tokenyard_train.engine.step_records import Clock, skipped_record, train_record
 from tokenyard_train.engine.summary import announce, summarize
 from tokenyard_train.launch.faults import mark_started
 from tokenyard_train.records.metrics import Metrics, NullMetrics
@@ -81,9 +81,11 @@ def check_run(config: TrainConfig, callbacks: Sequence[Callback], model: Model, 
     Writes nothing.
     """
     reason = why_no_documents(model)
-    for name, rows in (("train", data.train), ("eval", data.held_out)):
+    loaders = {"train_loader": data.train, "eval_loader": data.held_out}
+    loaders |= {f"eval_loaders.{label}": rows for label, rows in data.labelled.items()}
+    for name, rows in loaders.items():
         if isinstance(rows, PackedDocuments | PackedHeldOut) and reason is not None:
-            raise ConfigError(f"{name}_loader.name is 'finetuning', and {reason}")
+            raise ConfigError(f"{name}.name is 'finetuning', and {reason}")
     check_trackers(config.loggers)
     for callback in callbacks:
         callback.check(config, model, data)
@@ -119,6 +121,7 @@ class _Loop:
             position = start(setup)
         setup.convert_weights()
         self.run = Run(setup, metrics, position)
+        self.clock = Clock(position.batch)
         self.stop_agreed = False  # a rank received a signal, and all ranks know
         self.save_failed = False  # a background save failed on some rank
 
@@ -155,6 +158,8 @@ class _Loop:
         if run.batch == 0:
             self._start()
         with Progress(run) as progress, stopping(run.stop_requests):
+            if run.batch == 0 and self.config.eval_first:
+                self._evaluate(progress)
             while not (run.finished or self.stop_agreed):
                 self._one_batch(progress)
         if not run.finished:
@@ -186,7 +191,9 @@ class _Loop:
             record = skipped_record(run.batch, result)
         else:
             run.position = replace(run.position, batch=run.batch + 1, skipped_in_a_row=0)
-            record = train_record(run.setup, run.batch, result, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            remaining = self.clock.remaining(run.batch, run.setup.batches)
+            record = train_record(run.setup, run.batch, result, seconds, remaining)
         run.metrics.write(record)
         progress.show(record)
         # Evaluate, report, save
@@ -203,13 +210,12 @@ class _Loop:
         self._save()
 
     def _evaluate(self, progress: Progress) -> None:
-        if self.run.setup.data.held_out is None:
-            return
-        record = evaluate(self.run.setup, self.run.batch)
-        self.run.metrics.write(record)
-        progress.show(record)
-        for callback in self.callbacks:
-            callback.evaluated(self.run, record)
+        for kind in self.run.setup.data.held_out_sets():
+            record = evaluate(self.run.setup, self.run.batch, kind)
+            self.run.metrics.write(record)
+            progress.show(record)
+            for callback in self.callbacks:
+                callback.evaluated(self.run, record)
 
     def _save(self) -> None:
         """Save if that is due after this step.

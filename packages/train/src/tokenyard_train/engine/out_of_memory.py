@@ -31,7 +31,7 @@ def out_of_memory_is_a_mistake(config: TrainConfig) -> Iterator[None]:
 def check_batch_fits(config: TrainConfig, ranks: int) -> None:
     """Raise ConfigError for a batch whose token ids alone do not fit in host memory."""
     samples = {"global_train_batch_size": config.global_train_batch_size // ranks}
-    if config.eval_loader is not None:
+    if config.eval_loader is not None or config.eval_loaders:
         samples["device_eval_batch_size"] = config.device_eval_batch_size or 1
     memory = device_memory("cpu")
     for name, batch in samples.items():

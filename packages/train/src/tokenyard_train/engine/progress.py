@@ -58,9 +58,10 @@ class Progress:
                 self.bar.update(self.task, completed=batch)
                 numbers = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
                 self.console.print(f"batch {batch} was skipped: {numbers}", highlight=False)
-            case "eval":
+            case kind if kind.startswith("eval"):
                 loss = f"{record['loss']:.4f}, {record['bits_per_byte']:.3f} bits per byte"
-                self.console.print(f"batch {batch}: held-out loss {loss}", highlight=False)
+                of = kind.removeprefix("eval/") + " " if "/" in kind else ""
+                self.console.print(f"batch {batch}: {of}held-out loss {loss}", highlight=False)
 
     def _trained(self, batch: int, state: str) -> None:
         self.bar.update(self.task, completed=batch, state=state)

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
+
+import torch
 
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.step import StepResult
 
 
-def train_record(setup: Setup, batch: int, result: StepResult, seconds: float) -> dict[str, Any]:
-    """Return the record of the training step that ended at `batch` and took `seconds`."""
+class Clock:
+    """Estimates the time that is left, from the pace since the run began or resumed."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+        self.began = time.perf_counter()
+
+    def remaining(self, batch: int, batches: int) -> float:
+        """Return the seconds from step `batch` to the last, evaluations and saves included."""
+        return (time.perf_counter() - self.began) / (batch - self.batch) * (batches - batch)
+
+
+def train_record(
+    setup: Setup, batch: int, result: StepResult, seconds: float, remaining: float
+) -> dict[str, Any]:
+    """Return the record of the training step that ended at `batch` and took `seconds`.
+
+    `remaining` is the time to the end of the run. On a GPU, `peak_bytes` is the most that torch has
+    held there since the process began.
+    """
+    memory = {}
+    if setup.device.type == "cuda":
+        memory = {"peak_bytes": torch.cuda.max_memory_allocated(setup.device)}
     speed = setup.batch_tokens / seconds
     return {
         "kind": "train",
@@ -20,6 +44,8 @@ def train_record(setup: Setup, batch: int, result: StepResult, seconds: float) -
         "seconds": round(seconds, 4),
         "tokens_per_s": round(speed),
         "flops_per_s": speed * setup.flops_per_token,
+        "remaining_s": round(remaining, 1),
+        **memory,
     }
 
 

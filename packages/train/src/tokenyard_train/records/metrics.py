@@ -14,7 +14,7 @@ from tokenyard_train.records.trackers import Trackers
 
 log = logging.getLogger("tokenyard")
 
-TIMINGS = ("seconds", "tokens_per_s", "flops_per_s")
+TIMINGS = ("seconds", "tokens_per_s", "flops_per_s", "remaining_s", "peak_bytes")
 """Record keys that differ between two runs of the same config."""
 
 _NUMBERS = {

@@ -47,7 +47,8 @@ def build_packed(
     )
     encode.warn(key)
     conversations.left_out.warn(key)
-    return PackedDocuments(tokenized, settings.max_seq_len, settings.seed, dataset.shuffle)
+    packed = dataset.packing_ratio == "auto"
+    return PackedDocuments(tokenized, settings.max_seq_len, settings.seed, dataset.shuffle, packed)
 
 
 def _prompt_rule(target_prompts: str) -> Callable[[int], bool]:

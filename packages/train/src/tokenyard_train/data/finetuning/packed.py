@@ -39,10 +39,18 @@ class PackedDocuments:
     A document of n tokens takes n - 1 of a row: its last token is only predicted. Packing depends
     on the documents, the length and the seed alone, and each epoch shows every row once, in an
     order that is computed from (seed, epoch). So sample i is a pure function of i, and a run needs
-    no cursor. Without `shuffle`, documents and rows stay in order.
+    no cursor. Without `shuffle`, documents and rows stay in order. If not `packed`, each document
+    has a row of its own.
     """
 
-    def __init__(self, documents: TokenizedDocuments, length: int, seed: int, shuffle: bool = True):
+    def __init__(
+        self,
+        documents: TokenizedDocuments,
+        length: int,
+        seed: int,
+        shuffle: bool = True,
+        packed: bool = True,
+    ):
         self.documents = documents
         self.length = length
         self.seed = seed
@@ -53,7 +61,8 @@ class PackedDocuments:
         order = np.arange(count)
         if shuffle:
             order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(count)
-        rows = first_fit(self._sizes[order].tolist(), length)  # [documents], in packing order
+        # [documents], in packing order
+        rows = first_fit(self._sizes[order].tolist(), length) if packed else np.arange(count)
         self._packed = order[np.argsort(rows, kind="stable")]  # documents, row by row
         per_row = np.bincount(rows)
         self._row_ends = np.cumsum(per_row)
