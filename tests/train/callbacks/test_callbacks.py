@@ -145,3 +145,47 @@ def test_the_package_imports_training_lazily():
     assert tokenyard_train.load_config.__module__ == "tokenyard_train.config.load"
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         tokenyard_train.trian  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "last"),
+    [
+        ([5, 4, 3, 3, 3, 3], {"patience": "1ba"}, 5),
+        ([5, 4, 4, 4, 3, 3], {"patience": "2ba"}, 6),
+        ([5, 4.5, 4.2, 4, 3, 2], {"patience": "1ba", "min_delta": 1}, 3),
+        ([5, 5, 5, 5, 5, 5], {"patience": 1}, 4),  # two steps an epoch
+    ],
+)
+def test_early_stopper(config, console, monkeypatch, losses, options, last):
+    """Held-out losses are given; the run ends where Composer's EarlyStopper ends it."""
+    scores = iter(losses)
+
+    def score(setup, batch, kind):
+        return {"kind": kind, "batch": batch, "loss": next(scores), "bits_per_byte": 1.0}
+
+    monkeypatch.setattr("tokenyard_train.engine.loop.evaluate", score)
+    module = "tokenyard_train.callbacks.early_stopper.epoch_batches"
+    monkeypatch.setattr(module, lambda config, data: 2)
+    settings = config(eval_interval="1ba", callbacks={"early_stopper": options})
+    assert train(settings, console).batches == last
+
+
+def test_early_stopper_names_what_it_watches(config, console):
+    options = {"dataloader_label": "code", "monitor": "LanguageCrossEntropy", "comp": "less"}
+    with pytest.raises(ConfigError, match="the labels of held-out text are: eval"):
+        train(config(callbacks={"early_stopper": options}), console)
+    with pytest.raises(ConfigError, match="whose LanguageCrossEntropy falls; say comp: less"):
+        config(callbacks={"early_stopper": {"monitor": "LanguageCrossEntropy"}})
+
+
+def test_every_held_out_text_is_scored_before_and_after(config, console, text):
+    loader = {"name": "text", "dataset": {"path": str(text / "a.txt")}}
+    seen = []
+
+    class Watch(Recorder):
+        def evaluated(self, run, record):
+            seen.append((record["kind"], record["batch"], record["loss"] > 0))
+
+    settings = config(max_duration="1ba", eval_first=True, eval_loaders={"sums": loader})
+    train(settings, console, callbacks=[Watch()])
+    assert seen == [(kind, batch, True) for batch in (0, 1) for kind in ("eval", "eval/sums")]

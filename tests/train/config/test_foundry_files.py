@@ -13,6 +13,7 @@ from tokenyard_models.hf import to_hf
 from tokenyard_train.commands.check import check
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import load_config, read_config
+from tokenyard_train.config.migrate import migrated
 from tokenyard_train.engine.build_model import meta_model
 
 from ..data.test_mds import write as write_mds
@@ -32,6 +33,7 @@ SENTENCES = {
 }
 """The files that do not run, and what is said of them. All others pass."""
 
+OVERRIDES = ["device=cpu"]
 OTHER_MODELS = {
     "gpt2": "gpt2",
     "EleutherAI/gpt-neo-125M": "gpt_neo",
@@ -121,9 +123,40 @@ def load(hub, data, tmp_path, monkeypatch):
             config["load_path"] = None
         path = tmp_path / "file.yaml"
         path.write_text(yaml.safe_dump(config))
-        return load_config(path, ["device=cpu", f"save_folder={tmp_path / 'run'}", *overrides])
+        run = f"save_folder={tmp_path / 'run'}"
+        return load_config(path, [*OVERRIDES, run, *overrides])
 
     return load
+
+
+@pytest.mark.parametrize("name", FILES.keys() - SENTENCES.keys())
+def test_the_migrated_file_means_the_same(load, name, tmp_path, caplog):
+    """It is read without a warning. `parallel` is what fsdp_config asks for."""
+    config = load(name)
+    text = migrated(tmp_path / "file.yaml", OVERRIDES, processes=1)
+    (tmp_path / "new.yaml").write_text(text)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "tokenyard"):
+        same = load_config(tmp_path / "new.yaml", [f"save_folder={tmp_path / 'run'}"])
+    assert same == config
+    assert not [m for m in caplog.messages if "ignored" in m or "LLM Foundry" in m]
+    sharded = yaml.safe_load(migrated(tmp_path / "file.yaml", OVERRIDES, processes=8))
+    assert sharded["parallel"] == {"strategy": "fsdp"}
+
+
+def test_comments_of_a_migrated_file(load, tmp_path):
+    load("finetune/7b_dolly_sft")
+    lines = migrated(tmp_path / "file.yaml", OVERRIDES).splitlines()
+    for line in (
+        "# eval_interval: 1 -> 1ep; a number without a unit counts epochs",
+        "# fsdp_config.sharding_strategy: FULL_SHARD -> parallel.strategy: fsdp",
+        "# callbacks.lr_monitor: {} -> metrics.jsonl has the learning rate of each step, as lr",
+        "# train_loader.num_workers: 8 -> left out; it has no meaning here",
+        "  max_seq_len: ${variables.max_seq_len}",
+        "activation_checkpointing: true",
+        "  strategy: fsdp",
+    ):
+        assert line in lines
 
 
 @pytest.mark.parametrize("name", FILES)

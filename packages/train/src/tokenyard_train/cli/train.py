@@ -73,3 +73,16 @@ def check(
 
     with maybe_fake_world(nproc):
         run(load_config(config, overrides or []), Console())
+
+
+def migrate(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="Number of ranks that the run will have.")
+    ] = 8,
+) -> None:
+    """Print a config of LLM Foundry in the keys of tokenyard, with a comment for each change."""
+    from tokenyard_train.config.migrate import migrated
+
+    print(migrated(config, overrides or [], nproc), end="")

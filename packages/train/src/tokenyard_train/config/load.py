@@ -1,36 +1,25 @@
-"""Load a TrainConfig from a YAML file and overrides.
-
-OmegaConf parses and merges; pydantic validates.
-"""
+"""Load a TrainConfig from a YAML file and overrides."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from tokenyard import BackendError, ConfigError, default_registry, started_processes
 from tokenyard.bounded import read_text
 from tokenyard_models.strict_config import parse, warn_ignored, without_ignored
 from tokenyard_train.config.foundry import INSTEAD, INSTEAD_OF_VALUES, KNOWN, RENAMED
 from tokenyard_train.config.from_hf import with_hf_model
-from tokenyard_train.config.interpolate import interpolate
-from tokenyard_train.config.replace import replace_renamed
+from tokenyard_train.config.read_yaml import MAX_BYTES, parse_yaml
 from tokenyard_train.config.resolve import resolve
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.config.translate import Change, translate
-from tokenyard_train.config.yaml_limits import check_yaml, references
 
 log = logging.getLogger("tokenyard")
 
-_MAX_BYTES = 1 << 20
 _LOADER = re.compile(r"^(eval_loader|eval_loaders\.[^.]*)\.")
 _STREAM = re.compile(r"^train_loader\.dataset\.streams\.[^.]*\.")
 
@@ -47,9 +36,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Raises ConfigError.
     """
-    text = read_text(path, _MAX_BYTES, _NoConfigError)
+    text = read_text(path, MAX_BYTES, _NoConfigError)
     try:
-        return read_config(_container(text, overrides))
+        parsed = parse_yaml(text, overrides)
+        return read_config(with_variables(parsed.resolved, parsed.referred))
     except ConfigError as error:
         given = f" with {' '.join(overrides)}" if overrides else ""
         raise ConfigError(f"{path}{given}: {error}") from None
@@ -62,9 +52,8 @@ def read_config(data: Mapping[str, Any], *, needs_tokenizer: bool = True) -> Tra
     """
     ignored: list[str] = []
     changes: list[Change] = []
-    kept = translated(data, changes, ignored, started_processes())
-    kept = without_ignored(TrainConfig, with_hf_model(kept), "", ignored)
-    kept = _without_keys_ignored_by_model(kept, ignored)
+    kept = with_hf_model(translated(data, changes, ignored, started_processes()))
+    kept = known_keys(kept, ignored)
     warn_ignored(ignored)
     if told := [f"{change.key} as {change.note}" for change in changes if change.told]:
         log.warning("read as LLM Foundry means it: %s", "; ".join(told))
@@ -81,24 +70,13 @@ def translated(
     return _without_foundry_keys(translate(given, changes, ignored, processes))
 
 
-def _container(text: str, overrides: Sequence[str]) -> dict[str, Any]:
-    with _one_sentence("not a usable YAML config"):
-        check_yaml(text, _MAX_BYTES)
-        config = OmegaConf.create(text) if isinstance(yaml.safe_load(text), dict) else None
-    if not isinstance(config, DictConfig) or not config:
-        raise ConfigError("a config is a mapping of keys to values, and this is not one")
-    for override in overrides:
-        _override(config, override)
-    with _one_sentence("not a usable YAML config"):
-        container = dict(OmegaConf.to_container(config))  # type: ignore[arg-type]
-        try:
-            resolved = interpolate(container, _MAX_BYTES)
-        except ConfigError as error:
-            raise ConfigError(f"not a usable YAML config: {error}") from None
-    return _with_variables(resolved, references(text))
+def known_keys(data: Mapping[str, Any], ignored: list[str]) -> dict[str, Any]:
+    """Return a config without the keys that have no meaning here; append them to `ignored`."""
+    kept = without_ignored(TrainConfig, data, "", ignored)
+    return _without_keys_ignored_by_model(kept, ignored)
 
 
-def _with_variables(config: dict[str, Any], used: set[str]) -> dict[str, Any]:
+def with_variables(config: dict[str, Any], used: set[str]) -> dict[str, Any]:
     """Move unknown top-level keys that others refer to below `variables`.
 
     `used` are the keys that ``${key}`` or an alias of YAML names.
@@ -109,63 +87,6 @@ def _with_variables(config: dict[str, Any], used: set[str]) -> dict[str, Any]:
         return config
     kept = {key: value for key, value in config.items() if key not in moved}
     return kept | {"variables": moved | (config.get("variables") or {})}
-
-
-def _override(config: DictConfig, override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not key.strip() or not equals:
-        raise ConfigError(
-            f"override {override!r} is not of the form key=value, such as optimizer.lr=1e-3"
-        )
-    if "[" in key:
-        name = key.partition("[")[0].strip()
-        raise ConfigError(
-            f"override {override!r} is of one item of a list; give the whole list, such as "
-            f"{name}=[1,2]"
-        )
-    with _one_sentence(f"override {override!r} cannot be applied"):
-        check_yaml(value, _MAX_BYTES)
-        _refuse_comment(value)
-        replace_renamed(config, key.strip(), value)
-        config.merge_with_dotlist([override])
-
-
-@contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
-    """Turn any error of the YAML and interpolation libraries into a one-line ConfigError."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{what}: {error.problem}{line}") from None
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ConfigError(f"{what}: {key}{str(error).splitlines()[0]}") from None
-    except (
-        yaml.YAMLError,
-        RecursionError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        LookupError,
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{what}: {reason}") from None
-
-
-def _refuse_comment(value: str) -> None:
-    """Raise ConfigError for an override that YAML would cut at a #."""
-    ends = (yaml.StreamEndEvent, yaml.DocumentEndEvent)
-    events = yaml.parse(value, Loader=yaml.SafeLoader)
-    marks = [event.end_mark for event in events if not isinstance(event, ends)]
-    end = max(mark.index for mark in marks if mark is not None)
-    if value[end:].strip():
-        raise ConfigError(
-            f"{value[end:].strip()!r} is a comment in YAML; put the value in quotes to keep it"
-        )
 
 
 def _rename_keys(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -138,7 +138,9 @@ def _lora(
     if given.target_modules != "all-linear":
         wanted = given.target_modules
         lora["targets"] = _targets([wanted] if isinstance(wanted, str) else wanted, modules)
-    changes.append(Change("model.peft_config", "lora"))
+    split = any("qkv" in target and len(modules[target]) == 1 for target in lora.get("targets", ()))
+    note = "lora; queries, keys and values have an adapter each" if split else "lora"
+    changes.append(Change("model.peft_config", note))
     return lora
 
 

@@ -10,6 +10,7 @@ from tokenyard_train.config.translate.change import Change
 from tokenyard_train.config.translate.data import translate_loaders, translate_tokenizer
 from tokenyard_train.config.translate.hf_model import translate_model
 from tokenyard_train.config.translate.layout import translate_layout
+from tokenyard_train.config.translate.weights import check_weights
 
 _INTERVALS = ("max_duration", "eval_interval", "save_interval", "console_log_interval")
 
@@ -22,6 +23,7 @@ def translate(
     Appends what was read differently to `changes`, and the paths of keys without a meaning here to
     `ignored`. Raises ConfigError for what cannot be translated.
     """
+    check_weights(config)
     config = _epochs(config, changes)
     config = translate_tokenizer(config, changes)
     config = translate_loaders(config, changes)
