@@ -1,0 +1,104 @@
+"""The arguments of MegaBlocks' layers. Every field has its meaning there, or is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenyard import ConfigError
+from tokenyard.errors import one_of
+
+InitFn = Callable[[Tensor], Any]
+"""Fills a tensor in place."""
+
+DEFAULT_ACTIVATION_FN: Callable[[Tensor], Tensor] = partial(F.gelu, approximate="tanh")
+
+_NORMAL: InitFn = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
+
+
+def _device() -> torch.device:
+    """Return the current GPU, or the CPU of a machine without one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@dataclasses.dataclass
+class Arguments:
+    """The options of MoE and dMoE. Raises ConfigError for what is not here."""
+
+    hidden_size: int = 1024  # D
+    ffn_hidden_size: int = 4096  # F
+    num_layers: int = 1  # of the model, for the load-balancing loss
+    bias: bool = True  # one output bias [D] of the layer
+    return_bias: bool = True  # return it beside the result, instead of adding it
+    # a known function has a kernel; any other is computed expert by expert
+    activation_fn: Callable[[Tensor], Tensor] = DEFAULT_ACTIVATION_FN
+
+    moe_num_experts: int = 1  # E
+    moe_top_k: int = 1  # K
+    moe_capacity_factor: float = 1  # of MoE; 0 drops nothing
+    moe_normalize_expert_weights: float | None = None  # divide K weights by this p-norm
+    moe_loss_weight: float = 0.1
+    moe_jitter_eps: float | None = None
+    moe_lbl_in_fp32: bool = False  # no effect: the loss is in float32
+
+    moe_expert_model_parallelism: bool = False  # only false: tokenyard-parallel has it
+    expert_parallel_group: Any = None  # only None
+    pipeline_model_parallel_size: int = 1  # stages that the layers are split into
+    num_layers_per_virtual_pipeline_stage: int | None = None
+
+    memory_optimized_mlp: bool = False  # no effect: kernels keep the pre-activation alone
+    mlp_type: str = "mlp"  # or glu: gated, dMoE only
+    mlp_impl: str = "grouped"  # or sparse: no effect, tokenyard's backends compute both
+
+    fp16: bool = True  # dtype of the parameters; it comes before bf16
+    bf16: bool = False
+    device: int | torch.device | str = dataclasses.field(default_factory=_device)
+    init_method: InitFn = _NORMAL  # of router and experts
+    output_layer_init_method: InitFn = _NORMAL  # of w2
+
+    uniform_expert_assignment: bool = False  # slots take experts in turn
+
+    shared_expert: bool = False  # a dense FFN for every token
+    fc_cls: Any = torch.nn.Linear  # its linear layers
+    fc_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    remat_act_fn: bool = True  # no effect, as in MegaBlocks
+    shared_expert_hidden_size: int | None = None  # None: ffn_hidden_size
+    shared_expert_weighted_sum: bool = False  # weights K / (K + 1) and 1 / (K + 1)
+
+    moe_zloss_weight: float = 0
+    moe_zloss_in_fp32: bool = False  # no effect: the logits are in float32
+
+    def __post_init__(self) -> None:
+        one_of("mlp_type", self.mlp_type, ("mlp", "glu"))
+        one_of("mlp_impl", self.mlp_impl, ("grouped", "sparse"))
+        if self.moe_expert_model_parallelism or self.expert_parallel_group is not None:
+            raise ConfigError(
+                "moe_expert_model_parallelism is true, and these layers compute all experts on one "
+                "rank; use tokenyard.MoE with an exchange of tokenyard-parallel"
+            )
+        if self.shared_expert and self.bias and self.return_bias:
+            raise ConfigError(
+                "return_bias is true with a shared expert, whose result would be added to a tuple; "
+                "set return_bias=False"
+            )
+        if self.moe_top_k > self.moe_num_experts:
+            raise ConfigError(
+                f"moe_top_k is {self.moe_top_k} but moe_num_experts is {self.moe_num_experts}; "
+                f"choose from 1 to {self.moe_num_experts}"
+            )
+        if self.shared_expert_hidden_size is None:
+            self.shared_expert_hidden_size = self.ffn_hidden_size
+
+
+def from_megatron(megatron_args: Any) -> Arguments:
+    """Return the arguments that an object has as attributes; the rest are defaults."""
+    names = [field.name for field in dataclasses.fields(Arguments)]
+    return Arguments(**{n: getattr(megatron_args, n) for n in names if hasattr(megatron_args, n)})

@@ -1,0 +1,92 @@
+"""What all layers share: dtypes, and tokenyard's parts for a tensor's dtype and device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenyard import RoutingRule, Workload, default_registry
+from tokenyard.activations import GATED, POINTWISE
+from tokenyard.interfaces import ExpertKernel, Permutation
+from tokenyard_models.megablocks.layers.arguments import Arguments
+
+
+def dtype(args: Arguments) -> torch.dtype | None:
+    """Return the dtype of the parameters; None is torch's default."""
+    if args.fp16:
+        return torch.float16
+    return torch.bfloat16 if args.bf16 else None
+
+
+def cast_if_autocast_enabled(x: Tensor) -> Tensor:
+    """Return x in autocast's dtype, where autocast is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def activation_name(args: Arguments) -> str | None:
+    """Return tokenyard's name of the activation; None for a function that has no kernel.
+
+    Functions are compared by their values, so that a lambda is known, too.
+    """
+    z = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    with torch.no_grad():
+        values = args.activation_fn(z.clone())
+    functions = GATED if args.mlp_type == "glu" else POINTWISE
+    equal = [name for name, known in functions.items() if _equal(known, z, values)]
+    return next(iter(equal), None)
+
+
+def _equal(function: Callable[[Tensor], Tensor], z: Tensor, values: Tensor) -> bool:
+    return torch.allclose(function(z), values, rtol=1e-12, atol=1e-12)
+
+
+class Parts(NamedTuple):
+    """The backends of a layer, for one dtype and device."""
+
+    router: nn.Module
+    permutation: Permutation
+    kernel: ExpertKernel | None  # None: no backend has the activation
+
+
+class PartsCache:
+    """Chooses backends when a layer meets a dtype and a device for the first time."""
+
+    def __init__(self, args: Arguments):
+        self._args = args
+        self._name = activation_name(args)
+        self._parts: dict[tuple[torch.dtype, torch.device], Parts] = {}
+
+    def of(self, x: Tensor) -> Parts:
+        """Return the parts for x. Raises BackendError if there are none."""
+        key = (x.dtype, x.device)
+        if key not in self._parts:
+            self._parts[key] = self._choose(x)
+        return self._parts[key]
+
+    def _choose(self, x: Tensor) -> Parts:
+        args = self._args
+        workload = Workload(
+            args.hidden_size,
+            args.ffn_hidden_size,
+            args.moe_num_experts,
+            args.moe_top_k,
+            activation=self._name or ("swiglu" if args.mlp_type == "glu" else "gelu"),
+            router=RoutingRule(
+                normalize=args.moe_normalize_expert_weights or None,
+                jitter=args.moe_jitter_eps or 0.0,
+            ),
+            dtype=x.dtype,
+            device=x.device,
+        )
+        registry = default_registry()
+        permutation = registry.choose("permutation", None, workload).construct(workload)
+        kernel = None
+        if self._name is not None:
+            kernel = registry.choose("experts", None, workload).construct(workload, permutation)
+        with torch.device("meta"):  # the layer owns the weight
+            router = registry.choose("router", None, workload).construct(workload)
+        return Parts(router, permutation, kernel)

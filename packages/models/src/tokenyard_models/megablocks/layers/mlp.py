@@ -1,0 +1,175 @@
+"""The parameters of the experts in MegaBlocks' layouts, and the shared expert."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenyard import ConfigError
+from tokenyard.interfaces import ExpertWeights, Plan
+from tokenyard.sharded import is_sharded
+from tokenyard_models.megablocks.layers import common
+from tokenyard_models.megablocks.layers.arguments import Arguments, InitFn
+
+
+def create_moe_expert_weights(
+    args: Arguments, num_experts: int, ffn_hidden_size: int, hidden_size: int, init_method: InitFn
+) -> Tensor:
+    """Return new weights [E, F, D]."""
+    weights = torch.empty(
+        num_experts, ffn_hidden_size, hidden_size, device=args.device, dtype=common.dtype(args)
+    )
+    init_method(weights)
+    return weights
+
+
+def resolve_dtensor(weight: Tensor) -> Tensor:
+    """Return this rank's part of a sharded weight."""
+    if not is_sharded(weight):
+        return weight
+    local: Tensor = weight.to_local()  # type: ignore[attr-defined]
+    return local
+
+
+class ExpertsMLP(nn.Module):
+    """Experts that tokenyard's backends compute. Subclasses own the parameters."""
+
+    def __init__(self, args: Arguments):
+        super().__init__()
+        self.args = args
+        self._parts = common.PartsCache(args)
+
+    def expert_weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """Return the weights in tokenyard's layout: up [E, F or 2F, D] and down [E, D, F]."""
+        raise NotImplementedError
+
+    def compute(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None) -> Tensor:
+        """Return the weighted sum [T, D] of the experts topk_ids [T, K] for tokens x [T, D]."""
+        permutation = self._parts.of(x).permutation
+        plan = permutation.plan(topk_ids.int(), self.args.moe_num_experts)
+        return self.compute_plan(x, plan, topk_weights)
+
+    def compute_plan(self, x: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
+        """Return `compute` for slots that are sorted already."""
+        parts = self._parts.of(x)
+        weights = self.expert_weights(x.dtype)
+        if parts.kernel is not None:
+            return parts.kernel(x, plan, topk_weights, weights)
+        # a function without a kernel: expert by expert
+        rows = parts.permutation.permute(x, plan)
+        ends = plan.offsets.tolist()
+        parts_of_rows = [
+            self._expert(rows[start:end], weights.up[expert], weights.down[expert])
+            for expert, (start, end) in enumerate(pairwise(ends))
+        ]
+        tail = rows.new_zeros(len(rows) - ends[-1], rows.shape[1])
+        return parts.permutation.unpermute(torch.cat([*parts_of_rows, tail]), plan, topk_weights)
+
+    def _expert(self, rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        z = rows @ up.T
+        if self.args.mlp_type == "glu":
+            gate, z = z.chunk(2, dim=-1)
+            return (self.args.activation_fn(gate) * z) @ down.T
+        return self.args.activation_fn(z) @ down.T
+
+
+class MLP(ExpertsMLP):
+    """Experts of MoE: w1 [E, D, F] and w2 [E, F, D]. They are not gated."""
+
+    def __init__(self, args: Arguments):
+        if args.mlp_type != "mlp":
+            raise ConfigError(
+                f"mlp_type is {args.mlp_type!r}, and MoE has no gated experts; use dMoE, or mlp"
+            )
+        super().__init__(args)
+        sizes = (args.moe_num_experts, args.ffn_hidden_size, args.hidden_size)
+        w1 = create_moe_expert_weights(args, *sizes, args.init_method)
+        self.w1 = nn.Parameter(w1.transpose(1, 2).contiguous())
+        self.w2 = nn.Parameter(
+            create_moe_expert_weights(args, *sizes, args.output_layer_init_method)
+        )
+
+    def expert_weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """Return the weights in tokenyard's layout."""
+        up = resolve_dtensor(self.w1).to(dtype).transpose(1, 2).contiguous()
+        down = resolve_dtensor(self.w2).to(dtype).transpose(1, 2).contiguous()
+        return ExpertWeights(up, down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the experts' results [E, C, D] for binned tokens x [E, C, D]."""
+        experts, capacity, dim = x.shape
+        ids = torch.arange(experts, device=x.device).repeat_interleave(capacity).unsqueeze(1)
+        return self.compute(x.reshape(-1, dim), ids, None).view(x.shape)
+
+
+class SparseMLP(ExpertsMLP):
+    """Experts of dMoE: w1 and w2 [E F, D]."""
+
+    def __init__(self, args: Arguments):
+        super().__init__(args)
+        self.w1 = self._weight(args.init_method)
+        self.w2 = self._weight(args.output_layer_init_method)
+
+    def _weight(self, init_method: InitFn) -> nn.Parameter:
+        args = self.args
+        sizes = (args.moe_num_experts, args.ffn_hidden_size, args.hidden_size)
+        weights = create_moe_expert_weights(args, *sizes, init_method)
+        return nn.Parameter(weights.view(-1, args.hidden_size))
+
+    def stacked(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a weight [E F, D] as [E, F, D]."""
+        whole = resolve_dtensor(weight).to(dtype)
+        return whole.view(self.args.moe_num_experts, -1, self.args.hidden_size)
+
+    def expert_weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """Return the weights in tokenyard's layout."""
+        down = self.stacked(self.w2, dtype).transpose(1, 2).contiguous()
+        return ExpertWeights(self.stacked(self.w1, dtype), down)
+
+    def forward(self, x: Tensor, tokens_per_expert: Any) -> Tensor:
+        """Return the experts' results [N, D] for rows x [N, D] that are sorted by expert.
+
+        Raises ConfigError for a block-sparse topology in place of the counts [E].
+        """
+        if not isinstance(tokens_per_expert, Tensor):
+            raise ConfigError(
+                f"the experts were given a {type(tokens_per_expert).__name__}, and block-sparse "
+                "topologies are not read here; give the number of rows of each expert"
+            )
+        counts = tokens_per_expert.to(x.device).long()
+        experts = torch.arange(len(counts), device=x.device)
+        ids = experts.repeat_interleave(counts, output_size=len(x)).unsqueeze(1)
+        return self.compute(x, ids, None)
+
+
+class GroupedMLP(SparseMLP):
+    """The same as SparseMLP, by its other name."""
+
+
+class SharedMLP(nn.Module):
+    """The shared expert: up_proj, the activation, and down_proj."""
+
+    def __init__(self, args: Arguments):
+        super().__init__()
+        self.args = args
+        self.fc_kwargs: dict[str, Any] = {"bias": args.bias, "device": args.device}
+        self.fc_kwargs.update(args.fc_kwargs)
+        width = args.shared_expert_hidden_size
+        self.up_proj = args.fc_cls(args.hidden_size, width, **self.fc_kwargs)
+        self.act = args.activation_fn
+        self.down_proj = args.fc_cls(width, args.hidden_size, **self.fc_kwargs)
+
+    def add_experts_sharedexpert(self, shared_expert_out: Tensor, expert_out: Tensor) -> Tensor:
+        """Return the sum of both, weighted with `shared_expert_weighted_sum`."""
+        if not self.args.shared_expert_weighted_sum:
+            return shared_expert_out + expert_out
+        total = self.args.moe_top_k + 1
+        return shared_expert_out / total + expert_out * (self.args.moe_top_k / total)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y, shaped like x [..., D]."""
+        y: Tensor = self.down_proj(self.act(self.up_proj(x)))
+        return y
