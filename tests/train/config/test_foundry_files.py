@@ -5,16 +5,20 @@ import logging
 import math
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from tokenyard import TokenyardError
-from tokenyard_models.hf import to_hf
+from tokenyard_models.hf import to_hf, to_megablocks
 from tokenyard_train.commands.check import check
+from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import load_config, read_config
 from tokenyard_train.config.migrate import migrated
 from tokenyard_train.engine.build_model import meta_model
+from tokenyard_train.engine.resume import start_from
+from tokenyard_train.engine.setup import build_setup
 
 from ..data.test_mds import write as write_mds
 from .foundry_files import FILES, LLAMA, LLAMA_1, build
@@ -231,3 +235,17 @@ def test_what_is_read_in_another_way_is_named_in_one_warning(load, caplog):
         "callbacks.hf_checkpointer as left out; run `tokenyard convert RUN OUT`",
     ):
         assert part in message
+
+
+def test_a_run_starts_from_weights_with_the_names_of_llm_foundry(load, tmp_path):
+    first = train(load("pretrain/testing-moe", *SMALL, *TINY_MPT), Console(quiet=True))
+    weights = tmp_path / "weights"
+    trained = load_trained(first.folder, "cpu").model
+    to_megablocks(trained, weights)
+    again = load(
+        "pretrain/testing-moe", *SMALL, *TINY_MPT, f"load_path={weights}", "save_overwrite=true"
+    )
+    setup = build_setup(again, Console(quiet=True))
+    start_from(setup.model, again.load_path)
+    pairs = zip(trained.parameters(), setup.model.parameters())
+    assert all(torch.equal(p, q) for p, q in pairs)

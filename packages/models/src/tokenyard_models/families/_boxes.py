@@ -86,12 +86,12 @@ def concat_heads(keys: Sequence[str], shape: Shape, config: TransformerConfig) -
 
 
 def concat(keys: Sequence[str], shape: Shape, config: TransformerConfig) -> Iterator[Piece]:
-    """Concatenate tensors [F, D] of equal height."""
+    """Concatenate tensors [F, D], or biases [F], of equal height."""
     height = shape[0] // len(keys)
-    width = shape[1]
+    part = (height, *shape[1:])
     for i, key in enumerate(keys):
-        box = ((i * height, (i + 1) * height), (0, width))
-        yield Piece(key, (height, width), box, full_box((height, width)))
+        box = ((i * height, (i + 1) * height), *full_box(shape[1:]))
+        yield Piece(key, part, box, full_box(part))
 
 
 def per_expert(keys: Sequence[str], shape: Shape, config: TransformerConfig) -> Iterator[Piece]:

@@ -1,8 +1,8 @@
 """Read and write Hugging Face folders. transformers is not needed; a test proves it."""
 
-from tokenyard_models.hf._folder import Folder, WeightsError, is_hf_folder
+from tokenyard_models.hf._folder import Folder, WeightsError, has_weights, is_hf_folder
 from tokenyard_models.hf._load import from_hf, load_weights
-from tokenyard_models.hf._megablocks import to_megablocks
+from tokenyard_models.hf._megablocks import load_foundry, to_megablocks
 from tokenyard_models.hf._peft_read import PeftFolder, is_peft
 from tokenyard_models.hf._peft_write import to_peft
 from tokenyard_models.hf._read_config import DescribedModel, described_model, model_section
@@ -18,8 +18,10 @@ __all__ = [
     "WeightsError",
     "described_model",
     "from_hf",
+    "has_weights",
     "is_hf_folder",
     "is_peft",
+    "load_foundry",
     "load_weights",
     "model_section",
     "new_folder",

@@ -30,6 +30,11 @@ def is_hf_folder(path: Path) -> bool:
     return (path / CONFIG).exists()
 
 
+def has_weights(path: Path) -> bool:
+    """Return whether a folder holds safetensors files of a model."""
+    return (path / INDEX).exists() or (path / SINGLE).exists()
+
+
 class WeightsError(TokenyardError):
     """A folder of weights is incomplete, unsafe, or for another model."""
 
@@ -37,10 +42,11 @@ class WeightsError(TokenyardError):
 class Folder:
     """A folder with a model's config.json and weights. Raises WeightsError for any other folder.
 
-    `config` is the name of the file that describes the model.
+    `config` is the name of the file that describes the model. Without one, the folder holds weights
+    alone.
     """
 
-    def __init__(self, path: Path | str, config: str = CONFIG):
+    def __init__(self, path: Path | str, config: str | None = CONFIG):
         self.path = Path(path)
         if str(path).startswith("hf:/"):
             raise WeightsError(f"{path} is the form of load_path; leave hf:// out here")
@@ -49,7 +55,8 @@ class Folder:
                 f"{self.path} is no folder; give one that holds config.json and model.safetensors "
                 "(models of the hub are not downloaded: use hf download)"
             )
-        self.config = read_json(self.path / config)
+        self.config = {} if config is None else read_json(self.path / config)
+        self._described_by = config or "the model"
         self.files = self._files()  # file name -> tensor names
         self._refuse_unused_files()
 
@@ -124,7 +131,8 @@ class Folder:
         stored = list(tensor.get_shape())
         if tuple(stored) != shape:
             raise WeightsError(
-                f"{key} in {self.path / name} is {stored}, and config.json makes it {list(shape)}"
+                f"{key} in {self.path / name} is {stored}, and {self._described_by} makes it "
+                f"{list(shape)}"
             )
         if tensor.get_dtype() not in STORED_BYTES:
             raise WeightsError(

@@ -6,7 +6,8 @@ Of a sharded model, each rank reads only its shards.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,19 @@ def load_weights(model: nn.Module, folder: Folder) -> None:
     Of a sharded model, each rank reads its shards. Raises WeightsError for a tensor that is
     missing, left over, or of another shape, before it changes any parameter.
     """
+    fill_from(model, folder, partial(_map, model, folder))
+
+
+def fill_from(
+    model: nn.Module, folder: Folder, map_of: Callable[[Mapping[str, Tensor]], FolderMap]
+) -> None:
+    """Fill a model's parameters by the map of a folder, which `map_of` makes of the parameters.
+
+    Raises WeightsError unless the folder holds the tensors of the map.
+    """
     parameters = _loaded(model)
-    folder_map = checked_map(model, folder, parameters)
+    folder_map = map_of(parameters)
+    check_tensors(folder, folder_map)
     not_finite: list[str] = []
     for file_name, keys in folder.files.items():
         reader = folder.reader(file_name)
@@ -122,13 +134,17 @@ def fill(parameter: Tensor, piece: Piece, reader: Reader) -> bool:
 
 def checked_map(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) -> FolderMap:
     """Map a folder's tensors to a model's parameters. Raises WeightsError unless they match."""
+    folder_map = _map(model, folder, parameters)
+    check_tensors(folder, folder_map)
+    return folder_map
+
+
+def _map(model: Any, folder: Folder, parameters: Mapping[str, Tensor]) -> FolderMap:
     hf_format = format_of(folder)
     if not isinstance(model, Transformer) or model.definition != hf_format.name:
         other = getattr(model, "definition", type(model).__name__)
         raise WeightsError(f"{folder.path} holds a {hf_format.name}, and the model is {other}")
-    folder_map = map_folder(hf_format.name, rows_of(hf_format, folder), model.config, parameters)
-    check_tensors(folder, folder_map)
-    return folder_map
+    return map_folder(hf_format.name, rows_of(hf_format, folder), model.config, parameters)
 
 
 def check_tensors(folder: Folder, folder_map: FolderMap) -> None:

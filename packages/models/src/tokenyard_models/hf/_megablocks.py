@@ -1,4 +1,4 @@
-"""Write a model in the format of LLM Foundry and MegaBlocks."""
+"""Write a model in the format of LLM Foundry and MegaBlocks, and read weights in it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import nn
 
 from tokenyard import AuxiliaryLoss, ConfigError, is_gated
 from tokenyard_models.config import MoEConfig, TransformerConfig
-from tokenyard_models.families._boxes import copy, stacked, stacked_transposed, swapped
+from tokenyard_models.families._boxes import concat, copy, stacked, stacked_transposed, swapped
 from tokenyard_models.families._format import Row
 from tokenyard_models.families._names import BLOCK, DOWN, ROUTER, UP, names
 from tokenyard_models.ffn_config import FfnConfig
 from tokenyard_models.hf._folder import Folder, WeightsError
 from tokenyard_models.hf._folder_map import map_folder
-from tokenyard_models.hf._load import check_tensors
+from tokenyard_models.hf._load import check_tensors, fill_from
 from tokenyard_models.hf._save import check_read_back, computed_fields
 from tokenyard_models.hf._shards import (
     SHARD_BYTES,
@@ -107,6 +107,35 @@ def to_megablocks(
         write_weights(folder, folder_map, partial(gather, state), dtypes(state, dtype), shard_bytes)
         (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
         check_tensors(Folder(folder, ARGUMENTS), folder_map)
+
+
+@torch.no_grad()
+def load_foundry(model: nn.Module, path: Path | str) -> None:
+    """Fill a model's parameters from safetensors files with LLM Foundry's names.
+
+    Dense layers and MegaBlocks' experts are read, for a model of the same sizes. Of a sharded
+    model, each rank reads its shards. Raises WeightsError for a tensor that is missing, left over,
+    or of another shape, before it changes any parameter.
+    """
+    folder = Folder(path, None)
+    config: Any = model.config
+    rows = (*_rows(config), *_dense_rows(config))
+    fill_from(model, folder, partial(map_folder, "LLM Foundry", rows, config))
+
+
+def _dense_rows(config: TransformerConfig) -> tuple[Row, ...]:
+    """Return the weight table of dense layers."""
+    ups = ("gate_proj", "up_proj") if is_gated(config.dense_activation) else ("up_proj",)
+    modules = {"up": ups, "down": ("down_proj",)}
+    return tuple(
+        Row(
+            BLOCK + f"ffn.{name}{ours}",
+            tuple(f"{_FOUNDRY_BLOCK}ffn.{part}.{kind}" for part in parts),
+            concat,
+        )
+        for name, parts in modules.items()
+        for ours, kind in (("", "weight"), ("_bias", "bias"))
+    )
 
 
 def _rows(config: TransformerConfig) -> tuple[Row, ...]:

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenyard import Model
-from tokenyard_models.hf import Folder, PeftFolder, is_hf_folder, is_peft, load_weights
+from tokenyard_models.hf import (
+    Folder,
+    PeftFolder,
+    has_weights,
+    is_hf_folder,
+    is_peft,
+    load_foundry,
+    load_weights,
+)
 from tokenyard_train.checkpoint import (
     CheckpointError,
     clear_unfinished,
@@ -91,7 +99,9 @@ def start(setup: Setup) -> Position:
 
 
 def start_from(model: Model, path: str, config: TrainConfig | None = None) -> Origin:
-    """Load the weights of a checkpoint, of a run's newest one, of hf://folder, or of PEFT's folder.
+    """Load the weights of a checkpoint, of a run's newest one, or of a folder.
+
+    The folder is hf://folder, PEFT's, or one of weights with LLM Foundry's names.
 
     Returns where they are from; of a checkpoint of adapters, where its base is from. With a
     `config`, compare it with the checkpoint's, see `check_start`. Raises TokenyardError.
@@ -114,6 +124,9 @@ def start_from(model: Model, path: str, config: TrainConfig | None = None) -> Or
             f"load_path {path!r} does not exist; give a checkpoint such as runs/run/ba200, or its "
             "run"
         )
+    if has_weights(folder):
+        load_foundry(model, folder)
+        return Origin(str(folder.resolve()))
     origin = read_newest(folder, lambda newest: _load_checked(model, newest, config))
     if origin is None:
         raise CheckpointError(
