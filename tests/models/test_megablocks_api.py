@@ -156,7 +156,6 @@ def test_every_field_has_an_effect_or_says_that_it_has_none():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"moe_expert_model_parallelism": True}, "compute all experts on one rank; use tokenyard"),
         ({"mlp_type": "moe"}, "mlp_type 'moe' is unknown; known are: mlp, glu"),
         ({"mlp_impl": "dense"}, "mlp_impl 'dense' is unknown"),
         ({"moe_top_k": 5}, "moe_top_k is 5 but moe_num_experts is 4"),
@@ -171,6 +170,8 @@ def test_what_is_not_here_is_one_sentence(changes, sentence):
 def test_more_refusals():
     with pytest.raises(ConfigError, match="MoE has no gated experts; use dMoE"):
         MoE(arguments(mlp_type="glu"))
+    with pytest.raises(ConfigError, match="experts of MoE are on one rank; use dMoE"):
+        MoE(arguments(moe_expert_model_parallelism=True))
     dMoE(arguments())(torch.randn(3, 1, 12))
     with pytest.raises(ConfigError, match=r"1 layers have saved .* makes it 3 in a stage"):
         batched_load_balancing_loss(arguments(num_layers=3))

@@ -49,8 +49,8 @@ class Arguments:
     moe_jitter_eps: float | None = None
     moe_lbl_in_fp32: bool = False  # no effect: the loss is in float32
 
-    moe_expert_model_parallelism: bool = False  # only false: tokenyard-parallel has it
-    expert_parallel_group: Any = None  # only None
+    moe_expert_model_parallelism: bool = False  # the group's ranks share the experts; dMoE only
+    expert_parallel_group: Any = None  # of torch.distributed; None: all ranks
     pipeline_model_parallel_size: int = 1  # stages that the layers are split into
     num_layers_per_virtual_pipeline_stage: int | None = None
 
@@ -79,11 +79,6 @@ class Arguments:
     def __post_init__(self) -> None:
         one_of("mlp_type", self.mlp_type, ("mlp", "glu"))
         one_of("mlp_impl", self.mlp_impl, ("grouped", "sparse"))
-        if self.moe_expert_model_parallelism or self.expert_parallel_group is not None:
-            raise ConfigError(
-                "moe_expert_model_parallelism is true, and these layers compute all experts on one "
-                "rank; use tokenyard.MoE with an exchange of tokenyard-parallel"
-            )
         if self.shared_expert and self.bias and self.return_bias:
             raise ConfigError(
                 "return_bias is true with a shared expert, whose result would be added to a tuple; "

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenyard import RoutingRule, Workload, default_registry
+from tokenyard import ConfigError, RoutingRule, Workload, default_registry
 from tokenyard.activations import GATED, POINTWISE
-from tokenyard.interfaces import ExpertKernel, Permutation
+from tokenyard.interfaces import Exchange, ExpertKernel, Permutation
 from tokenyard_models.megablocks.layers.arguments import Arguments
 
 
@@ -44,12 +44,32 @@ def _equal(function: Callable[[Tensor], Tensor], z: Tensor, values: Tensor) -> b
     return torch.allclose(function(z), values, rtol=1e-12, atol=1e-12)
 
 
+def expert_ranks(args: Arguments) -> tuple[int, int]:
+    """Return this rank and the number of ranks that share the experts.
+
+    Raises ConfigError if the experts cannot be divided among them.
+    """
+    if not args.moe_expert_model_parallelism:
+        return 0, 1
+    import torch.distributed as dist
+
+    group = args.expert_parallel_group
+    size = dist.get_world_size(group)
+    if args.moe_num_experts % size:
+        raise ConfigError(
+            f"moe_num_experts is {args.moe_num_experts}, which {size} ranks cannot share evenly; "
+            "whole experts are on a rank, and none is split"
+        )
+    return dist.get_rank(group), size
+
+
 class Parts(NamedTuple):
     """The backends of a layer, for one dtype and device."""
 
     router: nn.Module
     permutation: Permutation
     kernel: ExpertKernel | None  # None: no backend has the activation
+    exchange: Exchange
 
 
 class PartsCache:
@@ -81,6 +101,7 @@ class PartsCache:
             ),
             dtype=x.dtype,
             device=x.device,
+            expert_parallel=expert_ranks(args)[1],
         )
         registry = default_registry()
         permutation = registry.choose("permutation", None, workload).construct(workload)
@@ -89,4 +110,8 @@ class PartsCache:
             kernel = registry.choose("experts", None, workload).construct(workload, permutation)
         with torch.device("meta"):  # the layer owns the weight
             router = registry.choose("router", None, workload).construct(workload)
-        return Parts(router, permutation, kernel)
+        group = args.expert_parallel_group
+        if workload.expert_parallel > 1 and group is None:
+            group = torch.distributed.group.WORLD
+        exchange = registry.choose("exchange", None, workload)
+        return Parts(router, permutation, kernel, exchange.construct(workload, permutation, group))

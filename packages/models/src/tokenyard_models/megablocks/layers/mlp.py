@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenyard import ConfigError
-from tokenyard.interfaces import ExpertWeights, Plan
+from tokenyard.interfaces import ExpertWeights, Routing
 from tokenyard.sharded import is_sharded
 from tokenyard_models.megablocks.layers import common
 from tokenyard_models.megablocks.layers.arguments import Arguments, InitFn
@@ -18,12 +18,29 @@ from tokenyard_models.megablocks.layers.arguments import Arguments, InitFn
 def create_moe_expert_weights(
     args: Arguments, num_experts: int, ffn_hidden_size: int, hidden_size: int, init_method: InitFn
 ) -> Tensor:
-    """Return new weights [E, F, D]."""
+    """Return the new weights [E, F, D] of this rank's experts.
+
+    All are drawn, so that they do not depend on the number of ranks.
+    """
     weights = torch.empty(
         num_experts, ffn_hidden_size, hidden_size, device=args.device, dtype=common.dtype(args)
     )
     init_method(weights)
-    return weights
+    rank, ranks = common.expert_ranks(args)
+    return weights.chunk(ranks)[rank].clone() if ranks > 1 else weights
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """Returns a weight, and multiplies its gradient by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
 
 
 def resolve_dtensor(weight: Tensor) -> Tensor:
@@ -40,7 +57,20 @@ class ExpertsMLP(nn.Module):
     def __init__(self, args: Arguments):
         super().__init__()
         self.args = args
+        self.ranks = common.expert_ranks(args)[1]
         self._parts = common.PartsCache(args)
+
+    def local(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a weight to compute with.
+
+        A rank computes its experts for the tokens of all ranks, so the gradient is a sum over
+        ranks. MegaBlocks divides it by their number, as data parallelism averages others.
+        """
+        weight = resolve_dtensor(weight).to(dtype)
+        if self.ranks == 1:
+            return weight
+        scaled: Tensor = _ScaledGradient.apply(weight, 1 / self.ranks)  # type: ignore[no-untyped-call]
+        return scaled
 
     def expert_weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the weights in tokenyard's layout: up [E, F or 2F, D] and down [E, D, F]."""
@@ -48,24 +78,29 @@ class ExpertsMLP(nn.Module):
 
     def compute(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None) -> Tensor:
         """Return the weighted sum [T, D] of the experts topk_ids [T, K] for tokens x [T, D]."""
-        permutation = self._parts.of(x).permutation
-        plan = permutation.plan(topk_ids.int(), self.args.moe_num_experts)
-        return self.compute_plan(x, plan, topk_weights)
+        if self.ranks == 1 or topk_weights is None:
+            return self.compute_here(x, topk_ids.int(), topk_weights)
+        logits = topk_weights.new_zeros(len(x), self.args.moe_num_experts)
+        routing = Routing(topk_ids.int(), topk_weights, logits)
+        return self._parts.of(x).exchange(x, routing, self.compute_here)
 
-    def compute_plan(self, x: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
-        """Return `compute` for slots that are sorted already."""
+    def compute_here(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, rows: int | None = None
+    ) -> Tensor:
+        """Return `compute` for the experts of this rank, from whose first one ids count."""
         parts = self._parts.of(x)
         weights = self.expert_weights(x.dtype)
+        plan = parts.permutation.plan(topk_ids, len(weights.up), rows)
         if parts.kernel is not None:
             return parts.kernel(x, plan, topk_weights, weights)
         # a function without a kernel: expert by expert
-        rows = parts.permutation.permute(x, plan)
+        sorted_rows = parts.permutation.permute(x, plan)
         ends = plan.offsets.tolist()
         parts_of_rows = [
-            self._expert(rows[start:end], weights.up[expert], weights.down[expert])
+            self._expert(sorted_rows[start:end], weights.up[expert], weights.down[expert])
             for expert, (start, end) in enumerate(pairwise(ends))
         ]
-        tail = rows.new_zeros(len(rows) - ends[-1], rows.shape[1])
+        tail = x.new_zeros(len(sorted_rows) - ends[-1], x.shape[1])
         return parts.permutation.unpermute(torch.cat([*parts_of_rows, tail]), plan, topk_weights)
 
     def _expert(self, rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -84,6 +119,11 @@ class MLP(ExpertsMLP):
             raise ConfigError(
                 f"mlp_type is {args.mlp_type!r}, and MoE has no gated experts; use dMoE, or mlp"
             )
+        if args.moe_expert_model_parallelism:
+            raise ConfigError(
+                "moe_expert_model_parallelism is true, and the experts of MoE are on one rank; use "
+                "dMoE, which drops nothing"
+            )
         super().__init__(args)
         sizes = (args.moe_num_experts, args.ffn_hidden_size, args.hidden_size)
         w1 = create_moe_expert_weights(args, *sizes, args.init_method)
@@ -94,9 +134,8 @@ class MLP(ExpertsMLP):
 
     def expert_weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the weights in tokenyard's layout."""
-        up = resolve_dtensor(self.w1).to(dtype).transpose(1, 2).contiguous()
-        down = resolve_dtensor(self.w2).to(dtype).transpose(1, 2).contiguous()
-        return ExpertWeights(up, down)
+        parts = (self.local(weight, dtype) for weight in (self.w1, self.w2))
+        return ExpertWeights(*(part.transpose(1, 2).contiguous() for part in parts))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the experts' results [E, C, D] for binned tokens x [E, C, D]."""
@@ -106,7 +145,7 @@ class MLP(ExpertsMLP):
 
 
 class SparseMLP(ExpertsMLP):
-    """Experts of dMoE: w1 and w2 [E F, D]."""
+    """Experts of dMoE: w1 and w2 [E F, D], of this rank's experts."""
 
     def __init__(self, args: Arguments):
         super().__init__(args)
@@ -121,8 +160,9 @@ class SparseMLP(ExpertsMLP):
 
     def stacked(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a weight [E F, D] as [E, F, D]."""
-        whole = resolve_dtensor(weight).to(dtype)
-        return whole.view(self.args.moe_num_experts, -1, self.args.hidden_size)
+        args = self.args
+        shape = (args.moe_num_experts // self.ranks, -1, args.hidden_size)
+        return self.local(weight, dtype).view(shape)
 
     def expert_weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the weights in tokenyard's layout."""
