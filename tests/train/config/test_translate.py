@@ -120,6 +120,7 @@ def test_aliases_merge_keys_and_variables_at_the_top(tmp_path):
     """A key that others refer to is a variable; an unknown key without that is an error."""
     path = tmp_path / "config.yaml"
     text = REST.replace("200ba", "${duration}") + "duration: 7ba\n"
+    text += "global_seed: 5\nseed: ${global_seed}\n"  # as files had it before `variables`
     shared = "shared: &shared {expansion_ratio: 2, n_layers: 3}\n"
     model = "model: {<<: *shared, name: mpt_causal_lm, n_layers: 2, d_model: 64, n_heads: 2}\n"
     path.write_text(text + shared + model)
@@ -128,6 +129,7 @@ def test_aliases_merge_keys_and_variables_at_the_top(tmp_path):
     assert (config.model["expansion_ratio"], config.model["n_layers"]) == (2, 2)
     assert config.variables == {
         "duration": "7ba",
+        "global_seed": 5,
         "shared": {"expansion_ratio": 2, "n_layers": 3},
     }
     path.write_text(text + shared.replace("&shared", "") + "model: {name: dbrx}\n")

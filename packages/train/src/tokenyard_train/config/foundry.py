@@ -44,7 +44,7 @@ TOP = frozenset(
         "spin_dataloaders",
     )
 )
-"""Ignored top-level keys: sharding, logging, profiling, file names, in-context evaluation."""
+"""Ignored top-level keys: logging, profiling, file names, in-context evaluation."""
 
 ALGORITHMS = frozenset(("low_precision_layernorm",))
 """Ignored in algorithms: it selects kernels and does not change the result."""
@@ -157,8 +157,11 @@ INSTEAD_OF_VALUES = {
 }
 """Values of LLM Foundry that are not here, by key, and what to write instead."""
 
-KNOWN = TOP | {"fsdp_config"} | {key for key in INSTEAD if "." not in key}
-"""All top-level keys of LLM Foundry that are not known here by the same name."""
+VARIABLES = frozenset(("data_local", "data_remote", "global_seed", "tokenizer_name"))
+"""Top-level keys of older files that are variables if the file refers to them."""
+
+KNOWN = (TOP | {"fsdp_config"} | {key for key in INSTEAD if "." not in key}) - VARIABLES
+"""All other top-level keys of LLM Foundry that are not known here by the same name."""
 
 RENAMED = {"deterministic_mode": "deterministic"}
 """Composer's top-level keys that have another name here, and that name."""

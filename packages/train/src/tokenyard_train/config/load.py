@@ -11,7 +11,7 @@ from typing import Any
 from tokenyard import BackendError, ConfigError, default_registry, started_processes
 from tokenyard.bounded import read_text
 from tokenyard_models.strict_config import parse, warn_ignored, without_ignored
-from tokenyard_train.config.foundry import INSTEAD, INSTEAD_OF_VALUES, KNOWN, RENAMED
+from tokenyard_train.config.foundry import INSTEAD, INSTEAD_OF_VALUES, KNOWN, RENAMED, VARIABLES
 from tokenyard_train.config.from_hf import with_hf_model
 from tokenyard_train.config.read_yaml import MAX_BYTES, parse_yaml
 from tokenyard_train.config.resolve import resolve
@@ -65,7 +65,7 @@ def translated(
 ) -> dict[str, Any]:
     """Return a config in the keys of this package, see `translate`. Raises ConfigError."""
     # A top-level key without a value is absent, as in sections; an unknown one stays an error.
-    known = TrainConfig.model_fields.keys() | RENAMED.keys() | KNOWN
+    known = TrainConfig.model_fields.keys() | RENAMED.keys() | KNOWN | VARIABLES
     given = _rename_keys({k: v for k, v in data.items() if v is not None or k not in known})
     return _without_foundry_keys(translate(given, changes, ignored, processes))
 
