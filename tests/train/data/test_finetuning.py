@@ -15,15 +15,13 @@ from tokenyard_train.data import PackedDocuments, build_data
 from tokenyard_train.data.finetuning.first_fit import first_fit
 from tokenyard_train.data.schema import DataSettings, FinetuningLoader, TokenizerConfig
 
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+import tokenizers
+
+from ..chat_folder import CHATML, write_tokenizer
+
 MARKED = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}"
     "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
@@ -46,27 +44,7 @@ CHAT = [
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A folder of a byte-level BPE tokenizer with ChatML's template, as transformers writes it."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
-    bpe.train_from_iterator([json.dumps(CHAT)], trainer)
-    bpe.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|end|>",
-        "eos_token": "<|im_end|>",
-        "chat_template": CHATML,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), [json.dumps(CHAT)])
 
 
 MARK = "an answer \ufdd0 with a mark"

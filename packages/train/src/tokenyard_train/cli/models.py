@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 
 from tokenyard_cli import dataclass_options
@@ -15,7 +17,12 @@ from tokenyard_train.commands.options import (
 
 @dataclass_options
 def generate(options: GenerateOptions) -> None:
-    """Continue prompts with a trained model."""
+    """Continue prompts with a trained model, or answer them with --chat."""
+    if options.chat:
+        from tokenyard_train.commands.chat import run_chat
+
+        run_chat(options, sys.stdin, print)
+        return
     from tokenyard_train.commands.generate import generate as run
 
     for prompt, text in zip(options.prompts, run(options)):

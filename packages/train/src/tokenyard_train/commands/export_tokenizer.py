@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenyard import ConfigError
+from tokenyard.bounded import read_text
 from tokenyard_models.hf import TOKENIZER_FILES, is_hf_folder
 from tokenyard_train.commands.load_model import LoadedModel
 from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
@@ -22,6 +23,7 @@ from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.stop_ids import tokenizer_folder
 from tokenyard_train.data.tiktoken_tokenizer import TiktokenTokenizer
 
+_CHAT_TEMPLATE = "chat_template.jinja"
 _END = "<|endoftext|>"
 """The token that ends a document, of bytes and of tiktoken."""
 
@@ -47,7 +49,10 @@ def exported_tokenizer(loaded: LoadedModel) -> Iterator[Path | None]:
             )
             folder = None
         with nullcontext() if folder is None else _like_trained(folder) as trained:
-            yield trained
+            if trained is None or loaded.chat_template is None:
+                yield trained
+            else:
+                yield _with_template(trained, loaded.chat_template, Path(temporary) / "templated")
 
 
 def _folder_of_tokenizer(loaded: LoadedModel, temporary: Path) -> Path:
@@ -74,11 +79,27 @@ def _like_trained(source: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
-            if (source / name).is_file():
-                shutil.copy(source / name, folder / name)
+        _copy_files(source, folder)
         (folder / "tokenizer.json").write_text(trained, encoding="utf-8")
         yield folder
+
+
+def _with_template(source: Path, template: str, folder: Path) -> Path:
+    """Copy a tokenizer into a new folder, with the chat template of the training."""
+    _copy_files(source, folder)
+    try:
+        (folder / _CHAT_TEMPLATE).write_text(read_text(template), encoding="utf-8")
+    except ConfigError as error:
+        log.warning("the folder is written without the chat template of its training: %s", error)
+    return folder
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer, and those with its token ids."""
+    folder.mkdir(exist_ok=True)
+    for name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
 
 
 def _trained_json(content: bytes) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenyard import ConfigError
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.engine.sampling import Sampling, continue_texts, warn_of_loss
@@ -12,6 +13,10 @@ def generate(options: GenerateOptions) -> list[str]:
 
     `device` and `precision` are those of `load_trained`. Raises TokenyardError.
     """
+    for option in ("system", "chat_template"):
+        if getattr(options, option) is not None:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} has no effect without --chat; add --chat")
     loaded = load_trained(options.model, options.device, options.precision, options.base)
     loaded = loaded.with_tokenizer(options.tokenizer)
     tokenizer = loaded.build_tokenizer()

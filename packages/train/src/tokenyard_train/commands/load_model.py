@@ -24,7 +24,7 @@ from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data import Tokenizer, build_tokenizer
 from tokenyard_train.data.paths import HF
-from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.schema import FinetuningDataset, TokenizerConfig
 from tokenyard_train.data.stop_ids import tokenizer_stop_ids
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import (
@@ -50,6 +50,7 @@ class LoadedModel(NamedTuple):
     path: Path  # the checkpoint, or the Hugging Face folder
     tokenizer_digest: str | None = None  # of the tokenizer that a checkpoint was trained with
     saved_stop_ids: frozenset[int] | None = None  # that a checkpoint records; None: nothing
+    chat_template: str | None = None  # the file that a run was trained with; None: the tokenizer's
     source: Path | None = None  # the Hugging Face folder of the model, or that its run started from
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -61,7 +62,10 @@ class LoadedModel(NamedTuple):
         if name is None:
             return self
         return self._replace(
-            tokenizer=TokenizerConfig(name=name), tokenizer_digest=None, saved_stop_ids=None
+            tokenizer=TokenizerConfig(name=name),
+            tokenizer_digest=None,
+            saved_stop_ids=None,
+            chat_template=None,
         )
 
     def build_tokenizer(self) -> Tokenizer:
@@ -197,8 +201,16 @@ def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any], base: Path | N
     digest = (meta["data"] or {}).get("tokenizer")
     source = _hf_source(meta["config"].get("load_path")) or _hf_source(origin.path)
     saved_ids = None if meta["stop_ids"] is None else frozenset(meta["stop_ids"])
+    dataset = config.train_loader.dataset
     return LoadedModel(
-        model, config.precision, config.tokenizer, checkpoint, digest, saved_ids, source
+        model,
+        config.precision,
+        config.tokenizer,
+        checkpoint,
+        digest,
+        saved_ids,
+        dataset.chat_template if isinstance(dataset, FinetuningDataset) else None,
+        source,
     )
 
 

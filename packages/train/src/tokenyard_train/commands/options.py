@@ -55,6 +55,21 @@ class GenerateOptions:
     device: Device = "auto"
     precision: Precision = None
     base: Base = None
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Answer in the chat template: each --prompt, or standard input. On a terminal, "
+            "answer one line after another.",
+        ),
+    ] = False
+    system: Annotated[
+        str | None, typer.Option(help="System message of --chat, such as 'Be brief.'")
+    ] = None
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="Jinja file of --chat. Default: that of the training, or the folder's."),
+    ] = None
 
     @property
     def prompts(self) -> list[str]:

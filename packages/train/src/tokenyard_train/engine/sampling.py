@@ -40,7 +40,16 @@ def continue_texts(
     The tokenizer's end of a document is a stop. An empty prompt starts a new document. Raises
     ConfigError for a prompt that leaves no room.
     """
-    prompt_ids = encode_prompts(model, tokenizer, prompts)
+    return continue_ids(model, tokenizer, encode_prompts(model, tokenizer, prompts), sampling)
+
+
+def continue_ids(
+    model: Model, tokenizer: Tokenizer, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+) -> list[str]:
+    """Return the text that follows each prompt of ids, as `continue_texts`.
+
+    Prompts must leave room in the model.
+    """
     room = model.max_seq_len - max(len(ids) for ids in prompt_ids)
     limited = replace(
         sampling,
@@ -65,7 +74,7 @@ def encode_prompts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str]) -
     Raises ConfigError for a prompt that leaves the model no room, or whose ids it does not have.
     """
     prompt_ids = [
-        [int(i) for i in tokenizer.encode(_utf8(prompt))] or [tokenizer.end] for prompt in prompts
+        [int(i) for i in tokenizer.encode(utf8(prompt))] or [tokenizer.end] for prompt in prompts
     ]
     longest = max(len(ids) for ids in prompt_ids)
     if longest >= model.max_seq_len:
@@ -82,7 +91,7 @@ def warn_of_loss(tokenizer: Tokenizer, prompts: Sequence[str], location: str) ->
     """Log a warning for prompts with text that the tokenizer drops or changes."""
     counter = LossCounter(tokenizer)
     for prompt in prompts:
-        counter.encode(_utf8(prompt))
+        counter.encode(utf8(prompt))
     counter.loss.ended = 0  # a prompt may end a turn or a document on purpose
     counter.loss.warn(location, "prompts")
 
@@ -96,7 +105,8 @@ def check_vocabulary(model: Model, ids: Collection[int], text: str) -> None:
         )
 
 
-def _utf8(prompt: str) -> bytes:
+def utf8(prompt: str) -> bytes:
+    """Return a prompt as UTF-8. Raises ConfigError if it is no text."""
     try:
         return prompt.encode("utf-8")
     except UnicodeEncodeError:

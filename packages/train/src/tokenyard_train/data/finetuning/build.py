@@ -39,7 +39,7 @@ def build_packed(
     Raises ConfigError, one sentence with file and row, for a row that cannot be trained on.
     """
     check_source(dataset, key)
-    template = read_template(dataset, settings.tokenizer, key)
+    template = read_template(dataset.chat_template, settings.tokenizer, f"{key}.chat_template")
     conversations = Conversations(template, dataset.target_responses == "last")
     encode = _Encoder(tokenizer, _prompt_rule(dataset.target_prompts))
     tokenized = _tokenize(

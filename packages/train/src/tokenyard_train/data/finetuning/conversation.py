@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenyard import ConfigError
@@ -78,23 +78,16 @@ class Conversations:
             )
         tools = row.get("tools")
         if template.marks_answers:
-            marked = template.marked(checked, location, tools)
+            marked = template.marked(checked, location, tools=tools)
             whole = "".join(segment.text for segment in marked)
             self.left_out.add_messages(checked, tools, whole, location)
             return self._only_last(marked, location)
         answers = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
         text = template.render(checked, location, tools=tools)
         self.left_out.add_messages(checked, tools, text, location)
-        segments = []
-        done = 0
-        for i in answers[-1:] if self.last_only else answers:
-            before = template.render(checked[:i], location, prompt=True, tools=tools)
-            after = template.render(checked[: i + 1], location, tools=tools)
-            _check_prefixes(before, after, text, location)
-            segments.append(Segment(text[done : len(before)], False))
-            segments.append(Segment(text[len(before) : len(after)], True))
-            done = len(after)
-        return [*segments, Segment(text[done:], False)]
+        if self.last_only:
+            answers = answers[-1:]
+        return _split(template, checked, answers, text, location, tools)
 
     def _only_last(self, segments: list[Segment], location: str) -> list[Segment]:
         answers = [i for i, segment in enumerate(segments) if segment.answer]
@@ -105,6 +98,48 @@ class Conversations:
 
 
 _WANTED = "a row has messages, prompt and response, or instruction and output"
+
+
+def prompt_segments(
+    template: ChatTemplate, messages: Sequence[Message], location: str
+) -> list[Segment]:
+    """Return the text after which the next answer begins, in the segments of training.
+
+    It is one segment if the template renders an earlier answer in another way than a last one.
+    Raises ConfigError, naming the `location` of the messages, if the template refuses them.
+    """
+    if template.marks_answers:
+        return template.marked(messages, location, prompt=True)
+    text = template.render(messages, location, prompt=True)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    try:
+        return _split(template, messages, answers, text, location)
+    except ConfigError:
+        return [Segment(text, False)]
+
+
+def _split(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    answers: Sequence[int],
+    text: str,
+    location: str,
+    tools: Any = None,
+) -> list[Segment]:
+    """Split the text of messages at the answers of some indices.
+
+    An answer is what follows the generation prompt.
+    """
+    segments = []
+    done = 0
+    for i in answers:
+        before = template.render(messages[:i], location, prompt=True, tools=tools)
+        after = template.render(messages[: i + 1], location, tools=tools)
+        _check_prefixes(before, after, text, location)
+        segments.append(Segment(text[done : len(before)], False))
+        segments.append(Segment(text[len(before) : len(after)], True))
+        done = len(after)
+    return [*segments, Segment(text[done:], False)]
 
 
 def _check_prefixes(before: str, after: str, text: str, location: str) -> None:

@@ -13,7 +13,7 @@ from tokenyard import ConfigError
 from tokenyard.bounded import read_json, read_text
 from tokenyard_train.data.finetuning.segment import Segment
 from tokenyard_train.data.hf_tokenizer import tokenizer_file
-from tokenyard_train.data.schema import FinetuningDataset, TokenizerConfig
+from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.optional import require
 
 Message = dict[str, Any]
@@ -56,10 +56,10 @@ class ChatTemplate:
         return text.replace(_BEGIN, "").replace(_END, "") if self.marks_answers else text
 
     def marked(
-        self, messages: Sequence[Message], location: str, tools: Any = None
+        self, messages: Sequence[Message], location: str, prompt: bool = False, tools: Any = None
     ) -> list[Segment]:
         """Return the text in segments; what generation blocks render is an answer."""
-        text = self._render(messages, location, False, tools)
+        text = self._render(messages, location, prompt, tools)
         segments = []
         for part in re.split(f"({_BEGIN}[^{_END}]*{_END})", text):
             answer = part.startswith(_BEGIN)
@@ -89,18 +89,15 @@ class ChatTemplate:
             raise ConfigError(f"{location}: the chat template refuses it: {reason}") from None
 
 
-def read_template(
-    dataset: FinetuningDataset, tokenizer: TokenizerConfig, key: str
-) -> ChatTemplate | None:
-    """Return the chat template of a dataset or of its tokenizer; None if neither has one.
+def read_template(path: str | None, tokenizer: TokenizerConfig, key: str) -> ChatTemplate | None:
+    """Return the chat template of a file, or that of a tokenizer; None if there is neither.
 
-    Raises ConfigError.
+    `key` is the config key or the option that gives the path, for errors. Raises ConfigError.
     """
     config = _tokenizer_config(tokenizer)
     variables = {name: text for name in _TOKENS if (text := _token(config.get(name))) is not None}
-    if dataset.chat_template is not None:
-        location = f"{key}.chat_template {dataset.chat_template!r}"
-        return ChatTemplate(read_text(dataset.chat_template), variables, location)
+    if path is not None:
+        return ChatTemplate(read_text(path), variables, f"{key} {path!r}")
     folder = _folder(tokenizer)
     file = None if folder is None else folder / "chat_template.jinja"
     if file is not None and file.is_file():
