@@ -145,7 +145,8 @@ def test_a_tokenizer_without_a_template_needs_a_file_of_one(chat, tokenizer, tmp
     assert (code, out) == (2, "")
     assert error.startswith(f"error: the tokenizer {bare!r} of ")
     assert error.endswith(
-        "has no chat template; give a file of one by --chat-template, or leave --chat out\n"
+        "has no chat template; put one beside it as chat_template.jinja, give generate a file by "
+        "--chat-template, or leave --chat out\n"
     )
     (tmp_path / "chatml.jinja").write_text(CHATML)
     template = ("--chat-template", str(tmp_path / "chatml.jinja"))

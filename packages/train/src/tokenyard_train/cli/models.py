@@ -9,6 +9,7 @@ from rich.console import Console
 from tokenyard_cli import dataclass_options
 from tokenyard_train.commands.options import (
     ConvertOptions,
+    EvalOptions,
     GenerateOptions,
     RoutingOptions,
     UpcycleOptions,
@@ -27,6 +28,14 @@ def generate(options: GenerateOptions) -> None:
 
     for prompt, text in zip(options.prompts, run(options)):
         print(prompt + text)
+
+
+@dataclass_options
+def evaluate(options: EvalOptions) -> None:
+    """Evaluate a model by tasks of lm-eval, and by the perplexity of files."""
+    from tokenyard_train.commands.evaluate import evaluate as run
+
+    run(options, Console())
 
 
 @dataclass_options

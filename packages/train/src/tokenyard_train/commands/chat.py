@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Self, TextIO
 
 from tokenyard import ConfigError
@@ -64,6 +65,20 @@ def _typed_lines() -> Iterator[str]:
             yield line
 
 
+def required_template(loaded: LoadedModel, given: Path | None, model: Path) -> ChatTemplate:
+    """Return a given chat template, or that of a model. Raises ConfigError if there is none."""
+    path = loaded.chat_template if given is None else str(given)
+    key = "--chat-template" if given else "train_loader.dataset.chat_template"
+    template = read_template(path, loaded.tokenizer, key)
+    if template is None:
+        raise ConfigError(
+            f"the tokenizer {loaded.tokenizer.name!r} of {model} has no chat template; put one "
+            "beside it as chat_template.jinja, give generate a file by --chat-template, or leave "
+            "--chat out"
+        )
+    return template
+
+
 class Chat:
     """A model that answers conversations in a chat template."""
 
@@ -87,15 +102,7 @@ class Chat:
         loaded = load_trained(options.model, options.device, options.precision, options.base)
         loaded = loaded.with_tokenizer(options.tokenizer)
         tokenizer = loaded.build_tokenizer()
-        given = options.chat_template
-        path = loaded.chat_template if given is None else str(given)
-        key = "--chat-template" if given else "train_loader.dataset.chat_template"
-        template = read_template(path, loaded.tokenizer, key)
-        if template is None:
-            raise ConfigError(
-                f"the tokenizer {loaded.tokenizer.name!r} of {options.model} has no chat template; "
-                "give a file of one by --chat-template, or leave --chat out"
-            )
+        template = required_template(loaded, options.chat_template, options.model)
         stops = loaded.stop_ids()
         sampling = Sampling(
             options.max_new_tokens, options.temperature, options.seed, stops, warn_when_full=True

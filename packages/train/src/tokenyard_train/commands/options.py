@@ -148,6 +148,42 @@ class RoutingOptions:
 
 
 @dataclass(frozen=True)
+class EvalOptions:
+    """The arguments and options of `tokenyard eval`."""
+
+    model: Model
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Task of lm-eval, such as arc_easy, or a YAML file. Repeat, or use ','."),
+    ] = None
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file or folder to compute the perplexity of. Repeat for several."),
+    ] = None
+    text_key: Annotated[
+        str, typer.Option(help="Column that holds the text of .jsonl and .parquet.")
+    ] = "text"
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Render the questions of --tasks in the chat template.")
+    ] = False
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. Default: the task's.")
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum documents per task. Default: all.")
+    ] = None
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=1 << 16, help="Maximum samples per forward pass.")
+    ] = 8
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of examples and sampling.")] = 17
+    tokenizer: Tokenizer = None
+    out: Annotated[Path, typer.Option(help="Output folder of eval.json.")] = Path("eval")
+    device: Device = "auto"
+    precision: Precision = None
+    base: Base = None
+
+
+@dataclass(frozen=True)
 class PackOptions:
     """The arguments and options of `tokenyard data pack`."""
 

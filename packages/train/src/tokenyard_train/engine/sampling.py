@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -30,6 +30,9 @@ class Sampling:
     seed: int
     stops: Collection[int] = ()  # ids that end a continuation
     warn_when_full: bool = False  # warn if max_seq_len ends a continuation
+    complete: Callable[[Sequence[int], Sequence[int]], bool] | None = (
+        None  # of a prompt and its continuation: whether it ends here
+    )
 
 
 def continue_texts(
@@ -160,11 +163,17 @@ def _sample(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) 
             running[i] = running[i] and next_ids[i] not in sampling.stops
             if running[i]:
                 rows[i].append(next_ids[i])
-            running[i] = running[i] and len(rows[i]) < sampling.max_new_tokens
+            running[i] = running[i] and not _is_complete(prompt, rows[i], sampling)
         if not any(running):
             break
         ids = torch.tensor(next_ids, device=device).unsqueeze(1)
     return rows
+
+
+def _is_complete(prompt: Sequence[int], row: Sequence[int], sampling: Sampling) -> bool:
+    if len(row) >= sampling.max_new_tokens:
+        return True
+    return sampling.complete is not None and sampling.complete(prompt, row)
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
