@@ -31,6 +31,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], eos: str = "<|im_end|>")
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|end|>",
         "eos_token": eos,
+        "model_max_length": int(1e30),  # transformers writes it for "no limit"
         "chat_template": CHATML,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

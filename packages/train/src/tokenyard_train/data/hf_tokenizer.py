@@ -37,7 +37,7 @@ class HfTokenizer:
             raise ConfigError(
                 f"tokenizer.name {name!r}: {path} is not a tokenizer: {error}"
             ) from None
-        options = _options(path)
+        options = read_options(path)
         eos = eos_token or _configured_eos(path, options)
         splits_special = options.get("split_special_tokens") is True
         self._tokenizer.encode_special_tokens = splits_special
@@ -150,7 +150,7 @@ def tokenizer_file(path: Path) -> Path:
     return file
 
 
-def _options(path: Path) -> dict[str, Any]:
+def read_options(path: Path) -> dict[str, Any]:
     """Return the content of the tokenizer_config.json beside a file. Raises ConfigError."""
     config = path.with_name("tokenizer_config.json")
     if not config.is_file():

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tokenyard import ConfigError
-from tokenyard.bounded import read_json, read_text
+from tokenyard.bounded import read_text
 from tokenyard_train.data.finetuning.segment import Segment
-from tokenyard_train.data.hf_tokenizer import tokenizer_file
+from tokenyard_train.data.hf_tokenizer import read_options, tokenizer_file
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.optional import require
 
@@ -119,8 +119,7 @@ def _folder(tokenizer: TokenizerConfig) -> Path | None:
 
 def _tokenizer_config(tokenizer: TokenizerConfig) -> dict[str, Any]:
     folder = _folder(tokenizer)
-    file = None if folder is None else folder / "tokenizer_config.json"
-    return read_json(file) if file is not None and file.is_file() else {}
+    return {} if folder is None else read_options(folder / "tokenizer.json")
 
 
 def _token(value: Any) -> str | None:
