@@ -16,6 +16,7 @@ from tokenyard_cli import app
 from tokenyard_train.config import read_config
 
 PLUGIN = ROOT / "docs" / "plugin.md"
+FINE_TUNE = ROOT / "docs" / "fine-tune.md"  # test_fine_tune.py runs its blocks in order
 SMALL = {
     "model": {"name": "mixtral", "size": "tiny"},
     "train_loader": {"name": "python_stdlib"},
@@ -30,7 +31,7 @@ def with_blocks(language):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in with_blocks("python") if page != PLUGIN], ids=named
+    "page", [page for page in with_blocks("python") if page not in (PLUGIN, FINE_TUNE)], ids=named
 )
 def test_python_runs(page, tmp_path, monkeypatch):
     """Run the blocks of a page in order, in one namespace."""

@@ -10,6 +10,8 @@ from blocks import PAGES, ROOT, blocks, named
 from shell import CONFIG, lines, run
 
 PLUGIN = ROOT / "docs" / "plugin.md"  # test_blocks.py runs its commands
+FINE_TUNE = ROOT / "docs" / "fine-tune.md"  # test_fine_tune.py runs its blocks in order
+IN_ORDER = (PLUGIN, FINE_TUNE)
 LONG = ("--shape cpu", "--peers", "launch")  # commands that take more than a few seconds
 
 
@@ -17,7 +19,7 @@ def consoles():
     """Yield every console block that runs; mark long ones `full`."""
     for page in PAGES:
         for block in blocks(page):
-            if block.language == "console" and block.why_not is None and page != PLUGIN:
+            if block.language == "console" and block.why_not is None and page not in IN_ORDER:
                 marks = [pytest.mark.full] if any(word in block.text for word in LONG) else []
                 yield pytest.param(block, id=f"{named(page)}:{block.line}", marks=marks)
 
