@@ -60,7 +60,10 @@ def replayed(
     if entry is None:
         _remember(whole)
         return function(*tensors)
-    _entries.move_to_end(whole)
+    try:
+        _entries.move_to_end(whole)
+    except KeyError:  # another thread forgot it
+        _entries[whole] = entry
     if entry.program is not None:
         return entry.program.run(tensors)
     if not entry.possible or _overlap(tensors):
