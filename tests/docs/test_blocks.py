@@ -73,7 +73,9 @@ def check_options(words):
     assert options <= known, f"{command.name} has no {options - known}"
 
 
-@pytest.mark.parametrize("page", with_blocks("yaml"), ids=named)
+@pytest.mark.parametrize(
+    "page", [page for page in with_blocks("yaml") if page != FINE_TUNE], ids=named
+)
 def test_configs_are_accepted(page):
     """Blocks are YAML mappings. Complete configs, and sections with a small model, are valid."""
     for block in blocks(page):
