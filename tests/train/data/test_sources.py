@@ -102,7 +102,7 @@ def test_a_description_changes_with_the_content(tmp_path, lines):
 def test_a_source_has_exactly_one_location(keys, has):
     with pytest.raises(
         ConfigError,
-        match=f"it has {has}; give exactly one of path, packed, local, hf_name, streams",
+        match=f"it has {has}; give exactly one of path, packed, local, hf_name, delta, streams",
     ):
         parse(TextDataset, keys)
 

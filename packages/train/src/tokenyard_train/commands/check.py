@@ -32,6 +32,7 @@ from tokenyard_train.engine.out_of_memory import check_batch_fits, out_of_memory
 from tokenyard_train.engine.precision import BF16_MASTER, narrow
 from tokenyard_train.engine.setup import run_batches, schedule_warnings
 from tokenyard_train.engine.summary import describe_tokenizer
+from tokenyard_train.engine.table_versions import choose_versions, table_versions
 from tokenyard_train.engine.trainable import describe_trainable
 from tokenyard_train.optional import require
 
@@ -49,6 +50,7 @@ def check(config: TrainConfig, console: Console) -> None:
     with out_of_memory_is_a_mistake(config):
         strategy, model = build_model(config)
     check_batch_fits(config, strategy.data[1])
+    config = choose_versions(config)
     data = build_data(config.data())
     check_run(config, build_callbacks(config.callbacks), model, data)
     for warning in schedule_warnings(config, data):
@@ -124,6 +126,7 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
     for kind, rows in sets.items():
         name = kind.replace("eval", "held-out text", 1).replace("/", " ", 1)
         yield name, f"{len(rows.predicted):,} tokens are scored"
+    yield from table_versions(config).items()
     yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
     yield "forward pass", f"{config.device_train_microbatch_size} samples"
     yield "duration", f"{batches:,} batches, {epochs:.2f} epochs, {_count(batches * tokens)} tokens"

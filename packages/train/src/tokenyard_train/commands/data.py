@@ -14,19 +14,22 @@ from tokenyard import ConfigError
 from tokenyard.paths import real_path
 from tokenyard_models.strict_config import parse
 from tokenyard_train.commands.options import PackOptions
-from tokenyard_train.data.journal import PackProgress
+from tokenyard_train.data.journal import PackProgress, recorded_sources
 from tokenyard_train.data.packing import pack
 from tokenyard_train.data.schema import Source, TokenizerConfig
-from tokenyard_train.data.sources import describe_source, read_documents
-from tokenyard_train.data.sources.keys import SOURCE
+from tokenyard_train.data.sources import describe_source, newest_version, read_documents
+from tokenyard_train.data.sources.keys import SOURCE, key_below
 from tokenyard_train.data.tokens import TokenFile, read_manifest
 from tokenyard_train.data.unused_keys import check_tokenizer
+
+_LOCATIONS = {"--hf": "hf_name", "--mds": "local", "--delta": "delta"}
 
 
 def run_pack(console: Console, options: PackOptions) -> None:
     """Pack sources into a folder, with a progress bar. Raises ConfigError for unreadable text."""
     source = _source(options)
     _check_apart(options)
+    source = _with_version(source, [] if options.overwrite else recorded_sources(options.out))
     start = time.monotonic()
     with _progress_bar(console) as bar:
         task = bar.add_task("packing", total=None, state="")
@@ -82,21 +85,37 @@ def parse_tokenizer(text: str, eos_token: str | None) -> TokenizerConfig:
 
 
 def _source(options: PackOptions) -> Source:
-    if options.hf and options.mds:
-        raise ConfigError("--hf and --mds were given; a source is one of them")
+    kinds = {"--hf": options.hf, "--mds": options.mds, "--delta": options.delta}
+    flags = [flag for flag, given in kinds.items() if given]
+    if len(flags) > 1:
+        raise ConfigError(f"{' and '.join(flags)} were given; a source is one of them")
     location: dict[str, Any] = {"path": list(options.sources)}
-    if options.hf or options.mds:
+    if flags:
         if len(options.sources) != 1:
-            flag = "--hf" if options.hf else "--mds"
-            raise ConfigError(f"{flag} takes one SOURCE, and {len(options.sources)} were given")
-        key = "hf_name" if options.hf else "local"
-        location = {key: options.sources[0], "split": options.split}
-    elif options.split is not None:
-        raise ConfigError(
-            f"--split is {options.split!r}, which has no effect on files; "
-            "leave it out, it is for --hf and --mds"
-        )
+            raise ConfigError(f"{flags[0]} takes one SOURCE, and {len(options.sources)} were given")
+        location = {_LOCATIONS[flags[0]]: options.sources[0]}
+    for option, value, users in (
+        ("split", options.split, ("--hf", "--mds")),
+        ("version", options.table_version, ("--delta",)),
+    ):
+        if value is not None and not set(flags) & set(users):
+            raise ConfigError(
+                f"{key_below(SOURCE, option)} is {value!r}, which has no effect on "
+                f"{'a source of ' + flags[0] if flags else 'files'}; "
+                f"leave it out, it is for {' and '.join(users)}"
+            )
+        location[option] = value
     return parse(Source, location | {"text_key": options.text_key})
+
+
+def _with_version(source: Source, unfinished: list[dict[str, Any]]) -> Source:
+    """Return a source whose Delta table has a version: of an unfinished packing, or the newest."""
+    if source.delta is None or source.version is not None:
+        return source
+    for recorded in unfinished:
+        if recorded.get("delta") == source.delta and type(recorded.get("version")) is int:
+            return source.model_copy(update={"version": recorded["version"]})
+    return source.model_copy(update={"version": newest_version(source, SOURCE)})
 
 
 def _check_apart(options: PackOptions) -> None:

@@ -192,7 +192,7 @@ class PackOptions:
         list[str],
         typer.Argument(
             help="Files and folders of text, .jsonl (.gz, .zst) or .parquet. "
-            "With --hf or --mds: one name or folder."
+            "With --hf, --mds or --delta: one name or folder."
         ),
     ]
     tokenizer: Annotated[
@@ -203,6 +203,11 @@ class PackOptions:
         typer.Option(help="End-of-document token of a tokenizer.json, such as '</s>'."),
     ] = None
     hf: Annotated[bool, typer.Option("--hf", help="SOURCE is a Hugging Face dataset.")] = False
+    delta: Annotated[bool, typer.Option("--delta", help="SOURCE is a Delta table.")] = False
+    table_version: Annotated[
+        int | None,
+        typer.Option(min=0, help="Version of the --delta table. Default: the newest."),
+    ] = None
     mds: Annotated[bool, typer.Option("--mds", help="SOURCE is a folder of MDS shards.")] = False
     split: Annotated[
         str | None, typer.Option(help="Split of --hf (default: train), or subfolder of --mds.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from tokenyard import ConfigError
+from tokenyard.bounded import require_plain
 from tokenyard_train.data.json_text import parse_json
 from tokenyard_train.data.tokens import DOCUMENTS, JOURNAL, TOKENS, CorruptError
 
@@ -59,6 +60,17 @@ def read_journal(folder: Path, settings: dict[str, Any], itemsize: int) -> list[
     entries = [_entry(line, journal) for line in lines[1:]]
     _check_files(folder, entries, itemsize)
     return entries
+
+
+def recorded_sources(folder: Path) -> list[dict[str, Any]]:
+    """Return the sources of an unfinished packing; none if there is no journal or no first line."""
+    require_plain(folder / JOURNAL)
+    try:
+        with (folder / JOURNAL).open("rb") as journal:
+            sources = parse_json(journal.readline()).get("sources")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [source for source in sources or [] if isinstance(source, dict)]
 
 
 def _difference(recorded: Any, settings: dict[str, Any]) -> str:

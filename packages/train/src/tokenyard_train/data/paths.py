@@ -11,6 +11,7 @@ from pydantic import AfterValidator
 HF = "hf://"
 """Prefix of load_path for the folder of a Hugging Face model."""
 
+_CLOUDS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a drive letter such as C: is local
 
 
@@ -29,6 +30,20 @@ def _local_or_hf(path: str) -> str:
     prefix = HF if path.startswith(HF) else ""
     return prefix + local_path(path.removeprefix(prefix))
 
+
+def table_path(path: str) -> str:
+    """Return the local path or the URI of a table. Raises ValueError for another scheme.
+
+    A URI with a password is refused: configs are saved, and sent to trackers.
+    """
+    scheme, _, rest = path.partition("://")
+    if "@" in rest and ":" in rest.partition("@")[0]:
+        raise ValueError("it holds a password; give that in the environment of the storage")
+    return path if scheme in _CLOUDS else local_path(path)
+
+
+TablePath = Annotated[str, AfterValidator(table_path)]
+"""A local path, or a URI of the cloud storage that deltalake reads."""
 
 LocalPath = Annotated[str, AfterValidator(local_path)]
 """A path of a file or folder on this machine."""

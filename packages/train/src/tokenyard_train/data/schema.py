@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from tokenyard_models.strict_config import Strict, only
 from tokenyard_train.data import foundry
-from tokenyard_train.data.paths import LocalPath
+from tokenyard_train.data.paths import LocalPath, TablePath
 
 
 class Section(Strict):
@@ -80,9 +80,10 @@ class StdlibLoader(Section):
     dataset: StdlibDataset = StdlibDataset()
 
 
+Version = Annotated[int, Field(ge=0)]
 EncodingType = Literal["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 
-LOCATION_KEYS = ("path", "packed", "local", "hf_name")
+LOCATION_KEYS = ("path", "packed", "local", "hf_name", "delta")
 """The keys that locate text. A source sets exactly one of them."""
 
 
@@ -95,9 +96,11 @@ class Source(Section):
     packed: LocalPath | None = None  # output folder of tokenyard data pack
     local: LocalPath | None = None  # folder of MDS shards
     hf_name: LocalPath | None = None  # Hugging Face dataset: a folder, or a name on the hub
+    delta: TablePath | None = None  # Delta table: a folder, or a URI of cloud storage
+    version: Version | None = None  # delta: version to read; None: the newest at the start
     split: str | None = None  # local: subfolder; hf_name: split of the dataset, default train
     streaming: bool = True  # hf_name: read while downloading
-    text_key: str = "text"  # column that holds the text, in JSON, .parquet, MDS and hf_name
+    text_key: str = "text"  # column that holds the text, in JSON, .parquet, MDS, hf_name and delta
     max_seq_len: int | None = Field(
         None,
         exclude=True,  # tokens per sample; None or that of the config
@@ -177,6 +180,8 @@ class RowSource(Section):
 
     path: LocalPath | list[LocalPath] | None = None  # files and folders: JSON, .parquet
     hf_name: LocalPath | None = None  # Hugging Face dataset: a folder, or a name on the hub
+    delta: TablePath | None = None  # Delta table: a folder, or a URI of cloud storage
+    version: Version | None = None  # delta: version to read; None: the newest at the start
     split: str | None = None  # hf_name: split of the dataset, default train
     streaming: bool = True  # hf_name: read while downloading
     suffixes: list[str] = [
@@ -211,7 +216,7 @@ class FinetuningDataset(RowSource):
 
     @model_validator(mode="after")
     def _one_location(self) -> FinetuningDataset:
-        keys = ("path", "hf_name")
+        keys = ("path", "hf_name", "delta")
         _check_exactly_one([key for key in keys if getattr(self, key) is not None], keys)
         return self
 

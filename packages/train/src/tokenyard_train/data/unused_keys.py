@@ -12,9 +12,10 @@ _EFFECTIVE = {
     "packed": (),
     "local": ("split", "text_key", "token_encoding_type"),
     "hf_name": ("split", "streaming", "text_key"),
+    "delta": ("version", "text_key"),
 }
 """The keys of a source that have an effect, by the key that locates it."""
-_KEYS = ("split", "streaming", "text_key", "token_encoding_type", "suffixes")
+_KEYS = ("split", "streaming", "text_key", "token_encoding_type", "suffixes", "version")
 
 
 def check_source(source: Source | RowSource, key: str) -> None:

@@ -27,6 +27,7 @@ from tokenyard_train.engine.optimizer import Optimizer, build_optimizer
 from tokenyard_train.engine.out_of_memory import check_batch_fits
 from tokenyard_train.engine.precision import BF16_MASTER, computing_in
 from tokenyard_train.engine.schedule import check_schedule
+from tokenyard_train.engine.table_versions import choose_versions
 from tokenyard_train.engine.wrap_blocks import wrap_blocks
 
 
@@ -82,7 +83,7 @@ class Setup:
 def build_setup(
     config: TrainConfig, console: Console, check: Callable[[Model, Data], None] | None = None
 ) -> Setup:
-    """Build a run's setup from a resolved config. Writes nothing.
+    """Build a run's setup from a resolved config, with the versions of its tables. Writes nothing.
 
     `check` receives the model on the meta device and the data, and may raise ConfigError. Raises
     TokenyardError.
@@ -91,6 +92,7 @@ def build_setup(
         torch.cuda.set_device(config.device)
     strategy, model = build_model(config)
     check_batch_fits(config, strategy.data[1])
+    config = choose_versions(config)
     data = build_data(config.data())
     if check is not None:
         check(model, data)

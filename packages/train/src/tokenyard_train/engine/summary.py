@@ -14,6 +14,7 @@ from tokenyard_train.data import Data
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.setup import schedule_warnings
 from tokenyard_train.engine.state import Run
+from tokenyard_train.engine.table_versions import table_versions
 from tokenyard_train.engine.trainable import describe_trainable, trainable
 
 log = logging.getLogger("tokenyard")
@@ -33,6 +34,8 @@ def announce(run: Run) -> None:
         f"{config.precision}; {escape(describe_tokenizer(config, setup.data))}"
     )
     setup.console.print(f"training text: {setup.data.train.describe()}", highlight=False)
+    for key, table in table_versions(config).items():
+        setup.console.print(f"{key}: {escape(table)}", highlight=False, soft_wrap=True)
     if len(trainable(setup.model)) < len(list(setup.model.parameters())):
         setup.console.print(f"trainable: {describe_trainable(setup.model)}", highlight=False)
     if is_rank0():

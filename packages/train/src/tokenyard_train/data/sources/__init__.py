@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenyard_train.data.schema import Source
+from tokenyard_train.data.schema import RowSource, Source
 from tokenyard_train.data.sources.files import (
     describe_file,
     find_files,
@@ -44,6 +44,10 @@ def _all_documents(source: Source, key: str) -> Iterator[bytes | None]:
         from tokenyard_train.data.sources.mds import mds_documents
 
         yield from mds_documents(mds_folder(source), source.text_key, key_below(key, "local"))
+    elif source.delta is not None:
+        from tokenyard_train.data.sources.delta import delta_documents
+
+        yield from delta_documents(source, key)
     else:
         yield from _file_documents(source, key_below(key, "path"))
 
@@ -71,6 +75,13 @@ def _warn_of(files: list[Path], key: str, problem: str) -> None:
         log.warning("%s: files %s: %d, such as %s", key, problem, len(files), files[0])
 
 
+def newest_version(source: Source | RowSource, key: str) -> int:
+    """Return the newest version of a source's Delta table. Raises ConfigError."""
+    from tokenyard_train.data.sources import delta
+
+    return delta.newest_version(source, key)
+
+
 def mds_folder(source: Source) -> Path:
     """Return the folder of a source's MDS shards: `local`, or its subfolder `split`."""
     return Path(str(source.local), source.split or "")
@@ -79,7 +90,8 @@ def mds_folder(source: Source) -> Path:
 def describe_source(source: Source, key: str) -> list[dict[str, Any]]:
     """Return a description of a source: its settings, and its files by their sizes and ends.
 
-    A dataset on the hub is described by its settings alone. Raises ConfigError.
+    A Delta table is described by its id and the digest of its version, a dataset on the hub by its
+    settings alone. Raises ConfigError.
     """
     if source.path is not None:
         files = find_files(source.path, source.suffixes, key_below(key, "path"))
@@ -91,5 +103,10 @@ def describe_source(source: Source, key: str) -> list[dict[str, Any]]:
         files = list_files(Path(source.hf_name))
     else:
         files = []
+    table = []
+    if source.delta is not None:
+        from tokenyard_train.data.sources.delta import describe_table
+
+        table = [describe_table(source, key)]
     settings = source.model_dump(exclude_defaults=True, exclude={"path"})
-    return [settings] * bool(settings) + [describe_file(file, key) for file in files]
+    return [settings] * bool(settings) + table + [describe_file(file, key) for file in files]

@@ -10,6 +10,8 @@ _ARGUMENTS = {
     "local": f"--mds {SOURCE}",
     "hf_name": f"--hf {SOURCE}",
     "split": "--split",
+    "delta": f"--delta {SOURCE}",
+    "version": "--table-version",
 }
 
 

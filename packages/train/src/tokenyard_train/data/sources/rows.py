@@ -1,4 +1,4 @@
-"""Read rows with several columns: JSON, parquet and Hugging Face datasets."""
+"""Read rows with several columns: JSON, parquet, Delta tables, datasets."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def read_rows(source: RowSource, key: str) -> Rows:
         from tokenyard_train.data.sources.hugging_face import dataset_rows
 
         yield from dataset_rows(source, key)
+        return
+    if source.delta is not None:
+        from tokenyard_train.data.sources.delta import delta_rows
+
+        yield from delta_rows(source, key)
         return
     for file in find_files(source.path or [], source.suffixes, key_below(key, "path")):
         yield from read_file_rows(file, key_below(key, "path"))
