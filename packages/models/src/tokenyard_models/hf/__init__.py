@@ -6,7 +6,7 @@ from tokenyard_models.hf._megablocks import load_foundry, to_megablocks
 from tokenyard_models.hf._peft_read import PeftFolder, is_peft
 from tokenyard_models.hf._peft_write import to_peft
 from tokenyard_models.hf._read_config import DescribedModel, described_model, model_section
-from tokenyard_models.hf._save import TOKENIZER_FILES, to_hf
+from tokenyard_models.hf._save import TOKENIZER_FILES, format_to_write, to_hf
 from tokenyard_models.hf._shards import new_folder
 from tokenyard_models.hf._upcycle import upcycle
 
@@ -17,6 +17,7 @@ __all__ = [
     "PeftFolder",
     "WeightsError",
     "described_model",
+    "format_to_write",
     "from_hf",
     "has_weights",
     "is_hf_folder",

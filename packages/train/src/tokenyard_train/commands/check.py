@@ -21,7 +21,7 @@ from tokenyard import (
 )
 from tokenyard.devices import device_memory
 from tokenyard.sharded import describe_bytes
-from tokenyard_train.callbacks import build_callbacks
+from tokenyard_train.callbacks import build_callbacks, build_registration
 from tokenyard_train.commands.memory import estimate, offloaded_bytes
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
@@ -52,7 +52,8 @@ def check(config: TrainConfig, console: Console) -> None:
     check_batch_fits(config, strategy.data[1])
     config = choose_versions(config)
     data = build_data(config.data())
-    check_run(config, build_callbacks(config.callbacks), model, data)
+    callbacks = [*build_callbacks(config.callbacks), *build_registration(config.loggers)]
+    check_run(config, callbacks, model, data)
     for warning in schedule_warnings(config, data):
         log.warning("%s", warning)
     if config.precision == BF16_MASTER:

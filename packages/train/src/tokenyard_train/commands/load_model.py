@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -38,6 +40,7 @@ from tokenyard_train.engine.resume import load_checkpoint
 
 log = logging.getLogger("tokenyard")
 
+_REGISTRY = "models:/"  # the start of a name in MLflow's registry
 _MEGABLOCKS = "megablocks.json"  # in a folder that `to_megablocks` wrote
 
 
@@ -107,10 +110,12 @@ def load_trained(
 ) -> LoadedModel:
     """Load a folder of Hugging Face or PEFT, a checkpoint, or a run's newest good one on a device.
 
+    A path ``models:/NAME/VERSION`` names a model in MLflow's registry.
     `base` is where the base of adapters is now, if it moved. `precision` is one of COMPUTE_DTYPES.
     The default is the precision of training for a run, and the dtype of the weights for a Hugging
     Face folder. Raises TokenyardError.
     """
+    path = _downloaded(path)
     target = resolve_device(device, "--device")
     if precision is not None:
         check_precision(precision, "--precision")
@@ -131,6 +136,7 @@ def load_weights_only(
     `base` is where the base of adapters is now, if it moved. The weights of a Hugging Face folder
     are read in `dtype` (default: the folder's).
     """
+    path = _downloaded(path)
     if is_hf_folder(path):
         _refuse_base(path, base)
         model = from_hf(path, dtype=dtype)
@@ -138,6 +144,20 @@ def load_weights_only(
     if is_peft(path):
         return _load_adapters(path, torch.device("cpu"), None, base)
     return _load_run(path, {"device": "cpu", "backends": {}, "precision": "fp32"}, base)
+
+
+def _downloaded(path: Path) -> Path:
+    """Return the path, or the folder of a model that ``models:/NAME/VERSION`` names.
+
+    The folder is deleted when this process ends.
+    """
+    if not str(path).startswith(_REGISTRY):
+        return path
+    from tokenyard_train.records.trackers.mlflow import download_model
+
+    folder = tempfile.TemporaryDirectory(prefix="tokenyard-")
+    atexit.register(folder.cleanup)
+    return download_model(str(path), Path(folder.name))
 
 
 def _load_hf_folder(path: Path, device: torch.device, precision: str | None) -> LoadedModel:

@@ -12,7 +12,11 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    Path, typer.Argument(help="Folder of a run or a checkpoint, or one of Hugging Face or PEFT.")
+    Path,
+    typer.Argument(
+        help="Folder of a run or a checkpoint, or one of Hugging Face or PEFT, "
+        "or models:/NAME/VERSION of MLflow."
+    ),
 ]
 Target = Annotated[Path, typer.Argument(help="Output folder. It must not exist.")]
 Tokenizer = Annotated[

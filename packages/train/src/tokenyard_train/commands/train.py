@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from tokenyard_train.callbacks import Callback, build_callbacks
+from tokenyard_train.callbacks import Callback, build_callbacks, build_registration
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.loop import RunResult, run_training
 
@@ -16,4 +16,5 @@ def train(config: TrainConfig, console: Console, callbacks: Sequence[Callback] =
 
     Raises TokenyardError for a mistake in the config, before anything is written.
     """
-    return run_training(config, console, [*build_callbacks(config.callbacks), *callbacks])
+    built = [*build_callbacks(config.callbacks), *build_registration(config.loggers)]
+    return run_training(config, console, [*built, *callbacks])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import re
+import warnings
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from tokenyard_models.strict_config import Strict
 from tokenyard_train.config import foundry
@@ -23,15 +25,40 @@ class TensorboardLogger(Section):
     flush_interval: int = Field(100, ge=1)  # records between writes to disk
 
 
-class MlflowLogger(Section):
-    """Log to a run of MLflow."""
+def _check_uri(uri: str) -> str:
+    user = uri.partition("://")[2].partition("/")[0].rpartition("@")[0]
+    if ":" in user:
+        raise ValueError("it holds a password; give that by MLFLOW_TRACKING_PASSWORD")
+    return uri
 
-    ignored: ClassVar[frozenset[str]] = foundry.LOGGER
 
-    experiment_name: str | None = None  # name of the experiment; None: tokenyard
-    run_name: str | None = None  # name of the run; None: the config's run_name
-    tracking_uri: str | None = None  # folder or server; None: mlruns beside save_folder
-    tags: dict[str, str] = {}  # tags of the run
+def _check_model_name(name: str) -> str:
+    if not re.fullmatch(r"[^/:@]+", name):
+        raise ValueError("give a name without /, : and @")
+    return name
+
+
+with warnings.catch_warnings():
+    # pydantic's base class has a method of this name, which no section calls
+    warnings.filterwarnings("ignore", message='Field name "register"')
+
+    class MlflowLogger(Section):
+        """Log to a run of MLflow."""
+
+        ignored: ClassVar[frozenset[str]] = foundry.LOGGER
+
+        experiment_name: str | None = (
+            None  # name of the experiment; None: MLFLOW_EXPERIMENT_NAME, or tokenyard
+        )
+        run_name: str | None = None  # name of the run; None: the config's run_name
+        tracking_uri: Annotated[str, AfterValidator(_check_uri)] | None = (
+            None  # folder or server; None: MLFLOW_TRACKING_URI, or mlruns beside save_folder
+        )
+        tags: dict[str, str] = {}  # tags of the run
+        per_expert: bool = False  # log the load of each expert as a metric, not as a picture only
+        register: Annotated[str, AfterValidator(_check_model_name)] | None = (
+            None  # name under which the trained model is registered
+        )
 
 
 class WandbLogger(Section):

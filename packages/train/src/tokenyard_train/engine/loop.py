@@ -32,6 +32,7 @@ from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, PackedDocuments, PackedHeldOut
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.callback import Callback
+from tokenyard_train.engine.chosen import dump_with_backends
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.evaluate import evaluate
 from tokenyard_train.engine.folder import run_folder
@@ -148,7 +149,7 @@ class _Loop:
                 self.config.loggers,
                 self.run.setup.folder,
                 self.config.run_name,
-                self.config.model_dump(mode="json"),
+                dump_with_backends(self.run.setup),
                 self.run.batch,
             )
 
