@@ -200,7 +200,7 @@ def test_an_interrupted_pack_goes_on_with_its_version(tmp_path, tokenyard, monke
         raise ConfigError("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr("tokenyard_train.data.packing._finish", stop)
+        patched.setattr("tokenyard_train.data.packing.finish_packing", stop)
         assert tokenyard("data", "pack", str(out), *arguments)[0] == 2
     write(table, ["changed"], mode="overwrite")
     assert tokenyard("data", "pack", str(out), *arguments)[0] == 0

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tokenyard_cli import dataclass_options
 from tokenyard_cli.interrupts import fatal_interrupts
-from tokenyard_train.commands.options import PackOptions
+from tokenyard_train.commands.options import PackOptions, SparkPackOptions
 
 app = typer.Typer(
     name="data", no_args_is_help=True, help="Pack text into token files, and check them."
@@ -27,6 +27,16 @@ def pack(options: PackOptions) -> None:
         from tokenyard_train.commands.data import run_pack
 
     run_pack(Console(), options)
+
+
+@app.command()
+@dataclass_options
+def spark(options: SparkPackOptions) -> None:
+    """Pack a table of Spark into token files. Its executors tokenize the rows."""
+    with fatal_interrupts():
+        from tokenyard_train.commands.spark import run_spark
+
+    run_spark(Console(), options)
 
 
 @app.command()

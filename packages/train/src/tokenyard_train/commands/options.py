@@ -223,3 +223,31 @@ class PackOptions:
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the packed folder at OUT first.")
     ] = False
+
+
+@dataclass(frozen=True)
+class SparkPackOptions:
+    """The arguments and options of `tokenyard data spark`."""
+
+    out: Annotated[
+        Path, typer.Argument(help="Output folder, which the driver and all executors share.")
+    ]
+    source: Annotated[str, typer.Argument(help="Table name. With --format: a path of files.")]
+    order: Annotated[
+        list[str],
+        typer.Option(help="Column that sorts the rows. Repeat it until each row is unique."),
+    ]
+    format: Annotated[
+        str | None, typer.Option(help="Format of the files, such as parquet, json or delta.")
+    ] = None
+    text_key: Annotated[str, typer.Option(help="Column that holds the text.")] = "text"
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes, a tokenizer.json or its folder, or tiktoken:<encoding>.")
+    ] = "bytes"
+    eos_token: Annotated[
+        str | None,
+        typer.Option(help="End-of-document token of a tokenizer.json, such as '</s>'."),
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the packed folder at OUT first.")
+    ] = False

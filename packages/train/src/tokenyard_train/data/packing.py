@@ -67,12 +67,12 @@ def pack(
     cannot be written or is damaged.
     """
     tokenizer = build_tokenizer(config)
-    settings = _settings(tokenizer, sources)
+    settings = packing_settings(tokenizer, sources)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(folder):
             if overwrite:
-                _delete_packed(folder)
+                delete_packed(folder)
             for name in PACKED_FILES:
                 require_plain(folder / name)
             entries = _start_or_resume(folder, settings, ids_dtype(tokenizer.vocab_size).itemsize)
@@ -82,7 +82,7 @@ def pack(
             _skip_packed(chunks, entries, folder)
             encoded = encode_chunks(chunks, config, workers)
             done = _append(folder, encoded, done, tokenizer, report)
-            _finish(folder, settings, done, tokenizer)
+            finish_packing(folder, settings, done, tokenizer)
     except OSError as error:
         raise TokenyardError(
             f"{folder} cannot be written: {error.strerror}; what is packed so far is kept"
@@ -90,7 +90,7 @@ def pack(
     return done
 
 
-def _settings(tokenizer: Tokenizer, sources: list[dict[str, Any]]) -> dict[str, Any]:
+def packing_settings(tokenizer: Tokenizer, sources: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the journal's first line records: equal settings give equal bytes."""
     return {
         "format": FORMAT,
@@ -101,7 +101,7 @@ def _settings(tokenizer: Tokenizer, sources: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _delete_packed(folder: Path) -> None:
+def delete_packed(folder: Path) -> None:
     """Delete the files of a packed folder. Raises ConfigError if it holds any other file."""
     allowed = {*PACKED_FILES, LOCK}
     others = sorted(path.name for path in folder.iterdir() if path.name not in allowed)
@@ -181,7 +181,7 @@ def _append(
     return done
 
 
-def _finish(
+def finish_packing(
     folder: Path, settings: dict[str, Any], done: PackProgress, tokenizer: Tokenizer
 ) -> None:
     """Write the hashes, then the manifest, which marks the folder as complete."""
@@ -218,7 +218,7 @@ def _finish(
         unfinished.write(text)
         _sync(unfinished)
     (folder / UNFINISHED_MANIFEST).rename(folder / MANIFEST)
-    (folder / JOURNAL).unlink()
+    (folder / JOURNAL).unlink(missing_ok=True)
 
 
 def _sync(file: Any) -> None:

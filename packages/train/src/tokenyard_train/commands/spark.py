@@ -1,0 +1,54 @@
+"""Run `tokenyard data spark`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from rich.console import Console
+
+from tokenyard import ConfigError
+from tokenyard_train.commands.data import parse_tokenizer
+from tokenyard_train.commands.options import SparkPackOptions
+from tokenyard_train.data.spark import pack
+from tokenyard_train.optional import require
+
+
+def run_spark(console: Console, options: SparkPackOptions) -> None:
+    """Pack a table in the running Spark session, or in a new one. Raises TokenyardError."""
+    sql = require("pyspark.sql", "tokenyard data spark", "tokenyard-train[spark]")
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    tokenizer = parse_tokenizer(options.tokenizer, options.eos_token)
+    start = time.monotonic()
+    try:
+        session = sql.SparkSession.builder.appName("tokenyard data spark").getOrCreate()
+    except Exception as error:  # errors come from Spark and from a missing JVM
+        raise ConfigError(f"Spark cannot be started: {_reason(error)}") from None
+    try:
+        if options.format is None:
+            rows = session.table(options.source)
+        else:
+            rows = session.read.format(options.format).load(options.source)
+    except Exception as error:
+        raise ConfigError(f"SOURCE {options.source!r} cannot be read: {_reason(error)}") from None
+    done = pack(
+        rows,
+        options.out,
+        options.order,
+        text_key=options.text_key,
+        tokenizer=tokenizer,
+        source=options.source,
+        overwrite=options.overwrite,
+    )
+    seconds = time.monotonic() - start
+    console.print(
+        f"{options.out}: {done.documents:,} documents, {done.tokens:,} tokens "
+        f"of {done.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s",
+        highlight=False,
+    )
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
