@@ -11,6 +11,10 @@ from pydantic import AfterValidator
 HF = "hf://"
 """Prefix of load_path for the folder of a Hugging Face model."""
 
+UNITY_CATALOG = "uc://"
+"""Prefix of a table's name in Unity Catalog."""
+
+_TABLE_NAME = re.compile(r"[^./:@\s]+(\.[^./:@\s]+){2}")
 _CLOUDS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a drive letter such as C: is local
 
@@ -36,6 +40,10 @@ def table_path(path: str) -> str:
 
     A URI with a password is refused: configs are saved, and sent to trackers.
     """
+    if path.startswith(UNITY_CATALOG):
+        if not _TABLE_NAME.fullmatch(path.removeprefix(UNITY_CATALOG)):
+            raise ValueError("give uc:// and a name catalog.schema.table")
+        return path
     scheme, _, rest = path.partition("://")
     if "@" in rest and ":" in rest.partition("@")[0]:
         raise ValueError("it holds a password; give that in the environment of the storage")
@@ -43,7 +51,7 @@ def table_path(path: str) -> str:
 
 
 TablePath = Annotated[str, AfterValidator(table_path)]
-"""A local path, or a URI of the cloud storage that deltalake reads."""
+"""A local path, a URI of the cloud storage that deltalake reads, or uc://catalog.schema.table."""
 
 LocalPath = Annotated[str, AfterValidator(local_path)]
 """A path of a file or folder on this machine."""

@@ -96,7 +96,7 @@ class Source(Section):
     packed: LocalPath | None = None  # output folder of tokenyard data pack
     local: LocalPath | None = None  # folder of MDS shards
     hf_name: LocalPath | None = None  # Hugging Face dataset: a folder, or a name on the hub
-    delta: TablePath | None = None  # Delta table: a folder, or a URI of cloud storage
+    delta: TablePath | None = None  # Delta table: a folder, a URI, or uc://catalog.schema.table
     version: Version | None = None  # delta: version to read; None: the newest at the start
     split: str | None = None  # local: subfolder; hf_name: split of the dataset, default train
     streaming: bool = True  # hf_name: read while downloading
@@ -180,7 +180,7 @@ class RowSource(Section):
 
     path: LocalPath | list[LocalPath] | None = None  # files and folders: JSON, .parquet
     hf_name: LocalPath | None = None  # Hugging Face dataset: a folder, or a name on the hub
-    delta: TablePath | None = None  # Delta table: a folder, or a URI of cloud storage
+    delta: TablePath | None = None  # Delta table: a folder, a URI, or uc://catalog.schema.table
     version: Version | None = None  # delta: version to read; None: the newest at the start
     split: str | None = None  # hf_name: split of the dataset, default train
     streaming: bool = True  # hf_name: read while downloading

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from tokenyard import ConfigError
+from tokenyard_train.data.paths import UNITY_CATALOG
 from tokenyard_train.data.schema import RowSource, Source
 from tokenyard_train.data.sources.keys import key_below
 from tokenyard_train.data.sources.text import document_text, no_column
+from tokenyard_train.data.sources.unity_catalog import Storage, resolve
 from tokenyard_train.optional import require
 
 _FEATURES = frozenset(
@@ -77,7 +79,8 @@ def delta_rows(source: RowSource, key: str) -> Iterator[tuple[str, Any]]:
 
 def newest_version(source: Source | RowSource, key: str) -> int:
     """Return the newest version of a source's table. Raises ConfigError."""
-    return int(_load(source, key, None).version())
+    table, _ = _load(source, key, None)
+    return int(table.version())
 
 
 def describe_table(source: Source, key: str) -> dict[str, Any]:
@@ -93,13 +96,24 @@ def describe_table(source: Source, key: str) -> dict[str, Any]:
     return {"table": table.id, "files": len(table.files), "sha256": digest.hexdigest()}
 
 
-def _load(source: Source | RowSource, key: str, version: int | None) -> Any:
-    """Open a version of a table, None for the newest. Raises ConfigError."""
+def _storage(location: str, key: str) -> Storage:
+    """Return where a table is. Raises ConfigError if Unity Catalog does not give it."""
+    if location.startswith(UNITY_CATALOG):
+        return resolve(location, key_below(key, "delta"))
+    return Storage(location, {})
+
+
+def _load(source: Source | RowSource, key: str, version: int | None) -> tuple[Any, dict[str, str]]:
+    """Open a version of a table, None for the newest; return it and the options of its storage.
+
+    Raises ConfigError.
+    """
     deltalake = require("deltalake", key_below(key, "delta"), "tokenyard-train[delta]")
     location = str(source.delta)
+    storage = _storage(location, key)
     name = f"{key_below(key, 'delta')} {location!r}"
     try:
-        table = deltalake.DeltaTable(location)
+        table = deltalake.DeltaTable(storage.location, storage_options=storage.options)
     except deltalake.exceptions.TableNotFoundError:
         raise ConfigError(
             f"{name} is no Delta table; give a folder that holds a _delta_log"
@@ -108,7 +122,7 @@ def _load(source: Source | RowSource, key: str, version: int | None) -> Any:
         raise ConfigError(f"{name} cannot be opened: {_reason(error)}") from None
     newest = table.version()
     if version is None or version == newest:
-        return table
+        return table, storage.options
     if version > newest:
         raise ConfigError(
             f"{key_below(key, 'version')} is {version}, and the newest version of {location!r} is "
@@ -121,11 +135,11 @@ def _load(source: Source | RowSource, key: str, version: int | None) -> Any:
             f"{key_below(key, 'version')} is {version}, which {location!r} no longer holds, "
             f"perhaps because its log was cleaned up: {_reason(error)}"
         ) from None
-    return table
+    return table, storage.options
 
 
 def _open(source: Source | RowSource, key: str) -> _Table:
-    loaded = _load(source, key, source.version)
+    loaded, options = _load(source, key, source.version)
     name = f"{key_below(key, 'delta')} {str(source.delta)!r} version {loaded.version()}"
     arrow = require("pyarrow", name, "tokenyard-train[delta]")
     _check_features(loaded, name)
@@ -138,7 +152,7 @@ def _open(source: Source | RowSource, key: str) -> _Table:
             loaded.metadata().id,
             {field["name"]: field for field in fields},
             _files(loaded, arrow),
-            filesystem(handler(loaded.table_uri)),
+            filesystem(handler(loaded.table_uri, options)),
         )
     except Exception as error:
         raise ConfigError(f"{name} cannot be opened: {_reason(error)}") from None
