@@ -28,6 +28,7 @@ _PAGES = {
     "packages/train": "train.md",
     "docs/block-sparse.md": "block-sparse.md",
     "docs/routing.md": "routing.md",
+    "docs/data.md": "data.md",
     "docs/benchmarks": "benchmarks/README.md",
     "docs/benchmarks/README.md": "benchmarks/README.md",
 }
