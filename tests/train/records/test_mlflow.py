@@ -145,6 +145,15 @@ def test_a_table_is_named_by_its_version(run, tmp_path):
     assert version.tags["data.train_loader.dataset"] == f"{table}, version 0"
 
 
+def test_a_sharded_model_can_be_registered(tokenyard, settings, tmp_path):
+    """A strategy may replace the class of a model."""
+    path = tmp_path / "config.yaml"
+    loggers = {"mlflow": {"register": "yard"}}
+    path.write_text(yaml.safe_dump(settings | {"loggers": loggers, "model": MIXTRAL}))
+    code, _, error = tokenyard("check", str(path), "parallel.strategy=ddp", "--nproc", "2")
+    assert (code, error) == (0, "")
+
+
 def test_a_model_that_cannot_be_registered_is_a_warning(run, caplog, monkeypatch):
     def refuse(*_):
         raise ConnectionError("gone")

@@ -14,6 +14,7 @@ from tokenyard_train.config.loggers import Loggers, MlflowLogger
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data
 from tokenyard_train.distributed import is_rank0
+from tokenyard_train.engine.build_model import meta_model
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.table_versions import table_versions
@@ -29,7 +30,7 @@ class Registration(Callback):
 
     def check(self, config: TrainConfig, model: Model, data: Data) -> None:
         """Raise WeightsError if the model cannot be written as a Hugging Face folder."""
-        format_to_write(model)
+        format_to_write(meta_model(config))  # `model` may have the class of a strategy
 
     def end(self, run: Run) -> None:
         """Convert the last checkpoint, upload it and register it. Rank 0 does this alone."""
