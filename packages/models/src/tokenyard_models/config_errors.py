@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, get_args
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from tokenyard.errors import did_you_mean, unknown
 
+_PASSWORD = re.compile(r"(://[^/@\s:]*:)[^/\s]*@")
 _EXPECTED = {
     "bool": "true or false",
     "int": "a whole number",
@@ -117,7 +119,8 @@ def _nearest(value: Any, names: Iterable[str]) -> str:
 
 
 def _shortened(value: Any) -> str:
-    text = repr(value)
+    """Return a value as an error shows it, without the password of a URI."""
+    text = _PASSWORD.sub(r"\1***@", repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 
