@@ -110,12 +110,28 @@ def test_a_second_derivative_is_refused(x):
         torch.autograd.grad(y, x, create_graph=True)
 
 
-def test_without_a_backward_pass_the_result_has_no_gradient(x):
+def test_without_a_backward_pass_of_ours_torch_decides(x):
     @operator("tokenyard_tests::doubled")
     def doubled(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
-    assert not doubled(x).requires_grad
+    assert doubled(x).requires_grad == doubled.op(x).requires_grad
+    assert not doubled(x.detach()).requires_grad
+
+
+def test_meta_tensors_do_not_reach_the_function():
+    assert cube(torch.empty(3, 4, device="meta"), [], 2.0).shape == (3, 4)
+    with pytest.raises(AssertionError, match="ran"):
+        runs(torch.empty(2))
+    assert runs(torch.empty(2, device="meta")).device.type == "meta"
+
+
+@operator("tokenyard_tests::runs")
+def runs(x: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("the function ran")
+
+
+runs.fake(torch.empty_like)
 
 
 def test_opcheck(x):

@@ -84,6 +84,15 @@ def test_addresses_of_another_alignment_are_another_key():
     assert function.calls == 4
 
 
+def test_another_dtype_is_another_key():
+    function = Counted(chain)
+    for dtype in (torch.float32, torch.float32, torch.float64, torch.float32, torch.float64):
+        x, y = draw().to(dtype), draw()
+        total = replay.replayed("chain", function, (x, y))[0]
+        torch.testing.assert_close(total, (x + 5 * y).to(total.dtype))
+    assert function.calls == 4
+
+
 def test_inputs_that_share_memory_are_not_recorded():
     function = Counted(chain)
     for _ in range(3):

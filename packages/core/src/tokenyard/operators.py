@@ -3,7 +3,7 @@
 ``torch.library.custom_op`` does the same, but its first call imports the compiler, which takes 1 to
 3 seconds per process, and each call goes through torch's dispatcher and back to Python. That takes
 some 50 microseconds on the host, as long as three kernel launches. An `Operator` calls the function
-directly where nothing observes operators.
+directly, outside of compile, modes, profiles and ``torch.func``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ class Operator:
     """A function that is an operator of torch, such as ``torch.ops.acme.plan``. Call it as usual.
 
     torch sees a call as the operator under ``torch.compile``, in a dispatch mode (fake tensors,
-    selective recompute, counting FLOPs), in a profile, under ``torch.func``, and for tensor
-    subclasses. Any other call runs the function itself; autograd sees one node either way.
+    selective recompute, counting FLOPs), in a profile, under ``torch.func``, and for meta tensors
+    and subclasses. Any other call runs the function itself; autograd sees one node either way.
+    ``torch.fx.symbolic_trace`` and function modes see the body: give them ``Operator.op``.
     """
 
     def __init__(self, op: Any, compute: Callable[..., Any], any_device: bool):
@@ -50,15 +51,16 @@ class Operator:
         needs_gradient = False
         for arg in args:
             if isinstance(arg, Tensor):
-                if type(arg) not in _PLAIN:
+                if type(arg) not in _PLAIN or arg.is_meta:
                     return self.op(*args)
                 needs_gradient = needs_gradient or arg.requires_grad
             elif isinstance(arg, list) and not all(map(_is_constant, arg)):
                 return self.op(*args)
         if not torch.is_grad_enabled():
             return self.compute(*args)
-        if needs_gradient and self.function is not None:
-            return self.function.apply(*args)
+        if needs_gradient:
+            # without a backward pass of ours, torch decides
+            return self.op(*args) if self.function is None else self.function.apply(*args)
         with torch.no_grad():
             return self.compute(*args)
 

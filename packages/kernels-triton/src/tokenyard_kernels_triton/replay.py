@@ -31,7 +31,7 @@ _ALLOCATIONS = frozenset(("new_empty", "empty", "empty_like"))
 
 @dataclass
 class _Entry:
-    """What is known of a key that was seen."""
+    """A key's program, or whether it can have one."""
 
     program: Program | None = None
     possible: bool = True
@@ -47,23 +47,19 @@ def replayed(
 
     The function launches kernels by ``launching.launch``, and allocates and views tensors. If it
     calls any other operator of torch, it is never replayed. `key` names the function, and
-    determines the shapes, strides and dtypes of all tensors, and each number that a launch gets.
-    Which tensors begin at a multiple of 16 bytes is added here, because Triton compiles other
-    kernels for others.
+    determines the shapes and strides of all tensors, and each number that a launch gets.
     """
     if not can_record():
         return function(*tensors)
-    aligned = tuple(None if tensor is None else tensor.data_ptr() % 16 for tensor in tensors)
-    device = next(tensor.device for tensor in tensors if tensor is not None)
-    whole = (key, device, aligned)
-    entry = _entries.get(whole)
+    full_key = (key, *map(_kind, tensors))
+    entry = _entries.get(full_key)
     if entry is None:
-        _remember(whole)
+        _remember(full_key)
         return function(*tensors)
     try:
-        _entries.move_to_end(whole)
+        _entries.move_to_end(full_key)
     except KeyError:  # another thread forgot it
-        _entries[whole] = entry
+        _entries[full_key] = entry
     if entry.program is not None:
         return entry.program.run(tensors)
     if not entry.possible or _overlap(tensors):
@@ -74,6 +70,11 @@ def replayed(
     entry.program = recorder.program(outputs)
     entry.possible = entry.program is not None
     return outputs
+
+
+def _kind(tensor: Tensor | None) -> Hashable:
+    """Return what selects a compiled kernel besides the key: dtype, device and alignment."""
+    return None if tensor is None else (tensor.dtype, tensor.device, tensor.data_ptr() % 16)
 
 
 def _remember(key: Hashable) -> None:

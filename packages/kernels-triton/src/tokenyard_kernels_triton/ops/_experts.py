@@ -77,8 +77,8 @@ def _backward(
 
     with on_device_of(call.x):
         key = ("experts backward", save, kernels, needs, *_sizes(call))
-        found = replayed(key, launches, (aligned(dy), *saved, *_tensors(call)))
-    return ExpertGradients(**dict(zip(_needed(needs), found)))
+        gradients = replayed(key, launches, (aligned(dy), *saved, *_tensors(call)))
+    return ExpertGradients(**dict(zip(_needed(needs), gradients)))
 
 
 def _launch_backward(
@@ -207,17 +207,12 @@ def _with_tensors(call: ExpertsCall, tensors: tuple[Any, ...]) -> ExpertsCall:
 def _sizes(call: ExpertsCall) -> tuple[Any, ...]:
     """Return what determines the launches of a call besides its options."""
     weights = call.weights
-    topk_weights = call.topk_weights
     return (
         call.x.shape,
-        call.x.dtype,
         call.plan.order.shape,
         call.plan.top_k,
-        None if topk_weights is None else topk_weights.dtype,
         weights.up.shape,
         weights.down.shape,
-        weights.up_bias is None,
-        weights.down_bias is None,
         call.activation,
         torch.get_float32_matmul_precision(),
     )
