@@ -1,17 +1,16 @@
-"""Register a kernel of experts with adapters as a torch operator with fake kernels and autograd."""
+"""Register a kernel of experts with adapters as a torch operator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from tokenyard.experts._lora_call import LoraCall, lora_call
+from tokenyard.experts._register import FlatKernel, Signature
 from tokenyard.interfaces import ExpertWeights, LowRank, Plan
-from tokenyard.operators import operator, refuse_second_derivative
 
 TENSORS = (
     "x",
@@ -32,10 +31,15 @@ TENSORS = (
 )
 """The tensors of a call, in the order of the operator's arguments."""
 
-_DIFFERENTIABLE = (0, *range(4, 14))  # positions in TENSORS
 _REQUIRED = ("x", "order", "inverse", "offsets", "up", "down")
-_CONSTANTS = "int top_k, float scale, str activation"
-_INPUTS = len(TENSORS) + 3  # of every operator; options follow
+_SCHEMA = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in TENSORS)
+_SIGNATURE = Signature(
+    f"{_SCHEMA}, int top_k, float scale, str activation",
+    tensors=len(TENSORS),
+    constants=3,
+    differentiable=(0, *range(4, 14)),
+)
+_NAMES = [TENSORS[position] for position in _SIGNATURE.differentiable]
 
 Forward = Callable[..., tuple[Tensor, ...]]
 """``(call, **options)`` -> y [T, D], then the tensors to save for the backward pass.
@@ -66,86 +70,17 @@ def register_lora_op(
     with y [T, D]. It supports autograd (once differentiable), torch.compile and fake tensors.
     Selective recompute keeps y and the saved tensors.
     """
-    kernel = _Kernel(forward, backward, saved, tuple(options))
-    tensors = (f"Tensor{'' if one in _REQUIRED else '?'} {one}" for one in TENSORS)
-    inputs = ", ".join((*tensors, _CONSTANTS, *(f"str {option}" for option in options)))
-
-    outputs = "Tensor" + ", Tensor" * saves
-    op = operator(name, f"({inputs}) -> ({outputs})", kept=True)(kernel.compute)
-    op.fake(kernel.fake)
-
-    gradient_inputs = f"Tensor dy, Tensor[] saved, bool[] needs, {inputs}"
-    gradient_op = operator(f"{name}_backward", f"({gradient_inputs}) -> Tensor[]")(kernel.gradients)
-    gradient_op.fake(kernel.fake_gradients)
-
-    differentiate = partial(_differentiate, name, gradient_op)
-    op.differentiable(differentiate, _save)
-    return partial(_call, op, kernel.options)
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    """A kernel's functions, adapted to the flat arguments of operators."""
-
-    forward: Forward
-    backward: Backward
-    saved: Saved
-    options: tuple[str, ...]  # names, in the order of the arguments
-
-    def compute(self, *arguments: Any) -> tuple[Tensor, ...]:
-        call, options = self._unflatten(arguments)
-        return self.forward(call, **options)
-
-    def fake(self, *arguments: Any) -> tuple[Tensor, ...]:
-        call, options = self._unflatten(arguments)
-        return call.x.new_empty(call.x.shape), *self.saved(call, **options)
 
     def gradients(
-        self, dy: Tensor, saved: list[Tensor], needs: list[bool], *arguments: Any
-    ) -> list[Tensor]:
-        call, options = self._unflatten(arguments)
-        names = [TENSORS[i] for i in _DIFFERENTIABLE]
-        wanted = {name for name, need in zip(names, needs) if need}
-        gradients = self.backward(dy, call, saved, wanted, **options)
-        # An operator's list of tensors cannot hold None.
-        return [gradients[name] if name in wanted else dy.new_empty(0) for name in names]
+        dy: Tensor, call: LoraCall, saved: list[Tensor], needs: list[bool], **options: Any
+    ) -> list[Tensor | None]:
+        wanted = {name for name, need in zip(_NAMES, needs) if need}
+        by_name = backward(dy, call, saved, wanted, **options)
+        return [by_name[name] if name in wanted else None for name in _NAMES]
 
-    def fake_gradients(
-        self, dy: Tensor, saved: list[Tensor], needs: list[bool], *arguments: Any
-    ) -> list[Tensor]:
-        likes = [arguments[i] for i in _DIFFERENTIABLE]
-        return [
-            like.new_empty(like.shape) if need else dy.new_empty(0)
-            for like, need in zip(likes, needs)
-        ]
-
-    def _unflatten(self, arguments: tuple[Any, ...]) -> tuple[LoraCall, dict[str, Any]]:
-        return lora_call(arguments[:_INPUTS]), dict(zip(self.options, arguments[_INPUTS:]))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: len(TENSORS)], *output[1:])
-    ctx.constants = inputs[len(TENSORS) :]
-
-
-def _differentiate(
-    name: str, gradient_op: Callable[..., list[Tensor]], ctx: Any, dy: Tensor | None, *unused: None
-) -> tuple[Tensor | None, ...]:
-    """Return a gradient, or None, for each input; dy [T, D] is None if y is unused."""
-    refuse_second_derivative(name, "loop")
-    result: list[Tensor | None] = [None] * (len(TENSORS) + len(ctx.constants))
-    if dy is None:
-        return tuple(result)
-    tensors = ctx.saved_tensors
-    inputs = tensors[: len(TENSORS)]
-    saved = list(tensors[len(TENSORS) :])
-    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    gradients = gradient_op(dy, saved, needs, *inputs, *ctx.constants)
-    for position, gradient, need in zip(_DIFFERENTIABLE, gradients, needs):
-        result[position] = gradient if need else None
-    return tuple(result)
+    typed = dict.fromkeys(options, str)
+    kernel = FlatKernel(_SIGNATURE, lora_call, forward, gradients, saved, typed)
+    return partial(_call, kernel.register(name, saves), tuple(options))
 
 
 def _call(
