@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from tokenyard.experts import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
-from tokenyard.interfaces import ExpertWeights, Plan
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.launching import compiling
-from tokenyard_kernels_triton.ops._alignment import aligned, contiguous
+from tokenyard_kernels_triton.ops._alignment import aligned
+from tokenyard_kernels_triton.ops._experts_call import (
+    aligned_call,
+    is_empty,
+    sizes_of,
+    tensors_of,
+    with_tensors,
+    zero_gradients,
+)
 from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
 from tokenyard_kernels_triton.ops._kernel_set import KernelSet, KernelSetName, kernel_set
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
@@ -24,16 +31,16 @@ def _forward(
     call: ExpertsCall, save: Save, kernels: KernelSetName
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [T, D], what is saved of the pre-activation, and its scales."""
-    if _is_empty(call):
+    if is_empty(call):
         return torch.zeros_like(call.x), *_saved(call, save, kernels)
-    call = _aligned_call(call)
+    call = aligned_call(call)
 
     def launches(*tensors: Any) -> tuple[Tensor, ...]:
-        return _launch_forward(_with_tensors(call, tensors), save, kernels)
+        return _launch_forward(with_tensors(call, tensors), save, kernels)
 
     with on_device_of(call.x):
-        key = ("experts", save, kernels, *_sizes(call))
-        y, saved, scales = replayed(key, launches, _tensors(call))
+        key = ("experts", save, kernels, *sizes_of(call))
+        y, saved, scales = replayed(key, launches, tensors_of(call))
     return y, saved, scales
 
 
@@ -66,18 +73,18 @@ def _backward(
     save: Save,
     kernels: KernelSetName,
 ) -> ExpertGradients:
-    if _is_empty(call):
-        return _zero_gradients(call, needs)
-    call = _aligned_call(call)
+    if is_empty(call):
+        return zero_gradients(call, needs)
+    call = aligned_call(call)
 
     def launches(dy: Tensor, saved: Tensor, scales: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        inputs = _with_tensors(call, tensors)
+        inputs = with_tensors(call, tensors)
         gradients = _launch_backward(dy, inputs, [saved, scales], needs, save, kernels)
         return tuple(gradients[name] for name in _needed(needs))
 
     with on_device_of(call.x):
-        key = ("experts backward", save, kernels, needs, *_sizes(call))
-        gradients = replayed(key, launches, (aligned(dy), *saved, *_tensors(call)))
+        key = ("experts backward", save, kernels, needs, *sizes_of(call))
+        gradients = replayed(key, launches, (aligned(dy), *saved, *tensors_of(call)))
     return ExpertGradients(**dict(zip(_needed(needs), gradients)))
 
 
@@ -192,55 +199,6 @@ def compile_experts(call: ExpertsCall, save: Save, kernels: KernelSetName) -> No
 
 def _needed(needs: ExpertNeeds) -> list[str]:
     return [name for name, need in needs._asdict().items() if need]
-
-
-def _tensors(call: ExpertsCall) -> tuple[Tensor | None, ...]:
-    return call.x, *call.plan[:3], call.topk_weights, *call.weights
-
-
-def _with_tensors(call: ExpertsCall, tensors: tuple[Any, ...]) -> ExpertsCall:
-    x, order, inverse, offsets, topk_weights, *weights = tensors
-    plan = Plan(order, inverse, offsets, call.plan.top_k)
-    return ExpertsCall(x, plan, topk_weights, ExpertWeights(*weights), call.activation)
-
-
-def _sizes(call: ExpertsCall) -> tuple[Any, ...]:
-    """Return what determines the launches of a call besides its options."""
-    weights = call.weights
-    return (
-        call.x.shape,
-        call.plan.order.shape,
-        call.plan.top_k,
-        weights.up.shape,
-        weights.down.shape,
-        call.activation,
-        torch.get_float32_matmul_precision(),
-    )
-
-
-def _is_empty(call: ExpertsCall) -> bool:
-    return call.plan.order.shape[0] == 0 or call.x.shape[0] == 0
-
-
-def _zero_gradients(call: ExpertsCall, needs: ExpertNeeds) -> ExpertGradients:
-    up, down, _, _ = call.weights
-    topk_weights = call.x if call.topk_weights is None else call.topk_weights
-    likes = (call.x, topk_weights, up, down, up[..., 0], down[..., 0])
-    return ExpertGradients(
-        *(like.new_zeros(like.shape) if need else None for like, need in zip(likes, needs))
-    )
-
-
-def _aligned_call(call: ExpertsCall) -> ExpertsCall:
-    """Return the call with tensors that the kernels can read.
-
-    All of them are contiguous, and x, up and down are aligned to 16 bytes.
-    """
-    up, down, up_bias, down_bias = call.weights
-    weights = ExpertWeights(aligned(up), aligned(down), contiguous(up_bias), contiguous(down_bias))
-    return call._replace(
-        x=aligned(call.x), topk_weights=contiguous(call.topk_weights), weights=weights
-    )
 
 
 experts = register_experts_op(

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tokenyard.experts import LoraCall, register_lora_op
 from tokenyard_kernels_triton._device import on_device_of
+from tokenyard_kernels_triton.ops._experts_call import is_empty
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
 from tokenyard_kernels_triton.ops._lora_backward import backward
-from tokenyard_kernels_triton.ops._lora_layer import is_empty, lora_layer
+from tokenyard_kernels_triton.ops._lora_layer import lora_layer
 from tokenyard_kernels_triton.ops._low_rank import add_low_rank
 from tokenyard_kernels_triton.ops._moves import to_tokens
 from tokenyard_kernels_triton.ops._save import Save, keep, saved_shapes

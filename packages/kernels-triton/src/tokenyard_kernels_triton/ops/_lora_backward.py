@@ -8,11 +8,12 @@ from torch import Tensor
 from tokenyard.experts import LoraCall
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.ops._alignment import aligned
+from tokenyard_kernels_triton.ops._experts_call import is_empty
 from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
-from tokenyard_kernels_triton.ops._lora_layer import LoraLayer, is_empty, lora_layer
+from tokenyard_kernels_triton.ops._lora_layer import LoraLayer, lora_layer
 from tokenyard_kernels_triton.ops._low_rank import (
-    Wide,
+    WideOperand,
     add_low_rank,
     low_rank_gradient,
     tokens_as_rows,
@@ -85,7 +86,7 @@ def _through_up(dz: Tensor, low: Tensor, layer: LoraLayer, wanted: set[str]) -> 
     matmuls, row_tiles = layer.matmuls, layer.row_tiles
     gradients: dict[str, Tensor] = {}
     if pair is not None:
-        wide = Wide(dz, plan.order)
+        wide = WideOperand(dz, plan.order)
         dlow = layer.low_gradient(pair, wide)
         if "up_a" in wanted:
             gradients["up_a"] = low_rank_gradient(

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from tokenyard.experts import LoraCall, LoraPair
-from tokenyard.interfaces import ExpertWeights
-from tokenyard_kernels_triton.ops._alignment import aligned, contiguous
+from tokenyard_kernels_triton.ops._alignment import contiguous
+from tokenyard_kernels_triton.ops._experts_call import aligned_call
 from tokenyard_kernels_triton.ops._kernel_set import KernelSet, KernelSetName, kernel_set
 from tokenyard_kernels_triton.ops._low_rank import (
-    Wide,
+    WideOperand,
     add_low_rank_and_activate,
     to_low_rank,
     tokens_as_rows,
@@ -32,20 +32,20 @@ class LoraLayer:
         """Return the rows of tokens [T, D] as an operand of a matmul with a frozen weight."""
         return self.matmuls.rows_of(tokens, self.call.plan, self.call.weights.down.shape[2])
 
-    def up_input(self) -> Wide:
+    def up_input(self) -> WideOperand:
         """Return the operand of A of up."""
         call = self.call
         return tokens_as_rows(call.x if call.dropped is None else call.dropped, call.plan)
 
-    def down_input(self, a: Tensor) -> Wide:
+    def down_input(self, a: Tensor) -> WideOperand:
         """Return the operand of A of down, for activations a [R, F]."""
-        return Wide(a, self.call.plan.order, mask=self.call.mask)
+        return WideOperand(a, self.call.plan.order, mask=self.call.mask)
 
-    def low(self, pair: LoraPair, wide: Wide) -> Tensor:
+    def low(self, pair: LoraPair, wide: WideOperand) -> Tensor:
         """Return s A x [R, r]."""
         return to_low_rank(wide, pair.a, pair.scale, self.row_tiles, transposed=False)
 
-    def low_gradient(self, pair: LoraPair, wide: Wide) -> Tensor:
+    def low_gradient(self, pair: LoraPair, wide: WideOperand) -> Tensor:
         """Return s B^T dy [R, r]."""
         return to_low_rank(wide, pair.b, pair.scale, self.row_tiles, transposed=True)
 
@@ -65,19 +65,9 @@ class LoraLayer:
         return z, a
 
 
-def is_empty(call: LoraCall) -> bool:
-    """Return whether there is nothing to compute."""
-    return call.plan.order.shape[0] == 0 or call.x.shape[0] == 0
-
-
 def lora_layer(call: LoraCall, kernels: KernelSetName) -> LoraLayer:
     """Return the layer of a call, with tensors that the kernels can read."""
-    up, down, up_bias, down_bias = call.weights
-    weights = ExpertWeights(aligned(up), aligned(down), contiguous(up_bias), contiguous(down_bias))
-    call = call._replace(
-        x=aligned(call.x),
-        topk_weights=contiguous(call.topk_weights),
-        weights=weights,
+    call = aligned_call(call)._replace(
         up=_contiguous_pair(call.up),
         down=_contiguous_pair(call.down),
         dropped=contiguous(call.dropped),

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenyard.activations import is_gated
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
-from tokenyard_kernels_triton.kernels import _low_rank
+from tokenyard_kernels_triton.kernels import _add_low_rank, _low_rank
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.kernels._tiles import INTERPRETED
 from tokenyard_kernels_triton.launching import launch
@@ -27,7 +27,7 @@ _NARROW = 32  # up to this rank, tiles are larger
 _GROUP = 16  # row tiles of a group in the tile list
 
 
-class Wide(NamedTuple):
+class WideOperand(NamedTuple):
     """The large operand of a low-rank matmul: rows [R, width], or tokens that are gathered."""
 
     source: Tensor  # [R, width], or tokens [T, width] with top_k
@@ -45,13 +45,13 @@ class Wide(NamedTuple):
         return {"TOP_K": self.top_k, "MASKED": self.mask is not None} | number_options(self.source)
 
 
-def tokens_as_rows(tokens: Tensor, plan: Plan) -> Wide:
+def tokens_as_rows(tokens: Tensor, plan: Plan) -> WideOperand:
     """Return the rows of tokens [T, width] as an operand; kernels gather them."""
-    return Wide(tokens, plan.order, plan.top_k)
+    return WideOperand(tokens, plan.order, plan.top_k)
 
 
 def to_low_rank(
-    wide: Wide, matrix: Tensor, scale: float, row_tiles: RowTiles, transposed: bool
+    wide: WideOperand, matrix: Tensor, scale: float, row_tiles: RowTiles, transposed: bool
 ) -> Tensor:
     """Return low [R, r]: scale * rows times the matrix of each row's expert.
 
@@ -95,7 +95,7 @@ def add_low_rank(
     width = out.shape[1]
     rows = _rows()
     columns = _columns(out, low)
-    launch(_low_rank.add_low_rank, (row_tiles.bound(rows) * ceil_div(width, columns),))(
+    launch(_add_low_rank.add_low_rank, (row_tiles.bound(rows) * ceil_div(width, columns),))(
         low,
         matrix,
         mask,
@@ -131,7 +131,7 @@ def add_low_rank_and_activate(
     rows = _rows()
     columns = _columns(z, low) // parts
     grid = (row_tiles.bound(rows) * ceil_div(ffn_dim, columns),)
-    launch(_low_rank.add_low_rank_and_activate, grid)(
+    launch(_add_low_rank.add_low_rank_and_activate, grid)(
         z,
         low,
         matrix,
@@ -151,7 +151,11 @@ def add_low_rank_and_activate(
 
 
 def low_rank_gradient(
-    wide: Wide, low: Tensor, topk_weights: Tensor | None, row_tiles: RowTiles, transposed: bool
+    wide: WideOperand,
+    low: Tensor,
+    topk_weights: Tensor | None,
+    row_tiles: RowTiles,
+    transposed: bool,
 ) -> Tensor:
     """Return the gradient of A [E, r, width], or of B [E, width, r] if `transposed`.
 
@@ -192,17 +196,17 @@ def _columns(*matrices: Tensor) -> int:
     """Return the columns of a tile."""
     if INTERPRETED.value:
         return 32
-    return 128 if _are_light(*matrices) else 64
+    return 128 if _fit_large_tiles(*matrices) else 64
 
 
-def _depth(wide: Wide, rank: int) -> int:
+def _depth(wide: WideOperand, rank: int) -> int:
     """Return the length of a slice of the reduction dimension."""
-    if INTERPRETED.value or wide.mask is not None or not _are_light(wide.source):
+    if INTERPRETED.value or wide.mask is not None or not _fit_large_tiles(wide.source):
         return 32 if wide.source.dtype != torch.float32 or rank <= _NARROW else 16
     return 128 if rank <= _NARROW else 64
 
 
-def _are_light(*matrices: Tensor) -> bool:
+def _fit_large_tiles(*matrices: Tensor) -> bool:
     """Return whether tiles take few registers: 16-bit numbers in rows of whole 16 bytes."""
     return all(m.dtype != torch.float32 and m.shape[-1] % 8 == 0 for m in matrices)
 
