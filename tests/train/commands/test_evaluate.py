@@ -73,7 +73,7 @@ def harness(folder):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from lm_eval.models.huggingface import HFLM
 
-    from tokenyard_train.commands.harness import build_harness_model
+    from tokenyard_train.commands.harness_model import build_harness_model
 
     loaded = load_trained(folder, "cpu")
     ours = build_harness_model(loaded, loaded.build_tokenizer(), 3)
@@ -158,7 +158,7 @@ def test_a_task_of_local_files(tokenyard, folder, sums, tmp_path, harness):
 
 def test_questions_of_a_chat_are_rendered_in_the_template(harness, folder, sums, monkeypatch):
     from tokenyard_train.commands.evaluate import evaluate
-    from tokenyard_train.commands.harness import HarnessModel
+    from tokenyard_train.commands.harness_model import HarnessModel
 
     seen = []
     encode = HarnessModel.tok_encode

@@ -38,13 +38,16 @@ def write_tokenizer(folder, reverse=False):
     return folder
 
 
+def one_batch(config, tokenizer):
+    """Train one batch with the tokenizer in a folder; return the run's folder."""
+    settings = config(max_duration="1ba", model=MIXTRAL, tokenizer={"name": str(tokenizer)})
+    return train(settings, Console(quiet=True)).folder
+
+
 @pytest.fixture
 def run(config, tmp_path):
     """A run of one batch with the tokenizer in `tmp_path / "tok"`."""
-    tokenizer = {"name": str(write_tokenizer(tmp_path / "tok"))}
-    return train(
-        config(max_duration="1ba", model=MIXTRAL, tokenizer=tokenizer), Console(quiet=True)
-    ).folder
+    return one_batch(config, write_tokenizer(tmp_path / "tok"))
 
 
 def greedy(model, tokenizer=None):
@@ -191,10 +194,7 @@ def write_small(folder, characters="0123456789 timesao,.\n"):
 @pytest.fixture
 def small(config, tmp_path):
     """A run of one batch with a tokenizer of a few characters."""
-    tokenizer = {"name": str(write_small(tmp_path / "few"))}
-    return train(
-        config(max_duration="1ba", model=MIXTRAL, tokenizer=tokenizer), Console(quiet=True)
-    ).folder
+    return one_batch(config, write_small(tmp_path / "few"))
 
 
 def test_prompts_and_text_that_the_tokenizer_changes_are_named(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Self, TextIO
 
 from tokenyard import ConfigError
-from tokenyard_train.commands.load_model import LoadedModel, load_trained
+from tokenyard_train.commands.load_model import load_trained
+from tokenyard_train.commands.loaded_model import LoadedModel
 from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.data.finetuning.conversation import prompt_segments

@@ -37,7 +37,8 @@ def evaluate(options: EvalOptions, console: Console) -> Records:
     ]
     tasks: Records = []
     if options.tasks:
-        from tokenyard_train.commands.harness import build_harness_model, run_tasks
+        from tokenyard_train.commands.harness_model import build_harness_model
+        from tokenyard_train.commands.harness_tasks import run_tasks
 
         template = required_template(loaded, None, options.model) if options.chat else None
         model = build_harness_model(loaded, tokenizer, options.batch_size, template)

@@ -14,7 +14,7 @@ from typing import Any
 from tokenyard import ConfigError
 from tokenyard.bounded import read_text
 from tokenyard_models.hf import TOKENIZER_FILES, is_hf_folder
-from tokenyard_train.commands.load_model import LoadedModel
+from tokenyard_train.commands.loaded_model import LoadedModel
 from tokenyard_train.commands.tokenizer_json import bytes_tokenizer, tiktoken_tokenizer
 from tokenyard_train.data import BytesTokenizer, build_tokenizer
 from tokenyard_train.data.hf_tokenizer import without_training_state

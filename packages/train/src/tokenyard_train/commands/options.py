@@ -187,6 +187,17 @@ class EvalOptions:
     base: Base = None
 
 
+_Tokenizer = Annotated[
+    str, typer.Option(help="bytes, a tokenizer.json or its folder, or tiktoken:<encoding>.")
+]
+_EosToken = Annotated[
+    str | None, typer.Option(help="End-of-document token of a tokenizer.json, such as '</s>'.")
+]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the packed folder at OUT first.")
+]
+
+
 @dataclass(frozen=True)
 class PackOptions:
     """The arguments and options of `tokenyard data pack`."""
@@ -199,13 +210,8 @@ class PackOptions:
             "With --hf, --mds or --delta: one name or folder."
         ),
     ]
-    tokenizer: Annotated[
-        str, typer.Option(help="bytes, a tokenizer.json or its folder, or tiktoken:<encoding>.")
-    ] = "bytes"
-    eos_token: Annotated[
-        str | None,
-        typer.Option(help="End-of-document token of a tokenizer.json, such as '</s>'."),
-    ] = None
+    tokenizer: _Tokenizer = "bytes"
+    eos_token: _EosToken = None
     hf: Annotated[bool, typer.Option("--hf", help="SOURCE is a Hugging Face dataset.")] = False
     delta: Annotated[bool, typer.Option("--delta", help="SOURCE is a Delta table.")] = False
     table_version: Annotated[
@@ -220,9 +226,7 @@ class PackOptions:
     workers: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Worker processes. Default: all cores.")
     ] = None
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the packed folder at OUT first.")
-    ] = False
+    overwrite: _Overwrite = False
 
 
 @dataclass(frozen=True)
@@ -241,13 +245,6 @@ class SparkPackOptions:
         str | None, typer.Option(help="Format of the files, such as parquet, json or delta.")
     ] = None
     text_key: Annotated[str, typer.Option(help="Column that holds the text.")] = "text"
-    tokenizer: Annotated[
-        str, typer.Option(help="bytes, a tokenizer.json or its folder, or tiktoken:<encoding>.")
-    ] = "bytes"
-    eos_token: Annotated[
-        str | None,
-        typer.Option(help="End-of-document token of a tokenizer.json, such as '</s>'."),
-    ] = None
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the packed folder at OUT first.")
-    ] = False
+    tokenizer: _Tokenizer = "bytes"
+    eos_token: _EosToken = None
+    overwrite: _Overwrite = False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokenyard import Targets, TokenLoss
-from tokenyard_train.commands.load_model import LoadedModel
+from tokenyard_train.commands.loaded_model import LoadedModel
 from tokenyard_train.data.build import tokenize
 from tokenyard_train.data.samples import HeldOut
 from tokenyard_train.data.schema import Source

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenyard import ConfigError
 from tokenyard.interfaces import ExpertWeights, Routing
-from tokenyard.sharded import is_sharded
+from tokenyard.sharded import local_part
 from tokenyard_models.megablocks.layers import common
 from tokenyard_models.megablocks.layers.arguments import Arguments, InitFn
 
@@ -45,10 +45,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 def resolve_dtensor(weight: Tensor) -> Tensor:
     """Return this rank's part of a sharded weight."""
-    if not is_sharded(weight):
-        return weight
-    local: Tensor = weight.to_local()  # type: ignore[attr-defined]
-    return local
+    return local_part(weight)
 
 
 class ExpertsMLP(nn.Module):

@@ -77,9 +77,9 @@ def _warn_of(files: list[Path], key: str, problem: str) -> None:
 
 def newest_version(source: Source | RowSource, key: str) -> int:
     """Return the newest version of a source's Delta table. Raises ConfigError."""
-    from tokenyard_train.data.sources import delta
+    from tokenyard_train.data.sources import delta_table
 
-    return delta.newest_version(source, key)
+    return delta_table.newest_version(source, key)
 
 
 def mds_folder(source: Source) -> Path:
@@ -105,7 +105,7 @@ def describe_source(source: Source, key: str) -> list[dict[str, Any]]:
         files = []
     table = []
     if source.delta is not None:
-        from tokenyard_train.data.sources.delta import describe_table
+        from tokenyard_train.data.sources.delta_table import describe_table
 
         table = [describe_table(source, key)]
     settings = source.model_dump(exclude_defaults=True, exclude={"path"})
