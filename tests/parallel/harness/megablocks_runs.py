@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from tokenyard_models.megablocks import Arguments, dMoE
+from tokenyard_models.megablocks.layers.moe import clear_load_balancing_loss
 
 Result = dict[str, torch.Tensor]
 
@@ -38,6 +39,7 @@ def step(parallel: bool, ranks: list[int]) -> Result:
     inputs = [tokens_of(rank).requires_grad_() for rank in ranks]
     outputs = [layer(x) for x in inputs]
     sum(y.square().sum() for y in outputs).backward()
+    clear_load_balancing_loss()
     gradients = {name: p.grad for name, p in layer.named_parameters()}
     results = {f"y{rank}": y.detach() for rank, y in zip(ranks, outputs)}
     return results | {f"dx{rank}": x.grad for rank, x in zip(ranks, inputs)} | gradients
