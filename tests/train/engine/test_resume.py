@@ -38,12 +38,17 @@ def test_autoresume_without_a_checkpoint_starts_a_new_run(build):
     assert resumed(build(autoresume=True)) == Position()
 
 
-def test_state_and_position_are_restored(build):
-    run = build()
+NARROW = {"ffn_hidden_size": 128, "moe_ffn_hidden_sizes": [64, 128, 128, 64]}
+
+
+@pytest.mark.parametrize("ffn", [{}, NARROW], ids=["equal", "different widths"])
+def test_state_and_position_are_restored(build, ffn):
+    model = MODEL | {"ffn_config": MODEL["ffn_config"] | ffn}
+    run = build(model=model)
     for batch in range(3):
         train_step(run, batch)
     saved(run, Position(batch=3, skipped_in_a_row=1))
-    again = build(autoresume=True)
+    again = build(model=model, autoresume=True)
     assert resumed(again) == Position(batch=3, skipped_in_a_row=1)
     assert train_step(again, 3) == train_step(run, 3)
     for a, b in zip(run.model.parameters(), again.model.parameters()):

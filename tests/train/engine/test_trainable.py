@@ -6,13 +6,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, count_parameters
 from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
 from tokenyard_train.engine.setup import build_setup
 from tokenyard_train.engine.step import train_step
+from tokenyard_train.engine.trainable import describe_trainable
+
+from ..conftest import MODEL
 
 
 def stepped(settings):
@@ -102,3 +105,10 @@ def test_mistakes(settings):
         build_setup(read_config(settings | {"frozen": ["head.weigth"]}), Console(quiet=True))
     with pytest.raises(ConfigError, match=r"frozen: '\*' leave nothing to train"):
         build_setup(read_config(settings | {"frozen": ["*"]}), Console(quiet=True))
+
+
+def test_what_lies_past_the_width_of_an_expert_does_not_count(build):
+    ffn = {"ffn_hidden_size": 128, "moe_ffn_hidden_sizes": [64, 128, 128, 64]}
+    model = build(model=MODEL | {"ffn_config": MODEL["ffn_config"] | ffn}).model
+    total = count_parameters(model).total
+    assert describe_trainable(model) == f"{total:,} of {total:,} parameters"

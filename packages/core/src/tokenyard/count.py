@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokenyard.activations import is_gated
 from tokenyard.feed_forward import FeedForward
 from tokenyard.moe import MoE, moe_layers
+from tokenyard.workload import Workload
 
 _WIDE = 4  # bytes of float32, the dtype of routing and of the residual stream
 
@@ -23,15 +24,37 @@ class Size(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> Size:
-    """Return the numbers of parameters of a model. Tied parameters count once."""
-    total = sum(p.numel() for p in model.parameters())
+    """Return the numbers of parameters of a model. Tied parameters count once.
+
+    What lies past the width of an expert does not count. The numbers of active parameters and
+    FLOPs assume that all experts compute equally many tokens.
+    """
+    numel = used_numel(model)
+    total = sum(numel.values())
     experts = 0
     idle = 0
     for moe in moe_layers(model):
-        numel = sum(p.numel() for p in moe.experts.parameters())
-        experts += numel
-        idle += numel * (moe.workload.num_experts - moe.workload.top_k) // moe.workload.num_experts
+        work = moe.workload
+        in_layer = sum(numel[p] for p in moe.experts.parameters())
+        experts += in_layer
+        idle += in_layer * (work.num_experts - work.top_k) // work.num_experts
     return Size(total, total - idle, experts)
+
+
+def used_numel(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Return how many numbers of each parameter are used: fewer if experts differ in width."""
+    numel = {p: p.numel() for p in model.parameters()}
+    for moe in moe_layers(model):
+        for p in moe.experts.parameters():
+            numel[p] = round(p.numel() * used_width(moe.workload))
+    return numel
+
+
+def used_width(workload: Workload) -> float:
+    """Return the share of the experts' weights that is used: below 1 if their widths differ."""
+    if workload.ffn_dims is None:
+        return 1.0
+    return sum(workload.ffn_dims) / (workload.num_experts * workload.ffn_dim)
 
 
 def weight_flops_per_token(model: nn.Module, lookups: Collection[Tensor] = ()) -> float:
@@ -41,7 +64,7 @@ def weight_flops_per_token(model: nn.Module, lookups: Collection[Tensor] = ()) -
     that are only indexed, such as an embedding that is not also the head.
     """
     expert_share = {
-        p: m.workload.top_k / m.workload.num_experts
+        p: m.workload.top_k / m.workload.num_experts * used_width(m.workload)
         for m in moe_layers(model)
         for p in m.experts.parameters()
     }

@@ -19,6 +19,7 @@ class MoEConfig:
     ffn_dim: int  # F
     num_experts: int  # E
     top_k: int  # K
+    ffn_dims: tuple[int, ...] | None = None  # width of each expert, if they differ
     activation: str = "swiglu"
     bias: bool = False  # in every expert
     output_bias: bool = False  # one for all experts

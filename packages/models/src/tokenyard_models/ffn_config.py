@@ -74,6 +74,9 @@ class FfnConfig(Strict):
     mlp_type: Literal["mlp", "glu"] = "mlp"  # glu: gated
     moe_num_experts: int = Field(1, ge=1)  # E
     moe_top_k: int = Field(1, ge=1)  # K
+    moe_ffn_hidden_sizes: list[int] | None = (
+        None  # width of each expert if they differ, in multiples of 64; the largest is F
+    )
     moe_world_size: int | None = Field(None, ge=1)  # expert-parallel ranks
     moe_loss_weight: float = Field(0.1, ge=0)  # weight of the load-balancing loss
     moe_zloss_weight: float = Field(0.0, ge=0)  # weight of the z-loss
@@ -147,6 +150,7 @@ class FfnConfig(Strict):
             ffn_dim,
             self.moe_num_experts,
             self.moe_top_k,
+            ffn_dims=self._widths(ffn_dim),
             activation=self.activation(),
             output_bias=bias,
             rule=self.rule(),
@@ -170,6 +174,18 @@ class FfnConfig(Strict):
                 "model.ffn_config.shared_expert_hidden_size is given, but shared_expert is false; "
                 "set shared_expert: true, or drop the key"
             )
+
+    def _widths(self, ffn_dim: int) -> tuple[int, ...] | None:
+        widths = self.moe_ffn_hidden_sizes
+        if widths is None:
+            return None
+        experts = self.moe_num_experts
+        if len(widths) != experts or min(widths) < 1 or max(widths) != ffn_dim:
+            raise ConfigError(
+                f"model.ffn_config.moe_ffn_hidden_sizes is {widths}; give {experts} widths, one "
+                f"for each expert, of which the largest is ffn_hidden_size, {ffn_dim}"
+            )
+        return tuple(widths)
 
     def rule(self) -> RoutingRule:
         """Return the routing rule."""

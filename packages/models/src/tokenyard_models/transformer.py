@@ -225,6 +225,7 @@ def _workload(
         moe.ffn_dim,
         moe.num_experts,
         moe.top_k,
+        ffn_dims=moe.ffn_dims,
         activation=moe.activation,
         bias=moe.bias,
         router=moe.rule,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tokenyard import ConfigError, add_lora
+from tokenyard.count import used_numel
 from tokenyard.errors import did_you_mean
 from tokenyard_train.config.schema import LoraConfig
 
@@ -42,8 +43,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def describe_trainable(model: nn.Module) -> str:
     """Return the numbers of trained and of all parameters."""
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in trainable(model).values())
+    numel = used_numel(model)
+    total = sum(numel.values())
+    trained = sum(numel[p] for p in trainable(model).values())
     share = "" if trained == total else f" ({trained / total:.2%})"
     return f"{trained:,} of {total:,} parameters{share}"
 
