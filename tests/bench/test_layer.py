@@ -8,7 +8,8 @@ from rich.console import Console
 
 from tokenyard_bench import layer as module
 from tokenyard_bench.case import ROUTINGS, busiest, make_case
-from tokenyard_bench.entrants import Entrant, backend_entrants, build_moe, peer_entrants
+from tokenyard_bench.entrant import Entrant
+from tokenyard_bench.entrants import backend_entrants, build_moe, peer_entrants
 from tokenyard_bench.layer import bench_layer
 from tokenyard_bench.oracle import judge
 from tokenyard_bench.shapes import Shape
@@ -107,7 +108,7 @@ def test_every_entrant_computes_the_same_layer(routing, dtype):
     present = [entry for entry in entries if isinstance(entry, Entrant)]
     assert [entry.name for entry in present[:3]] == ["cpu", "torch", "grouped_mm"]
     for entry in present:
-        verdict = judge(tried, entry.layer)
+        verdict = judge(tried, entry)
         assert verdict.error <= verdict.allowed * (1 if entry.group == "backend" else 8), (
             entry.name,
             verdict,

@@ -1,44 +1,16 @@
-"""The compared implementations of a layer: our backends, and peers behind our router."""
+"""The compared implementations of a layer: our backends, and peers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
-from tokenyard import ConfigError, MoE, Routing, default_registry
+from tokenyard import ConfigError, MoE, default_registry
 from tokenyard.errors import did_you_mean
-from tokenyard.measure.timing import Stages
 from tokenyard_bench.case import Case
+from tokenyard_bench.entrant import Entrant, SkippedEntrant
 from tokenyard_bench.peers import PEERS
-
-Layer = Callable[[], tuple[Tensor, Routing]]
-Group = Literal["backend", "peer"]
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """An implementation of a case's layer. `layer()` returns the output [T, D] and the routing."""
-
-    name: str
-    group: Group
-    layer: Layer
-
-    def stages(self, case: Case) -> Stages:
-        """Return the forward and the backward pass."""
-        return (lambda _: self.layer()[0], lambda y: torch.autograd.grad(y, case.leaves(), case.dy))
-
-
-@dataclass(frozen=True)
-class SkippedEntrant:
-    """An implementation that cannot run this case, with the reason as one sentence."""
-
-    name: str
-    group: Group
-    reason: str
 
 
 def backend_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
@@ -79,7 +51,7 @@ def parse_names(option: str, names: str, default: list[str], installed: Iterable
 def peer_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
     """Return the layer by each peer in `names`: separated by commas, "all" or "none".
 
-    The router is ours. Raises ConfigError for an unknown name.
+    Raises ConfigError for an unknown name.
     """
     peers = {"all": list(PEERS), "none": []}.get(names, names.split(","))
     for name in peers:
@@ -89,8 +61,7 @@ def peer_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
                 f"--peers {name!r} is unknown{did_you_mean(name, PEERS)}; "
                 f"known are: {known}, all, none"
             )
-    router = build_moe(case).router
-    return [_peer_entrant(case, name, router) for name in peers]
+    return [_peer_entrant(case, name) for name in peers]
 
 
 def build_moe(case: Case, experts: str = "auto") -> MoE:
@@ -108,14 +79,8 @@ def _backend_entrant(case: Case, name: str) -> Entrant:
     return Entrant(name, "backend", lambda: moe(case.x, case.topk_ids))
 
 
-def _peer_entrant(case: Case, name: str, router: Any) -> Entrant | SkippedEntrant:
-    reason = PEERS[name].unusable(case.workload)
+def _peer_entrant(case: Case, name: str) -> Entrant | SkippedEntrant:
+    reason = PEERS[name].unusable(case)
     if reason is not None:
         return SkippedEntrant(name, "peer", reason)
-    experts = PEERS[name].build(case)
-
-    def layer() -> tuple[Tensor, Routing]:
-        routing = router(case.x, case.topk_ids)
-        return experts(case.x, routing), routing
-
-    return Entrant(name, "peer", layer)
+    return PEERS[name].build(name, case, build_moe(case).router)

@@ -10,7 +10,8 @@ from tokenyard.measure.timing import Spread, Stages
 from tokenyard.measure.trace import trace
 from tokenyard_bench.case import Case
 from tokenyard_bench.dense import DenseMatmuls
-from tokenyard_bench.entrants import Entrant, backend_entrants, build_moe
+from tokenyard_bench.entrant import Entrant
+from tokenyard_bench.entrants import backend_entrants, build_moe
 from tokenyard_bench.pieces import Piece, build_pieces
 from tokenyard_bench.sweep import Sweep
 from tokenyard_cli.results import Record

@@ -12,7 +12,8 @@ from tokenyard.measure.timing import Spread, Stages
 from tokenyard.measure.trace import trace
 from tokenyard_bench.case import Case, busiest
 from tokenyard_bench.dense import DenseMatmuls
-from tokenyard_bench.entrants import Entrant, SkippedEntrant, backend_entrants, peer_entrants
+from tokenyard_bench.entrant import Entrant, SkippedEntrant
+from tokenyard_bench.entrants import backend_entrants, peer_entrants
 from tokenyard_bench.launch_times import launch_times
 from tokenyard_bench.oracle import Verdict, judge
 from tokenyard_bench.sweep import Sweep, release_memory
@@ -68,7 +69,7 @@ def _check(case: Case, entrant: Entrant | SkippedEntrant) -> Record:
     if isinstance(entrant, SkippedEntrant):
         return head | {"note": entrant.reason}
     try:
-        verdict = judge(case, entrant.layer)
+        verdict = judge(case, entrant)
         facts = _facts(case, entrant) | {"error": verdict.error, "allowed": verdict.allowed}
     # A failing peer or plugin must not end the benchmark of the others.
     except (RuntimeError, ImportError, TypeError, ValueError) as error:
@@ -96,7 +97,7 @@ def _facts(case: Case, entrant: Entrant) -> Record:
         ids = entrant.layer()[1].topk_ids
     facts: Record = {
         "busiest": round(busiest(ids, case.workload.num_experts), 3),
-        "saved_bytes": saved_bytes(entrant.layer, case.leaves()[1:]),
+        "saved_bytes": saved_bytes(entrant.forward, entrant.leaves(case)[1:]),
         "peak_bytes": peak_bytes(stages, device),
     }
     if device.type == "cuda":

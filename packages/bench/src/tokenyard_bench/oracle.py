@@ -7,17 +7,16 @@ of its cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenyard import Routing
 from tokenyard.activations import activate
 from tokenyard.tolerance import allowed_error, relative_error
 from tokenyard_bench.case import Case
+from tokenyard_bench.entrant import Entrant
 
 _TOKENS = 128
 _EXPERTS = 2
@@ -33,21 +32,19 @@ class Verdict(NamedTuple):
     worst: str  # name of the result
 
 
-def judge(case: Case, layer: Callable[[], tuple[Tensor, Routing]]) -> Verdict:
-    """Run a layer forward and backward, and compare a sample of its results."""
-    y, routing = layer()
-    dx, _, dup, ddown = torch.autograd.grad(y, case.leaves(), case.dy)
-    ids = routing.topk_ids.detach()
+def judge(case: Case, entrant: Entrant) -> Verdict:
+    """Run an entrant forward and backward, and compare a sample of its results."""
+    y, ids, dx, dup, ddown = entrant.results(case)
     tokens = torch.randperm(case.x.shape[0], device=y.device)[:_TOKENS]
     experts = _sampled_experts(ids, case.workload.num_experts)
     results = {
-        "y": y.detach()[tokens],
+        "y": y[tokens],
         "d x": dx[tokens],
         "d up": dup[experts],
         "d down": ddown[experts],
     }
     # A layer may be so large that the references need the memory of its results.
-    del y, routing, dx, dup, ddown
+    del y, dx, dup, ddown
     plain = _reference(case, ids, tokens, experts, case.workload.dtype)
     exact = _reference(case, ids, tokens, experts, torch.float64)
     verdicts = [

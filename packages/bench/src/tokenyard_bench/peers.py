@@ -1,42 +1,49 @@
-"""Expert implementations of other libraries: torch's grouped matmul and transformers."""
+"""Implementations of other libraries: torch's grouped matmul, transformers and SonicMoE."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenyard import Routing, Workload
+from tokenyard import Routing
 from tokenyard_bench.case import Case
+from tokenyard_bench.entrant import Entrant
+from tokenyard_bench.sonicmoe import no_sonicmoe, sonicmoe_entrant
 
 Experts = Callable[[Tensor, Routing], Tensor]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An expert implementation: why it is unusable, if it is, and how to build it from a case."""
+    """An implementation: why it is unusable for a case, if it is, and how to build it.
 
-    unusable: Callable[[Workload], str | None]
-    build: Callable[[Case], Experts]
+    `build` takes the name of the entrant, the case and our router.
+    """
+
+    unusable: Callable[[Case], str | None]
+    build: Callable[[str, Case, Any], Entrant]
 
 
-def _swiglu_only(workload: Workload) -> str | None:
-    if workload.activation == "swiglu":
+def _swiglu_only(case: Case) -> str | None:
+    if case.workload.activation == "swiglu":
         return None
-    return f"computes swiglu, not {workload.activation}"
+    return f"computes swiglu, not {case.workload.activation}"
 
 
-def _needs_transformers(workload: Workload) -> str | None:
+def _needs_transformers(case: Case) -> str | None:
     if find_spec("transformers") is None:
         return 'transformers is not installed; pip install "transformers>=5.14"'
-    return _swiglu_only(workload)
+    return _swiglu_only(case)
 
 
-def _compilable(workload: Workload) -> str | None:
+def _compilable(case: Case) -> str | None:
+    workload = case.workload
     if workload.dtype != torch.bfloat16:
         return "torch compiles F.grouped_mm for bf16 only"
     from torch._inductor.exc import InvalidCxxCompiler
@@ -48,7 +55,20 @@ def _compilable(workload: Workload) -> str | None:
             get_cpp_compiler()
         except InvalidCxxCompiler:
             return "torch.compile needs a C++ compiler on a CPU, and finds none"
-    return _swiglu_only(workload)
+    return _swiglu_only(case)
+
+
+def _behind_our_router(build: Callable[[Case], Experts]) -> Callable[[str, Case, Any], Entrant]:
+    def entrant(name: str, case: Case, router: Any) -> Entrant:
+        experts = build(case)
+
+        def layer() -> tuple[Tensor, Routing]:
+            routing = router(case.x, case.topk_ids)
+            return experts(case.x, routing), routing
+
+        return Entrant(name, "peer", layer)
+
+    return entrant
 
 
 def grouped_mm_experts(x: Tensor, routing: Routing, up: Tensor, down: Tensor) -> Tensor:
@@ -97,10 +117,14 @@ def _transformers(implementation: str) -> Callable[[Case], Experts]:
     return build
 
 
+_EAGER = _behind_our_router(_transformers("eager"))
+_GROUPED = _behind_our_router(_transformers("grouped_mm"))
+
 PEERS: dict[str, Peer] = {
-    "grouped_mm": Peer(_swiglu_only, _grouped_mm),
-    "grouped_mm-compiled": Peer(_compilable, _compiled),
-    "transformers-eager": Peer(_needs_transformers, _transformers("eager")),
-    "transformers-grouped_mm": Peer(_needs_transformers, _transformers("grouped_mm")),
+    "grouped_mm": Peer(_swiglu_only, _behind_our_router(_grouped_mm)),
+    "grouped_mm-compiled": Peer(_compilable, _behind_our_router(_compiled)),
+    "transformers-eager": Peer(_needs_transformers, _EAGER),
+    "transformers-grouped_mm": Peer(_needs_transformers, _GROUPED),
+    "sonicmoe": Peer(no_sonicmoe, sonicmoe_entrant),
 }
 """Every peer, by its name for `--peers`."""
