@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenyard.devices import device_memory
 from tokenyard.errors import ConfigError
+from tokenyard.units import describe_bytes
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -69,14 +70,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
     )
-
-
-def describe_bytes(count: float) -> str:
-    """Return a number of bytes with a binary unit, such as ``1.50 GiB``."""
-    for scale, suffix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
-        if count >= scale:
-            return f"{count / scale:,.2f} {suffix}"
-    return f"{count / 2**10:.1f} KiB"
 
 
 def _too_large(size: int, device: torch.device | str, has: str) -> str:

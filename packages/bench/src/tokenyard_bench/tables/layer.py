@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tokenyard.units import describe_bytes
 from tokenyard_bench.tables.titles import case_key, case_title
 from tokenyard_cli.results import Record
 
 _COLUMNS = ("forward ms", "fwd+bwd ms", "efficiency fwd", "fwd+bwd")
-_FACTS = ("saved MiB", "peak MiB", "error")
+_FACTS = ("saved", "peak memory", "error")
 _GPU_FACTS = ("launches", "waits")
 _LAUNCHES = ("idle", "host", "graph")
 
@@ -79,8 +80,8 @@ def _cells(record: Record, gpu: bool) -> list[str]:
     ]
     if "error" in record:
         cells += [
-            f"{record['saved_bytes'] / 2**20:.1f}",
-            f"{record['peak_bytes'] / 2**20:.1f}",
+            describe_bytes(record["saved_bytes"]),
+            describe_bytes(record["peak_bytes"]),
             f"{record['error']:.1e}",
         ]
         if gpu:

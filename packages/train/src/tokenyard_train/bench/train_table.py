@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from tokenyard.units import describe_bytes, describe_flop_rate
 from tokenyard_cli.results import Record
 
 _COLUMNS = (
     "step ms",
     "tokens/s",
     "of a process",
-    "its GFLOP/s",
-    "peak MiB",
+    "its FLOP/s",
+    "peak memory",
     "parameters",
     "weights",
     "ours / theirs",
@@ -39,8 +40,8 @@ def _cells(record: Record) -> list[str]:
         f"{record['step_ms']['median']:.1f}",
         f"{record['tokens_per_s']:,.0f}",
         f"{record['tokens_per_s'] / record['processes']:,.0f}",
-        f"{record['flops_per_s'] / record['processes'] / 1e9:.1f}",
-        f"{record['peak_bytes'] / 2**20:.0f}",
+        describe_flop_rate(record["flops_per_s"] / record["processes"]),
+        describe_bytes(record["peak_bytes"]),
         f"{record['parameters']:,}",
         record["weights"],
     ]

@@ -20,7 +20,7 @@ from tokenyard import (
     moe_layers,
 )
 from tokenyard.devices import device_memory
-from tokenyard.sharded import describe_bytes
+from tokenyard.units import describe_bytes, describe_count
 from tokenyard_train.callbacks import build_callbacks, build_registration
 from tokenyard_train.commands.memory import estimate, offloaded_bytes
 from tokenyard_train.config.schema import TrainConfig
@@ -100,7 +100,8 @@ def _model_rows(config: TrainConfig, model: Model) -> Rows:
     yield "parameters", f"{size.total:,}, of which {size.experts:,} in experts"
     yield "trainable", describe_trainable(model)
     yield "active parameters", f"{size.active:,} for each token"
-    yield "FLOPs per token", f"{_count(forward)} forward, {_count(3 * forward)} in training"
+    work = f"{describe_count(forward)} forward, {describe_count(3 * forward)} in training"
+    yield "FLOPs per token", work
     yield "computes", f"{config.precision} on {config.device}"
     yield "deterministic", _deterministic(config)
 
@@ -130,7 +131,8 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
     yield from table_versions(config).items()
     yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
     yield "forward pass", f"{config.device_train_microbatch_size} samples"
-    yield "duration", f"{batches:,} batches, {epochs:.2f} epochs, {_count(batches * tokens)} tokens"
+    total = describe_count(batches * tokens)
+    yield "duration", f"{batches:,} batches, {epochs:.2f} epochs, {total} tokens"
 
 
 def _layout_rows(config: TrainConfig, layout: ShardingReport) -> Rows:
@@ -172,10 +174,3 @@ def _add(table: Table, title: str, rows: Rows) -> None:
 
 def _ranks(count: int) -> str:
     return "1 process" if count == 1 else f"{count} processes"
-
-
-def _count(value: float) -> str:
-    for scale, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:.3g} {suffix}"
-    return f"{value:.0f}"

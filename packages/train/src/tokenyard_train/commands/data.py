@@ -12,6 +12,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeed
 
 from tokenyard import ConfigError
 from tokenyard.paths import real_path
+from tokenyard.units import describe_bytes
 from tokenyard_models.strict_config import parse
 from tokenyard_train.commands.options import PackOptions
 from tokenyard_train.data.journal import PackProgress, recorded_sources
@@ -50,7 +51,7 @@ def run_pack(console: Console, options: PackOptions) -> None:
     seconds = time.monotonic() - start
     console.print(
         f"{options.out}: {done.documents:,} documents, {done.tokens:,} tokens "
-        f"of {done.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s",
+        f"of {describe_bytes(done.text_bytes)} of text in {seconds:.1f} s",
         highlight=False,
     )
 

@@ -9,6 +9,7 @@ import time
 from rich.console import Console
 
 from tokenyard import ConfigError
+from tokenyard.units import describe_bytes
 from tokenyard_train.commands.data import parse_tokenizer
 from tokenyard_train.commands.options import SparkPackOptions
 from tokenyard_train.data.spark import pack
@@ -44,7 +45,7 @@ def run_spark(console: Console, options: SparkPackOptions) -> None:
     seconds = time.monotonic() - start
     console.print(
         f"{options.out}: {done.documents:,} documents, {done.tokens:,} tokens "
-        f"of {done.text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s",
+        f"of {describe_bytes(done.text_bytes)} of text in {seconds:.1f} s",
         highlight=False,
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tokenyard import ConfigError
+from tokenyard.units import describe_bytes
 from tokenyard_train.data.corpus import python_stdlib
 from tokenyard_train.data.finetuning import PackedDocuments, PackedHeldOut, build_packed
 from tokenyard_train.data.mixture import Mixture
@@ -223,8 +224,8 @@ def tokenize(documents: Iterable[bytes], tokenizer: Tokenizer, key: str) -> Ids:
         size += len(document)
         if size > _IN_MEMORY:
             raise ConfigError(
-                f"{key} has more than {_IN_MEMORY >> 20} MiB of text; run tokenyard data pack "
-                "on it, and name the folder by dataset.packed"
+                f"{key} has more than {describe_bytes(_IN_MEMORY)} of text; run tokenyard data "
+                "pack on it, and name the folder by dataset.packed"
             )
         parts += [counter.encode(document).astype(dtype, copy=False), end]
     if not parts:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from tokenyard import ConfigError
 from tokenyard.devices import device_memory
-from tokenyard.sharded import describe_bytes, is_out_of_memory
+from tokenyard.sharded import is_out_of_memory
+from tokenyard.units import describe_bytes
 from tokenyard_train.config.schema import TrainConfig
 
 
