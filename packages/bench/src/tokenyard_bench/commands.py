@@ -25,6 +25,7 @@ from tokenyard_bench.tables.changes import print_changes
 from tokenyard_bench.tables.kernels import print_kernels
 from tokenyard_bench.tables.layer import print_layers
 from tokenyard_bench.tables.routing import print_routing
+from tokenyard_cli.console import print_line
 from tokenyard_cli.results import Record, read_results, write_results
 
 
@@ -37,7 +38,7 @@ def run_layer(options: LayerOptions, console: Console) -> None:
     path, content = _write("layer", options, sweep, cases, lambda r: print_layers(r, console))
     picture = path.with_suffix(".png")
     efficiency_bars(content["records"], content["machine"], picture)
-    console.print(f"wrote {path} and {picture}", highlight=False)
+    print_line(console, f"wrote {path} and {picture}")
 
 
 def run_kernels(options: KernelsOptions, console: Console) -> None:
@@ -45,7 +46,7 @@ def run_kernels(options: KernelsOptions, console: Console) -> None:
     sweep = _sweep(options, options.activation)
     cases = bench_kernels(sweep, options.backends, console)
     path, _ = _write("kernels", options, sweep, cases, lambda r: print_kernels(r, console))
-    console.print(f"wrote {path}", highlight=False)
+    print_line(console, f"wrote {path}")
 
 
 def run_routing(options: RoutingOptions, console: Console) -> None:
@@ -56,7 +57,7 @@ def run_routing(options: RoutingOptions, console: Console) -> None:
     sweep = _sweep(options)
     cases = bench_routing(sweep, options.backends, console)
     path, _ = _write("routing", options, sweep, cases, lambda r: print_routing(r, console))
-    console.print(f"wrote {path}", highlight=False)
+    print_line(console, f"wrote {path}")
 
 
 def run_compare(before: Path, after: Path, console: Console) -> None:

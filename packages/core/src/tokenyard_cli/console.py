@@ -21,6 +21,14 @@ class RunConsole(Console):
         os.close(devnull)
 
 
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print text as it is: without markup, and as one line even if it is longer than the console.
+
+    So a log file keeps the lines of a run whole.
+    """
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 def wide_console() -> Console:
     """Return a console that is wide enough for tables, also if stdout is not a terminal."""
     console = Console()

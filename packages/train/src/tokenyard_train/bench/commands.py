@@ -7,6 +7,7 @@ from rich.console import Console
 
 from tokenyard.errors import one_of
 from tokenyard.measure.machine import describe_machine
+from tokenyard_cli.console import print_line
 from tokenyard_cli.results import write_results
 from tokenyard_train.bench.options import TrainOptions
 from tokenyard_train.bench.train import bench_train
@@ -45,4 +46,4 @@ def run_train(options: TrainOptions, console: Console) -> None:
         "records": records,
     }
     path = write_results(options.out, "train", content)
-    console.print(f"wrote {path}", highlight=False)
+    print_line(console, f"wrote {path}")

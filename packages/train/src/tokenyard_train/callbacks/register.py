@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tokenyard import Model, TokenyardError
+from tokenyard_cli.console import print_line
 from tokenyard_models.hf import format_to_write
 from tokenyard_train.config.loggers import Loggers, MlflowLogger
 from tokenyard_train.config.schema import TrainConfig
@@ -43,7 +44,7 @@ class Registration(Callback):
             target = Path(folder, "model")
             _convert(checkpoint, target)
             uri = register_model(self.options, run.setup.folder, target, _tags(run))
-        run.setup.console.print(f"registered as {uri}", highlight=False)
+        print_line(run.setup.console, f"registered as {uri}")
 
 
 def build_registration(loggers: Loggers) -> list[Callback]:

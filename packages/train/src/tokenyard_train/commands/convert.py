@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tokenyard import ConfigError, Model, count_parameters, merge_lora
 from tokenyard.errors import one_of
+from tokenyard_cli.console import print_line
 from tokenyard_models import from_hf, to_hf
 from tokenyard_models.hf import is_hf_folder, new_folder, to_megablocks, to_peft
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
@@ -48,11 +49,9 @@ def convert(options: ConvertOptions, console: Console) -> None:
         if options.target.exists():
             raise ConfigError(f"{options.target} exists already; give the name of a new folder")
         written = _write(options)
-    console.print(
+    print_line(
+        console,
         f"wrote {options.target}: {written}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
 
 

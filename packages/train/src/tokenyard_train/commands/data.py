@@ -13,6 +13,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeed
 from tokenyard import ConfigError
 from tokenyard.paths import real_path
 from tokenyard.units import describe_bytes
+from tokenyard_cli.console import print_line
 from tokenyard_models.strict_config import parse
 from tokenyard_train.commands.options import PackOptions
 from tokenyard_train.data.journal import PackProgress, recorded_sources
@@ -49,10 +50,10 @@ def run_pack(console: Console, options: PackOptions) -> None:
             options.overwrite,
         )
     seconds = time.monotonic() - start
-    console.print(
+    print_line(
+        console,
         f"{options.out}: {done.documents:,} documents, {done.tokens:,} tokens "
         f"of {describe_bytes(done.text_bytes)} of text in {seconds:.1f} s",
-        highlight=False,
     )
 
 
@@ -60,18 +61,18 @@ def run_verify(console: Console, folder: Path) -> None:
     """Check every block of a packed folder. Raises CorruptError."""
     tokens = TokenFile(folder)
     tokens.verify()
-    console.print(f"{folder}: all {len(tokens):,} tokens are as they were packed", highlight=False)
+    print_line(console, f"{folder}: all {len(tokens):,} tokens are as they were packed")
 
 
 def run_info(console: Console, folder: Path) -> None:
     """Print a packed folder's manifest."""
     manifest = read_manifest(folder)
     for key in ("tokens", "documents", "text_bytes", "vocab_size"):
-        console.print(f"{key.replace('_', ' '):<12} {manifest[key]:,}", highlight=False)
+        print_line(console, f"{key.replace('_', ' '):<12} {manifest[key]:,}")
     for key in ("dtype", "tokenizer"):
-        console.print(f"{key:<12} {manifest[key]}", highlight=False)
+        print_line(console, f"{key:<12} {manifest[key]}")
     for source in manifest["sources"]:
-        console.print(f"source       {source.get('file', source)}", highlight=False)
+        print_line(console, f"source       {source.get('file', source)}")
 
 
 def parse_tokenizer(text: str, eos_token: str | None) -> TokenizerConfig:

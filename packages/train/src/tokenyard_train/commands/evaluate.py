@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenyard import ConfigError
+from tokenyard_cli.console import print_line
 from tokenyard_cli.results import write_results
 from tokenyard_train.commands.chat import required_template
 from tokenyard_train.commands.load_model import load_trained
@@ -47,7 +48,7 @@ def evaluate(options: EvalOptions, console: Console) -> Records:
     _print_tasks(tasks, console)
     content = {"kind": "eval", "model": str(options.model), "records": texts + tasks}
     path = write_results(options.out, "eval", content)
-    console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"wrote {path}")
     return texts + tasks
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenyard import ConfigError, TokenyardError, moe_layers
 from tokenyard.paths import whole_file
+from tokenyard_cli.console import print_line
 from tokenyard_cli.results import write_results
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import RoutingOptions
@@ -31,7 +32,7 @@ def report(options: RoutingOptions, console: Console) -> list[LayerReport]:
     layers, tokens = measure(options)
     paths = write_files(options, layers, tokens)
     _print_table(layers, tokens, console)
-    console.print(f"wrote {' and '.join(map(str, paths))}", highlight=False, markup=False)
+    print_line(console, f"wrote {' and '.join(map(str, paths))}")
     return layers
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tokenyard import ConfigError
 from tokenyard.units import describe_bytes
+from tokenyard_cli.console import print_line
 from tokenyard_train.commands.data import parse_tokenizer
 from tokenyard_train.commands.options import SparkPackOptions
 from tokenyard_train.data.spark import pack
@@ -43,10 +44,10 @@ def run_spark(console: Console, options: SparkPackOptions) -> None:
         overwrite=options.overwrite,
     )
     seconds = time.monotonic() - start
-    console.print(
+    print_line(
+        console,
         f"{options.out}: {done.documents:,} documents, {done.tokens:,} tokens "
         f"of {describe_bytes(done.text_bytes)} of text in {seconds:.1f} s",
-        highlight=False,
     )
 
 

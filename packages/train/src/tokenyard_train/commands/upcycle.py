@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tokenyard import ConfigError, count_parameters
+from tokenyard_cli.console import print_line
 from tokenyard_models import Upcycling
 from tokenyard_models import upcycle as write_upcycled
 from tokenyard_train.checkpoint import checkpoints, is_checkpoint
@@ -39,7 +40,7 @@ def upcycle(options: UpcycleOptions, console: Console) -> None:
         f"wrote {options.target}: {model.definition}, {sizes}",
         _describe_function(upcycling, source),
     ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
 
 
 def _describe_function(upcycling: Upcycling, source: Path) -> str:

@@ -1,16 +1,22 @@
-"""Progress of a run on the console: a bar on a terminal, a few lines elsewhere."""
+"""Progress of a run on the console: a bar on a terminal, one line a step elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime
 from types import TracebackType
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
+from tokenyard.units import describe_duration, describe_flop_rate
+from tokenyard_cli.console import print_line
 from tokenyard_train.engine.state import Run
 
-_LINES = 20  # of a whole run, without a terminal
+_SHORTEST_BAR = 8  # columns
+_GAP = "  "  # between the numbers of a step
 
 
 class Progress:
@@ -20,20 +26,16 @@ class Progress:
         setup = run.setup
         self.console = setup.console
         self.batches = setup.batches
-        self.every = max(
-            1, setup.steps_in(setup.config.console_log_interval), self.batches // _LINES
-        )
+        self.every = max(1, setup.steps_in(setup.config.console_log_interval))
         self.bar = Bar(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True)),
             console=self.console,
             disable=not self.console.is_terminal,
+            expand=True,
         )
         self.task = self.bar.add_task(
-            setup.config.run_name, total=self.batches, completed=run.batch, state=""
+            "", total=self.batches, completed=run.batch, state=self._step(run.batch)
         )
 
     def __enter__(self) -> Progress:
@@ -53,32 +55,65 @@ class Progress:
         batch = record["batch"]
         match record["kind"]:
             case "train":
-                self._trained(batch, describe(record))
+                self._show_step(batch, describe(record))
             case "skipped":
                 self.bar.update(self.task, completed=batch)
                 numbers = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
-                self.console.print(f"batch {batch} was skipped: {numbers}", highlight=False)
+                self._print(f"batch {batch} was skipped: {numbers}")
             case kind if kind.startswith("eval"):
                 loss = f"{record['loss']:.4f}, {record['bits_per_byte']:.3f} bits per byte"
                 of = kind.removeprefix("eval/") + " " if "/" in kind else ""
-                self.console.print(f"batch {batch}: {of}held-out loss {loss}", highlight=False)
+                self._print(f"batch {batch}: {of}held-out loss {loss}")
 
-    def _trained(self, batch: int, state: str) -> None:
-        self.bar.update(self.task, completed=batch, state=state)
-        shown = batch == self.batches or batch % self.every == 0
-        if shown and not self.console.is_terminal:
-            self.console.print(f"batch {batch}/{self.batches}: {state}", highlight=False)
+    def _show_step(self, batch: int, numbers: Mapping[str, str]) -> None:
+        step = self._step(batch)
+        width = self.console.width - _SHORTEST_BAR - 1
+        self.bar.update(self.task, completed=batch, state=fit(step, numbers, width))
+        due = batch == self.batches or batch % self.every == 0
+        if due and not self.console.is_terminal:
+            self._print(f"batch {step}: {_GAP.join(numbers.values())}")
+
+    def _step(self, batch: int) -> str:
+        return f"{batch}/{self.batches}"
+
+    def _print(self, text: str) -> None:
+        """Print a line; with the time if it may end in a file."""
+        if not self.console.is_terminal:
+            text = f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}"
+        print_line(self.console, text)
 
 
-def describe(record: dict[str, Any]) -> str:
-    """Return loss and speed, and the highest load and the lowest entropy of any layer.
+def describe(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the numbers of a training record as text, in the order of a line.
 
-    The load is a multiple of the mean.
+    `busiest` is the highest load of an expert in any layer, as a multiple of the mean; `entropy` is
+    the lowest of any layer.
     """
-    speed = f"{record['tokens_per_s']:,} tokens/s  {record['flops_per_s'] / 1e9:.1f} GFLOP/s"
-    text = f"loss {record['loss']:.3f}  {speed}"
-    if not record["routing"]:
-        return text
-    busiest = max(layer["busiest"] for layer in record["routing"])
-    entropy = min(layer["entropy"] for layer in record["routing"])
-    return f"{text}  busiest expert {busiest:.2f}x  entropy {entropy:.3f}"
+    numbers = {
+        "loss": f"loss {record['loss']:.3f}",
+        "left": f"{describe_duration(record['remaining_s'])} left",
+        "speed": f"{record['tokens_per_s']:,} tokens/s",
+        "lr": f"lr {record['lr']:.2e}",
+        "grad_norm": f"grad_norm {record['grad_norm']:.3g}",
+        "work": describe_flop_rate(record["flops_per_s"]),
+    }
+    if record["routing"]:
+        busiest = max(layer["busiest"] for layer in record["routing"])
+        entropy = min(layer["entropy"] for layer in record["routing"])
+        numbers["busiest"] = f"busiest expert {busiest:.2f}x"
+        numbers["entropy"] = f"entropy {entropy:.3f}"
+    return numbers
+
+
+_ALWAYS = ("loss", "left")
+
+
+def fit(step: str, numbers: Mapping[str, str], width: int) -> str:
+    """Return the step, its loss, the time left, and the first other numbers that `width` holds."""
+    shown = [step]
+    for name, text in numbers.items():
+        longer = [*shown, text]
+        if name not in _ALWAYS and len(_GAP.join(longer)) > width:
+            break
+        shown = longer
+    return _GAP.join(shown)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from tokenyard import count_parameters, moe_layers
+from tokenyard_cli.console import print_line
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data
 from tokenyard_train.distributed import is_rank0
@@ -28,24 +28,25 @@ def announce(run: Run) -> None:
     setup = run.setup
     config = setup.config
     size = count_parameters(setup.model)
-    setup.console.print(
-        f"[bold]{config.model['name']}[/bold]: {size.total:,} parameters, {size.active:,} active; "
+    print_line(
+        setup.console,
+        f"{config.model['name']}: {size.total:,} parameters, {size.active:,} active; "
         f"{setup.batches} batches of {setup.batch_tokens:,} tokens on {config.device}, "
-        f"{config.precision}; {escape(describe_tokenizer(config, setup.data))}"
+        f"{config.precision}; {describe_tokenizer(config, setup.data)}",
     )
-    setup.console.print(f"training text: {setup.data.train.describe()}", highlight=False)
+    print_line(setup.console, f"training text: {setup.data.train.describe()}")
     for key, table in table_versions(config).items():
-        setup.console.print(f"{key}: {escape(table)}", highlight=False, soft_wrap=True)
+        print_line(setup.console, f"{key}: {table}")
     if len(trainable(setup.model)) < len(list(setup.model.parameters())):
-        setup.console.print(f"trainable: {describe_trainable(setup.model)}", highlight=False)
+        print_line(setup.console, f"trainable: {describe_trainable(setup.model)}")
     if is_rank0():
         for warning in schedule_warnings(config, setup.data):
             log.warning("%s", warning)
     for moe in moe_layers(setup.model)[:1]:  # all layers of a model have the same backends
         names = [f"{part} {chosen.backend.name}" for part, chosen in moe.chosen.items()]
-        setup.console.print(f"backends: {', '.join(names)}")
+        print_line(setup.console, f"backends: {', '.join(names)}")
     if run.batch:
-        setup.console.print(f"resumed after batch {run.batch} from {setup.folder}")
+        print_line(setup.console, f"resumed after batch {run.batch} from {setup.folder}")
 
 
 def describe_tokenizer(config: TrainConfig, data: Data) -> str:
@@ -72,11 +73,12 @@ def summarize(run: Run, records: list[dict[str, Any]]) -> None:
         setup.console.print(table)
     routing = describe_routing(records)
     if routing is not None:
-        setup.console.print(routing, highlight=False)
+        print_line(setup.console, routing)
     seconds = sum(record["seconds"] for record in records if record["kind"] == "train")
-    setup.console.print(
+    print_line(
+        setup.console,
         f"trained for {seconds:.0f} s; metrics.jsonl, loss.png, experts.png and checkpoints: "
-        f"{setup.folder}"
+        f"{setup.folder}",
     )
 
 
@@ -89,6 +91,6 @@ def describe_routing(records: list[dict[str, Any]]) -> str | None:
     mean = {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
     return (
         f"routing of the last steps: entropy {mean['entropy']:.3f} (1 is uniform), busiest expert "
-        f"{mean['busiest']:.2f}x the mean, {mean['idle']:.2g} experts of a layer idle, "
+        f"{mean['busiest']:.2f}x the mean, on average {mean['idle']:.2g} idle experts per layer, "
         f"{mean['dropped']:.1%} dropped"
     )
