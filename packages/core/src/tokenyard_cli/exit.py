@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from tokenyard_cli.once import FirstRankOnly, is_first
+
 MISTAKE = 2
 """Exit code for a mistake in the config or on the machine. Another attempt would fail again."""
 
@@ -43,8 +45,10 @@ def _exit_without_teardown(code: int) -> NoReturn:
 
 
 def _run(command: Callable[[], Any]) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(FirstRankOnly())
     logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+        level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[handler]
     )
     try:
         command()
@@ -52,11 +56,10 @@ def _run(command: Callable[[], Any]) -> None:
         from tokenyard.errors import TokenyardError  # imports torch, so not at the top
 
         stopped = isinstance(error, TokenyardError) and error.exit_code == STOPPED
-        if stopped and os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        elif not stopped:
+        line = str(error) if stopped else f"error: {_sentence(error)}"
+        if is_first(line):
             # One write, so that lines of several ranks do not mix.
-            sys.stderr.write(f"error: {_sentence(error)}\n")
+            sys.stderr.write(f"{line}\n")
         sys.exit(error.exit_code if isinstance(error, TokenyardError) else MISTAKE)
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tokenyard_cli.once import is_first
+
 
 @contextmanager
 def exit_if_collective_fails() -> Iterator[None]:
@@ -21,7 +23,8 @@ def exit_if_collective_fails() -> Iterator[None]:
             raise
         rank = int(os.environ.get("RANK", "0"))
         write_fault(fault, rank)
-        sentence = f"error: process {rank} failed in {fault.collective}: {fault.reason}"
-        print(sentence, file=sys.stderr, flush=True)
+        if is_first(f"failed in {fault.collective}"):
+            sentence = f"error: process {rank} failed in {fault.collective}: {fault.reason}"
+            print(sentence, file=sys.stderr, flush=True)
         # Threads of other groups may still wait for that rank and would keep this process alive.
         os._exit(1)

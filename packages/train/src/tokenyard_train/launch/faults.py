@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-FOLDER = "TOKENYARD_NOTES"
-"""The environment variable with the folder of these files."""
+from tokenyard_cli.once import FOLDER
 
 _STARTED = "began"
 # gloo's messages: the second one is raised by a call that waited while another call timed out.

@@ -19,8 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 from tokenyard_cli.exit import MISTAKE, STOPPED
+from tokenyard_cli.once import FOLDER
 from tokenyard_train.launch.blame import explain_failure
-from tokenyard_train.launch.faults import FOLDER, has_started
+from tokenyard_train.launch.faults import has_started
 from tokenyard_train.launch.signals import signal_handler
 from tokenyard_train.parent_death import PARENT
 
