@@ -25,6 +25,8 @@ _EXPECTED = {
 }
 """The expected value, by the first word of pydantic's error type."""
 
+_MOST_LISTED = 12  # keys beside a suggestion
+
 _LIMITS = {
     "greater_than": "above",
     "greater_than_equal": "at least",
@@ -33,14 +35,20 @@ _LIMITS = {
 }
 
 
-def sentences(section: type[BaseModel], where: str, error: ValidationError) -> str:
-    """Return one sentence for each wrong key of a `section` at key `where`."""
+def sentences(
+    section: type[BaseModel], where: str, error: ValidationError, habits: Mapping[str, str]
+) -> str:
+    """Return one sentence for each wrong key of a `section` at key `where`.
+
+    `habits` says what to write for a key that other programs have.
+    """
     located = [
         (*_locate(section, where, fault["loc"]), fault) for fault in error.errors(include_url=False)
     ]
     by_key = groupby(located, key=lambda entry: entry[0])
     return "; ".join(
-        _sentence(key, [(owner, fault) for _, owner, fault in group]) for key, group in by_key
+        _sentence(key, [(owner, fault) for _, owner, fault in group], habits)
+        for key, group in by_key
     )
 
 
@@ -59,14 +67,17 @@ def tag_of(section: type[BaseModel]) -> Any:
     return values[0] if len(values) == 1 else None
 
 
-def _sentence(key: str, faults: list[tuple[type[BaseModel], Any]]) -> str:
+def _sentence(
+    key: str, faults: list[tuple[type[BaseModel], Any]], habits: Mapping[str, str]
+) -> str:
     """Return the sentence for one key, whose faults are (section that holds it, pydantic error)."""
     owner, fault = faults[0]
     kind = fault["type"]
     if kind == "extra_forbidden":
         last = key.rpartition(".")[2]
-        known = sorted(owner.model_fields)
-        return f"{key} is not a known key{did_you_mean(last, known)}; known are: {', '.join(known)}"
+        if last in habits:
+            return f"{key} is not a known key; write {habits[last]}"
+        return _unknown_key(key, sorted(owner.model_fields))
     if kind == "missing":
         return f"{key} is missing; it has no default"
     if kind.startswith("union_tag"):
@@ -84,6 +95,13 @@ def _sentence(key: str, faults: list[tuple[type[BaseModel], Any]]) -> str:
         for name in _quoted(each["ctx"])
     ]
     return f"{key} is {_shortened(value)}{_nearest(value, names)}; give {' or '.join(expected)}"
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    """Return the sentence for an unknown key: the nearest known one, and all if they are few."""
+    near = did_you_mean(key.rpartition(".")[2], known)
+    choices = "" if near and len(known) > _MOST_LISTED else f"; known are: {', '.join(known)}"
+    return f"{key} is not a known key{near}{choices}"
 
 
 def _expected(fault: Mapping[str, Any]) -> str:

@@ -63,6 +63,14 @@ class Strict(BaseModel):
     )
     ignored: ClassVar[frozenset[str]] = frozenset()
 
+    @classmethod
+    def habits(cls, where: str) -> Mapping[str, str]:
+        """Return what to write at key `where`, by the keys that other programs have for it.
+
+        The error of an unknown key names it. It counts for the sections below this one, too.
+        """
+        return {}
+
 
 def _types(annotation: Any) -> frozenset[type]:
     """Return the types in a union, those of its literals too."""
@@ -101,7 +109,7 @@ def parse(section: type[Section], data: Mapping[str, Any], where: str = "") -> S
     try:
         parsed = section.model_validate(kept)
     except ValidationError as error:
-        raise ConfigError(sentences(section, where, error)) from None
+        raise ConfigError(sentences(section, where, error, section.habits(where))) from None
     _check_range(parsed, where)
     return parsed
 

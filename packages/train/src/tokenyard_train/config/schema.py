@@ -6,6 +6,7 @@ Unknown keys are errors.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -15,6 +16,7 @@ from tokenyard.lora import ALL_LINEAR
 from tokenyard_train.config import foundry
 from tokenyard_train.config.callbacks import Callbacks, Count
 from tokenyard_train.config.duration import Duration, Span
+from tokenyard_train.config.habits import HABITS
 from tokenyard_train.config.loggers import Loggers
 from tokenyard_train.config.optimizer import OptimizerConfig
 from tokenyard_train.config.scheduler import SchedulerConfig
@@ -110,6 +112,11 @@ class TrainConfig(Section):
     """
 
     ignored: ClassVar[frozenset[str]] = foundry.TOP
+
+    @classmethod
+    def habits(cls, where: str) -> Mapping[str, str]:
+        """Return what to write here, by the keys of transformers, PEFT, Megatron and others."""
+        return HABITS
 
     variables: dict[str, Any] = {}  # values for ${variables.x} in the same file
     run_name: RunName = "run"  # name of the run's folder
