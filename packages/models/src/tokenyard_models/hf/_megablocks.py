@@ -25,9 +25,11 @@ from tokenyard_models.hf._load import check_tensors, fill_from
 from tokenyard_models.hf._save import check_read_back, computed_fields
 from tokenyard_models.hf._shards import (
     SHARD_BYTES,
+    Report,
     dtypes,
     gather,
     new_folder,
+    silent,
     whole_state,
     write_weights,
 )
@@ -86,15 +88,16 @@ def to_megablocks(
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    report: Report = silent,
 ) -> None:
     """Write a model under LLM Foundry's names, with experts as MegaBlocks' w1, v1 and w2 [E F, D].
 
     The folder also holds ``megablocks.json`` with the fields of MegaBlocks' Arguments that describe
     the layers; `activation_fn` is an LLM Foundry `ffn_act_fn`, because JSON holds no functions.
     Layers with a capacity have MegaBlocks' w1 [E, D, F] and w2 [E, F, D]. `path` must not exist; it
-    appears once everything is written and read back. Raises WeightsError for a rule that these
-    fields cannot express and for a parameter or buffer that MegaBlocks has no name for, and
-    ConfigError for a dense model.
+    appears once everything is written and read back. `report` is that of `to_hf`. Raises
+    WeightsError for a rule that these fields cannot express and for a parameter or buffer that
+    MegaBlocks has no name for, and ConfigError for a dense model.
     """
     path = Path(path)
     if path.exists():
@@ -104,7 +107,9 @@ def to_megablocks(
     state = whole_state(model)
     folder_map = map_folder("MegaBlocks", _rows(config), config, state)
     with new_folder(path) as folder:
-        write_weights(folder, folder_map, partial(gather, state), dtypes(state, dtype), shard_bytes)
+        write_weights(
+            folder, folder_map, partial(gather, state), dtypes(state, dtype), shard_bytes, report
+        )
         (folder / ARGUMENTS).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
         check_tensors(Folder(folder, ARGUMENTS), folder_map)
 

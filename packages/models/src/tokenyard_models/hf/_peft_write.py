@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenyard import LoraAdapter
@@ -24,7 +23,7 @@ from tokenyard_models.hf._peft_places import (
     Place,
     places_of,
 )
-from tokenyard_models.hf._shards import new_folder
+from tokenyard_models.hf._shards import new_folder, save_tensors
 
 
 @torch.no_grad()
@@ -57,7 +56,7 @@ def to_peft(
                     tensors[f"{key}.weight"] = matrix.to("cpu", dtype or matrix.dtype).contiguous()
     config = _config(places, found, base)
     with new_folder(Path(path)) as folder:
-        save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+        save_tensors(tensors, folder / ADAPTER_WEIGHTS)
         text = json.dumps(config, indent=2) + "\n"
         (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     return sum(tensor.numel() for tensor in tensors.values())

@@ -20,9 +20,11 @@ from tokenyard_models.hf._folder_map import formats, map_folder
 from tokenyard_models.hf._load import checked_map
 from tokenyard_models.hf._shards import (
     SHARD_BYTES,
+    Report,
     dtypes,
     gather,
     new_folder,
+    silent,
     whole_state,
     write_weights,
 )
@@ -59,6 +61,7 @@ def to_hf(
     dtype: torch.dtype | None = None,
     fused: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    report: Report = silent,
 ) -> None:
     """Write a model as a folder that transformers loads: shards, index and config.json.
 
@@ -66,8 +69,8 @@ def to_hf(
     dtype of the weights (default: the parameters' own). `fused` writes one tensor for all experts
     of a layer, if the family has that form. A shard has at most `shard_bytes` bytes; one is in
     memory at a time. `path` must not exist; it appears once everything is written and read back.
-    Raises WeightsError for a model without a Hugging Face format, and for one that transformers
-    would refuse or compute otherwise.
+    `report` receives the bytes written and their total. Raises WeightsError for a model without a
+    Hugging Face format, and for one that transformers would refuse or compute otherwise.
     """
     path = Path(path)
     if path.exists():
@@ -78,7 +81,9 @@ def to_hf(
     state = whole_state(model)
     folder_map = map_folder(hf_format.name, hf_format.rows(fused), config, state)
     with new_folder(path) as folder:
-        write_weights(folder, folder_map, partial(gather, state), dtypes(state, dtype), shard_bytes)
+        write_weights(
+            folder, folder_map, partial(gather, state), dtypes(state, dtype), shard_bytes, report
+        )
         write_config(folder, published, like, dtype or next(iter(state.values())).dtype)
         checked_map(model, Folder(folder), state)
 

@@ -25,6 +25,13 @@ log = logging.getLogger("tokenyard")
 
 SHARD_BYTES = 5 * 10**9
 
+Report = Callable[[int, int], None]
+"""Receives the bytes that are written, and those of all tensors: first 0, then after each shard."""
+
+
+def silent(written: int, total: int) -> None:
+    """Report nothing."""
+
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
@@ -75,6 +82,7 @@ def write_weights(
     parameter: Callable[[str], Tensor],
     dtypes: Mapping[str, torch.dtype],
     shard_bytes: int,
+    report: Report = silent,
 ) -> None:
     """Write tensors in shards of at most `shard_bytes` bytes, and an index if there are several.
 
@@ -84,20 +92,28 @@ def write_weights(
     sizes = {key: _numel(parts) * dtypes[parts[0][0]].itemsize for key, parts in folder_map.items()}
     shards = list(_shards(sizes, shard_bytes))
     weight_map: dict[str, str] = {}
+    report(0, sum(sizes.values()))
     cached = _LastParameter(parameter)
     total = 0
     not_finite: list[str] = []
     for number, keys in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {key: _tensor(folder_map[key], cached, dtypes, not_finite) for key in keys}
-        save_file(tensors, folder / name, {"format": "pt"})
+        save_tensors(tensors, folder / name)
         total += sum(t.nbytes for t in tensors.values())
         weight_map |= dict.fromkeys(keys, name)
+        report(total, sum(sizes.values()))
     if not_finite:
         log.warning("%s holds nan or inf, which is written as it is", not_finite[0])
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file for the readers of its folder; safetensors' own mode is 0600."""
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 class _LastParameter:

@@ -22,7 +22,14 @@ from tokenyard_models.hf._folder_map import formats, map_folder
 from tokenyard_models.hf._load import checked_map, fill
 from tokenyard_models.hf._read_config import checked_dtype_of, format_of, model_section
 from tokenyard_models.hf._save import config_json, write_config
-from tokenyard_models.hf._shards import SHARD_BYTES, dtypes, new_folder, write_weights
+from tokenyard_models.hf._shards import (
+    SHARD_BYTES,
+    Report,
+    dtypes,
+    new_folder,
+    silent,
+    write_weights,
+)
 from tokenyard_models.transformer import Transformer
 from tokenyard_models.upcycling import Upcycling
 
@@ -38,14 +45,15 @@ def upcycle(
     upcycling: Upcycling,
     *,
     shard_bytes: int = SHARD_BYTES,
+    report: Report = silent,
 ) -> Transformer:
     """Write a dense Hugging Face folder as one with experts.
 
     llama and mistral become mixtral; qwen3 becomes qwen3_moe. The experts of one layer and a shard,
     as tensors and as bytes, are in memory at a time. `target` must not exist; it appears once
-    everything is written. Returns the new model on the meta device, without weights. Raises
-    WeightsError if the source is incomplete or not dense, and ConfigError for numbers that
-    contradict each other.
+    everything is written. `report` receives the bytes written and their total. Returns the new
+    model on the meta device, without weights. Raises WeightsError if the source is incomplete or
+    not dense, and ConfigError for numbers that contradict each other.
     """
     target = Path(target)
     if target.exists():
@@ -62,7 +70,8 @@ def upcycle(
     folder_map = map_folder(hf_format.name, hf_format.weights, config, parameters)
     parameter = partial(_parameter, upcycling, _dense_reader(dense, folder, dtype))
     with new_folder(target) as unfinished:
-        write_weights(unfinished, folder_map, parameter, dtypes(parameters, dtype), shard_bytes)
+        widths = dtypes(parameters, dtype)
+        write_weights(unfinished, folder_map, parameter, widths, shard_bytes, report)
         write_config(unfinished, published, source, dtype)
         checked_map(model, Folder(unfinished), parameters)
     return model

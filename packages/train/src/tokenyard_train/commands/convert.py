@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from rich.console import Console
 
 from tokenyard import ConfigError, Model, count_parameters, merge_lora
 from tokenyard.errors import one_of
-from tokenyard_cli.console import print_line
+from tokenyard.lora import adapters
 from tokenyard_models import from_hf, to_hf
 from tokenyard_models.hf import is_hf_folder, new_folder, to_megablocks, to_peft
 from tokenyard_train.checkpoint import model_tensors, write_checkpoint
 from tokenyard_train.commands.export_tokenizer import exported_tokenizer
 from tokenyard_train.commands.load_model import load_weights_only
 from tokenyard_train.commands.options import ConvertOptions
+from tokenyard_train.commands.writing import print_reading, print_written, writing_report
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.paths import HF
@@ -48,11 +50,9 @@ def convert(options: ConvertOptions, console: Console) -> None:
     with lock_new_folder(options.target):
         if options.target.exists():
             raise ConfigError(f"{options.target} exists already; give the name of a new folder")
-        written = _write(options)
-    print_line(
-        console,
-        f"wrote {options.target}: {written}",
-    )
+        print_reading(console, options.source)
+        written = _write(options, writing_report(console, options.target))
+    print_written(console, options.target, written, options.to)
 
 
 def _check_options(options: ConvertOptions) -> None:
@@ -82,8 +82,8 @@ def _check_options(options: ConvertOptions) -> None:
         )
 
 
-def _write(options: ConvertOptions) -> str:
-    """Write the folder, and describe what is in it."""
+def _write(options: ConvertOptions, report: Callable[[int, int], None]) -> str:
+    """Write the folder, and describe what is in it. `report` is that of `to_hf`."""
     if options.to == "tokenyard":
         return _describe(_write_run(options.source, options.target, options.tokenizer))
     dtype = None if options.dtype is None else DTYPES[options.dtype]
@@ -92,16 +92,25 @@ def _write(options: ConvertOptions) -> str:
         base = None if loaded.source is None else str(loaded.source.resolve())
         count = to_peft(loaded.model, options.target, base=base, dtype=dtype)
         return f"adapters of {base or 'a base without a folder'}, {count:,} parameters"
+    merged = ", adapters merged" if next(adapters(loaded.model), None) is not None else ""
     merge_lora(loaded.model)
     if options.to == "megablocks":
-        to_megablocks(loaded.model, options.target, dtype=dtype)
+        to_megablocks(loaded.model, options.target, dtype=dtype, report=report)
     else:
         loaded = loaded.with_tokenizer(options.tokenizer)
         _check_vocabulary(options, loaded.model)
         like = nullcontext(options.like) if options.like else exported_tokenizer(loaded)
         with like as folder:
-            to_hf(loaded.model, options.target, like=folder, dtype=dtype, fused=options.fused)
-    return _describe(loaded.model)
+            to_hf(
+                loaded.model,
+                options.target,
+                like=folder,
+                dtype=dtype,
+                fused=options.fused,
+                report=report,
+            )
+    written = dtype or next(loaded.model.parameters()).dtype
+    return f"{_describe(loaded.model)} in {str(written).removeprefix('torch.')}{merged}"
 
 
 def _check_vocabulary(options: ConvertOptions, model: Model) -> None:

@@ -12,6 +12,7 @@ from tokenyard_models import Upcycling
 from tokenyard_models import upcycle as write_upcycled
 from tokenyard_train.checkpoint import checkpoints, is_checkpoint
 from tokenyard_train.commands.options import UpcycleOptions
+from tokenyard_train.commands.writing import print_reading, print_written, writing_report
 from tokenyard_train.folder_lock import lock_new_folder
 
 _TIES = (
@@ -33,14 +34,13 @@ def upcycle(options: UpcycleOptions, console: Console) -> None:
             f"tokenyard convert {source} FOLDER --to hf"
         )
     with lock_new_folder(options.target):
-        model = write_upcycled(source, options.target, upcycling)
+        print_reading(console, source)
+        report = writing_report(console, options.target)
+        model = write_upcycled(source, options.target, upcycling, report=report)
     size = count_parameters(model)
     sizes = f"{size.total:,} parameters, {size.active:,} of them active"
-    for line in (
-        f"wrote {options.target}: {model.definition}, {sizes}",
-        _describe_function(upcycling, source),
-    ):
-        print_line(console, line)
+    print_written(console, options.target, f"{model.definition}, {sizes}", "hf")
+    print_line(console, _describe_function(upcycling, source))
 
 
 def _describe_function(upcycling: Upcycling, source: Path) -> str:
