@@ -36,6 +36,24 @@ def test_layer_writes_a_table_json_and_a_plot(bench):
     assert (out / "layer.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_layer_says_what_it_does(bench):
+    shape = ("--shape", "64,16,24,4,2", "--dtype", "fp32", "--repetitions", 6)
+    _, printed = bench("layer", *shape, "--backends", "cpu", "--peers", "none")
+    lines = printed.splitlines()
+    assert lines[:2] == ["64,16,24,4,2, fp32, natural routing", "  checking cpu ..."]
+    rounds = [f"  timing 2 calls in turns, round {i} of 8 ..." for i in (1, 3, 5, 7)]
+    assert lines[2:6] == rounds
+
+
+def test_a_busy_machine_is_a_warning(bench, monkeypatch, caplog):
+    shape = ("--shape", "64,16,24,4,2", "--dtype", "fp32", "--repetitions", 3)
+    for load, warnings in ((1e9, 1), (0.0, 0)):
+        caplog.clear()
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0))
+        bench("routing", *shape, "--backends", "torch", "--device", "cpu")
+        assert len([r for r in caplog.records if "load of this machine" in r.message]) == warnings
+
+
 def test_kernels_prints_every_piece_and_what_the_profiler_saw(bench):
     out, printed = bench(
         "kernels",

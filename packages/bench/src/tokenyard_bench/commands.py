@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +29,8 @@ from tokenyard_bench.tables.layer import print_layers
 from tokenyard_bench.tables.routing import print_routing
 from tokenyard_cli.console import print_line
 from tokenyard_cli.results import Record, read_results, write_results
+
+log = logging.getLogger("tokenyard")
 
 
 def run_layer(options: LayerOptions, console: Console) -> None:
@@ -74,6 +78,8 @@ def _sweep(options: CaseOptions, activation: str = "swiglu") -> Sweep:
         torch.cuda.set_device(device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if device.type == "cpu":
+        _warn_of_load()
     for dtype in options.dtypes:
         one_of("--dtype", dtype, DTYPES)
     for routing in options.routings:
@@ -87,6 +93,19 @@ def _sweep(options: CaseOptions, activation: str = "swiglu") -> Sweep:
         options.repetitions,
         options.seed,
     )
+
+
+def _warn_of_load() -> None:
+    """Log a warning if other work slows down a measurement on the CPU."""
+    load = os.getloadavg()[0]
+    cores = os.cpu_count() or 1
+    if load > cores:
+        log.warning(
+            "the load of this machine is %.1f on %d cores: times are too long, and the order of "
+            "backends may change; measure when it is idle",
+            load,
+            cores,
+        )
 
 
 def _write(

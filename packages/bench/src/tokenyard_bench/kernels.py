@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from tokenyard_bench.dense import DenseMatmuls
 from tokenyard_bench.entrant import Entrant
 from tokenyard_bench.entrants import backend_entrants, build_moe
 from tokenyard_bench.pieces import Piece, build_pieces
-from tokenyard_bench.sweep import Sweep
+from tokenyard_bench.sweep import Say, Sweep
 from tokenyard_cli.results import Record
 
 _LAYER = "layer: "
@@ -26,10 +27,10 @@ def bench_kernels(sweep: Sweep, backends: str, console: Console) -> Iterator[lis
     The pieces use core's kernels and the chosen permutation and router. A layer's record has its
     kernels and the gaps between them. `backends` are names separated by commas, or "all".
     """
-    return sweep.run(lambda case: _measure_case(sweep, case, backends), console)
+    return sweep.run(partial(_measure_case, sweep, backends), console)
 
 
-def _measure_case(sweep: Sweep, case: Case, backends: str) -> Iterator[Record]:
+def _measure_case(sweep: Sweep, backends: str, case: Case, say: Say) -> Iterator[Record]:
     pieces = build_pieces(case, build_moe(case), DenseMatmuls(case))
     layers = [entry for entry in backend_entrants(case, backends) if isinstance(entry, Entrant)]
     calls: dict[str, Stages] = {}
@@ -38,10 +39,11 @@ def _measure_case(sweep: Sweep, case: Case, backends: str) -> Iterator[Record]:
         if piece.bound is not None:
             calls[_BOUND + name] = _single(piece.bound)
     calls |= {_LAYER + layer.name: layer.stages(case) for layer in layers}
-    spreads = sweep.time(calls)
+    spreads = sweep.time(calls, say)
     for name, piece in pieces.items():
         yield _piece_record(name, piece, spreads)
     for layer in layers:
+        say(f"profiling {layer.name}")
         yield _layer_record(case, layer, spreads[_LAYER + layer.name][-1])
 
 

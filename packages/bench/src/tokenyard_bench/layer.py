@@ -16,7 +16,7 @@ from tokenyard_bench.entrant import Entrant, SkippedEntrant
 from tokenyard_bench.entrants import backend_entrants, peer_entrants
 from tokenyard_bench.launch_times import launch_times
 from tokenyard_bench.oracle import Verdict, judge
-from tokenyard_bench.sweep import Sweep, release_memory
+from tokenyard_bench.sweep import Say, Sweep, release_memory
 from tokenyard_cli.results import Record
 
 DENSE = "dense"
@@ -35,30 +35,33 @@ def bench_layer(
     `launches`, records have the times of `launch_times`, too.
     """
 
-    def measure_case(case: Case) -> Iterator[Record]:
+    def measure_case(case: Case, say: Say) -> Iterator[Record]:
         entrants = [*backend_entrants(case, backends), *peer_entrants(case, peers)]
-        return _measure_case(sweep, case, entrants, launches)
+        correct: dict[str, Record] = {}
+        calls: dict[str, Stages] = {}
+        for entrant in entrants:
+            say(f"checking {entrant.name}")
+            record = _check(case, entrant)
+            if record["note"] is None and isinstance(entrant, Entrant):
+                correct[entrant.name] = record
+                calls[entrant.name] = entrant.stages(case)
+            else:
+                yield record
+        spreads = sweep.time({DENSE: DenseMatmuls(case).stages(), **calls}, say)
+        if launches:
+            say("timing launches")
+        more = launch_times(sweep, calls) if launches else {}
+        yield from _timed(correct, spreads, more)
 
     return sweep.run(measure_case, console)
 
 
-def _measure_case(
-    sweep: Sweep, case: Case, entrants: list[Entrant | SkippedEntrant], launches: bool
+def _timed(
+    correct: dict[str, Record], spreads: dict[str, list[Spread]], more: dict[str, Record]
 ) -> Iterator[Record]:
-    """Check each entrant, then time the correct ones in turns with the dense matmuls."""
-    correct: dict[str, Record] = {}
-    calls: dict[str, Stages] = {}
-    for entrant in entrants:
-        record = _check(case, entrant)
-        if record["note"] is None and isinstance(entrant, Entrant):
-            correct[entrant.name] = record
-            calls[entrant.name] = entrant.stages(case)
-        else:
-            yield record
-    spreads = sweep.time({DENSE: DenseMatmuls(case).stages(), **calls})
+    """Yield the record of the dense matmuls, and those of correct entrants with their times."""
     dense = spreads[DENSE]
     yield {"contestant": DENSE, "group": "dense", "note": None} | _times(dense, dense)
-    more = launch_times(sweep, calls) if launches else {}
     for name, record in correct.items():
         yield record | _times(spreads[name], dense) | more.get(name, {})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from tokenyard_bench.case import Case
 from tokenyard_bench.entrants import parse_names
 from tokenyard_bench.routing_calls import Timed, permutation_calls, plan_rows, router_calls
 from tokenyard_bench.routing_check import PlannedRows
-from tokenyard_bench.sweep import Sweep
+from tokenyard_bench.sweep import Say, Sweep
 from tokenyard_cli.results import Record
 
 _COPY = "copy for "
@@ -31,10 +32,10 @@ def bench_routing(sweep: Sweep, backends: str, console: Console) -> Iterator[lis
     offers = (offer for kind in _KINDS for offer in default_registry().offers(kind))
     installed = list(dict.fromkeys(offer.backend.name for offer in offers))
     names = parse_names("--backends", backends, installed, installed)
-    return sweep.run(lambda case: _measure_case(sweep, case, names), console)
+    return sweep.run(partial(_measure_case, sweep, names), console)
 
 
-def _measure_case(sweep: Sweep, case: Case, names: Sequence[str]) -> Iterator[Record]:
+def _measure_case(sweep: Sweep, names: Sequence[str], case: Case, say: Say) -> Iterator[Record]:
     """Check each backend, then time the calls of the correct ones in turns with copies."""
     rows = plan_rows(case)
     calls: dict[tuple[str, str], Timed] = {}
@@ -43,12 +44,13 @@ def _measure_case(sweep: Sweep, case: Case, names: Sequence[str]) -> Iterator[Re
             if isinstance(backend, str):
                 yield {"work": kind, "backend": name, "note": backend}
                 continue
+            say(f"checking {kind} {name}")
             timed, fault = _calls(kind, backend, rows, case)
             if fault is not None:
                 yield {"work": kind, "backend": name, "note": f"wrong: {fault}"}
                 continue
             calls |= {(work, name): call for work, call in timed.items()}
-    yield from _time(sweep, calls)
+    yield from _time(sweep, calls, say)
 
 
 def _backends(kind: Kind, names: Sequence[str], case: Case) -> Iterator[tuple[str, Any]]:
@@ -67,11 +69,11 @@ def _calls(
     return router_calls(backend, case)
 
 
-def _time(sweep: Sweep, calls: dict[tuple[str, str], Timed]) -> Iterator[Record]:
+def _time(sweep: Sweep, calls: dict[tuple[str, str], Timed], say: Say) -> Iterator[Record]:
     stages = {f"{work} by {name}": _single(timed.call) for (work, name), timed in calls.items()}
     for size in {timed.bytes for timed in calls.values()}:
         stages[f"{_COPY}{size}"] = _single(_copy(size, sweep.device))
-    spreads = sweep.time(stages)
+    spreads = sweep.time(stages, say)
     for (work, name), timed in calls.items():
         spread = spreads[f"{work} by {name}"][0]
         copy = spreads[f"{_COPY}{timed.bytes}"][0]

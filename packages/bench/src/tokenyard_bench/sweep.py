@@ -13,7 +13,13 @@ from rich.console import Console
 from tokenyard.measure.timing import Spread, Stages, clock_for, measure
 from tokenyard_bench.case import DTYPES, Case, RoutingKind, make_case
 from tokenyard_bench.shapes import Shape
+from tokenyard_cli.console import print_line
 from tokenyard_cli.results import Record
+
+_LINES = 4  # on the progress of the timing of a case
+
+Say = Callable[[str], None]
+"""Prints one line on what is done now."""
 
 
 @dataclass(frozen=True)
@@ -29,24 +35,34 @@ class Sweep:
     seed: int = 0
 
     def run(
-        self, measure_case: Callable[[Case], Iterable[Record]], console: Console
+        self, measure_case: Callable[[Case, Say], Iterable[Record]], console: Console
     ) -> Iterator[list[Record]]:
-        """Measure every case. Yield the records of each, with its shape, dtype and routing."""
+        """Measure every case. Yield the records of each, with its shape, dtype and routing.
+
+        `measure_case` receives a function that prints what it does.
+        """
+
+        def say(step: str) -> None:
+            print_line(console, f"  {step} ...", "dim")
+
         for shape, dtype, routing in product(self.shapes, self.dtypes, self.routings):
-            console.print(
-                f"{shape.name}, {dtype}, {routing} routing ...", style="dim", highlight=False
-            )
+            print_line(console, f"{shape.name}, {dtype}, {routing} routing", "dim")
             torch.manual_seed(self.seed)
             case = make_case(shape, routing, DTYPES[dtype], self.device, self.activation)
             head = {"shape": shape._asdict(), "dtype": dtype, "routing": routing}
-            yield [head | record for record in measure_case(case)]
+            yield [head | record for record in measure_case(case, say)]
             # The next case may need all memory.
             del case
             release_memory()
 
-    def time(self, calls: dict[str, Stages]) -> dict[str, list[Spread]]:
+    def time(self, calls: dict[str, Stages], say: Say) -> dict[str, list[Spread]]:
         """Time calls in turns, as `measure` does."""
-        return measure(calls, clock_for(self.device), self.repetitions)
+
+        def report(done: int, rounds: int) -> None:
+            if done % max(1, rounds // _LINES) == 0:
+                say(f"timing {len(calls)} calls in turns, round {done + 1} of {rounds}")
+
+        return measure(calls, clock_for(self.device), self.repetitions, report=report)
 
 
 def release_memory() -> None:

@@ -95,18 +95,28 @@ class Spread(NamedTuple):
         return cls(round(median(times), 5), round(low, 5), round(high, 5), len(times))
 
 
+def _silent(done: int, rounds: int) -> None:
+    """Report nothing."""
+
+
 def measure(
-    calls: Mapping[str, Stages], clock: Clock, repetitions: int, warmup: int = 2
+    calls: Mapping[str, Stages],
+    clock: Clock,
+    repetitions: int,
+    warmup: int = 2,
+    report: Callable[[int, int], None] = _silent,
 ) -> dict[str, list[Spread]]:
     """Time calls in turns. Return, for each, the time from its start to the end of each stage.
 
     Each round shuffles the order, because a GPU runs slower right after heavy work, which would
-    always hit the same call.
+    always hit the same call. `report` receives, before each round, the rounds that are done and
+    their number, warm-up included.
     """
     times: dict[str, list[list[float]]] = {name: [] for name in calls}
     order = list(calls)
     generator = Random(0)
     for repetition in range(warmup + repetitions):
+        report(repetition, warmup + repetitions)
         generator.shuffle(order)
         for name in order:
             sample = _time_once(calls[name], clock)

@@ -16,6 +16,7 @@ from tokenyard.measure.breakdown import break_down
 from tokenyard.measure.memory import allocation_retries, peak_bytes
 from tokenyard.measure.timing import Clock, Spread, Stages, clock_for
 from tokenyard.measure.trace import trace
+from tokenyard_cli.console import print_line
 from tokenyard_cli.results import Record
 from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
 from tokenyard_train.config.schema import TrainConfig
@@ -30,6 +31,7 @@ Step = Callable[[int], float]
 
 OURS = "tokenyard"
 _WARMUP = 2
+_LINES = 5  # on the progress
 _PROFILED = 3  # steps, for the kinds of work
 _SHOWN = 24  # kernels of a step in the file
 _COLLECTIVES = "nccl"  # prefix of the names of NCCL's kernels
@@ -72,9 +74,8 @@ def bench_train(
         setup = build_setup(temporary, console)
         setup.convert_weights()
         entrants = [_peer(setup, name, peer_dtype) for name in peers]
-        setup.console.print(
-            f"{steps} steps of {setup.batch_tokens:,} tokens on {config.device} ...", style="dim"
-        )
+        work = f"{steps} steps of {setup.batch_tokens:,} tokens on {config.device}"
+        print_line(setup.console, work, "dim")
         return _measure(setup, entrants, steps)
 
 
@@ -94,12 +95,16 @@ def _measure(setup: Setup, peers: Sequence[_Entrant], steps: int) -> list[Record
     entrants = (ours, *peers)
     last = _WARMUP + steps
     for batch in range(last):
+        if batch % max(1, last // _LINES) == 0:
+            names = ", ".join(entrant.name for entrant in entrants)
+            print_line(setup.console, f"  step {batch + 1} of {last}: {names} ...", "dim")
         if batch == _WARMUP:
             watch.spans.clear()
         for entrant in entrants:
             milliseconds, entrant.loss = _time_step(entrant.step, batch, clock)
             if batch >= _WARMUP:
                 entrant.times.append(milliseconds)
+    print_line(setup.console, "  profiling ...", "dim")
     retries = allocation_retries(setup.device)
     phases = watch.totals(lambda begin, end: clock.between([begin, end])[0])
     shares = _shares(phases, sum(ours.times))
