@@ -8,14 +8,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tokenyard_cli import dataclass_options
 from tokenyard_cli.interrupts import fatal_interrupts
 from tokenyard_train.cli.exit import exit_if_collective_fails
+from tokenyard_train.commands.options import InitOptions
 
 Config = Annotated[Path, typer.Argument(help="YAML config.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Override keys of the config: key=value, such as optimizer.lr=1e-3."),
 ]
+
+
+@dataclass_options
+def init(options: InitOptions) -> None:
+    """Write a commented config to start from."""
+    from tokenyard_train.commands.init import init as run
+
+    run(options, Console())
 
 
 @exit_if_collective_fails()

@@ -40,6 +40,29 @@ Base = Annotated[
 
 
 @dataclass(frozen=True)
+class InitOptions:
+    """The arguments and options of `tokenyard init`."""
+
+    path: Annotated[Path, typer.Argument(help="YAML file to write. It must not exist.")] = Path(
+        "config.yaml"
+    )
+    model: Annotated[
+        str | None,
+        typer.Option(help="quickstart (default), dbrx, mixtral, olmoe or qwen3_moe."),
+    ] = None
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text, or with --finetune conversations. Default: Python's own source."),
+    ] = None
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Fine-tune --base on conversations, with LoRA.")
+    ] = False
+    base: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder of the model to --finetune.")
+    ] = None
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """The arguments and options of `tokenyard generate`."""
 
