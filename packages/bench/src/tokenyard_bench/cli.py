@@ -9,6 +9,7 @@ import typer
 
 from tokenyard_bench.options import KernelsOptions, LayerOptions, RoutingOptions
 from tokenyard_cli.console import wide_console
+from tokenyard_cli.guide import guide, with_guide
 from tokenyard_cli.options import dataclass_options
 
 app = typer.Typer(
@@ -16,11 +17,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Measure layers and their pieces, beside dense matmuls and other libraries.",
+    help=with_guide(
+        "Measure layers and their pieces, beside dense matmuls and other libraries.",
+        "tokenyard bench layer --shape mixtral --peers grouped_mm",
+        "bench.md",
+    ),
 )
 
 
 @app.command()
+@guide("tokenyard bench layer --shape mixtral --peers grouped_mm", "bench.md")
 @dataclass_options
 def layer(options: LayerOptions) -> None:
     """Measure an MoE layer by every backend, beside dense matmuls and peers.
@@ -34,6 +40,7 @@ def layer(options: LayerOptions) -> None:
 
 
 @app.command()
+@guide("tokenyard bench kernels --shape mixtral --backends triton", "bench.md")
 @dataclass_options
 def kernels(options: KernelsOptions) -> None:
     """Time a layer's pieces beside lower bounds, and profile each backend.
@@ -46,6 +53,7 @@ def kernels(options: KernelsOptions) -> None:
 
 
 @app.command()
+@guide("tokenyard bench routing --shape qwen3-30b", "bench.md")
 @dataclass_options
 def routing(options: RoutingOptions) -> None:
     """Time routers and permutations of every backend, forward and backward.
@@ -58,6 +66,7 @@ def routing(options: RoutingOptions) -> None:
 
 
 @app.command()
+@guide("tokenyard bench compare before/layer.json after/layer.json", "bench.md")
 def compare(
     before: Annotated[Path, typer.Argument(help="JSON file that tokenyard bench wrote.")],
     after: Annotated[Path, typer.Argument(help="Later file of the same command.")],

@@ -8,12 +8,12 @@ import typer
 
 from tokenyard_cli.commands import InstalledCommands, command_distributions
 from tokenyard_cli.exit import run_and_exit
+from tokenyard_cli.guide import guide
 
 app = typer.Typer(
     name="tokenyard",
     cls=InstalledCommands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -26,6 +26,7 @@ def _print_versions(requested: bool) -> None:
 
 
 @app.callback()
+@guide("tokenyard init config.yaml && tokenyard train config.yaml", "quickstart.md")
 def tokenyard(
     version: Annotated[
         bool,

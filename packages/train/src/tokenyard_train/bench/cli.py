@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from tokenyard_cli.console import wide_console
+from tokenyard_cli.guide import guide
 from tokenyard_cli.options import dataclass_options
 from tokenyard_train.bench.options import TrainOptions
 from tokenyard_train.cli.exit import exit_if_collective_fails
 
 
+@guide("tokenyard bench train config.yaml --steps 20 --peers both", "bench.md")
 @dataclass_options
 @exit_if_collective_fails()
 def train(options: TrainOptions) -> None:

@@ -9,17 +9,25 @@ import typer
 from rich.console import Console
 
 from tokenyard_cli import dataclass_options
+from tokenyard_cli.guide import guide, with_guide
 from tokenyard_cli.interrupts import fatal_interrupts
 from tokenyard_train.commands.options import PackOptions, SparkPackOptions
 
 app = typer.Typer(
-    name="data", no_args_is_help=True, help="Pack text into token files, and check them."
+    name="data",
+    no_args_is_help=True,
+    help=with_guide(
+        "Pack text into token files, and check them.",
+        "tokenyard data pack packed my-texts",
+        "train.md",
+    ),
 )
 
 Folder = Annotated[Path, typer.Argument(help="Packed folder.")]
 
 
 @app.command()
+@guide("tokenyard data pack packed my-texts --workers 8", "train.md")
 @dataclass_options
 def pack(options: PackOptions) -> None:
     """Pack text into token files. Resumes an interrupted run."""
@@ -30,6 +38,7 @@ def pack(options: PackOptions) -> None:
 
 
 @app.command()
+@guide("tokenyard data spark packed catalog.schema.texts --order id", "train.md")
 @dataclass_options
 def spark(options: SparkPackOptions) -> None:
     """Pack a table of Spark into token files. Its executors tokenize the rows."""
@@ -40,6 +49,7 @@ def spark(options: SparkPackOptions) -> None:
 
 
 @app.command()
+@guide("tokenyard data verify packed", "train.md")
 def verify(folder: Folder) -> None:
     """Check every block of a packed folder."""
     from tokenyard_train.commands.data import run_verify
@@ -48,6 +58,7 @@ def verify(folder: Folder) -> None:
 
 
 @app.command()
+@guide("tokenyard data info packed", "train.md")
 def info(folder: Folder) -> None:
     """Print the manifest of a packed folder."""
     from tokenyard_train.commands.data import run_info

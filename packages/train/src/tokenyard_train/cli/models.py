@@ -7,6 +7,7 @@ import sys
 from rich.console import Console
 
 from tokenyard_cli import dataclass_options
+from tokenyard_cli.guide import guide
 from tokenyard_train.commands.options import (
     ConvertOptions,
     EvalOptions,
@@ -16,6 +17,7 @@ from tokenyard_train.commands.options import (
 )
 
 
+@guide('tokenyard generate runs/quickstart --prompt "def "', "train.md")
 @dataclass_options
 def generate(options: GenerateOptions) -> None:
     """Continue prompts with a trained model, or answer them with --chat."""
@@ -30,6 +32,7 @@ def generate(options: GenerateOptions) -> None:
         print(prompt + text)
 
 
+@guide("tokenyard eval runs/quickstart --data held-out.txt --tasks arc_easy", "train.md")
 @dataclass_options
 def evaluate(options: EvalOptions) -> None:
     """Evaluate a model by tasks of lm-eval, and by the perplexity of files."""
@@ -38,6 +41,7 @@ def evaluate(options: EvalOptions) -> None:
     run(options, Console())
 
 
+@guide("tokenyard convert runs/quickstart exported --dtype bfloat16", "models.md")
 @dataclass_options
 def convert(options: ConvertOptions) -> None:
     """Write a model in another format."""
@@ -46,6 +50,7 @@ def convert(options: ConvertOptions) -> None:
     run(options, Console())
 
 
+@guide("tokenyard upcycle llama llama-moe --num-experts 8 --top-k 2", "models.md")
 @dataclass_options
 def upcycle(options: UpcycleOptions) -> None:
     """Turn a dense model into an MoE model. Each expert is a copy or a slice of the dense FFN."""
@@ -54,6 +59,7 @@ def upcycle(options: UpcycleOptions) -> None:
     run(options, Console())
 
 
+@guide("tokenyard routing runs/quickstart --data text.txt", "routing.md")
 @dataclass_options
 def routing(options: RoutingOptions) -> None:
     """Report how a model routes a text: load per layer, dead experts, and pairs of experts."""

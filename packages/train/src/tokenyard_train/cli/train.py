@@ -9,17 +9,21 @@ import typer
 from rich.console import Console
 
 from tokenyard_cli import dataclass_options
+from tokenyard_cli.guide import guide
 from tokenyard_cli.interrupts import fatal_interrupts
 from tokenyard_train.cli.exit import exit_if_collective_fails
 from tokenyard_train.commands.options import InitOptions
 
-Config = Annotated[Path, typer.Argument(help="YAML config.")]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Override keys of the config: key=value, such as optimizer.lr=1e-3."),
+    typer.Argument(
+        metavar="KEY=VALUE", help="Override keys of the config, such as optimizer.lr=1e-3."
+    ),
 ]
 
 
+@guide("tokenyard init config.yaml --model qwen3_moe", "quickstart.md")
 @dataclass_options
 def init(options: InitOptions) -> None:
     """Write a commented config to start from."""
@@ -28,6 +32,7 @@ def init(options: InitOptions) -> None:
     run(options, Console())
 
 
+@guide("tokenyard train config.yaml optimizer.lr=1e-3 run_name=faster", "train.md")
 @exit_if_collective_fails()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a model from a YAML config."""
@@ -49,6 +54,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     leave_group()
 
 
+@guide("tokenyard launch config.yaml --nproc 8 parallel.strategy=fsdp", "parallel.md")
 def launch(
     config: Config,
     overrides: Overrides = None,
@@ -65,6 +71,7 @@ def launch(
     raise typer.Exit(run(config, overrides or [], nproc, max_restarts))
 
 
+@guide("tokenyard check config.yaml --nproc 8 parallel.strategy=fsdp", "train.md")
 @exit_if_collective_fails()
 def check(
     config: Config,
@@ -85,6 +92,7 @@ def check(
         run(load_config(config, overrides or []), Console())
 
 
+@guide("tokenyard migrate mpt-1b.yaml > config.yaml", "migrating.md")
 def migrate(
     config: Config,
     overrides: Overrides = None,

@@ -14,11 +14,12 @@ import typer
 Model = Annotated[
     Path,
     typer.Argument(
+        metavar="MODEL",
         help="Folder of a run or a checkpoint, or one of Hugging Face or PEFT, "
-        "or models:/NAME/VERSION of MLflow."
+        "or models:/NAME/VERSION of MLflow.",
     ),
 ]
-Target = Annotated[Path, typer.Argument(help="Output folder. It must not exist.")]
+Target = Annotated[Path, typer.Argument(metavar="TARGET", help="Output folder. It must not exist.")]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Tokenizer name or path. Default: the model's.")
 ]
@@ -43,9 +44,9 @@ Base = Annotated[
 class InitOptions:
     """The arguments and options of `tokenyard init`."""
 
-    path: Annotated[Path, typer.Argument(help="YAML file to write. It must not exist.")] = Path(
-        "config.yaml"
-    )
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="YAML file to write. It must not exist.")
+    ] = Path("config.yaml")
     model: Annotated[
         str | None,
         typer.Option(help="quickstart (default), dbrx, mixtral, olmoe or qwen3_moe."),
