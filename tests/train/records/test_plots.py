@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from tokenyard_train.records.plots import baselines_in_nats, expert_heatmap, loss_curve, smooth
 
 TRAIN = [
-    {"kind": "train", "batch": i, "loss": 5 / i, "load": [[0.1, 0.9], [0.5, 0.5]]}
+    {"kind": "train", "batch": i, "loss": 5 / i, "lr": 1e-3 / i, "load": [[0.1, 0.9], [0.5, 0.5]]}
     for i in range(1, 60)
 ]
 BASELINES = {"kind": "baselines", "unigram": 4.5, "bigram": 3.6}

@@ -29,6 +29,12 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
+def print_starting() -> None:
+    """Say on a terminal that the program starts: importing torch takes seconds. Rank 0 only."""
+    if sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
+        print("starting ...", flush=True)
+
+
 def wide_console() -> Console:
     """Return a console that is wide enough for tables, also if stdout is not a terminal."""
     console = Console()

@@ -56,7 +56,7 @@ def _is_first_in_store(key: str) -> bool:
     """Count in the store that torchrun keeps for its workers, if it is the launcher."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
-    from torch.distributed import TCPStore  # torch is not loaded for --help
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:

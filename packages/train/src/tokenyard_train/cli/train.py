@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from tokenyard_cli import dataclass_options
+from tokenyard_cli.console import RunConsole, print_starting
 from tokenyard_cli.guide import guide
 from tokenyard_cli.interrupts import fatal_interrupts
 from tokenyard_train.cli.exit import exit_if_collective_fails
@@ -39,8 +40,8 @@ def train(config: Config, overrides: Overrides = None) -> None:
     from tokenyard_train.parent_death import die_with_supervisor
 
     die_with_supervisor()
+    print_starting()
     with fatal_interrupts():
-        from tokenyard_cli.console import RunConsole
         from tokenyard_train.commands.train import train as run
         from tokenyard_train.config import load_config
         from tokenyard_train.distributed import leave_group

@@ -26,12 +26,11 @@ def routing_plot(layers: Sequence[LayerReport], path: Path) -> None:
     draw_heat(figure, heat, np.array([layer.load for layer in layers]) * len(layers[0].load))
     largest = max(max(map(max, layers[i].together)) for i in shown) or 1.0
     for column, number in enumerate(shown):
-        y = "of the tokens of expert" if not column else ""
-        axes = make_axes(
-            figure, grid[1, column], f"Layer {number}", "this share goes to expert, too", y
-        )
+        y = "expert i" if not column else ""
+        axes = make_axes(figure, grid[1, column], f"Layer {number}", "expert j", y)
         image = axes.imshow(np.array(layers[number].together), cmap="viridis", vmin=0, vmax=largest)
         axes.grid(False)
     bar = figure.colorbar(image, ax=figure.axes[2:], shrink=0.8, pad=0.02)
+    bar.set_label("share of i's tokens that j has too")
     bar.outline.set_visible(False)  # type: ignore[operator]
     save_figure(figure, path)

@@ -29,15 +29,23 @@ Records = Sequence[dict[str, Any]]
 
 
 def loss_curve(records: Records, path: Path) -> None:
-    """Draw the loss in nats per token.
+    """Draw the loss in nats per token, and the learning rate below it.
 
     Curves: training (raw and smoothed), held-out, and the n-gram baselines if they were recorded.
+    The title has the name of the run's folder.
     """
     train = _of_kind(records, "train")
     batches = [r["batch"] for r in train]
     losses = np.array([r["loss"] for r in train])
-    figure = make_figure(7.2, 4.2)
-    axes = make_axes(figure, figure.add_gridspec(1, 1)[0], "Loss", "batch", "nats per token")
+    figure = make_figure(7.2, 5.4)
+    grid = figure.add_gridspec(2, 1, height_ratios=[3.4, 1])
+    title = f"Loss of {path.resolve().parent.name}"
+    axes = make_axes(figure, grid[0], title, "", "nats per token")
+    rates = make_axes(figure, grid[1], "Learning rate", "batch", "")
+    rates.plot(batches, [r["lr"] for r in train], color=GREY, **_single_point(batches))
+    rates.set_ylim(bottom=0)
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.sharex(rates)
     axes.plot(batches, losses, color=BLUE, alpha=0.25, linewidth=1, label="training")
     axes.plot(
         batches,
