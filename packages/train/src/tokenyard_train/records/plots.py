@@ -41,11 +41,7 @@ def loss_curve(records: Records, path: Path) -> None:
     grid = figure.add_gridspec(2, 1, height_ratios=[3.4, 1])
     title = f"Loss of {path.resolve().parent.name}"
     axes = make_axes(figure, grid[0], title, "", "nats per token")
-    rates = make_axes(figure, grid[1], "Learning rate", "batch", "")
-    rates.plot(batches, [r["lr"] for r in train], color=GREY, **_single_point(batches))
-    rates.set_ylim(bottom=0)
-    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axes.sharex(rates)
+    axes.sharex(_draw_rates(make_axes(figure, grid[1], "Learning rate", "batch", ""), train))
     axes.plot(batches, losses, color=BLUE, alpha=0.25, linewidth=1, label="training")
     axes.plot(
         batches,
@@ -72,6 +68,14 @@ def loss_curve(records: Records, path: Path) -> None:
         )
     axes.legend(frameon=False, loc="upper right")
     save_figure(figure, path)
+
+
+def _draw_rates(axes: Axes, train: Records) -> Axes:
+    batches = [r["batch"] for r in train]
+    axes.plot(batches, [r["lr"] for r in train], color=GREY, **_single_point(batches))
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    return axes
 
 
 def expert_heatmap(records: Records, path: Path) -> None:
