@@ -7,7 +7,7 @@ from tokenyard import ShardingReport, moe_layers
 from tokenyard.measure.memory import held_bytes
 from tokenyard_train.commands.memory import estimate, offloaded_bytes, saved_by_blocks
 from tokenyard_train.engine.build_model import build_model
-from tokenyard_train.engine.precision import COMPUTE_DTYPES
+from tokenyard_train.engine.precision import COMPUTE_DTYPES, narrow
 
 from ..conftest import MODEL
 
@@ -121,6 +121,8 @@ def test_state_of_bfloat16_weights_is_exact(config):
         memory = estimate(config(**changes), model, ALONE)
         state = (memory.parameters, memory.gradients, memory.optimizer, memory.copies)
         assert state == (2 * count, width * count, 12 * count, 0)
+    narrow(model)  # as `check` does
+    assert estimate(config(**changes), model, ALONE).optimizer == 12 * count
 
 
 def test_a_graph_keeps_the_gradient_of_a_microbatch(config):

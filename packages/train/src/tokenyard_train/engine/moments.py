@@ -56,7 +56,8 @@ def new_moment(name: str, parameter: Tensor, stored: str) -> dict[str, Tensor]:
     if stored == "bf16":
         return {name: _zeros(parameter, torch.bfloat16)}
     if stored == "fp32" or block is None:
-        return {name: _zeros(parameter, parameter.dtype)}
+        # `check` builds the optimizer of weights that are in 16 bits already
+        return {name: _zeros(parameter, torch.promote_types(parameter.dtype, torch.float32))}
     codes = _zeros(parameter, torch.uint8)
     return {name: codes, name + SCALE: _scales(parameter.detach(), block)}
 
