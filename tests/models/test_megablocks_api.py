@@ -170,8 +170,6 @@ def test_what_is_not_here_is_one_sentence(changes, sentence):
 def test_more_refusals():
     with pytest.raises(ConfigError, match="MoE has no gated experts; use dMoE"):
         MoE(arguments(mlp_type="glu"))
-    with pytest.raises(ConfigError, match="experts of MoE are on one rank; use dMoE"):
-        MoE(arguments(moe_expert_model_parallelism=True))
     dMoE(arguments())(torch.randn(3, 1, 12))
     with pytest.raises(ConfigError, match=r"1 layers have saved .* makes it 3 in a stage"):
         batched_load_balancing_loss(arguments(num_layers=3))

@@ -3,24 +3,48 @@
 import pytest
 import torch
 from harness import megablocks_runs
+from harness.megablocks_runs import TOP_K
 
 from tokenyard.testing import ranks
+from tokenyard_models.megablocks import MoE, dMoE
 
 
-def test_expert_parallelism_computes_what_one_process_does():
-    """MegaBlocks divides the gradients of experts by the number of ranks, and so does this."""
-    whole = megablocks_runs.step(False, [0, 1])
-    for rank, part in enumerate(ranks(2).run(megablocks_runs.parallel_step)):
-        for name in (f"y{rank}", f"dx{rank}"):
-            assert torch.allclose(part[name], whole[name], atol=1e-5)
-        for name in ("w1", "v1", "w2"):
-            key = f"experts.mlp.{name}"
-            mine = whole[key].chunk(2)[rank]
-            assert part[key].shape == mine.shape == (24, 8)
-            assert (part[key] - mine / 2).norm() / mine.norm() < 1e-5
+@pytest.mark.parametrize(
+    ("kind", "counts", "capacity"), [(dMoE, [7, 8], 1), (MoE, [8, 8], 0.5), (MoE, [7, 8], 0)]
+)
+def test_expert_parallelism_computes_what_one_process_does(kind, counts, capacity):
+    """MegaBlocks divides the gradients of experts by the number of ranks, and so does this.
+
+    Over ranks it counts slots, not tokens, for a capacity, which makes it K times as large.
+    """
+    tokens = [megablocks_runs.tokens_of(rank, count) for rank, count in enumerate(counts)]
+    layer = megablocks_runs.layer_of(kind, False, capacity * TOP_K)
+    whole = megablocks_runs.step(layer, tokens)
+    parts = ranks(2).run(megablocks_runs.parallel_step, kind, counts, capacity)
+    for name in ("y", "dx"):
+        have = torch.cat([part[name] for part in parts])
+        assert (have - whole[name]).norm() / whole[name].norm() < 1e-5
+    router = sum(part["router.layer.weight"] for part in parts)
+    assert torch.allclose(router, whole["router.layer.weight"], rtol=1e-4, atol=1e-5)
+    for rank, part in enumerate(parts):
+        for name in whole.keys() - {"y", "dx", "router.layer.weight"}:
+            mine = whole[name].chunk(2)[rank]
+            assert part[name].shape == mine.shape
+            assert (part[name] - mine / 2).norm() / mine.norm() < 1e-5
+
+
+def test_slots_past_the_capacity_of_their_experts_rank():
+    """Experts 0 and 1 take 2 * 0.5 * (3 * 2) * 2 / 4 = 3 slots, the others 5, in order of ranks."""
+    ids = [
+        torch.tensor([[0, 3], [0, 3], [0, 3]], dtype=torch.int32),
+        torch.tensor([[1, 0], [1, 3], [3, 1], [3, 1], [2, 3]], dtype=torch.int32),
+    ]
+    first, second = ranks(2).run(megablocks_runs.parallel_capacity, ids, 0.5)
+    assert torch.equal(first, ids[0])
+    assert second.tolist() == [[1, 4], [1, 3], [3, 1], [4, 4], [2, 4]]
 
 
 def test_experts_that_ranks_cannot_share_evenly(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 3)
     with pytest.raises(ValueError, match="moe_num_experts is 4, which 3 ranks cannot share evenly"):
-        megablocks_runs.layer_of(True)
+        megablocks_runs.layer_of(dMoE, True)

@@ -49,7 +49,7 @@ class Arguments:
     moe_jitter_eps: float | None = None
     moe_lbl_in_fp32: bool = False  # no effect: the loss is in float32
 
-    moe_expert_model_parallelism: bool = False  # the group's ranks share the experts; dMoE only
+    moe_expert_model_parallelism: bool = False  # the group's ranks share the experts
     expert_parallel_group: Any = None  # of torch.distributed; None: all ranks
     pipeline_model_parallel_size: int = 1  # stages that the layers are split into
     num_layers_per_virtual_pipeline_stage: int | None = None

@@ -63,6 +63,15 @@ def expert_ranks(args: Arguments) -> tuple[int, int]:
     return dist.get_rank(group), size
 
 
+def all_gather(x: Tensor, args: Arguments) -> Tensor:
+    """Return the tensor of each rank that shares the experts, stacked."""
+    import torch.distributed as dist
+
+    parts = [torch.empty_like(x) for _ in range(expert_ranks(args)[1])]
+    dist.all_gather(parts, x, group=args.expert_parallel_group)
+    return torch.stack(parts)
+
+
 class Parts(NamedTuple):
     """The backends of a layer, for one dtype and device."""
 

@@ -109,17 +109,12 @@ class ExpertsMLP(nn.Module):
 
 
 class MLP(ExpertsMLP):
-    """Experts of MoE: w1 [E, D, F] and w2 [E, F, D]. They are not gated."""
+    """Experts of MoE: w1 [E, D, F] and w2 [E, F, D], of this rank's experts, not gated."""
 
     def __init__(self, args: Arguments):
         if args.mlp_type != "mlp":
             raise ConfigError(
                 f"mlp_type is {args.mlp_type!r}, and MoE has no gated experts; use dMoE, or mlp"
-            )
-        if args.moe_expert_model_parallelism:
-            raise ConfigError(
-                "moe_expert_model_parallelism is true, and the experts of MoE are on one rank; use "
-                "dMoE, which drops nothing"
             )
         super().__init__(args)
         sizes = (args.moe_num_experts, args.ffn_hidden_size, args.hidden_size)

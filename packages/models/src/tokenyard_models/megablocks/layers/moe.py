@@ -79,21 +79,37 @@ class ParallelMLP(nn.Module):
         return mlp.MLP(args)
 
     def expert_capacity(self, tokens: int) -> int:
-        """Return the most slots that an expert computes; 0 is no limit."""
-        tokens_per_expert = self.top_k * tokens / self.num_experts
+        """Return the most slots that an expert computes; 0 is no limit.
+
+        `tokens` is T on one rank. Ranks that share the experts count slots, T K, as MegaBlocks does.
+        """
+        ranks = common.expert_ranks(self.args)[1]
+        tokens_per_expert = self.top_k * tokens * ranks / self.num_experts
         return int(self.args.moe_capacity_factor * tokens_per_expert)
 
     def within_capacity(self, ids: Tensor) -> Tensor:
-        """Return ids [T, K] with E for each slot that is past its expert's capacity."""
-        capacity = self.expert_capacity(ids.shape[0])
-        if capacity == 0:
+        """Return ids [T, K] with E for each slot that is past its expert's capacity.
+
+        An expert takes the slots of the first rank first, then those of the next.
+        """
+        if self.args.moe_capacity_factor == 0:
             return ids
+        rank, ranks = common.expert_ranks(self.args)
         slots = ids.flatten().long()
+        limits = slots.new_full((self.num_experts,), self.expert_capacity(len(ids)))  # [E]
+        earlier = torch.zeros_like(limits)  # [E], slots of earlier ranks
+        if ranks > 1:
+            capacity = slots.new_tensor([self.expert_capacity(len(slots))])
+            counts = torch.bincount(slots, minlength=self.num_experts)
+            of_ranks = common.all_gather(torch.cat([counts, capacity]), self.args)  # [ranks, E + 1]
+            earlier = of_ranks[:rank, :-1].sum(0)
+            limits = of_ranks[:, -1].repeat_interleave(self.num_experts // ranks)
         # within an expert slots ascend, so a slot's place is its rank among those of the expert
         order = slots.argsort(stable=True)
         first = torch.searchsorted(slots[order], slots[order])
-        place = torch.arange(len(slots), device=ids.device) - first
-        full = torch.zeros_like(slots, dtype=torch.bool).scatter(0, order, place >= capacity)
+        place = torch.zeros_like(slots)
+        place[order] = torch.arange(len(slots), device=ids.device) - first
+        full = (limits[slots] > 0) & (place + earlier[slots] >= limits[slots])
         return ids.masked_fill(full.view(ids.shape), self.num_experts)
 
     def forward(
