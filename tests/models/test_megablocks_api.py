@@ -1,7 +1,9 @@
 """MegaBlocks' Python API: its equations, its layouts, and a script that knows MegaBlocks alone."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -11,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import tokenyard
 from tokenyard import ConfigError, Workload
 from tokenyard_models.megablocks import Arguments, MoE, dMoE
-from tokenyard_models.megablocks.layers import dmlp_registry
+from tokenyard_models.megablocks.layers import dmlp_registry, mpu
 from tokenyard_models.megablocks.layers.arguments import from_megatron
 from tokenyard_models.megablocks.layers.moe import (
     batched_load_balancing_loss,
@@ -160,6 +163,10 @@ def test_every_field_has_an_effect_or_says_that_it_has_none():
         ({"mlp_impl": "dense"}, "mlp_impl 'dense' is unknown"),
         ({"moe_top_k": 5}, "moe_top_k is 5 but moe_num_experts is 4"),
         ({"shared_expert": True, "return_bias": True}, "set return_bias=False"),
+        ({"moe_capacity_factor": -1}, "moe_capacity_factor is -1; it must be a number of at least"),
+        ({"num_layers": 0}, "num_layers is 0; it must be a number of at least 1"),
+        ({"moe_jitter_eps": 2}, "moe_jitter_eps is 2; it must be below 1"),
+        ({"activation_fn": None}, "activation_fn is None; give a function of a tensor"),
     ],
 )
 def test_what_is_not_here_is_one_sentence(changes, sentence):
@@ -173,6 +180,11 @@ def test_more_refusals():
     dMoE(arguments())(torch.randn(3, 1, 12))
     with pytest.raises(ConfigError, match=r"1 layers have saved .* makes it 3 in a stage"):
         batched_load_balancing_loss(arguments(num_layers=3))
+    dMoE(arguments())(torch.randn(4, 1, 12))
+    with pytest.raises(ConfigError, match="different numbers of tokens"):
+        batched_load_balancing_loss(arguments(num_layers=2))
+    with pytest.raises(ConfigError, match="no router has saved logits"):
+        batched_router_zloss(arguments(moe_zloss_weight=0.1))
     with pytest.raises(ConfigError, match="block-sparse topologies are not read"):
         dmlp_registry.get(arguments())(torch.randn(3, 12), object())
 
@@ -184,6 +196,79 @@ def test_evaluation_saves_nothing_and_jitter_is_of_training_alone():
     assert get_load_balancing_loss() == []
     layer.train()
     assert not torch.equal(layer(x), layer(x))
+
+
+class Blocks(torch.nn.Module):
+    """Two blocks, perhaps with activation checkpointing. A norm needs the layer's recompute."""
+
+    def __init__(self, args, recomputed):
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Sequential(dMoE(args), torch.nn.LayerNorm(12)) for _ in range(2)
+        )
+        self.recomputed = recomputed
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + (checkpoint(block, x, use_reentrant=False) if self.recomputed else block(x))
+        return x
+
+
+def losses_and_gradients(model, args, x, parameters):
+    """Run backward twice, as a script may. Nothing is saved in it."""
+    y = model(x)
+    saved = get_load_balancing_loss()
+    assert len(saved) == 2
+    loss = (y.square().sum() + batched_load_balancing_loss(args)) + batched_router_zloss(args).sum()
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    assert len(saved) == len(batched_router_zloss(args)) == 2
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    clear_load_balancing_loss()
+    clear_router_zloss()
+    return loss, *first
+
+
+@pytest.mark.parametrize("compiled", ["none", "model", "blocks"])
+def test_a_recompute_saves_nothing(compiled):
+    args = arguments(num_layers=2, moe_zloss_weight=0.1)
+    x = torch.randn(6, 1, 12)
+    plain = Blocks(args, recomputed=False)
+    want = losses_and_gradients(plain, args, x, list(plain.parameters()))
+    model = Blocks(args, recomputed=True)
+    parameters = list(model.parameters())
+    if compiled == "blocks":
+        model.blocks = torch.nn.ModuleList(
+            torch.compile(block, backend="aot_eager") for block in model.blocks
+        )
+    run = torch.compile(model, backend="aot_eager") if compiled == "model" else model
+    for have, gradient in zip(losses_and_gradients(run, args, x, parameters), want):
+        assert error(have, gradient) < 1e-5
+
+
+def test_losses_without_a_gradient_are_warned_of():
+    args = arguments()
+    x = torch.randn(4, 1, 12, requires_grad=True)
+    checkpoint(dMoE(args), x, use_reentrant=True)
+    with pytest.warns(UserWarning, match="no gradient for a router.* set use_reentrant=False"):
+        batched_load_balancing_loss(args)
+
+
+def test_a_layer_that_was_used_can_be_copied_and_pickled():
+    layer = MoE(arguments()).eval()
+    x = torch.randn(4, 1, 12)
+    y = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)  # noqa: S301
+
+
+def test_parameters_of_experts_are_marked():
+    layer = dMoE(arguments(mlp_type="glu"))
+    marked = [name for name, p in layer.named_parameters() if mpu.is_moe_param(p)]
+    assert marked == ["experts.mlp.w1", "experts.mlp.w2", "experts.mlp.v1"]
+    assert not mpu.param_is_expert_model_parallel(layer.experts.mlp.w1)
+    assert mpu.experts_per_rank(layer.router.args) == 4
 
 
 def test_states_are_saved_and_loaded_bit_for_bit(tmp_path):

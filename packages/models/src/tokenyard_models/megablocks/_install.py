@@ -19,6 +19,7 @@ _MODULES = (
     "layers.glu",
     "layers.mlp",
     "layers.moe",
+    "layers.mpu",
     "layers.router",
 )
 

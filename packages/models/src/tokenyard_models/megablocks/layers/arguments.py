@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +22,23 @@ InitFn = Callable[[Tensor], Any]
 DEFAULT_ACTIVATION_FN: Callable[[Tensor], Tensor] = partial(F.gelu, approximate="tanh")
 
 _NORMAL: InitFn = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
+
+
+_AT_LEAST = {
+    **dict.fromkeys(("hidden_size", "ffn_hidden_size", "moe_num_experts", "moe_top_k"), 1),
+    **dict.fromkeys(("num_layers", "pipeline_model_parallel_size"), 1),
+    **dict.fromkeys(("num_layers_per_virtual_pipeline_stage", "shared_expert_hidden_size"), 1),
+    **dict.fromkeys(("moe_capacity_factor", "moe_loss_weight", "moe_zloss_weight"), 0),
+    **dict.fromkeys(("moe_normalize_expert_weights", "moe_jitter_eps"), 0),
+}
+_OPTIONAL = frozenset(
+    (
+        "moe_jitter_eps",
+        "moe_normalize_expert_weights",
+        "num_layers_per_virtual_pipeline_stage",
+        "shared_expert_hidden_size",
+    )
+)
 
 
 def _device() -> torch.device:
@@ -77,8 +96,14 @@ class Arguments:
     moe_zloss_in_fp32: bool = False  # no effect: the logits are in float32
 
     def __post_init__(self) -> None:
-        one_of("mlp_type", self.mlp_type, ("mlp", "glu"))
-        one_of("mlp_impl", self.mlp_impl, ("grouped", "sparse"))
+        one_of("mlp_type", str(self.mlp_type), ("mlp", "glu"))
+        one_of("mlp_impl", str(self.mlp_impl), ("grouped", "sparse"))
+        self._check_numbers()
+        if not callable(self.activation_fn):
+            raise ConfigError(
+                f"activation_fn is {self.activation_fn!r}; give a function of a tensor, such as "
+                "torch.nn.functional.silu"
+            )
         if self.shared_expert and self.bias and self.return_bias:
             raise ConfigError(
                 "return_bias is true with a shared expert, whose result would be added to a tuple; "
@@ -91,6 +116,16 @@ class Arguments:
             )
         if self.shared_expert_hidden_size is None:
             self.shared_expert_hidden_size = self.ffn_hidden_size
+
+    def _check_numbers(self) -> None:
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if not isinstance(value, numbers.Real) or not least <= float(value) < math.inf:
+                raise ConfigError(f"{name} is {value!r}; it must be a number of at least {least}")
+        if (self.moe_jitter_eps or 0) >= 1:
+            raise ConfigError(f"moe_jitter_eps is {self.moe_jitter_eps}; it must be below 1")
 
 
 def from_megatron(megatron_args: Any) -> Arguments:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from tokenyard import ConfigError, RoutingRule, Workload, default_registry
 from tokenyard.activations import GATED, POINTWISE
 from tokenyard.interfaces import Exchange, ExpertKernel, Permutation
 from tokenyard_models.megablocks.layers.arguments import Arguments
+
+T = TypeVar("T")
 
 
 def dtype(args: Arguments) -> torch.dtype | None:
@@ -33,15 +36,21 @@ def activation_name(args: Arguments) -> str | None:
     Functions are compared by their values, so that a lambda is known, too.
     """
     z = torch.linspace(-6, 6, 97, dtype=torch.float64)
-    with torch.no_grad():
-        values = args.activation_fn(z.clone())
+    try:
+        with torch.no_grad():
+            values = args.activation_fn(z.clone())
+    except RuntimeError:  # it is of one dtype or device, as a kernel of its own is
+        return None
     functions = GATED if args.mlp_type == "glu" else POINTWISE
     equal = [name for name, known in functions.items() if _equal(known, z, values)]
     return next(iter(equal), None)
 
 
 def _equal(function: Callable[[Tensor], Tensor], z: Tensor, values: Tensor) -> bool:
-    return torch.allclose(function(z), values, rtol=1e-12, atol=1e-12)
+    known = function(z)
+    return values.shape == known.shape and torch.allclose(
+        known, values.to(z), rtol=1e-12, atol=1e-12
+    )
 
 
 def expert_ranks(args: Arguments) -> tuple[int, int]:
@@ -72,6 +81,29 @@ def all_gather(x: Tensor, args: Arguments) -> Tensor:
     return torch.stack(parts)
 
 
+@torch.compiler.disable  # compiled code would save again in a recompute
+def save(values: list[T], value: T) -> None:
+    """Add what a forward pass gives for the loss to those of its other layers.
+
+    A recompute in the backward pass (activation checkpointing) adds nothing.
+    """
+    if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+        values.append(value)
+
+
+def warn_without_gradient(name: str, saved: Sequence[Tensor]) -> None:
+    """Warn of a loss that cannot train the router, as its inputs were computed without gradients.
+
+    The cause is activation checkpointing with ``use_reentrant=True``, or a frozen router.
+    """
+    if torch.is_grad_enabled() and not all(value.requires_grad for value in saved):
+        warnings.warn(
+            f"{name} has no gradient for a router, because the layer ran without gradients; with "
+            "activation checkpointing set use_reentrant=False",
+            stacklevel=3,
+        )
+
+
 class Parts(NamedTuple):
     """The backends of a layer, for one dtype and device."""
 
@@ -82,12 +114,18 @@ class Parts(NamedTuple):
 
 
 class PartsCache:
-    """Chooses backends when a layer meets a dtype and a device for the first time."""
+    """Chooses backends when a layer meets a dtype and a device for the first time.
+
+    A copy chooses its own: backends may hold what can be neither copied nor pickled.
+    """
 
     def __init__(self, args: Arguments):
         self._args = args
         self._name = activation_name(args)
         self._parts: dict[tuple[torch.dtype, torch.device], Parts] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parts": {}}
 
     def of(self, x: Tensor) -> Parts:
         """Return the parts for x. Raises BackendError if there are none."""
@@ -96,6 +134,7 @@ class PartsCache:
             self._parts[key] = self._choose(x)
         return self._parts[key]
 
+    @torch.compiler.disable  # torch.compile goes on after the choice, which is made once
     def _choose(self, x: Tensor) -> Parts:
         args = self._args
         workload = Workload(

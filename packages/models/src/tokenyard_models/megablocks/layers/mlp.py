@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenyard import ConfigError
 from tokenyard.interfaces import ExpertWeights, Routing
 from tokenyard.sharded import local_part
-from tokenyard_models.megablocks.layers import common
+from tokenyard_models.megablocks.layers import common, mpu
 from tokenyard_models.megablocks.layers.arguments import Arguments, InitFn
 
 
@@ -56,6 +56,12 @@ class ExpertsMLP(nn.Module):
         self.args = args
         self.ranks = common.expert_ranks(args)[1]
         self._parts = common.PartsCache(args)
+
+    def parameter(self, weight: Tensor) -> nn.Parameter:
+        """Return a parameter that is marked as one of experts."""
+        parameter = nn.Parameter(weight)
+        mpu.set_expert_model_parallel_attributes(parameter, self.args.moe_expert_model_parallelism)
+        return parameter
 
     def local(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a weight to compute with.
@@ -119,10 +125,9 @@ class MLP(ExpertsMLP):
         super().__init__(args)
         sizes = (args.moe_num_experts, args.ffn_hidden_size, args.hidden_size)
         w1 = create_moe_expert_weights(args, *sizes, args.init_method)
-        self.w1 = nn.Parameter(w1.transpose(1, 2).contiguous())
-        self.w2 = nn.Parameter(
-            create_moe_expert_weights(args, *sizes, args.output_layer_init_method)
-        )
+        w2 = create_moe_expert_weights(args, *sizes, args.output_layer_init_method)
+        self.w1 = self.parameter(w1.transpose(1, 2).contiguous())
+        self.w2 = self.parameter(w2)
 
     def expert_weights(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the weights in tokenyard's layout."""
@@ -148,7 +153,7 @@ class SparseMLP(ExpertsMLP):
         args = self.args
         sizes = (args.moe_num_experts, args.ffn_hidden_size, args.hidden_size)
         weights = create_moe_expert_weights(args, *sizes, init_method)
-        return nn.Parameter(weights.view(-1, args.hidden_size))
+        return self.parameter(weights.view(-1, args.hidden_size))
 
     def stacked(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a weight [E F, D] as [E, F, D]."""

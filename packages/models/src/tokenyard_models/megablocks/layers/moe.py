@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +18,8 @@ _LOAD_BALANCING_LOSS: list[Saved] = []  # of this forward pass: MegaBlocks' API 
 
 
 def save_load_balancing_loss(loss: Saved) -> None:
-    """Add a layer's counts and scores to those of the forward pass."""
-    _LOAD_BALANCING_LOSS.append(loss)
+    """Add a layer's counts and scores to those of the forward pass; not in a recompute."""
+    common.save(_LOAD_BALANCING_LOSS, loss)
 
 
 def get_load_balancing_loss() -> list[Saved]:
@@ -33,7 +35,8 @@ def clear_load_balancing_loss() -> None:
 def batched_load_balancing_loss(args: Arguments) -> Tensor | float:
     """Return the weighted load-balancing loss of the layers in this pipeline stage.
 
-    Raises ConfigError unless each of them saved its counts and scores once.
+    Raises ConfigError unless each of them saved its counts and scores once. MegaBlocks' own also
+    has those that a recompute saves; here a recompute saves nothing.
     """
     if args.moe_loss_weight == 0:
         return 0.0
@@ -47,12 +50,18 @@ def batched_load_balancing_loss(args: Arguments) -> Tensor | float:
             f"{args.num_layers} makes it {layers} in a stage; call clear_load_balancing_loss after "
             "each step, or set num_layers"
         )
+    tokens = saved[0][1].shape[0]
+    if any(scores.shape[0] != tokens for _, scores in saved):
+        raise ConfigError(
+            "layers have saved scores of different numbers of tokens, so they are of more than one "
+            "forward pass; call clear_load_balancing_loss before each"
+        )
+    common.warn_without_gradient("the load-balancing loss", [scores for _, scores in saved])
     balances = [
         Balance(counts, counts.new_zeros(()), _sum(scores), scores.new_zeros(()))
         for counts, scores in saved
     ]
-    tokens = max(1, saved[0][1].shape[0])
-    mean = load_balancing_loss(balances, tokens, args.moe_top_k)
+    mean = load_balancing_loss(balances, max(1, tokens), args.moe_top_k)
     return args.moe_loss_weight * mean * (layers / args.num_layers)
 
 
@@ -81,11 +90,11 @@ class ParallelMLP(nn.Module):
     def expert_capacity(self, tokens: int) -> int:
         """Return the most slots that an expert computes; 0 is no limit.
 
-        `tokens` is T on one rank. Ranks that share the experts count slots, T K, as MegaBlocks does.
+        `tokens` is T on one rank. Of ranks that share the experts it is T K, as MegaBlocks has it.
         """
         ranks = common.expert_ranks(self.args)[1]
         tokens_per_expert = self.top_k * tokens * ranks / self.num_experts
-        return int(self.args.moe_capacity_factor * tokens_per_expert)
+        return min(int(self.args.moe_capacity_factor * tokens_per_expert), sys.maxsize)
 
     def within_capacity(self, ids: Tensor) -> Tensor:
         """Return ids [T, K] with E for each slot that is past its expert's capacity.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tokenyard import ConfigError
 from tokenyard_models.megablocks.layers import common
 from tokenyard_models.megablocks.layers.arguments import Arguments
 
@@ -20,10 +21,13 @@ def clear_router_zloss() -> None:
 
 
 def batched_router_zloss(args: Arguments) -> Tensor | float:
-    """Return the weighted z-loss of each router [L]."""
+    """Return the weighted z-loss of each router [L]. Raises ConfigError if none was saved."""
     if args.moe_zloss_weight == 0:
         warnings.warn("moe_zloss_weight is 0, so there is no z-loss", stacklevel=2)
         return 0
+    if not _ROUTER_LOGITS:
+        raise ConfigError("no router has saved logits; call batched_router_zloss after the forward")
+    common.warn_without_gradient("the z-loss", _ROUTER_LOGITS)
     losses = [logits.logsumexp(dim=1).square().mean() for logits in _ROUTER_LOGITS]
     return args.moe_zloss_weight * torch.stack(losses)
 
@@ -54,7 +58,7 @@ class LearnedRouter(nn.Module):
         router = self._parts.of(tokens).router.train(self.training)
         ids, weights, logits = functional_call(router, {"weight": self.layer.weight}, (tokens,))
         if self.args.moe_zloss_weight:
-            _ROUTER_LOGITS.append(logits)
+            common.save(_ROUTER_LOGITS, logits)
         if self.args.uniform_expert_assignment:
             slots = torch.arange(ids.numel(), dtype=ids.dtype, device=ids.device)
             ids = slots.remainder(self.args.moe_num_experts).view(ids.shape)
