@@ -160,7 +160,7 @@ def unknown_architecture(folder):
     edit(folder / "config.json", lambda content: content.update(model_type="mixtrel"))
     return (
         r"has model_type 'mixtrel' \(did you mean 'mixtral'\?\); "
-        "known are: mixtral, qwen3_moe, olmoe, dbrx"
+        "give a model of one of these: mixtral, qwen3_moe, olmoe, dbrx"
     )
 
 

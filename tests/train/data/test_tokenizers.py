@@ -139,7 +139,7 @@ def test_a_tokenizer_that_does_not_say_how_a_document_ends(folder, tmp_path):
 
 
 def test_a_path_without_a_tokenizer_is_refused(tmp_path):
-    said = r"tokenizer.name is 'byte' \(looked for .*byte\); give bytes, tiktoken, or the path"
+    said = r"tokenizer.name is 'byte' \(looked for .*byte\); give bytes, tiktoken, the path"
     with pytest.raises(ConfigError, match=said):
         build_tokenizer(TokenizerConfig(name="byte"))
     pytest.importorskip("tokenizers")

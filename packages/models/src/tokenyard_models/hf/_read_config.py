@@ -136,6 +136,7 @@ def _format_of(config: Mapping[str, Any], path: Path) -> HfFormat:
     if not isinstance(model_type, str) or model_type not in known:
         hint = did_you_mean(model_type, known) if isinstance(model_type, str) else ""
         raise WeightsError(
-            f"{path / CONFIG} has model_type {model_type!r}{hint}; known are: {', '.join(known)}"
+            f"{path / CONFIG} has model_type {model_type!r}{hint}; give a model of one of these: "
+            f"{', '.join(known)}"
         )
     return known[model_type]

@@ -18,6 +18,7 @@ from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.config.translate import Change
 
 _NO_MEANING = "left out; it has no meaning here"
+_NO_VALUE = "left out; it has no value"
 _ABSENT = object()
 
 
@@ -43,6 +44,7 @@ def _migrated(parsed: ParsedYaml, processes: int) -> str:
     parse(TrainConfig, kept)
     changes += [Change(key, _NO_MEANING) for key in ignored]
     changes += [Change(key, f"variables.{key}") for key in sorted(moved)]
+    changes += _without_value(parsed.resolved, kept, changes)
     written = _restored(kept, parsed.resolved, parsed.written)
     lines: list[str] = []
     for key in dict.fromkeys([*parsed.written, *written]):
@@ -53,6 +55,21 @@ def _migrated(parsed: ParsedYaml, processes: int) -> str:
     for key in moved:
         text = re.sub(rf"\$\{{\s*{re.escape(key)}(?=[.}}\[\s])", f"${{variables.{key}", text)
     return text
+
+
+def _without_value(
+    given: Mapping[str, Any], kept: Any, changes: Sequence[Change], prefix: str = ""
+) -> Iterator[Change]:
+    """Yield the keys without a value that are left out and that no other change names."""
+    named = {change.key for change in changes}
+    for key, value in given.items():
+        path = f"{prefix}{key}"
+        if path in named or key in _members(kept) and not isinstance(value, Mapping):
+            continue
+        if value is None or value == {} and key not in _members(kept):
+            yield Change(path, _NO_VALUE)
+        elif isinstance(value, Mapping):
+            yield from _without_value(value, _members(kept).get(key), changes, f"{path}.")
 
 
 def _restored(value: Any, resolved: Any, written: Any) -> Any:

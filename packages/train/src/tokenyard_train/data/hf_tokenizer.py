@@ -144,8 +144,9 @@ def tokenizer_file(path: Path) -> Path:
         if not path.is_absolute():
             what += f" (looked for {file.absolute()})"
         raise ConfigError(
-            f"tokenizer.name is {str(path)!r}{what}; give bytes, tiktoken, or the path of a "
-            "tokenizer.json or its folder (to generate and routing as --tokenizer)"
+            f"tokenizer.name is {str(path)!r}{what}; give bytes, tiktoken, the path of a "
+            "tokenizer.json or its folder, or a name of the Hugging Face hub after hf download "
+            "(to generate and routing as --tokenizer)"
         )
     return file
 

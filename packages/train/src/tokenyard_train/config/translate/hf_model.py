@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tokenyard import ConfigError
-from tokenyard_models.hf import described_model
+from tokenyard_models.hf import DescribedModel, WeightsError, described_model
 from tokenyard_models.strict_config import Strict, merged, only, parse, without_ignored
 from tokenyard_train.config.from_hf import section_with_length
 from tokenyard_train.config.translate.change import Change
@@ -18,6 +18,7 @@ from tokenyard_train.data.paths import HF
 
 _NAME = "hf_causal_lm"
 _PATH = "model.pretrained_model_name_or_path"
+_SCRATCH = "model: {name: mpt_causal_lm, d_model: ..., n_heads: ..., n_layers: ...}"
 
 
 class PeftConfig(Strict):
@@ -80,9 +81,11 @@ def translate_model(
     kept = without_ignored(HfCausalLm, section, "model", ignored)
     given = parse(HfCausalLm, {k: v for k, v in kept.items() if v is not None}, "model")
     folder = _folder(given.pretrained_model_name_or_path)
-    model = described_model(folder)
+    model = _described(folder, given)
     overrides = _overrides(given.config_overrides, model.renamed, changes)
     read = dict(config)
+    for key in ("name", "pretrained"):
+        changes.append(Change(f"model.{key}", f"left out; see {_PATH}", told=False))
     if given.pretrained and read.get("load_path") is None:
         changes.append(Change(_PATH, f"load_path: {HF}{folder}"))
         read |= {"load_path": f"{HF}{folder}", "model": overrides}
@@ -106,11 +109,23 @@ def _folder(name: str) -> Path:
     return cached
 
 
+def _described(folder: Path, given: HfCausalLm) -> DescribedModel:
+    """Return what a folder says of its model. Raises ConfigError for one that is unknown here."""
+    try:
+        return described_model(folder)
+    except WeightsError as error:
+        instead = "" if given.pretrained else f", or train one from random weights: {_SCRATCH}"
+        name = given.pretrained_model_name_or_path
+        raise ConfigError(f"{_PATH} is {name!r}, and {error}{instead}") from None
+
+
 def _overrides(
     given: Mapping[str, Any], renamed: Mapping[str, str], changes: list[Change]
 ) -> dict[str, Any]:
     """Return `config_overrides` in the names of the model's section."""
     overrides = {renamed.get(key, key): value for key, value in given.items()}
+    if overrides:
+        changes.append(Change("model.config_overrides", "keys of model", told=False))
     attention = overrides.get("attn_config")
     if isinstance(attention, Mapping):
         # attn_impl chooses a kernel, and packed documents are apart in any case

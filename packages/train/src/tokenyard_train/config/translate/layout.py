@@ -66,7 +66,10 @@ def translate_layout(
     kept = without_ignored(FsdpConfig, section, "fsdp_config", ignored)
     given = parse(FsdpConfig, {k: v for k, v in kept.items() if v is not None}, "fsdp_config")
     for key in ("activation_checkpointing", "activation_cpu_offload"):
-        _move(read, key, getattr(given, key), changes)
+        if getattr(given, key):
+            _move(read, key, changes)
+        elif key in kept:
+            changes.append(Change(f"fsdp_config.{key}", "left out; it is the default", told=False))
     if "mixed_precision" in kept:
         note = "left out; weights and sums of gradients are float32; bf16_master has 16-bit weights"
         sharded = processes > 1
@@ -74,16 +77,13 @@ def translate_layout(
     return _with_strategy(read, given, changes, processes)
 
 
-def _move(read: dict[str, Any], key: str, value: bool, changes: list[Change]) -> None:
-    """Set a top-level key to the value in fsdp_config, unless it is the default."""
-    if not value:
-        return
-    if read.get(key, value) != value:
+def _move(read: dict[str, Any], key: str, changes: list[Change]) -> None:
+    """Set a top-level key that is true in fsdp_config."""
+    if read.get(key) not in (None, True):
         raise ConfigError(
-            f"fsdp_config.{key} is {value!r} and {key} is {read[key]!r}; they mean the same, "
-            "set one"
+            f"fsdp_config.{key} is True and {key} is {read[key]!r}; they mean the same, set one"
         )
-    read[key] = value
+    read[key] = True
     changes.append(Change(f"fsdp_config.{key}", f"{key}: true", told=False))
 
 
