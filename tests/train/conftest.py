@@ -1,9 +1,10 @@
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import tokenyard_cli
@@ -44,6 +45,15 @@ def small_settings(text: Path, run: Path) -> dict[str, Any]:
         "save_folder": str(run),
         "device": "cpu",
     }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as the process of `killed_run` does, so that results are equal."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

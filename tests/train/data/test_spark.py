@@ -47,7 +47,9 @@ def test_a_task_writes_a_shard_of_its_own(tmp_path):
     ("rows", "sentence"),
     [
         ([(1, "a"), (1, "b")], r"two rows have the order \[1\], so the result would differ"),
-        ([(None, "a")], r"a row has null in its order \[None\]"),
+        ([(None, "a")], r"a row has null or NaN in its order \[None\]"),
+        ([(float("nan"), "a")], r"a row has null or NaN in its order \[nan\]"),
+        ([(1, b"\xff")], r"the row of order \[1\] is not UTF-8 text"),
         ([(1, 5)], r"the row of order \[1\]: 'body' holds a number; text is a string"),
     ],
 )
@@ -63,7 +65,7 @@ def test_a_tokenizer_that_differs_on_an_executor_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def session():
-    """A local Spark session with two executor threads, which try a task four times."""
+    """A session of Spark with four executors, each a process."""
     if shutil.which("java") is None:
         pytest.skip("Spark needs Java, which is not installed")
     if find_spec("pyspark") is None:
@@ -79,7 +81,7 @@ def session():
         "spark.sql.adaptive.coalescePartitions.enabled": "false",
         "spark.sql.execution.arrow.maxRecordsPerBatch": "50",
     }
-    builder = SparkSession.builder.master("local[2,4]")
+    builder = SparkSession.builder.master("local-cluster[4,1,1024]")
     for key, value in options.items():
         builder = builder.config(key, value)
     spark = builder.getOrCreate()
@@ -112,21 +114,29 @@ def same_files(folder, expected):
     assert left == {"manifest.json", *names}
 
 
+def executor_of(worker):
+    """Return the process id of the executor that started a process of Python."""
+    command = Path(f"/proc/{worker}/cmdline").read_text()
+    if "CoarseGrainedExecutorBackend" in command:
+        return worker
+    return executor_of(int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1]))
+
+
 class KilledOnce(ShardWriter):
-    """Kills the first attempt of a partition after it wrote a shard, and before it returned it."""
+    """Kills the executor of a partition after it wrote a shard, and before it returned it."""
 
     def write(self, partition, rows):
         shard = super().write(partition, rows)
         marker = Path(self.folder).parent.with_name("killed")
         if partition == 2 and not marker.exists():
             marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(executor_of(os.getpid()), signal.SIGKILL)
         return shard
 
 
 @pytest.mark.full
 def test_the_bytes_are_those_of_data_pack(frame, expected, tmp_path, monkeypatch):
-    """In every partitioning, and with a task that is killed after it wrote its shard."""
+    """In every partitioning, and with an executor that is killed after it wrote a shard."""
     from pyspark import cloudpickle
 
     from tokenyard_train.data.spark import pack

@@ -166,15 +166,6 @@ def test_generation_needs_a_run_and_a_short_prompt(config, console, tmp_path):
         generate(GenerateOptions(folder, ["x" * 24]))
 
 
-@pytest.fixture
-def one_thread():
-    """Compute with one thread, as the process of `killed_run` does, so that results are equal."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def killed_run(settings: dict, folder: Path, lines: int) -> None:
     """Train in a subprocess; send SIGKILL once the metrics file has so many lines."""
     config = folder.with_suffix(".yaml")

@@ -1,18 +1,15 @@
 """A run reads the version of a Delta table that it started with, whatever the table holds later."""
 
-import os
-import signal
-
 import pytest
 import torch
 
 from tokenyard_train.checkpoint import CheckpointError, read_meta
 from tokenyard_train.commands.check import check
 from tokenyard_train.commands.train import train
-from tokenyard_train.engine.callback import Callback
-from tokenyard_train.engine.signals import Stopped
+from tokenyard_train.config import read_config
 
 from ..commands.test_every_loader import tensors_of
+from .test_loop import killed_run
 
 pyarrow = pytest.importorskip("pyarrow")
 deltalake = pytest.importorskip("deltalake", reason="deltalake is not installed")
@@ -35,33 +32,32 @@ def loader(table):
     return {"name": "text", "dataset": {"delta": str(table), "text_key": "body"}}
 
 
-class Kill(Callback):
-    """Ends the run by a signal after its third step."""
-
-    def batch_end(self, run, record):
-        if run.batch == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_a_killed_run_ends_as_if_the_table_had_not_changed(
-    config, console, tmp_path, table, loader
+    settings, console, tmp_path, table, loader, one_thread
 ):
-    loaders = {"train_loader": loader, "eval_loader": loader}
-    straight = train(config(save_folder=str(tmp_path / "straight"), **loaders), console)
-    with pytest.raises(Stopped):
-        train(config(**loaders), console, [Kill()])
+    settings |= {"train_loader": loader, "eval_loader": loader, "eval_loaders": {"more": loader}}
+    settings |= {"max_duration": "14ba", "save_interval": "1ba", "autoresume": True}
+    killed, whole = (
+        read_config(settings | {"save_folder": str(tmp_path / name)})
+        for name in ("killed", "whole")
+    )
+    straight = train(whole, console)
+    killed_run(settings, tmp_path / "killed", lines=6)
+    kept = {path.name for path in (tmp_path / "killed").glob("ba*")}
+    assert "ba2" in kept
+    assert "ba14" not in kept
     write(table, "cats", mode="overwrite")
-    resumed = train(config(autoresume=True, **loaders), console)
+    resumed = train(killed, console)
     assert (resumed.train_loss, resumed.bits_per_byte) == pytest.approx(
         (straight.train_loss, straight.bits_per_byte), abs=0
     )
-    expected = tensors_of(straight.folder / "ba6")
-    tensors = tensors_of(resumed.folder / "ba6")
+    expected = tensors_of(straight.folder / "ba14")
+    tensors = tensors_of(resumed.folder / "ba14")
     assert expected.keys() == tensors.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
-    saved = read_meta(resumed.folder / "ba6")["config"]
-    for name in loaders:
-        assert saved[name]["dataset"]["version"] == 1
+    saved = read_meta(resumed.folder / "ba14")["config"]
+    loaders = (saved["train_loader"], saved["eval_loader"], saved["eval_loaders"]["more"])
+    assert [each["dataset"]["version"] for each in loaders] == [1, 1, 1]
 
 
 def test_a_new_run_reads_the_newest_version(config, console, table, loader):

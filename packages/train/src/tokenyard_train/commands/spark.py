@@ -13,7 +13,7 @@ from tokenyard.units import describe_bytes
 from tokenyard_cli.console import print_line
 from tokenyard_train.commands.data import parse_tokenizer
 from tokenyard_train.commands.options import SparkPackOptions
-from tokenyard_train.data.spark import pack
+from tokenyard_train.data.spark.driver import pack, reason_of
 from tokenyard_train.optional import require
 
 
@@ -26,14 +26,14 @@ def run_spark(console: Console, options: SparkPackOptions) -> None:
     try:
         session = sql.SparkSession.builder.appName("tokenyard data spark").getOrCreate()
     except Exception as error:  # errors come from Spark and from a missing JVM
-        raise ConfigError(f"Spark cannot be started: {_reason(error)}") from None
+        raise ConfigError(f"Spark cannot be started: {reason_of(error)}") from None
     try:
         if options.format is None:
             rows = session.table(options.source)
         else:
             rows = session.read.format(options.format).load(options.source)
     except Exception as error:
-        raise ConfigError(f"SOURCE {options.source!r} cannot be read: {_reason(error)}") from None
+        raise ConfigError(f"SOURCE {options.source!r} cannot be read: {reason_of(error)}") from None
     done = pack(
         rows,
         options.out,
@@ -49,8 +49,3 @@ def run_spark(console: Console, options: SparkPackOptions) -> None:
         f"{options.out}: {done.documents:,} documents, {done.tokens:,} tokens "
         f"of {describe_bytes(done.text_bytes)} of text in {seconds:.1f} s",
     )
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

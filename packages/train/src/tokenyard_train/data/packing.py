@@ -114,6 +114,12 @@ def delete_packed(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def sync(file: Any) -> None:
+    """Write a file through to its disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _start_or_resume(folder: Path, settings: dict[str, Any], itemsize: int) -> list[JournalEntry]:
     """Start a journal or resume an existing one, and truncate the files to what it records.
 
@@ -172,9 +178,9 @@ def _append(
             )
             # The journal must not record a chunk before its ids are on disk.
             for file in (tokens, documents):
-                _sync(file)
+                sync(file)
             journal.write(journal_line(done, chunk.ids, ends, chunk.text_digest).encode())
-            _sync(journal)
+            sync(journal)
             loss.add(chunk.loss)
             report(done)
     loss.warn(str(folder))
@@ -199,7 +205,7 @@ def finish_packing(
         )
     with (folder / HASHES).open("wb") as hashes_file:
         hashes_file.write(hashes)
-        _sync(hashes_file)
+        sync(hashes_file)
     manifest = {
         "format": FORMAT,
         "dtype": ids_dtype(tokenizer.vocab_size).str,
@@ -216,11 +222,6 @@ def finish_packing(
     text = json.dumps(manifest | {"digest": manifest_digest(manifest)}, indent=1)
     with (folder / UNFINISHED_MANIFEST).open("w", encoding="utf-8") as unfinished:
         unfinished.write(text)
-        _sync(unfinished)
+        sync(unfinished)
     (folder / UNFINISHED_MANIFEST).rename(folder / MANIFEST)
     (folder / JOURNAL).unlink(missing_ok=True)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -43,11 +43,16 @@ def table_versions(config: TrainConfig) -> dict[str, str]:
 
 def _tables(config: TrainConfig) -> Iterator[tuple[Place, Source | RowSource]]:
     """Yield the place and the source of each Delta table. A stream has its dataset's version."""
-    for name in ("train_loader", "eval_loader"):
-        dataset = getattr(getattr(config, name), "dataset", None)
+    loaders: dict[Place, Any] = {
+        ("train_loader",): config.train_loader,
+        ("eval_loader",): config.eval_loader,
+    }
+    loaders |= {("eval_loaders", label): each for label, each in config.eval_loaders.items()}
+    for key, loader in loaders.items():
+        dataset = getattr(loader, "dataset", None)
         if not isinstance(dataset, Source | RowSource):
             continue
-        place = (name, "dataset")
+        place = (*key, "dataset")
         if dataset.delta is not None:
             yield place, dataset
         for stream, source in (getattr(dataset, "streams", None) or {}).items():

@@ -22,7 +22,9 @@ from tokenyard_train.data.packing import (
     delete_packed,
     finish_packing,
     packing_settings,
+    sync,
 )
+from tokenyard_train.data.paths import local_path
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.sources.text import no_column
 from tokenyard_train.data.spark.executor import SCHEMA, Shard, ShardWriter
@@ -33,6 +35,7 @@ from tokenyard_train.folder_lock import lock_folder
 
 _SHARDS = ".shards-"
 _COPIED = 1 << 22  # bytes at a time
+_BINARY = "UTF8_BINARY"  # the collation under which equal strings have equal bytes
 
 log = logging.getLogger("tokenyard")
 
@@ -57,7 +60,10 @@ def pack(
     Raises ConfigError for a column that is missing, for rows without an order or with no text, and
     for a folder that is packed already; TokenyardError if Spark or a file fails.
     """
-    folder = Path(out)
+    try:
+        folder = Path(local_path(str(out)))
+    except ValueError as error:
+        raise ConfigError(f"the output folder {error}") from None
     columns = [order] if isinstance(order, str) else list(order)
     config = tokenizer or TokenizerConfig()
     built = build_tokenizer(config)
@@ -100,9 +106,29 @@ def _sorted_rows(df: Any, order: list[str], text_key: str) -> Any:
     if text_key not in df.columns:
         raise no_column(text_key, list(df.columns), "the DataFrame")
     quoted = ["`" + name.replace("`", "``") + "`" for name in [*order, text_key]]
-    keys = [df[name].alias(f"order{i}") for i, name in enumerate(quoted[:-1])]
-    selected = df.select(*keys, df[quoted[-1]].alias("text"))
-    return selected.orderBy(*(f"order{i}" for i in range(len(order))))
+    try:
+        keys = [df[name].alias(f"order{i}") for i, name in enumerate(quoted[:-1])]
+        selected = df.select(*keys, df[quoted[-1]].alias("text"))
+        rows = selected.orderBy(*(f"order{i}" for i in range(len(order))))
+        kinds = [field.dataType for field in rows.schema.fields[:-1]]
+    except Exception as error:  # errors come from Spark's analysis of the columns
+        raise ConfigError(
+            f"the DataFrame cannot be sorted by {', '.join(order)}: {reason_of(error)}"
+        ) from None
+    for name, kind in zip(order, kinds):
+        collation = getattr(kind, "collation", _BINARY)
+        if collation != _BINARY:
+            raise ConfigError(
+                f"order names {name!r}, whose collation {collation} sorts different strings as "
+                f"equal; give a column of the collation {_BINARY}"
+            )
+    return rows
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error of Spark."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def _prepare(folder: Path, overwrite: bool) -> None:
@@ -143,19 +169,12 @@ def _run(rows: Any, write: ShardWriter) -> list[Shard]:
 
 
 def _join(folder: Path, shards: Path, parts: list[Shard], text_key: str) -> PackProgress:
-    """Append the shards to the files of the folder, and verify each."""
+    """Append the shards to the files of the folder, verify each, and delete it."""
     done = PackProgress()
     loss = TextLoss()
     with (folder / TOKENS).open("wb") as tokens, (folder / DOCUMENTS).open("wb") as documents:
         for part in parts:
-            digest = _append(shards / f"{part.name}.ids", tokens)
-            ends = (shards / f"{part.name}.ends").read_bytes()
-            digest.update(ends)
-            if digest.hexdigest() != part.digest:
-                raise CorruptError(
-                    f"{shards / part.name}.ids is not what a task wrote; is {str(folder)!r} a "
-                    "folder that all executors share?"
-                )
+            ends = _append(shards, part, tokens)
             documents.write((np.frombuffer(ends, "<u8") + np.uint64(done.tokens)).tobytes())
             done = PackProgress(
                 done.chunks + 1,
@@ -165,6 +184,8 @@ def _join(folder: Path, shards: Path, parts: list[Shard], text_key: str) -> Pack
             )
             counts = json.loads(part.loss)
             loss.add(TextLoss(**counts | {"characters": set(counts["characters"])}))
+        for file in (tokens, documents):
+            sync(file)
     loss.warn(str(folder))
     nulls = sum(part.nulls for part in parts)
     if nulls:
@@ -172,17 +193,31 @@ def _join(folder: Path, shards: Path, parts: list[Shard], text_key: str) -> Pack
     return done
 
 
-def _append(path: Path, file: BinaryIO) -> Any:
-    """Append a file to another; return the hash of what was read. Raises TokenyardError."""
+def _append(shards: Path, part: Shard, tokens: BinaryIO) -> bytes:
+    """Append the ids of a shard to a file, and delete the shard; return its ends.
+
+    Raises TokenyardError if it is missing or changed.
+    """
     digest = hashlib.sha256()
+    ids = shards / f"{part.name}.ids"
+    ends = shards / f"{part.name}.ends"
     try:
-        with path.open("rb") as part:
-            while block := part.read(_COPIED):
+        with ids.open("rb") as file:
+            while block := file.read(_COPIED):
                 digest.update(block)
-                file.write(block)
-    except FileNotFoundError:
+                tokens.write(block)
+        content = ends.read_bytes()
+    except FileNotFoundError as error:
         raise TokenyardError(
-            f"{path} of an executor is missing; give an output folder that the driver and all "
-            "executors share"
+            f"{error.filename} of an executor is missing; give an output folder that the driver "
+            "and all executors share"
         ) from None
-    return digest
+    digest.update(content)
+    if digest.hexdigest() != part.digest:
+        raise CorruptError(
+            f"{ids} is not what a task wrote; is {str(shards.parent)!r} a folder that all "
+            "executors share?"
+        )
+    ids.unlink()
+    ends.unlink()
+    return content

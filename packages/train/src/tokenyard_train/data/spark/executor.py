@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +18,10 @@ from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.sources.text import document_text
 from tokenyard_train.data.text_loss import LossCounter, TextLoss
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
-from tokenyard_train.data.tokens import Ids, ids_dtype
+from tokenyard_train.data.tokens import ids_dtype
 from tokenyard_train.optional import require
+
+_BUFFER = 1 << 20  # bytes that are written at a time
 
 
 class Shard(NamedTuple):
@@ -71,26 +72,27 @@ class ShardWriter(NamedTuple):
     def write(self, partition: int, batches: Iterable[Any]) -> Shard:
         """Write the shard of some rows. Raises ConfigError, naming the row."""
         counter = LossCounter(self._tokenizer())
+        dtype = ids_dtype(counter.tokenizer.vocab_size)
+        end = np.array([counter.tokenizer.end], dtype)
         name = f"{partition:06}-{uuid4().hex}"
         lengths: list[int] = []  # of the documents, in ids
         nulls = 0
         text_bytes = 0
         digest = hashlib.sha256()
-        with Path(self.folder, f"{name}.ids").open("wb") as file:
+        # The driver checks the digest, so neither file is synced: both are copied and deleted.
+        with Path(self.folder, f"{name}.ids").open("wb", _BUFFER) as file:
             for text in self._documents(batches):
                 nulls += text is None
                 if text:
-                    ids = _ended_ids(counter, text)
-                    digest.update(ids.data)
-                    file.write(ids.data)
-                    lengths.append(len(ids))
+                    ids = counter.encode(text).astype(dtype, copy=False)
+                    for part in (ids, end):
+                        digest.update(part.data)
+                        file.write(part.data)
+                    lengths.append(len(ids) + 1)
                     text_bytes += len(text)
-            _sync(file)
         ends = np.cumsum(lengths, dtype="<u8").tobytes()
         digest.update(ends)
-        with Path(self.folder, f"{name}.ends").open("wb") as file:
-            file.write(ends)
-            _sync(file)
+        Path(self.folder, f"{name}.ends").write_bytes(ends)
         counts = (sum(lengths), len(lengths), text_bytes, nulls)
         return Shard(partition, name, *counts, digest.hexdigest(), _as_json(counter.loss))
 
@@ -108,11 +110,13 @@ class ShardWriter(NamedTuple):
         """Yield the texts. Raises ConfigError if the order is not unique."""
         before: list[Any] | None = None
         for batch in batches:
-            *columns, texts = (batch.column(i) for i in range(batch.num_columns))
+            *columns, texts = (_as_bytes(batch.column(i)) for i in range(batch.num_columns))
             keys = zip(*(column.to_pylist() for column in columns))
             for key, text in zip(keys, texts):
-                if None in key:
-                    raise ConfigError(f"a row has null in its order {list(key)}; give it a value")
+                if any(value is None or value != value for value in key):
+                    raise ConfigError(
+                        f"a row has null or NaN in its order {list(key)}; give it a value"
+                    )
                 if list(key) == before:
                     raise ConfigError(
                         f"two rows have the order {before}, so the result would differ from run to "
@@ -122,17 +126,12 @@ class ShardWriter(NamedTuple):
                 yield document_text(text.as_py(), self.text_key, f"the row of order {before}")
 
 
-def _ended_ids(counter: LossCounter, text: bytes) -> Ids:
-    """Return the ids of a document, and the end id."""
-    tokenizer = counter.tokenizer
-    dtype = ids_dtype(tokenizer.vocab_size)
-    ids = counter.encode(text).astype(dtype, copy=False)
-    return np.append(ids, np.array(tokenizer.end, dtype))
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _as_bytes(column: Any) -> Any:
+    """Return a column of strings as bytes: Spark does not check that its strings are UTF-8."""
+    arrow = require("pyarrow", "packing by Spark", "tokenyard-train[spark]")
+    kind = column.type
+    is_text = arrow.types.is_string(kind) or arrow.types.is_large_string(kind)
+    return column.cast(arrow.large_binary()) if is_text else column
 
 
 def _as_json(loss: TextLoss) -> str:
