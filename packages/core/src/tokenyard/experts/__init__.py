@@ -1,6 +1,7 @@
 """The Experts module, core's expert kernels, and tools to write others."""
 
 from tokenyard.experts._cpu import CpuExperts
+from tokenyard.experts._emulated_fp8 import EmulatedFp8Experts
 from tokenyard.experts._grouped import GroupedExperts
 from tokenyard.experts._grouped_matmuls import rows_outer, rows_times
 from tokenyard.experts._loop import LoopExperts
@@ -12,6 +13,7 @@ from tokenyard.experts._torch import TorchExperts
 
 __all__ = [
     "CpuExperts",
+    "EmulatedFp8Experts",
     "ExpertGradients",
     "ExpertNeeds",
     "Experts",
