@@ -12,6 +12,7 @@ case, the case is skipped with the backend's reason.
 
 from tokenyard.testing._exchange import ExchangeConformance
 from tokenyard.testing._experts import ExpertsConformance
+from tokenyard.testing._fp8_experts import Fp8ExpertsConformance
 from tokenyard.testing._model import ModelConformance
 from tokenyard.testing._permutation import PermutationConformance
 from tokenyard.testing._ranks import Ranks, RanksError, preload, ranks
@@ -22,6 +23,7 @@ from tokenyard.testing._strategy import StrategyConformance
 __all__ = [
     "ExchangeConformance",
     "ExpertsConformance",
+    "Fp8ExpertsConformance",
     "ModelConformance",
     "PermutationConformance",
     "Ranks",

@@ -56,8 +56,6 @@ class ExpertsConformance(LayerPartConformance):
     kind: ClassVar[Kind] = "experts"
     tile: ClassVar[int] = 64
     quantised: ClassVar[bool] = False
-    dim: ClassVar[int] = 32
-    ffn_dim: ClassVar[int] = 48
 
     @pytest.mark.parametrize(("dtype", "activation", "bias"), list(_pairs()))
     def test_matches_oracle(

@@ -16,8 +16,6 @@ from tokenyard.testing._base import Conformance
 from tokenyard.workload import RoutingRule, Workload
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DIM = 32
-_FFN_DIM = 48
 _NUM_EXPERTS = 4
 _TOP_K = 2
 
@@ -42,6 +40,8 @@ class LayerPartConformance(Conformance):
     """Standard tests of every router, permutation and expert kernel inside ``tokenyard.MoE``."""
 
     rule: ClassVar[RoutingRule] = RoutingRule()  # the routing of the layer
+    dim: ClassVar[int] = 32  # of the layer
+    ffn_dim: ClassVar[int] = 48
 
     def test_other_dtype_is_refused(self) -> None:
         """A layer called in another dtype than its workload raises, and never calls the backend.
@@ -70,8 +70,8 @@ class LayerPartConformance(Conformance):
         reasons = []
         for dtype in _DTYPES:
             workload = Workload(
-                _DIM,
-                _FFN_DIM,
+                self.dim,
+                self.ffn_dim,
                 _NUM_EXPERTS,
                 _TOP_K,
                 router=self.rule,
