@@ -52,7 +52,7 @@ def quantize_rows(rows: Tensor) -> Quantized:
     """Quantize rows [..., W] with a scale for each 128 columns of a row: [..., W / 128]."""
     blocks = rows.float().unflatten(-1, (-1, BLOCK))
     scales = _scales(blocks, (-1,))
-    values = (blocks * scales.reciprocal()).to(DTYPE)
+    values = (blocks / scales).to(DTYPE)
     return Quantized(values.flatten(-2), scales.flatten(-2))
 
 
@@ -63,7 +63,7 @@ def quantize_weights(weights: Tensor) -> Quantized:
     """
     blocks = weights.float().unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
     scales = _scales(blocks, (-3, -1))
-    values = (blocks * scales.reciprocal()).to(DTYPE)
+    values = (blocks / scales).to(DTYPE)
     return Quantized(values.flatten(-2).flatten(-3, -2), scales.squeeze(-1).squeeze(-2))
 
 

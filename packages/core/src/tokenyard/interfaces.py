@@ -232,6 +232,17 @@ class LoraExpertKernel(ExpertKernel, Protocol):
         ...
 
 
+class CachingExpertKernel(ExpertKernel, Protocol):
+    """An expert kernel that keeps what it computed from weights. This part is optional."""
+
+    weights_have_versions: bool
+    """Whether ``Tensor._version`` of a weight tells that it changed.
+
+    It is False at first: FSDP gathers weights into the same memory without a new version. A
+    strategy that leaves parameters where they are sets it.
+    """
+
+
 class Exchange(Protocol):
     """Sends tokens to the ranks that hold their experts, and returns the sums of the results."""
 

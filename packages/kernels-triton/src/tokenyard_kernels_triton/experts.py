@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenyard.activations import up_rows
 from tokenyard.errors import ConfigError
 from tokenyard.experts import ExpertsCall
+from tokenyard.fp8 import why_no_fp8
 from tokenyard.interfaces import ExpertWeights, LowRank, Permutation, Plan, logits_dtype
 from tokenyard.workload import Workload
 from tokenyard_kernels_triton.ops._experts import compile_experts, experts
@@ -93,6 +94,72 @@ class TritonExperts:
 
 
 class GluonExperts(TritonExperts):
-    """Experts for Hopper GPUs, with matmuls in Gluon whose warps load or multiply."""
+    """Experts for Hopper GPUs, with matmuls in Gluon whose warps load or multiply.
+
+    With `precision` "fp8", the matmuls of the forward pass and both gradients of data multiply
+    numbers in float8 e4m3 (``tokenyard.fp8``); gradients of weights stay in 16 bits. `save` is
+    "fp8" by default then. The weights stay in 16 bits: their float8 copies are made by each pass,
+    or kept until the weights change if `weights_have_versions`.
+
+    Raises ConfigError for another precision, and for widths that FP8 cannot compute.
+    """
 
     kernels = "gluon"
+    weights_have_versions = False  # see ``tokenyard.interfaces.CachingExpertKernel``
+
+    def __init__(
+        self,
+        workload: Workload,
+        permutation: Permutation,
+        save: Save | None = None,
+        precision: Literal["fp8"] | None = None,
+    ):
+        if precision not in ("fp8", None):
+            raise ConfigError(
+                f"backends.experts.precision is {precision!r}; known is: fp8, and without it "
+                "matmuls have the dtype of x"
+            )
+        reason = why_no_fp8(workload.dim, workload.ffn_dim) if precision == "fp8" else None
+        if reason is not None:
+            raise ConfigError(f"experts backend 'gluon' is unusable here: {reason}")
+        super().__init__(workload, permutation, save or precision or "pre_activation")
+        self.precision = precision
+        if precision == "fp8":
+            # Imported here, because `TritonExperts` runs without the names of Gluon.
+            from tokenyard_kernels_triton.ops import _fp8_experts
+
+            self._fp8 = _fp8_experts
+
+    def prepare(self, tokens: int) -> None:
+        """Compile the kernels for batches of `tokens` tokens, in parallel."""
+        if self.precision == "fp8":
+            self._fp8.compile_fp8_experts(self._empty_call(tokens), self.save)
+        else:
+            super().prepare(tokens)
+
+    def __call__(
+        self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
+    ) -> Tensor:
+        """Return y [T, D] for unsorted tokens x [T, D]."""
+        if self.precision is None:
+            return super().__call__(x, plan, topk_weights, weights)
+        reuse = self.weights_have_versions
+        return self._fp8.fp8_experts(
+            x, plan, topk_weights, weights, self.activation, save=self.save, reuse=reuse
+        )
+
+    def with_adapter(
+        self,
+        x: Tensor,
+        plan: Plan,
+        topk_weights: Tensor | None,
+        weights: ExpertWeights,
+        low_rank: LowRank,
+    ) -> Tensor:
+        """Return y [T, D] with adapters. Raises ConfigError in FP8, which has none."""
+        if self.precision is not None:
+            raise ConfigError(
+                "backends.experts.precision is fp8, and experts with adapters have none; "
+                "leave the precision out"
+            )
+        return super().with_adapter(x, plan, topk_weights, weights, low_rank)

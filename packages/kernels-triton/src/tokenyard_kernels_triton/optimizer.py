@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.kernels._adamw import adamw
@@ -136,6 +137,8 @@ class FusedAdamW:
                 SCALED=self.scaled,
                 num_warps=8,
             )
+        # The kernel writes by addresses, which PyTorch does not see.
+        increment_version([parameter.weight for parameter in self.parameters])
 
     def _write_table(self, gradients: Sequence[Tensor | None]) -> None:
         """Copy the addresses to the GPU, unless they are those of the last step."""

@@ -29,7 +29,10 @@ class SingleStrategy(Strategy):
         )
 
     def layout(self, model: M) -> M:
-        """Return the model unchanged: one process holds all of it."""
+        """Return the model: one process holds all of it, and weights change in place only."""
+        for moe in moe_layers(model):
+            if hasattr(moe.experts.kernel, "weights_have_versions"):
+                moe.experts.kernel.weights_have_versions = True
         return model
 
     def describe(self, model: nn.Module) -> ShardingReport:

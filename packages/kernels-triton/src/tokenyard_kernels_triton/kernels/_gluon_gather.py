@@ -21,8 +21,11 @@ from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 # Triton 3.6 has the second name only.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
-# 64 rows by 64 columns; a thread copies 16 bytes at a time.
-_BOX = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+
+@gluon.constexpr_function
+def _box(dtype):
+    """Return the layout of 64 rows by 128 bytes. A thread copies 16 bytes at a time."""
+    return gl.BlockedLayout([1, 128 // dtype.primitive_bitwidth], [4, 8], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -47,8 +50,9 @@ def gather_row_tiles(
         column = n * (COLUMNS // PARTS)
 
         # The tokens of both warp groups' rows are the same in every slice.
-        upper, in_upper = _tokens_at(order, row, end, TOP_K)  # [64]
-        lower, in_lower = _tokens_at(order, row + 64, end, TOP_K)  # [64]
+        box: gl.constexpr = _box(x.dtype.element_ty)
+        upper, in_upper = _tokens_at(order, row, end, TOP_K, box)  # [64]
+        lower, in_lower = _tokens_at(order, row + 64, end, TOP_K, box)  # [64]
         for k in range(0, depth, DEPTH):
             if B_BY_DEPTH:
                 at = [expert, 0, k, column]
@@ -96,10 +100,11 @@ def gather_column_tiles(
         m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
         first = gl.load(offsets + expert)
         end = gl.load(offsets + expert + 1)
-        tokens, inside = _tokens_at(order, first, end, TOP_K)  # [64]
+        box: gl.constexpr = _box(b.dtype)
+        tokens, inside = _tokens_at(order, first, end, TOP_K, box)  # [64]
         for k in range(first, end, DEPTH):
             # Prefetch the next slice's token ids while this slice waits for its stage.
-            next_tokens, next_inside = _tokens_at(order, k + DEPTH, end, TOP_K)
+            next_tokens, next_inside = _tokens_at(order, k + DEPTH, end, TOP_K, box)
 
             # Wait until both warp groups have consumed the stage's previous slice.
             stage = done % STAGES
@@ -128,9 +133,9 @@ def gather_column_tiles(
 
 
 @gluon.jit
-def _tokens_at(order, row, end, TOP_K: gl.constexpr):
+def _tokens_at(order, row, end, TOP_K: gl.constexpr, BOX: gl.constexpr):
     """Return the tokens [64] of the rows from `row` on, and a mask of the rows before `end`."""
-    r = row + gl.arange(0, 64, gl.SliceLayout(1, _BOX))
+    r = row + gl.arange(0, 64, gl.SliceLayout(1, BOX))
     return gl.load(order + r, mask=r < end, other=0) // TOP_K, r < end
 
 
@@ -141,11 +146,13 @@ def _gather(
     inside,  # [64], which of the rows exist
     first,  # column of x
     dim,
-    target,  # [64, 64] in shared memory
+    target,  # [64, 64], or [64, 128] in 8 bits, in shared memory
 ):
-    """Start copying 64 columns of 64 tokens, from column `first` on; zeros outside of x."""
-    # In units of 8 numbers (16 bytes), so that the compiler sees that every copy is aligned.
-    eighths = dim // 8
-    column = first + gl.arange(0, 64, gl.SliceLayout(0, _BOX))
-    pointers = x + (tokens.to(gl.int64) * eighths)[:, None] * 8 + column[None, :]
-    _copy(target, pointers, mask=inside[:, None] & (column // 8 < eighths)[None, :])
+    """Start copying 128 bytes of 64 tokens, from column `first` on; zeros outside of x."""
+    # In units of 16 bytes, so that the compiler sees that every copy is aligned.
+    BOX: gl.constexpr = _box(x.dtype.element_ty)
+    UNIT: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    units = dim // UNIT
+    column = first + gl.arange(0, 8 * UNIT, gl.SliceLayout(0, BOX))
+    pointers = x + (tokens.to(gl.int64) * units)[:, None] * UNIT + column[None, :]
+    _copy(target, pointers, mask=inside[:, None] & (column // UNIT < units)[None, :])

@@ -45,7 +45,7 @@ def left_slices(
     A slice is a box of the descriptor `rows`, or [64, DEPTH] if it is gathered from tokens.
     """
     if TOP_K:
-        layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+        layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, rank=2)
         return gl.allocate_shared_memory(dtype, [2 * STAGES, 64, DEPTH], layout)
     else:
         return gl.allocate_shared_memory(dtype, [2 * STAGES] + rows.block_type.shape, rows.layout)

@@ -138,7 +138,7 @@ def dot(left, right, total, PRECISION: tl.constexpr):
 @triton.jit
 def rounded(value, TYPE: tl.constexpr):
     """Return float32 values in a narrower type, rounded to nearest even."""
-    # The interpreter would truncate, so that these round the bits themselves.
+    # The interpreter would truncate, and lose NaN, so that these round the bits themselves.
     if INTERPRETED and tl.bfloat16 == TYPE:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -146,5 +146,6 @@ def rounded(value, TYPE: tl.constexpr):
     if INTERPRETED and tl.float8e4nv == TYPE:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
-        value = bits.to(tl.float32, bitcast=True)
+        narrow = bits.to(tl.float32, bitcast=True).to(TYPE).to(tl.uint8, bitcast=True)
+        return tl.where(value == value, narrow, 0x7F).to(tl.uint8).to(TYPE, bitcast=True)
     return value.to(TYPE)

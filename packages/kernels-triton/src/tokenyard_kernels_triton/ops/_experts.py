@@ -13,7 +13,9 @@ from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops._alignment import aligned
 from tokenyard_kernels_triton.ops._experts_call import (
     aligned_call,
+    all_needs,
     is_empty,
+    needed,
     sizes_of,
     tensors_of,
     with_tensors,
@@ -80,12 +82,12 @@ def _backward(
     def launches(dy: Tensor, saved: Tensor, scales: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         inputs = with_tensors(call, tensors)
         gradients = _launch_backward(dy, inputs, [saved, scales], needs, save, kernels)
-        return tuple(gradients[name] for name in _needed(needs))
+        return tuple(gradients[name] for name in needed(needs))
 
     with on_device_of(call.x):
         key = ("experts backward", save, kernels, needs, *sizes_of(call))
         gradients = replayed(key, launches, (aligned(dy), *saved, *tensors_of(call)))
-    return ExpertGradients(**dict(zip(_needed(needs), gradients)))
+    return ExpertGradients(**dict(zip(needed(needs), gradients)))
 
 
 def _launch_backward(
@@ -183,22 +185,10 @@ def _pre_activation(
 
 def compile_experts(call: ExpertsCall, save: Save, kernels: KernelSetName) -> None:
     """Compile what a forward and a backward pass launch. The call's tensors may hold anything."""
-    weights = call.weights
-    needs = ExpertNeeds(
-        x=True,
-        topk_weights=call.topk_weights is not None,
-        up=True,
-        down=True,
-        up_bias=weights.up_bias is not None,
-        down_bias=weights.down_bias is not None,
-    )
+    needs = all_needs(call)
     with compiling():
         y, *saved = _forward(call, save, kernels)
         _backward(y, call, saved, needs, save, kernels)
-
-
-def _needed(needs: ExpertNeeds) -> list[str]:
-    return [name for name, need in needs._asdict().items() if need]
 
 
 experts = register_experts_op(

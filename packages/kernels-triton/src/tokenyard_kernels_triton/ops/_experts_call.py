@@ -55,6 +55,23 @@ def zero_gradients(call: ExpertsCall, needs: ExpertNeeds) -> ExpertGradients:
     )
 
 
+def all_needs(call: ExpertsCall) -> ExpertNeeds:
+    """Return the gradients of all tensors of a call."""
+    return ExpertNeeds(
+        x=True,
+        topk_weights=call.topk_weights is not None,
+        up=True,
+        down=True,
+        up_bias=call.weights.up_bias is not None,
+        down_bias=call.weights.down_bias is not None,
+    )
+
+
+def needed(needs: ExpertNeeds) -> list[str]:
+    """Return the names of the gradients that are needed."""
+    return [name for name, need in needs._asdict().items() if need]
+
+
 def aligned_call(call: Call) -> Call:
     """Return the call with tensors that the kernels can read.
 

@@ -20,7 +20,7 @@ _MANY = 0x7FFF0000
 _WRAP = 1 << 34  # times _RAGGED_ROWS, it is a multiple of 2^64
 
 # Columns of an expert: up to this width the matmuls gather rows, since a copy would take longer.
-_NARROW = 1280
+NARROW = 1280
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
 
     They are copied, or gathered by each matmul if the experts are narrow.
     """
-    if ffn_dim > _NARROW:
+    if ffn_dim > NARROW:
         return to_rows(tokens, plan)
     return TokenRows(tokens, plan.order, plan.top_k)
 

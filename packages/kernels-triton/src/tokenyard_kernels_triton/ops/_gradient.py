@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from tokenyard.activations import is_gated
+from tokenyard.fp8 import BLOCK, DTYPE, Quantized
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _moves
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
+from tokenyard_kernels_triton.ops._quantize import quantized_shapes
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
 
@@ -31,15 +33,62 @@ def differentiate(
     A row of dots sums to the gradient of the slot's weight. da = dy @ down [R, F] is not weighted.
     One pass reads da and z. Only a bias needs the rows dy [R, D].
     """
-    ffn_dim = da.shape[1]
     dz = torch.empty_like(z)
+    weighted, dots = _differentiate(
+        da, (z, None), (dz, None, None), down_bias, order, topk_weights, row_tiles, activation
+    )
+    if dy is not None and down_bias is not None:
+        _write_bias_dots(dots, dy, down_bias, row_tiles)
+    return dz, weighted, dots
+
+
+def differentiate_and_quantize(
+    da: Tensor,
+    dy: Tensor | None,
+    z: tuple[Tensor, Tensor | None],
+    down_bias: Tensor | None,
+    order: Tensor,
+    topk_weights: Tensor | None,
+    row_tiles: RowTiles,
+    activation: str,
+) -> tuple[Tensor, Quantized, Tensor, Tensor]:
+    """Return what `differentiate` returns, and after dz the same numbers in float8.
+
+    z is a tensor and None, or values in float8 and their scales.
+    """
+    dz = da.new_empty(z[0].shape)
+    values, scales = quantized_shapes(da, *dz.shape)
+    quantized = Quantized(values.view(DTYPE), scales)
+    weighted, dots = _differentiate(
+        da, z, (dz, *quantized), down_bias, order, topk_weights, row_tiles, activation
+    )
+    if dy is not None and down_bias is not None:
+        _write_bias_dots(dots, dy, down_bias, row_tiles)
+    return dz, quantized, weighted, dots
+
+
+def _differentiate(
+    da: Tensor,
+    z: tuple[Tensor, Tensor | None],
+    dz: tuple[Tensor, Tensor | None, Tensor | None],
+    down_bias: Tensor | None,
+    order: Tensor,
+    topk_weights: Tensor | None,
+    row_tiles: RowTiles,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Write dz, and its values and scales in float8 unless they are None.
+
+    Return the weighted activation and dots.
+    """
+    ffn_dim = da.shape[1]
     weighted = torch.empty_like(da)
     width = 1 if down_bias is None else 2
     dots = da.new_empty(row_tiles.rows, width, dtype=torch.float32)
     launch(_moves.differentiate, (row_tiles.rows,))(
         da,
-        z,
-        dz,
+        *z,
+        *dz,
         weighted,
         dots,
         order,
@@ -51,10 +100,9 @@ def differentiate(
         PARTS=2 if is_gated(activation) else 1,
         WEIGHTED=topk_weights is not None,
         COLUMNS=min(2048, power_of_two(ffn_dim)),
+        BLOCK=BLOCK,
     )
-    if dy is not None and down_bias is not None:
-        _write_bias_dots(dots, dy, down_bias, row_tiles)
-    return dz, weighted, dots
+    return weighted, dots
 
 
 def _write_bias_dots(dots: Tensor, dy: Tensor, down_bias: Tensor, row_tiles: RowTiles) -> None:

@@ -2,37 +2,69 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from tokenyard.fp8 import DTYPE, Quantized
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _quantize
 from tokenyard_kernels_triton.kernels._quantize import BLOCK
 from tokenyard_kernels_triton.launching import launch
 
-_DTYPE = torch.float8_e4m3fn
 _ROWS = 32
 
 
-def quantize(z: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+class QuantizedWeights(NamedTuple):
+    """Weights [E, M, N] in float8, for matmuls along N, along M, or both."""
+
+    values: Tensor | None  # [E, M, N] float8_e4m3fn
+    transposed: Tensor | None  # [E, N, M] float8_e4m3fn
+    scales: Tensor  # [E, M / 128, N / 128] float32
+
+
+def quantize(z: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return z [R, W] in float8 as bytes, and its blocks' scales [R, W / 128] in float32.
 
-    The tail is undefined.
+    The tail, if there is one, is undefined.
     """
     rows, width = z.shape
     values, scales = quantized_shapes(z, rows, width)
     launch(_quantize.quantize_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
         z,
-        values.view(_DTYPE),
+        values.view(DTYPE),
         scales,
         live,
+        rows,
         width,
         scales.shape[1],
-        LARGEST=torch.finfo(_DTYPE).max,
         ROWS=_ROWS,
         BLOCK=BLOCK,
     )
     return values, scales
+
+
+def quantize_tokens(tokens: Tensor) -> Quantized:
+    """Return tokens [T, W] in float8, and their blocks' scales [T, W / 128]."""
+    values, scales = quantize(tokens, None)
+    return Quantized(values.view(DTYPE), scales)
+
+
+def quantize_weights(weights: Tensor, forward: bool, backward: bool) -> QuantizedWeights:
+    """Return weights [E, M, N] in float8.
+
+    `forward` selects the layout [E, M, N], and `backward` the layout [E, N, M].
+    """
+    experts, m, n = weights.shape
+    values = weights.new_empty(experts, m, n, dtype=DTYPE) if forward else None
+    transposed = weights.new_empty(experts, n, m, dtype=DTYPE) if backward else None
+    blocks = (m // BLOCK, n // BLOCK)
+    scales = weights.new_empty(experts, *blocks, dtype=torch.float32)
+    launch(_quantize.quantize_weights, (scales.numel(),))(
+        weights, values, transposed, scales, *blocks, BLOCK=BLOCK, num_warps=8
+    )
+    return QuantizedWeights(values, transposed, scales)
 
 
 def quantized_shapes(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
@@ -46,7 +78,7 @@ def dequantize(values: Tensor, scales: Tensor, live: Tensor, dtype: torch.dtype)
     rows, width = values.shape
     z = values.new_empty(rows, width, dtype=dtype)
     launch(_quantize.dequantize_rows, (ceil_div(rows, _ROWS), scales.shape[1]))(
-        values.view(_DTYPE),
+        values.view(DTYPE),
         scales,
         z,
         live,

@@ -1,0 +1,511 @@
+"""The matmuls of an expert layer in FP8 for Hopper GPUs, in Gluon.
+
+They share the loaders and the pipeline of the matmuls in 16 bits (``_gluon_pipeline``). Operands
+are numbers in e4m3 with float32 scales: one for each 128 columns of a row, and one for each
+128 x 128 of a weight (``tokenyard.fp8``). A slice is 128 numbers deep, so each of its two halves of
+128 columns has one scale a row and one scale of the weight.
+
+The tensor cores add in about 14 bits. So a slice's sum starts at zero, and is scaled and added to
+the total in float32. One warp group adds while the other one multiplies.
+
+Legend: T tokens, R rows, E experts, D model width, F expert width. PARTS is 2 for a gated
+activation (gate and up) and 1 otherwise.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from tokenyard.fp8 import LARGEST, SMALLEST_SCALE
+from tokenyard_kernels_triton.kernels._activations import factor, function
+from tokenyard_kernels_triton.kernels._gluon_loads import (
+    arrivals,
+    left_slices,
+    load_row_tiles,
+    loading_warps,
+    registers,
+)
+from tokenyard_kernels_triton.kernels._gluon_pipeline import (
+    barriers,
+    ragged_at,
+    skip_slices,
+    store,
+)
+from tokenyard_kernels_triton.kernels._schedule import tile_at
+
+_LARGEST = gl.constexpr(LARGEST)
+_SMALLEST_SCALE = gl.constexpr(SMALLEST_SCALE)
+
+# Of a warp group's sum of one half of a tile: 64 rows by 128 columns.
+_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
+
+
+@gluon.jit
+def _accumulate(
+    a,  # [2 * STAGES, ...] slices of the left operand, one for each warp group
+    b,  # [STAGES, ...] slices of the right operand
+    full,  # barriers that the loader completes
+    empty,  # barriers that the warp groups complete
+    done,  # slices consumed before these
+    steps,  # slices to sum over
+    row_scales,  # [64] pointers to the first scale of each row; a row has `steps` of them
+    inside,  # [64], which of the rows exist
+    scales,  # pointer to the weight's first scale for the first half
+    next_half,  # distance to the scale of the second half
+    next_slice,  # distance to the scale of the next slice
+    has_second,  # whether the second half exists
+    GATHERED: gl.constexpr,  # threads have copied the rows
+    WARPGROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Return the sums [64, 128] of both halves of a tile, in float32."""
+    first = gl.zeros([64, 128], gl.float32, _HALF)
+    second = gl.zeros([64, 128], gl.float32, _HALF)
+    part = gl.zeros([64, 128], gl.float32, _HALF)
+    for k in range(done, done + steps):
+        # The scales are loaded while the slice is on its way.
+        step = k - done
+        of_rows = gl.load(row_scales + step, mask=inside, other=0.0)  # [64]
+        of_first = gl.load(scales + step * next_slice)
+        of_second = gl.load(scales + step * next_slice + next_half, mask=has_second, other=0.0)
+        stage = k % STAGES
+        mbarrier.wait(full.index(stage), (k // STAGES) & 1)
+        if GATHERED:
+            fence_async_shared()  # make the threads' copies visible to the tensor cores
+        left = a.index(2 * stage + WARPGROUP).reshape([64, 128])
+        right = b.index(stage).reshape([256, 128])
+
+        # The second wait is redundant. It ties the total to the next matmul: else LLVM moves the
+        # additions below that, and 64 more registers are alive.
+        half = right.slice(0, 128, 0).permute([1, 0])
+        part = warpgroup_mma(left, half, part, use_acc=False, is_async=True)
+        part = warpgroup_mma_wait(0, deps=[part])
+        first += part * (of_rows * of_first)[:, None]
+        part, first = warpgroup_mma_wait(0, deps=[part, first])
+
+        half = right.slice(128, 128, 0).permute([1, 0])
+        part = warpgroup_mma(left, half, part, use_acc=False, is_async=True)
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(empty.index(stage))
+        second += part * (of_rows * of_second)[:, None]
+        part, second = warpgroup_mma_wait(0, deps=[part, second])
+    return first, second
+
+
+@gluon.jit
+def _rows_of_scales(order, row, end, TOP_K: gl.constexpr):
+    """Return the rows [64] of the left operand's scales, and a mask of the rows before `end`."""
+    rows = row + gl.arange(0, 64, gl.SliceLayout(1, _HALF))
+    inside = rows < end
+    if TOP_K:
+        return gl.load(order + rows, mask=inside, other=0) // TOP_K, inside
+    else:
+        return rows, inside
+
+
+@gluon.jit
+def _add_bias(tile, bias, column, exists):
+    """Add 128 numbers of a bias [width], from `column` on, to a tile [64, 128]."""
+    index = gl.arange(0, 128, layout=gl.SliceLayout(0, _HALF))
+    value = gl.load(bias + column + index, mask=(index < 128) & exists, other=0.0)
+    return tile + value.to(gl.float32)[None, :]
+
+
+@gluon.jit
+def _store_half(
+    tile,  # [64, 128] float32
+    target,  # [R, parts * width]
+    scales,  # [R, blocks], if the target is in 8 bits
+    blocks,
+    buffer,  # [64, 128] in shared memory
+    row,
+    end,
+    part,
+    column,  # within the part
+    block,  # the column of scales
+    exists,  # whether the part has the columns
+):
+    """Start storing a tile; in 8 bits, quantize it with a scale for each row."""
+    if target.dtype.primitive_bitwidth == 8:
+        # The largest number ignores NaN, which stays NaN; an infinity makes NaN of its whole block.
+        largest = gl.max(gl.abs(tile), 1)  # [64]
+        scale = gl.maximum(largest / _LARGEST, _SMALLEST_SCALE)
+        rows = row + gl.arange(0, 64, gl.SliceLayout(1, _HALF))
+        at = scales + rows.to(gl.int64) * blocks + block
+        gl.store(at, scale, mask=(rows < end) & exists)
+        tile = tile * (1.0 / scale)[:, None]
+    buffer.reshape([64, 128]).store(tile.to(target.dtype))
+    fence_async_shared()
+    store(target, ragged_at(row, end, part, column), buffer)
+
+
+@gluon.jit
+def _multiply_up(
+    tensors,
+    sizes,
+    FUNCTION: gl.constexpr,
+    PARTS: gl.constexpr,
+    BIAS: gl.constexpr,
+    KEEP_Z: gl.constexpr,
+    KEEP_A: gl.constexpr,
+    TOP_K: gl.constexpr,
+    WARPGROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Compute 64 rows of each tile of `up_and_activate`: WARPGROUP selects which 64."""
+    operands, results, shared, tiles = tensors
+    row_scales, order, weight_scales, bias = operands
+    z, z_scales, a_out, a_scales = results
+    a, b, full, empty, z_buffers, a_buffers = shared
+    dim, ffn_dim = sizes
+    blocks = ffn_dim // 128  # of F
+    columns = gl.cdiv(blocks * PARTS, 2)
+    steps = dim // 128
+    done = 0  # slices consumed by all tiles so far
+    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
+        expert, start, end, n = tile_at(tiles, columns, index, 128)
+        row = start + 64 * WARPGROUP
+        if row < end:
+            # Main loop. The halves are gate and up of the same columns, or adjacent columns.
+            block = n * (2 // PARTS)  # of the first half
+            apart = blocks if PARTS == 2 else 1  # blocks from the first half to the second
+            exists = PARTS == 2 or block + 1 < blocks
+            rows, inside = _rows_of_scales(order, row, end, TOP_K)
+            of_expert = expert.to(gl.int64) * PARTS * blocks
+            first, second = _accumulate(
+                a,
+                b,
+                full,
+                empty,
+                done,
+                steps,
+                row_scales + rows.to(gl.int64) * steps,
+                inside,
+                weight_scales + (of_expert + block) * steps,
+                apart * steps,
+                1,
+                exists,
+                TOP_K > 0,  # GATHERED
+                WARPGROUP,
+                STAGES,
+            )
+
+            # Epilogue: bias, activation, quantization and stores.
+            if BIAS:
+                of_block = bias + (of_expert + block) * 128
+                first = _add_bias(first, of_block, 0, True)
+                second = _add_bias(second, of_block, apart * 128, exists)
+            tma.store_wait(0)  # the last tile's stores have read the buffers
+            if PARTS == 2:
+                if KEEP_A:
+                    act = function(first, FUNCTION) * factor(second, FUNCTION)
+                    buffer = a_buffers.index(WARPGROUP)
+                    _store_half(
+                        act,
+                        a_out,
+                        a_scales,
+                        blocks,
+                        buffer,
+                        row,
+                        end,
+                        0,  # part
+                        block * 128,
+                        block,
+                        True,
+                    )
+                if KEEP_Z:
+                    for part in gl.static_range(2):
+                        _store_half(
+                            first if part == 0 else second,
+                            z,
+                            z_scales,
+                            2 * blocks,
+                            z_buffers.index(2 * WARPGROUP + part),
+                            row,
+                            end,
+                            part,
+                            block * 128,
+                            part * blocks + block,
+                            True,
+                        )
+            else:
+                for half in gl.static_range(2):
+                    tile = first if half == 0 else second
+                    if half == 1:
+                        tma.store_wait(0)
+                    if KEEP_Z:
+                        _store_half(
+                            tile,
+                            z,
+                            z_scales,
+                            blocks,
+                            z_buffers.index(WARPGROUP),
+                            row,
+                            end,
+                            0,  # part
+                            (block + half) * 128,
+                            block + half,
+                            block + half < blocks,
+                        )
+                    if KEEP_A:
+                        _store_half(
+                            function(tile, FUNCTION),
+                            a_out,
+                            a_scales,
+                            blocks,
+                            a_buffers.index(WARPGROUP),
+                            row,
+                            end,
+                            0,  # part
+                            (block + half) * 128,
+                            block + half,
+                            block + half < blocks,
+                        )
+        else:  # the tile has no rows for this warp group
+            skip_slices(full, empty, done, steps, STAGES)
+        done += steps
+    tma.store_wait(0)  # before the program ends and its buffers are freed
+
+
+@gluon.jit
+def up_and_activate_fp8(
+    x,  # [R, D] rows, or with TOP_K tokens [T, D], in e4m3
+    row_scales,  # [R or T, D / 128]
+    order,  # [R] slot of each row, or None without TOP_K
+    weight,  # [E, PARTS * F, D] in e4m3
+    weight_scales,  # [E, PARTS * F / 128, D / 128]
+    bias,  # [E, PARTS * F] or None
+    z,  # [R, PARTS * F] in e4m3 or 16 bits, or None
+    z_scales,  # [R, PARTS * F / 128], or None without z in e4m3
+    a_out,  # [R, F] in e4m3
+    a_scales,  # [R, F / 128]
+    tiles,  # tile list, see ``_schedule``
+    dim,  # D
+    ffn_dim,  # F
+    TOP_K: gl.constexpr,
+    FUNCTION: gl.constexpr,
+    PARTS: gl.constexpr,
+    BIAS: gl.constexpr,
+    KEEP_Z: gl.constexpr,
+    KEEP_A: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F], quantized.
+
+    With TOP_K, x and its scales belong to tokens, as in ``_gluon.up_and_activate``.
+    """
+    # Prologue: slices of both operands, output buffers, and barriers in shared memory.
+    a = left_slices(x, weight.dtype, TOP_K, 128, STAGES)
+    b = gl.allocate_shared_memory(weight.dtype, [STAGES] + weight.block_type.shape, weight.layout)
+    a_buffers = gl.allocate_shared_memory(a_out.dtype, [2] + a_out.block_type.shape, a_out.layout)
+    z_buffers = a_buffers
+    if KEEP_Z:
+        z_buffers = gl.allocate_shared_memory(z.dtype, [2 * PARTS] + z.block_type.shape, z.layout)
+    full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
+    empty = barriers(STAGES, 2)  # completed by both warp groups
+    sizes = (dim, ffn_dim)
+    tensors = (
+        (row_scales, order, weight_scales, bias),
+        (z, z_scales, a_out, a_scales),
+        (a, b, full, empty, z_buffers, a_buffers),
+        tiles,
+    )
+    operands = (x, order, weight, a, b, full, empty, tiles)
+
+    # Partitions: warp group 0, warp group 1, loader.
+    gl.warp_specialize(
+        [
+            (
+                _multiply_up,
+                (
+                    tensors,
+                    sizes,
+                    FUNCTION,
+                    PARTS,
+                    BIAS,
+                    KEEP_Z,
+                    KEEP_A,
+                    TOP_K,
+                    0,  # WARPGROUP
+                    PROGRAMS,
+                    STAGES,
+                ),
+            ),
+            (
+                _multiply_up,
+                (
+                    tensors,
+                    sizes,
+                    FUNCTION,
+                    PARTS,
+                    BIAS,
+                    KEEP_Z,
+                    KEEP_A,
+                    TOP_K,
+                    1,  # WARPGROUP
+                    PROGRAMS,
+                    STAGES,
+                ),
+            ),
+            (
+                load_row_tiles,  # B_BY_DEPTH is False
+                (operands, sizes, PARTS, False, TOP_K, 128, 256, PROGRAMS, STAGES),
+            ),
+        ],
+        [4, loading_warps(TOP_K)],
+        registers(TOP_K),
+    )
+
+
+@gluon.jit
+def _multiply_rows(
+    tensors,
+    sizes,
+    BIAS: gl.constexpr,
+    TOP_K: gl.constexpr,
+    WARPGROUP: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):
+    """Compute 64 rows of each tile of `times_weight`: WARPGROUP selects which 64."""
+    operands, out, shared, tiles = tensors
+    row_scales, order, weight_scales, bias = operands
+    a, b, full, empty, buffers = shared
+    depth, width, next_column, next_slice = sizes
+    blocks = width // 128
+    columns = gl.cdiv(width, 256)
+    steps = depth // 128
+    done = 0  # slices consumed by all tiles so far
+    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
+        expert, start, end, n = tile_at(tiles, columns, index, 128)
+        row = start + 64 * WARPGROUP
+        if row < end:
+            # Main loop.
+            exists = 2 * n + 1 < blocks
+            rows, inside = _rows_of_scales(order, row, end, TOP_K)
+            of_expert = weight_scales + expert.to(gl.int64) * blocks * steps
+            first, second = _accumulate(
+                a,
+                b,
+                full,
+                empty,
+                done,
+                steps,
+                row_scales + rows.to(gl.int64) * steps,
+                inside,
+                of_expert + 2 * n * next_column,
+                next_column,
+                next_slice,
+                exists,
+                TOP_K > 0,  # GATHERED
+                WARPGROUP,
+                STAGES,
+            )
+
+            # Epilogue: bias and stores.
+            if BIAS:
+                of_tile = bias + expert.to(gl.int64) * width + n * 256
+                first = _add_bias(first, of_tile, 0, True)
+                second = _add_bias(second, of_tile, 128, exists)
+            for half in gl.static_range(2):
+                # Wait until the store that used this buffer has read it.
+                tma.store_wait(BUFFERS - 1)
+                _store_half(
+                    first if half == 0 else second,
+                    out,
+                    None,
+                    0,
+                    buffers.index(BUFFERS * WARPGROUP + half % BUFFERS),
+                    row,
+                    end,
+                    0,  # part
+                    n * 256 + half * 128,
+                    0,
+                    True,
+                )
+        else:  # the tile has no rows for this warp group
+            skip_slices(full, empty, done, steps, STAGES)
+        done += steps
+    tma.store_wait(0)  # before the program ends and its buffers are freed
+
+
+@gluon.jit
+def times_weight_fp8(
+    left,  # [R, depth] rows, or with TOP_K tokens [T, depth], in e4m3
+    row_scales,  # [R or T, depth / 128]
+    order,  # [R] slot of each row, or None without TOP_K
+    weight,  # [E, width, depth] in e4m3
+    weight_scales,  # [E, width / 128, depth / 128], or transposed
+    bias,  # [E, width] or None
+    out,  # [R, width] in 16 bits
+    tiles,  # tile list, see ``_schedule``
+    depth,
+    width,
+    next_column,  # distance between the scales of two blocks of columns
+    next_slice,  # distance between the scales of two slices
+    TOP_K: gl.constexpr,
+    BIAS: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):
+    """Write out = left @ weight.T + bias, with each expert's weight and bias for its rows."""
+    # Prologue: slices of both operands, output buffers, and barriers in shared memory.
+    a = left_slices(left, weight.dtype, TOP_K, 128, STAGES)
+    b = gl.allocate_shared_memory(weight.dtype, [STAGES] + weight.block_type.shape, weight.layout)
+    buffers = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
+    full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
+    empty = barriers(STAGES, 2)  # completed by both warp groups
+    sizes = (depth, width, next_column, next_slice)
+    shared = (a, b, full, empty, buffers)
+    tensors = ((row_scales, order, weight_scales, bias), out, shared, tiles)
+    operands = (left, order, weight, a, b, full, empty, tiles)
+
+    # Partitions: warp group 0, warp group 1, loader.
+    gl.warp_specialize(
+        [
+            (
+                _multiply_rows,
+                (
+                    tensors,
+                    sizes,
+                    BIAS,
+                    TOP_K,
+                    0,  # WARPGROUP
+                    PROGRAMS,
+                    STAGES,
+                    BUFFERS,
+                ),
+            ),
+            (
+                _multiply_rows,
+                (
+                    tensors,
+                    sizes,
+                    BIAS,
+                    TOP_K,
+                    1,  # WARPGROUP
+                    PROGRAMS,
+                    STAGES,
+                    BUFFERS,
+                ),
+            ),
+            (
+                load_row_tiles,  # PARTS is 1, B_BY_DEPTH is False
+                (operands, (depth, width), 1, False, TOP_K, 128, 256, PROGRAMS, STAGES),
+            ),
+        ],
+        [4, loading_warps(TOP_K)],
+        registers(TOP_K),
+    )

@@ -1,0 +1,170 @@
+"""Launches of the matmuls in FP8 for Hopper GPUs, in Gluon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenyard.activations import is_gated
+from tokenyard.fp8 import BLOCK, DTYPE, Quantized
+from tokenyard.interfaces import Plan
+from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors
+from tokenyard_kernels_triton.kernels import _gluon_fp8
+from tokenyard_kernels_triton.kernels._activations import function_of
+from tokenyard_kernels_triton.launching import launch
+from tokenyard_kernels_triton.ops._gluon_operands import (
+    NARROW,
+    Rows,
+    TokenRows,
+    operand,
+    ragged,
+    stacked,
+)
+from tokenyard_kernels_triton.ops._moves import to_rows
+from tokenyard_kernels_triton.ops._quantize import QuantizedWeights, quantized_shapes
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+from tokenyard_kernels_triton.ops._save import Save
+
+ROWS = 128  # of a tile
+COLUMNS = 256  # of a tile
+_BOX = (64, BLOCK)  # of a left operand and of a result
+_GROUP = 16  # row tiles that use a column tile of the weights while it is in cache
+_REGISTERS = 168  # of a thread at launch, as in ``ops._gluon``
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Rows [R, W] in float8 sorted by expert, and scales of the rows, or of the tokens."""
+
+    values: Rows
+    scales: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """The rows' device."""
+        return self.scales.device
+
+
+def rows_of(tokens: Quantized, plan: Plan, ffn_dim: int) -> QuantizedRows:
+    """Return the rows of tokens [T, D] as an operand.
+
+    They are copied, or gathered by the matmul if the experts are narrow.
+    """
+    values, scales = tokens
+    if ffn_dim <= NARROW:
+        return QuantizedRows(TokenRows(values, plan.order, plan.top_k), scales)
+    copied = to_rows(values.view(torch.uint8), plan)
+    return QuantizedRows(copied.view(DTYPE), to_rows(scales, plan))
+
+
+def sorted_rows(rows: Quantized) -> QuantizedRows:
+    """Return rows [R, W] that are sorted by expert as an operand."""
+    return QuantizedRows(*rows)
+
+
+def up_and_activate(
+    x: QuantizedRows,
+    up: QuantizedWeights,
+    bias: Tensor | None,
+    row_tiles: RowTiles,
+    activation: str,
+    save: Save,
+    dtype: torch.dtype,
+    keep_a: bool = True,
+) -> tuple[tuple[Tensor, Tensor], Quantized]:
+    """Return what is saved of z [R, 2F or F], and a [R, F]; a is undefined unless it is kept.
+
+    The first is z in float8 as bytes and its scales, or z in `dtype` and an empty tensor.
+    """
+    assert up.values is not None
+    parts = 2 if is_gated(activation) else 1
+    _, width, dim = up.values.shape
+    ffn_dim = width // parts
+    z, z_scales = _empty_z(x, row_tiles.rows if save != "recompute" else 0, width, save, dtype)
+    # The kernel always needs a descriptor of `a`, and a descriptor needs a row.
+    a_bytes, a_scales = quantized_shapes(x.scales, row_tiles.rows if keep_a else 1, ffn_dim)
+    a = Quantized(a_bytes.view(DTYPE), a_scales)
+    left, order, top_k = operand(x.values, _BOX)
+    tiles = row_tiles.bound(ROWS) * ceil_div(ffn_dim, COLUMNS // parts)
+    target = z.view(DTYPE) if save == "fp8" else z
+    launch(_gluon_fp8.up_and_activate_fp8, persistent_grid(x.device, tiles))(
+        left,
+        x.scales,
+        order,
+        stacked(up.values, parts, (COLUMNS // parts, BLOCK)),
+        up.scales,
+        bias,
+        ragged(target, parts, _BOX) if len(z) else None,
+        z_scales if save == "fp8" else None,
+        ragged(a.values, 1, _BOX),
+        a.scales,
+        row_tiles.tile_list(ROWS, _GROUP),
+        dim,
+        ffn_dim,
+        TOP_K=top_k,
+        FUNCTION=function_of(activation),
+        PARTS=parts,
+        BIAS=bias is not None,
+        KEEP_Z=len(z) > 0,
+        KEEP_A=keep_a,
+        **_options(x.device, stages=3),
+    )
+    return (z, z_scales), a
+
+
+def times_weight(
+    rows: QuantizedRows,
+    weight: QuantizedWeights,
+    bias: Tensor | None,
+    row_tiles: RowTiles,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return rows [R, M] @ weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N].
+
+    The weight's layout with M last must exist.
+    """
+    values = weight.values if transposed else weight.transposed
+    assert values is not None
+    width, depth = values.shape[1:]
+    next_column, next_slice = weight.scales.stride()[1:]
+    if not transposed:
+        next_column, next_slice = next_slice, next_column
+    out = weight.scales.new_empty(row_tiles.rows, width, dtype=dtype)
+    left, order, top_k = operand(rows.values, _BOX)
+    tiles = row_tiles.bound(ROWS) * ceil_div(width, COLUMNS)
+    launch(_gluon_fp8.times_weight_fp8, persistent_grid(rows.device, tiles))(
+        left,
+        rows.scales,
+        order,
+        stacked(values, 1, (COLUMNS, BLOCK)),
+        weight.scales,
+        bias,
+        ragged(out, 1, _BOX),
+        row_tiles.tile_list(ROWS, _GROUP),
+        depth,
+        width,
+        next_column,
+        next_slice,
+        TOP_K=top_k,
+        BIAS=bias is not None,
+        BUFFERS=1,
+        **_options(rows.device, stages=4),
+    )
+    return out
+
+
+def _options(device: torch.device, stages: int) -> dict[str, Any]:
+    launch_options = {"num_warps": 4, "maxnreg": _REGISTERS}
+    return {"PROGRAMS": processors(device), "STAGES": stages} | launch_options
+
+
+def _empty_z(
+    x: QuantizedRows, rows: int, width: int, save: Save, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if save == "fp8":
+        return quantized_shapes(x.scales, rows, width)
+    return x.scales.new_empty(rows, width, dtype=dtype), x.scales.new_empty(0, dtype=dtype)

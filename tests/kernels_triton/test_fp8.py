@@ -1,0 +1,186 @@
+"""The experts of `precision: fp8`; on a CPU with plain torch code in place of the matmuls."""
+
+import pytest
+import torch
+
+from tokenyard import Backend, ConfigError, Registry, Workload, hookimpl
+from tokenyard.fp8 import quantize_rows, quantize_weights
+from tokenyard.registry import Plugin
+from tokenyard.testing import Fp8ExpertsConformance
+from tokenyard_kernels_triton import _plugin
+from tokenyard_kernels_triton.experts import GluonExperts
+from tokenyard_kernels_triton.ops import _fp8_weights, _quantize
+
+from . import fp8_stand_ins
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    _fp8_weights.drop_weights()
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Offer:
+    @staticmethod
+    @hookimpl
+    def tokenyard_experts():
+        path = "tokenyard_kernels_triton.experts:GluonExperts"
+        return [Backend("stand-in", path, unusable=_plugin.no_triton)]
+
+
+class StandIn(Fp8ExpertsConformance):
+    """The kit, with stand-ins for the matmuls. It takes minutes, so only some tests are called."""
+
+    backend = "stand-in"
+    device = "cpu"
+    tile = 32
+
+    def __init__(self, save="fp8"):
+        self.options = {"precision": "fp8", "save": save}
+
+    def registry(self):
+        return Registry([Plugin(Offer, "stand-in", "1.0")])
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    fp8_stand_ins.install(monkeypatch)
+
+
+def record(name, value):
+    """Replace pytest's record_property."""
+
+
+needs_a_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the whole kit")
+
+
+@needs_a_cpu
+@pytest.mark.parametrize(
+    ("save", "dtype", "activation", "bias"),
+    [
+        ("fp8", torch.bfloat16, "swiglu", False),
+        ("pre_activation", torch.bfloat16, "swiglu(limit=2.5)", False),
+        ("recompute", torch.float16, "gelu", True),
+    ],
+)
+def test_the_layer_is_near_the_emulated_one(stand_ins, save, dtype, activation, bias):
+    StandIn(save).test_matches_oracle(dtype, activation, bias, record)
+
+
+@needs_a_cpu
+def test_dropped_slots_are_not_read(stand_ins):
+    StandIn().test_static_rows_bound(record)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tokens_are_quantized_by_the_recipe(dtype):
+    tokens = torch.randn(37, 384, device=DEVICE).to(dtype)
+    tokens[3, 200] = float("nan")
+    tokens[4, 200] = float("inf")
+    tokens[5] = 0
+    _same(_quantize.quantize_tokens(tokens), quantize_rows(tokens))
+
+
+def test_weights_are_quantized_by_the_recipe_in_both_layouts():
+    weights = torch.randn(2, 256, 384, device=DEVICE, dtype=torch.bfloat16)
+    weights[1, :128] *= 1000
+    got = _quantize.quantize_weights(weights, forward=True, backward=True)
+    want = quantize_weights(weights)
+    _same((got.values, got.scales), want)
+    assert torch.equal(got.transposed.float(), got.values.float().mT)
+    only = _quantize.quantize_weights(weights, forward=False, backward=True)
+    assert only.values is None
+    assert torch.equal(only.transposed.float(), got.transposed.float())
+
+
+def _same(got, want):
+    """Compare values and scales. The interpreter cuts numbers of e4m3 below 2^-6, on a CPU."""
+    torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=0, equal_nan=True)
+    values, expected = got[0].float(), want[0].float()
+    assert torch.equal(values.isnan(), expected.isnan())
+    difference = (values - expected).nan_to_num()
+    assert difference.norm() < 1e-3 * expected.nan_to_num().norm()
+
+
+def weight():
+    return torch.nn.Parameter(torch.randn(1, 128, 128, device=DEVICE, dtype=torch.bfloat16))
+
+
+def test_weights_are_quantized_again_when_they_change():
+    one, other = weight(), weight()
+    kept = _fp8_weights.kept_weights(one)
+    assert _fp8_weights.kept_weights(other) is not kept
+    assert _fp8_weights.kept_weights(one) is kept
+    with torch.no_grad():
+        one.mul_(2)
+    again = _fp8_weights.kept_weights(one)
+    assert torch.equal(again.scales, 2 * kept.scales)
+    assert _fp8_weights.kept_weights(one) is again
+
+
+def test_a_step_of_an_optimizer_drops_all():
+    """Even if it writes by addresses, or through `data`, without a new version."""
+    one = weight()
+    kept = _fp8_weights.kept_weights(one)
+    optimizer = torch.optim.SGD([one])
+    one.data.mul_(2)
+    assert _fp8_weights.kept_weights(one) is kept
+    optimizer.step()
+    assert torch.equal(_fp8_weights.kept_weights(one).scales, 2 * kept.scales)
+
+
+def test_a_new_weight_in_the_memory_of_a_freed_one_is_quantized():
+    """Casts under autocast make such weights: same address, same version, other numbers."""
+    for _ in range(5):
+        one = weight().detach()
+        got = _fp8_weights.kept_weights(one)
+        assert torch.equal(got.scales, quantize_weights(one).scales)
+        del one
+    assert len(_fp8_weights._entries) <= 2  # the others are dropped
+
+
+def test_tensors_without_a_version_are_not_kept():
+    with torch.inference_mode():
+        assert _fp8_weights.kept_weights(torch.randn(1, 128, 128, device=DEVICE)) is None
+
+
+def test_options_are_checked():
+    workload = Workload(256, 128, 4, 2, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"experts\.precision is 'fp4'; known is: fp8"):
+        GluonExperts(workload, None, precision="fp4")
+    with pytest.raises(ConfigError, match=r"'gluon' is unusable here: .* ffn_dim is 136"):
+        GluonExperts(Workload(256, 136, 4, 2), None, precision="fp8")
+    assert GluonExperts(workload, None).save == "pre_activation"
+    assert GluonExperts(workload, None, precision="fp8").save == "fp8"
+    assert GluonExperts(workload, None, "recompute", "fp8").save == "recompute"
+
+
+def test_adapters_are_refused():
+    kernel = GluonExperts(Workload(256, 128, 4, 2), None, precision="fp8")
+    with pytest.raises(ConfigError, match="precision is fp8, and experts with adapters have none"):
+        kernel.with_adapter(None, None, None, None, None)
+
+
+@pytest.mark.gpu
+class TestGluonExpertsInFp8(Fp8ExpertsConformance):
+    backend = "gluon"
+    tile = 128
+
+
+@pytest.mark.gpu
+class TestGluonExpertsInFp8ThatSaveThePreActivation(Fp8ExpertsConformance):
+    backend = "gluon"
+    options = {"precision": "fp8", "save": "pre_activation"}
+    tile = 128
+    dim = 640
+    ffn_dim = 384
+
+
+@pytest.mark.gpu
+class TestWideGluonExpertsInFp8ThatRecompute(Fp8ExpertsConformance):
+    backend = "gluon"
+    options = {"precision": "fp8", "save": "recompute"}
+    tile = 128
+    ffn_dim = 1408
