@@ -90,7 +90,7 @@ def usage(kernel):
     }
 
 
-def layer(kernels, shape, dtype, activation, bias, save):
+def layer(kernels, shape, dtype, activation, bias, save, **options):
     """Run one forward and backward pass of a layer."""
     from tokenyard_kernels_triton import experts as backends
     from tokenyard_kernels_triton.permutation import TritonPermutation
@@ -103,7 +103,7 @@ def layer(kernels, shape, dtype, activation, bias, save):
     workload = Workload(
         dim, ffn_dim, experts, top_k, activation, bias=bias, dtype=dtype, router=rule
     )
-    kernel = getattr(backends, kernels)(workload, None, save=save)
+    kernel = getattr(backends, kernels)(workload, None, save=save, **options)
     ids = torch.zeros(tokens, top_k, dtype=torch.int32)
     plan = TritonPermutation(workload).plan(ids, experts)
     rows = up_rows(activation, ffn_dim)
@@ -181,7 +181,7 @@ BLOCK_SPARSE = tuple(
 )
 
 
-def not_prepared():
+def not_prepared(**options):
     """Return the names of kernels that a layer launches and `prepare` does not compile."""
     from tokenyard_kernels_triton.experts import GluonExperts
     from tokenyard_kernels_triton.permutation import TritonPermutation
@@ -196,10 +196,11 @@ def not_prepared():
     launched = []
     with compiling(ahead):
         router = TritonRouter(workload).bfloat16()
-        for part in (GluonExperts(workload, None), router, TritonPermutation(workload)):
+        for part in (GluonExperts(workload, None, **options), router, TritonPermutation(workload)):
             part.prepare(tokens)
     with compiling(launched):
-        layer("GluonExperts", SHAPES["narrow"], torch.bfloat16, "swiglu", False, "pre_activation")
+        case = (SHAPES["narrow"], torch.bfloat16, "swiglu", False)
+        layer("GluonExperts", *case, options.get("precision", "pre_activation"), **options)
     hashes = {
         (kernel.result() if hasattr(kernel, "result") else kernel).hash for _, kernel in ahead
     }
@@ -225,6 +226,13 @@ CASES = (
     ("GluonExperts", "one token", torch.bfloat16, "swiglu", False, "pre_activation"),
 )
 
+IN_FP8 = (
+    ("narrow", torch.bfloat16, "swiglu", False, "fp8"),
+    ("wide", torch.bfloat16, "swiglu", False, "fp8"),
+    ("wide", torch.bfloat16, swiglu(1.702, 7, 1), True, "pre_activation"),
+    ("narrow", torch.float16, "gelu_tanh", True, "recompute"),
+)
+
 ADAPTED = (
     ("GluonExperts", "narrow", torch.bfloat16, "swiglu", 16, False),
     ("GluonExperts", "narrow", torch.float16, "gelu", 128, False),
@@ -238,9 +246,10 @@ def main():
     import tokenyard_kernels_triton._device as device
     import tokenyard_kernels_triton.gluon_tiling as tiling
     import tokenyard_kernels_triton.ops._gluon as gluon
+    import tokenyard_kernels_triton.ops._gluon_fp8 as gluon_fp8
     import tokenyard_kernels_triton.ops._portable as portable
 
-    for module in (device, gluon, portable):
+    for module in (device, gluon, gluon_fp8, portable):
         module.processors = functools.cache(lambda device: 132)
     seen = set()
     gpu_key = tiling.gpu_key
@@ -251,6 +260,20 @@ def main():
             layer(kernels, SHAPES[name], dtype, activation, bias, save)
         case = {
             "kernels": kernels,
+            "case": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "activation": activation,
+        }
+        for kernel_name, kernel in compiled:
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                print(json.dumps(case | {"kernel": kernel_name} | usage(kernel)), flush=True)
+    for name, dtype, activation, bias, save in IN_FP8:
+        compiled = []
+        with compiling(compiled):
+            layer("GluonExperts", SHAPES[name], dtype, activation, bias, save, precision="fp8")
+        case = {
+            "kernels": "GluonExperts in FP8",
             "case": name,
             "dtype": str(dtype).removeprefix("torch."),
             "activation": activation,
@@ -286,7 +309,8 @@ def main():
         for kernel_name, kernel in compiled:
             print(json.dumps(case | {"kernel": kernel_name} | usage(kernel)), flush=True)
     tiling.gpu_key = gpu_key
-    print(json.dumps({"not prepared": not_prepared()}), flush=True)
+    ahead = not_prepared() + not_prepared(precision="fp8")
+    print(json.dumps({"not prepared": ahead}), flush=True)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,21 @@ def test_gluon_matmuls_use_tma(records):
     assert all(r["tma"] and r["shared"] <= 232448 for r in matmuls)
 
 
+def test_fp8_matmuls_add_slices_of_128_apart(records):
+    """They multiply e4m3, half a tile an instruction: m64n128k32, and 16 bits in weight gradients.
+
+    A gathered operand is copied 16 bytes at a time, as in 16 bits.
+    """
+    compiled = of(records, kernels="GluonExperts in FP8")
+    names = ("up_and_activate_fp8", "times_weight_fp8")
+    matmuls = [r for r in compiled if r["kernel"] in names]
+    assert {r["kernel"] for r in compiled} >= {*names, "quantize_weights", "differentiate"}
+    assert {tuple(r["wgmma"]) for r in matmuls} == {("m64n128k32",)}
+    assert all(r["tma"] and r["shared"] <= 232448 for r in matmuls)
+    assert {r["kernel"] for r in matmuls if r["gathers"]} == set(names)
+    assert {r["case"] for r in matmuls if r["gathers"]} == {"narrow"}
+
+
 def test_narrow_experts_gather_their_rows(records):
     """Matmuls over tokens use asynchronous copies of 16 bytes; wide experts copy rows first."""
     matmuls = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in MATMULS]

@@ -69,6 +69,15 @@ def test_steps_follow_the_formula(weight, gradient):
         assert relative_error(tensors.weight, p) < 2 * torch.finfo(weight).eps
 
 
+def test_a_step_gives_weights_a_new_version():
+    """The kernel writes by addresses, and copies of weights are made again for a new version."""
+    optimizer, _ = build(torch.bfloat16)
+    versions = [tensors.weight._version for tensors in optimizer.parameters]
+    gradients = [torch.randn(size, device=DEVICE) for size in SIZES]
+    optimizer.step(gradients, torch.tensor(1.0, device=DEVICE), settings())
+    assert all(t.weight._version > old for t, old in zip(optimizer.parameters, versions))
+
+
 def test_addresses_that_are_not_aligned():
     from tokenyard_kernels_triton.optimizer import AdamWTensors, FusedAdamW
 

@@ -126,8 +126,8 @@ class Fp8ExpertsConformance(ExpertsConformance):
 
     def _wide_case(self, dim: int, ffn_dim: int, tokens: int, **changes: Any) -> Case:
         """Return a case of one expert with other widths than the class."""
-        sizes = {"dim": dim, "ffn_dim": ffn_dim, "num_experts": 1, "top_k": 1}
-        workload = Workload(**sizes, device=self.run_device(), dtype=torch.bfloat16, **changes)
+        device = self.run_device()
+        workload = Workload(dim, ffn_dim, 1, 1, device=device, dtype=torch.bfloat16, **changes)
         ids = torch.zeros(tokens, 1, dtype=torch.int32)
         return make_case(self._narrowed(workload), ids)
 
