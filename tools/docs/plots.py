@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MultipleLocator
+from speedups import speedups
 
 from tokenyard_bench.plot import efficiency_bars
 from tokenyard_cli.figures import (
@@ -30,7 +32,7 @@ _COLOURS = {
     "gluon": BLUE,
     "gluon, save: fp8": "#8f6bb3",
 }
-_GOAL = 0.85  # as a share of a copy's bandwidth
+_WIDTH = 5.5  # inches: text of 9 points is readable on a phone
 _LARGEST_LOSS = 4.0  # nats per byte; the first steps are above it and are cut off
 
 
@@ -52,10 +54,10 @@ def moves(content: dict[str, Any], path: Path) -> None:
     """Draw the bandwidth of the permutation as a share of a copy's bandwidth, per shape."""
     records = [r for r in content["records"] if r["note"] is None and "permute" in r["work"]]
     shapes = list(dict.fromkeys(_title(r["shape"]) for r in records))
-    figure = make_figure(8.5, 0.9 + 2.2 * len(shapes))
+    figure = make_figure(_WIDTH, 0.9 + 2.7 * len(shapes))
     grid = figure.add_gridspec(len(shapes), 1)
     for cell, shape in zip(grid, shapes):
-        axes = make_axes(figure, cell, shape, "", "a copy's bandwidth")
+        axes = make_axes(figure, cell, shape, "share of a copy's bandwidth: higher is better", "")
         _bars(axes, [r for r in records if _title(r["shape"]) == shape])
     figure.suptitle(
         f"Moving rows: {content['machine']['device']}",
@@ -65,7 +67,7 @@ def moves(content: dict[str, Any], path: Path) -> None:
         fontweight="bold",
     )
     figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
     )
     save_figure(figure, path)
 
@@ -75,16 +77,15 @@ def _bars(axes: Axes, records: Sequence[dict[str, Any]]) -> None:
     backends = list(dict.fromkeys(r["backend"] for r in records))
     for i, backend in enumerate(sorted(backends, key=list(_COLOURS).index)):
         shares = {r["work"]: r["bandwidth"] for r in records if r["backend"] == backend}
-        x = np.arange(len(works)) + (i - (len(backends) - 1) / 2) * 0.28
-        heights = [shares[work] for work in works]
-        bars = axes.bar(x, heights, 0.26, label=backend, color=_COLOURS[backend])
-        axes.bar_label(bars, fmt="%.2f", fontsize=6.5, padding=1)
-    axes.set_xticks(range(len(works)), works)
-    axes.grid(visible=False, axis="x")
-    axes.axhline(
-        _GOAL, color=GREY, linewidth=1, linestyle=(0, (5, 3)), zorder=0.9, label=f"goal, {_GOAL}"
-    )
-    axes.set_ylim(0, 1.12)
+        y = np.arange(len(works)) + (i - (len(backends) - 1) / 2) * 0.28
+        widths = [shares[work] for work in works]
+        bars = axes.barh(y, widths, 0.26, label=backend, color=_COLOURS[backend])
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2, color=INK)
+    axes.set_yticks(range(len(works)), [work.replace(" ", "\n") for work in works])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_locator(MultipleLocator(0.25))
+    axes.set_xlim(0, 1.12)
 
 
 def _title(shape: dict[str, Any]) -> str:
@@ -93,11 +94,11 @@ def _title(shape: dict[str, Any]) -> str:
 
 def training(content: dict[str, Any], path: Path) -> None:
     """Draw the loss per experts backend and seed, and its difference from torch's."""
-    figure = make_figure(10, 3.8)
-    grid = figure.add_gridspec(1, 2)
-    curves = make_axes(figure, grid[0], "Training loss", "step", "nats a byte")
-    title = "Difference from torch's of the same seed"
-    differences = make_axes(figure, grid[1], title, "step", "nats a byte")
+    figure = make_figure(_WIDTH, 6.4)
+    grid = figure.add_gridspec(2, 1)
+    curves = make_axes(figure, grid[0], "Training loss", "step", "nats per byte")
+    title = "Difference from torch, same seed"
+    differences = make_axes(figure, grid[1], title, "step", "nats per byte")
     for experts, seeds in content["runs"].items():
         for i, (seed, run) in enumerate(seeds.items()):
             style = {"color": _COLOURS[experts], "linewidth": 1, "label": None if i else experts}
@@ -108,7 +109,7 @@ def training(content: dict[str, Any], path: Path) -> None:
     curves.set_ylim(top=_LARGEST_LOSS)
     differences.axhline(0, color=GREY, linewidth=1, zorder=1)
     figure.legend(
-        *curves.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+        *curves.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
     )
     save_figure(figure, path)
 
@@ -118,7 +119,7 @@ PICTURES: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "h100/routing.png": moves,
     "h200/layer-gluon.png": layers,
     "h200/layer-natural.png": layers,
-    "h200/layer-zipf.png": layers,
+    "h200/layer-peers.svg": speedups,
     "h200/train-dbrx.png": training,
 }
 
