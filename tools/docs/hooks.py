@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,21 @@ _PAGES = {
 """The page that shows a file or folder of the repository."""
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace every fill comment of a page (an mkdocs hook)."""
-    return _FILL.sub(lambda match: _FILLS[match[1]](*filter(None, match.groups()[1:])), markdown)
+def on_config(config: Any) -> None:
+    """Take the version and the licence for the header from pyproject.toml (an mkdocs hook)."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    config.extra |= {"version": project["version"], "license": project["license"]}
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Replace every fill comment of a page (an mkdocs hook).
+
+    A page that is a file of the repository has its title in the menu as its heading.
+    """
+    filled = _FILL.sub(lambda match: _FILLS[match[1]](*filter(None, match.groups()[1:])), markdown)
+    if _FILL.match(markdown) and page.title:
+        return re.sub(r"\A# .*", f"# {page.title}", filled)
+    return filled
 
 
 def _file(name: str) -> str:
@@ -59,8 +72,12 @@ def _page_link(text: str, link: str, path: Path) -> str:
 
 
 def _drawing(name: str) -> str:
-    """Return an SVG as inline markup, so that it inherits the page's colours."""
-    return re.sub(r"\s*\n\s*", " ", (ROOT / name).read_text(encoding="utf-8"))
+    """Return an SVG as inline markup, so that it inherits the page's colours.
+
+    Its style sheet has the colours of a file shown alone, as on GitHub, and is left out.
+    """
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.sub(r"\s*\n\s*", " ", re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL))
 
 
 def _changelogs() -> str:
