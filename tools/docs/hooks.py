@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from config_reference import model_reference, training_reference
 
 ROOT = Path(__file__).parents[2]
-# The line "See ..." after a fill is for readers on GitHub. The site drops it.
-_FILL = re.compile(r"^<!-- fill: (\S+)(?: (\S+))? -->(?:\nSee .*)?$", re.MULTILINE)
+# The line "See ..." or the picture after a fill is for readers on GitHub. The site drops it.
+_FILL = re.compile(r"^<!-- fill: (\S+)(?: (\S+))? -->(?:\n(?:See |!\[).*)?$", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)")
 _PAGES = {
     "README.md": "index.md",
@@ -27,13 +27,9 @@ _PAGES = {
     "packages/parallel": "parallel.md",
     "packages/models": "models.md",
     "packages/train": "train.md",
-    "docs/block-sparse.md": "block-sparse.md",
-    "docs/routing.md": "routing.md",
-    "docs/data.md": "data.md",
     "docs/benchmarks": "benchmarks/README.md",
-    "docs/benchmarks/README.md": "benchmarks/README.md",
 }
-"""The page that shows a file or folder of the repository."""
+"""The page that shows a file or folder of the repository outside docs/."""
 
 
 def on_config(config: Any) -> None:
@@ -66,9 +62,13 @@ def _file(name: str) -> str:
 def _page_link(text: str, link: str, path: Path) -> str:
     target, _, anchor = link.partition("#")
     file = (path.parent / target).resolve().relative_to(ROOT).as_posix()
-    if file not in _PAGES:
+    if file.startswith("docs/") and file.endswith(".md"):
+        page = file.removeprefix("docs/")
+    elif file in _PAGES:
+        page = _PAGES[file]
+    else:
         return text
-    return f"[{text}]({_PAGES[file]}{'#' + anchor if anchor else ''})"
+    return f"[{text}]({page}{'#' + anchor if anchor else ''})"
 
 
 def _drawing(name: str) -> str:
