@@ -24,9 +24,14 @@ CONFIG = {
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
 
 
+def joined(text):
+    """Return the lines of a text. A command that continues after a backslash is one line."""
+    return text.replace("\\\n", "").splitlines()
+
+
 def lines(block):
-    """Return the commands of a console block without their output."""
-    return [line.removeprefix("$ ") for line in block.text.splitlines() if line.startswith("$ ")]
+    """Return the commands of a console block without prompt and output."""
+    return [line.removeprefix("$ ") for line in joined(block.text) if line.startswith("$ ")]
 
 
 def run(line, monkeypatch):

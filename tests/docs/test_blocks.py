@@ -30,6 +30,18 @@ def with_blocks(language):
     return [page for page in PAGES if any(b.language == language for b in blocks(page))]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_lines_are_short(page):
+    """A line of code has at most 75 characters. What a program prints may be longer."""
+    assert not [
+        f"{block.line + i}: {line}"
+        for block in blocks(page)
+        if block.language != "text"
+        for i, line in enumerate(block.text.splitlines())
+        if len(line) > 75
+    ]
+
+
 @pytest.mark.parametrize(
     "page", [page for page in with_blocks("python") if page not in (PLUGIN, FINE_TUNE)], ids=named
 )
@@ -46,10 +58,9 @@ def commands(page):
     """Yield the words of each command in a page's console blocks."""
     for block in blocks(page):
         if block.language == "console":
-            for line in block.text.splitlines():
-                if line.startswith("$ "):
-                    for part in line.removeprefix("$ ").split("&&"):
-                        yield shlex.split(part, comments=True)
+            for line in lines(block):
+                for part in line.split("&&"):
+                    yield shlex.split(part, comments=True)
 
 
 @pytest.mark.parametrize("page", with_blocks("console"), ids=named)

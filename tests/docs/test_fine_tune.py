@@ -2,7 +2,7 @@
 
 import pytest
 from blocks import ROOT, blocks
-from shell import lines, run
+from shell import joined, lines, run
 
 pytest.importorskip("jinja2")
 pytest.importorskip("tokenizers")
@@ -35,7 +35,7 @@ def run_block(folder, monkeypatch, capsys):
             capsys.readouterr()
             for line in lines(block):
                 run(line, monkeypatch)
-            shown = [line for line in block.text.splitlines() if not line.startswith("$ ")]
+            shown = [line for line in joined(block.text) if not line.startswith("$ ")]
             if shown:
                 assert capsys.readouterr().out.splitlines() == shown
         return block.language == "console" and "--chat" in block.text

@@ -1,13 +1,12 @@
 """Every command of the site and the READMEs runs, or the page has a reason not to run it."""
 
 import json
-import re
 import shutil
 
 import pytest
 import yaml
 from blocks import PAGES, ROOT, blocks, named
-from shell import CONFIG, lines, run
+from shell import CONFIG, joined, lines, run
 
 PLUGIN = ROOT / "docs" / "plugin.md"  # test_blocks.py runs its commands
 FINE_TUNE = ROOT / "docs" / "fine-tune.md"  # test_fine_tune.py runs its blocks in order
@@ -77,7 +76,8 @@ def test_commands_are_in_console_blocks(page):
     page_blocks = blocks(page)
     consoles = [lines(block) for block in page_blocks if block.language == "console"]
     assert all(consoles)
-    prompts = re.findall(r"^\s*\$ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    text = joined(page.read_text(encoding="utf-8"))
+    prompts = [line.strip().removeprefix("$ ") for line in text if line.strip().startswith("$ ")]
     assert prompts == [line for console in consoles for line in console]
     shells = ("bash", "sh", "shell", "zsh")
     assert not [block.line for block in page_blocks if block.language in shells]
