@@ -1,5 +1,7 @@
-"""In a browser, pages load without an error and search finds a key."""
+"""In a browser, pages load, nothing is cut off, commands are copied and dark mode is dark."""
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -8,7 +10,11 @@ import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
+from blocks import PAGES, blocks
+from PIL import Image
+from shell import joined, lines
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -36,6 +42,30 @@ SEARCH = """
 """
 
 
+MEASURE = """
+<pre id="found"></pre>
+<script>
+  const results = {scrolling: [], copied: []};
+  function measure(frame) {
+    const page = frame.contentDocument;
+    for (const box of page.querySelectorAll("pre > code, .md-typeset__scrollwrap"))
+      if (box.scrollWidth > box.clientWidth)
+        results.scrolling.push(frame.src + ": " + box.innerText.slice(0, 60));
+    page.execCommand = () => {
+      results.copied.push(page.querySelector("body > textarea").value);
+      return true;
+    };
+    for (const button of page.querySelectorAll(".language-console button"))
+      button.click();
+  }
+  addEventListener("load", () => setTimeout(() => {
+    document.querySelectorAll("iframe").forEach(measure);
+    found.textContent = JSON.stringify(results);
+  }, 1000));
+</script>
+"""
+
+
 class Handler(SimpleHTTPRequestHandler):
     def do_GET(self):
         if not self.path.startswith("/wait"):
@@ -56,28 +86,73 @@ def address(site):
     server.shutdown()
 
 
-def opened(url):
+def opened(url, *options):
     """Return the DOM of a page after loading, and the lines of its console."""
-    options = [
+    command = [
+        CHROMIUM,
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
         "--enable-logging=stderr",
         "--virtual-time-budget=20000",
+        *(options or ["--dump-dom"]),
+        url,
     ]
-    command = [CHROMIUM, *options, "--dump-dom", url]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
-def test_every_page_loads_without_an_error(site, address):
-    """One page loads all others in frames."""
+@pytest.fixture(scope="module")
+def everything(site, address):
+    """One page that loads all others in frames of a laptop's width: its DOM and its console."""
     pages = [page.relative_to(site).as_posix() for page in site.rglob("index.html")]
     assert len(pages) > 15
-    (site / "all.html").write_text("".join(f'<iframe src="/{page}"></iframe>' for page in pages))
+    frames = [f'<iframe src="/{page}" width="1440" height="900"></iframe>' for page in pages]
+    (site / "all.html").write_text("".join(frames) + MEASURE)
     dom, messages = opened(f"{address}/all.html")
     assert dom.count("<iframe") == len(pages)
-    assert messages == []
+    return dom, messages
+
+
+@pytest.fixture(scope="module")
+def measured(everything):
+    return json.loads(html.unescape(found(everything[0])))
+
+
+def found(dom):
+    return dom.partition('id="found">')[2].partition("</pre>")[0]
+
+
+def test_every_page_loads_without_an_error(everything):
+    assert everything[1] == []
+
+
+def test_no_block_and_no_table_scrolls_sideways(measured):
+    assert measured["scrolling"] == []
+
+
+def test_the_button_copies_commands_without_prompt_and_output(measured):
+    """test_shell.py runs these commands."""
+    commands = {tuple(lines(block)) for page in PAGES for block in blocks(page)}
+    copied = [tuple(joined(text)) for text in measured["copied"]]
+    assert len(copied) > 40
+    assert set(copied) <= commands
+
+
+@pytest.mark.parametrize(("scheme", "light"), [(0, False), (1, True)], ids=["dark", "light"])
+def test_plots_follow_the_scheme(site, address, tmp_path, scheme, light):
+    """Less than 1 % of a page with plots is white in dark mode."""
+    assert (site / "benchmarks" / "h200" / "layer-gluon.png").is_file()
+    picture = tmp_path / "page.png"
+    opened(
+        f"{address}/benchmarks/h200/",
+        f"--screenshot={picture}",
+        "--window-size=1000,4000",
+        f"--blink-settings=preferredColorScheme={scheme}",
+    )
+    with Image.open(picture) as image:
+        white = (np.asarray(image.convert("L")) > 250).mean()
+    assert white > 0.5 if light else white < 0.01
 
 
 def test_errors_of_a_page_are_returned(site, address):
@@ -88,7 +163,6 @@ def test_errors_of_a_page_are_returned(site, address):
 def test_search_finds_a_key(site, address):
     (site / "search.html").write_text(SEARCH)
     dom, messages = opened(f"{address}/search.html")
-    results = dom.partition('id="found">')[2].partition("</pre>")[0]
-    assert re.search(r"[1-9]\d* matching documents", results)
-    assert "Keys of models" in results
+    assert re.search(r"[1-9]\d* matching documents", found(dom))
+    assert "Model keys" in found(dom)
     assert messages == []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tomllib
 import zlib
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 pytest.importorskip("mkdocs")
 
 import config_reference
+from blocks import ROOT
 
 import tokenyard
 import tokenyard_models
@@ -58,6 +60,34 @@ def test_every_key_is_in_the_reference(site):
     page = (site / "configuration" / "index.html").read_text()
     for key in config_reference.keys(TrainConfig, ""):
         assert f"<code>{key.rpartition('.')[2]}</code>" in page, key
+
+
+def test_titles_are_those_of_the_menu(site):
+    """The heading of a page is its name in the menu, which is the title of its tab."""
+    for page in site.rglob("index.html"):
+        text = page.read_text()
+        title = re.search(r"<title>(.*?)(?: - tokenyard)?</title>", text)[1]
+        heading = re.search(r"<h1[^>]*>(.*?)<", text)[1]
+        assert heading == title, page
+
+
+def test_the_header_has_version_and_licence(site):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    release = f"v{project['version']} · {project['license']}"
+    for page in site.rglob("index.html"):
+        assert release in page.read_text(), page
+
+
+def test_social_cards_show_a_picture(site):
+    page = (site / "quickstart" / "index.html").read_text()
+    image = re.search(r'property="og:image" content="([^"]+)"', page)[1]
+    assert (site / "quickstart" / image).resolve().is_file()
+
+
+def test_patterns_in_the_reference_keep_their_asterisks(site):
+    page = (site / "configuration" / "index.html").read_text()
+    for pattern in ("blocks.*.ffn.experts.*", "attention.*", "*norm*"):
+        assert f"<code>{pattern}</code>" in page, pattern
 
 
 def test_every_key_has_a_meaning():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import re
 import textwrap
 import tokenize
 import types
@@ -22,6 +23,9 @@ from tokenyard import default_registry
 from tokenyard_models.strict_config import Strict
 from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
+
+_PATTERN = re.compile(r"(`[^`]*`)|([\w.*]*\w\.\*(?:[\w.*]*[\w*])?|\*\w[\w.*]*)")
+"""Code, or a name pattern with asterisks."""
 
 
 def training_reference() -> str:
@@ -69,7 +73,9 @@ def _section(section: type[Strict], prefix: str, level: int, titled: bool = True
     if titled and prefix:
         yield from (f"{'#' * level} {_title(section, prefix)}", "")
     yield from (
-        inspect.getdoc(section) or "",
+        _escaped(inspect.getdoc(section) or ""),
+        "",
+        '<div class="keys" markdown>',
         "",
         "| key | type | default | meaning |",
         "|---|---|---|---|",
@@ -83,7 +89,7 @@ def _section(section: type[Strict], prefix: str, level: int, titled: bool = True
         yield f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_escaped(meaning)} |"
         for subsection in subsections:
             paths.setdefault(subsection, path)
-    yield ""
+    yield from ("", "</div>", "")
     for subsection, path in paths.items():
         yield from _section(subsection, path, level)
 
@@ -179,4 +185,6 @@ def _default(field: FieldInfo) -> str:
 
 
 def _escaped(text: str) -> str:
+    """Escape a text for a cell of a table. Name patterns with asterisks become code."""
+    text = _PATTERN.sub(lambda match: match[1] or f"`{match[2]}`", text)
     return text.replace("|", "\\|").replace("<", "&lt;")
