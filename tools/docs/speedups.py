@@ -26,18 +26,16 @@ _STYLE = """<style>
 
 def speedups(content: dict[str, Any], path: Path) -> None:
     """Draw the speed of each library, as a multiple of transformers', and save it."""
-    lines: list[str] = []
-    y = 20
+    lines = [
+        '<text x="0" y="16">Speed of one MoE layer, transformers = 1. Higher is better.</text>'
+    ]
+    y = 50
     for shape, title in _SHAPES.items():
         speeds = relative_speeds(content["records"], shape)
         lines.append(f'<text x="0" y="{y}" font-weight="700">{title}</text>')
         lines += _bars(speeds, y + 12)
         y += 12 + _ROW * len(speeds) + 30
-    lines.append(
-        f'<text x="{_LEFT}" y="{y - 8}" font-size="12">'
-        "times the speed of transformers; higher is better</text>"
-    )
-    path.write_text(_document(lines, y), encoding="utf-8")
+    path.write_text(_document(lines, y - 32), encoding="utf-8")
 
 
 def relative_speeds(records: list[dict[str, Any]], shape: str) -> dict[str, float]:
