@@ -1,21 +1,18 @@
 """Code of the site and the READMEs is valid: Python runs, commands exist, configs are accepted."""
 
-import os
 import shlex
-import subprocess
-import sys
 
 import pytest
 import typer
 import yaml
 from blocks import PAGES, ROOT, blocks, named
-from shell import CONFIG, PATH, lines
+from shell import lines
 from typer.core import TyperGroup
 
 from tokenyard_cli import app
 from tokenyard_train.config import read_config
 
-PLUGIN = ROOT / "docs" / "plugin.md"
+PROJECTS = [ROOT / "docs" / name for name in ("plugin.md", "extend.md")]  # see test_tutorials.py
 FINE_TUNE = ROOT / "docs" / "fine-tune.md"  # test_fine_tune.py runs its blocks in order
 SMALL = {
     "model": {"name": "mixtral", "size": "tiny"},
@@ -43,7 +40,7 @@ def test_lines_are_short(page):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in with_blocks("python") if page not in (PLUGIN, FINE_TUNE)], ids=named
+    "page", [page for page in with_blocks("python") if page not in (*PROJECTS, FINE_TUNE)], ids=named
 )
 def test_python_runs(page, tmp_path, monkeypatch):
     """Run the blocks of a page in order, in one namespace."""
@@ -85,7 +82,7 @@ def check_options(words):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in with_blocks("yaml") if page != FINE_TUNE], ids=named
+    "page", [page for page in with_blocks("yaml") if page not in (*PROJECTS, FINE_TUNE)], ids=named
 )
 def test_configs_are_accepted(page):
     """Blocks are YAML mappings. Complete configs, and sections with a small model, are valid."""
@@ -97,59 +94,3 @@ def test_configs_are_accepted(page):
                 read_config(content)
             elif "backends" in content or "parallel" in content:
                 read_config(content | SMALL)
-
-
-@pytest.fixture(scope="module")
-def plugin(tmp_path_factory):
-    """Write the tutorial's project and install it; return its folder and the target folder."""
-    root = tmp_path_factory.mktemp("tutorial") / "acme"
-    site = tmp_path_factory.mktemp("site")
-    text = PLUGIN.read_text()
-    for block in blocks(PLUGIN):
-        if block.language in ("python", "toml"):
-            before = text[: text.index(block.text)]
-            name = before[: before.rindex("`" * 3)].rpartition("\n`")[2].split("`")[0]
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            with (root / name).open("a") as file:  # a later block adds to its file
-                file.write(block.text)
-    (root / "src" / "acme_experts" / "__init__.py").touch()
-    options = ("--quiet", "--no-deps", "--no-build-isolation", "--target", str(site))
-    command = [sys.executable, "-m", "pip", "install", *options, str(root)]
-    subprocess.run(command, check=True, timeout=120)
-    return root, site
-
-
-@pytest.mark.full
-def test_commands_of_the_tutorial_run(plugin, tmp_path):
-    """The last console block uses the plugin. It trains a small model."""
-    (tmp_path / "config.yaml").write_text(
-        yaml.safe_dump(CONFIG | {"train_loader": {"name": "python_stdlib"}})
-    )
-    console = [block for block in blocks(PLUGIN) if block.language == "console"][-1]
-    for line in lines(console):
-        environment = os.environ | {"PATH": PATH, "PYTHONPATH": str(plugin[1])}
-        subprocess.run(line, shell=True, check=True, timeout=300, cwd=tmp_path, env=environment)
-
-
-def test_the_plugin_of_the_tutorial_passes_the_kit(plugin, tmp_path):
-    root, site = plugin
-    options = ["-v", "-rs", "-p", "no:cacheprovider", "-p", "no:randomly", "--rootdir", str(root)]
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("PYTEST")
-    }
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(root / "tests")],
-        env=environment | {"PYTHONPATH": str(site)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    kernel = [line for line in result.stdout.splitlines() if "::TestAcme::" in line]
-    passed = sum(" PASSED" in line for line in kernel)
-    skipped = sum(" SKIPPED" in line for line in kernel)
-    assert f"`{passed} passed, {skipped} skipped`" in PLUGIN.read_text()
-    for name in ("TestRouter", "TestModel"):
-        assert f"::{name}::test_no_standard_test_is_overridden PASSED" in result.stdout
-    assert "'acme' has no biases; set bias: false" in result.stdout

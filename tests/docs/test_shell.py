@@ -8,9 +8,9 @@ import yaml
 from blocks import PAGES, ROOT, blocks, named
 from shell import CONFIG, joined, lines, run
 
-PLUGIN = ROOT / "docs" / "plugin.md"  # test_blocks.py runs its commands
+TUTORIALS = [ROOT / "docs" / name for name in ("plugin.md", "extend.md")]  # test_tutorials.py
 FINE_TUNE = ROOT / "docs" / "fine-tune.md"  # test_fine_tune.py runs its blocks in order
-IN_ORDER = (PLUGIN, FINE_TUNE)
+IN_ORDER = (*TUTORIALS, FINE_TUNE)
 LONG = ("--shape cpu", "--peers", "launch")  # commands that take more than a few seconds
 
 
