@@ -52,6 +52,7 @@ def test_the_page_shows_the_script():
     assert SCRIPT.read_text() in PAGE.read_text()
 
 
+@pytest.mark.full
 def test_the_script_trains_and_resumes(folder):
     tools = folder / "tools"
     tools.mkdir()
