@@ -12,8 +12,8 @@ from typer.core import TyperGroup
 from tokenyard_cli import app
 from tokenyard_train.config import read_config
 
-PROJECTS = [ROOT / "docs" / name for name in ("plugin.md", "extend.md")]  # see test_tutorials.py
-FINE_TUNE = ROOT / "docs" / "fine-tune.md"  # test_fine_tune.py runs its blocks in order
+# test_fine_tune.py and test_tutorials.py run the blocks of these pages in order
+IN_ORDER = [ROOT / "docs" / name for name in ("fine-tune.md", "plugin.md", "extend.md")]
 SMALL = {
     "model": {"name": "mixtral", "size": "tiny"},
     "train_loader": {"name": "python_stdlib"},
@@ -40,7 +40,7 @@ def test_lines_are_short(page):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in with_blocks("python") if page not in (*PROJECTS, FINE_TUNE)], ids=named
+    "page", [page for page in with_blocks("python") if page not in IN_ORDER], ids=named
 )
 def test_python_runs(page, tmp_path, monkeypatch):
     """Run the blocks of a page in order, in one namespace."""
@@ -82,7 +82,7 @@ def check_options(words):
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in with_blocks("yaml") if page not in (*PROJECTS, FINE_TUNE)], ids=named
+    "page", [page for page in with_blocks("yaml") if page not in IN_ORDER], ids=named
 )
 def test_configs_are_accepted(page):
     """Blocks are YAML mappings. Complete configs, and sections with a small model, are valid."""

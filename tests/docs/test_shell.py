@@ -8,9 +8,8 @@ import yaml
 from blocks import PAGES, ROOT, blocks, named
 from shell import CONFIG, joined, lines, run
 
-TUTORIALS = [ROOT / "docs" / name for name in ("plugin.md", "extend.md")]  # test_tutorials.py
-FINE_TUNE = ROOT / "docs" / "fine-tune.md"  # test_fine_tune.py runs its blocks in order
-IN_ORDER = (*TUTORIALS, FINE_TUNE)
+# test_fine_tune.py and test_tutorials.py run the blocks of these pages in order
+IN_ORDER = [ROOT / "docs" / name for name in ("fine-tune.md", "plugin.md", "extend.md")]
 LONG = ("--shape cpu", "--peers", "launch")  # commands that take more than a few seconds
 
 
