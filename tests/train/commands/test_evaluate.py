@@ -8,7 +8,9 @@ import pytest
 import yaml
 from rich.console import Console
 
+from tokenyard import ConfigError
 from tokenyard_models import to_hf
+from tokenyard_train.commands.evaluate import evaluate
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import EvalOptions
 from tokenyard_train.commands.train import train
@@ -48,13 +50,18 @@ def test_bits_per_byte_of_a_file_are_those_of_the_run(settings, text, tokenyard,
     assert f"{record['bits_per_byte']:.4f}" in out
 
 
-def test_a_command_without_work_or_text_is_refused(tokenyard, trained, tmp_path):
+def test_a_command_without_work_or_text_or_of_several_ranks_is_refused(
+    tokenyard, trained, tmp_path, monkeypatch
+):
     nothing = "error: there is nothing to evaluate; give --tasks, --data or both\n"
     assert tokenyard("eval", str(trained)) == (2, "", nothing)
     (tmp_path / "empty.txt").touch()
     code, _, error = tokenyard("eval", str(trained), "--data", str(tmp_path / "empty.txt"))
     assert code == 2
     assert "there is no text" in error
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="eval runs in one process, and 2 were started; start it"):
+        evaluate(EvalOptions(trained, data=[tmp_path]), QUIET)
 
 
 def test_tasks_need_the_harness(tokenyard, trained, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, started_processes
 from tokenyard_cli.console import print_line
 from tokenyard_cli.results import write_results
 from tokenyard_train.commands.chat import required_template
@@ -27,6 +27,11 @@ def evaluate(options: EvalOptions, console: Console) -> Records:
     """
     if not options.tasks and not options.data:
         raise ConfigError("there is nothing to evaluate; give --tasks, --data or both")
+    if started_processes() > 1:
+        raise ConfigError(
+            f"eval runs in one process, and {started_processes()} were started; start it without a "
+            "launcher, or unset WORLD_SIZE if no launcher set it"
+        )
     if options.tasks:
         require("lm_eval", "--tasks", "tokenyard-train[eval]")
     loaded = load_trained(options.model, options.device, options.precision, options.base)
