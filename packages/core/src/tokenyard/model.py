@@ -123,7 +123,11 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self, batch: int, length: int) -> Any:
-        """Return an empty cache for `batch` sequences of at most `length` tokens."""
+        """Return an empty cache for `batch` sequences of at most `length` tokens.
+
+        If it has the optional method ``prefix(length, capacity)``, which returns a cache with room
+        for `capacity` tokens that holds its first `length`, a chat keeps it between answers.
+        """
 
     @abstractmethod
     def init_weights(self, seed: int) -> None:

@@ -46,6 +46,11 @@ class LayerCache:
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
+    def copy_to(self, other: LayerCache, length: int) -> None:
+        """Append the first `length` keys and values to another cache."""
+        if self._keys is not None and self._values is not None:
+            other.append(self._keys[:, :, :length], self._values[:, :, :length])
+
 
 class Cache:
     """A LayerCache for each layer.
@@ -54,9 +59,17 @@ class Cache:
     """
 
     def __init__(self, batch: int, capacity: int, config: TransformerConfig):
+        self._config = config
         self.layers = [LayerCache(batch, capacity, config) for _ in range(config.layers)]
 
     @property
     def length(self) -> int:
         """Return the number of cached tokens."""
         return self.layers[0].length
+
+    def prefix(self, length: int, capacity: int) -> Cache:
+        """Return a cache with room for `capacity` tokens that holds the first `length` of these."""
+        prefix = Cache(self.layers[0].shape[0], capacity, self._config)
+        for layer, copy in zip(self.layers, prefix.layers):
+            layer.copy_to(copy, length)
+        return prefix

@@ -16,6 +16,7 @@ from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.data.finetuning.conversation import prompt_segments
 from tokenyard_train.data.finetuning.template import ChatTemplate, Message, read_template
+from tokenyard_train.engine.kept_cache import KeptCache
 from tokenyard_train.engine.sampling import (
     Sampling,
     check_vocabulary,
@@ -96,6 +97,7 @@ class Chat:
         self._template = template
         self._sampling = sampling
         self._system = system
+        self._kept = KeptCache()
 
     @classmethod
     def load(cls, options: GenerateOptions) -> Self:
@@ -125,7 +127,7 @@ class Chat:
         ends = self._end_of_turn(conversations[0])
         sampling = replace(self._sampling, stops={*self._sampling.stops, *ends})
         with self._loaded.autocast():
-            texts = continue_ids(self._loaded.model, self._tokenizer, prompts, sampling)
+            texts = continue_ids(self._loaded.model, self._tokenizer, prompts, sampling, self._kept)
         return [text.strip() for text in texts]
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:

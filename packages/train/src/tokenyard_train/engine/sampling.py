@@ -14,6 +14,7 @@ from tokenyard import ConfigError, Model, TokenyardError
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.data.text_loss import LossCounter
 from tokenyard_train.distributed import broadcast_from_rank0
+from tokenyard_train.engine.kept_cache import KeptCache
 
 log = logging.getLogger("tokenyard")
 
@@ -47,11 +48,15 @@ def continue_texts(
 
 
 def continue_ids(
-    model: Model, tokenizer: Tokenizer, prompt_ids: Sequence[Sequence[int]], sampling: Sampling
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    kept: KeptCache | None = None,
 ) -> list[str]:
     """Return the text that follows each prompt of ids, as `continue_texts`.
 
-    Prompts must leave room in the model.
+    Prompts must leave room in the model. `kept` is that of `sample`.
     """
     room = model.max_seq_len - max(len(ids) for ids in prompt_ids)
     limited = replace(
@@ -59,7 +64,7 @@ def continue_ids(
         max_new_tokens=min(room, sampling.max_new_tokens),
         stops={tokenizer.end, *sampling.stops},
     )
-    rows = sample(model, prompt_ids, limited)
+    rows = sample(model, prompt_ids, limited, kept)
     longest = max(len(row) for row in rows)
     if sampling.warn_when_full and longest == room < sampling.max_new_tokens:
         log.warning(
@@ -128,28 +133,42 @@ def text_after(tokenizer: Tokenizer, prompt: Sequence[int], continuation: Sequen
     return whole[shared:]
 
 
-def sample(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+def sample(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    kept: KeptCache | None = None,
+) -> list[list[int]]:
     """Return the ids that follow each prompt, without the stop that ends them.
 
     Prompts may differ in length. All advance together from the end of the shortest: a longer one
-    takes its own next id until it is used up, so nothing is padded.
+    takes its own next id until it is used up, so nothing is padded. A single prompt may start from
+    the tokens that `kept` has of the one before.
     """
     was_training = model.training
     model.eval()
     try:
-        return _sample(model, prompts, sampling)
+        return _sample(model, prompts, sampling, kept if len(prompts) == 1 else None)
     finally:
         model.train(was_training)
 
 
 @torch.no_grad()
-def _sample(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+def _sample(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    kept: KeptCache | None,
+) -> list[list[int]]:
     device = next(model.parameters()).device
     generator = torch.Generator(device="cpu").manual_seed(sampling.seed)
     shortest = min(len(prompt) for prompt in prompts)
     length = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-    cache = model.new_cache(len(prompts), length)
-    ids = torch.tensor([list(prompt[:shortest]) for prompt in prompts], device=device)
+    if kept is None:
+        cache, first = model.new_cache(len(prompts), length), 0
+    else:
+        cache, first = kept.open(model, prompts[0], length)
+    ids = torch.tensor([list(prompt[first:shortest]) for prompt in prompts], device=device)
     rows: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(rows)
     for position in range(shortest, length):
@@ -167,6 +186,8 @@ def _sample(model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling) 
         if not any(running):
             break
         ids = torch.tensor(next_ids, device=device).unsqueeze(1)
+    if kept is not None:
+        kept.keep(cache, [*prompts[0], *rows[0]][:position])
     return rows
 
 
