@@ -1,6 +1,7 @@
 """Fine-tuning from a Hugging Face folder to another one, which transformers loads."""
 
 import os
+import shutil
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -8,20 +9,23 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 pytest.importorskip("transformers", minversion="5.14")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-from tokenyard import ConfigError, LoraSettings
+from tokenyard import ConfigError, LoraSettings, add_lora
 from tokenyard.tolerance import relative_error
 from tokenyard_models import WeightsError, from_hf
+from tokenyard_models.hf import to_peft
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
+from tokenyard_train.engine.base import base_digest
 from tokenyard_train.engine.sampling import Sampling, sample
 
 SIZES = {
@@ -163,6 +167,38 @@ def test_adapters_go_to_peft_and_back(tokenyard, tuning, published, tmp_path):
     code, _, errors = tokenyard("convert", str(published), str(tmp_path / "no"), "--to", "peft")
     assert code == 2
     assert errors == "error: the model has no LoRA adapters; write it by --to hf\n"
+
+
+def test_adapters_of_another_base_are_an_error(tokenyard, published, tmp_path, caplog):
+    """The folder has a digest of its base. PEFT saves none, and the command says so."""
+    model = from_hf(published)
+    add_lora(model, LoraSettings(2, 2.0))
+    folder = tmp_path / "adapters"
+    to_peft(model, folder, base=str(published), base_digest=base_digest(model))
+    other = shutil.copytree(published, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][3] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+
+    def outcome(base, *more):
+        options = ("--tokenizer", "bytes", "--max-new-tokens", "1", *more)
+        code, _, errors = tokenyard("generate", str(folder), "--base", str(base), *options)
+        return code, errors
+
+    moved = shutil.copytree(published, tmp_path / "moved")
+    assert outcome(moved) == outcome(moved, "--precision", "amp_bf16") == (0, "")
+    code, errors = outcome(other)
+    assert code == 2
+    assert errors == (
+        f"error: {folder} holds adapters of a base with other weights than {other} has; give the "
+        "base that they were trained on\n"
+    )
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, {"format": "pt"})
+    assert outcome(other)[0] == 0
+    assert (
+        f"{folder} does not record the weights of its base, so that --base {other}" in caplog.text
+    )
 
 
 def test_a_run_starts_from_the_exact_weights(tuning, published, tmp_path):

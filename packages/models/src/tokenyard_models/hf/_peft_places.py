@@ -14,6 +14,9 @@ from tokenyard_models.hf._save import format_to_write
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_DIGEST = "base_digest"
+"""Key of our metadata in adapter_model.safetensors, which PEFT does not read."""
+
 PREFIX = "base_model.model."
 INNER = "base_layer."
 """PEFT wraps the first of two parameters of a module inside the second."""

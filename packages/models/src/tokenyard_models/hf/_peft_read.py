@@ -23,6 +23,7 @@ from tokenyard_models.hf._peft_config import check_config, is_targeted
 from tokenyard_models.hf._peft_places import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE_DIGEST,
     INNER,
     PREFIX,
     Place,
@@ -60,6 +61,12 @@ class PeftFolder:
             return LoraSettings(int(rank), float(alpha), float(dropout), stabilized)
         except ConfigError as error:
             raise WeightsError(f"{self.path / ADAPTER_CONFIG}: {error}") from None
+
+    @property
+    def base_digest(self) -> str | None:
+        """Return what `to_peft` wrote about the numbers of the base. PEFT itself writes nothing."""
+        metadata: dict[str, str] = self._reader.file.metadata() or {}
+        return metadata.get(BASE_DIGEST)
 
     @property
     def base(self) -> Path:

@@ -18,6 +18,7 @@ from tokenyard_models.hf._folder import WeightsError
 from tokenyard_models.hf._peft_places import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE_DIGEST,
     INNER,
     PREFIX,
     Place,
@@ -28,13 +29,19 @@ from tokenyard_models.hf._shards import new_folder, save_tensors
 
 @torch.no_grad()
 def to_peft(
-    model: nn.Module, path: Path | str, *, base: str | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    path: Path | str,
+    *,
+    base: str | None = None,
+    base_digest: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> int:
     """Write a model's adapters as a new folder that PEFT loads; return their number of parameters.
 
-    `base` is the folder or the name of the model that they are for. `dtype` is that of the matrices
-    (default: their own). Raises WeightsError for a model without adapters, for one that PEFT has no
-    form of, and for one whose other parameters were trained too.
+    `base` is the folder or the name of the model that they are for, and `base_digest` any text that
+    names its numbers, for `PeftFolder`. `dtype` is that of the matrices (default: their own).
+    Raises WeightsError for a model without adapters, for one that PEFT has no form of, and for one
+    whose other parameters were trained too.
     """
     found = [(name, adapter) for name, _, adapter in adapters(model)]
     if not found:
@@ -56,7 +63,8 @@ def to_peft(
                     tensors[f"{key}.weight"] = matrix.to("cpu", dtype or matrix.dtype).contiguous()
     config = _config(places, found, base)
     with new_folder(Path(path)) as folder:
-        save_tensors(tensors, folder / ADAPTER_WEIGHTS)
+        digest = {} if base_digest is None else {BASE_DIGEST: base_digest}
+        save_tensors(tensors, folder / ADAPTER_WEIGHTS, digest)
         text = json.dumps(config, indent=2) + "\n"
         (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
     return sum(tensor.numel() for tensor in tensors.values())

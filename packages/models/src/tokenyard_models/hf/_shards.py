@@ -110,9 +110,14 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file for the readers of its folder; safetensors' own mode is 0600."""
-    save_file(tensors, path, {"format": "pt"})
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file for the readers of its folder; safetensors' own mode is 0600.
+
+    `notes` are added to its metadata.
+    """
+    save_file(tensors, path, {"format": "pt"} | dict(notes or {}))
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 

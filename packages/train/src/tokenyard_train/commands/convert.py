@@ -25,6 +25,7 @@ from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.paths import HF
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.stop_ids import tokenizer_folder, tokenizer_stop_ids
+from tokenyard_train.engine.base import base_digest
 from tokenyard_train.folder_lock import lock_new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,7 +91,8 @@ def _write(options: ConvertOptions, report: Callable[[int, int], None]) -> str:
     loaded = load_weights_only(options.source, options.base, dtype)
     if options.to == "peft":
         base = None if loaded.source is None else str(loaded.source.resolve())
-        count = to_peft(loaded.model, options.target, base=base, dtype=dtype)
+        digest = base_digest(loaded.model)
+        count = to_peft(loaded.model, options.target, base=base, base_digest=digest, dtype=dtype)
         return f"adapters of {base or 'a base without a folder'}, {count:,} parameters"
     merged = ", adapters merged" if next(adapters(loaded.model), None) is not None else ""
     merge_lora(loaded.model)

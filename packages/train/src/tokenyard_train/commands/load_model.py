@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.config.load import read_config
 from tokenyard_train.data.paths import HF
 from tokenyard_train.data.schema import FinetuningDataset, TokenizerConfig
+from tokenyard_train.engine.base import check_peft_base
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import (
     BF16_MASTER,
@@ -32,6 +34,8 @@ from tokenyard_train.engine.precision import (
     narrow,
 )
 from tokenyard_train.engine.resume import load_checkpoint
+
+log = logging.getLogger("tokenyard")
 
 _REGISTRY = "models:/"  # the start of a name in MLflow's registry
 _MEGABLOCKS = "megablocks.json"  # in a folder that `to_megablocks` wrote
@@ -107,9 +111,16 @@ def _load_adapters(
 ) -> LoadedModel:
     """Load a folder of PEFT, and the Hugging Face folder that its adapters are for."""
     folder = PeftFolder(path)
+    if base is not None and folder.base_digest is None:
+        log.warning(
+            "%s does not record the weights of its base, so that --base %s is not compared with it",
+            path,
+            base,
+        )
     loaded = _load_hf_folder(base or folder.base, device, precision)
     add_lora(loaded.model, folder.settings, folder.targets(loaded.model))
     folder.fill(loaded.model)
+    check_peft_base(loaded.model, folder, str(base or folder.base))
     return loaded
 
 

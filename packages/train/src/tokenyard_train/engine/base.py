@@ -8,6 +8,7 @@ and precision.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tokenyard import started_processes
 from tokenyard.draw import row_positions, unwrapped
 from tokenyard.sharded import local_shard
+from tokenyard_models.hf import PeftFolder, WeightsError
 from tokenyard_train.distributed import map_over_ranks
 
 _CHUNK = 1 << 21  # numbers that are digested at a time
@@ -26,12 +28,34 @@ _WORD = (1 << 64) - 1
 def base_digest(model: nn.Module) -> str:
     """Return a digest of the names, shapes and numbers of all frozen parameters.
 
-    All ranks of a run call it. Numbers count as rounded to bfloat16. Each parameter has the sum of
-    its numbers' bits, multiplied by a hash of their positions, modulo 2^64: shards can be summed.
+    All ranks of a run call it.
+    """
+    return _digest({n: p for n, p in model.named_parameters() if not p.requires_grad})
+
+
+def check_peft_base(model: nn.Module, adapters: PeftFolder, base: str) -> None:
+    """Raise WeightsError unless a model has the weights that PEFT's adapters were trained on.
+
+    `base` names where its weights are from. A folder that PEFT wrote does not tell, and passes.
+    """
+    trained = adapters.base_digest
+    if trained is None:
+        return
+    if trained != _digest({n: p for n, p in model.named_parameters() if ".adapter." not in n}):
+        raise WeightsError(
+            f"{adapters.path} holds adapters of a base with other weights than {base} has; give "
+            "the base that they were trained on"
+        )
+
+
+def _digest(parameters: Mapping[str, Tensor]) -> str:
+    """Return a digest of parameters by name.
+
+    Numbers count as rounded to bfloat16. Each parameter has the sum of its numbers' bits,
+    multiplied by a hash of their positions, modulo 2^64: shards can be summed.
     """
     shards: dict[str, int] = {}
-    frozen = {unwrapped(n): p for n, p in model.named_parameters() if not p.requires_grad}
-    for name, parameter in frozen.items():
+    for name, parameter in ((unwrapped(n), p) for n, p in parameters.items()):
         shard, first = local_shard(parameter.detach())
         if shard.numel():
             # replicas of a shard have the same key, so they count once

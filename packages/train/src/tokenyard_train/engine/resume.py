@@ -30,7 +30,7 @@ from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data.paths import HF
 from tokenyard_train.distributed import on_rank0
 from tokenyard_train.engine.agreement import check_agreement, check_data, check_start
-from tokenyard_train.engine.base import base_digest
+from tokenyard_train.engine.base import base_digest, check_peft_base
 from tokenyard_train.engine.save import optimizer_states, run_tensors
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Base, Position
@@ -115,6 +115,7 @@ def start_from(model: Model, path: str, config: TrainConfig | None = None) -> Or
         adapters = PeftFolder(folder)
         base = start_from(model, weights_path(adapters.base))
         adapters.fill(model)
+        check_peft_base(model, adapters, str(adapters.base))
         return base
     if is_checkpoint(folder):
         verify(folder)
