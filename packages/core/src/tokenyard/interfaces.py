@@ -68,8 +68,9 @@ class LowRank(NamedTuple):
     down_a: Tensor | None  # [E, rank, F]
     down_b: Tensor | None  # [E, D, rank]
     dropped: Tensor | None  # [T, D] x after dropout, the input of up_a; None means x
-    mask: Tensor | None  # [R, F] factors of the activation before down_a; None means 1
-    scale: float  # s
+    mask: Tensor | None  # [R, F] bool: the activations that down_a sees; None means all
+    up_scale: float  # s
+    down_scale: float  # s, divided by the share that a mask keeps, so that the mean stays
 
 
 class Balance(NamedTuple):

@@ -7,6 +7,7 @@ weight. Grouped matmuls over sorted rows do all of it, the low-rank ones too.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,12 +33,18 @@ def low_rank_of(adapter: LoraAdapter, x: Tensor, plan: Plan, weights: ExpertWeig
         matrices[f"{target}_b"] = b
     dropped: Tensor | None = None  # [T, D]
     mask: Tensor | None = None  # [R, F]
+    scale = adapter.scale
+    down_scale = scale
     if adapter.training and adapter.settings.dropout:
         if matrices["up_a"] is not None:
             dropped = adapter.dropped(x)
         if matrices["down_a"] is not None:
-            mask = adapter.dropped(x.new_ones(plan.order.shape[0], weights.down.shape[2]))
-    return LowRank(**matrices, dropped=dropped, mask=mask, scale=adapter.scale)
+            kept = 1 - adapter.settings.dropout
+            shape = (plan.order.shape[0], weights.down.shape[2])
+            mask = x.new_empty(shape, dtype=torch.bool).bernoulli_(kept)
+            # 1 / kept would be rounded in a mask of 16 bits.
+            down_scale = scale / kept
+    return LowRank(**matrices, dropped=dropped, mask=mask, up_scale=scale, down_scale=down_scale)
 
 
 def lora_experts(

@@ -41,7 +41,7 @@ class LoraCall(NamedTuple):
     up: LoraPair | None
     down: LoraPair | None
     dropped: Tensor | None  # [T, D] x after dropout, the input of A of up; None: x
-    mask: Tensor | None  # [R, F] factors of the activation before A of down; None: 1
+    mask: Tensor | None  # [R, F] bool: the activations that A of down sees; None: all
     activation: str
 
     def masked(self, rows: Tensor) -> Tensor:
@@ -52,14 +52,15 @@ class LoraCall(NamedTuple):
 def lora_call(arguments: tuple[Any, ...]) -> LoraCall:
     """Return the inputs of the operator by name."""
     x, order, inverse, offsets, topk_weights = arguments[:5]
-    up_a, up_b, down_a, down_b, dropped, mask, top_k, scale, activation = arguments[9:]
+    *pairs, dropped, mask, top_k, up_scale, down_scale, activation = arguments[9:]
+    up_a, up_b, down_a, down_b = pairs
     return LoraCall(
         x,
         Plan(order, inverse, offsets, top_k),
         topk_weights,
         ExpertWeights(*arguments[5:9]),
-        None if up_a is None else LoraPair(up_a, up_b, scale, offsets),
-        None if down_a is None else LoraPair(down_a, down_b, scale, offsets),
+        None if up_a is None else LoraPair(up_a, up_b, up_scale, offsets),
+        None if down_a is None else LoraPair(down_a, down_b, down_scale, offsets),
         dropped,
         mask,
         activation,

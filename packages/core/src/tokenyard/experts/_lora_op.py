@@ -34,9 +34,9 @@ TENSORS = (
 _REQUIRED = ("x", "order", "inverse", "offsets", "up", "down")
 _SCHEMA = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in TENSORS)
 _SIGNATURE = Signature(
-    f"{_SCHEMA}, int top_k, float scale, str activation",
+    f"{_SCHEMA}, int top_k, float up_scale, float down_scale, str activation",
     tensors=len(TENSORS),
-    constants=3,
+    constants=4,
     differentiable=(0, *range(4, 14)),
 )
 _NAMES = [TENSORS[position] for position in _SIGNATURE.differentiable]
@@ -96,8 +96,8 @@ def _call(
 ) -> Tensor:
     """Call an operator with the flat arguments of a call."""
     order, inverse, offsets, top_k = plan
-    *matrices, scale = low_rank
-    constants = (top_k, scale, activation, *(values[option] for option in options))
+    *matrices, up_scale, down_scale = low_rank
+    constants = (top_k, up_scale, down_scale, activation, *(values[option] for option in options))
     tensors = (x, order, inverse, offsets, topk_weights, *weights, *matrices)
     y: Tensor = op(*tensors, *constants)[0]
     return y

@@ -69,7 +69,7 @@ def _times_matrix(
 def add_low_rank(
     low,  # [R, r]
     matrix,  # [E, width, r] if TRANSPOSED, else [E, r, width]
-    mask,  # [R, width] factors, or None
+    mask,  # [R, width] bool, or None
     out,  # [R, width]
     tiles,  # tile list, see ``_schedule``
     rank,  # r
@@ -135,7 +135,7 @@ def add_low_rank(
                 ROWS,
                 COLUMNS,
             )[0]
-            total *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            total = tl.where(tl.load(at, mask=inside, other=0), total, 0.0)
         if ADD:
             total += before.to(tl.float32)
         tl.store(pointers, rounded(total, TYPE), mask=inside)

@@ -23,7 +23,7 @@ from tokenyard_kernels_triton.kernels._tiles import (
 def _load_wide(
     source,  # [R, width], or tokens [T, width] with TOP_K
     order,  # [R] slot of each row, read with TOP_K
-    mask,  # [R, width] factors, or None
+    mask,  # [R, width] bool, or None
     row,
     end,
     column,
@@ -32,7 +32,6 @@ def _load_wide(
     MASKED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    TYPE: tl.constexpr,
 ):
     """Return a tile [ROWS, COLUMNS] of rows, or of tokens with TOP_K; zero from `end` on."""
     r = row + tl.arange(0, ROWS)
@@ -45,8 +44,7 @@ def _load_wide(
     value = tl.load(pointers, mask=inside, other=0.0)
     if MASKED:
         pointers = mask + (r.to(tl.int64) * width)[:, None] + c[None, :]
-        factors = tl.load(pointers, mask=inside, other=0.0)
-        value = rounded(value.to(tl.float32) * factors.to(tl.float32), TYPE)
+        value = tl.where(tl.load(pointers, mask=inside, other=0), value, 0.0)
     return value
 
 
@@ -94,7 +92,7 @@ def load_matrix(
 def to_low_rank(
     source,  # [R, width], or tokens [T, width] with TOP_K
     order,  # [R] slot of each row, read with TOP_K
-    mask,  # [R, width] factors, or None
+    mask,  # [R, width] bool, or None
     matrix,  # [E, width, r] if TRANSPOSED, else [E, r, width]
     low,  # [R, r]
     tiles,  # tile list, see ``_schedule``
@@ -130,7 +128,6 @@ def to_low_rank(
                 MASKED,
                 ROWS,
                 DEPTH,
-                TYPE,
             )
             right = load_matrix(
                 matrix,
@@ -164,7 +161,7 @@ def to_low_rank(
 def low_rank_gradient(
     source,  # [R, width], or tokens [T, width] with TOP_K
     order,  # [R] slot of each row, read with TOP_K or WEIGHTED
-    mask,  # [R, width] factors, or None
+    mask,  # [R, width] bool, or None
     low,  # [R, r]
     topk_weights,  # [N], read if WEIGHTED
     out,  # [E, width, r] if TRANSPOSED, else [E, r, width]
@@ -207,7 +204,6 @@ def low_rank_gradient(
             MASKED,
             DEPTH,
             COLUMNS,
-            TYPE,
         )
         narrow = load_rows(
             low,

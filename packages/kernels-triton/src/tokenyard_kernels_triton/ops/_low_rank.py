@@ -33,7 +33,7 @@ class WideOperand(NamedTuple):
     source: Tensor  # [R, width], or tokens [T, width] with top_k
     order: Tensor  # [R], of the plan
     top_k: int = 0
-    mask: Tensor | None = None  # [R, width] factors of the rows
+    mask: Tensor | None = None  # [R, width] bool: the numbers that are read; None: all
 
     @property
     def width(self) -> int:
