@@ -15,10 +15,13 @@ from tokenyard import (
     BackendError,
     ConfigError,
     ExpertWeights,
+    LoraSettings,
     MoE,
     Registry,
     RoutingRule,
     Workload,
+    add_lora,
+    merge_lora,
     moe_layers,
 )
 from tokenyard.registry import installed_plugins
@@ -245,6 +248,17 @@ def test_prepare_calls_each_part_and_raises_its_errors():
     moe.experts.kernel.prepare = lambda tokens: calls.append(("experts", tokens))
     moe.prepare(64)
     assert sorted(calls) == [("experts", 64), ("router", 64)]
+
+    add_lora(moe, LoraSettings(2, 2.0), ["experts.*"])
+    adapted = []
+    moe.experts.kernel.prepare_with_adapter = lambda *given: adapted.append(given)
+    moe.prepare(32)  # core computes the adapter, without a compiler
+    moe.experts.kernel.max_lora_rank = 2
+    moe.prepare(16)
+    assert adapted == [(16, moe.experts.adapter)]
+    assert sorted(calls)[1:] == [("router", 16), ("router", 32), ("router", 64)]
+
+    merge_lora(moe)
 
     def broken(tokens):
         raise BackendError("no compiler")

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tokenyard import RoutingRule, Workload
+from tokenyard import LoraAdapter, LoraSettings, RoutingRule, Workload
 from tokenyard.activations import swiglu, up_rows
 from tokenyard.interfaces import ExpertWeights, LowRank, Plan
 
@@ -146,8 +146,8 @@ def adapted(kernels, shape, dtype, activation, rank, dropout):
         leaf.requires_grad_()
     plan = TritonPermutation(workload).plan(torch.zeros(tokens, top_k, dtype=torch.int32), experts)
     weights = torch.zeros(tokens, top_k, requires_grad=True)
-    after = (x * 2, mask) if dropout else (None, None)
-    low_rank = LowRank(*leaves[1:], *after, scale=2.0)
+    after = (x * 2, mask.bool()) if dropout else (None, None)
+    low_rank = LowRank(*leaves[1:], *after, up_scale=2.0, down_scale=3.0)
     kernel = getattr(backends, kernels)(workload, None, save="recompute")
     y = kernel.with_adapter(x, plan, weights, ExpertWeights(up, down), low_rank)
     y.backward(torch.zeros_like(y))
@@ -181,7 +181,7 @@ BLOCK_SPARSE = tuple(
 )
 
 
-def not_prepared(**options):
+def not_prepared():
     """Return the names of kernels that a layer launches and `prepare` does not compile."""
     from tokenyard_kernels_triton.experts import GluonExperts
     from tokenyard_kernels_triton.permutation import TritonPermutation
@@ -192,19 +192,46 @@ def not_prepared(**options):
         score="sigmoid", normalize=1.0, bias_update_rate=0.01, num_groups=2, groups_kept=1
     )
     workload = Workload(dim, ffn_dim, experts, top_k, dtype=torch.bfloat16, router=rule)
+    weights = {"up": torch.empty(1, 1, 1), "down": torch.empty(1, 1, 1)}
+    adapter = LoraAdapter(weights, {}, LoraSettings(16, 16.0, dropout=0.1))
+
+    def prepare(kernel, adapter=None):
+        for part in (TritonRouter(workload).bfloat16(), TritonPermutation(workload)):
+            part.prepare(tokens)
+        if adapter is None:
+            kernel.prepare(tokens)
+        else:
+            kernel.prepare_with_adapter(tokens, adapter)
+
+    arguments = ("GluonExperts", SHAPES["narrow"], torch.bfloat16, "swiglu")
+    return sorted(
+        missing(
+            lambda: prepare(GluonExperts(workload, None)),
+            lambda: layer(*arguments, False, "pre_activation"),
+        )
+        | missing(
+            lambda: prepare(GluonExperts(workload, None, save="recompute"), adapter),
+            lambda: adapted(*arguments, 16, True),
+        )
+        | missing(
+            lambda: prepare(GluonExperts(workload, None, precision="fp8")),
+            lambda: layer(*arguments, False, "fp8", precision="fp8"),
+        )
+    )
+
+
+def missing(prepare, launch):
+    """Return the names of kernels that a call launches and another one does not compile."""
     ahead = []
     launched = []
     with compiling(ahead):
-        router = TritonRouter(workload).bfloat16()
-        for part in (GluonExperts(workload, None, **options), router, TritonPermutation(workload)):
-            part.prepare(tokens)
+        prepare()
     with compiling(launched):
-        case = (SHAPES["narrow"], torch.bfloat16, "swiglu", False)
-        layer("GluonExperts", *case, options.get("precision", "pre_activation"), **options)
+        launch()
     hashes = {
         (kernel.result() if hasattr(kernel, "result") else kernel).hash for _, kernel in ahead
     }
-    return sorted({name for name, kernel in launched if kernel.hash not in hashes})
+    return {name for name, kernel in launched if kernel.hash not in hashes}
 
 
 CASES = (

@@ -109,10 +109,11 @@ class MoE(nn.Module):
     def prepare(self, tokens: int) -> None:
         """Compile in parallel all kernels for a forward and backward pass over `tokens` tokens.
 
-        A backend compiles its kernels in the optional method ``prepare(tokens)``. A backend without
-        this method compiles them in its first call.
+        A backend compiles its kernels in the optional method ``prepare(tokens)``, and an expert
+        kernel those of adapters in ``prepare_with_adapter(tokens, adapter)``. A backend without the
+        method compiles them in its first call.
         """
-        parts: tuple[Any, ...] = (self.router, self.experts.permutation, self.experts.kernel)
+        parts: tuple[Any, ...] = (self.router, self.experts.permutation, self.experts)
         methods = [part.prepare for part in parts if hasattr(part, "prepare")]
         with ThreadPoolExecutor(len(parts)) as pool:
             for prepared in [pool.submit(method, tokens) for method in methods]:

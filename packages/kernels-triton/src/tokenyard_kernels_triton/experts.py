@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from tokenyard.activations import up_rows
+from tokenyard.adapter import LoraAdapter
 from tokenyard.errors import ConfigError
-from tokenyard.experts import ExpertsCall
+from tokenyard.experts import ExpertsCall, LoraCall, LoraPair
 from tokenyard.fp8 import why_no_fp8
 from tokenyard.interfaces import ExpertWeights, LowRank, Permutation, Plan, logits_dtype
 from tokenyard.workload import Workload
 from tokenyard_kernels_triton.ops._experts import compile_experts, experts
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
-from tokenyard_kernels_triton.ops._lora import lora_experts
+from tokenyard_kernels_triton.ops._lora import compile_lora, lora_experts
 from tokenyard_kernels_triton.ops._low_rank import MAX_RANK
 from tokenyard_kernels_triton.ops._save import Save
 
@@ -52,6 +53,28 @@ class TritonExperts:
         """
         call = self._empty_call(tokens)
         compile_experts(call, self.save, self.kernels)
+
+    def prepare_with_adapter(self, tokens: int, adapter: LoraAdapter) -> None:
+        """Compile the kernels for batches of `tokens` tokens, with an adapter on a frozen base."""
+        x, plan, topk_weights, weights, activation = self._empty_call(tokens)
+        rank = adapter.settings.rank
+        dropout = adapter.settings.dropout > 0
+        offsets = plan.offsets
+
+        def pair(target: str) -> LoraPair | None:
+            if target not in adapter.targets:
+                return None
+            experts, rows, columns = getattr(weights, target).shape
+            a, b = x.new_empty(experts, rank, columns), x.new_empty(experts, rows, rank)
+            return LoraPair(a, b, adapter.scale, offsets)
+
+        up = pair("up")
+        down = pair("down")
+        dropped = torch.empty_like(x) if dropout and up else None
+        shape = (plan.order.shape[0], weights.down.shape[2])
+        mask = x.new_empty(shape, dtype=torch.bool) if dropout and down else None
+        call = LoraCall(x, plan, topk_weights, weights, up, down, dropped, mask, activation)
+        compile_lora(call, self.save, self.kernels)
 
     def _empty_call(self, tokens: int) -> ExpertsCall:
         """Return a call with undefined tensors."""

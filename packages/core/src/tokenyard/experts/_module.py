@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +93,22 @@ class Experts(nn.Module):
         if self.adapter is None:
             return self.kernel(x, plan, topk_weights, weights)
         low_rank = low_rank_of(self.adapter, x, plan, weights)
-        if self.adapter.settings.rank <= getattr(self.kernel, "max_lora_rank", 0):
+        if self._kernel_takes(self.adapter):
             kernel = cast(LoraExpertKernel, self.kernel)
             return kernel.with_adapter(x, plan, topk_weights, weights, low_rank)
         activation = self.workload.activation
         return lora_experts(x, plan, topk_weights, weights, low_rank, activation)
+
+    def prepare(self, tokens: int) -> None:
+        """Compile what the expert kernel launches for `tokens` tokens, see ``MoE.prepare``."""
+        kernel: Any = self.kernel
+        if self.adapter is None:
+            if hasattr(kernel, "prepare"):
+                kernel.prepare(tokens)
+        elif self._kernel_takes(self.adapter) and hasattr(kernel, "prepare_with_adapter"):
+            kernel.prepare_with_adapter(tokens, self.adapter)
+
+    def _kernel_takes(self, adapter: LoraAdapter) -> bool:
+        """Return whether the kernel computes an adapter; if not, core does."""
+        limit: int = getattr(self.kernel, "max_lora_rank", 0)
+        return adapter.settings.rank <= limit

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from tokenyard.experts import LoraCall, register_lora_op
+from tokenyard.interfaces import ExpertWeights
 from tokenyard_kernels_triton._device import on_device_of
+from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops._experts_call import is_empty
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
-from tokenyard_kernels_triton.ops._lora_backward import backward
+from tokenyard_kernels_triton.ops._lora_backward import backward, differentiable
 from tokenyard_kernels_triton.ops._lora_layer import lora_layer
 from tokenyard_kernels_triton.ops._low_rank import add_low_rank
 from tokenyard_kernels_triton.ops._moves import to_tokens
@@ -52,6 +54,14 @@ def _saved(call: LoraCall, save: Save, kernels: KernelSetName) -> tuple[Tensor, 
         for pair in (call.up, call.down)
     )
     return *saved_shapes(call.x, rows, call.weights.up.shape[1], save), *lows
+
+
+def compile_lora(call: LoraCall, save: Save, kernels: KernelSetName) -> None:
+    """Compile what both passes launch on a frozen base. The call's tensors may hold anything."""
+    wanted = set(differentiable(call)) - {*ExpertWeights._fields}
+    with compiling():
+        y, *saved = _forward(call, save, kernels)
+        backward(y, call, saved, wanted, save, kernels)
 
 
 lora_experts = register_lora_op(

@@ -32,7 +32,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """Return the gradients of the tensors that `wanted` names."""
     if is_empty(call):
-        return {name: torch.zeros_like(like) for name, like in _tensors(call).items()}
+        return {name: torch.zeros_like(like) for name, like in differentiable(call).items()}
     with on_device_of(call.x):
         layer = lora_layer(call, kernels)
         *pre_activation, low_up, low_down = saved
@@ -111,7 +111,7 @@ def _through_up(dz: Tensor, low: Tensor, layer: LoraLayer, wanted: set[str]) -> 
     return gradients
 
 
-def _tensors(call: LoraCall) -> dict[str, Tensor]:
+def differentiable(call: LoraCall) -> dict[str, Tensor]:
     """Return the differentiable tensors of a call by name."""
     tensors = {
         "x": call.x,
