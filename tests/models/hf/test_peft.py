@@ -166,6 +166,9 @@ def test_what_is_not_read_is_an_error(tmp_path):
         ({"peft_type": "IA3"}, r"has peft_type 'IA3'; read is 'LORA' only"),
         ({"r": "8"}, "has no usable r and lora_alpha"),
         ({"r": 0}, "lora rank is 0"),
+        ({"r": 2.5}, "has r 2.5; it must be whole"),
+        ({"use_rslora": "false"}, "has use_rslora 'false'; read is None only"),
+        ({"target_modules": 3}, "has target_modules 3; it must be a list of names"),
         ({"base_model_name_or_path": "some/hub"}, "base 'some/hub', which is no folder here"),
     ]:
         path.write_text(json.dumps(config | change))
@@ -236,6 +239,14 @@ def both(tmp_path_factory):
     options = {"target_modules": ATTENTION, "target_parameters": EXPERTS}
     by_peft(base, **options).save_pretrained(folder / "adapters")
     return base, folder / "adapters"
+
+
+def test_numbers_that_are_not_finite_are_named(both, tmp_path, caplog):
+    base, adapters = both
+    folder = shutil.copytree(adapters, tmp_path / "adapters")
+    edit_tensors(folder, lambda tensors: tensors[A].fill_(torch.nan))
+    read(base, folder)
+    assert "has nan or inf in the adapter of blocks.1.attention.qkv.weight" in caplog.text
 
 
 @pytest.mark.parametrize("kind", TENSORS)

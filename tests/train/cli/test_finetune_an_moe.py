@@ -106,7 +106,7 @@ def logits(model):
         return model.eval()(torch.arange(40).unsqueeze(0)).logits
 
 
-def test_adapters_from_a_chat_file_to_peft(tokenyard, tune):
+def test_adapters_from_a_chat_file_to_peft(tokenyard, tune, monkeypatch):
     run(tokenyard, "train", tune, "run_name=tuned", "max_duration=150ba", "optimizer.lr=0.01", LORA)
     assert asked(tokenyard, "runs/tuned") == list(QUESTIONS.values())
     run(tokenyard, "convert", "runs/tuned", "adapters", "--to", "peft")
@@ -120,6 +120,8 @@ def test_adapters_from_a_chat_file_to_peft(tokenyard, tune):
     assert relative_error(logits(adapted), want) < 1e-5
     assert relative_error(logits(merged), want) < 1e-5
     assert relative_error(logits(base), want) > 0.1
+    monkeypatch.chdir("adapters")  # the config of the run names the base by a relative path
+    assert asked(tokenyard, "../runs/tuned") == list(QUESTIONS.values())
 
 
 def test_a_whole_model_from_a_chat_file_to_transformers(tokenyard, tune):

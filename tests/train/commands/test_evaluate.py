@@ -112,7 +112,7 @@ def test_texts_are_those_of_transformers(harness):
     options = {"until": [], "max_gen_toks": 12, "do_sample": False}
     free = theirs.generate_until(instances("generate_until", [("What is", options)]))[0]
     stop = free[4:6]
-    stopped = options | {"until": [stop], "max_gen_toks": 9}
+    stopped = {"until": [stop], "max_gen_toks": 9}  # says nothing of sampling
     contexts = ("What is", "2 + 3? It is", LONG, "5")
     requests = instances("generate_until", [(c, o) for c in contexts for o in (options, stopped)])
     got = ours.generate_until(requests)
@@ -161,6 +161,10 @@ def test_a_task_of_local_files(tokenyard, folder, sums, tmp_path, harness):
     assert (record["task"], record["metric"], record["documents"]) == ("sums", "acc", 6)
     assert record["value"] == pytest.approx(right / 6)
     assert f"{record['value']:.4f}" in printed
+    code, _, error = tokenyard("eval", str(folder), "--tasks", sums, "--num-fewshot", "99", *out)
+    assert code == 2
+    assert f"\nerror: lm-eval cannot run {sums}: Sample larger than population" in error
+    assert "error: --tasks names no task; " in tokenyard("eval", str(folder), "--tasks", ",")[2]
 
 
 def test_questions_of_a_chat_are_rendered_in_the_template(harness, folder, sums, monkeypatch):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,7 @@ CHAT_ERRORS = [
     ),
     ([CHAT[1], {"role": "assistant", "content": 5}], "'assistant', is int, not text"),
     ([CHAT[1], CHAT[2] | {"weight": 0}], "'assistant', has the weight 0, which is not read"),
+    ([CHAT[1], CHAT[2] | {"train": False}], "'assistant', has the train False, which is not read"),
 ]
 
 
@@ -231,7 +233,8 @@ CHAT_ERRORS = [
     [
         *(({"messages": messages}, said) for messages, said in CHAT_ERRORS),
         ({"prompt": "x", "response": ""}, "its response is empty; leave the row out"),
-        ({"prompt": None, "response": "y"}, "its prompt is NoneType, not text"),
+        ({"prompt": None, "response": "y"}, "its prompt is null, not text"),
+        ({"instruction": "x", "input": 0, "output": "y"}, "its instruction's input is int, not"),
         ({"prompt": "x", "chosen": "a", "rejected": "b"}, "preferences are not trained on"),
         ({"conversations": []}, "has conversations; a row has messages, prompt and response, or"),
         ({"prompt": "x", "response": "y\ud800"}, "has a lone surrogate, which is not text"),
@@ -249,9 +252,16 @@ def test_a_wrong_row_is_one_sentence_with_file_and_row(folder, tmp_path, row, sa
     assert "\n" not in message
 
 
-def test_without_a_template_a_conversation_is_refused(tmp_path):
+def test_without_a_template_a_conversation_is_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="line 1 is a conversation, and the tokenizer has no"):
         load("bytes", path=write(tmp_path / "a.jsonl", [{"messages": CHAT}]))
+    with pytest.raises(ConfigError, match=r"chat_template is .*, which is no file; give one of"):
+        load("bytes", path=str(tmp_path / "a.jsonl"), chat_template=str(tmp_path))
+    bare = shutil.copytree(folder, tmp_path / "tokenizer")
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    (bare / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": ["x"]}))
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
+        load(bare, path=str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -260,6 +270,7 @@ def test_without_a_template_a_conversation_is_refused(tmp_path):
         ("{% for %}", "is not a chat template"),
         ("{{ raise_exception('No system role.') }}", "line 1: the chat template refuses it: No sy"),
         ("{{ ''.__class__.__mro__ }}", "the chat template refuses it: access to attribute"),
+        ("hello", "its answers have no tokens; look at the chat template"),
     ],
 )
 def test_a_template_is_rendered_in_a_sandbox(folder, tmp_path, source, said):

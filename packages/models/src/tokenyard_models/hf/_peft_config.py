@@ -17,6 +17,7 @@ _READ: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
     "use_dora": (None, False),
+    "use_rslora": (None, False, True),
     "fan_in_fan_out": (None, False),
     "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
@@ -38,10 +39,12 @@ _READ: dict[str, tuple[Any, ...]] = {
 }
 """Keys of adapter_config.json -> the values that are read."""
 
+_LISTS = ("target_modules", "target_parameters", "exclude_modules")
+
 _UNUSED = frozenset(
     (
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"),
+        *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
         *("exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
         *("megatron_config", "megatron_core", "eva_config", "qalora_group_size", "runtime_config"),
         "ensure_weight_tying",
@@ -52,6 +55,9 @@ _UNUSED = frozenset(
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:
     """Raise WeightsError for a value that is not read. Log a warning for unknown keys."""
+    for key in _LISTS:
+        if not isinstance(config.get(key), list | str | None):
+            raise WeightsError(f"{path} has {key} {config[key]!r}; it must be a list of names")
     for key, values in _READ.items():
         if config.get(key) not in values:
             raise WeightsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from tokenyard_models.hf._peft_places import (
     places_of,
 )
 
+log = logging.getLogger("tokenyard")
+
 
 class PeftFolder:
     """A folder of LoRA adapters that PEFT wrote. Raises WeightsError for what is not read."""
@@ -56,6 +59,8 @@ class PeftFolder:
         if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
             raise WeightsError(f"{self.path / ADAPTER_CONFIG} has no usable r and lora_alpha")
         rank, alpha, dropout = numbers
+        if rank != int(rank):
+            raise WeightsError(f"{self.path / ADAPTER_CONFIG} has r {rank}; it must be whole")
         stabilized = bool(self.config.get("use_rslora"))
         try:
             return LoraSettings(int(rank), float(alpha), float(dropout), stabilized)
@@ -111,7 +116,10 @@ class PeftFolder:
         places = places_of(model)
         for name, _, adapter in adapters(model):
             for target in adapter.targets:
-                parts = [self._read(place) for place in places[f"{name}.{target}".lstrip(".")]]
+                weight = f"{name}.{target}".lstrip(".")
+                parts = [self._read(place) for place in places[weight]]
+                if not all(m.isfinite().all() for part in parts if part for m in part):
+                    log.warning("%s has nan or inf in the adapter of %s", self.path, weight)
                 for matrix, value in zip(
                     adapter.matrices(target), self._joined(parts, adapter, target)
                 ):

@@ -140,7 +140,7 @@ class HarnessModel:
 
         sampling = Sampling(
             new_tokens,
-            settings["temperature"],
+            settings.get("temperature", 0.0),  # absent if a task says nothing of sampling
             0,
             self._stops,
             complete=has_stop if until else None,

@@ -19,23 +19,26 @@ def run_tasks(model: Any, options: EvalOptions) -> list[dict[str, Any]]:
     from lm_eval.tasks import TaskManager
 
     names = [name for given in options.tasks or [] for name in given.split(",") if name]
+    if not names:
+        raise ConfigError("--tasks names no task; give one of lm-eval, or a YAML file")
     files = [Path(name).suffix in (".yaml", ".yml") for name in names]
     manager = TaskManager(include_defaults=not all(files))
     for name in names:
         _check_loads(manager, name)
-    results = lm_eval.simple_evaluate(
-        model,
-        tasks=names,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        apply_chat_template=options.chat,
-        task_manager=manager,
-        log_samples=False,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        torch_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
-    )
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    try:
+        results = lm_eval.simple_evaluate(
+            model,
+            tasks=names,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            apply_chat_template=options.chat,
+            task_manager=manager,
+            log_samples=False,
+            **dict.fromkeys(seeds, options.seed),
+        )
+    except ValueError as error:  # such as for more examples than a task has documents
+        raise ConfigError(f"lm-eval cannot run {', '.join(names)}: {error}") from error
     return [record for task in results["results"] for record in _records(results, task)]
 
 

@@ -168,13 +168,24 @@ def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any], base: Path | N
     return LoadedModel(
         model,
         config.precision,
-        config.tokenizer,
+        _moved_tokenizer(config.tokenizer, source),
         checkpoint,
         digest,
         saved_ids,
         dataset.chat_template if isinstance(dataset, FinetuningDataset) else None,
         source,
     )
+
+
+def _moved_tokenizer(tokenizer: TokenizerConfig, source: Path | None) -> TokenizerConfig:
+    """Return a tokenizer, or that of the source if the former's path is not here.
+
+    A path in a config may be relative to another folder. The content is compared by its digest.
+    """
+    named = tokenizer.name in ("bytes", "tiktoken") or Path(tokenizer.name).exists()
+    if named or source is None or not (source / "tokenizer.json").is_file():
+        return tokenizer
+    return tokenizer.model_copy(update={"name": str(source)})
 
 
 def _refuse_base(path: Path, base: Path | None) -> None:

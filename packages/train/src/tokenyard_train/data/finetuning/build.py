@@ -80,7 +80,10 @@ class _Encoder:
         whole = _Document(np.concatenate(ids), np.concatenate(targets))
         whole.targets[:1] = False  # nothing comes before it, from which it could be predicted
         if not whole.targets.any():
-            raise ConfigError(f"{location}: its answers have no tokens; leave the row out")
+            raise ConfigError(
+                f"{location}: its answers have no tokens; look at the chat template, or leave the "
+                "row out"
+            )
         return whole
 
     def warn(self, key: str) -> None:

@@ -18,6 +18,7 @@ from tokenyard_train.data.finetuning.segment import Segment
 from tokenyard_train.data.finetuning.template import ChatTemplate, Message
 
 _ANSWERS = ("response", "completion")
+_CHOICES = ("weight", "train", "training")  # of an answer, in files of other trainers
 _NEXT = {
     None: ("system", "developer", "user"),
     "system": ("user",),
@@ -154,8 +155,8 @@ def _check_prefixes(before: str, after: str, text: str, location: str) -> None:
 
 def _question(row: Mapping[str, Any], location: str) -> list[Message]:
     question = _text(row["instruction"], f"{location}: its instruction")
-    if row.get("input"):
-        question += "\n\n" + _text(row["input"], f"{location}: its input")
+    if row.get("input") not in (None, ""):
+        question += "\n\n" + _text(row["input"], f"{location}: its instruction's input")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
@@ -176,11 +177,12 @@ def _checked(messages: Any, location: str) -> list[Message]:
                 "follow; mend the row, or leave it out"
             )
         where = f"{location}: message {number}, from {role!r},"
-        if message.get("weight") not in (None, 1):
-            raise ConfigError(
-                f"{where} has the weight {message['weight']!r}, which is not read: answers are "
-                "chosen by dataset.target_responses; leave weight out"
-            )
+        for name in _CHOICES:
+            if message.get(name) not in (None, 1):
+                raise ConfigError(
+                    f"{where} has the {name} {message[name]!r}, which is not read: answers are "
+                    f"chosen by dataset.target_responses; leave {name} out"
+                )
         if not message.get("tool_calls"):
             (_check_answer if role == "assistant" else _text)(message.get("content"), where)
         checked.append({name: value for name, value in message.items() if value is not None})
@@ -199,5 +201,6 @@ def _check_answer(value: Any, where: str) -> None:
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"{where} is {type(value).__name__}, not text; mend the row")
+        kind = "null" if value is None else type(value).__name__
+        raise ConfigError(f"{where} is {kind}, not text; mend the row")
     return value

@@ -97,6 +97,8 @@ def read_template(path: str | None, tokenizer: TokenizerConfig, key: str) -> Cha
     config = _tokenizer_config(tokenizer)
     variables = {name: text for name in _TOKENS if (text := _token(config.get(name))) is not None}
     if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"{key} is {path!r}, which is no file; give one of a Jinja template")
         return ChatTemplate(read_text(path), variables, f"{key} {path!r}")
     folder = _folder(tokenizer)
     file = None if folder is None else folder / "chat_template.jinja"
@@ -104,7 +106,8 @@ def read_template(path: str | None, tokenizer: TokenizerConfig, key: str) -> Cha
         return ChatTemplate(read_text(file), variables, str(file))
     source = config.get("chat_template")
     if isinstance(source, list):  # several by name
-        named = {each.get("name"): each.get("template") for each in source}
+        listed = [each for each in source if isinstance(each, dict)]
+        named = {each.get("name"): each.get("template") for each in listed}
         source = named.get("default")
     if not isinstance(source, str):
         return None
