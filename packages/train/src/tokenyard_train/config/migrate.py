@@ -64,9 +64,9 @@ def _without_value(
     named = {change.key for change in changes}
     for key, value in given.items():
         path = f"{prefix}{key}"
-        if path in named or key in _members(kept) and not isinstance(value, Mapping):
+        if path in named or (key in _members(kept) and not isinstance(value, Mapping)):
             continue
-        if value is None or value == {} and key not in _members(kept):
+        if value is None or (value == {} and key not in _members(kept)):
             yield Change(path, _NO_VALUE)
         elif isinstance(value, Mapping):
             yield from _without_value(value, _members(kept).get(key), changes, f"{path}.")
