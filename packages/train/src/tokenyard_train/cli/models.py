@@ -59,7 +59,7 @@ def upcycle(options: UpcycleOptions) -> None:
     run(options, Console())
 
 
-@guide("tokenyard routing runs/quickstart --data text.txt", "routing.md")
+@guide("tokenyard routing runs/quickstart --data text.txt", "train.md")
 @dataclass_options
 def routing(options: RoutingOptions) -> None:
     """Report how a model routes a text: load per layer, dead experts, and pairs of experts."""
