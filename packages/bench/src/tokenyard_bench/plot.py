@@ -46,8 +46,7 @@ def efficiency_bars(records: Sequence[Record], machine: Mapping[str, Any], path:
         panel = [r for r in timed if (r["dtype"], r["routing"]) == (dtype, routing)]
         _draw_panel(axes, panel, shapes, colours)
     versions = f"{machine['device']}, torch {machine['versions']['torch']}"
-    key = "colour: tokenyard, grey: others; higher is better"
-    title = f"One MoE layer, forward and backward\n{versions}\n{key}"
+    title = f"One MoE layer, forward and backward\n{versions}"
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontweight="bold", fontsize=11)
     if panels:
         handles, labels = axes.get_legend_handles_labels()

@@ -41,7 +41,7 @@ def make_axes(figure: Figure, cell: Any, title: str, x: str, y: str) -> Axes:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
     axes.tick_params(length=0, labelcolor=INK)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return axes
 
 

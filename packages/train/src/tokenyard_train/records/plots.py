@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from tokenyard_cli.figures import (
@@ -75,6 +76,7 @@ def _draw_rates(axes: Axes, train: Records) -> Axes:
     axes.plot(batches, [r["lr"] for r in train], color=GREY, **_single_point(batches))
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     return axes
 
 
