@@ -56,10 +56,13 @@ def _run(command: Callable[[], Any]) -> None:
         from tokenyard.errors import TokenyardError  # imports torch, so not at the top
 
         stopped = isinstance(error, TokenyardError) and error.exit_code == STOPPED
-        line = str(error) if stopped else f"error: {_sentence(error)}"
-        if is_first(line):
-            # One write, so that lines of several ranks do not mix.
-            sys.stderr.write(f"{line}\n")
+        if stopped:  # on all ranks
+            line = f"{error}\n" if os.environ.get("RANK", "0") == "0" else ""
+        else:
+            sentence = f"error: {_sentence(error)}"
+            line = f"{sentence}\n" if is_first(sentence) else ""
+        # One write, so that lines of several ranks do not mix.
+        sys.stderr.write(line)
         sys.exit(error.exit_code if isinstance(error, TokenyardError) else MISTAKE)
 
 
