@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from tokenyard_cli import dataclass_options
-from tokenyard_cli.console import RunConsole, print_starting
+from tokenyard_cli.console import RunConsole, print_starting, wide_console
 from tokenyard_cli.guide import guide
 from tokenyard_cli.interrupts import fatal_interrupts
 from tokenyard_train.cli.exit import exit_if_collective_fails
@@ -90,7 +90,7 @@ def check(
     from tokenyard_train.config import load_config
 
     with maybe_fake_world(nproc):
-        run(load_config(config, overrides or []), Console())
+        run(load_config(config, overrides or []), wide_console())
 
 
 @guide("tokenyard migrate mpt-1b.yaml > config.yaml", "migrating.md")
