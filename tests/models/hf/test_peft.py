@@ -86,6 +86,37 @@ def test_adapters_of_peft_are_read(name, options, tmp_path):
     assert again.keys() >= {key for key in original if "lora" in key}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]},
+        {
+            "target_modules": ATTENTION,
+            "rank_pattern": {"layers.1.self_attn.q_proj": 9, "k_proj": 2},
+            "alpha_pattern": {"v_proj": 3, "k_proj": 7.5},
+            "use_rslora": True,
+        },
+    ],
+    ids=["gate_proj", "patterns"],
+)
+def test_ranks_of_several_sizes_are_read(options, tmp_path):
+    """PEFT makes one adapter of twice the rank of gate_proj and up_proj of experts."""
+    base = saved("qwen3_moe", tmp_path)
+    tuned = by_peft(base, **options).eval()
+    tuned.save_pretrained(tmp_path / "adapters")
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["rank_pattern"]
+    model = read(base, tmp_path / "adapters").eval()
+    with torch.no_grad():
+        want = tuned(ids()).logits
+        assert relative_error(model(ids()).logits, want) < 1e-5
+        to_peft(model, tmp_path / "again", base=str(base))
+        again = peft.AutoPeftModelForCausalLM.from_pretrained(
+            tmp_path / "again", experts_implementation="eager"
+        )
+        assert relative_error(again(ids()).logits, want) < 1e-5
+
+
 @pytest.mark.parametrize("targets", ["*", "all-linear", ["experts.*"], ["blocks.1.*"]], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_peft_loads_what_is_written(name, targets, tmp_path):
@@ -162,12 +193,20 @@ def test_what_is_not_read_is_an_error(tmp_path):
     config = json.loads(path.read_text())
     model = from_hf(base)
     for change, sentence in [
-        ({"use_dora": True}, r"has use_dora True; read is None only: merge the adapters by PEFT"),
+        (
+            {"use_dora": True},
+            "has use_dora True; read is None or False only: merge the adapters",
+        ),
         ({"peft_type": "IA3"}, r"has peft_type 'IA3'; read is 'LORA' only"),
         ({"r": "8"}, "has no usable r and lora_alpha"),
         ({"r": 0}, "lora rank is 0"),
         ({"r": 2.5}, "has r 2.5; it must be whole"),
-        ({"use_rslora": "false"}, "has use_rslora 'false'; read is None only"),
+        ({"use_rslora": "false"}, "has use_rslora 'false'; read is None or False or True only"),
+        (
+            {"rank_pattern": {"(a+)+b": 4}},
+            r"rank_pattern '\(a\+\)\+b', and regular expr",
+        ),
+        ({"rank_pattern": {"q_proj": "4"}}, "has '4' in rank_pattern; give a number above 0"),
         ({"target_modules": 3}, "has target_modules 3; it must be a list of names"),
         ({"base_model_name_or_path": "some/hub"}, "base 'some/hub', which is no folder here"),
     ]:
@@ -266,7 +305,7 @@ def test_adapters_that_are_not_whole_are_an_error(both, tmp_path, kind):
         ({"exclude_modules": ["q_proj"]}, r"holds .*q_proj.lora_A.*names no such target"),
         ({"layers_to_transform": [0]}, r"holds .*layers.1.*lora_A.*names no such target"),
         ({"target_modules": [*ATTENTION, "lm_head"]}, r"lacks .*lm_head.lora_A.weight, which"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'; read is None only"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'; read is None or True"),
         ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens \[1, 2\]; read is None"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices \[1\]; read is None"),
     ],

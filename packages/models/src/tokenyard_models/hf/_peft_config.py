@@ -20,8 +20,6 @@ _READ: dict[str, tuple[Any, ...]] = {
     "use_rslora": (None, False, True),
     "fan_in_fan_out": (None, False),
     "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
     "layer_replication": (None,),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # others change
     "loftq_config": (None, {}),  # the base
@@ -47,7 +45,7 @@ _UNUSED = frozenset(
         *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
         *("exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
         *("megatron_config", "megatron_core", "eva_config", "qalora_group_size", "runtime_config"),
-        "ensure_weight_tying",
+        *("ensure_weight_tying", "rank_pattern", "alpha_pattern"),
     )
 )
 """Keys that are read elsewhere, or that do not change what adapters compute."""
@@ -60,16 +58,48 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
             raise WeightsError(f"{path} has {key} {config[key]!r}; it must be a list of names")
     for key, values in _READ.items():
         if config.get(key) not in values:
+            read = " or ".join(map(repr, values))
             raise WeightsError(
-                f"{path} has {key} {config.get(key)!r}; read is {values[0]!r} only: merge the "
-                "adapters by PEFT's merge_and_unload"
+                f"{path} has {key} {config.get(key)!r}; read is {read} only: merge the adapters "
+                "by PEFT's merge_and_unload"
             )
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(config.get(key) or {}, key, path)
     known = _READ.keys() | _UNUSED
     unknown = sorted(key for key, value in config.items() if key not in known and value)
     if unknown:
         log.warning(
             "%s has keys that are not known here and are left out: %s", path, ", ".join(unknown)
         )
+
+
+def _check_pattern(patterns: Any, key: str, path: Path) -> None:
+    """Raise WeightsError for a pattern that is not a name, and for a value that is no number."""
+    if not isinstance(patterns, dict):
+        raise WeightsError(f"{path} has {key} {patterns!r}; it must map names to numbers")
+    for pattern, value in patterns.items():
+        whole = int if key == "rank_pattern" else int | float
+        if isinstance(value, bool) or not isinstance(value, whole) or value <= 0:
+            raise WeightsError(f"{path} has {value!r} in {key}; give a number above 0")
+        if not re.fullmatch(r"[\w.]+", _plain(pattern)):
+            raise WeightsError(
+                f"{path} has the {key} {pattern!r}, and regular expressions are not run; merge the "
+                "adapters by PEFT's merge_and_unload"
+            )
+
+
+def value_of(patterns: Mapping[str, Any] | None, place: Place, default: float) -> float:
+    """Return what a rank_pattern or alpha_pattern says of a place: its first that matches."""
+    full = ".".join(filter(None, place))
+    for pattern, value in (patterns or {}).items():
+        if f".{full}".endswith(f".{_plain(pattern)}"):
+            return float(value)
+    return default
+
+
+def _plain(pattern: str) -> str:
+    """Return the name of a pattern that PEFT itself writes, such as ``.*\\.gate_up_proj``."""
+    return pattern.removeprefix(r".*\.").replace(r"\.", ".")
 
 
 def is_targeted(config: Mapping[str, Any], place: Place) -> bool | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tokenyard import ConfigError, LoraAdapter, LoraSettings
 from tokenyard.lora import adapters
@@ -20,7 +21,7 @@ from tokenyard_models.hf._folder import (
     is_hf_folder,
     read_json,
 )
-from tokenyard_models.hf._peft_config import check_config, is_targeted
+from tokenyard_models.hf._peft_config import check_config, is_targeted, value_of
 from tokenyard_models.hf._peft_places import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -53,7 +54,10 @@ class PeftFolder:
 
     @property
     def settings(self) -> LoraSettings:
-        """Return the options of the adapters. Raises WeightsError for unusable ones."""
+        """Return the options of the adapters. Raises WeightsError for unusable ones.
+
+        The rank is the highest one of rank_pattern. Adapters of a lower one are filled up by zeros.
+        """
         numbers: list[Any] = [self.config.get(key) for key in ("r", "lora_alpha", "lora_dropout")]
         numbers[2] = numbers[2] or 0
         if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
@@ -62,6 +66,10 @@ class PeftFolder:
         if rank != int(rank):
             raise WeightsError(f"{self.path / ADAPTER_CONFIG} has r {rank}; it must be whole")
         stabilized = bool(self.config.get("use_rslora"))
+        highest = max(rank, *(self.config.get("rank_pattern") or {}).values(), 1)
+        if rank > 0:
+            alpha *= (highest / rank) ** (0.5 if stabilized else 1)  # the scale of that rank
+            rank = highest
         try:
             return LoraSettings(int(rank), float(alpha), float(dropout), stabilized)
         except ConfigError as error:
@@ -117,7 +125,7 @@ class PeftFolder:
         for name, _, adapter in adapters(model):
             for target in adapter.targets:
                 weight = f"{name}.{target}".lstrip(".")
-                parts = [self._read(place) for place in places[weight]]
+                parts = [self._read(place, adapter) for place in places[weight]]
                 if not all(m.isfinite().all() for part in parts if part for m in part):
                     log.warning("%s has nan or inf in the adapter of %s", self.path, weight)
                 for matrix, value in zip(
@@ -171,12 +179,26 @@ class PeftFolder:
         key = f"{PREFIX}{place.module}.{inner}lora_"
         return f"{key}A.weight", f"{key}B.weight"
 
-    def _read(self, place: Place) -> tuple[Tensor, Tensor] | None:
-        a, b = self._of(place)
-        if a not in self._keys or b not in self._keys:
+    def _read(self, place: Place, adapter: LoraAdapter) -> tuple[Tensor, Tensor] | None:
+        """Return A [.., rank, columns] and B [.., rows, rank], with the model's rank and scale."""
+        keys = self._of(place)
+        if not self._keys.issuperset(keys):
             return None
-        whole = (slice(None), slice(None))
-        return self._reader.read(a, whole), self._reader.read(b, whole)
+        a, b = (self._reader.read(key, (slice(None), slice(None))) for key in keys)
+        if place.parameter is not None:
+            a, b = self._by_expert((a, b), len(adapter.matrices(adapter.targets[0])[0]), place)
+        rank, alpha = (
+            value_of(self.config.get(f"{name}_pattern"), place, self.config[key])
+            for name, key in (("rank", "r"), ("alpha", "lora_alpha"))
+        )
+        own = LoraSettings(int(rank), alpha, rank_stabilized=adapter.settings.rank_stabilized)
+        missing = adapter.settings.rank - own.rank
+        if missing and a.shape[-2] == b.shape[-1] == own.rank:
+            a = F.pad(a, (0, 0, 0, missing))
+            b = F.pad(b, (0, missing))
+        if own.scale != adapter.scale:
+            b = b * (own.scale / adapter.scale)
+        return a, b
 
     def _joined(
         self, parts: list[tuple[Tensor, Tensor] | None], adapter: LoraAdapter, target: str
@@ -188,8 +210,6 @@ class PeftFolder:
         for part, a_part, b_part in zip(parts, a.split(rank, -2), b.split(rows, -2)):
             if part is None:
                 continue
-            if a.dim() == 3:
-                part = self._by_expert(part, len(a), target)
             for target_part, value in zip((a_part, b_part), part):
                 if target_part.shape != value.shape:
                     raise self._wrong_shape(target, value, f"{list(target_part.shape)}")
@@ -197,13 +217,13 @@ class PeftFolder:
         return a, b
 
     def _by_expert(
-        self, part: tuple[Tensor, Tensor], experts: int, target: str
+        self, part: tuple[Tensor, Tensor], experts: int, place: Place
     ) -> tuple[Tensor, Tensor]:
         """Return A [E, rank, columns] and B [E, rows, rank] of PEFT's matrices for all experts."""
         a, b = part
         for matrix, dimension in ((a, 0), (b, 1)):
             if matrix.dim() != 2 or matrix.shape[dimension] % experts:
-                raise self._wrong_shape(target, matrix, f"of {experts} experts")
+                raise self._wrong_shape(f"{place.parameter}", matrix, f"of {experts} experts")
         return a.unflatten(0, (experts, -1)), _experts_first(b, experts)
 
     def _wrong_shape(self, target: str, value: Tensor, wanted: str) -> WeightsError:
