@@ -160,6 +160,7 @@ def test_adapters_go_to_peft_and_back(tokenyard, tuning, published, tmp_path):
     changes = {"load_path": str(folder), "save_folder": str(tmp_path / "b"), "max_duration": "1ba"}
     again = read_config(tuning | changes | {"optimizer": {"name": "adamw", "lr": 1e-30}})
     assert again.lora.settings() == LoraSettings(4, 16.0, rank_stabilized=True)
+    assert again == read_config(again.model_dump() | {"load_path": f"hf://{folder}"})
     train(again, Console(quiet=True))
     assert torch.equal(load_trained(tmp_path / "b").model(ids).logits, want)
     with pytest.raises(ConfigError, match=r"lora differs from the adapters in load_path .*; drop"):

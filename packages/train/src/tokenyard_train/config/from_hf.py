@@ -25,12 +25,14 @@ def with_hf_model(data: Mapping[str, Any]) -> dict[str, Any]:
     neither it nor the folder has a tokenizer, and WeightsError if the folder is unusable.
     """
     path = data.get("load_path")
-    if isinstance(path, str) and is_peft(Path(path).expanduser()):
-        return _with_peft_adapters(data, Path(path).expanduser())
-    overrides = data.get("model", {})
-    if not isinstance(path, str) or not isinstance(overrides, Mapping):
+    if not isinstance(path, str):
         return dict(data)
     folder = Path(path.removeprefix(HF)).expanduser()
+    if is_peft(folder):
+        return _with_peft_adapters(data, folder)
+    overrides = data.get("model", {})
+    if not isinstance(overrides, Mapping):
+        return dict(data)
     if not path.startswith(HF) and not is_hf_folder(folder):
         return dict(data)
     name, section = model_section(Folder(folder))
