@@ -254,7 +254,7 @@ def test_an_llm_foundry_file_loads_once_its_data_is_here(load, caplog):
             "backends.experts is 5; give text or a mapping of keys to values",
         ),
         ("max_seq_len: 1.5", "max_seq_len is 1.5; give a whole number"),
-        ("callbacks: {layer_freezing: {}}", "callbacks.layer_freezing is not a known key"),
+        ("callbacks: {kill_loss_spike: {}}", "callbacks.kill_loss_spike is not a known key"),
         ("seed: [1]", r"seed is \[1\]; give a whole number"),
     ],
 )

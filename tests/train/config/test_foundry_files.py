@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -23,19 +24,45 @@ from tokenyard_train.engine.setup import build_setup
 from ..data.test_mds import write as write_mds
 from .foundry_files import FILES, LLAMA, LLAMA_1, build
 
-UNKNOWN = "config.json has model_type '{}'; known are: mixtral, .*llama"
+UNKNOWN = "has model_type '{}'; give a model of one of these: mixtral, .*llama"
+SCRATCH = UNKNOWN + ", .*or train one from random weights: model: {{name: mpt_causal_lm, d_model"
 SENTENCES = {
-    "pretrain/gpt-neo-125m": UNKNOWN.format("gpt_neo"),
-    "pretrain/gpt-neo-125m_eval": UNKNOWN.format("gpt_neo"),
-    "pretrain/gpt2-small": UNKNOWN.format("gpt2"),
+    "pretrain/gpt-neo-125m": SCRATCH.format("gpt_neo"),
+    "pretrain/gpt-neo-125m_eval": SCRATCH.format("gpt_neo"),
+    "pretrain/gpt2-small": SCRATCH.format("gpt2"),
     "pretrain/opt-3b": UNKNOWN.format("opt"),
     "finetune/1b_local_data_sft": "preprocessing_fn .*no code of a config is run; write rows of",
     "finetune/t5-small_dolly_sft": "'hf_t5', .*encoder-decoder models are not here; say hf_causal",
     "finetune/mpt-7b_dolly_sft": UNKNOWN.format("mpt"),
     "finetune/mpt-30b-instruct": UNKNOWN.format("mpt"),
-    "finetune/gpt2-arc-easy-cpu-streaming-dataset": UNKNOWN.format("gpt2"),
+    "finetune/gpt2-arc-easy-cpu-streaming-dataset": "streams names MDS shards, .*give path",
 }
 """The files that do not run, and what is said of them. All others pass."""
+
+_KNOWN_MODEL = "model.pretrained_model_name_or_path=meta-llama/Meta-Llama-3-8B"
+_PRETRAINED = [_KNOWN_MODEL, "model.config_overrides={}"]
+_RANDOM = ["model={name: mpt_causal_lm, d_model: 16, n_heads: 2, n_layers: 2}"]
+ADVICE = {
+    "pretrain/gpt-neo-125m": _RANDOM,
+    "pretrain/gpt-neo-125m_eval": _RANDOM,
+    "pretrain/gpt2-small": _RANDOM,
+    "pretrain/opt-3b": _PRETRAINED,
+    "finetune/1b_local_data_sft": ["train_loader.dataset.preprocessing_fn=null"],
+    "finetune/t5-small_dolly_sft": [
+        *_PRETRAINED,
+        *("model.name=hf_causal_lm", "train_loader.dataset.decoder_only_format=true"),
+    ],
+    "finetune/mpt-7b_dolly_sft": _PRETRAINED,
+    "finetune/mpt-30b-instruct": [
+        *_PRETRAINED,
+        *("train_loader.dataset.packing_ratio=auto", "eval_loader.dataset.packing_ratio=auto"),
+    ],
+    "finetune/gpt2-arc-easy-cpu-streaming-dataset": [
+        *_PRETRAINED,
+        *("train_loader.dataset.streams=null", "train_loader.dataset.path={rows}"),
+    ],
+}
+"""What the sentence says, as overrides."""
 
 OVERRIDES = ["device=cpu"]
 OTHER_MODELS = {
@@ -103,8 +130,9 @@ def data(tmp_path_factory):
     for split in ("train", "val", "train_small", "val_small"):
         write_mds(folder / "text" / split, [text], ["text"], ["str"], [None])
     rows = [json.dumps({"prompt": f"{i} + {i} is ", "response": f"{2 * i}."}) for i in range(60)]
+    (folder / "rows").mkdir()
     for split in ("train", "test", "validation"):
-        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+        (folder / "rows" / f"{split}.jsonl").write_text("\n".join(rows))
     return folder
 
 
@@ -121,8 +149,11 @@ def load(hub, data, tmp_path, monkeypatch):
             dataset = (config[key] or {}).get("dataset", {})
             if "hf_name" in dataset and "hf_kwargs" not in dataset:
                 dataset = {k: v for k, v in dataset.items() if k not in ("hf_name", "split")}
-                path = data / f"{config[key]['dataset']['split']}.jsonl"
+                path = data / "rows" / f"{config[key]['dataset']['split']}.jsonl"
                 config[key] = config[key] | {"dataset": dataset | {"path": str(path)}}
+            if "hf_kwargs" in dataset:
+                files = {"hf_kwargs": {"data_dir": str(data / "rows")}}
+                config[key] = config[key] | {"dataset": dataset | files}
         if config.get("load_path"):
             config["load_path"] = None
         path = tmp_path / "file.yaml"
@@ -143,9 +174,29 @@ def test_the_migrated_file_means_the_same(load, name, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "tokenyard"):
         same = load_config(tmp_path / "new.yaml", [f"save_folder={tmp_path / 'run'}"])
     assert same == config
+    assert_changes_have_comments(tmp_path / "file.yaml", text)
     assert not [m for m in caplog.messages if "ignored" in m or "LLM Foundry" in m]
     sharded = yaml.safe_load(migrated(tmp_path / "file.yaml", OVERRIDES, processes=8))
     assert sharded["parallel"] == {"strategy": "fsdp"}
+
+
+def leaves(section, prefix=""):
+    """The keys of a config, with the sections in which they are, and their values."""
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def assert_changes_have_comments(path, text):
+    """A comment names each key that is absent or has another value, or a section around it."""
+    named = set(re.findall(r"^# (\S+): ", text, re.MULTILINE))
+    after = dict(leaves(yaml.safe_load(text)))
+    for key, value in leaves(yaml.safe_load(path.read_text())):
+        parts = key.split(".")
+        if after.get(key, ...) != value:
+            assert named & {".".join(parts[:n]) for n in range(1, len(parts) + 1)}, key
 
 
 def test_comments_of_a_migrated_file(load, tmp_path):
@@ -172,6 +223,13 @@ def test_each_file_passes_or_is_answered(load, name):
         assert "\n" not in str(caught.value)
     else:
         check(load(name), Console(quiet=True))
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_what_the_sentence_says_passes(load, name, data):
+    rows = str(data / "rows" / "train.jsonl")
+    overrides = [override.replace("{rows}", rows) for override in ADVICE[name]]
+    check(load(name, *overrides), Console(quiet=True))
 
 
 def test_how_many_files_pass():

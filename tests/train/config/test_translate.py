@@ -25,6 +25,7 @@ def translated(config, processes=1):
     [
         ({}, "fsdp"),
         ({"sharding_strategy": "FULL_SHARD"}, "fsdp"),
+        ({"sharding_strategy": "full_shard"}, "fsdp"),
         ({"sharding_strategy": "NO_SHARD"}, "ddp"),
         (
             {"sharding_strategy": "SHARD_GRAD_OP"},
@@ -73,13 +74,36 @@ def test_recompute_and_keys_that_choose_how_fsdp_communicates():
         ({"eval_loader": [{"name": "python_stdlib"}]}, "eval_loader.0.label is None; give each"),
         ({"code_paths": ["x.py"]}, "code_paths is a key .*no code of a config is run"),
         ({"tp_config": {"degree": 2}}, "tp_config is a key of LLM Foundry"),
+        (
+            {"model": {"name": "hf_causal_lm", "pretrained_model_name_or_path": "../x"}},
+            r"not in the local Hugging Face cache; give the path of its folder$",
+        ),
+        (
+            {"eval_loader": [{"name": "python_stdlib", "label": "a"}], "eval_loaders": {"b": {}}},
+            "eval_loader is a list and eval_loaders is set, too",
+        ),
         ({"load_path": "x/ep0-ba9-rank0.pt"}, "is a pickle, .*convert it where it was made"),
+        ({"load_path": "x/latest-rank0.pt.gz"}, "is a pickle"),
+        ({"callbacks": {"layer_freezing": {"layer_names": ["a"]}}}, r"say frozen: \[patterns\]"),
+        ({"optimizer": {"name": "adamw", "disable_grad": ["a"]}}, r"say frozen: \[patterns\]"),
         ({"load_path": "x", "load_weights_only": False}, "say true, or resume a run by autoresume"),
     ],
 )
 def test_what_cannot_be_translated_is_one_sentence(change, sentence):
     with pytest.raises(ConfigError, match=sentence):
         read_config(BASE | change)
+
+
+def test_a_sharded_checkpoint_of_composer_is_refused(tmp_path):
+    (tmp_path / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(ConfigError, match="is a pickle"):
+        read_config(BASE | {"load_path": str(tmp_path)})
+
+
+def test_a_file_with_two_documents_is_refused(tmp_path):
+    (tmp_path / "two.yaml").write_text(ANNOUNCEMENT + REST + "---\nseed: 2\n")
+    with pytest.raises(ConfigError, match="a file has one document, and another begins at line"):
+        load_config(tmp_path / "two.yaml")
 
 
 def test_intervals_without_a_unit_are_epochs():

@@ -55,9 +55,11 @@ CALLBACKS = frozenset(
         "activation_monitor_full_model",
         "async_eval",
         "env_logger",
+        "env_logging",
         "eval_output_logging",
         "export_for_inference",
         "fdiff",
+        "fdiff_metrics",
         "loss_perp_v_len",
         "mbmoe_tok_per_expert",
         "memory_snapshot",
@@ -94,6 +96,7 @@ LOGGERS = frozenset(
         "cometml",
         "file_logger",
         "in_memory_logger",
+        "inmemory",
         "inmemory_logger",
         "mosaicml",
         "neptune",
@@ -118,6 +121,7 @@ LOGGER = frozenset(
 """Ignored in a logger: uploads, and options whose behaviour is built in."""
 
 _VARIABLE = "put it under variables, and write ${{variables.{0}}} where it is used"
+_SECOND_RUN = "a run reads one train_loader; start another run by load_path"
 
 INSTEAD = {
     "tokenizer_name": "say tokenizer: {name: bytes}",
@@ -131,6 +135,13 @@ INSTEAD = {
     "train_loader.dataset.hf_kwargs": "name a folder or a dataset by hf_name, its split by split",
     "train_loader.dataset.preprocessing_fn": "no code of a config is run; write rows of messages, "
     "or of prompt and response",
+    "optimizer.disable_grad": "say frozen: [patterns] for parameters that are not trained",
+    "optimizer.param_groups": "all parameters have the options of optimizer",
+    "callbacks.curriculum_learning": _SECOND_RUN,
+    "callbacks.dataset_swap": _SECOND_RUN,
+    "callbacks.global_lr_scaling": "set optimizer.lr",
+    "callbacks.layer_freezing": "say frozen: [patterns] for parameters that are not trained",
+    "callbacks.load_checkpoint": "say load_path",
     "callbacks.generate_callback.kwargs": "say max_new_tokens and temperature beside prompts",
     "callbacks.generate_callback.batch_size": "leave it out; prompts are continued one by one",
 }
@@ -142,7 +153,8 @@ _TEXT_ONLY = "only whole documents are read here; say name: text, or name: finet
 INSTEAD_OF_VALUES = {
     "model.name": {
         "hf_prefix_lm": "prefix language models are not here; say hf_causal_lm",
-        "hf_t5": "encoder-decoder models are not here; say hf_causal_lm, and name a decoder",
+        "hf_t5": "encoder-decoder models are not here; say hf_causal_lm, name a decoder, "
+        "and set decoder_only_format: true",
     },
     "optimizer.name": {
         "adalr_lion": _LION,

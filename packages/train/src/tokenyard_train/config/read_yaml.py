@@ -73,7 +73,10 @@ def _one_sentence(what: str) -> Iterator[None]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{what}: {error.problem}{line}") from None
+        problem = error.problem
+        if problem == "but found another document":
+            problem = "a file has one document, and another begins"
+        raise ConfigError(f"{what}: {problem}{line}") from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{what}: {key}{str(error).splitlines()[0]}") from None

@@ -63,6 +63,8 @@ def _by_label(config: Mapping[str, Any], changes: list[Change]) -> dict[str, Any
                 )
             loaders[label] = {name: value for name, value in loader.items() if name != "label"}
         del read[key]
+        if read.get("eval_loaders"):
+            raise ConfigError(f"{key} is a list and eval_loaders is set, too; put all in one")
         read["eval_loaders"] = loaders
         changes.append(Change(key, f"eval_loaders: {', '.join(loaders)}", told=False))
     return read
@@ -79,7 +81,14 @@ def _loader(loader: Any, key: str, changes: list[Change]) -> Any:
 
 def _rows(dataset: Mapping[str, Any], where: str, changes: list[Change]) -> dict[str, Any]:
     """Set what LLM Foundry does by default, in a section with a key that only its files have."""
-    read = _local_files(dataset, where, changes)
+    for key in ("streams", "local"):
+        if dataset.get(key):
+            raise ConfigError(
+                f"{where}.{key} names MDS shards, and finetuning reads rows of JSON lines, Parquet "
+                "or a dataset of Hugging Face; write them so, and give path"
+            )
+    rest = {name: value for name, value in dataset.items() if name not in ("streams", "local")}
+    read = _local_files(rest, where, changes)
     if "decoder_only_format" not in read:
         return read
     if read.get("target_responses") is None:

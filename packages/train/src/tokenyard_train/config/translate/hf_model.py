@@ -13,7 +13,8 @@ from tokenyard_models.hf import DescribedModel, WeightsError, described_model
 from tokenyard_models.strict_config import Strict, merged, only, parse, without_ignored
 from tokenyard_train.config.from_hf import section_with_length
 from tokenyard_train.config.translate.change import Change
-from tokenyard_train.config.translate.hub import cached_folder
+from tokenyard_train.config.translate.hub import cached_folder, is_hub_name
+from tokenyard_train.config.translate.layout import AnyCase
 from tokenyard_train.data.paths import HF
 
 _NAME = "hf_causal_lm"
@@ -28,7 +29,7 @@ class PeftConfig(Strict):
         ("base_model_name_or_path", "inference_mode", "task_type")
     )
 
-    peft_type: Literal["LORA"] = "LORA"
+    peft_type: Annotated[Literal["LORA"], AnyCase] = "LORA"
     r: int = Field(8, ge=1)
     lora_alpha: float = Field(8.0, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -102,9 +103,10 @@ def _folder(name: str) -> Path:
     folder = Path(name).expanduser()
     cached = folder if folder.is_dir() else cached_folder(name)
     if cached is None:
+        download = f"download it (hf download {name}), or " if is_hub_name(name) else ""
         raise ConfigError(
             f"{_PATH} is {name!r}, which is no folder here and not in the local Hugging Face "
-            f"cache; download it (hf download {name}), or give the path of its folder"
+            f"cache; {download}give the path of its folder"
         )
     return cached
 

@@ -13,12 +13,17 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def is_hub_name(name: str) -> bool:
+    """Return whether a name is of the form gpt2 or org/model."""
+    return _NAME.fullmatch(name) is not None
+
+
 def cached_folder(name: str) -> Path | None:
     """Return the folder of a hub name such as gpt2 or org/model in the cache; None if it has none.
 
     It is the snapshot of the branch main, or else the only snapshot.
     """
-    if not _NAME.fullmatch(name):
+    if not is_hub_name(name):
         return None
     repository = _cache() / f"models--{name.replace('/', '--')}"
     snapshots = repository / "snapshots"

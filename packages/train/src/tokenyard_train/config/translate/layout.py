@@ -6,11 +6,19 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tokenyard import ConfigError
 from tokenyard_models.strict_config import Strict, only, parse, without_ignored
 from tokenyard_train.config.translate.change import Change
+
+
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+AnyCase = BeforeValidator(_upper)
+"""Accepts names in small letters, too, as Composer and LLM Foundry do."""
 
 
 class FsdpConfig(Strict):
@@ -21,12 +29,16 @@ class FsdpConfig(Strict):
             "activation_checkpointing_reentrant",
             "auto_wrap",
             "backward_prefetch",
+            "backward_prefetch_limit",
             "flatten_parameters",
             "forward_prefetch",
+            "forward_prefetch_limit",
             "keep_low_precision_grads",
             "limit_all_gathers",
+            "load_fsdp_monolith_rank0_only",
             "load_monolith_rank0_only",
             "load_planner",
+            "min_params",
             "save_planner",
             "sharded_ckpt_prefix_dir",
             "state_dict_type",
@@ -38,10 +50,13 @@ class FsdpConfig(Strict):
         )
     )
 
-    sharding_strategy: Literal[
-        "FULL_SHARD", "HYBRID_SHARD", "SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2", "NO_SHARD"
+    sharding_strategy: Annotated[
+        Literal["FULL_SHARD", "HYBRID_SHARD", "SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2", "NO_SHARD"],
+        AnyCase,
     ] = "FULL_SHARD"
-    mixed_precision: Literal["PURE", "DEFAULT", "FULL"] | dict[str, str] = "DEFAULT"
+    mixed_precision: Annotated[Literal["PURE", "DEFAULT", "FULL"] | dict[str, str], AnyCase] = (
+        "DEFAULT"
+    )
     activation_checkpointing: bool = False
     activation_cpu_offload: bool = False
     cpu_offload: Annotated[bool, only(False, "keeping parameters in host memory")] = False
