@@ -16,6 +16,7 @@ from tokenyard_train.data.paths import UNITY_CATALOG
 from tokenyard_train.data.schema import RowSource, Source
 from tokenyard_train.data.sources.keys import key_below
 from tokenyard_train.data.sources.unity_catalog import Storage, resolve
+from tokenyard_train.hide_secrets import hide_secrets
 from tokenyard_train.optional import require
 
 _FEATURES = frozenset(
@@ -29,7 +30,20 @@ _FEATURES = frozenset(
 )
 """The reader features of the protocol that are respected."""
 
+_VARIABLES = {
+    "s3": "AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "s3a": "AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    "abfs": "AZURE_STORAGE_ACCOUNT_KEY",
+    "abfss": "AZURE_STORAGE_ACCOUNT_KEY",
+}
+"""Variables of the environment from which deltalake takes the credentials, by scheme."""
+
+_REASON = 120  # characters of the start and of the end of another library's error
 _ANSI = re.compile(r"\x1b\[[0-9;]*m|↳")
+
+_ANSWER = re.compile("<Code>(.*?)</Code>.*?<Message>(.*?)</Message>")  # of a cloud's storage
 
 
 class File(NamedTuple):
@@ -93,7 +107,9 @@ def _load(source: Source | RowSource, key: str, version: int | None) -> tuple[An
             f"{name} is no Delta table; give a folder that holds a _delta_log"
         ) from None
     except Exception as error:  # errors come from deltalake and from each storage
-        raise ConfigError(f"{name} cannot be opened: {reason_of(error)}") from None
+        variables = _VARIABLES.get(location.partition("://")[0])
+        hint = f"; its credentials come from the environment: {variables}" if variables else ""
+        raise ConfigError(f"{name} cannot be opened: {reason_of(error)}{hint}") from None
     newest = table.version()
     if version is None or version == newest:
         return table, storage.options
@@ -166,6 +182,10 @@ def _files(loaded: Any, arrow: Any) -> list[File]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return why another library failed, in one line."""
-    text = " ".join(_ANSI.sub(" ", str(error)).split())
-    return text.removeprefix("Kernel error: ")[:200] or type(error).__name__
+    """Return why another library failed, in one line: the start and the end, where the cause is."""
+    text = " ".join(_ANSI.sub(" ", str(error)).split()).removeprefix("Kernel error: ")
+    answer = _ANSWER.search(text)
+    text = hide_secrets(": ".join(answer.groups()) if answer else text)
+    if len(text) > 2 * _REASON:
+        text = f"{text[:_REASON]} ... {text[-_REASON:]}"
+    return text or type(error).__name__

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tokenyard import ConfigError
 from tokenyard_train.data.paths import UNITY_CATALOG
+from tokenyard_train.hide_secrets import hide_secrets
 from tokenyard_train.optional import require
 
 _SERVERS = ("UNITY_CATALOG_URL", "DATABRICKS_HOST")
@@ -55,10 +56,12 @@ def resolve(uri: str, key: str) -> Storage:
         with ThreadPoolExecutor(1) as thread:
             table, credentials = thread.submit(asyncio.run, request).result()
     except client.ApiException as error:
-        raise ConfigError(f"{key} {uri!r}: {_refusal(error, token)}") from None
+        raise ConfigError(f"{key} {uri!r}: {_refusal(error)}") from None
     except Exception as error:  # errors come from aiohttp and from the client
-        reason = _without(token, " ".join(str(error).split())[:200]) or type(error).__name__
-        raise ConfigError(f"{key} {uri!r}: {server} does not answer: {reason}") from None
+        reason = hide_secrets(" ".join(str(error).split()))[:200] or type(error).__name__
+        raise ConfigError(
+            f"{key} {uri!r}: {hide_secrets(server)} does not answer: {reason}"
+        ) from None
     _check(table, f"{key} {uri!r}")
     options = {} if credentials is None else _options(credentials, f"{key} {uri!r}")
     return Storage(table.storage_location, options)
@@ -105,17 +108,13 @@ def _options(credentials: Any, name: str) -> dict[str, str]:
     raise ConfigError(f"{name} is in a cloud whose credentials are not supported; S3 and Azure are")
 
 
-def _refusal(error: Any, token: str | None) -> str:
+def _refusal(error: Any) -> str:
     """Return the rest of a sentence about a server's refusal."""
     variable = next((name for name in _TOKENS if os.environ.get(name)), _TOKENS[0])
     if error.status in _REFUSALS:
         return _REFUSALS[error.status].format(token=variable)
     text = re.sub(r"\s+", " ", str(error.body or error.reason))
-    return f"the server answers {error.status}: {_without(token, text[:200])}"
-
-
-def _without(token: str | None, text: str) -> str:
-    return text.replace(token, "***") if token else text
+    return f"the server answers {error.status}: {hide_secrets(text)[:200]}"
 
 
 def _is_local(location: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from tokenyard import ConfigError, TokenyardError
 from tokenyard.bounded import read_json
 from tokenyard_train.config.loggers import Loggers
+from tokenyard_train.hide_secrets import hide_secrets
 from tokenyard_train.records.trackers._base import Tracker, scalars
 
 _CLASSES = {
@@ -116,7 +117,7 @@ def _start(name: str, options: Any, run: RunInfo) -> Tracker:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return hide_secrets(" ".join(str(error).split()))[:200]
 
 
 def _identities(folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ import yaml
 from tokenyard import ConfigError
 from tokenyard.bounded import read_json
 from tokenyard_train.config.loggers import MlflowLogger
+from tokenyard_train.hide_secrets import hide_secrets
 from tokenyard_train.optional import require
 from tokenyard_train.records.environment import git_commit, versions
 from tokenyard_train.records.trackers._build import IDENTITIES, RunInfo
@@ -155,8 +156,10 @@ def download_model(uri: str, folder: Path) -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
     except Exception as error:  # errors come from MLflow and from each storage
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{uri} cannot be downloaded from {server}: {reason}") from None
+        reason = hide_secrets(" ".join(str(error).split()))[:200]
+        raise ConfigError(
+            f"{uri} cannot be downloaded from {hide_secrets(server)}: {reason}"
+        ) from None
 
 
 def _set_defaults(uri: str) -> None:
