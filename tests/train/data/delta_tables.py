@@ -2,6 +2,13 @@
 
 import json
 import struct
+import uuid
+import zlib
+
+import pytest
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
 
@@ -78,3 +85,81 @@ def _base85(content):
         for (value,) in struct.iter_unpack(">I", padded)
         for power in powers
     )
+
+
+def commit_info(operation):
+    """Return the action that Spark writes first in each version."""
+    return {
+        "commitInfo": {
+            "timestamp": 1754750000000,
+            "operation": operation,
+            "operationParameters": {"mode": "Append", "partitionBy": "[]"},
+            "isolationLevel": "Serializable",
+            "isBlindAppend": True,
+            "operationMetrics": {"numFiles": "1"},
+            "engineInfo": "Apache-Spark/4.0.0 Delta-Lake/4.0.0",
+            "txnId": "5a0d2a3c-4b8f-4c0e-9d2b-0e8f4a5b6c7d",
+        }
+    }
+
+
+def stored_bitmap(folder, action, rows):
+    """Give the action of a file a deletion vector in a file beside it, as Spark writes them."""
+    number = uuid.UUID(int=7)
+    bitmap = _bitmap(rows)
+    file = folder / "ab" / f"deletion_vector_{number}.bin"
+    file.parent.mkdir(exist_ok=True)
+    size, checksum = struct.pack(">I", len(bitmap)), struct.pack(">I", zlib.crc32(bitmap))
+    file.write_bytes(b"\1" + size + bitmap + checksum)
+    action["add"]["deletionVector"] = {
+        "storageType": "u",
+        "pathOrInlineDv": "ab" + _base85(number.bytes),
+        "offset": 1,
+        "sizeInBytes": len(bitmap),
+        "cardinality": len(rows),
+    }
+
+
+def write_checkpoint(path, actions):
+    """Write a checkpoint, or its sidecar, with a row of each action."""
+    text, whole, map_type = pyarrow.string(), pyarrow.int64(), pyarrow.map_
+    names = pyarrow.list_(text)
+    words = map_type(text, text)
+    versions = [("minReaderVersion", pyarrow.int32()), ("minWriterVersion", pyarrow.int32())]
+    vector = [("storageType", text), ("pathOrInlineDv", text), ("offset", pyarrow.int32())]
+    vector += [("sizeInBytes", pyarrow.int32()), ("cardinality", whole)]
+    columns = {
+        "protocol": [*versions, ("readerFeatures", names), ("writerFeatures", names)],
+        "metaData": [
+            ("id", text),
+            ("format", pyarrow.struct([("provider", text), ("options", words)])),
+            ("schemaString", text),
+            ("partitionColumns", names),
+            ("configuration", words),
+            ("createdTime", whole),
+        ],
+        "add": [
+            ("path", text),
+            ("partitionValues", words),
+            ("size", whole),
+            ("modificationTime", whole),
+            ("dataChange", pyarrow.bool_()),
+            ("stats", text),
+            ("deletionVector", pyarrow.struct(vector)),
+        ],
+        "remove": [("path", text), ("deletionTimestamp", whole), ("dataChange", pyarrow.bool_())],
+        "checkpointMetadata": [("version", whole)],
+        "sidecar": [("path", text), ("sizeInBytes", whole), ("modificationTime", whole)],
+    }
+    schema = pyarrow.schema([(name, pyarrow.struct(kinds)) for name, kinds in columns.items()])
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(list(map(_as_pairs, actions)), schema), path)
+
+
+def _as_pairs(value, name=""):
+    """Return an action whose maps are lists of pairs, as pyarrow takes them."""
+    if not isinstance(value, dict):
+        return value
+    if name in ("partitionValues", "configuration", "options"):
+        return list(value.items())
+    return {key: _as_pairs(item, key) for key, item in value.items()}

@@ -43,6 +43,7 @@ _VARIABLES = {
 _REASON = 120  # characters of the start and of the end of another library's error
 _ANSI = re.compile(r"\x1b\[[0-9;]*m|↳")
 
+_ELSEWHERE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.-]+:/")  # the start of an absolute path
 _ANSWER = re.compile("<Code>(.*?)</Code>.*?<Message>(.*?)</Message>")  # of a cloud's storage
 
 
@@ -107,6 +108,8 @@ def _load(source: Source | RowSource, key: str, version: int | None) -> tuple[An
             f"{name} is no Delta table; give a folder that holds a _delta_log"
         ) from None
     except Exception as error:  # errors come from deltalake and from each storage
+        if "catalog-managed" in str(error):
+            raise _unsupported(name, "the feature catalogManaged") from None
         variables = _VARIABLES.get(location.partition("://")[0])
         hint = f"; its credentials come from the environment: {variables}" if variables else ""
         raise ConfigError(f"{name} cannot be opened: {reason_of(error)}{hint}") from None
@@ -142,9 +145,11 @@ def open_table(source: Source | RowSource, key: str) -> Table:
             name,
             loaded.metadata().id,
             {field["name"]: field for field in fields},
-            _files(loaded, arrow),
+            _files(loaded, arrow, name),
             filesystem(handler(loaded.table_uri, options)),
         )
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(f"{name} cannot be opened: {reason_of(error)}") from None
 
@@ -154,11 +159,12 @@ def _check_features(loaded: Any, name: str) -> None:
     protocol = loaded.protocol()
     unknown = sorted(set(protocol.reader_features or ()) - _FEATURES)
     if unknown or protocol.min_reader_version > 3:
-        needs = unknown[0] if unknown else f"reader version {protocol.min_reader_version}"
-        raise ConfigError(
-            f"{name} needs the feature {needs} of Delta, which is not supported; copy the table "
-            "into one without it"
+        needs = (
+            f"the feature {unknown[0]}"
+            if unknown
+            else f"reader version {protocol.min_reader_version}"
         )
+        raise _unsupported(name, needs)
     mode = loaded.metadata().configuration.get("delta.columnMapping.mode", "none")
     if mode not in ("none", "name"):
         raise ConfigError(
@@ -166,13 +172,24 @@ def _check_features(loaded: Any, name: str) -> None:
         )
 
 
-def _files(loaded: Any, arrow: Any) -> list[File]:
-    """Return the files of a version, sorted by path."""
+def _unsupported(name: str, needs: str) -> ConfigError:
+    return ConfigError(
+        f"{name} needs {needs} of Delta, which is not supported; copy the table into one without it"
+    )
+
+
+def _files(loaded: Any, arrow: Any, name: str) -> list[File]:
+    """Return the files of a version, sorted by path. Raises ConfigError for those elsewhere."""
     masks = arrow.table(loaded.deletion_vectors())
     kept = dict(zip(masks["filepath"].to_pylist(), masks["selection_vector"]))
     files = []
     for added in arrow.table(loaded.get_add_actions()).to_pylist():
         path = unquote(added["path"])  # the log holds paths as they are in URIs
+        if _ELSEWHERE.match(path):
+            raise ConfigError(
+                f"{name} has files outside of its folder, as a shallow clone has: {path}; give "
+                "the table that it was cloned from, or a deep clone"
+            )
         mask = kept.pop(loaded.table_uri + added["path"], None)
         values = None if mask is None else mask.values
         files.append(File(path, added["size_bytes"], added.get("partition") or {}, values))
