@@ -6,6 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from tokenyard import ConfigError
+from tokenyard.experts import TorchExperts
+from tokenyard.measure.timing import Spread, run_stages
 from tokenyard_bench import layer as module
 from tokenyard_bench.case import ROUTINGS, busiest, make_case
 from tokenyard_bench.entrant import Entrant
@@ -130,3 +133,47 @@ def test_routings_are_as_skewed_as_they_say():
 def test_all_leaves_out_oracles_but_they_can_be_named():
     assert "loop" not in [entry.name for entry in backend_entrants(case(), "all")]
     assert [entry.name for entry in backend_entrants(case(), "loop")] == ["loop"]
+
+
+class Counting(TorchExperts):
+    """Counts the versions of the weights that its forward passes see."""
+
+    weights_have_versions = False
+
+    def __init__(self, workload, permutation):
+        super().__init__(workload, permutation)
+        self.versions = []
+
+    def __call__(self, x, plan, topk_weights, weights):
+        assert self.weights_have_versions
+        self.versions.append(weights.up._version)
+        return super().__call__(x, plan, topk_weights, weights)
+
+
+def test_weights_change_once_in_several_microbatches():
+    """So a backend that keeps copies of the weights makes them once."""
+    small = case()
+    moe = build_moe(small, "torch")
+    moe.experts.kernel = kernel = Counting(small.workload, None)
+    kernel.weights_have_versions = True
+    entrant = Entrant("counting", "backend", lambda: moe(small.x))
+    for microbatches in (3, 1):
+        kernel.versions.clear()
+        run_stages(entrant.stages(small, microbatches))
+        run_stages(entrant.stages(small, microbatches))
+        assert len(kernel.versions) == 2 * microbatches
+        assert len(set(kernel.versions)) == 2
+
+
+def test_the_time_of_a_step_is_that_of_one_microbatch():
+    assert Spread(8.0, 6.0, 10.0, 5).of_one(4) == Spread(2.0, 1.5, 2.5, 5)
+
+
+def test_a_backend_may_have_options():
+    records = run(backends="torch,cpu:chunk=3")
+    assert records["torch"]["note"] is None
+    assert "refused the options chunk" in records["cpu:chunk=3"]["note"]
+    with pytest.raises(ConfigError, match="'chunk' has no value; write it as in gluon:precision"):
+        run(backends="cpu:chunk")
+    with pytest.raises(ConfigError, match="--backends 'cqu' is unknown"):
+        run(backends="cqu:chunk=3")

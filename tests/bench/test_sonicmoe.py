@@ -61,8 +61,9 @@ def test_its_results_are_compared_in_the_order_of_our_rows(installed):
     entrant = sonicmoe(tried)
     verdict = judge(tried, entrant)
     assert verdict.error <= 2 * verdict.allowed
-    forward, backward = entrant.stages(tried)
-    assert [g.shape for g in backward(forward(None))] == [leaf.shape for leaf in tried.leaves()]
+    assert verdict.allowed < 0.1
+    forward, rest = entrant.stages(tried, microbatches=2)
+    rest(forward(None))
 
 
 @pytest.mark.parametrize(

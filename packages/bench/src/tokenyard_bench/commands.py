@@ -38,7 +38,9 @@ def run_layer(options: LayerOptions, console: Console) -> None:
     sweep = _sweep(options, options.activation)
     if options.launches and sweep.device.type != "cuda":
         raise ConfigError(f"--launches is for a GPU, and --device is {options.device!r}")
-    cases = bench_layer(sweep, options.backends, options.peers, console, options.launches)
+    cases = bench_layer(
+        sweep, options.backends, options.peers, console, options.launches, options.microbatches
+    )
     path, content = _write("layer", options, sweep, cases, lambda r: print_layers(r, console))
     picture = path.with_suffix(".png")
     efficiency_bars(content["records"], content["machine"], picture)

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from tokenyard import Routing
 from tokenyard.measure.timing import Stages
@@ -15,6 +16,9 @@ from tokenyard_bench.case import Case
 
 Layer = Callable[[], tuple[Tensor, Routing]]
 Group = Literal["backend", "peer"]
+
+COARSE = 8
+"""FP8, and peers that accumulate in lower precision, may be this many times less exact."""
 
 
 class Results(NamedTuple):
@@ -34,6 +38,7 @@ class Entrant:
     name: str
     group: Group
     layer: Layer
+    looser: int = 1  # its error may be this many times that which a backend in 16 bits may have
 
     def forward(self) -> Tensor:
         """Return the output [T, D]. This is what is timed."""
@@ -43,10 +48,24 @@ class Entrant:
         """Return the tensors whose gradients are computed: x, router, up and down."""
         return case.leaves()
 
-    def stages(self, case: Case) -> Stages:
-        """Return the forward and the backward pass."""
+    def stages(self, case: Case, microbatches: int = 1) -> Stages:
+        """Return the forward pass, and the rest of a step.
+
+        The rest is the backward pass, and both passes of further microbatches. Weights have a new
+        version at first, as after an optimizer step: a backend that keeps copies makes them again.
+        """
         leaves = self.leaves(case)
-        return (lambda _: self.forward(), lambda y: torch.autograd.grad(y, leaves, case.dy))
+
+        def forward(_: object) -> Tensor:
+            increment_version([case.up, case.down])
+            return self.forward()
+
+        def rest(y: Tensor) -> None:
+            torch.autograd.grad(y, leaves, case.dy)
+            for _ in range(microbatches - 1):
+                torch.autograd.grad(self.forward(), leaves, case.dy)
+
+        return (forward, rest)
 
     def results(self, case: Case) -> Results:
         """Run both passes, and return what the oracle checks."""

@@ -6,28 +6,47 @@ from collections.abc import Iterable
 
 import torch
 
-from tokenyard import ConfigError, MoE, default_registry
+from tokenyard import BackendError, ConfigError, MoE, default_registry
 from tokenyard.errors import did_you_mean
 from tokenyard_bench.case import Case
-from tokenyard_bench.entrant import Entrant, SkippedEntrant
+from tokenyard_bench.entrant import COARSE, Entrant, SkippedEntrant
 from tokenyard_bench.peers import PEERS
 
 
 def backend_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
     """Return our layer by each expert backend in `names`, which are separated by commas.
 
-    "all" means every backend except mere oracles. Raises ConfigError for one that is not installed.
+    A name may have options, as in ``gluon:precision=fp8``. "all" means every backend except mere
+    oracles, without options. Raises ConfigError for one that is not installed.
     """
     backends = {offer.backend.name: offer.backend for offer in default_registry().offers("experts")}
     default = [name for name, backend in backends.items() if backend.priority >= 0]
     entrants: list[Entrant | SkippedEntrant] = []
-    for name in parse_names("--backends", names, default, backends):
-        reason = backends[name].unusable(case.workload)
+    requests = default if names == "all" else names.split(",")
+    without_options = ",".join(request.partition(":")[0] for request in requests)
+    parsed = parse_names("--backends", without_options, default, backends)
+    for name, backend in zip(requests, parsed):
+        reason = backends[backend].unusable(case.workload)
         if reason is None:
             entrants.append(_backend_entrant(case, name))
         else:
             entrants.append(SkippedEntrant(name, "backend", reason))
     return entrants
+
+
+def parse_request(name: str) -> dict[str, str]:
+    """Return the request for a backend with options, as in ``gluon:precision=fp8:save=fp8``.
+
+    Raises ConfigError for an option without a value.
+    """
+    backend, *options = name.split(":")
+    for option in options:
+        if "=" not in option:
+            raise ConfigError(
+                f"--backends {name!r}: the option {option!r} has no value; "
+                "write it as in gluon:precision=fp8"
+            )
+    return {"name": backend} | dict(option.split("=", 1) for option in options)
 
 
 def parse_names(option: str, names: str, default: list[str], installed: Iterable[str]) -> list[str]:
@@ -65,18 +84,25 @@ def peer_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
 
 
 def build_moe(case: Case, experts: str = "auto") -> MoE:
-    """Build our layer around a case's weights, with an expert backend."""
+    """Build our layer around a case's weights, with an expert backend that may have options."""
+    request = parse_request(experts)
     with torch.device("meta"):
-        moe = MoE(case.workload, backends={"experts": experts}, dtype=case.workload.dtype)
+        moe = MoE(case.workload, backends={"experts": request}, dtype=case.workload.dtype)
     moe.router.weight = case.router
     moe.experts.up = case.up
     moe.experts.down = case.down
+    if hasattr(moe.experts.kernel, "weights_have_versions"):
+        moe.experts.kernel.weights_have_versions = True
     return moe
 
 
-def _backend_entrant(case: Case, name: str) -> Entrant:
-    moe = build_moe(case, name)
-    return Entrant(name, "backend", lambda: moe(case.x, case.topk_ids))
+def _backend_entrant(case: Case, name: str) -> Entrant | SkippedEntrant:
+    try:
+        moe = build_moe(case, name)
+    except BackendError as error:  # an option is refused for this case
+        return SkippedEntrant(name, "backend", str(error))
+    looser = COARSE if parse_request(name).get("precision") == "fp8" else 1
+    return Entrant(name, "backend", lambda: moe(case.x, case.topk_ids), looser)
 
 
 def _peer_entrant(case: Case, name: str) -> Entrant | SkippedEntrant:

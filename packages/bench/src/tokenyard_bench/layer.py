@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from tokenyard.measure.memory import peak_bytes, saved_bytes
-from tokenyard.measure.timing import Spread, Stages
+from tokenyard.measure.timing import Spread
 from tokenyard.measure.trace import trace
 from tokenyard_bench.case import Case, busiest
 from tokenyard_bench.dense import DenseMatmuls
@@ -22,45 +22,54 @@ from tokenyard_cli.results import Record
 DENSE = "dense"
 """Name of the dense matmuls among the entrants."""
 
-# A peer may accumulate in lower precision, so it may be this many times less exact than a backend.
-_PEER_ERRORS = 8
-
 
 def bench_layer(
-    sweep: Sweep, backends: str, peers: str, console: Console, launches: bool = False
+    sweep: Sweep,
+    backends: str,
+    peers: str,
+    console: Console,
+    launches: bool = False,
+    microbatches: int = 1,
 ) -> Iterator[list[Record]]:
     """Measure every case. Yield, for each case, one record for each entrant.
 
     `backends` and `peers` are names separated by commas, or "all"; `peers` may be "none". With
-    `launches`, records have the times of `launch_times`, too.
+    `launches`, records have the times of `launch_times`, too. A step is the mean of so many
+    `microbatches`, between which the weights do not change.
     """
 
     def measure_case(case: Case, say: Say) -> Iterator[Record]:
         entrants = [*backend_entrants(case, backends), *peer_entrants(case, peers)]
         correct: dict[str, Record] = {}
-        calls: dict[str, Stages] = {}
+        timed: dict[str, Entrant] = {}
         for entrant in entrants:
             say(f"checking {entrant.name}")
             record = _check(case, entrant)
             if record["note"] is None and isinstance(entrant, Entrant):
                 correct[entrant.name] = record
-                calls[entrant.name] = entrant.stages(case)
+                timed[entrant.name] = entrant
             else:
                 yield record
+        calls = {name: entrant.stages(case, microbatches) for name, entrant in timed.items()}
         spreads = sweep.time({DENSE: DenseMatmuls(case).stages(), **calls}, say)
         if launches:
             say("timing launches")
-        more = launch_times(sweep, calls) if launches else {}
-        yield from _timed(correct, spreads, more)
+        alone = {name: entrant.stages(case) for name, entrant in timed.items()}
+        more = launch_times(sweep, alone) if launches else {}
+        yield from _timed(correct, spreads, microbatches, more)
 
     return sweep.run(measure_case, console)
 
 
 def _timed(
-    correct: dict[str, Record], spreads: dict[str, list[Spread]], more: dict[str, Record]
+    correct: dict[str, Record],
+    spreads: dict[str, list[Spread]],
+    microbatches: int,
+    more: dict[str, Record],
 ) -> Iterator[Record]:
     """Yield the record of the dense matmuls, and those of correct entrants with their times."""
-    dense = spreads[DENSE]
+    dense = spreads.pop(DENSE)
+    spreads = {name: [first, step.of_one(microbatches)] for name, (first, step) in spreads.items()}
     yield {"contestant": DENSE, "group": "dense", "note": None} | _times(dense, dense)
     for name, record in correct.items():
         yield record | _times(spreads[name], dense) | more.get(name, {})
@@ -83,7 +92,7 @@ def _check(case: Case, entrant: Entrant | SkippedEntrant) -> Record:
 
 
 def _wrong(entrant: Entrant, verdict: Verdict) -> str | None:
-    allowed = verdict.allowed * (1 if entrant.group == "backend" else _PEER_ERRORS)
+    allowed = verdict.allowed * entrant.looser
     if verdict.error <= allowed:
         return None
     return (

@@ -40,7 +40,12 @@ class CaseOptions:
 class KernelsOptions(CaseOptions):
     """Options of `bench kernels`."""
 
-    backends: Annotated[str, Option(help="Expert backends separated by commas, or all.")] = "all"
+    backends: Annotated[
+        str,
+        Option(
+            help="Expert backends separated by commas, or all. gluon:precision=fp8 has options."
+        ),
+    ] = "all"
     activation: Annotated[str, Option(help="Activation, such as swiglu or geglu.")] = "swiglu"
 
 
@@ -52,6 +57,9 @@ class LayerOptions(KernelsOptions):
     launches: Annotated[
         bool, Option("--launches", help="Also time from an idle GPU, the host, and CUDA graphs.")
     ] = False
+    microbatches: Annotated[
+        int, Option(min=1, help="Forward and backward passes between two changes of the weights.")
+    ] = 1
 
 
 @dataclass(frozen=True, kw_only=True)

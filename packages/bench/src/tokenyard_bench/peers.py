@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tokenyard import Routing
 from tokenyard_bench.case import Case
-from tokenyard_bench.entrant import Entrant
+from tokenyard_bench.entrant import COARSE, Entrant
 from tokenyard_bench.sonicmoe import no_sonicmoe, sonicmoe_entrant
 
 Experts = Callable[[Tensor, Routing], Tensor]
@@ -66,7 +66,7 @@ def _behind_our_router(build: Callable[[Case], Experts]) -> Callable[[str, Case,
             routing = router(case.x, case.topk_ids)
             return experts(case.x, routing), routing
 
-        return Entrant(name, "peer", layer)
+        return Entrant(name, "peer", layer, COARSE)
 
     return entrant
 

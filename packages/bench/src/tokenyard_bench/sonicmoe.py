@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenyard import Routing
 from tokenyard_bench.case import Case
-from tokenyard_bench.entrant import Entrant, Results
+from tokenyard_bench.entrant import COARSE, Entrant, Results
 
 
 def no_sonicmoe(case: Case) -> str | None:
@@ -33,7 +33,7 @@ def no_sonicmoe(case: Case) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SonicMoE(Entrant):
     """SonicMoE's layer. Its up projection is a copy in which rows of gate and up alternate."""
 
@@ -58,7 +58,7 @@ def sonicmoe_entrant(name: str, case: Case, router: Any) -> Entrant:
     """Return SonicMoE's layer with the weights of a case. Our router is not used."""
     interleaved = case.up.detach().unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
     up = interleaved.contiguous().requires_grad_()
-    return SonicMoE(name, "peer", lambda: _with_routing(case, up), case, up)
+    return SonicMoE(name, "peer", lambda: _with_routing(case, up), COARSE, case=case, up=up)
 
 
 def _sonicmoe(case: Case, up: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,6 +94,11 @@ class Spread(NamedTuple):
             low = high = times[0]
         return cls(round(median(times), 5), round(low, 5), round(high, 5), len(times))
 
+    def of_one(self, count: int) -> Spread:
+        """Return the times of one of `count` equal parts."""
+        median, low, high = (round(time / count, 5) for time in self[:3])
+        return Spread(median, low, high, self.repetitions)
+
 
 def _silent(done: int, rounds: int) -> None:
     """Report nothing."""
