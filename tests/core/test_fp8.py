@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from tokenyard import Backend, Registry, hookimpl
+from tokenyard import Backend, MoE, Registry, Workload, hookimpl
+from tokenyard.count import kept_by_ffn, saved_by_ffn, weight_copies
 from tokenyard.experts import EmulatedFp8Experts, TorchExperts
 from tokenyard.fp8 import (
     BLOCK,
@@ -17,6 +18,7 @@ from tokenyard.fp8 import (
     why_no_fp8,
 )
 from tokenyard.registry import Plugin
+from tokenyard.strategies import SingleStrategy
 from tokenyard.testing import Fp8ExpertsConformance
 from tokenyard.testing._fp8_experts import LARGEST_ERRORS, NEAR_IN_LONG_SUMS
 from tokenyard.tolerance import relative_error
@@ -96,6 +98,30 @@ def test_widths_are_refused_in_one_sentence():
     assert why_no_fp8(256, 136) == (
         "precision fp8 scales blocks of 128 columns, and ffn_dim is 136, not a multiple of 128"
     )
+
+
+class Frugal(TorchExperts):
+    """Says that it saves 3 bytes a row, and keeps copies of the weights of 2 bytes a number."""
+
+    weights_have_versions = False
+
+    def saved_bytes_per_row(self, width):
+        return 3
+
+    def weight_copy_bytes(self, numbers):
+        return 2 * numbers
+
+
+def test_estimates_ask_the_kernel():
+    moe = MoE(Workload(32, 48, 4, 2), backends={"experts": "torch"})
+    saved = [count(moe, 4) for count in (saved_by_ffn, kept_by_ffn)]
+    assert weight_copies(moe) == 0
+    moe.experts.kernel = Frugal(moe.workload, None)
+    difference = 2 * (4 * 96 - 3)
+    assert [count(moe, 4) + difference for count in (saved_by_ffn, kept_by_ffn)] == saved
+    assert weight_copies(moe) == 0
+    SingleStrategy().layout(moe)
+    assert weight_copies(moe) == 2 * (moe.experts.up.numel() + moe.experts.down.numel())
 
 
 def sum_as_hopper_does(left, right, promoted):

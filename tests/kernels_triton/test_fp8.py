@@ -1,12 +1,19 @@
 """The experts of `precision: fp8`; on a CPU with plain torch code in place of the matmuls."""
 
+import copy
+
 import pytest
 import torch
 
-from tokenyard import Backend, ConfigError, Registry, Workload, hookimpl
+from tokenyard import Backend, ConfigError, MoE, Registry, Workload, hookimpl
+from tokenyard.count import weight_copies
 from tokenyard.fp8 import quantize_rows, quantize_weights
+from tokenyard.interfaces import ExpertWeights
+from tokenyard.measure.memory import saved_bytes
+from tokenyard.moe import allow_weight_copies
 from tokenyard.registry import Plugin
 from tokenyard.testing import Fp8ExpertsConformance
+from tokenyard.testing._in_layer import _OneKindRegistry
 from tokenyard_kernels_triton import _plugin
 from tokenyard_kernels_triton.experts import GluonExperts
 from tokenyard_kernels_triton.ops import _fp8_weights, _quantize
@@ -144,6 +151,51 @@ def test_a_new_weight_in_the_memory_of_a_freed_one_is_quantized():
 def test_tensors_without_a_version_are_not_kept():
     with torch.inference_mode():
         assert _fp8_weights.kept_weights(torch.randn(1, 128, 128, device=DEVICE)) is None
+
+
+def stand_in_layer(**options):
+    workload = Workload(256, 128, 4, 2, dtype=torch.bfloat16)
+    request = {"name": "stand-in", "precision": "fp8", **options}
+    registry = _OneKindRegistry(StandIn().registry(), "experts")
+    parts = {"experts": request, "router": "torch", "permutation": "torch"}
+    return MoE(workload, backends=parts, registry=registry, dtype=torch.bfloat16)
+
+
+@needs_a_cpu
+def test_a_checkpoint_holds_the_weights_as_they_are_trained(stand_ins):
+    """FP8 copies are kept by the kernels' package, and never by a module."""
+    moe = stand_in_layer()
+    allow_weight_copies(moe)
+    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+    y, _ = moe(torch.randn(5, 256, dtype=torch.bfloat16))
+    y.sum().backward()
+    assert len(_fp8_weights._entries) == 2
+    state = moe.state_dict()
+    assert set(state) == {"router.weight", "experts.up", "experts.down"}
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    assert {tensor.dtype for tensor in copy.deepcopy(moe).state_dict().values()} == {torch.bfloat16}
+    assert len(_fp8_weights._entries) == 2
+
+
+@needs_a_cpu
+@pytest.mark.parametrize("save", ["fp8", "pre_activation", "recompute"])
+def test_estimates_of_memory_are_exact(stand_ins, save):
+    moe = stand_in_layer(save=save)
+    allow_weight_copies(moe)
+    x = torch.randn(5, 256, dtype=torch.bfloat16, requires_grad=True)
+    plan = moe.experts.permutation.plan(torch.arange(10, dtype=torch.int32).view(5, 2) % 4, 4)
+    weights = ExpertWeights(moe.experts.up, moe.experts.down)
+    without = (x, moe.experts.up, moe.experts.down, *plan[:3])
+    saved = saved_bytes(lambda: moe.experts.kernel(x, plan, None, weights), without)
+    assert saved == 10 * moe.experts.kernel.saved_bytes_per_row(2)
+    copies = [e.weights for e in _fp8_weights._entries.values()]
+    assert sum(t.nbytes for one in copies for t in one) == weight_copies(moe)
+
+
+def test_qwen3_saves_524_mib():
+    """T 32768, D 2048, F 768, K 8: x [T, D] in 16 bits, z [R, 2F] in 8, and its scales."""
+    kernel = GluonExperts(Workload(2048, 768, 128, 8), None, precision="fp8")
+    assert 32768 * (2 * 2048 + 8 * kernel.saved_bytes_per_row(2)) == 524 * 2**20
 
 
 def test_options_are_checked():

@@ -70,6 +70,11 @@ def test_recompute_keeps_nothing():
     assert run("recompute")[1] == 0
 
 
+@pytest.mark.parametrize("save", ["pre_activation", "fp8", "recompute"])
+def test_the_kernel_says_exactly_what_it_saves(save):
+    assert T * K * experts(save)[1].saved_bytes_per_row(2) == run(save)[1]
+
+
 def test_recompute_changes_no_bit():
     """The activation is always computed from the rounded pre-activation."""
     first = run("pre_activation")[0]

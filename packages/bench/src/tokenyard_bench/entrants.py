@@ -8,6 +8,7 @@ import torch
 
 from tokenyard import BackendError, ConfigError, MoE, default_registry
 from tokenyard.errors import did_you_mean
+from tokenyard.moe import allow_weight_copies
 from tokenyard_bench.case import Case
 from tokenyard_bench.entrant import COARSE, Entrant, SkippedEntrant
 from tokenyard_bench.peers import PEERS
@@ -91,8 +92,7 @@ def build_moe(case: Case, experts: str = "auto") -> MoE:
     moe.router.weight = case.router
     moe.experts.up = case.up
     moe.experts.down = case.down
-    if hasattr(moe.experts.kernel, "weights_have_versions"):
-        moe.experts.kernel.weights_have_versions = True
+    allow_weight_copies(moe)
     return moe
 
 

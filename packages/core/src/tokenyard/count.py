@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokenyard.activations import is_gated
 from tokenyard.feed_forward import FeedForward
 from tokenyard.moe import MoE, moe_layers
+from tokenyard.sharded import local_part
 from tokenyard.workload import Workload
 
 _WIDE = 4  # bytes of float32, the dtype of routing and of the residual stream
@@ -83,36 +84,54 @@ def saved_by_ffn(ffn: MoE | FeedForward, width: int) -> int:
     `width` is b, the bytes of the compute dtype. U is the number of rows of an up projection: 2F if
     gated, else F. A dense FFN saves b(U + F), or b(U + 2F) if gated.
 
-    An MoE layer saves bKU if its kernel saves x and the pre-activation, as core's kernels do, and
-    about 12E + 28K for routing. Under autocast, the router saves 4D more. An exchange saves bD for
-    each row that it receives.
+    An MoE layer saves bKU if its kernel saves x and the pre-activation, as core's kernels do, or
+    what its kernel says (``interfaces.SavingExpertKernel``), and about 12E + 28K for routing. Under
+    autocast, the router saves 4D more. An exchange saves bD for each row that it receives.
     """
     if isinstance(ffn, FeedForward):
         return _saved_by_dense(ffn, width)
     work = ffn.workload
-    up_rows = ffn.experts.up.shape[1]
     routing = 12 * work.num_experts + 28 * work.top_k
     router_input = _WIDE * work.dim if width < _WIDE else 0
     shared = 0 if ffn.shared is None else _saved_by_dense(ffn.shared, width)
     received = round(width * work.dim * ffn.experts.exchange.rows_per_token)
-    return width * work.top_k * up_rows + routing + router_input + shared + received
+    experts = work.top_k * saved_by_row(ffn, width)
+    return experts + routing + router_input + shared + received
 
 
 def kept_by_ffn(ffn: MoE | FeedForward, width: int) -> int:
     """Return the bytes per token that selective recompute keeps of an MoE layer or dense FFN.
 
     The letters are those of `saved_by_ffn`. A dense FFN keeps the results of its matmuls, b(U + D).
-    An MoE layer keeps bKU, the experts' result bD, and 4E + 12K for routing. With an exchange it
-    keeps 3bD for each row that it receives: as it arrives, as computed, and as it returns.
+    An MoE layer keeps what its kernel saves, the experts' result bD, and 4E + 12K for routing. With
+    an exchange it keeps 3bD for each row that it receives: as it arrives, as computed, and as it
+    returns.
     """
     if isinstance(ffn, FeedForward):
         return _kept_by_dense(ffn, width)
     work = ffn.workload
     rows_per_token = ffn.experts.exchange.rows_per_token
     rows = 3 * rows_per_token if rows_per_token else 1
-    experts = width * (work.top_k * ffn.experts.up.shape[1] + round(rows * work.dim))
+    experts = work.top_k * saved_by_row(ffn, width) + width * round(rows * work.dim)
     routing = _WIDE * work.num_experts + 12 * work.top_k
     return experts + routing + (0 if ffn.shared is None else _kept_by_dense(ffn.shared, width))
+
+
+def saved_by_row(moe: MoE, width: int) -> int:
+    """Return the bytes that the kernel of an MoE layer saves for each row, besides x."""
+    kernel = moe.experts.kernel
+    if hasattr(kernel, "saved_bytes_per_row"):
+        return int(kernel.saved_bytes_per_row(width))
+    return width * moe.experts.up.shape[1]
+
+
+def weight_copies(moe: MoE) -> int:
+    """Return the bytes of what the kernel of an MoE layer keeps of the weights of this rank."""
+    kernel = moe.experts.kernel
+    if not getattr(kernel, "weights_have_versions", False):
+        return 0
+    up, down = local_part(moe.experts.up), local_part(moe.experts.down)
+    return int(kernel.weight_copy_bytes(up.numel() + down.numel()))  # type: ignore[attr-defined]
 
 
 def _kept_by_dense(ffn: FeedForward, width: int) -> int:

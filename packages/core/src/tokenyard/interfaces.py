@@ -243,6 +243,18 @@ class CachingExpertKernel(ExpertKernel, Protocol):
     strategy that leaves parameters where they are sets it.
     """
 
+    def weight_copy_bytes(self, numbers: int) -> int:
+        """Return the bytes that it keeps of so many numbers of weights, if they have versions."""
+        ...
+
+
+class SavingExpertKernel(ExpertKernel, Protocol):
+    """An expert kernel that saves something else than x and z. This part is optional."""
+
+    def saved_bytes_per_row(self, width: int) -> int:
+        """Return the bytes that it saves for each row, besides x, in a dtype of `width` bytes."""
+        ...
+
 
 class Exchange(Protocol):
     """Sends tokens to the ranks that hold their experts, and returns the sums of the results."""

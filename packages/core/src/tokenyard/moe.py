@@ -125,6 +125,16 @@ def moe_layers(model: nn.Module) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
+def allow_weight_copies(model: nn.Module) -> None:
+    """Let expert kernels keep copies of weights: the model's parameters change in place only.
+
+    See ``interfaces.CachingExpertKernel``. FSDP gathers weights, so it must not be used then.
+    """
+    for moe in moe_layers(model):
+        if hasattr(moe.experts.kernel, "weights_have_versions"):
+            moe.experts.kernel.weights_have_versions = True
+
+
 def _shared_expert(workload: Workload, ffn_dim: int | None) -> FeedForward | None:
     if ffn_dim is None:
         return None

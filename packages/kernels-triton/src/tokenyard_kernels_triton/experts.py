@@ -12,14 +12,14 @@ from tokenyard.activations import up_rows
 from tokenyard.adapter import LoraAdapter
 from tokenyard.errors import ConfigError
 from tokenyard.experts import ExpertsCall, LoraCall, LoraPair
-from tokenyard.fp8 import why_no_fp8
+from tokenyard.fp8 import BLOCK, why_no_fp8
 from tokenyard.interfaces import ExpertWeights, LowRank, Permutation, Plan, logits_dtype
 from tokenyard.workload import Workload
 from tokenyard_kernels_triton.ops._experts import compile_experts, experts
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
 from tokenyard_kernels_triton.ops._lora import compile_lora, lora_experts
 from tokenyard_kernels_triton.ops._low_rank import MAX_RANK
-from tokenyard_kernels_triton.ops._save import Save
+from tokenyard_kernels_triton.ops._save import Save, saved_bytes
 
 
 class TritonExperts:
@@ -45,6 +45,11 @@ class TritonExperts:
         self.workload = workload
         self.activation = workload.activation
         self.save = save
+
+    def saved_bytes_per_row(self, width: int) -> int:
+        """Return the bytes saved for each row, besides x; `width` are those of the dtype."""
+        columns = up_rows(self.activation, self.workload.ffn_dim)
+        return saved_bytes(columns, self.save, width)
 
     def prepare(self, tokens: int) -> None:
         """Compile the kernels for batches of `tokens` tokens, in parallel.
@@ -149,16 +154,21 @@ class GluonExperts(TritonExperts):
         self.precision = precision
         if precision == "fp8":
             # Imported here, because `TritonExperts` runs without the names of Gluon.
-            from tokenyard_kernels_triton.ops import _fp8_experts
+            from tokenyard_kernels_triton.ops._fp8_experts import compile_fp8_experts, fp8_experts
 
-            self._fp8 = _fp8_experts
+            self._compile_in_fp8 = compile_fp8_experts
+            self._in_fp8 = fp8_experts
 
     def prepare(self, tokens: int) -> None:
         """Compile the kernels for batches of `tokens` tokens, in parallel."""
         if self.precision == "fp8":
-            self._fp8.compile_fp8_experts(self._empty_call(tokens), self.save)
+            self._compile_in_fp8(self._empty_call(tokens), self.save)
         else:
             super().prepare(tokens)
+
+    def weight_copy_bytes(self, numbers: int) -> int:
+        """Return the bytes kept of so many numbers of weights: two layouts, and scales."""
+        return 0 if self.precision is None else 2 * numbers + 4 * numbers // BLOCK**2
 
     def __call__(
         self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
@@ -167,9 +177,8 @@ class GluonExperts(TritonExperts):
         if self.precision is None:
             return super().__call__(x, plan, topk_weights, weights)
         reuse = self.weights_have_versions
-        return self._fp8.fp8_experts(
-            x, plan, topk_weights, weights, self.activation, save=self.save, reuse=reuse
-        )
+        options = {"save": self.save, "reuse": reuse}
+        return self._in_fp8(x, plan, topk_weights, weights, self.activation, **options)
 
     def with_adapter(
         self,

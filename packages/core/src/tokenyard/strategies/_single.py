@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenyard.interfaces import M, ShardingReport, Strategy
-from tokenyard.moe import moe_layers
+from tokenyard.moe import allow_weight_copies, moe_layers
 from tokenyard.norm import total_norm
 
 
@@ -30,9 +30,7 @@ class SingleStrategy(Strategy):
 
     def layout(self, model: M) -> M:
         """Return the model: one process holds all of it, and weights change in place only."""
-        for moe in moe_layers(model):
-            if hasattr(moe.experts.kernel, "weights_have_versions"):
-                moe.experts.kernel.weights_have_versions = True
+        allow_weight_copies(model)
         return model
 
     def describe(self, model: nn.Module) -> ShardingReport:

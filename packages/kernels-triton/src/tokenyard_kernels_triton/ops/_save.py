@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from tokenyard.fp8 import BLOCK
+from tokenyard_kernels_triton._device import ceil_div
 from tokenyard_kernels_triton.ops._quantize import dequantize, quantize, quantized_shapes
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
@@ -19,6 +21,13 @@ def saved_shapes(x: Tensor, rows: int, width: int, save: Save) -> tuple[Tensor, 
     if save == "fp8":
         return quantized_shapes(x, rows, width)
     return x.new_empty(0 if save == "recompute" else rows, width), x.new_empty(0)
+
+
+def saved_bytes(columns: int, save: Save, width: int) -> int:
+    """Return the bytes that are saved of a row of z, whose numbers have `width` bytes."""
+    if save == "fp8":
+        return columns + 4 * ceil_div(columns, BLOCK)
+    return 0 if save == "recompute" else width * columns
 
 
 def keep(z: Tensor, row_tiles: RowTiles, save: Save) -> tuple[Tensor, Tensor]:

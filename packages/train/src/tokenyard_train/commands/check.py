@@ -14,11 +14,13 @@ from rich.table import Table
 from tokenyard import (
     BackendChoice,
     Model,
+    MoE,
     ShardingReport,
     count_parameters,
     default_registry,
     moe_layers,
 )
+from tokenyard.count import saved_by_row, weight_copies
 from tokenyard.devices import device_memory
 from tokenyard.units import describe_bytes, describe_count
 from tokenyard_train.callbacks import build_callbacks, build_registration
@@ -29,7 +31,7 @@ from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.deterministic import COST
 from tokenyard_train.engine.loop import check_run
 from tokenyard_train.engine.out_of_memory import check_batch_fits, out_of_memory_is_a_mistake
-from tokenyard_train.engine.precision import BF16_MASTER, narrow
+from tokenyard_train.engine.precision import BF16_MASTER, COMPUTE_DTYPES, narrow
 from tokenyard_train.engine.setup import run_batches, schedule_warnings
 from tokenyard_train.engine.summary import describe_tokenizer
 from tokenyard_train.engine.table_versions import choose_versions, table_versions
@@ -157,6 +159,19 @@ def _backend_rows(config: TrainConfig, model: Model) -> Rows:
     layers = moe_layers(model)
     for kind, chosen in layers[0].chosen.items() if layers else ():
         yield kind, describe_choice(chosen)
+    if layers:
+        yield from _kernel_rows(layers[0], COMPUTE_DTYPES[config.precision].itemsize)
+
+
+def _kernel_rows(moe: MoE, width: int) -> Rows:
+    """Say what an expert kernel saves, if that is not x and the pre-activation."""
+    rows = moe.workload.top_k
+    saved = rows * saved_by_row(moe, width)
+    usual = rows * width * moe.experts.up.shape[1]
+    if saved != usual:
+        yield "experts save", f"{saved:,} bytes a token and layer, {usual - saved:,} fewer"
+    if size := weight_copies(moe):
+        yield "experts keep", f"copies of a layer's weights, {describe_bytes(size)}"
 
 
 def describe_choice(chosen: BackendChoice) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from tokenyard import Model, SavedBytes, ShardingReport, moe_layers
+from tokenyard.count import weight_copies
 from tokenyard.cross_entropy import loss_bytes
 from tokenyard.sharded import is_sharded, local_part
 from tokenyard_train.config.schema import TrainConfig
@@ -26,7 +27,7 @@ class Memory(NamedTuple):
     parameters: int
     gradients: int
     optimizer: int  # moments, and masters of bfloat16 weights
-    copies: int  # bfloat16 copies of the weights, which autocast keeps for the backward pass
+    copies: int  # of weights: those in bfloat16 that autocast keeps, and those that kernels keep
     activations: int  # kept for the backward pass of one microbatch
     loss: int  # logits of one chunk, and the gradients of the head
     working_set: int  # what the strategy gathers
@@ -49,7 +50,7 @@ def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memor
         parameters=stored * parameters,
         gradients=_gradient_width(config, layout, stored) * trained,
         optimizer=build_optimizer(config.optimizer, model).moment_bytes() + masters,
-        copies=0 if width == stored else width * _copied(config, model),
+        copies=_copies(config, model, width, stored),
         activations=tokens * (held + recomputed + saved.rest),
         loss=loss_bytes(tokens, model.vocab_size, _head_dim(model), width),
         working_set=layout.working_set,
@@ -110,6 +111,12 @@ def _head_dim(model: Model) -> int:
 def _numel(parameters: Iterable[nn.Parameter]) -> int:
     """Count the numbers that this rank holds."""
     return sum(local_part(p).numel() for p in parameters)
+
+
+def _copies(config: TrainConfig, model: Model, width: int, stored: int) -> int:
+    """Return the bytes of copies of the weights. `stored` are those of a weight."""
+    of_autocast = 0 if width == stored else width * _copied(config, model)
+    return of_autocast + sum(weight_copies(moe) for moe in moe_layers(model))
 
 
 def _copied(config: TrainConfig, model: Model) -> int:
