@@ -91,6 +91,7 @@ def _changelogs() -> str:
 _FILLS: dict[str, Callable[..., str]] = {
     "file": _file,
     "svg": _drawing,
+    "module": "::: {}".format,
     "changelogs": _changelogs,
     "training-config": training_reference,
     "model-keys": model_reference,
