@@ -164,5 +164,5 @@ def test_search_finds_a_key(site, address):
     (site / "search.html").write_text(SEARCH)
     dom, messages = opened(f"{address}/search.html")
     assert re.search(r"[1-9]\d* matching documents", found(dom))
-    assert "Model keys" in found(dom)
+    assert "Keys of models" in found(dom)
     assert messages == []

@@ -62,15 +62,6 @@ def test_every_key_is_in_the_reference(site):
         assert f"<code>{key.rpartition('.')[2]}</code>" in page, key
 
 
-def test_titles_are_those_of_the_menu(site):
-    """The heading of a page is its name in the menu, which is the title of its tab."""
-    for page in site.rglob("index.html"):
-        text = page.read_text()
-        title = re.search(r"<title>(.*?)(?: - tokenyard)?</title>", text)[1]
-        heading = re.search(r"<h1[^>]*>(.*?)<", text)[1]
-        assert heading == title, page
-
-
 def test_the_header_has_version_and_licence(site):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     release = f"v{project['version']} · {project['license']}"

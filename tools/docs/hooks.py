@@ -38,15 +38,9 @@ def on_config(config: Any) -> None:
     config.extra |= {"version": project["version"], "license": project["license"]}
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replace every fill comment of a page (an mkdocs hook).
-
-    A page that is a file of the repository has its title in the menu as its heading.
-    """
-    filled = _FILL.sub(lambda match: _FILLS[match[1]](*filter(None, match.groups()[1:])), markdown)
-    if _FILL.match(markdown) and page.title:
-        return re.sub(r"\A# .*", f"# {page.title}", filled)
-    return filled
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace every fill comment of a page (an mkdocs hook)."""
+    return _FILL.sub(lambda match: _FILLS[match[1]](*filter(None, match.groups()[1:])), markdown)
 
 
 def _file(name: str) -> str:
