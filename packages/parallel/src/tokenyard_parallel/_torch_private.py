@@ -12,16 +12,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed import distributed_c10d
 
 
 def set_timeout(group: Any, timeout: timedelta) -> None:
     """Set how long a collective of a process group may take (gloo and NCCL only).
 
-    torch 2.10 to 2.13. `init_device_mesh` always gives its groups the default of half an hour.
+    torch 2.10 to 2.13; 2.14 has a public function. `init_device_mesh` always gives its groups the
+    default of half an hour.
     """
     if dist.get_backend(group) in ("gloo", "nccl"):
-        _set_pg_timeout(timeout, group)
+        public = getattr(dist, "set_timeout", None)
+        (public or distributed_c10d._set_pg_timeout)(timeout, group)
 
 
 def init_fake_world(ranks: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed import distributed_c10d
 
 from tokenyard.sharded import local_part
 
@@ -77,7 +77,8 @@ def copy_default_timeout(group: dist.ProcessGroup) -> None:
     assert world is not None
     device = torch.device("cuda" if dist.get_backend(world) == "nccl" else "cpu")
     timeout: timedelta = world._get_backend(device).options._timeout
-    _set_pg_timeout(timeout, group)
+    public = getattr(dist, "set_timeout", None)  # torch 2.14 and later
+    (public or distributed_c10d._set_pg_timeout)(timeout, group)
 
 
 class HostShard(Tensor):
