@@ -9,14 +9,11 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
 
 FOLDER = "TOKENYARD_NOTES"
 """The environment variable with the folder in which ranks write for their supervisor."""
-
-_SECONDS = 5  # to reach torchrun's store
 
 
 def is_first(text: str) -> bool:
@@ -53,15 +50,10 @@ def _is_first_in_folder(folder: Path, key: str) -> bool:
 
 
 def _is_first_in_store(key: str) -> bool:
-    """Count in the store that torchrun keeps for its workers, if it is the launcher."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    """Count in the store that torchrun keeps for its ranks, if it is the launcher."""
+    from tokenyard.processes import count_in_store  # imports torch, which --help does not need
 
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=_SECONDS))
-        return bool(store.add(f"tokenyard/{attempt}/{key}", 1) == 1)
+        return count_in_store(key) in (None, 1)
     except Exception:  # the launcher is gone: a message twice is better than none
         return True
