@@ -226,3 +226,12 @@ class TestWhatIsLeft:
     def test_a_rank_whose_supervisor_is_gone_does_not_start(self, supervisor):
         code = "from tokenyard_train.parent_death import die_with_parent; die_with_parent(1 << 22)"
         assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+
+
+def test_the_ranks_print_their_common_mistake_once(capfd, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("learning_rate: 1.0e-3\n")
+    command = [sys.executable, "-m", "tokenyard_train", "check", str(config)]
+    assert supervise(lambda started: command, nproc=2, max_restarts=3) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "learning_rate is not a known key; write optimizer.lr" in line
