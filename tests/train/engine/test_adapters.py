@@ -116,10 +116,10 @@ def test_another_base_is_an_error(tuning, base):
 
 
 def test_a_run_may_go_on_from_adapters(tuning, base, tmp_path):
-    """The base of the second run is that of the first."""
+    """The base of the second run is that of the first, and so are model and adapters."""
     first = train(read_config(tuning), QUIET)
     model = load_trained(first.folder, "cpu").model
-    tuning |= {"model": dict(read_meta(first.folder / "ba6")["config"]["model"])}
+    del tuning["lora"], tuning["max_seq_len"], tuning["tokenizer"]
     tuning |= {"load_path": str(first.folder), "save_folder": str(tmp_path / "b")}
     still = {"max_duration": "1ba", "optimizer": {"name": "adamw", "lr": 1e-30}}
     second = train(read_config(tuning | still), QUIET)

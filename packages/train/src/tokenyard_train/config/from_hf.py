@@ -11,6 +11,8 @@ import torch
 from tokenyard import ConfigError, default_registry
 from tokenyard_models.hf import Folder, PeftFolder, is_hf_folder, is_peft, model_section
 from tokenyard_models.strict_config import merged
+from tokenyard_train.checkpoint import checkpoints, is_checkpoint, read_meta
+from tokenyard_train.config.comparable import comparable_config
 from tokenyard_train.data.paths import HF
 
 _LENGTH_KEYS = ("max_seq_len", "max_position_embeddings")
@@ -18,11 +20,12 @@ _DEFAULT_LENGTH = 1024  # tokens per sample, unless the model's limit is lower
 
 
 def with_hf_model(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the model and the tokenizer of the Hugging Face folder at `load_path`.
+    """Return a config with the model and the tokenizer of the folder at `load_path`.
 
-    A folder with a config.json is one of Hugging Face, also without hf:// before it. The config's
-    own keys override the folder's. Raises ConfigError if the config names another model, or if
-    neither it nor the folder has a tokenizer, and WeightsError if the folder is unusable.
+    A folder with a config.json is one of Hugging Face, also without hf:// before it. A run is read
+    too, if the config has no model. The config's own keys override the folder's. Raises ConfigError
+    if the config names another model, or if neither it nor the folder has a tokenizer, and
+    WeightsError if the folder is unusable.
     """
     path = data.get("load_path")
     if not isinstance(path, str):
@@ -34,7 +37,7 @@ def with_hf_model(data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(overrides, Mapping):
         return dict(data)
     if not path.startswith(HF) and not is_hf_folder(folder):
-        return dict(data)
+        return _with_run_model(data, folder)
     name, section = model_section(Folder(folder))
     if overrides.get("name", name) != name:
         raise ConfigError(
@@ -50,6 +53,20 @@ def with_hf_model(data: Mapping[str, Any]) -> dict[str, Any]:
         "tokenizer": _tokenizer(data.get("tokenizer", {}), folder),
     }
     return {"max_seq_len": min(length, _DEFAULT_LENGTH)} | dict(data) | taken
+
+
+def _with_run_model(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a config without a `model` with what it starts from: a run or a checkpoint.
+
+    Model, tokenizer, length and adapters are those of the newest checkpoint, unless the config has
+    its own. Raises CheckpointError if that has no usable metadata.
+    """
+    found = [folder] if is_checkpoint(folder) else checkpoints(folder)
+    if "model" in data or not found:
+        return dict(data)
+    saved = comparable_config(read_meta(found[-1])["config"])
+    keys = ("model", "tokenizer", "max_seq_len", "lora")
+    return {key: saved[key] for key in keys if saved.get(key) is not None} | dict(data)
 
 
 def section_with_length(section: Mapping[str, Any]) -> dict[str, Any]:
