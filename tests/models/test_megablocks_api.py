@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import tokenyard
 from tokenyard import ConfigError, Workload
 from tokenyard_models.megablocks import Arguments, MoE, dMoE
+from tokenyard_models.megablocks.__main__ import main
 from tokenyard_models.megablocks.layers import dmlp_registry, mpu
 from tokenyard_models.megablocks.layers.arguments import from_megatron
 from tokenyard_models.megablocks.layers.moe import (
@@ -355,6 +356,13 @@ def test_a_script_for_megablocks_gives_the_losses_of_our_own_layer(tmp_path):
     losses = json.loads(said.stdout)
     assert losses == pytest.approx(own_losses(), rel=1e-6)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("argument", "said"), [([], "usage:"), (["no.py"], "no.py is no file")])
+def test_a_command_without_a_script(monkeypatch, argument, said):
+    monkeypatch.setattr(sys, "argv", ["megablocks", *argument])
+    with pytest.raises(SystemExit, match=said):
+        main()
 
 
 def test_without_the_command_megablocks_is_not_there():

@@ -85,6 +85,19 @@ def test_recompute_and_keys_that_choose_how_fsdp_communicates():
         ({"load_path": "x/ep0-ba9-rank0.pt"}, "is a pickle, .*convert it where it was made"),
         ({"load_path": "x/latest-rank0.pt.gz"}, "is a pickle"),
         ({"callbacks": {"layer_freezing": {"layer_names": ["a"]}}}, r"say frozen: \[patterns\]"),
+        (
+            {"model": BASE["model"] | {"peft_config": {"r": 2, "target_modules": ["Wqkv"]}}},
+            "model.peft_config is a key .*say lora: {rank: 8, alpha: 16}",
+        ),
+        (
+            {
+                "train_loader": {
+                    "name": "text",
+                    "dataset": {"streams": {"a": {"local": "x", "repeat": 2}}},
+                }
+            },
+            "streams.a.repeat is a key .*give proportion",
+        ),
         ({"optimizer": {"name": "adamw", "disable_grad": ["a"]}}, r"say frozen: \[patterns\]"),
         ({"load_path": "x", "load_weights_only": False}, "say true, or resume a run by autoresume"),
     ],
@@ -104,6 +117,18 @@ def test_a_file_with_two_documents_is_refused(tmp_path):
     (tmp_path / "two.yaml").write_text(ANNOUNCEMENT + REST + "---\nseed: 2\n")
     with pytest.raises(ConfigError, match="a file has one document, and another begins at line"):
         load_config(tmp_path / "two.yaml")
+
+
+def test_sections_of_a_model_without_a_value_are_absent():
+    blank = dict.fromkeys(("ffn_config", "attn_config", "init_config", "peft_config"))
+    plain = {"name": "mpt_causal_lm", "d_model": 16, "n_heads": 2, "n_layers": 2}
+    assert read_config(BASE | {"model": plain | blank}) == read_config(BASE | {"model": plain})
+
+
+def test_the_name_of_the_run_in_paths():
+    paths = {"save_folder": "out/{run_name}", "load_path": "in/{run_name}/ba5"}
+    config = read_config(BASE | paths | {"run_name": "moe"})
+    assert (config.save_folder, config.load_path) == ("out/moe", "in/moe/ba5")
 
 
 def test_intervals_without_a_unit_are_epochs():
@@ -128,6 +153,12 @@ def test_files_of_a_finetuning_dataset():
     assert translated(loader(**files))[0] == loader(path=["a.jsonl"])
     folder = {"hf_name": "json", "hf_kwargs": {"data_dir": "rows"}, "split": "validation"}
     assert translated(loader(**folder))[0] == loader(hf_name="rows", split="validation")
+    by_split = {"hf_name": "json", "hf_kwargs": {"data_files": {"train": "a.jsonl"}}}
+    assert translated(loader(**by_split))[0] == loader(path="a.jsonl")
+    with pytest.raises(ConfigError, match="give a path or a list of paths, or one for the split"):
+        translated(loader(**by_split, split="test"))
+    with pytest.raises(ConfigError, match=r"local names MDS shards, .*give path"):
+        translated(loader(local="shards"))
     with pytest.raises(ConfigError, match="hf_kwargs has revision"):
         translated(loader(hf_name="json", hf_kwargs={"revision": "x"}))
     read, _, _ = translated(loader(path="a", decoder_only_format=True))

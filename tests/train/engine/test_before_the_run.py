@@ -8,6 +8,7 @@ import pytest
 
 from tokenyard import ConfigError
 from tokenyard_train import Callback, train
+from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.commands.check import check
 from tokenyard_train.config import parse_span
 from tokenyard_train.config.scheduler import SchedulerConfig
@@ -47,6 +48,17 @@ def test_what_callbacks_and_trackers_cannot_do(
     with pytest.raises(ConfigError, match=sentence):
         command(config(**changes), console)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [train, check])
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [("nowhere", "'.*nowhere' does not exist"), ("file", "is a file, not a folder; give a check")],
+)
+def test_a_load_path_that_is_no_folder(config, console, tmp_path, command, path, sentence):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=sentence):
+        command(config(load_path=str(tmp_path / path)), console)
 
 
 @pytest.mark.parametrize("command", [train, check])

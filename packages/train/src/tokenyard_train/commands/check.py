@@ -32,6 +32,7 @@ from tokenyard_train.engine.deterministic import COST
 from tokenyard_train.engine.loop import check_run
 from tokenyard_train.engine.out_of_memory import check_batch_fits, out_of_memory_is_a_mistake
 from tokenyard_train.engine.precision import BF16_MASTER, COMPUTE_DTYPES, narrow
+from tokenyard_train.engine.resume import check_load_path
 from tokenyard_train.engine.setup import run_batches, schedule_warnings
 from tokenyard_train.engine.summary import describe_tokenizer
 from tokenyard_train.engine.table_versions import choose_versions, table_versions
@@ -52,6 +53,8 @@ def check(config: TrainConfig, console: Console) -> None:
     with out_of_memory_is_a_mistake(config):
         strategy, model = build_model(config)
     check_batch_fits(config, strategy.data[1])
+    if config.load_path is not None:
+        check_load_path(config.load_path)
     config = choose_versions(config)
     data = build_data(config.data())
     callbacks = [*build_callbacks(config.callbacks), *build_registration(config.loggers)]

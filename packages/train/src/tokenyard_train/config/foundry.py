@@ -121,6 +121,7 @@ LOGGER = frozenset(
 """Ignored in a logger: uploads, and options whose behaviour is built in."""
 
 _VARIABLE = "put it under variables, and write ${{variables.{0}}} where it is used"
+_PROPORTION = "give proportion, the share of a stream in the samples"
 _SECOND_RUN = "a run reads one train_loader; start another run by load_path"
 
 INSTEAD = {
@@ -135,6 +136,10 @@ INSTEAD = {
     "train_loader.dataset.hf_kwargs": "name a folder or a dataset by hf_name, its split by split",
     "train_loader.dataset.preprocessing_fn": "no code of a config is run; write rows of messages, "
     "or of prompt and response",
+    "model.peft_config": "say lora: {rank: 8, alpha: 16}, or name: hf_causal_lm",
+    "train_loader.dataset.choose": _PROPORTION,
+    "train_loader.dataset.repeat": _PROPORTION,
+    "train_loader.dataset.epoch_size": "give max_duration in ba or tok",
     "optimizer.disable_grad": "say frozen: [patterns] for parameters that are not trained",
     "optimizer.param_groups": "all parameters have the options of optimizer",
     "callbacks.curriculum_learning": _SECOND_RUN,

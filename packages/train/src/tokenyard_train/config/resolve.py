@@ -25,7 +25,9 @@ def resolve(config: TrainConfig, needs_tokenizer: bool = True) -> TrainConfig:
     microbatch = _microbatch(config, length)
     eval_batch = config.device_eval_batch_size or microbatch
     eval_batches = math.ceil(_EVAL_TOKENS / (eval_batch * length))
-    folder = config.save_folder or "runs/{run_name}"
+    # {run_name} is Composer's placeholder
+    folder = (config.save_folder or "runs/{run_name}").replace("{run_name}", config.run_name)
+    load_path = config.load_path and config.load_path.replace("{run_name}", config.run_name)
     return config.model_copy(
         update={
             "device": str(resolve_device(config.device)),
@@ -33,7 +35,8 @@ def resolve(config: TrainConfig, needs_tokenizer: bool = True) -> TrainConfig:
             "model": _model(config, length, needs_tokenizer),
             "eval_loader": config.eval_loader or _stdlib_held_out(config),
             "eval_subset_num_batches": config.eval_subset_num_batches or eval_batches,
-            "save_folder": folder.replace("{run_name}", config.run_name),  # Composer's placeholder
+            "save_folder": folder,
+            "load_path": load_path,
             "device_train_microbatch_size": microbatch,
             "device_eval_batch_size": eval_batch,
         }

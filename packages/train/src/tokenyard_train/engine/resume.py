@@ -110,7 +110,7 @@ def start_from(model: Model, path: str, config: TrainConfig | None = None) -> Or
         folder = Path(path.removeprefix(HF))
         load_weights(model, Folder(folder))
         return Origin(f"{HF}{folder.resolve()}")
-    folder = Path(path)
+    folder = check_load_path(path)
     if is_peft(folder):
         adapters = PeftFolder(folder)
         base = start_from(model, weights_path(adapters.base))
@@ -120,11 +120,6 @@ def start_from(model: Model, path: str, config: TrainConfig | None = None) -> Or
     if is_checkpoint(folder):
         verify(folder)
         return _load_checked(model, folder, config)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"load_path {path!r} does not exist; give a checkpoint such as runs/run/ba200, or its "
-            "run"
-        )
     if has_weights(folder):
         load_foundry(model, folder)
         return Origin(str(folder.resolve()))
@@ -134,6 +129,17 @@ def start_from(model: Model, path: str, config: TrainConfig | None = None) -> Or
             f"load_path {path!r} holds no checkpoint; give a folder such as runs/run/ba200"
         )
     return origin
+
+
+def check_load_path(path: str) -> Path:
+    """Return the folder of a load_path. Raises CheckpointError if it does not exist."""
+    folder = Path(path.removeprefix(HF))
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(
+            f"load_path {path!r} {what}; give a checkpoint such as runs/run/ba200, or its run"
+        )
+    return folder
 
 
 def load_checkpoint(model: Model, checkpoint: Path, moved: Path | None = None) -> Origin:

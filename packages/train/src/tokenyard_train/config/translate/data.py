@@ -114,6 +114,13 @@ def _local_files(dataset: Mapping[str, Any], where: str, changes: list[Change]) 
             "as a path or a list of paths"
         )
     ((name, files),) = given.items()
+    if isinstance(files, Mapping):  # by split
+        files = files.get(read.get("split") or "train")
+    if not isinstance(files, str | list):
+        raise ConfigError(
+            f"{where}.hf_kwargs.{name} is {given[name]!r}; give a path or a list of paths, or one "
+            "for the split"
+        )
     # datasets finds the files of a split in a folder by their names; files alone are one split
     key = "hf_name" if name == "data_dir" else "path"
     left_out = ("hf_kwargs", "hf_name") if key == "hf_name" else ("hf_kwargs", "hf_name", "split")

@@ -19,6 +19,7 @@ from tokenyard_train.data.paths import HF
 
 _NAME = "hf_causal_lm"
 _PATH = "model.pretrained_model_name_or_path"
+_SECTIONS = ("attn_config", "ffn_config", "init_config", "peft_config")
 _SCRATCH = "model: {name: mpt_causal_lm, d_model: ..., n_heads: ..., n_layers: ...}"
 
 
@@ -77,8 +78,11 @@ def translate_model(
     folder and not in the local cache, and for an architecture that is unknown here.
     """
     section = config.get("model")
-    if not isinstance(section, Mapping) or section.get("name") != _NAME:
+    if not isinstance(section, Mapping):
         return dict(config)
+    if section.get("name") != _NAME:
+        blank = {key for key in _SECTIONS if section.get(key, ...) is None}
+        return {**config, "model": {k: v for k, v in section.items() if k not in blank}}
     kept = without_ignored(HfCausalLm, section, "model", ignored)
     given = parse(HfCausalLm, {k: v for k, v in kept.items() if v is not None}, "model")
     folder = _folder(given.pretrained_model_name_or_path)

@@ -22,7 +22,8 @@ def check_weights(config: Mapping[str, Any]) -> None:
     if _PICKLE.search(path) or _is_sharded(Path(path).expanduser()):
         raise ConfigError(
             f"load_path {path!r} is a pickle, which can run code when it is read; convert it where "
-            "it was made, by the script on the page From LLM Foundry and MegaBlocks"
+            "it was made by examples/composer_to_safetensors.py of the repository, and give the "
+            "folder that it writes"
         )
     if config.get("load_weights_only") is False:
         raise ConfigError(
