@@ -117,6 +117,14 @@ def test_features_that_are_not_read_are_named(tmp_path):
         read(tmp_path / "b")
 
 
+@pytest.mark.parametrize("name", ["a b", "a#b?c", "é✓"])
+def test_a_folder_of_another_name_holds_a_table(tmp_path, name):
+    write(tmp_path / "table", TEXTS)
+    (tmp_path / "table").rename(tmp_path / name)
+    located = parse(TextDataset, {"delta": (tmp_path / name).as_uri()}).delta
+    assert read(tmp_path / name) == read(located) == [text for text in TEXTS if text]
+
+
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
@@ -145,7 +153,12 @@ def test_files_that_are_gone_or_damaged_are_named(tmp_path):
     old.unlink()
     with pytest.raises(ConfigError, match=rf"{old.name} is gone, perhaps deleted by VACUUM"):
         read(tmp_path, version=0)
-    (tmp_path / "_delta_log" / f"{0:020}.json").unlink()
+    log = tmp_path / "_delta_log" / f"{0:020}.json"
+    log.write_text("{nonsense")
+    with pytest.raises(ConfigError, match="cannot be opened: Json error: ") as caught:
+        read(tmp_path, version=0)
+    assert "<unknown>" not in str(caught.value)
+    log.unlink()
     with pytest.raises(ConfigError, match=r"is 0, which '.*' no longer holds|cannot be opened"):
         read(tmp_path, version=0)
 

@@ -43,6 +43,13 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_a_remote_output_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^the output folder 's3:/bucket/out' is a remote path"):
+        packed(Path("s3://bucket/out"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_documents_are_read_back_with_their_ends(tmp_path):
     tokens = TokenFile(packed(tmp_path / "p"))
     starts = [0, *tokens.ends[:-1].tolist()]

@@ -26,6 +26,7 @@ from tokenyard_train.data.journal import (
     journal_line,
     read_journal,
 )
+from tokenyard_train.data.paths import local_output
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.text_loss import TextLoss
 from tokenyard_train.data.tokenizer import Tokenizer, build_tokenizer
@@ -66,6 +67,7 @@ def pack(
     that was packed has changed, or if another process packs there, TokenyardError if the folder
     cannot be written or is damaged.
     """
+    folder = local_output(folder)
     tokenizer = build_tokenizer(config)
     settings = packing_settings(tokenizer, sources)
     try:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated
+from urllib.request import url2pathname
 
 from pydantic import AfterValidator
+
+from tokenyard import ConfigError
 
 HF = "hf://"
 """Prefix of load_path for the folder of a Hugging Face model."""
@@ -30,6 +33,14 @@ def local_path(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
+def local_output(path: Path | str) -> Path:
+    """Return an output folder. Raises ConfigError for a remote path."""
+    try:
+        return Path(local_path(str(path)))
+    except ValueError as error:
+        raise ConfigError(f"the output folder {error}") from None
+
+
 def _local_or_hf(path: str) -> str:
     prefix = HF if path.startswith(HF) else ""
     return prefix + local_path(path.removeprefix(prefix))
@@ -45,6 +56,8 @@ def table_path(path: str) -> str:
             raise ValueError("give uc:// and a name catalog.schema.table")
         return path
     scheme, _, rest = path.partition("://")
+    if scheme == "file":
+        return url2pathname(rest)
     if "@" in rest and ":" in rest.partition("@")[0]:
         raise ValueError("it holds a password; give that in the environment of the storage")
     return path if scheme in _CLOUDS else local_path(path)

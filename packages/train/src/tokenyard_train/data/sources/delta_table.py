@@ -44,6 +44,7 @@ _REASON = 120  # characters of the start and of the end of another library's err
 _ANSI = re.compile(r"\x1b\[[0-9;]*m|↳")
 
 _ELSEWHERE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.-]+:/")  # the start of an absolute path
+_STACK = re.compile(r" 0: (<unknown>|\S+::).*")  # the calls of a Rust library
 _ANSWER = re.compile("<Code>(.*?)</Code>.*?<Message>(.*?)</Message>")  # of a cloud's storage
 
 
@@ -201,6 +202,7 @@ def _files(loaded: Any, arrow: Any, name: str) -> list[File]:
 def reason_of(error: Exception) -> str:
     """Return why another library failed, in one line: the start and the end, where the cause is."""
     text = " ".join(_ANSI.sub(" ", str(error)).split()).removeprefix("Kernel error: ")
+    text = _STACK.sub("", text)
     answer = _ANSWER.search(text)
     text = hide_secrets(": ".join(answer.groups()) if answer else text)
     if len(text) > 2 * _REASON:

@@ -24,7 +24,7 @@ from tokenyard_train.data.packing import (
     packing_settings,
     sync,
 )
-from tokenyard_train.data.paths import local_path
+from tokenyard_train.data.paths import local_output
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.sources.text import no_column
 from tokenyard_train.data.spark.executor import SCHEMA, Shard, ShardWriter
@@ -60,10 +60,7 @@ def pack(
     Raises ConfigError for a column that is missing, for rows without an order or with no text, and
     for a folder that is packed already; TokenyardError if Spark or a file fails.
     """
-    try:
-        folder = Path(local_path(str(out)))
-    except ValueError as error:
-        raise ConfigError(f"the output folder {error}") from None
+    folder = local_output(out)
     columns = [order] if isinstance(order, str) else list(order)
     config = tokenizer or TokenizerConfig()
     built = build_tokenizer(config)
