@@ -1,4 +1,4 @@
-"""The experts of `precision: fp8`; on a CPU with plain torch code in place of the matmuls."""
+"""The experts of `precision: fp8`; on a CPU with the matmuls in an interpreter of the tests."""
 
 import copy
 
@@ -18,7 +18,7 @@ from tokenyard_kernels_triton import _plugin
 from tokenyard_kernels_triton.experts import GluonExperts
 from tokenyard_kernels_triton.ops import _fp8_weights, _quantize
 
-from . import fp8_stand_ins
+from . import gluon_interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -29,18 +29,24 @@ def nothing_kept():
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def only_16_bits(workload):
+    if workload.dtype not in (torch.bfloat16, torch.float16):
+        return "Gluon computes in 16 bits"
+    return _plugin.no_triton(workload)
+
+
 class Offer:
     @staticmethod
     @hookimpl
     def tokenyard_experts():
         path = "tokenyard_kernels_triton.experts:GluonExperts"
-        return [Backend("stand-in", path, unusable=_plugin.no_triton)]
+        return [Backend("interpreted", path, unusable=only_16_bits)]
 
 
-class StandIn(Fp8ExpertsConformance):
-    """The kit, with stand-ins for the matmuls. It takes minutes, so only some tests are called."""
+class Interpreted(Fp8ExpertsConformance):
+    """The kit on a CPU. It takes minutes, so only some tests are called."""
 
-    backend = "stand-in"
+    backend = "interpreted"
     device = "cpu"
     tile = 32
 
@@ -48,12 +54,12 @@ class StandIn(Fp8ExpertsConformance):
         self.options = {"precision": "fp8", "save": save}
 
     def registry(self):
-        return Registry([Plugin(Offer, "stand-in", "1.0")])
+        return Registry([Plugin(Offer, "interpreted", "1.0")])
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
-    fp8_stand_ins.install(monkeypatch)
+def interpreter(monkeypatch):
+    gluon_interpreter.install(monkeypatch)
 
 
 def record(name, value):
@@ -72,13 +78,13 @@ needs_a_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the whole 
         ("recompute", torch.float16, "gelu", True),
     ],
 )
-def test_the_layer_is_near_the_emulated_one(stand_ins, save, dtype, activation, bias):
-    StandIn(save).test_matches_oracle(dtype, activation, bias, record)
+def test_the_layer_is_near_the_emulated_one(interpreter, save, dtype, activation, bias):
+    Interpreted(save).test_matches_oracle(dtype, activation, bias, record)
 
 
 @needs_a_cpu
-def test_dropped_slots_are_not_read(stand_ins):
-    StandIn().test_static_rows_bound(record)
+def test_dropped_slots_are_not_read(interpreter):
+    Interpreted().test_static_rows_bound(record)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -153,18 +159,18 @@ def test_tensors_without_a_version_are_not_kept():
         assert _fp8_weights.kept_weights(torch.randn(1, 128, 128, device=DEVICE)) is None
 
 
-def stand_in_layer(**options):
+def interpreted_layer(**options):
     workload = Workload(256, 128, 4, 2, dtype=torch.bfloat16)
-    request = {"name": "stand-in", "precision": "fp8", **options}
-    registry = _OneKindRegistry(StandIn().registry(), "experts")
+    request = {"name": "interpreted", "precision": "fp8", **options}
+    registry = _OneKindRegistry(Interpreted().registry(), "experts")
     parts = {"experts": request, "router": "torch", "permutation": "torch"}
     return MoE(workload, backends=parts, registry=registry, dtype=torch.bfloat16)
 
 
 @needs_a_cpu
-def test_a_checkpoint_holds_the_weights_as_they_are_trained(stand_ins):
+def test_a_checkpoint_holds_the_weights_as_they_are_trained(interpreter):
     """FP8 copies are kept by the kernels' package, and never by a module."""
-    moe = stand_in_layer()
+    moe = interpreted_layer()
     allow_weight_copies(moe)
     before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
     y, _ = moe(torch.randn(5, 256, dtype=torch.bfloat16))
@@ -179,8 +185,8 @@ def test_a_checkpoint_holds_the_weights_as_they_are_trained(stand_ins):
 
 @needs_a_cpu
 @pytest.mark.parametrize("save", ["fp8", "pre_activation", "recompute"])
-def test_estimates_of_memory_are_exact(stand_ins, save):
-    moe = stand_in_layer(save=save)
+def test_estimates_of_memory_are_exact(interpreter, save):
+    moe = interpreted_layer(save=save)
     allow_weight_copies(moe)
     x = torch.randn(5, 256, dtype=torch.bfloat16, requires_grad=True)
     plan = moe.experts.permutation.plan(torch.arange(10, dtype=torch.int32).view(5, 2) % 4, 4)

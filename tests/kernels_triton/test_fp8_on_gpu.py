@@ -1,134 +1,19 @@
-"""The matmuls in FP8 on a Hopper GPU: against float64, replayed, captured, with kept weights."""
+"""Experts in FP8 on a Hopper GPU: replayed, captured, with kept weights, and large."""
 
 import pytest
 import torch
 
 from tokenyard import MoE, RoutingRule, Workload
-from tokenyard.activations import activate, up_rows
-from tokenyard.experts import rows_times
-from tokenyard.fp8 import Quantized, dequantize, quantize_rows
 from tokenyard.interfaces import ExpertWeights
 from tokenyard.permutations import TorchPermutation
-from tokenyard.testing._compare import poisoned_memory
-from tokenyard.tolerance import relative_error
 
 pytestmark = pytest.mark.gpu
 
 BF16 = torch.bfloat16
-NEAR = 3e-3  # the error of rounding to bfloat16, and of the tensor cores' sums of 128 numbers
 
 
 def random(*size):
     return torch.randn(size, device="cuda", dtype=BF16)
-
-
-class Rows:
-    """A plan with skew, an empty expert and dropped slots, and its tile lists."""
-
-    def __init__(self, tokens=777, experts=9, top_k=4):
-        from tokenyard_kernels_triton.ops._row_tiles import RowTiles
-        from tokenyard_kernels_triton.permutation import TritonPermutation
-
-        workload = Workload(128, 128, experts, top_k, dtype=BF16, device="cuda")
-        ids = torch.rand(tokens, experts - 1, device="cuda").topk(top_k).indices.int()
-        ids[::5, 0] = experts
-        ids[: tokens // 2, 1] = 2
-        self.plan = TritonPermutation(workload).plan(ids, experts)
-        self.tiles = RowTiles(self.plan.offsets, self.plan.order.shape[0])
-        self.kept = int(self.plan.offsets[-1])
-        self.tokens = self.plan.order.long()[: self.kept] // top_k
-        self.count = tokens
-        self.experts = experts
-
-    def product(self, rows, weights):
-        """Return rows [R, M] @ weights [E, M, N] in float64, for the rows before the tail."""
-        return rows_times(rows.double(), weights.double(), self.plan.offsets)
-
-
-def operands(rows, copied, dim):
-    """Return tokens as an operand that is copied or gathered, and its rows in float32."""
-    from tokenyard_kernels_triton.ops import _gluon_fp8
-    from tokenyard_kernels_triton.ops._gluon_operands import NARROW
-    from tokenyard_kernels_triton.ops._quantize import quantize_tokens
-
-    tokens = quantize_tokens(random(rows.count, dim))
-    operand = _gluon_fp8.rows_of(tokens, rows.plan, NARROW + 1 if copied else NARROW)
-    return operand, dequantize(tokens)[rows.tokens]
-
-
-def quantized_weights(*size):
-    """Return weights in both layouts, and in float32. Blocks have scales that differ much."""
-    from tokenyard_kernels_triton.ops._quantize import quantize_weights
-
-    blocks = torch.randn(size[0], size[1] // 128, size[2] // 128, device="cuda").exp()
-    factors = blocks.repeat_interleave(128, 1).repeat_interleave(128, 2)
-    weights = quantize_weights((random(*size) * factors).to(BF16), True, True)
-    return weights, dequantize(Quantized(weights.values, weights.scales))
-
-
-@pytest.mark.parametrize("copied", [True, False], ids=["copied", "gathered"])
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize(("depth", "width"), [(128, 128), (1152, 256), (640, 896)])
-def test_times_weight(copied, transposed, depth, width):
-    """Against float64 on the same quantized operands; the width may end within a tile."""
-    from tokenyard_kernels_triton.ops import _gluon_fp8
-
-    torch.manual_seed(0)
-    rows = Rows()
-    left, numbers = operands(rows, copied, depth)
-    size = (rows.experts, width, depth) if transposed else (rows.experts, depth, width)
-    weight, matrices = quantized_weights(*size)
-    bias = random(rows.experts, width)
-    with poisoned_memory():
-        got = _gluon_fp8.times_weight(left, weight, bias, rows.tiles, transposed, BF16)
-    want = rows.product(numbers, matrices.mT if transposed else matrices)
-    experts = torch.arange(rows.experts, device="cuda").repeat_interleave(rows.plan.offsets.diff())
-    assert relative_error(got[: rows.kept], want + bias.double()[experts]) < NEAR
-
-
-@pytest.mark.parametrize("copied", [True, False], ids=["copied", "gathered"])
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize(("dim", "ffn_dim"), [(128, 128), (1152, 384)])
-def test_up_and_activate(copied, activation, dim, ffn_dim):
-    """z and a against float64, each in its blocks; the ungated tile has two blocks of a."""
-    from tokenyard_kernels_triton.ops import _gluon_fp8
-
-    torch.manual_seed(0)
-    rows = Rows()
-    left, numbers = operands(rows, copied, dim)
-    up, matrices = quantized_weights(rows.experts, up_rows(activation, ffn_dim), dim)
-    want = rows.product(numbers, matrices.mT / dim**0.5)
-    up = up._replace(scales=up.scales / dim**0.5)
-
-    def run(save):
-        with poisoned_memory():
-            (z, scales), a = _gluon_fp8.up_and_activate(
-                left, up, None, rows.tiles, activation, save, BF16
-            )
-        if save == "fp8":
-            z = dequantize(Quantized(z.view(torch.float8_e4m3fn), scales))
-        return z[: rows.kept], dequantize(a)[: rows.kept]
-
-    z, a = run("pre_activation")
-    assert relative_error(z, want) < NEAR
-    assert relative_error(a, dequantize(quantize_rows(activate(want.float(), activation)))) < 1e-2
-    z, again = run("fp8")
-    assert torch.equal(a, again)
-    assert relative_error(z, dequantize(quantize_rows(want.float()))) < 1e-2
-    assert torch.equal(run("recompute")[1], a)
-
-
-def test_long_sums_of_positive_numbers():
-    from tokenyard_kernels_triton.ops import _gluon_fp8
-    from tokenyard_kernels_triton.ops._quantize import quantize_tokens, quantize_weights
-
-    rows = Rows(tokens=64, experts=3, top_k=1)
-    tokens = quantize_tokens(random(rows.count, 14336).abs())
-    left = _gluon_fp8.rows_of(tokens, rows.plan, 4096)
-    weight = quantize_weights(random(rows.experts, 256, 14336).abs(), True, False)
-    got = _gluon_fp8.times_weight(left, weight, None, rows.tiles, True, BF16)[: rows.kept]
-    matrices = dequantize(Quantized(weight.values, weight.scales))
-    assert relative_error(got, rows.product(dequantize(tokens)[rows.tokens], matrices.mT)) < NEAR
 
 
 def layer(**options):

@@ -110,7 +110,7 @@ class FusedAdamW:
         if dtype is None:
             return
         self._write_table(gradients)
-        self.steps += self._has_gradient * scale.isfinite()
+        self._count_step(scale)
         beta1, beta2 = settings.betas
         steps = self.steps.double()
         first = self.parameters[0]
@@ -137,7 +137,10 @@ class FusedAdamW:
                 SCALED=self.scaled,
                 num_warps=8,
             )
-        # The kernel writes by addresses, which PyTorch does not see.
+
+    def _count_step(self, scale: Tensor) -> None:
+        """Count a step, and a version of each weight: the kernel writes by addresses only."""
+        self.steps += self._has_gradient * scale.isfinite()
         increment_version([parameter.weight for parameter in self.parameters])
 
     def _write_table(self, gradients: Sequence[Tensor | None]) -> None:

@@ -57,7 +57,7 @@ def rows_of(tokens: Quantized, plan: Plan, ffn_dim: int) -> QuantizedRows:
     if ffn_dim <= NARROW:
         return QuantizedRows(TokenRows(values, plan.order, plan.top_k), scales)
     copied = to_rows(values.view(torch.uint8), plan)
-    return QuantizedRows(copied.view(DTYPE), to_rows(scales, plan))
+    return QuantizedRows(_as_fp8(copied), to_rows(scales, plan))
 
 
 def sorted_rows(rows: Quantized) -> QuantizedRows:
@@ -81,36 +81,28 @@ def up_and_activate(
     """
     assert up.values is not None
     parts = 2 if is_gated(activation) else 1
-    _, width, dim = up.values.shape
-    ffn_dim = width // parts
-    z, z_scales = _empty_z(x, row_tiles.rows if save != "recompute" else 0, width, save, dtype)
+    ffn_dim = up.values.shape[1] // parts
+    z, z_scales = _empty_z(x, row_tiles.rows, parts * ffn_dim, save, dtype)
     # The kernel always needs a descriptor of `a`, and a descriptor needs a row.
-    a_bytes, a_scales = quantized_shapes(x.scales, row_tiles.rows if keep_a else 1, ffn_dim)
-    a = Quantized(a_bytes.view(DTYPE), a_scales)
-    left, order, top_k = operand(x.values, _BOX)
+    a = _empty_rows(x, row_tiles.rows if keep_a else 1, ffn_dim)
     tiles = row_tiles.bound(ROWS) * ceil_div(ffn_dim, COLUMNS // parts)
-    target = z.view(DTYPE) if save == "fp8" else z
     launch(_gluon_fp8.up_and_activate_fp8, persistent_grid(x.device, tiles))(
-        left,
-        x.scales,
-        order,
+        *_left(x),
         stacked(up.values, parts, (COLUMNS // parts, BLOCK)),
         up.scales,
         bias,
-        ragged(target, parts, _BOX) if len(z) else None,
+        None if save == "recompute" else ragged(_as_fp8(z), parts, _BOX),
         z_scales if save == "fp8" else None,
         ragged(a.values, 1, _BOX),
         a.scales,
         row_tiles.tile_list(ROWS, _GROUP),
-        dim,
+        up.values.shape[2],
         ffn_dim,
-        TOP_K=top_k,
         FUNCTION=function_of(activation),
         PARTS=parts,
-        BIAS=bias is not None,
-        KEEP_Z=len(z) > 0,
+        KEEP_Z=save != "recompute",
         KEEP_A=keep_a,
-        **_options(x.device, stages=3),
+        **_options(x, bias, stages=3),
     )
     return (z, z_scales), a
 
@@ -134,12 +126,9 @@ def times_weight(
     if not transposed:
         next_column, next_slice = next_slice, next_column
     out = weight.scales.new_empty(row_tiles.rows, width, dtype=dtype)
-    left, order, top_k = operand(rows.values, _BOX)
     tiles = row_tiles.bound(ROWS) * ceil_div(width, COLUMNS)
     launch(_gluon_fp8.times_weight_fp8, persistent_grid(rows.device, tiles))(
-        left,
-        rows.scales,
-        order,
+        *_left(rows),
         stacked(values, 1, (COLUMNS, BLOCK)),
         weight.scales,
         bias,
@@ -149,17 +138,32 @@ def times_weight(
         width,
         next_column,
         next_slice,
-        TOP_K=top_k,
-        BIAS=bias is not None,
         BUFFERS=1,
-        **_options(rows.device, stages=4),
+        **_options(rows, bias, stages=4),
     )
     return out
 
 
-def _options(device: torch.device, stages: int) -> dict[str, Any]:
-    launch_options = {"num_warps": 4, "maxnreg": _REGISTERS}
-    return {"PROGRAMS": processors(device), "STAGES": stages} | launch_options
+def _left(rows: QuantizedRows) -> tuple[Any, Tensor, Tensor | None]:
+    """Return a kernel's arguments for its left operand: rows or tokens, scales, and order."""
+    left, order, _ = operand(rows.values, _BOX)
+    return left, rows.scales, order
+
+
+def _options(rows: QuantizedRows, bias: Tensor | None, stages: int) -> dict[str, Any]:
+    return {
+        "TOP_K": rows.values.top_k if isinstance(rows.values, TokenRows) else 0,
+        "BIAS": bias is not None,
+        "PROGRAMS": processors(rows.device),
+        "STAGES": stages,
+        "num_warps": 4,
+        "maxnreg": _REGISTERS,
+    }
+
+
+def _empty_rows(x: QuantizedRows, rows: int, width: int) -> Quantized:
+    values, scales = quantized_shapes(x.scales, rows, width)
+    return Quantized(_as_fp8(values), scales)
 
 
 def _empty_z(
@@ -167,4 +171,10 @@ def _empty_z(
 ) -> tuple[Tensor, Tensor]:
     if save == "fp8":
         return quantized_shapes(x.scales, rows, width)
-    return x.scales.new_empty(rows, width, dtype=dtype), x.scales.new_empty(0, dtype=dtype)
+    kept = 0 if save == "recompute" else rows
+    return x.scales.new_empty(kept, width, dtype=dtype), x.scales.new_empty(0, dtype=dtype)
+
+
+def _as_fp8(values: Tensor) -> Tensor:
+    """Return bytes as numbers in float8, and any other tensor unchanged."""
+    return values.view(DTYPE) if values.dtype == torch.uint8 else values
