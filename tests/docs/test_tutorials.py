@@ -80,12 +80,16 @@ def test_the_kernel_trains(project, tmp_path):
     run(KERNEL, tmp_path, environment)
 
 
-def test_the_router_and_the_model_pass_the_kit_and_train(project):
-    root, environment = project(MODEL)
-    output = kit(root, environment)
+def test_the_router_and_the_model_pass_the_kit(project):
+    output = kit(*project(MODEL))
     assert f"`{counts(output)}`" in MODEL.read_text()
     for name in ("TestRouter", "TestModel"):
         assert f"::{name}::test_no_standard_test_is_overridden PASSED" in output
+
+
+@pytest.mark.full
+def test_the_router_and_the_model_train(project):
+    root, environment = project(MODEL)
     run(MODEL, root, environment)
     metrics = (root / "runs" / "router" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[0])["dropped"] > 0
