@@ -125,6 +125,23 @@ def test_generation_blocks_mark_answers_as_in_transformers(folder, tmp_path):
     assert texts(folder, last)[0][1] == "It is 8.<|im_end|>"
 
 
+def test_the_last_answer_may_have_several_blocks_or_none(folder, tmp_path):
+    template = tmp_path / "marked.jinja"
+    options = {
+        "path": write(tmp_path / "a.jsonl", [{"messages": CHAT}]),
+        "target_responses": "last",
+    }
+    block = "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
+    two = "{% generation %}<think></think>{% endgeneration %}" + block
+    template.write_text(MARKED.replace(block, two))
+    last = load(folder, **options, chat_template=str(template))
+    assert texts(folder, last)[0][1] == "<think></think>It is 8.<|im_end|>"
+    first = block + "{% break %}"  # renders and marks the first answer alone
+    template.write_text(MARKED.replace(block, first))
+    with pytest.raises(ConfigError, match="no generation block of the chat template renders it"):
+        load(folder, **options, chat_template=str(template))
+
+
 def test_marks_of_answers_in_a_message_are_refused_or_kept(folder, tmp_path):
     """They are noncharacters, which a text may hold all the same."""
     template = tmp_path / "marked.jinja"

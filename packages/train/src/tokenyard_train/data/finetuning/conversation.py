@@ -82,7 +82,11 @@ class Conversations:
             marked = template.marked(checked, location, tools=tools)
             whole = "".join(segment.text for segment in marked)
             self.left_out.add_messages(checked, tools, whole, location)
-            return self._only_last(marked, location)
+            answers = [i for i, segment in enumerate(marked) if segment.answer]
+            if self.last_only:  # an answer may have several blocks
+                before = template.marked(checked[:-1], location, prompt=True, tools=tools)
+                answers = answers[sum(segment.answer for segment in before) :]
+            return _with_answers(marked, answers, location)
         answers = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
         text = template.render(checked, location, tools=tools)
         self.left_out.add_messages(checked, tools, text, location)
@@ -90,12 +94,14 @@ class Conversations:
             answers = answers[-1:]
         return _split(template, checked, answers, text, location, tools)
 
-    def _only_last(self, segments: list[Segment], location: str) -> list[Segment]:
-        answers = [i for i, segment in enumerate(segments) if segment.answer]
-        if not answers:
-            raise ConfigError(f"{location}: no generation block of the chat template renders it")
-        kept = answers[-1:] if self.last_only else answers
-        return [Segment(segment.text, i in kept) for i, segment in enumerate(segments)]
+
+def _with_answers(
+    segments: Sequence[Segment], answers: Sequence[int], location: str
+) -> list[Segment]:
+    """Return segments of which those of some indices alone are answers."""
+    if not answers:
+        raise ConfigError(f"{location}: no generation block of the chat template renders it")
+    return [Segment(segment.text, i in answers) for i, segment in enumerate(segments)]
 
 
 _WANTED = "a row has messages, prompt and response, or instruction and output"
