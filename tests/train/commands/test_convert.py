@@ -17,8 +17,9 @@ pytest.importorskip("transformers", minversion="5.14")
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from tokenyard import ConfigError, LoraSettings, add_lora
+from tokenyard.lora import adapters
 from tokenyard.tolerance import relative_error
-from tokenyard_models import WeightsError, from_hf
+from tokenyard_models import WeightsError, from_hf, to_hf
 from tokenyard_models.hf import to_peft
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.load_model import load_trained
@@ -168,6 +169,28 @@ def test_adapters_go_to_peft_and_back(tokenyard, tuning, published, tmp_path):
     code, _, errors = tokenyard("convert", str(published), str(tmp_path / "no"), "--to", "peft")
     assert code == 2
     assert errors == "error: the model has no LoRA adapters; write it by --to hf\n"
+
+
+def test_adapters_of_a_narrow_base_are_merged_and_written_wide(tokenyard, published, tmp_path):
+    """The base has 16 bits, and the adapters have 32, as PEFT trains them."""
+    base = tmp_path / "base"
+    to_hf(from_hf(published), base, dtype=torch.bfloat16)
+    model = from_hf(base, dtype=torch.float32)
+    add_lora(model, LoraSettings(2, 2.0))
+    for _, _, adapter in adapters(model):
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    to_peft(model, tmp_path / "adapters", base=str(base))
+    again = ("convert", str(tmp_path / "adapters"), str(tmp_path / "again"), "--to", "peft")
+    assert tokenyard(*again)[0] == 0
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapters", "again")
+    )
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    merged = ("convert", str(tmp_path / "adapters"), str(tmp_path / "merged"), "--dtype", "float32")
+    assert tokenyard(*merged)[0] == 0
+    ids = torch.randint(0, 257, (2, 20))
+    assert relative_error(from_hf(tmp_path / "merged")(ids).logits, model(ids).logits) < 1e-5
 
 
 def test_adapters_of_another_base_are_an_error(tokenyard, published, tmp_path, caplog):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import atexit
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokenyard import ConfigError, add_lora, resolve_device
+from tokenyard.lora import adapters
 from tokenyard.sharded import allocate
 from tokenyard_models import from_hf
 from tokenyard_models.hf import PeftFolder, is_hf_folder, is_peft
@@ -59,7 +61,7 @@ def load_trained(
         _refuse_base(path, base)
         return _load_hf_folder(path, target, precision)
     if is_peft(path):
-        return _load_adapters(path, target, precision, base)
+        return _load_adapters(path, base, lambda folder: _load_hf_folder(folder, target, precision))
     overrides = {} if precision is None else {"precision": precision}
     return _load_run(path, {"device": str(target)} | overrides, base)
 
@@ -70,15 +72,16 @@ def load_weights_only(
     """Load a model into host memory to read its weights. Ignores the config's backends.
 
     `base` is where the base of adapters is now, if it moved. The weights of a Hugging Face folder
-    are read in `dtype` (default: the folder's).
+    are read in `dtype` (default: the folder's), and PEFT's adapters in float32.
     """
     path = _downloaded(path)
     if is_hf_folder(path):
         _refuse_base(path, base)
-        model = from_hf(path, dtype=dtype)
-        return LoadedModel(model, None, TokenizerConfig(name=str(path)), path, source=path)
+        return _read_hf_folder(path, dtype)
     if is_peft(path):
-        return _load_adapters(path, torch.device("cpu"), None, base)
+        return _load_adapters(
+            path, base, lambda folder: _read_hf_folder(folder, dtype), torch.float32
+        )
     return _load_run(path, {"device": "cpu", "backends": {}, "precision": "fp32"}, base)
 
 
@@ -106,10 +109,21 @@ def _load_hf_folder(path: Path, device: torch.device, precision: str | None) -> 
     return LoadedModel(model, precision, TokenizerConfig(name=str(path)), path, source=path)
 
 
+def _read_hf_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
+    model = from_hf(path, dtype=dtype)
+    return LoadedModel(model, None, TokenizerConfig(name=str(path)), path, source=path)
+
+
 def _load_adapters(
-    path: Path, device: torch.device, precision: str | None, base: Path | None
+    path: Path,
+    base: Path | None,
+    load: Callable[[Path], LoadedModel],
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
-    """Load a folder of PEFT, and the Hugging Face folder that its adapters are for."""
+    """Load a folder of PEFT. `load` loads the Hugging Face folder that its adapters are for.
+
+    The adapters have the dtype of the weights beside them, or another `dtype`.
+    """
     folder = PeftFolder(path)
     if base is not None and folder.base_digest is None:
         log.warning(
@@ -117,8 +131,11 @@ def _load_adapters(
             path,
             base,
         )
-    loaded = _load_hf_folder(base or folder.base, device, precision)
+    loaded = load(base or folder.base)
     add_lora(loaded.model, folder.settings, folder.targets(loaded.model))
+    if dtype is not None:
+        for _, _, adapter in adapters(loaded.model):
+            adapter.to(dtype)
     folder.fill(loaded.model)
     check_peft_base(loaded.model, folder, str(base or folder.base))
     return loaded
