@@ -119,6 +119,20 @@ def test_layers_follow_megablocks_equations_with_gradients(kind, changes):
         assert error(have, gradient) < 1e-12
 
 
+def test_an_activation_for_one_dtype_is_computed_expert_by_expert():
+    """As a kernel of the script's own is."""
+
+    def own(z):
+        assert z.dtype == torch.float32, "only float32"
+        return z.sigmoid()
+
+    layer = dMoE(arguments(activation_fn=own))
+    x = torch.randn(5, 1, 12)
+    plain = dMoE(arguments(activation_fn=torch.sigmoid))
+    plain.load_state_dict(layer.state_dict())
+    assert error(layer(x), plain(x)) < 1e-6
+
+
 def test_z_loss_shared_experts_and_a_returned_bias():
     args = arguments(moe_zloss_weight=0.1, num_layers=2, return_bias=True)
     layers = [dMoE(args), dMoE(args)]

@@ -16,7 +16,7 @@ from tokenyard.tolerance import relative_error
 from tokenyard_models import Mpt, WeightsError, from_hf
 from tokenyard_models.hf import PeftFolder, load_foundry, to_megablocks
 
-from . import foundry_ranks, hf_models
+from . import foundry_ranks
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "composer_to_safetensors.py"
 SIZES = {"size": "tiny", "d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 8}
@@ -126,6 +126,8 @@ def test_adapters_of_peft_have_the_same_logits(tmp_path, kind):
     """As `hf_causal_lm` with `peft_config` saves them."""
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
+    from . import hf_models
+
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(hf_models.qwen3(initializer_range=0.2))
     model.save_pretrained(tmp_path / "base")

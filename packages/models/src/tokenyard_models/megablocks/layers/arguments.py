@@ -31,6 +31,8 @@ _AT_LEAST = {
     **dict.fromkeys(("moe_capacity_factor", "moe_loss_weight", "moe_zloss_weight"), 0),
     **dict.fromkeys(("moe_normalize_expert_weights", "moe_jitter_eps"), 0),
 }
+"""The smallest value of each number in Arguments."""
+
 _OPTIONAL = frozenset(
     (
         "moe_jitter_eps",
@@ -39,6 +41,7 @@ _OPTIONAL = frozenset(
         "shared_expert_hidden_size",
     )
 )
+"""The numbers that may be None."""
 
 
 def _device() -> torch.device:

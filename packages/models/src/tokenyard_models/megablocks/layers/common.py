@@ -39,7 +39,7 @@ def activation_name(args: Arguments) -> str | None:
     try:
         with torch.no_grad():
             values = args.activation_fn(z.clone())
-    except RuntimeError:  # it is of one dtype or device, as a kernel of its own is
+    except (RuntimeError, ValueError, AssertionError):  # a kernel for one dtype or device
         return None
     functions = GATED if args.mlp_type == "glu" else POINTWISE
     equal = [name for name, known in functions.items() if _equal(known, z, values)]
@@ -87,7 +87,8 @@ def save(values: list[T], value: T) -> None:
 
     A recompute in the backward pass (activation checkpointing) adds nothing.
     """
-    if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+    # no backward pass is running; private: torch 2.11 to 2.13
+    if torch._C._current_graph_task_id() == -1:
         values.append(value)
 
 
