@@ -30,6 +30,7 @@ class Catalog(BaseHTTPRequestHandler):
     """Answers as the published API does: tables, and temporary credentials for a table."""
 
     tables: dict[str, dict] = {}
+    credentials: dict = {"aws_temp_credentials": SECRETS, "expiration_time": 1}
 
     def do_GET(self):
         name = self.path.partition("?")[0].removeprefix(f"{API}/tables/")
@@ -39,6 +40,10 @@ class Catalog(BaseHTTPRequestHandler):
             self.answer(403, {"error_code": "PERMISSION_DENIED", "message": "no SELECT"})
         elif name == "main.text.broken":
             self.answer(500, {"message": f"cannot look up {TOKEN}"})
+        elif name == "main.text.foreign":
+            self.answer(200, {"data_source_format": "NEWER", "storage_location": "/t"})
+        elif name == "main.text.nothing":
+            self.answer(200, None)
         elif name in self.tables:
             self.answer(200, self.tables[name])
         else:
@@ -48,7 +53,7 @@ class Catalog(BaseHTTPRequestHandler):
         assert self.path == f"{API}/temporary-table-credentials"
         wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert wanted == {"table_id": "id-of-cloud", "operation": "READ"}
-        self.answer(200, {"aws_temp_credentials": SECRETS, "expiration_time": 1})
+        self.answer(200, self.credentials)
 
     def answer(self, status, body):
         content = json.dumps(body).encode()
@@ -75,7 +80,7 @@ def catalog(table, monkeypatch):
     delta = {"data_source_format": "DELTA", "table_id": "id-of-articles"}
     Catalog.tables = {
         "main.text.articles": delta | {"storage_location": table.as_uri()},
-        "main.text.view": delta,
+        "main.text.view": {"table_type": "EXTERNAL"},
         "main.text.csv": {"data_source_format": "CSV", "storage_location": table.as_uri()},
         "main.text.cloud": delta | {"table_id": "id-of-cloud", "storage_location": "s3://b/t"},
     }
@@ -105,6 +110,11 @@ def test_a_table_is_read_by_its_name(catalog, table):
         ("none", "the catalog has no such table"),
         ("hidden", "the user of UNITY_CATALOG_TOKEN has no permission to read it; ask its owner"),
         ("broken", r"the server answers 500: .*cannot look up \*\*\*"),
+        (
+            "foreign",
+            "gives no description of a table that unitycatalog-client understands: .*NEWER",
+        ),
+        ("nothing", "gives no description of a table .*: the answer is empty"),
         ("view", "has no storage, as a view has none"),
         ("csv", "has the format CSV, and only Delta tables are read"),
     ],
@@ -140,6 +150,14 @@ def test_cloud_storage_gets_short_lived_credentials(catalog):
         },
     )
     assert "a-secret-key" not in repr(storage)
+
+
+def test_a_cloud_without_credentials_is_refused(catalog, monkeypatch):
+    google = {"gcp_oauth_token": {"oauth_token": "a-google-token"}}
+    monkeypatch.setattr(Catalog, "credentials", google)
+    with pytest.raises(ConfigError, match="gives no credentials of S3 or Azure") as caught:
+        read("cloud")
+    assert "a-google-token" not in str(caught.value)
 
 
 def test_a_token_reaches_no_file_and_no_log(catalog, config, console, tmp_path, caplog):

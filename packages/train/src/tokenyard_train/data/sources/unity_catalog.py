@@ -11,6 +11,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from tokenyard import ConfigError
 from tokenyard_train.data.paths import UNITY_CATALOG
 from tokenyard_train.hide_secrets import hide_secrets
@@ -23,7 +25,8 @@ _SECONDS = 30.0  # in which the server must answer
 
 _REFUSALS = {
     401: "the server refuses the token, which may have expired; set {token} to a new one",
-    403: "the user of {token} has no permission to read it; ask its owner for SELECT",
+    403: "the user of {token} has no permission to read it; ask its owner for SELECT, "
+    "and on Databricks for EXTERNAL USE SCHEMA",
     404: "the catalog has no such table; give catalog.schema.table",
 }
 
@@ -36,6 +39,10 @@ class Storage(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Storage({self.location!r})"
+
+
+class _NoTableError(Exception):
+    """The server answered with nothing."""
 
 
 def resolve(uri: str, key: str) -> Storage:
@@ -57,6 +64,12 @@ def resolve(uri: str, key: str) -> Storage:
             table, credentials = thread.submit(asyncio.run, request).result()
     except client.ApiException as error:
         raise ConfigError(f"{key} {uri!r}: {_refusal(error)}") from None
+    except (ValidationError, _NoTableError) as error:
+        reason = hide_secrets(" ".join(str(error).split()))[:200]
+        raise ConfigError(
+            f"{key} {uri!r}: {hide_secrets(server)} gives no description of a table that "
+            f"unitycatalog-client understands: {reason}"
+        ) from None
     except Exception as error:  # errors come from aiohttp and from the client
         reason = hide_secrets(" ".join(str(error).split()))[:200] or type(error).__name__
         raise ConfigError(
@@ -74,6 +87,8 @@ async def _request(client: Any, host: str, token: str | None, name: str) -> tupl
         if token is not None:
             api.default_headers["Authorization"] = f"Bearer {token}"
         table = await client.TablesApi(api).get_table(name, _request_timeout=_SECONDS)
+        if table is None:
+            raise _NoTableError("the answer is empty")
         if _is_local(table.storage_location or "/"):
             return table, None
         wanted = client.GenerateTemporaryTableCredential(table_id=table.table_id, operation="READ")
@@ -85,15 +100,15 @@ async def _request(client: Any, host: str, token: str | None, name: str) -> tupl
 
 def _check(table: Any, name: str) -> None:
     """Raise ConfigError for a view, and for a table of another format."""
+    if not table.storage_location:
+        raise ConfigError(f"{name} has no storage, as a view has none; give a table")
     kind = getattr(table.data_source_format, "value", table.data_source_format)
     if kind != "DELTA":
         raise ConfigError(f"{name} has the format {kind}, and only Delta tables are read")
-    if not table.storage_location:
-        raise ConfigError(f"{name} has no storage, as a view has none; give a table")
 
 
 def _options(credentials: Any, name: str) -> dict[str, str]:
-    """Return temporary credentials as deltalake's options. Raises ConfigError for another cloud."""
+    """Return temporary credentials as deltalake's options. Raises ConfigError if there are none."""
     aws = credentials.aws_temp_credentials
     azure = credentials.azure_user_delegation_sas
     if aws is not None:
@@ -105,7 +120,10 @@ def _options(credentials: Any, name: str) -> dict[str, str]:
         return {key: value for key, value in options.items() if value}
     if azure is not None:
         return {"AZURE_STORAGE_SAS_TOKEN": azure.sas_token}
-    raise ConfigError(f"{name} is in a cloud whose credentials are not supported; S3 and Azure are")
+    raise ConfigError(
+        f"{name} is in a storage for which the catalog gives no credentials of S3 or Azure, and "
+        "others are not supported"
+    )
 
 
 def _refusal(error: Any) -> str:
@@ -122,4 +140,5 @@ def _is_local(location: str) -> bool:
 
 
 def _first(names: tuple[str, ...]) -> str | None:
-    return next((value for name in names if (value := os.environ.get(name))), None)
+    values = (os.environ.get(name, "").strip() for name in names)
+    return next(filter(None, values), None)
