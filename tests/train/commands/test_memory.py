@@ -5,6 +5,7 @@ import torch
 
 from tokenyard import ShardingReport, moe_layers
 from tokenyard.measure.memory import held_bytes
+from tokenyard_train.commands.check import _backend_rows
 from tokenyard_train.commands.memory import estimate, offloaded_bytes, saved_by_blocks
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import COMPUTE_DTYPES, narrow
@@ -143,3 +144,34 @@ def test_recomputing_saves_most_activations(config):
         for flag in (False, True)
     )
     assert recomputed < plain / 4
+
+
+class Frugal:
+    """A kernel that saves 3 bytes a row, and keeps copies of the weights."""
+
+    weights_have_versions = True
+
+    def saved_bytes_per_row(self, width):
+        return 3
+
+    def weight_copy_bytes(self, numbers):
+        return 2 * numbers
+
+
+def test_check_says_what_a_kernel_saves_and_keeps(config):
+    run = config()
+    _, model = build_model(run)
+    before = estimate(run, model, ALONE)
+    assert "experts save" not in dict(_backend_rows(run, model))
+    layers = moe_layers(model)
+    for moe in layers:
+        moe.experts.kernel = Frugal()
+    rows = dict(_backend_rows(run, model))
+    usual = 2 * 4 * 32  # K * b * U
+    assert rows["experts save"] == f"6 bytes a token and layer, {usual - 6} fewer"
+    assert rows["experts keep"].startswith("copies of a layer's weights, ")
+    after = estimate(run, model, ALONE)
+    numbers = sum(p.numel() for moe in layers for p in moe.experts.parameters())
+    tokens = int(run.device_train_microbatch_size) * run.max_seq_len
+    assert after.copies - before.copies == 2 * numbers
+    assert before.activations - after.activations == tokens * len(layers) * (usual - 6)

@@ -19,7 +19,7 @@ _PATTERNS = (
     ("matmuls", r"gemm|gemv|nvjet|xmma|cutlass|splitk|triton_tem_|grouped_mm|_?experts|::logits"),
     ("matmuls", r"^(up_and_activate|times_weight|weight_gradient|\w+_times_dense)|low_rank"),
     ("matmuls", r"aten::(mm|addmm|bmm|baddbmm|mv|dot|linear|matmul)$"),
-    ("elementwise", r"^(sum|(de)?quantize|dot_with)_rows"),
+    ("elementwise", r"^(sum|(de)?quantize|dot_with)_(rows|weights)"),
     ("copies", r"copy|clone|gather|scatter|index|embedding|_rows|to_tokens|clear_tail"),
     (
         "copies",
