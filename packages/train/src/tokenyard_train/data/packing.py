@@ -75,8 +75,6 @@ def pack(
         with lock_folder(folder):
             if overwrite:
                 delete_packed(folder)
-            for name in PACKED_FILES:
-                require_plain(folder / name)
             entries = _start_or_resume(folder, settings, ids_dtype(tokenizer.vocab_size).itemsize)
             done = entries[-1].done if entries else PackProgress()
             report(done)
@@ -127,6 +125,8 @@ def _start_or_resume(folder: Path, settings: dict[str, Any], itemsize: int) -> l
 
     Returns the chunks that it records.
     """
+    for name in PACKED_FILES:
+        require_plain(folder / name)
     if (folder / MANIFEST).exists():
         raise ConfigError(f"{str(folder)!r} is packed already; give another folder, or --overwrite")
     journal = folder / JOURNAL
