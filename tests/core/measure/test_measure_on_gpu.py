@@ -29,6 +29,7 @@ def test_launches_and_waits_are_counted(device):
     assert (calm.launches, calm.waits) == (2, 0)
     asking = trace((lambda _: x.sin().sum().item(),), device)
     assert asking.waits == 1
+    assert asking.wait_ms > calm.wait_ms == 0
     assert all(kernel.milliseconds > 0 for kernel in asking.kernels)
 
 

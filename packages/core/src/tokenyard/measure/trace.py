@@ -31,6 +31,7 @@ class Trace(NamedTuple):
     sequence: list[Kernel]  # each launch, in the order in which they ran; empty on a CPU
     launches: int
     waits: int  # host syncs
+    wait_ms: float  # that the host is blocked in them
 
 
 def trace(stages: Stages, device: torch.device) -> Trace:
@@ -45,7 +46,8 @@ def trace(stages: Stages, device: torch.device) -> Trace:
     events = profiler.events()
     launches = _launches(events)
     kernels = _kernels(profiler.key_averages(), gpu)
-    return Trace(kernels, launches, len(launches), _host_syncs(events))
+    syncs = _host_syncs(events)
+    return Trace(kernels, launches, len(launches), len(syncs), sum(syncs))
 
 
 def _wait_without_sync() -> None:
@@ -78,13 +80,15 @@ def _launches(events: Iterable[Any]) -> list[Kernel]:
     return [Kernel(event.name, 1, event.time_range.elapsed_us() / 1e3) for event in launched]
 
 
-def _host_syncs(events: Iterable[Any]) -> int:
+def _host_syncs(events: Iterable[Any]) -> list[float]:
+    """Return the milliseconds of each host sync in the region."""
     region = next(
         event.time_range
         for event in events
         if event.name == _REGION and event.device_type == DeviceType.CPU
     )
-    return sum(
-        event.name in _SYNCS and region.start <= event.time_range.start <= region.end
+    return [
+        event.time_range.elapsed_us() / 1e3
         for event in events
-    )
+        if event.name in _SYNCS and region.start <= event.time_range.start <= region.end
+    ]
