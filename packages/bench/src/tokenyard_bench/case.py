@@ -33,6 +33,7 @@ class Case:
     down: nn.Parameter  # [E, D, F]
     dy: Tensor  # [T, D]
     topk_ids: Tensor | None  # [T, K]: overrides the router's selection
+    topk_weights: Tensor | None = None  # [T, K]: overrides the router's weights
 
     def leaves(self) -> list[Tensor]:
         """Return the tensors whose gradients are computed."""

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from tokenyard import Workload
 from tokenyard.activations import up_rows
 from tokenyard.measure.timing import Stages
-from tokenyard_bench.case import Case
 
 MATMULS = ("up", "down", "d activation", "d down", "d input", "d up")
 """In the order of a forward pass (the first two) and a backward pass."""
 
 
 class DenseMatmuls:
-    """The six matmuls of a case's size. They write into memory that is allocated once."""
+    """The six matmuls of one matrix each, for some rows. They write into memory allocated once."""
 
-    def __init__(self, case: Case):
-        workload = case.workload
-        rows = case.slots
+    def __init__(self, workload: Workload, rows: int):
         dim = workload.dim
         ffn_dim = workload.ffn_dim
         up_width = up_rows(workload.activation, ffn_dim)

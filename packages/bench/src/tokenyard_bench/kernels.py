@@ -31,7 +31,7 @@ def bench_kernels(sweep: Sweep, backends: str, console: Console) -> Iterator[lis
 
 
 def _measure_case(sweep: Sweep, backends: str, case: Case, say: Say) -> Iterator[Record]:
-    pieces = build_pieces(case, build_moe(case), DenseMatmuls(case))
+    pieces = build_pieces(case, build_moe(case), DenseMatmuls(case.workload, case.slots))
     layers = [entry for entry in backend_entrants(case, backends) if isinstance(entry, Entrant)]
     calls: dict[str, Stages] = {}
     for name, piece in pieces.items():

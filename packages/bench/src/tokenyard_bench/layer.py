@@ -51,7 +51,9 @@ def bench_layer(
             else:
                 yield record
         calls = {name: entrant.stages(case, microbatches) for name, entrant in timed.items()}
-        spreads = sweep.time({DENSE: DenseMatmuls(case).stages(), **calls}, say)
+        spreads = sweep.time(
+            {DENSE: DenseMatmuls(case.workload, case.slots).stages(), **calls}, say
+        )
         if launches:
             say("timing launches")
         alone = {name: entrant.stages(case) for name, entrant in timed.items()}

@@ -33,6 +33,7 @@ class Sweep:
     activation: str = "swiglu"
     repetitions: int = 20
     seed: int = 0
+    ranks: int = 1  # a case has the tokens of this many ranks
 
     def run(
         self, measure_case: Callable[[Case, Say], Iterable[Record]], console: Console
@@ -48,7 +49,8 @@ class Sweep:
         for shape, dtype, routing in product(self.shapes, self.dtypes, self.routings):
             print_line(console, f"{shape.name}, {dtype}, {routing} routing", "dim")
             torch.manual_seed(self.seed)
-            case = make_case(shape, routing, DTYPES[dtype], self.device, self.activation)
+            whole = shape._replace(tokens=shape.tokens * self.ranks)
+            case = make_case(whole, routing, DTYPES[dtype], self.device, self.activation)
             head = {"shape": shape._asdict(), "dtype": dtype, "routing": routing}
             yield [head | record for record in measure_case(case, say)]
             # The next case may need all memory.
