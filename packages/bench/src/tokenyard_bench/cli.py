@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-from tokenyard_bench.options import KernelsOptions, LayerOptions, RoutingOptions
+from tokenyard_bench.options import (
+    ExchangeOptions,
+    KernelsOptions,
+    LayerOptions,
+    RoutingOptions,
+)
 from tokenyard_cli.console import wide_console
 from tokenyard_cli.guide import guide, with_guide
 from tokenyard_cli.options import dataclass_options
@@ -63,6 +68,23 @@ def routing(options: RoutingOptions) -> None:
     from tokenyard_bench.commands import run_routing
 
     run_routing(options, wide_console())
+
+
+@app.command()
+@guide(
+    "torchrun --nproc-per-node 2 -m tokenyard_bench exchange --shape qwen3-30b --tokens 8192",
+    "bench.md",
+)
+@dataclass_options
+def exchange(options: ExchangeOptions) -> None:
+    """Time an expert-parallel layer over ranks by every exchange, router excluded.
+
+    Run it under torchrun: torchrun --nproc-per-node 2 -m tokenyard_bench exchange --tokens 8192.
+    Compares each exchange with dense matmuls and with Liger-Kernel's fused layer.
+    """
+    from tokenyard_bench.commands import run_exchange
+
+    run_exchange(options, wide_console())
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +17,22 @@ from tokenyard.errors import one_of
 from tokenyard.measure.machine import describe_machine
 from tokenyard_bench.case import DTYPES, ROUTINGS, RoutingKind
 from tokenyard_bench.compare import compare
+from tokenyard_bench.exchange import Entrants, bench_exchange, check_ranks, join_ranks
 from tokenyard_bench.kernels import bench_kernels
 from tokenyard_bench.layer import bench_layer
-from tokenyard_bench.options import CaseOptions, KernelsOptions, LayerOptions, RoutingOptions
+from tokenyard_bench.options import (
+    CaseOptions,
+    ExchangeOptions,
+    KernelsOptions,
+    LayerOptions,
+    RoutingOptions,
+)
 from tokenyard_bench.plot import efficiency_bars
 from tokenyard_bench.routing import bench_routing
 from tokenyard_bench.shapes import parse_shapes
 from tokenyard_bench.sweep import Sweep
 from tokenyard_bench.tables.changes import print_changes
+from tokenyard_bench.tables.exchange import print_exchanges
 from tokenyard_bench.tables.kernels import print_kernels
 from tokenyard_bench.tables.layer import print_layers
 from tokenyard_bench.tables.routing import print_routing
@@ -63,6 +72,29 @@ def run_routing(options: RoutingOptions, console: Console) -> None:
     sweep = _sweep(options)
     cases = bench_routing(sweep, options.backends, console)
     path, _ = _write("routing", options, sweep, cases, lambda r: print_routing(r, console))
+    print_line(console, f"wrote {path}")
+
+
+def run_exchange(options: ExchangeOptions, console: Console) -> None:
+    """Measure exchanges on all ranks. On rank 0, print tables and write ``exchange.json``.
+
+    Raises ConfigError.
+    """
+    if ":" in options.device:
+        raise ConfigError(
+            f"--device is {options.device!r}, the same for every rank; give cuda, cpu or auto"
+        )
+    one_device = _sweep(options, options.activation)
+    world = join_ranks(one_device.device, options.timeout)
+    check_ranks(one_device.shapes, world.size)
+    sweep = replace(one_device, ranks=world.size)
+    entrants = Entrants(options.exchanges, options.experts, options.peers, options.pause)
+    if world.rank > 0:
+        for _ in bench_exchange(sweep, world, entrants, Console(quiet=True)):
+            pass
+        return
+    cases = bench_exchange(sweep, world, entrants, console)
+    path, _ = _write("exchange", options, sweep, cases, lambda r: print_exchanges(r, console))
     print_line(console, f"wrote {path}")
 
 

@@ -13,7 +13,7 @@ from tokenyard_cli.results import Record
 _SIGMAS = 3.0
 _LEAST = 0.01  # a smaller relative change does not matter, even if it is significant
 
-_TIMES = {"forward_ms": "forward", "step_ms": "step", "ms": ""}
+_TIMES = {"forward_ms": "forward", "backward_ms": "backward", "step_ms": "step", "ms": ""}
 """The keys of times in a record, and what each adds to its name."""
 
 

@@ -63,6 +63,28 @@ class LayerOptions(KernelsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExchangeOptions(CaseOptions):
+    """Options of `bench exchange`."""
+
+    exchanges: Annotated[
+        list[str],
+        Option(
+            "--exchange",
+            help="NAME, NAME:KEY=VALUE such as all_to_all_tokens:chunks=2, or all. Repeatable.",
+        ),
+    ] = field(default_factory=lambda: ["all"])
+    experts: Annotated[str, Option(help="Expert backend of the exchanges.")] = "auto"
+    activation: Annotated[str, Option(help="Activation, such as swiglu or geglu.")] = "swiglu"
+    peers: Annotated[str, Option(help="liger, all or none.")] = "all"
+    pause: Annotated[
+        float, Option(min=0, help="Seconds that the devices are idle before each timed step.")
+    ] = 0.25
+    timeout: Annotated[
+        float, Option(min=1, help="Seconds that a collective of an entrant may take.")
+    ] = 300
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoutingOptions(CaseOptions):
     """Options of `bench routing`."""
 
