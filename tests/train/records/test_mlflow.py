@@ -123,7 +123,10 @@ MIXTRAL = {"name": "mixtral", "size": "tiny"}
 
 
 def test_the_trained_model_is_registered_and_loaded_by_name(run, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     folder = run({"register": "yard"}, model=MIXTRAL)
+    assert not list(Path().iterdir())  # such as a database of MLflow's default
     check_registered(folder, (tmp_path / "mlruns").as_uri(), monkeypatch)
     with pytest.raises(ConfigError, match=r"^models:/none/1 cannot be downloaded from file:.*none"):
         generate(prompts(Path("models:/none/1")))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def register_model(
     except mlflow.exceptions.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    made = client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags=dict(tags))
+    with _environment_of(client.tracking_uri):
+        made = client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags=dict(tags))
     return f"models:/{name}/{made.version}"
 
 
@@ -160,6 +162,23 @@ def download_model(uri: str, folder: Path) -> Path:
         raise ConfigError(
             f"{uri} cannot be downloaded from {hide_secrets(server)}: {reason}"
         ) from None
+
+
+@contextmanager
+def _environment_of(uri: str) -> Iterator[None]:
+    """Context: MLFLOW_TRACKING_URI is `uri`.
+
+    MLflow's registry in a folder reads it, and makes a database where it is missing.
+    """
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def _set_defaults(uri: str) -> None:
