@@ -266,7 +266,7 @@ def test_empty_text_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(TokenyardError, match=r"file/p cannot be written: Not a directory"):
+    with pytest.raises(TokenyardError, match=r"file/p' cannot be written: Not a directory"):
         packed(tmp_path / "file" / "p")
 
 

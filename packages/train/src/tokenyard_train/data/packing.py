@@ -71,7 +71,6 @@ def pack(
     tokenizer = build_tokenizer(config)
     settings = packing_settings(tokenizer, sources)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(folder):
             if overwrite:
                 delete_packed(folder)
