@@ -14,6 +14,7 @@ that the run started from, as `load_path: hf://weights`.
 
 Adapters of a run with `peft_config` become a folder of PEFT, which is used as `load_path: weights`.
 Their base is the folder --like; if the checkpoint holds the base's weights, it is weights/base.
+With --merge, the adapters are added to the weights of --like, which is used as a model is.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja")
 WRAPPERS = re.compile(r"^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
@@ -90,9 +91,15 @@ def write(tensors: dict, out: Path, like: Path | None) -> None:
     """Write tensors, with config.json and the tokenizer of the folder `like`."""
     out.mkdir(parents=True)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    for pattern in ("config.json", *TOKENIZER) if like else ():
-        for file in like.glob(pattern):
-            shutil.copy(file, out)
+    if like:
+        copy(like, out, "config.json", *TOKENIZER)
+
+
+def copy(source: Path, target: Path, *patterns: str) -> None:
+    """Copy files from one folder to another."""
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            shutil.copy(file, target)
 
 
 def write_adapters(tensors: dict, options: dict, out: Path, like: Path | None) -> None:
@@ -108,13 +115,35 @@ def write_adapters(tensors: dict, options: dict, out: Path, like: Path | None) -
     (out / "adapter_config.json").write_text(json.dumps(options, indent=2))
 
 
+def write_merged(tensors: dict, options: dict, out: Path, like: Path) -> None:
+    """Write the weights of the folder `like`, file by file, with the adapters added to them."""
+    adapters, _ = split(tensors)
+    root = options["r"] ** (0.5 if options.get("use_rslora") else 1)
+    out.mkdir(parents=True)
+    for file in sorted(like.glob("*.safetensors")):
+        weights = load_file(file)
+        for name, weight in weights.items():
+            key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            if f"{key}A.weight" in adapters:
+                a, b = (adapters.pop(f"{key}{side}.weight").float() for side in "AB")
+                whole = weight.add(b @ a, alpha=options["lora_alpha"] / root)
+                weights[name] = whole.to(weight.dtype)
+        save_file(weights, out / file.name, {"format": "pt"})
+    if adapters:
+        raise SystemExit(f"{like} has no weight for {min(adapters)}; give the base of the adapters")
+    copy(like, out, "config.json", "*.index.json", *TOKENIZER)
+
+
 def main() -> None:
     """Convert the checkpoint of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--like", type=Path, help="Hugging Face folder of the same model")
+    parser.add_argument("--merge", action="store_true", help="add adapters to the base --like")
     given = parser.parse_args()
+    if given.merge and not given.like:
+        parser.error("--merge needs --like, the folder of the base")
     if given.out.exists():
         parser.error(f"{given.out} exists already; give the name of a new folder")
     if given.like and not (given.like / "config.json").is_file():
@@ -127,7 +156,7 @@ def main() -> None:
     if adapted and not peft:
         parser.error(f"{given.checkpoint} has adapters without their options; save them by PEFT")
     if adapted:
-        write_adapters(tensors, peft, given.out, given.like)
+        (write_merged if given.merge else write_adapters)(tensors, peft, given.out, given.like)
     else:
         write(tensors, given.out, given.like)
     print(f"{len(tensors)} tensors in {given.out}")

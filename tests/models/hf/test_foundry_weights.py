@@ -121,6 +121,34 @@ def test_a_sharded_checkpoint_over_two_ranks_has_the_same_logits(tmp_path, chang
         assert torch.equal(model(ids).logits, other(ids).logits)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_of_dbrx_are_merged(tmp_path, rslora):
+    """As LLM Foundry's dbrx-lora-ft trains them: one adapter of queries, keys and values."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    from . import hf_models
+
+    if "dbrx" not in hf_models.MODELS:
+        pytest.skip("this transformers cannot run DBRX")
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(hf_models.dbrx(initializer_range=0.2))
+    model.save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["Wqkv"], use_rslora=rslora)
+    tuned = peft.get_peft_model(model, options).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    state = {name: t.detach() for name, t in tuned.state_dict().items() if "lora_" in name}
+    content = {"r": 3, "lora_alpha": 5, "use_rslora": rslora}
+    integrations = {"huggingface": {"model": {"peft_config": {"content": content}}}}
+    like = ("--like", tmp_path / "base", "--merge")
+    folder = convert(state, tmp_path, *like, more={"integrations": integrations})
+    ids = torch.randint(0, hf_models.VOCABULARY, (2, 20))
+    with torch.no_grad():
+        read = from_hf(folder, dtype=torch.float32)
+        assert relative_error(read(ids).logits, tuned(ids).logits) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["adapters alone", "with the base", "sharded over_two"])
 def test_adapters_of_peft_have_the_same_logits(tmp_path, kind):
     """As `hf_causal_lm` with `peft_config` saves them."""
@@ -187,6 +215,7 @@ def test_the_script_brings_the_files_of_a_hugging_face_folder(tmp_path):
     [
         (".", (), "exists already; give the name of a new folder"),
         ("new", ("--like", "."), "has no config.json; give the folder that the run started from"),
+        ("new", ("--merge",), "--merge needs --like, the folder of the base"),
         ("new", (), "has no .metadata; give the folder of one checkpoint"),
     ],
 )
