@@ -13,7 +13,7 @@ from tokenyard_kernels_triton.kernels._activations import (
     function_and_slope,
     through_clamp,
 )
-from tokenyard_kernels_triton.kernels._quantize import store_quantized
+from tokenyard_kernels_triton.kernels._quantize import store_quantized, times_scales
 from tokenyard_kernels_triton.kernels._schedule import tile_at
 from tokenyard_kernels_triton.kernels._tiles import rounded
 
@@ -177,7 +177,7 @@ def differentiate(
             gate = tl.load(z + row * PARTS * ffn_dim + column, mask=mask, other=0.0).to(tl.float32)
             of_row = row * PARTS * ffn_dim // BLOCK  # the row's first scale
             if z_scales is not None:
-                gate *= tl.load(z_scales + of_row + column // BLOCK, mask=mask, other=0.0)
+                gate = times_scales(gate, z_scales + of_row, first, ffn_dim, COLUMNS, BLOCK)
 
             # f(gate) and f'(gate) times the weighted gradient; with a gate, times `up` as well.
             a, slope = function_and_slope(gate, FUNCTION)
@@ -187,8 +187,8 @@ def differentiate(
                 up = tl.load(z + (row * 2 + 1) * ffn_dim + column, mask=mask, other=0.0)
                 up = up.to(tl.float32)
                 if z_scales is not None:
-                    scales = z_scales + of_row + ffn_dim // BLOCK
-                    up *= tl.load(scales + column // BLOCK, mask=mask, other=0.0)
+                    of_up = z_scales + of_row + ffn_dim // BLOCK
+                    up = times_scales(up, of_up, first, ffn_dim, COLUMNS, BLOCK)
                 dup = through_clamp(gradient * w * a, up, FUNCTION)
                 tl.store(at + ffn_dim, rounded(dup, dz.dtype.element_ty), mask=mask)
                 if dz_values is not None:
