@@ -146,7 +146,7 @@ ARGUMENTS += ("--exchange", "all_to_all", "--peers", "none", "--pause", "0")
 
 def printed(folder):
     """Run the command on this rank, as if it were idle; return what it prints."""
-    with mock.patch("os.getloadavg", lambda: (0.0, 0.0, 0.0)):
+    with mock.patch("os.getloadavg", return_value=(0.0, 0.0, 0.0)):
         result = CliRunner().invoke(app, ["bench", "exchange", *ARGUMENTS, "--out", folder])
     if result.exception is not None:
         raise result.exception
