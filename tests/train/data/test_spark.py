@@ -166,6 +166,12 @@ def test_mistakes_are_one_sentence(frame, tmp_path):
     ):
         with pytest.raises(ConfigError, match=sentence):
             pack(frame, tmp_path / "out", order, text_key=text_key)
+    twice = frame.join(frame.withColumnRenamed("n", "m"), "part")
+    with pytest.raises(ConfigError, match=r"cannot be sorted by n: \[AMBIGUOUS_REFERENCE\]"):
+        pack(twice, tmp_path / "out", "n", text_key="body")
+    collated = frame.selectExpr("cast(n as string) collate UTF8_LCASE as n", "body")
+    with pytest.raises(ConfigError, match="whose collation UTF8_LCASE sorts different strings"):
+        pack(collated, tmp_path / "out", "n", text_key="body")
     assert not list((tmp_path / "out").glob(".shards*"))
     pack(frame, tmp_path / "out", "n", text_key="body")
     with pytest.raises(ConfigError, match="is packed already"):
