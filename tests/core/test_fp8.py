@@ -171,10 +171,44 @@ def test_thresholds_are_those_of_the_recipe():
             assert 1.1 < largest / errors[name] < 1.35, (name, errors[name])
 
 
-def test_the_kit_fails_a_kernel_that_quantizes_nothing():
+class HidesInfinity(EmulatedFp8Experts):
+    """Saturates x before the largest magnitude of its block is taken."""
+
+    def __call__(self, x, plan, topk_weights, weights):
+        return super().__call__(x.clamp(-448, 448), plan, topk_weights, weights)
+
+
+class DividesByZero(EmulatedFp8Experts):
+    """Has no smallest scale."""
+
+    def __call__(self, x, plan, topk_weights, weights):
+        return super().__call__(x / x.any(1, keepdim=True), plan, topk_weights, weights)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "test", "complaint"),
+    [
+        (
+            TorchExperts,
+            lambda kit: kit.test_matches_oracle(torch.bfloat16, "swiglu", False, record),
+            "from the emulated layer, allowed",
+        ),
+        (
+            HidesInfinity,
+            lambda kit: kit.test_no_number_hides_nan_or_infinity(math.inf),
+            "a token with inf has a finite output",
+        ),
+        (
+            DividesByZero,
+            Fp8ExpertsConformance.test_zeros_and_tiny_numbers,
+            "a token of zeros has an output",
+        ),
+    ],
+)
+def test_the_kit_finds_wrong_kernels(kernel, test, complaint):
     class Kit(EmulatedConformance):
         def construct(self, *args, workload=None):
-            return TorchExperts(*args)
+            return kernel(*args)
 
-    with pytest.raises(AssertionError, match="from the emulated layer, allowed"):
-        Kit().test_matches_oracle(torch.bfloat16, "swiglu", False, record)
+    with pytest.raises(AssertionError, match=complaint):
+        test(Kit())
