@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tokenyard_kernels_triton.launching import can_record
+from tokenyard_kernels_triton.launching import can_record, current_stream
 from tokenyard_kernels_triton.ops._quantize import QuantizedWeights, quantize_weights
 
 
@@ -37,10 +37,13 @@ def kept_weights(weights: Tensor) -> QuantizedWeights | None:
     if weights.is_inference() or not can_record() or _capturing(weights):
         return None
     _drop_after_steps()
-    key = (weights.data_ptr(), tuple(weights.shape), weights.dtype, weights.device)
+    # Another stream would not wait until the copies are written.
+    place = (weights.device, current_stream())
+    key = (weights.data_ptr(), tuple(weights.shape), weights.dtype, place)
     entry = _entries.get(key)
     if entry is None or entry.storage.expired() or entry.version != weights._version:
-        _drop_expired()
+        del entry
+        _drop_expired(key)  # free the old copies before the new ones are allocated
         quantized = quantize_weights(weights, forward=True, backward=True)
         storage = StorageWeakRef(weights.untyped_storage())
         entry = _entries[key] = _Entry(storage, weights._version, quantized)
@@ -52,9 +55,10 @@ def drop_weights() -> None:
     _entries.clear()
 
 
-def _drop_expired() -> None:
+def _drop_expired(also: tuple[object, ...]) -> None:
+    """Drop the entries of freed weights, and the one with the key `also`."""
     for key, entry in list(_entries.items()):
-        if entry.storage.expired():
+        if key == also or entry.storage.expired():
             _entries.pop(key, None)
 
 
