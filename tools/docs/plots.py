@@ -114,8 +114,28 @@ def training(content: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def rates(content: dict[str, Any], path: Path) -> None:
+    """Draw the held-out loss of optimizers: the best rate of each in full, the others dotted."""
+    figure = make_figure(_WIDTH, 4.2)
+    grid = figure.add_gridspec(1, 1)
+    title = "The quickstart by AdamW and Muon"
+    axes = make_axes(figure, grid[0], title, "step", "held-out bits per byte: lower is better")
+    for optimizer, colour in (("AdamW", GREY), ("Muon", ORANGE)):
+        runs = [run for run in content["runs"] if run["optimizer"] == optimizer]
+        best = min(runs, key=lambda run: run["bits_per_byte"][-1])
+        for run in runs:
+            label = f"{optimizer}, lr {run['lr']:g}" if run is best else None
+            style = "-" if run is best else ":"
+            axes.plot(run["step"], run["bits_per_byte"], "o" + style, color=colour, label=label)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+    )
+    save_figure(figure, path)
+
+
 PICTURES: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "cpu/layer.png": layers,
+    "cpu/optimizers.png": rates,
     "h100/routing.png": moves,
     "h200/layer-gluon.png": layers,
     "h200/layer-natural.png": layers,
