@@ -156,6 +156,13 @@ def test_a_backend_whose_check_fails_is_unusable(install, registry):
     }
 
 
+def test_a_router_of_another_algorithm_is_not_passed_over(registry):
+    """It is no candidate, so `check` and the log do not name it."""
+    chosen = registry().choose("router", "auto", WORKLOAD)
+    assert chosen.backend.name == "torch"
+    assert "expert_choice" not in chosen.passed_over
+
+
 def test_a_plugin_for_another_core_is_not_imported(install, registry):
     install("old-experts", "raise SystemExit('imported')", requires="tokenyard-core<0.1")
     (problem,) = [p for p in registry().problems if p.distribution == "old-experts"]

@@ -130,7 +130,8 @@ def _auto(
         if reason is None:
             _log_once(kind, offer.backend.name, tuple(passed_over.items()))
             return BackendChoice(kind, offer.backend, options, passed_over)
-        passed_over[offer.backend.name] = reason
+        if not _is_for_another(offer, workload):
+            passed_over[offer.backend.name] = reason
     reasons = [f"{name}: {reason}" for name, reason in passed_over.items()]
     reasons += [problem.reason for problem in problems]
     missing = [name for name in provided_by_extras(kind) if name not in passed_over]
@@ -156,15 +157,22 @@ def why_not(offer: Offer, workload: Workload | None) -> str | None:
     """Return why a backend is unusable for the workload; None if usable or without a workload."""
     if workload is None:
         return None
-    computed = offer.backend.algorithm
-    asked = workload.router.algorithm
-    if offer.kind == "router" and computed not in (None, asked):
-        name = offer.backend.name
-        return f"{name!r} computes the routing algorithm {computed!r}, not {asked!r}"
+    if _is_for_another(offer, workload):
+        return (
+            f"{offer.backend.name!r} computes the routing algorithm "
+            f"{offer.backend.algorithm!r}, not {workload.router.algorithm!r}"
+        )
     if offer.kind == "experts" and workload.ffn_dims is not None and not offer.backend.any_width:
         return f"{offer.backend.name!r} computes experts of one width; leave out ffn_dims"
     reason, fault = attempt(lambda: _reason(offer.backend.unusable(workload)))
     return reason if fault is None else f"its own check failed: {fault}"
+
+
+def _is_for_another(offer: Offer, workload: Workload | None) -> bool:
+    """Return whether a router computes another routing algorithm: it is not a candidate."""
+    if workload is None or offer.kind != "router":
+        return False
+    return offer.backend.algorithm not in (None, workload.router.algorithm)
 
 
 def _reason(answer: object) -> str | None:
