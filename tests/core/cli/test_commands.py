@@ -90,6 +90,13 @@ def test_a_missing_command_names_its_extra(invoke):
     assert "No such command" in invoke(["tolls"], extras=extras)[1]
 
 
+def test_a_misspelt_command_gets_a_suggestion(invoke):
+    assert "Did you mean 'hit'?" in invoke(["hitt"], hit="hammer")[1]
+    points = {"tools": "tools", "tools__hit": "hammer"}
+    assert "Did you mean 'hit'?" in invoke(["tools", "hitt"], **points)[1]
+    assert "Did you mean" not in invoke(["zzz"], hit="hammer")[1]
+
+
 def test_a_missing_command_of_an_installed_group_names_its_extra(invoke):
     extras = [("command.tools", "wood"), ("command.tools.hit", "iron")]
     assert 'pip install "tokenyard[iron]"' in invoke(["tools", "hit"], extras, tools="tools")[1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any
@@ -67,6 +68,14 @@ class CommandGroup(TyperGroup):
         command = super().get_command(ctx, cmd_name)
         return _missing_command(self.node, cmd_name) if command is None else command
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command of the first word. An unknown word is an error with a suggestion."""
+        names = self.list_commands(ctx)
+        close = get_close_matches(args[0], names, n=1)
+        if close and args[0] not in names and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {close[0]!r}?")
+        return super().resolve_command(ctx, args)
+
 
 class InstalledCommands(CommandGroup):
     """The group of `tokenyard` itself: all installed commands."""
@@ -118,7 +127,7 @@ def _add_command(parent: typer.Typer, node: Node) -> None:
         raise ImportError(f"{owners} both provide it; uninstall one of them")
     if not node.points:
         names = ", ".join(sorted(node.children))
-        group = typer.Typer(no_args_is_help=True, help=f"Run one of the subcommands: {names}.")
+        group = typer.Typer(no_args_is_help=True, help=f"Run a subcommand: {names}.")
         parent.add_typer(group, name=node.word)
         return
     value = node.points[0].load()
