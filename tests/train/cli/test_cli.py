@@ -43,6 +43,13 @@ def test_check_shows_size_work_memory_and_backends(tokenyard, path):
         assert part in out
 
 
+def test_check_of_a_dense_model_has_no_backends(tokenyard, path):
+    code, out, _ = tokenyard("check", path, "model={name: llama, size: tiny}")
+    assert code == 0
+    assert "active parameters" in out
+    assert "MoE layers" not in out
+
+
 def test_check_says_why_a_backend_was_passed_over():
     chosen = BackendChoice(
         "experts", Backend("torch", "module:Class"), passed_over={"fast": "it needs a GPU"}

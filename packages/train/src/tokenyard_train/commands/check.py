@@ -69,7 +69,8 @@ def check(config: TrainConfig, console: Console) -> None:
     _add(table, "data", _data_rows(config, data, strategy.data[1]))
     _add(table, f"layout over {_ranks(strategy.data[1])}", _layout_rows(config, layout))
     _add(table, "memory of a process (estimate)", _memory_rows(config, model, layout))
-    _add(table, f"backends ({len(moe_layers(model))} MoE layers)", _backend_rows(config, model))
+    if layers := moe_layers(model):
+        _add(table, f"backends ({len(layers)} MoE layers)", _backend_rows(config, layers[0]))
     console.print(table)
     _warn_if_too_large(config, sum(estimate(config, model, layout)))
 
@@ -107,7 +108,7 @@ def _model_rows(config: TrainConfig, model: Model) -> Rows:
     yield "active parameters", f"{size.active:,} for each token"
     work = f"{describe_count(forward)} forward, {describe_count(3 * forward)} in training"
     yield "FLOPs per token", work
-    yield "computes", f"{config.precision} on {config.device}"
+    yield "precision", f"{config.precision} on {config.device}"
     yield "deterministic", _deterministic(config)
 
 
@@ -117,7 +118,7 @@ def _deterministic(config: TrainConfig) -> str:
         return "yes: equal runs end bit-identical" + (f"; {COST}" if gpu else "")
     if gpu:
         return "no: gradients of embeddings and attention differ in the last bits"
-    return "no, but a CPU repeats"
+    return "no; on a CPU, equal runs end bit-identical anyway"
 
 
 def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
@@ -158,12 +159,10 @@ def _memory_rows(config: TrainConfig, model: Model, layout: ShardingReport) -> R
         yield "beside it, in host memory", describe_bytes(size)
 
 
-def _backend_rows(config: TrainConfig, model: Model) -> Rows:
-    layers = moe_layers(model)
-    for kind, chosen in layers[0].chosen.items() if layers else ():
+def _backend_rows(config: TrainConfig, layer: MoE) -> Rows:
+    for kind, chosen in layer.chosen.items():
         yield kind, describe_choice(chosen)
-    if layers:
-        yield from _kernel_rows(layers[0], COMPUTE_DTYPES[config.precision].itemsize)
+    yield from _kernel_rows(layer, COMPUTE_DTYPES[config.precision].itemsize)
 
 
 def _kernel_rows(moe: MoE, width: int) -> Rows:
