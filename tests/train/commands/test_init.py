@@ -84,7 +84,7 @@ def test_nothing_is_overwritten(tokenyard, tmp_path):
         (("--model", "qwen3"), "--model 'qwen3' is unknown .did you mean 'qwen3_moe'"),
         (("--finetune", "--model", "dbrx"), "--model has no effect with --finetune"),
         (("--base", "folder"), "--base has no effect without --finetune"),
-        (("no-folder/my.yaml",), "no-folder/my.yaml cannot be used: No such file or directory"),
+        (("no-folder/my.yaml",), "no-folder/my.yaml is in the folder no-folder, which does not"),
     ],
 )
 def test_mistakes_write_nothing(tokenyard, tmp_path, options, sentence):

@@ -97,7 +97,7 @@ def test_a_dense_model_trains_too(config, console):
 
 def test_save_overwrite_is_needed_to_replace_a_run(config, console):
     first = train(config(), console)
-    sentence = "holds a run already; set autoresume: true to go on with it, save_overwrite"
+    sentence = "holds a run already; set autoresume: true to resume it, save_overwrite"
     with pytest.raises(ConfigError, match=sentence):
         train(config(), console)
     assert train(config(save_overwrite=True), console).train_loss == first.train_loss

@@ -17,7 +17,7 @@ from tokenyard_train.commands.options import (
 )
 
 
-@guide('tokenyard generate runs/quickstart --prompt "def "', "train.md")
+@guide('tokenyard generate runs/quickstart --prompt "def "', "evaluate.md")
 @dataclass_options
 def generate(options: GenerateOptions) -> None:
     """Continue prompts with a trained model, or answer them with --chat."""
@@ -32,16 +32,16 @@ def generate(options: GenerateOptions) -> None:
         print(prompt + text)
 
 
-@guide("tokenyard eval runs/quickstart --data held-out.txt --tasks arc_easy", "train.md")
+@guide("tokenyard eval runs/quickstart --data held-out.txt --tasks arc_easy", "evaluate.md")
 @dataclass_options
 def evaluate(options: EvalOptions) -> None:
-    """Evaluate a model by tasks of lm-eval, and by the perplexity of files."""
+    """Evaluate a model on text files (perplexity) and on tasks of lm-eval."""
     from tokenyard_train.commands.evaluate import evaluate as run
 
     run(options, Console())
 
 
-@guide("tokenyard convert runs/quickstart exported --dtype bfloat16", "models.md")
+@guide("tokenyard convert runs/quickstart exported --dtype bfloat16", "evaluate.md")
 @dataclass_options
 def convert(options: ConvertOptions) -> None:
     """Write a model in another format."""
@@ -59,7 +59,7 @@ def upcycle(options: UpcycleOptions) -> None:
     run(options, Console())
 
 
-@guide("tokenyard routing runs/quickstart --data text.txt", "train.md")
+@guide("tokenyard routing runs/quickstart --data text.txt", "evaluate.md")
 @dataclass_options
 def routing(options: RoutingOptions) -> None:
     """Report how a model routes a text: load per layer, dead experts, and pairs of experts."""

@@ -55,7 +55,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     leave_group()
 
 
-@guide("tokenyard launch config.yaml --nproc 8 parallel.strategy=fsdp", "parallel.md")
+@guide("tokenyard launch config.yaml --nproc 8 parallel.strategy=fsdp", "pretrain.md")
 def launch(
     config: Config,
     overrides: Overrides = None,
@@ -72,7 +72,7 @@ def launch(
     raise typer.Exit(run(config, overrides or [], nproc, max_restarts))
 
 
-@guide("tokenyard check config.yaml --nproc 8 parallel.strategy=fsdp", "train.md")
+@guide("tokenyard check config.yaml --nproc 8 parallel.strategy=fsdp", "pretrain.md")
 @exit_if_collective_fails()
 def check(
     config: Config,
@@ -80,7 +80,7 @@ def check(
     nproc: Annotated[
         int | None,
         typer.Option(
-            min=1, max=1 << 20, help="Check the layout over this many ranks, which need not exist."
+            min=1, max=1 << 20, help="Plan for this many ranks. Needs none of their GPUs."
         ),
     ] = None,
 ) -> None:

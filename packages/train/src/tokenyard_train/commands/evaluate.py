@@ -1,4 +1,4 @@
-"""Evaluate a model: by tasks of lm-eval, and by the perplexity of files."""
+"""Evaluate a model on text files (perplexity) and on tasks of lm-eval."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ model:
 
 
 def init(options: InitOptions, console: Console) -> None:
-    """Write the config. Raises ConfigError for an existing file, which is never overwritten."""
+    """Write the config. Raises ConfigError for an existing file, or a folder that is missing."""
     _check(options)
     text = "".join(_sections(options))
     try:
@@ -152,6 +152,11 @@ def init(options: InitOptions, console: Console) -> None:
             file.write(text)
     except FileExistsError:
         raise ConfigError(f"{options.path} exists already; give the name of a new file") from None
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{options.path} is in the folder {options.path.parent}, which does not exist; create "
+            "the folder, or give another file"
+        ) from None
     print_line(console, f"wrote {options.path}; next: tokenyard check {options.path}")
 
 

@@ -134,7 +134,9 @@ class UpcycleOptions:
 
     source: Annotated[
         Path,
-        typer.Argument(help="Hugging Face folder of a dense model: llama, mistral or qwen3."),
+        typer.Argument(
+            metavar="MODEL", help="Hugging Face folder of a dense model: llama, mistral or qwen3."
+        ),
     ]
     target: Target
     num_experts: Annotated[int, typer.Option(min=1, max=1 << 20, help="Experts per layer.")]

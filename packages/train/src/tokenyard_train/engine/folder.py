@@ -63,8 +63,8 @@ def _prepare(config: TrainConfig, held: ExitStack) -> None:
         return
     if not config.save_overwrite:
         raise ConfigError(
-            f"save_folder {str(folder)!r} holds a run already; set autoresume: true to go on "
-            "with it, save_overwrite: true to delete it, or another run_name"
+            f"save_folder {str(folder)!r} holds a run already; set autoresume: true to "
+            "resume it, save_overwrite: true to delete it, or another run_name"
         )
     # The metrics last: they mark the folder as a run's until all checkpoints are deleted.
     for path in [*checkpoints(folder), folder / "trackers.json", folder / "metrics.jsonl"]:
