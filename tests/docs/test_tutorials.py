@@ -13,6 +13,7 @@ from shell import CONFIG, PATH, lines
 
 KERNEL = ROOT / "docs" / "plugin.md"
 MODEL = ROOT / "docs" / "extend.md"
+RESEARCH = ROOT / "docs" / "research.md"
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,26 @@ def test_the_router_and_the_model_train(project):
     run(MODEL, root, environment)
     metrics = (root / "runs" / "router" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[0])["dropped"] > 0
+
+
+def test_the_copy_of_the_research_plugin_has_its_own_name(tmp_path):
+    """Run the page's lines that copy and rename the example; then the plugin offers the model."""
+    (console,) = [b for b in blocks(RESEARCH) if "copy and rename" in (b.why_not or "")]
+    script = "\n".join(list(lines(console))[:3])
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    (clone / "examples").symlink_to(ROOT / "examples")
+    subprocess.run(script, shell=True, check=True, timeout=60, cwd=clone)
+    copy = tmp_path / "my-sparse"
+    texts = [path.read_text() for path in copy.rglob("*.*") if path.suffix in (".py", ".toml")]
+    assert len(texts) >= 4
+    assert not any(re.search("pruned.llama", text) for text in texts)
+    command = "from my_sparse.plugin import tokenyard_models as m; print(m()[0])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(copy / "src"), *sys.path))}
+    listed = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True
+    )
+    assert "my_sparse.model:PrunedLlama" in listed.stdout, listed.stderr
 
 
 def run(page, folder, environment):
