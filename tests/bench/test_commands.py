@@ -41,7 +41,7 @@ def test_layer_says_what_it_does(bench):
     _, printed = bench("layer", *shape, "--backends", "cpu", "--peers", "none")
     lines = printed.splitlines()
     assert lines[:2] == ["64,16,24,4,2, fp32, natural routing", "  checking cpu ..."]
-    rounds = [f"  timing 2 calls in turns, round {i} of 8 ..." for i in (1, 3, 5, 7)]
+    rounds = [f"  timing 2 calls in turns, round {i} of 8 (2 to warm up) ..." for i in (1, 3, 5, 7)]
     assert lines[2:6] == rounds
 
 

@@ -62,7 +62,8 @@ class Sweep:
 
         def report(done: int, rounds: int) -> None:
             if done % max(1, rounds // _LINES) == 0:
-                say(f"timing {len(calls)} calls in turns, round {done + 1} of {rounds}")
+                turn = f"round {done + 1} of {rounds} ({rounds - self.repetitions} to warm up)"
+                say(f"timing {len(calls)} calls in turns, {turn}")
 
         return measure(calls, clock_for(self.device), self.repetitions, report=report)
 
