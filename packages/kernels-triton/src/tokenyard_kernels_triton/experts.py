@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -36,7 +37,7 @@ class TritonExperts:
     """
 
     kernels: ClassVar[KernelSetName] = "portable"
-    max_lora_rank = MAX_RANK
+    max_lora_rank: int = MAX_RANK
 
     def __init__(self, workload: Workload, permutation: Permutation, save: Save = "pre_activation"):
         if save not in get_args(Save):
@@ -153,6 +154,7 @@ class GluonExperts(TritonExperts):
         super().__init__(workload, permutation, save or precision or "pre_activation")
         self.precision = precision
         if precision == "fp8":
+            self.max_lora_rank = sys.maxsize  # else core would compute adapters, in 16 bits
             # Imported here, because `TritonExperts` runs without the names of Gluon.
             from tokenyard_kernels_triton.ops._fp8_experts import compile_fp8_experts, fp8_experts
 
@@ -165,6 +167,11 @@ class GluonExperts(TritonExperts):
             self._compile_in_fp8(self._empty_call(tokens), self.save)
         else:
             super().prepare(tokens)
+
+    def prepare_with_adapter(self, tokens: int, adapter: LoraAdapter) -> None:
+        """Compile the kernels with an adapter. Raises ConfigError in FP8, which has none."""
+        self._check_no_fp8()
+        super().prepare_with_adapter(tokens, adapter)
 
     def weight_copy_bytes(self, numbers: int) -> int:
         """Return the bytes kept of so many numbers of weights: two layouts, and scales."""
@@ -189,9 +196,13 @@ class GluonExperts(TritonExperts):
         low_rank: LowRank,
     ) -> Tensor:
         """Return y [T, D] with adapters. Raises ConfigError in FP8, which has none."""
+        self._check_no_fp8()
+        return super().with_adapter(x, plan, topk_weights, weights, low_rank)
+
+    def _check_no_fp8(self) -> None:
+        """Raise ConfigError in FP8, in which no kernel computes adapters."""
         if self.precision is not None:
             raise ConfigError(
                 "backends.experts.precision is fp8, and experts with adapters have none; "
                 "leave the precision out"
             )
-        return super().with_adapter(x, plan, topk_weights, weights, low_rank)
