@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tokenyard import Backend, ConfigError, MoE, Registry, Workload, hookimpl
+from tokenyard.adapter import LoraSettings
 from tokenyard.count import weight_copies
 from tokenyard.fp8 import quantize_rows, quantize_weights
 from tokenyard.interfaces import ExpertWeights
+from tokenyard.lora import add_lora
 from tokenyard.measure.memory import saved_bytes
 from tokenyard.moe import allow_weight_copies
 from tokenyard.registry import Plugin
@@ -154,6 +156,42 @@ def test_a_new_weight_in_the_memory_of_a_freed_one_is_quantized():
     assert len(_fp8_weights._entries) <= 2  # the others are dropped
 
 
+def test_another_storage_at_the_same_address_is_quantized():
+    """Both live: an emptied storage, as FSDP leaves it, gives its address to another one."""
+    memory = torch.randn(1, 128, 128).numpy()
+    one = torch.from_numpy(memory)
+    kept = _fp8_weights.kept_weights(one)
+    memory *= 2
+    other = torch.from_numpy(memory)
+    assert other.data_ptr() == one.data_ptr()
+    assert torch.equal(_fp8_weights.kept_weights(other).scales, 2 * kept.scales)
+
+
+def test_another_stream_quantizes_again(monkeypatch):
+    """It would read numbers that the first stream may not have written yet."""
+    one = weight()
+    kept = _fp8_weights.kept_weights(one)
+    monkeypatch.setattr(_fp8_weights, "current_stream", lambda: 7)
+    again = _fp8_weights.kept_weights(one)
+    assert again is not kept
+    assert _fp8_weights.kept_weights(one) is again
+    assert len(_fp8_weights._entries) == 1
+
+
+def test_old_numbers_are_freed_before_new_ones_are_made(monkeypatch):
+    one = weight()
+    _fp8_weights.kept_weights(one)
+    with torch.no_grad():
+        one.mul_(2)
+
+    def quantize(*args, **kwargs):
+        assert not _fp8_weights._entries
+        return quantize_weights(one)
+
+    monkeypatch.setattr(_fp8_weights, "quantize_weights", quantize)
+    _fp8_weights.kept_weights(one)
+
+
 def test_tensors_without_a_version_are_not_kept():
     with torch.inference_mode():
         assert _fp8_weights.kept_weights(torch.randn(1, 128, 128, device=DEVICE)) is None
@@ -215,10 +253,18 @@ def test_options_are_checked():
     assert GluonExperts(workload, None, "recompute", "fp8").save == "recompute"
 
 
-def test_adapters_are_refused():
-    kernel = GluonExperts(Workload(256, 128, 4, 2), None, precision="fp8")
-    with pytest.raises(ConfigError, match="precision is fp8, and experts with adapters have none"):
-        kernel.with_adapter(None, None, None, None, None)
+@pytest.mark.parametrize("rank", [8, 512])
+def test_adapters_are_refused(rank):
+    """Of any rank: core, which computes those of high ranks, would do so in 16 bits."""
+    moe = interpreted_layer()
+    add_lora(moe, LoraSettings(rank, alpha=rank), ["experts.*"])
+    refused = pytest.raises(
+        ConfigError, match="precision is fp8, and experts with adapters have none"
+    )
+    with refused:
+        moe(torch.randn(5, 256, dtype=torch.bfloat16))
+    with refused:
+        moe.experts.prepare(5)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,9 @@
 Weights change once an optimizer step, and quantizing them reads and writes 4 bytes a weight. So a
 weight that was quantized is kept with its storage and its version, which PyTorch counts up at each
 change in place. A step of any optimizer of PyTorch drops all of them, which frees their memory.
+
+A change has no version if it is written through ``weight.data``, or by the replay of a CUDA graph.
+Then call `drop_weights`.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from tokenyard_kernels_triton.ops._quantize import QuantizedWeights, quantize_we
 
 
 class _Entry(NamedTuple):
-    storage: StorageWeakRef
+    storage: StorageWeakRef  # an address alone may be that of another storage by now
     version: int
+    stream: int  # on which the weights were quantized; another one would have to wait
     weights: QuantizedWeights
 
 
@@ -37,17 +41,17 @@ def kept_weights(weights: Tensor) -> QuantizedWeights | None:
     if weights.is_inference() or not can_record() or _capturing(weights):
         return None
     _drop_after_steps()
-    # Another stream would not wait until the copies are written.
-    place = (weights.device, current_stream())
-    key = (weights.data_ptr(), tuple(weights.shape), weights.dtype, place)
+    key = (weights.data_ptr(), tuple(weights.shape), weights.dtype, weights.device)
+    state = (StorageWeakRef(weights.untyped_storage()), weights._version, current_stream())
     entry = _entries.get(key)
-    if entry is None or entry.storage.expired() or entry.version != weights._version:
-        del entry
-        _drop_expired(key)  # free the old copies before the new ones are allocated
-        quantized = quantize_weights(weights, forward=True, backward=True)
-        storage = StorageWeakRef(weights.untyped_storage())
-        entry = _entries[key] = _Entry(storage, weights._version, quantized)
-    return entry.weights
+    if entry is not None and entry[:3] == state:
+        return entry.weights
+    del entry
+    _entries.pop(key, None)  # free the old numbers before the new ones are allocated
+    _drop_expired()
+    quantized = quantize_weights(weights, forward=True, backward=True)
+    _entries[key] = _Entry(*state, quantized)
+    return quantized
 
 
 def drop_weights() -> None:
