@@ -128,9 +128,9 @@ def moe_layers(model: nn.Module) -> list[MoE]:
 def allow_weight_copies(model: nn.Module) -> None:
     """Let expert kernels keep copies of weights: the model's parameters change in place only.
 
-    See ``interfaces.CachingExpertKernel``. FSDP gathers weights, so it must not be used then. Changes
-    through ``parameter.data`` and by a replayed CUDA graph have no version: without a step of an
-    optimizer after them, kernels would not see them.
+    See ``interfaces.CachingExpertKernel``. FSDP gathers weights, so it must not be used then.
+    Changes through ``parameter.data`` and by a replayed CUDA graph have no version: without a step
+    of an optimizer after them, kernels would not see them.
     """
     for moe in moe_layers(model):
         if hasattr(moe.experts.kernel, "weights_have_versions"):
