@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tokenyard import ConfigError
 from tokenyard.experts import TorchExperts
@@ -165,8 +166,34 @@ def test_weights_change_once_in_several_microbatches():
         assert len(set(kernel.versions)) == 2
 
 
+def test_the_peak_counts_copies_of_weights_that_a_backend_keeps():
+    """They exist since the check, until an optimizer's step drops them."""
+    kept = []
+    hook = register_optimizer_step_post_hook(lambda *_: kept.clear())
+    small = case()
+    moe = build_moe(small, "torch")
+
+    def layer():
+        if not kept:
+            kept.append(torch.zeros(10_000_000))
+        return moe(small.x)
+
+    try:
+        record = module._check(small, Entrant("keeps", "backend", layer))
+    finally:
+        hook.remove()
+    assert record["note"] is None
+    assert record["peak_bytes"] > 40_000_000 > 10 * record["saved_bytes"]
+
+
 def test_the_time_of_a_step_is_that_of_one_microbatch():
-    assert Spread(8.0, 6.0, 10.0, 5).of_one(4) == Spread(2.0, 1.5, 2.5, 5)
+    step = Spread(8.0, 6.0, 10.0, 5)
+    alone = Spread(2.0, 1.5, 2.5, 5)
+    assert step.of_one(4) == alone
+    spreads = {module.DENSE: [alone, alone], "ours": [alone, step]}
+    _, record = module._timed({"ours": {}}, spreads, 4, {})
+    assert record["forward_ms"] == record["step_ms"] == alone._asdict()
+    assert record["efficiency"] == 1
 
 
 def test_a_backend_may_have_options():

@@ -69,7 +69,9 @@ class Sweep:
 
 
 def release_memory() -> None:
-    """Free what is garbage, and return cached GPU memory."""
+    """Free what is garbage and what backends keep of weights, and return cached GPU memory."""
+    # A step of any optimizer drops copies of weights: here, of one without a gradient.
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
