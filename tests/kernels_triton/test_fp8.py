@@ -222,6 +222,15 @@ def test_a_checkpoint_holds_the_weights_as_they_are_trained(interpreter):
 
 
 @needs_a_cpu
+def test_nothing_is_kept_until_a_strategy_says_that_weights_have_versions(interpreter):
+    """FSDP gathers other weights into the same memory, without a new version."""
+    moe = interpreted_layer()
+    y, _ = moe(torch.randn(5, 256, dtype=torch.bfloat16))
+    y.sum().backward()
+    assert not _fp8_weights._entries
+
+
+@needs_a_cpu
 @pytest.mark.parametrize("save", ["fp8", "pre_activation", "recompute"])
 def test_estimates_of_memory_are_exact(interpreter, save):
     moe = interpreted_layer(save=save)

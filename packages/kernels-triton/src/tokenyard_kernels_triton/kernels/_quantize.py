@@ -12,9 +12,6 @@ import triton.language as tl
 from tokenyard.fp8 import LARGEST, SMALLEST_SCALE
 from tokenyard_kernels_triton.kernels._tiles import rounded
 
-BLOCK = 128
-"""Columns that share a scale."""
-
 _LARGEST = tl.constexpr(LARGEST)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 

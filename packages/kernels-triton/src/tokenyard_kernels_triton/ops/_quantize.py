@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenyard.fp8 import DTYPE, Quantized
+from tokenyard.fp8 import BLOCK, DTYPE, Quantized
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _quantize
-from tokenyard_kernels_triton.kernels._quantize import BLOCK
 from tokenyard_kernels_triton.launching import launch
 
 _ROWS = 32
