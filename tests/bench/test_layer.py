@@ -200,7 +200,7 @@ def test_a_backend_may_have_options():
     records = run(backends="torch,cpu:chunk=3")
     assert records["torch"]["note"] is None
     assert "refused the options chunk" in records["cpu:chunk=3"]["note"]
-    with pytest.raises(ConfigError, match="'chunk' has no value; write it as in gluon:precision"):
+    with pytest.raises(ConfigError, match="'cpu:chunk' has the option 'chunk', which has no value"):
         run(backends="cpu:chunk")
     with pytest.raises(ConfigError, match="--backends 'cqu' is unknown"):
         run(backends="cqu:chunk=3")

@@ -12,6 +12,7 @@ from tokenyard.moe import allow_weight_copies
 from tokenyard_bench.case import Case
 from tokenyard_bench.entrant import COARSE, Entrant, SkippedEntrant
 from tokenyard_bench.peers import PEERS
+from tokenyard_bench.requests import parse_request
 
 
 def backend_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
@@ -33,21 +34,6 @@ def backend_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
         else:
             entrants.append(SkippedEntrant(name, "backend", reason))
     return entrants
-
-
-def parse_request(name: str) -> dict[str, str]:
-    """Return the request for a backend with options, as in ``gluon:precision=fp8:save=fp8``.
-
-    Raises ConfigError for an option without a value.
-    """
-    backend, *options = name.split(":")
-    for option in options:
-        if "=" not in option:
-            raise ConfigError(
-                f"--backends {name!r}: the option {option!r} has no value; "
-                "write it as in gluon:precision=fp8"
-            )
-    return {"name": backend} | dict(option.split("=", 1) for option in options)
 
 
 def parse_names(option: str, names: str, default: list[str], installed: Iterable[str]) -> list[str]:
@@ -86,9 +72,13 @@ def peer_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
 
 def build_moe(case: Case, experts: str = "auto") -> MoE:
     """Build our layer around a case's weights, with an expert backend that may have options."""
-    request = parse_request(experts)
+    name, options = parse_request("--backends", experts)
     with torch.device("meta"):
-        moe = MoE(case.workload, backends={"experts": request}, dtype=case.workload.dtype)
+        moe = MoE(
+            case.workload,
+            backends={"experts": {"name": name, **options}},
+            dtype=case.workload.dtype,
+        )
     moe.router.weight = case.router
     moe.experts.up = case.up
     moe.experts.down = case.down
@@ -101,7 +91,8 @@ def _backend_entrant(case: Case, name: str) -> Entrant | SkippedEntrant:
         moe = build_moe(case, name)
     except BackendError as error:  # an option is refused for this case
         return SkippedEntrant(name, "backend", str(error))
-    looser = COARSE if parse_request(name).get("precision") == "fp8" else 1
+    _, options = parse_request("--backends", name)
+    looser = COARSE if options.get("precision") == "fp8" else 1
     return Entrant(name, "backend", lambda: moe(case.x, case.topk_ids), looser)
 
 

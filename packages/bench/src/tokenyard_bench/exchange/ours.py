@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from tokenyard_bench.exchange.entrant import Candidate, RankEntrant
 from tokenyard_bench.exchange.marks import MarkedPermutation, Marks, marked_compute
 from tokenyard_bench.exchange.rank_case import RankCase
 from tokenyard_bench.exchange.world import World
+from tokenyard_bench.requests import parse_request
 
 
 @dataclass(frozen=True)
@@ -73,24 +73,14 @@ def parse_exchanges(texts: list[str], workload: Workload) -> list[ExchangeReques
         if text == "all":
             requests += _all(backends, workload)
             continue
-        name, *options = text.split(":")
+        name, options = parse_request("--exchange", text)
         if name not in backends:
             raise ConfigError(
                 f"--exchange {name!r} is unknown{did_you_mean(name, backends)}; "
                 f"installed: {', '.join(backends)}, or all"
             )
-        requests.append(ExchangeRequest(text, backends[name], dict(map(_option, options))))
+        requests.append(ExchangeRequest(text, backends[name], options))
     return requests
-
-
-def _option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--exchange has the option {text!r}; give KEY=VALUE, such as chunks=2")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def _all(backends: Mapping[str, Backend], workload: Workload) -> list[ExchangeRequest]:

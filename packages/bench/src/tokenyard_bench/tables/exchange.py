@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tokenyard.units import describe_bytes
 from tokenyard_bench.tables.titles import case_key, case_title
 from tokenyard_cli.results import Record
 
@@ -16,7 +17,7 @@ _TIMES = ("forward_ms", "backward_ms", "step_ms")
 _RATES = ("forward_tflops", "backward_tflops", "step_tflops")
 _COLUMNS = ("forward ms", "backward ms", "back to back ms")
 _RATE_COLUMNS = ("fwd TFLOP/s", "bwd TFLOP/s", "both")
-_CHECKS = ("peak MiB", "difference", "error")
+_CHECKS = ("peak memory", "difference", "error")
 
 
 def print_exchanges(records: Sequence[Record], console: Console) -> None:
@@ -60,7 +61,7 @@ def _cells(record: Record) -> list[str]:
     cells += [_ms(record[key]) for key in _RATES]
     if "error" in record:
         cells += [
-            f"{record['peak_bytes'] / 2**20:.1f}",
+            describe_bytes(record["peak_bytes"]),
             f"{record['difference']:.1e}",
             f"{record['error']:.1e}",
         ]
