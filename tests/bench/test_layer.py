@@ -10,12 +10,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tokenyard import ConfigError
 from tokenyard.experts import TorchExperts
 from tokenyard.measure.timing import Spread, run_stages
+from tokenyard_bench import entrants
 from tokenyard_bench import layer as module
 from tokenyard_bench.case import ROUTINGS, busiest, make_case
 from tokenyard_bench.entrant import Entrant
 from tokenyard_bench.entrants import backend_entrants, build_moe, peer_entrants
 from tokenyard_bench.layer import bench_layer
-from tokenyard_bench.oracle import judge
+from tokenyard_bench.oracle import Verdict, judge
 from tokenyard_bench.shapes import Shape
 from tokenyard_bench.sweep import Sweep
 
@@ -78,6 +79,16 @@ def test_a_wrong_backend_is_reported_and_not_timed(monkeypatch, bent, said):
     assert record["note"].startswith("wrong: ")
     assert said in record["note"]
     assert "step_ms" not in record
+
+
+def test_only_fp8_may_be_coarse(monkeypatch):
+    """As what is multiplied, or as what is saved: about 8 times the error of bfloat16."""
+    monkeypatch.setattr(entrants, "build_moe", lambda case, name: None)
+    errors = {"torch": 1.0, "torch:save=fp8": 8.0, "torch:precision=fp8": 8.0}
+    for entrant in backend_entrants(case(), ",".join(errors)):
+        largest = errors[entrant.name] * 1e-3
+        assert module._wrong(entrant, Verdict(0.99 * largest, 1e-3, "y")) is None
+        assert "y is off by" in module._wrong(entrant, Verdict(1.01 * largest, 1e-3, "y"))
 
 
 def test_a_failing_entrant_gets_a_note_and_the_others_are_timed(monkeypatch):
