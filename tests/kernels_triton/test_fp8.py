@@ -89,6 +89,12 @@ def test_dropped_slots_are_not_read(interpreter):
     Interpreted().test_static_rows_bound(record)
 
 
+@needs_a_cpu
+@pytest.mark.parametrize("wanted", ["x", "up_bias", "down"])
+def test_one_gradient_alone(interpreter, wanted):
+    Interpreted().test_one_gradient_alone(wanted, record)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_tokens_are_quantized_by_the_recipe(dtype):
     tokens = torch.randn(37, 384, device=DEVICE).to(dtype)
