@@ -211,6 +211,8 @@ def test_adapters_of_another_base_are_an_error(tokenyard, published, tmp_path, c
 
     moved = shutil.copytree(published, tmp_path / "moved")
     assert outcome(moved) == outcome(moved, "--precision", "amp_bf16") == (0, "")
+    half = ("convert", str(folder), str(tmp_path / "half"), "--dtype", "float16")
+    assert tokenyard(*half)[0] == 0
     code, errors = outcome(other)
     assert code == 2
     assert errors == (

@@ -72,15 +72,18 @@ def load_weights_only(
     """Load a model into host memory to read its weights. Ignores the config's backends.
 
     `base` is where the base of adapters is now, if it moved. The weights of a Hugging Face folder
-    are read in `dtype` (default: the folder's), and PEFT's adapters in float32.
+    are read in `dtype` (default: the folder's), and PEFT's adapters in float32; their base is never
+    read in float16.
     """
     path = _downloaded(path)
     if is_hf_folder(path):
         _refuse_base(path, base)
         return _read_hf_folder(path, dtype)
     if is_peft(path):
+        # float16 would round small weights, and the digest of the base is of the rounded ones
+        read_dtype = None if dtype == torch.float16 else dtype
         return _load_adapters(
-            path, base, lambda folder: _read_hf_folder(folder, dtype), torch.float32
+            path, base, lambda folder: _read_hf_folder(folder, read_dtype), torch.float32
         )
     return _load_run(path, {"device": "cpu", "backends": {}, "precision": "fp32"}, base)
 
