@@ -1,11 +1,14 @@
 """Several ranks print an error or a warning once."""
 
+import logging
 import os
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
+
+from tokenyard_cli.once import FirstRankOnly
 
 RANK = """
 import logging, os, sys
@@ -66,3 +69,9 @@ def test_ranks_that_share_nothing_all_print(environment):
         "error: rank 1 has no folder; make one": 1,
         "error: lr is 0; give a number above 0": 2,
     }
+
+
+def test_a_record_with_a_wrong_format_ends_no_run():
+    """A library's own mistake: logging prints where it is."""
+    record = logging.LogRecord("library", logging.WARNING, "", 1, "%d files", ("no",), None)
+    assert FirstRankOnly().filter(record)

@@ -34,7 +34,10 @@ class FirstRankOnly(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether this rank logs the record."""
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        except Exception:  # of a library's wrong format, which the handler reports
+            return True
         self.count[text] += 1
         return is_first(f"{self.count[text]} {record.levelname} {text}")
 
