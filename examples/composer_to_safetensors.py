@@ -24,10 +24,18 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja")
 WRAPPERS = re.compile(r"^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
+NOT_SET = (None, False, [], {})
+MERGED = {
+    "bias": (None, "none"),
+    "init_lora_weights": (None, True, False, "gaussian"),  # others change the base
+    **dict.fromkeys(("alpha_pattern", "rank_pattern", "modules_to_save"), NOT_SET),
+    **dict.fromkeys(("fan_in_fan_out", "layer_replication", "lora_bias", "use_dora"), NOT_SET),
+}
 PEFT_OPTIONS = ("integrations", "huggingface", "model", "peft_config", "content")
 
 
@@ -37,7 +45,7 @@ def read_file(checkpoint: Path) -> tuple[dict, dict]:
     state = content.get("state", {"model": content})
     options = state
     for key in PEFT_OPTIONS:
-        options = options.get(key, {})
+        options = options.get(key) or {}
     return state["model"], options
 
 
@@ -115,9 +123,25 @@ def write_adapters(tensors: dict, options: dict, out: Path, like: Path | None) -
     (out / "adapter_config.json").write_text(json.dumps(options, indent=2))
 
 
+def check_merges(adapters: dict, options: dict, like: Path) -> None:
+    """End the program, before anything is written, if adapters cannot be added to weights."""
+    for key, values in MERGED.items():
+        if options.get(key) not in values:
+            raise SystemExit(f"adapters with {key} {options[key]!r} are not merged; omit --merge")
+    names = set()
+    for file in like.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names.update(weights.keys())
+    for name in sorted(adapters):
+        place = re.fullmatch(r"base_model\.model\.(.*)\.lora_[AB]\.weight", name)
+        if place is None or names.isdisjoint((place[1], f"{place[1]}.weight")):
+            raise SystemExit(f"{like} has no weight for {name}; give the base of the adapters")
+
+
 def write_merged(tensors: dict, options: dict, out: Path, like: Path) -> None:
     """Write the weights of the folder `like`, file by file, with the adapters added to them."""
     adapters, _ = split(tensors)
+    check_merges(adapters, options, like)
     root = options["r"] ** (0.5 if options.get("use_rslora") else 1)
     out.mkdir(parents=True)
     for file in sorted(like.glob("*.safetensors")):
@@ -129,8 +153,6 @@ def write_merged(tensors: dict, options: dict, out: Path, like: Path) -> None:
                 whole = weight.add(b @ a, alpha=options["lora_alpha"] / root)
                 weights[name] = whole.to(weight.dtype)
         save_file(weights, out / file.name, {"format": "pt"})
-    if adapters:
-        raise SystemExit(f"{like} has no weight for {min(adapters)}; give the base of the adapters")
     copy(like, out, "config.json", "*.index.json", *TOKENIZER)
 
 
@@ -148,11 +170,15 @@ def main() -> None:
         parser.error(f"{given.out} exists already; give the name of a new folder")
     if given.like and not (given.like / "config.json").is_file():
         parser.error(f"{given.like} has no config.json; give the folder that the run started from")
+    if not given.checkpoint.exists():
+        parser.error(f"{given.checkpoint} does not exist; give a .pt file, or a folder of one")
     if given.checkpoint.is_dir() and not (given.checkpoint / ".metadata").is_file():
         parser.error(f"{given.checkpoint} has no .metadata; give the folder of one checkpoint")
     state, peft = (read_folder if given.checkpoint.is_dir() else read_file)(given.checkpoint)
     tensors = weights(state)
     adapted = any(".lora_" in name for name in tensors)
+    if not tensors:
+        parser.error(f"{given.checkpoint} has no weights of a model")
     if adapted and not peft:
         parser.error(f"{given.checkpoint} has adapters without their options; save them by PEFT")
     if adapted:

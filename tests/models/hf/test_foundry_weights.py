@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tokenyard import add_lora
 from tokenyard.testing import ranks
@@ -224,6 +224,36 @@ def test_what_the_script_refuses(tmp_path, monkeypatch, capsys, out, options, se
     with pytest.raises(SystemExit):
         run(tmp_path, out, *options)
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("a", {"rank_pattern": {"a": 4}}, r"adapters with rank_pattern \{'a': 4\} are not merged"),
+        ("a", {"init_lora_weights": "pissa"}, "adapters with init_lora_weights 'pissa' are not"),
+        ("b", {}, r"has no weight for base_model\.model\.b\.lora_A\.weight; give the base"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_write_nothing(tmp_path, name, options, sentence):
+    like = tmp_path / "like"
+    like.mkdir()
+    (like / "config.json").write_text("{}")
+    save_file({"a.weight": torch.ones(2, 2)}, like / "model.safetensors")
+    state = {
+        f"base_model.model.{name}.lora_{side}.default.weight": torch.ones(2, 2) for side in "AB"
+    }
+    content = {"r": 2, "lora_alpha": 2} | options
+    integrations = {"huggingface": {"model": {"peft_config": {"content": content}}}}
+    with pytest.raises(SystemExit, match=sentence):
+        convert(state, tmp_path, "--like", like, "--merge", more={"integrations": integrations})
+    assert not (tmp_path / "weights").exists()
+
+
+def test_a_checkpoint_without_weights_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        convert({}, tmp_path, more={"integrations": {"huggingface": None}})
+    assert "has no weights of a model" in capsys.readouterr().err
+    assert not (tmp_path / "weights").exists()
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
