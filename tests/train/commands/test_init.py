@@ -67,6 +67,8 @@ def test_a_finetune_trains(tokenyard, tmp_path):
     code, out, errors = tokenyard("train", "tune.yaml", *SHORT, "global_train_batch_size=1")
     assert (code, errors) == (0, "")
     assert "trainable: " in out
+    tokenyard("init", "again.yaml", "--finetune", "--base", "hf://a base")
+    assert yaml.safe_load((tmp_path / "again.yaml").read_text())["load_path"] == "hf://a base"
     assert (tmp_path / "runs" / "tune" / "ba2").is_dir()
 
 

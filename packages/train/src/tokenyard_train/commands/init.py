@@ -175,9 +175,11 @@ def _sections(options: InitOptions) -> Iterator[str]:
     run_name = re.sub(r"[^A-Za-z0-9._-]+|^[^A-Za-z0-9]+", "-", path.stem).strip("-.") or "run"
     yield _HEAD.format(path=path, run_name=_scalar(run_name))
     if options.finetune:
-        base = options.base or Path("path/to/model")
+        base = options.base or "path/to/model"
         data = options.data or Path("chats.jsonl")
-        yield _FINETUNE.format(base=_scalar(f"{HF}{base}"), data=_scalar(str(data)))
+        yield _FINETUNE.format(
+            base=_scalar(f"{HF}{base.removeprefix(HF)}"), data=_scalar(str(data))
+        )
         yield _TAIL.format(path=path, precision="bf16_master, which halves frozen weights")
         return
     yield _MODELS[options.model or "quickstart"]

@@ -59,7 +59,7 @@ class InitOptions:
         bool, typer.Option("--finetune", help="Fine-tune --base on conversations, with LoRA.")
     ] = False
     base: Annotated[
-        Path | None, typer.Option(help="Hugging Face folder of the model to --finetune.")
+        str | None, typer.Option(help="Hugging Face folder of the model to --finetune.")
     ] = None
 
 
