@@ -6,7 +6,7 @@ import pytest
 
 from tokenyard import ConfigError
 from tokenyard_models import WeightsError
-from tokenyard_train.config import TrainConfig, read_config
+from tokenyard_train.config import TrainConfig, load_config, read_config
 from tokenyard_train.data.paths import local_path
 
 BASE = {
@@ -143,3 +143,12 @@ def test_names_of_llm_foundry_are_answered_before_spelling(path, value, instead)
     assert f"{path} is '{value}', a name of LLM Foundry; " in said
     assert instead in said
     assert "did you mean" not in said
+
+
+@pytest.mark.parametrize("uri", ["s3://me:pass99@b/x", "az://c/x?sig=pass99"])
+def test_an_error_repeats_no_secret_of_an_override(tmp_path, uri):
+    (tmp_path / "config.yaml").write_text("model: {name: dbrx, size: tiny}\n")
+    override = f"train_loader={{name: text, dataset: {{delta: '{uri}'}}}}"
+    with pytest.raises(ConfigError, match=r"delta is .*\*\*\*") as caught:
+        load_config(tmp_path / "config.yaml", [override])
+    assert "pass99" not in str(caught.value)

@@ -35,6 +35,9 @@ def test_secrets_of_the_environment_are_hidden(monkeypatch):
     monkeypatch.setenv("TOKENYARD_EXPERTS", "triton")
     assert hide_secrets(f"{SECRET}-and-more of s3") == "*** of s3"
     assert hide_secrets("https://me:word@host/triton") == "https://***@host/triton"
+    assert hide_secrets("?k=a%2Fsecret%2Bkey") == "?k=***"
+    signed = "GET https://a.blob.core.windows.net/t?sv=2024&sig=ab%3D"  # of the catalog
+    assert hide_secrets(signed) == "GET https://a.blob.core.windows.net/t?sv=2024&sig=***"
 
 
 def test_an_error_of_the_storage_is_one_sentence_without_secrets(monkeypatch):

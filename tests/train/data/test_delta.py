@@ -167,6 +167,8 @@ def test_files_that_are_gone_or_damaged_are_named(tmp_path):
     ("keys", "sentence"),
     [
         ({"delta": "dbfs:/x"}, "'dbfs:/x' is a remote path"),
+        ({"delta": "az://c/x?sv=1&sig=secret"}, r"'az://c/x\?\*\*\*': it holds a query"),
+        ({"delta": "file://host/x"}, "it names a host; give file:///folder, or the path alone"),
         ({"delta": "s3://key:secret@bucket/x"}, r"'s3://key:\*\*\*@bucket/x'.*holds a password"),
         ({"delta": "x", "version": -1}, "version is -1"),
         ({"delta": "x", "path": "y"}, "it has path and delta; give exactly one"),

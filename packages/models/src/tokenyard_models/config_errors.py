@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from tokenyard.errors import did_you_mean, unknown
 
-_PASSWORD = re.compile(r"(://[^/@\s:]*:)[^/\s]*@")
+_SECRET = re.compile(r"(://[^/@\s:]*:)[^/\s]*(?=@)|(://[^?\s'\"]*\?)[^\s'\"}]*")
 _EXPECTED = {
     "bool": "true or false",
     "int": "a whole number",
@@ -136,9 +136,14 @@ def _nearest(value: Any, names: Iterable[str]) -> str:
     return did_you_mean(value, names) if isinstance(value, str) else ""
 
 
+def without_secrets(text: str) -> str:
+    """Return a text with ``***`` for the passwords and the queries of its URIs."""
+    return _SECRET.sub(r"\1\2***", text)
+
+
 def _shortened(value: Any) -> str:
-    """Return a value as an error shows it, without the password of a URI."""
-    text = _PASSWORD.sub(r"\1***@", repr(value))
+    """Return a value as an error shows it, without secrets of a URI."""
+    text = without_secrets(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

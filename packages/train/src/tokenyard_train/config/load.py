@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenyard import BackendError, ConfigError, default_registry, started_processes
 from tokenyard.bounded import read_text
+from tokenyard_models.config_errors import without_secrets
 from tokenyard_models.strict_config import parse, warn_ignored, without_ignored
 from tokenyard_train.config.foundry import INSTEAD, INSTEAD_OF_VALUES, KNOWN, RENAMED, VARIABLES
 from tokenyard_train.config.from_hf import with_hf_model
@@ -41,7 +42,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
         parsed = parse_yaml(text, overrides)
         return read_config(with_variables(parsed.resolved, parsed.referred))
     except ConfigError as error:
-        given = f" with {' '.join(overrides)}" if overrides else ""
+        given = f" with {without_secrets(' '.join(overrides))}" if overrides else ""
         raise ConfigError(f"{path}{given}: {error}") from None
 
 

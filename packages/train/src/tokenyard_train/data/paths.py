@@ -49,7 +49,7 @@ def _local_or_hf(path: str) -> str:
 def table_path(path: str) -> str:
     """Return the local path or the URI of a table. Raises ValueError for another scheme.
 
-    A URI with a password is refused: configs are saved, and sent to trackers.
+    A URI with a password or a query is refused: configs are saved, and sent to trackers.
     """
     if path.startswith(UNITY_CATALOG):
         if not _TABLE_NAME.fullmatch(path.removeprefix(UNITY_CATALOG)):
@@ -57,9 +57,13 @@ def table_path(path: str) -> str:
         return path
     scheme, _, rest = path.partition("://")
     if scheme == "file":
+        if not rest.startswith("/"):
+            raise ValueError("it names a host; give file:///folder, or the path alone")
         return url2pathname(rest)
     if "@" in rest and ":" in rest.partition("@")[0]:
         raise ValueError("it holds a password; give that in the environment of the storage")
+    if scheme in _CLOUDS and "?" in rest:
+        raise ValueError("it holds a query, as signed URLs do; give credentials in the environment")
     return path if scheme in _CLOUDS else local_path(path)
 
 

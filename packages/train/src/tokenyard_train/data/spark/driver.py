@@ -32,6 +32,7 @@ from tokenyard_train.data.text_loss import TextLoss
 from tokenyard_train.data.tokenizer import build_tokenizer
 from tokenyard_train.data.tokens import DOCUMENTS, JOURNAL, MANIFEST, TOKENS, CorruptError
 from tokenyard_train.folder_lock import lock_folder
+from tokenyard_train.hide_secrets import hide_secrets
 
 _SHARDS = ".shards-"
 _COPIED = 1 << 22  # bytes at a time
@@ -123,9 +124,9 @@ def _sorted_rows(df: Any, order: list[str], text_key: str) -> Any:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of an error of Spark."""
+    """Return the first line of an error of Spark, without secrets of the environment."""
     lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return hide_secrets(lines[0])[:300] if lines else type(error).__name__
 
 
 def _prepare(folder: Path, overwrite: bool) -> None:
