@@ -59,10 +59,9 @@ def drop_weights() -> None:
     _entries.clear()
 
 
-def _drop_expired(also: tuple[object, ...]) -> None:
-    """Drop the entries of freed weights, and the one with the key `also`."""
+def _drop_expired() -> None:
     for key, entry in list(_entries.items()):
-        if key == also or entry.storage.expired():
+        if entry.storage.expired():
             _entries.pop(key, None)
 
 
