@@ -104,8 +104,7 @@ def test_rates_are_those_of_a_rank_and_rows_those_of_the_mean_and_the_busiest(mo
 @pytest.mark.parametrize(("group", "allowed"), [("exchange", 1.0), ("peer", 8.0)])
 def test_only_a_peer_may_be_coarse(monkeypatch, group, allowed):
     measured = measurement()
-    entrant = SimpleNamespace(results=dict, stages=lambda: None)
-    monkeypatch.setattr(measure, "peak_bytes", lambda stages, device: 0)
+    entrant = SimpleNamespace(results=dict)
 
     def attempt(error, results):
         monkeypatch.setattr(measure, "judge_rank", lambda *_: Verdict(error, 1e-3, "y"))

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -113,6 +114,8 @@ def notes_with_failures(timeout):
     right = request.candidate(case, "auto", world)
     measurement = CaseMeasurement(case, world, Timer(world, CpuClock(), pause=0, repetitions=3))
 
+    forward_passes = Counter()
+
     def fail():
         raise RuntimeError("out\nof memory")
 
@@ -123,12 +126,19 @@ def notes_with_failures(timeout):
         if world.rank == 1 and place == "forward":
             return replace(entrant, forward=fail)
         scale = 1.01 if world.rank == 1 and place == "result" else 1
-        return replace(entrant, forward=lambda: scale * entrant.forward())
+
+        def forward():
+            forward_passes[place] += 1
+            return scale * entrant.forward()
+
+        return replace(entrant, forward=forward)
 
     places = ("build", "forward", "result", "none")
     made = [Candidate(place, "exchange", None, partial(build, place)) for place in places]
     made.append(replace(right, name="here", unusable="no NVLink" if world.rank == 0 else None))
-    return {candidate.name: measurement.entrant(candidate)["note"] for candidate in made}
+    notes = {candidate.name: measurement.entrant(candidate)["note"] for candidate in made}
+    assert forward_passes["result"] == 1  # in a second one, this rank would wait for the other
+    return notes
 
 
 def test_a_failure_on_one_rank_is_a_note_and_no_rank_hangs_over_two_ranks():

@@ -36,7 +36,6 @@ class Checked(NamedTuple):
     results: Results
     verdict: Verdict
     difference: float  # from the first entrant, the largest of all results
-    peak_bytes: int
 
 
 class CaseMeasurement:
@@ -94,17 +93,18 @@ class CaseMeasurement:
                 relative_error(results[name], want)
                 for name, want in (self.first or results).items()
             )
-            peak = peak_bytes(entrant.stages(), self.world.device)
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             return f"failed: {type(error).__name__}: {reason}"
-        return Checked(entrant, results, verdict, difference, peak)
+        return Checked(entrant, results, verdict, difference)
 
     def _facts(self, checked: Checked) -> Record:
         """Return the worst error, difference and memory of all ranks."""
         errors = self.world.gather([checked.verdict.error, checked.verdict.allowed])
         error, allowed = max(errors, key=lambda pair: pair[0] / pair[1])
-        ((difference, peak),) = self.world.largest([[checked.difference, checked.peak_bytes]])
+        # All ranks run this step: a rank whose result is wrong would leave the others waiting.
+        own_peak = peak_bytes(checked.entrant.stages(), self.world.device)
+        ((difference, peak),) = self.world.largest([[checked.difference, own_peak]])
         return {
             "error": error,
             "allowed": allowed,
