@@ -95,6 +95,14 @@ def test_one_gradient_alone(interpreter, wanted):
     Interpreted().test_one_gradient_alone(wanted, record)
 
 
+@needs_a_cpu
+def test_the_epilogue_quantizes_zeros_tiny_numbers_nan_and_infinity(interpreter):
+    kit = Interpreted()
+    kit.test_zeros_and_tiny_numbers()
+    for number in (float("nan"), -float("inf")):
+        kit.test_no_number_hides_nan_or_infinity(number)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_tokens_are_quantized_by_the_recipe(dtype):
     tokens = torch.randn(37, 384, device=DEVICE).to(dtype)
