@@ -161,7 +161,7 @@ def test_a_step_of_an_optimizer_drops_all():
 
 
 def test_a_new_weight_in_the_memory_of_a_freed_one_is_quantized():
-    """Casts under autocast make such weights: same address, same version, other numbers."""
+    """Same address, same version, other numbers."""
     for _ in range(5):
         one = weight().detach()
         got = _fp8_weights.kept_weights(one)
@@ -211,12 +211,12 @@ def test_tensors_without_a_version_are_not_kept():
         assert _fp8_weights.kept_weights(torch.randn(1, 128, 128, device=DEVICE)) is None
 
 
-def interpreted_layer(**options):
+def interpreted_layer(dtype=torch.bfloat16, **options):
     workload = Workload(256, 128, 4, 2, dtype=torch.bfloat16)
     request = {"name": "interpreted", "precision": "fp8", **options}
     registry = _OneKindRegistry(Interpreted().registry(), "experts")
     parts = {"experts": request, "router": "torch", "permutation": "torch"}
-    return MoE(workload, backends=parts, registry=registry, dtype=torch.bfloat16)
+    return MoE(workload, backends=parts, registry=registry, dtype=dtype)
 
 
 @needs_a_cpu
@@ -242,6 +242,18 @@ def test_nothing_is_kept_until_a_strategy_says_that_weights_have_versions(interp
     y, _ = moe(torch.randn(5, 256, dtype=torch.bfloat16))
     y.sum().backward()
     assert not _fp8_weights._entries
+
+
+@needs_a_cpu
+def test_nothing_is_kept_of_casts_under_autocast(interpreter):
+    """A compiler may write the cast of another layer into the same memory, without a version."""
+    moe = interpreted_layer(dtype=torch.float32)
+    allow_weight_copies(moe)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = moe(torch.randn(5, 256))
+    y.sum().backward()
+    assert not _fp8_weights._entries
+    assert weight_copies(moe) == 0
 
 
 @needs_a_cpu

@@ -126,9 +126,13 @@ def saved_by_row(moe: MoE, width: int) -> int:
 
 
 def weight_copies(moe: MoE) -> int:
-    """Return the bytes of what the kernel of an MoE layer keeps of the weights of this rank."""
+    """Return the bytes of what the kernel of an MoE layer keeps of the weights of this rank.
+
+    It keeps nothing of weights that autocast casts, since it sees other tensors in each pass.
+    """
     kernel = moe.experts.kernel
-    if not getattr(kernel, "weights_have_versions", False):
+    cast = moe.experts.up.dtype != moe.workload.dtype
+    if cast or not getattr(kernel, "weights_have_versions", False):
         return 0
     up, down = local_part(moe.experts.up), local_part(moe.experts.down)
     return int(kernel.weight_copy_bytes(up.numel() + down.numel()))  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ import sys
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenyard.activations import up_rows
 from tokenyard.adapter import LoraAdapter
@@ -183,8 +183,9 @@ class GluonExperts(TritonExperts):
         """Return y [T, D] for unsorted tokens x [T, D]."""
         if self.precision is None:
             return super().__call__(x, plan, topk_weights, weights)
-        reuse = self.weights_have_versions
-        options = {"save": self.save, "reuse": reuse}
+        # A cast under autocast has no version that counts: a compiler may reuse its memory.
+        parameters = all(isinstance(weight, nn.Parameter) for weight in weights[:2])
+        options = {"save": self.save, "reuse": self.weights_have_versions and parameters}
         return self._in_fp8(x, plan, topk_weights, weights, self.activation, **options)
 
     def with_adapter(
