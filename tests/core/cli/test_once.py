@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from threading import Event
 
 import pytest
 
-from tokenyard_cli.once import FirstRankOnly
+from tokenyard_cli import once
 
 RANK = """
 import logging, os, sys
@@ -74,4 +75,20 @@ def test_ranks_that_share_nothing_all_print(environment):
 def test_a_record_with_a_wrong_format_ends_no_run():
     """A library's own mistake: logging prints where it is."""
     record = logging.LogRecord("library", logging.WARNING, "", 1, "%d files", ("no",), None)
-    assert FirstRankOnly().filter(record)
+    assert once.FirstRankOnly().filter(record)
+
+
+def test_a_rank_waits_once_for_a_store_that_is_gone(monkeypatch):
+    keys = []
+
+    def lose(key):
+        keys.append(key)
+        raise RuntimeError("the client socket has timed out")
+
+    monkeypatch.setattr("tokenyard.processes.count_in_store", lose)
+    monkeypatch.setattr(once, "_store_lost", Event())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("TOKENYARD_NOTES", raising=False)
+    assert once.is_first("a warning")
+    assert once.is_first("another")
+    assert len(keys) == 1

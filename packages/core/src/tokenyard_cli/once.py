@@ -11,9 +11,12 @@ import os
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
+from threading import Event
 
 FOLDER = "TOKENYARD_NOTES"
 """The environment variable with the folder in which ranks write for their supervisor."""
+
+_store_lost = Event()
 
 
 def is_first(text: str) -> bool:
@@ -53,10 +56,16 @@ def _is_first_in_folder(folder: Path, key: str) -> bool:
 
 
 def _is_first_in_store(key: str) -> bool:
-    """Count in the store that torchrun keeps for its ranks, if it is the launcher."""
+    """Count in the store that torchrun keeps for its ranks, if it is the launcher.
+
+    A rank that cannot reach the store waits for it once, not at each message.
+    """
+    if _store_lost.is_set():
+        return True
     from tokenyard.processes import count_in_store  # imports torch, which --help does not need
 
     try:
         return count_in_store(key) in (None, 1)
     except Exception:  # the launcher is gone: a message twice is better than none
+        _store_lost.set()
         return True
