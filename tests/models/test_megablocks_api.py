@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 from functools import partial
 
 import pytest
@@ -274,6 +275,8 @@ def test_a_layer_that_was_used_can_be_copied_and_pickled():
     layer = MoE(arguments()).eval()
     x = torch.randn(4, 1, 12)
     y = layer(x)
+    for module in (layer.router, layer.experts.mlp):
+        module._parts._parts["lock"] = threading.Lock()  # as backends may hold
     assert torch.equal(copy.deepcopy(layer)(x), y)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)  # noqa: S301
 
