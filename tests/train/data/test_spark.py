@@ -7,6 +7,7 @@ import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -224,3 +225,14 @@ def test_the_library_is_named_if_it_is_missing(tokenyard, monkeypatch):
     code, _, error = tokenyard("data", "spark", "out", "table", "--order", "n")
     assert code == 2
     assert 'pip install "tokenyard-train[spark]"' in " ".join(error.split())
+
+
+def test_an_error_of_a_task_hides_the_secrets_of_the_environment(monkeypatch):
+    """Errors of executors repeat options of the storage."""
+    from tokenyard_train.data.spark import driver
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a/secret+key")
+    rows = Mock()
+    rows.mapInArrow.side_effect = OSError("task 3 failed\n  OSError: a/secret+key is refused")
+    with pytest.raises(TokenyardError, match=r"task 3 failed ... OSError: \*\*\* is refused$"):
+        driver._run(rows, writer("."))

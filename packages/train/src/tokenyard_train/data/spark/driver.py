@@ -154,7 +154,7 @@ def _run(rows: Any, write: ShardWriter) -> list[Shard]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         last = next((line for line in reversed(lines) if "Error" in line), "")
         first = lines[0] if lines else type(error).__name__
-        reason = " ... ".join(dict.fromkeys((first[:300], last[:300])))
+        reason = " ... ".join(dict.fromkeys(hide_secrets(line)[:300] for line in (first, last)))
         raise TokenyardError(f"Spark could not tokenize the DataFrame: {reason}") from None
     shards = [Shard(**result.asDict()) for result in results]
     shards.sort(key=lambda shard: shard.partition)
