@@ -128,19 +128,30 @@ def test_a_folder_of_another_name_holds_a_table(tmp_path, name):
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
+        ({"delta": "a.b.c"}, "holds a _delta_log, or uc://a.b.c for Unity Catalog"),
         ({"delta": "none"}, r"dataset.delta '.*none' is no Delta table; give a folder that holds"),
         ({"version": 7}, r"dataset.version is 7, and the newest version of '.*' is 1; give"),
         ({"text_key": "txt"}, r"has no column 'txt' \(did you mean 'text'\?\); it has text, n;"),
         ({"text_key": "n"}, r"version 1 part-\S+ row 1: 'n' holds a number; text is a string"),
     ],
 )
-def test_errors_are_one_sentence(tmp_path, source, sentence):
+def test_errors_are_one_sentence(tmp_path, monkeypatch, source, sentence):
     write(tmp_path / "table", TEXTS)
     write(tmp_path / "table", TEXTS, mode="append")
-    location = tmp_path / source.pop("delta", "table")
+    monkeypatch.chdir(tmp_path)
+    location = source.pop("delta", "table")
     with pytest.raises(ConfigError, match=sentence) as caught:
         read(location, **source)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["table", "."])
+def test_the_files_of_a_table_are_not_read_as_files(tmp_path, folder):
+    write(tmp_path / "table", TEXTS)
+    write(tmp_path / "table", ["new"], mode="overwrite")
+    source = Source(path=[str(tmp_path / folder)])
+    with pytest.raises(ConfigError, match=r"holds the Delta table .*table, .* as dataset.delta"):
+        list(read_documents(source, "dataset"))
 
 
 def test_files_that_are_gone_or_damaged_are_named(tmp_path):
@@ -166,7 +177,11 @@ def test_files_that_are_gone_or_damaged_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"delta": "dbfs:/x"}, "'dbfs:/x' is a remote path"),
+        (
+            {"delta": "dbfs:/x"},
+            "'dbfs:/x': give a local folder, such as /dbfs/tables/articles, uc:",
+        ),
+        ({"delta": "uc:/a.b.c"}, "'uc:/a.b.c': give a local folder, .* uc://catalog.schema.table"),
         ({"delta": "az://c/x?sv=1&sig=secret"}, r"'az://c/x\?\*\*\*': it holds a query"),
         ({"delta": "file://host/x"}, "it names a host; give file:///folder, or the path alone"),
         ({"delta": "s3://key:secret@bucket/x"}, r"'s3://key:\*\*\*@bucket/x'.*holds a password"),
@@ -229,6 +244,7 @@ def test_options_of_pack_have_an_effect_or_are_refused(tmp_path, tokenyard):
     (tmp_path / "a.txt").write_text("text")
     out, file = str(tmp_path / "out"), str(tmp_path / "a.txt")
     for options, sentence in (
+        (["uc://a.b.c"], "SOURCE 'uc://a.b.c' is a table of Unity Catalog; add --delta"),
         (["--table-version", "1"], "--table-version is 1, which has no effect on files"),
         (["--mds", "--delta"], "--mds and --delta were given"),
         (["--delta", "--split", "x"], "--split is 'x', which has no effect on a source of --delta"),

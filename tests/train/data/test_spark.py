@@ -7,6 +7,7 @@ import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -15,6 +16,7 @@ from tokenyard import ConfigError, TokenyardError
 from tokenyard_train.data import CorruptError, TokenFile, build_tokenizer
 from tokenyard_train.data.packing import pack as pack_here
 from tokenyard_train.data.schema import TokenizerConfig
+from tokenyard_train.data.spark.driver import reason_of
 from tokenyard_train.data.spark.executor import ShardWriter
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -214,9 +216,36 @@ def test_the_command_packs_a_folder_of_files(session, tokenyard, expected, tmp_p
     assert (code, error) == (0, "")
     same_files(out, expected)
     assert TokenFile(out).manifest["sources"][0]["order"] == ["n"]
+    code, _, error = tokenyard("data", "spark", *source[:2], "--order", "n")
+    assert code == 2
+    assert "; for a path, give --format, such as" in " ".join(error.split())
     code, _, error = tokenyard("data", "spark", str(out), "no_such_table", "--order", "n")
     assert code == 2
     assert error.startswith("error: SOURCE 'no_such_table' cannot be read: [TABLE_OR_VIEW_NOT_FO")
+
+
+def test_the_files_of_a_delta_table_are_not_packed_as_parquet(tokenyard, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyspark", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "pyspark.sql", SimpleNamespace())
+    (tmp_path / "table" / "_delta_log").mkdir(parents=True)
+    source = (str(tmp_path / "out"), str(tmp_path / "table"), "--format", "parquet")
+    code, _, error = tokenyard("data", "spark", *source, "--order", "n")
+    assert code == 2
+    assert "is a Delta table, whose files have deleted" in " ".join(error.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[TABLE_OR_VIEW_NOT_FOUND] no table\nat line 1", "[TABLE_OR_VIEW_NOT_FOUND] no table"),
+        (
+            "An error occurred while calling o27.load.\n: java.X: no delta\n\tat a",
+            "java.X: no delta",
+        ),
+    ],
+)
+def test_the_reason_of_spark_is_its_first_line(text, reason):
+    assert reason_of(Exception(text)) == reason
 
 
 def test_the_library_is_named_if_it_is_missing(tokenyard, monkeypatch):

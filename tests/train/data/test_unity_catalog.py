@@ -82,6 +82,7 @@ def catalog(table, monkeypatch):
         "main.text.articles": delta | {"storage_location": table.as_uri()},
         "main.text.view": {"table_type": "EXTERNAL"},
         "main.text.csv": {"data_source_format": "CSV", "storage_location": table.as_uri()},
+        "main.text.gone": delta | {"storage_location": f"{table.as_uri()}/gone"},
         "main.text.cloud": delta | {"table_id": "id-of-cloud", "storage_location": "s3://b/t"},
     }
     server = HTTPServer(("127.0.0.1", 0), Catalog)
@@ -116,6 +117,10 @@ def test_a_table_is_read_by_its_name(catalog, table):
         ),
         ("nothing", "gives no description of a table .*: the answer is empty"),
         ("view", "has no storage, as a view has none"),
+        (
+            "gone",
+            "is in file://.*/gone, as the catalog says, and this machine finds no Delta table",
+        ),
         ("csv", "has the format CSV, and only Delta tables are read"),
     ],
 )

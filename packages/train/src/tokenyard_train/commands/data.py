@@ -18,6 +18,7 @@ from tokenyard_models.strict_config import parse
 from tokenyard_train.commands.options import PackOptions
 from tokenyard_train.data.journal import PackProgress, recorded_sources
 from tokenyard_train.data.packing import pack
+from tokenyard_train.data.paths import UNITY_CATALOG
 from tokenyard_train.data.schema import Source, TokenizerConfig
 from tokenyard_train.data.sources import describe_source, newest_version, read_documents
 from tokenyard_train.data.sources.keys import SOURCE, key_below
@@ -32,6 +33,8 @@ def run_pack(console: Console, options: PackOptions) -> None:
     source = _source(options)
     _check_apart(options)
     source = _with_version(source, [] if options.overwrite else recorded_sources(options.out))
+    if source.delta is not None:
+        print_line(console, f"{SOURCE}: {source.delta}, version {source.version}")
     start = time.monotonic()
     with _progress_bar(console) as bar:
         task = bar.add_task("packing", total=None, state="")
@@ -92,6 +95,9 @@ def _source(options: PackOptions) -> Source:
     if len(flags) > 1:
         raise ConfigError(f"{' and '.join(flags)} were given; a source is one of them")
     location: dict[str, Any] = {"path": list(options.sources)}
+    for name in options.sources:
+        if not flags and name.startswith(UNITY_CATALOG):
+            raise ConfigError(f"SOURCE {name!r} is a table of Unity Catalog; add --delta")
     if flags:
         if len(options.sources) != 1:
             raise ConfigError(f"{flags[0]} takes one SOURCE, and {len(options.sources)} were given")

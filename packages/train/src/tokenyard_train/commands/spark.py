@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -13,6 +14,7 @@ from tokenyard.units import describe_bytes
 from tokenyard_cli.console import print_line
 from tokenyard_train.commands.data import parse_tokenizer
 from tokenyard_train.commands.options import SparkPackOptions
+from tokenyard_train.data.paths import DELTA_LOG
 from tokenyard_train.data.spark.driver import pack, reason_of
 from tokenyard_train.optional import require
 
@@ -22,6 +24,7 @@ def run_spark(console: Console, options: SparkPackOptions) -> None:
     sql = require("pyspark.sql", "tokenyard data spark", "tokenyard-train[spark]")
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     tokenizer = parse_tokenizer(options.tokenizer, options.eos_token)
+    _refuse_files_of_a_table(options)
     start = time.monotonic()
     try:
         session = sql.SparkSession.builder.appName("tokenyard data spark").getOrCreate()
@@ -33,7 +36,10 @@ def run_spark(console: Console, options: SparkPackOptions) -> None:
         else:
             rows = session.read.format(options.format).load(options.source)
     except Exception as error:
-        raise ConfigError(f"SOURCE {options.source!r} cannot be read: {reason_of(error)}") from None
+        reason = reason_of(error)
+        if options.format is None and Path(options.source).exists():
+            reason += "; for a path, give --format, such as --format parquet"
+        raise ConfigError(f"SOURCE {options.source!r} cannot be read: {reason}") from None
     done = pack(
         rows,
         options.out,
@@ -48,4 +54,15 @@ def run_spark(console: Console, options: SparkPackOptions) -> None:
         console,
         f"{options.out}: {done.documents:,} documents, {done.tokens:,} tokens "
         f"of {describe_bytes(done.text_bytes)} of text in {seconds:.1f} s",
+    )
+
+
+def _refuse_files_of_a_table(options: SparkPackOptions) -> None:
+    """Raise ConfigError for a Delta table that another format would read without its log."""
+    if options.format in (None, "delta") or not Path(options.source, DELTA_LOG).is_dir():
+        return
+    raise ConfigError(
+        f"--format is {options.format!r} and SOURCE {options.source!r} is a Delta table, whose "
+        "files have deleted and overwritten rows too; give --format delta to a Spark with Delta, "
+        "or use tokenyard data pack --delta"
     )

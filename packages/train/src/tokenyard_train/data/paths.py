@@ -17,6 +17,9 @@ HF = "hf://"
 UNITY_CATALOG = "uc://"
 """Prefix of a table's name in Unity Catalog."""
 
+DELTA_LOG = "_delta_log"
+"""Subfolder by which a folder is a Delta table."""
+
 _TABLE_NAME = re.compile(r"[^./:@\s]+(\.[^./:@\s]+){2}")
 _CLOUDS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a drive letter such as C: is local
@@ -46,16 +49,28 @@ def _local_or_hf(path: str) -> str:
     return prefix + local_path(path.removeprefix(prefix))
 
 
+def is_table_name(text: str) -> bool:
+    """Return whether a text has the form catalog.schema.table."""
+    return _TABLE_NAME.fullmatch(text) is not None
+
+
 def table_path(path: str) -> str:
     """Return the local path or the URI of a table. Raises ValueError for another scheme.
 
     A URI with a password or a query is refused: configs are saved, and sent to trackers.
     """
     if path.startswith(UNITY_CATALOG):
-        if not _TABLE_NAME.fullmatch(path.removeprefix(UNITY_CATALOG)):
-            raise ValueError("give uc:// and a name catalog.schema.table")
+        if not is_table_name(path.removeprefix(UNITY_CATALOG)):
+            raise ValueError(
+                "give uc:// and a name catalog.schema.table, with version as a key of its own"
+            )
         return path
     scheme, _, rest = path.partition("://")
+    if _REMOTE.match(path) and scheme not in ("file", *_CLOUDS):
+        raise ValueError(
+            "give a local folder, such as /dbfs/tables/articles, uc://catalog.schema.table, or a "
+            f"URI that starts with {', '.join(f'{cloud}://' for cloud in _CLOUDS)}"
+        )
     if scheme == "file":
         if not rest.startswith("/"):
             raise ValueError("it names a host; give file:///folder, or the path alone")

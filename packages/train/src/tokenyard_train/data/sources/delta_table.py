@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from tokenyard import ConfigError
-from tokenyard_train.data.paths import UNITY_CATALOG
+from tokenyard_train.data.paths import DELTA_LOG, UNITY_CATALOG, is_table_name
 from tokenyard_train.data.schema import RowSource, Source
 from tokenyard_train.data.sources.keys import key_below
 from tokenyard_train.data.sources.unity_catalog import Storage, resolve
@@ -105,9 +105,7 @@ def _load(source: Source | RowSource, key: str, version: int | None) -> tuple[An
     try:
         table = deltalake.DeltaTable(storage.location, storage_options=storage.options)
     except deltalake.exceptions.TableNotFoundError:
-        raise ConfigError(
-            f"{name} is no Delta table; give a folder that holds a _delta_log"
-        ) from None
+        raise _no_table(name, location, storage.location) from None
     except Exception as error:  # errors come from deltalake and from each storage
         if "catalog-managed" in str(error):
             raise _unsupported(name, "the feature catalogManaged") from None
@@ -130,6 +128,17 @@ def _load(source: Source | RowSource, key: str, version: int | None) -> tuple[An
             f"perhaps because its log was cleaned up: {reason_of(error)}"
         ) from None
     return table, storage.options
+
+
+def _no_table(name: str, location: str, storage: str) -> ConfigError:
+    """Return the error of a location without a table, which `storage` is to the catalog."""
+    if storage != location:
+        return ConfigError(
+            f"{name} is in {storage}, as the catalog says, and this machine finds no Delta table "
+            "there; mount that storage here, or ask the owner of the table"
+        )
+    hint = f", or {UNITY_CATALOG}{location} for Unity Catalog" if is_table_name(location) else ""
+    return ConfigError(f"{name} is no Delta table; give a folder that holds a {DELTA_LOG}{hint}")
 
 
 def open_table(source: Source | RowSource, key: str) -> Table:

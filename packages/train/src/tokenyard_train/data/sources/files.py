@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenyard import ConfigError
 from tokenyard.bounded import require_plain
+from tokenyard_train.data.paths import DELTA_LOG
 from tokenyard_train.data.sources.formats import canonical_name
 
 log = logging.getLogger("tokenyard")
@@ -89,6 +90,7 @@ def _expand(path: Path, suffixes: Collection[str], key: str) -> list[Path]:
         files = list_files(path)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
+    _refuse_table(path, files, key)
     chosen = list(_with_suffix(files, suffixes))
     for file in chosen:
         if not stat.S_ISREG(_mode(file, key)):
@@ -101,6 +103,16 @@ def _expand(path: Path, suffixes: Collection[str], key: str) -> list[Path]:
         )
     _warn_left_out(path, set(files) - set(chosen))
     return chosen
+
+
+def _refuse_table(path: Path, files: Sequence[Path], key: str) -> None:
+    """Raise ConfigError for a Delta table: only its log says which of its files are current."""
+    table = next((file.parent.parent for file in files if file.parent.name == DELTA_LOG), None)
+    if table is not None:
+        raise ConfigError(
+            f"{key} {str(path)!r} holds the Delta table {table}, whose files have deleted and "
+            "overwritten rows too; give its folder as dataset.delta (data pack: --delta)"
+        )
 
 
 def _with_suffix(files: Sequence[Path], suffixes: Collection[str]) -> Iterator[Path]:

@@ -124,8 +124,13 @@ def _sorted_rows(df: Any, order: list[str], text_key: str) -> Any:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of an error of Spark, without secrets of the environment."""
-    lines = str(error).strip().splitlines()
+    """Return the first line of an error of Spark, without secrets of the environment.
+
+    The line that py4j puts before it is left out.
+    """
+    lines = [line.strip(" :") for line in str(error).splitlines() if line.strip(" :")]
+    if len(lines) > 1 and lines[0].startswith("An error occurred while calling"):
+        lines = lines[1:]
     return hide_secrets(lines[0])[:300] if lines else type(error).__name__
 
 
