@@ -128,6 +128,11 @@ def test_the_trained_model_is_registered_and_loaded_by_name(run, tmp_path, monke
     folder = run({"register": "yard"}, model=MIXTRAL)
     assert not list(Path().iterdir())  # such as a database of MLflow's default
     check_registered(folder, (tmp_path / "mlruns").as_uri(), monkeypatch)
+    for name in ("models:/yard", "models:yard/1", "models:/yard/1/2"):
+        with pytest.raises(
+            ConfigError, match=r"names no model of .*; give models:/NAME/VERSION or"
+        ):
+            generate(prompts(Path(name)))
     with pytest.raises(ConfigError, match=r"^models:/none/1 cannot be downloaded from file:.*none"):
         generate(prompts(Path("models:/none/1")))
     monkeypatch.delenv("MLFLOW_TRACKING_URI")

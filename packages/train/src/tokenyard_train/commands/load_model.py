@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,8 @@ from tokenyard_train.engine.resume import load_checkpoint
 
 log = logging.getLogger("tokenyard")
 
-_REGISTRY = "models:/"  # the start of a name in MLflow's registry
+_REGISTRY = "models:"  # the start of a name in MLflow's registry
+_REGISTERED = re.compile(r"models:/([^/@]+(/[^/@]+|@[^/@]+)|m-[^/@]+)")  # m-...: an id of MLflow 3
 _MEGABLOCKS = "megablocks.json"  # in a folder that `to_megablocks` wrote
 
 
@@ -91,10 +93,15 @@ def load_weights_only(
 def _downloaded(path: Path) -> Path:
     """Return the path, or the folder of a model that ``models:/NAME/VERSION`` names.
 
-    The folder is deleted when this process ends.
+    The folder is deleted when this process ends. Raises ConfigError.
     """
     if not str(path).startswith(_REGISTRY):
         return path
+    if not _REGISTERED.fullmatch(str(path)):
+        raise ConfigError(
+            f"{path} names no model of MLflow's registry; give models:/NAME/VERSION or "
+            "models:/NAME@ALIAS"
+        )
     from tokenyard_train.records.trackers.mlflow import download_model
 
     folder = tempfile.TemporaryDirectory(prefix="tokenyard-")
