@@ -13,6 +13,7 @@ pytest.importorskip("peft", minversion="0.21")
 
 import peft
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from tokenyard import LoraSettings, Routing, add_lora
@@ -342,3 +343,14 @@ def test_each_way_to_name_targets_is_read(options, tmp_path, caplog):
     assert "adapter_config.json has keys that are not known here and are left out: scaled_by" in (
         caplog.text
     )
+
+
+def test_adapters_are_read_into_a_model_that_fsdp_shards(tmp_path):
+    """`fully_shard` gives a model a class of its own, which computes the same."""
+    base = saved("mixtral", tmp_path)
+    by_peft(base, target_modules=ATTENTION).save_pretrained(tmp_path / "adapters")
+    folder = PeftFolder(tmp_path / "adapters")
+    model = from_hf(base)
+    targets = folder.targets(model)
+    model.__class__ = type("FSDPMixtral", (FSDPModule, type(model)), {})
+    assert folder.targets(model) == targets

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.families._format import HfFormat
@@ -96,6 +97,8 @@ def format_to_write(model: nn.Module, fused: bool = False) -> HfFormat:
     """
     definition = getattr(model, "definition", None)
     cls = type(model)
+    if FSDPModule in cls.__bases__:  # fully_shard derives a class of its own from the model's
+        cls = cls.__bases__[1]
     if definition is not None and "definition" not in vars(cls):
         raise WeightsError(
             f"{cls.__name__} derives from the {definition} model and may compute something else, "
