@@ -162,11 +162,11 @@ def test_check_says_what_a_kernel_saves_and_keeps(config):
     run = config()
     _, model = build_model(run)
     before = estimate(run, model, ALONE)
-    assert "experts save" not in dict(_backend_rows(run, model))
     layers = moe_layers(model)
+    assert "experts save" not in dict(_backend_rows(run, layers[0]))
     for moe in layers:
         moe.experts.kernel = Frugal()
-    rows = dict(_backend_rows(run, model))
+    rows = dict(_backend_rows(run, layers[0]))
     usual = 2 * 4 * 32  # K * b * U
     assert rows["experts save"] == f"6 bytes a token and layer, {usual - 6} fewer"
     assert rows["experts keep"].startswith("copies of a layer's weights, ")
