@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.families._format import HfFormat
@@ -97,7 +97,9 @@ def format_to_write(model: nn.Module, fused: bool = False) -> HfFormat:
     """
     definition = getattr(model, "definition", None)
     cls = type(model)
-    if FSDPModule in cls.__bases__:  # fully_shard derives a class of its own from the model's
+    # fully_shard derives a class of its own from the model's. Importing it here would be slow.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and fsdp.FSDPModule in cls.__bases__:
         cls = cls.__bases__[1]
     if definition is not None and "definition" not in vars(cls):
         raise WeightsError(
