@@ -5,9 +5,6 @@ are numbers in e4m3 with float32 scales: one for each 128 columns of a row, and 
 128 x 128 of a weight (``tokenyard.fp8``). A slice is 128 numbers deep, so each of its two halves of
 128 columns has one scale a row and one scale of the weight.
 
-The tensor cores add in about 14 bits. So a slice's sum starts at zero, and is scaled and added to
-the total in float32. One warp group adds while the other one multiplies.
-
 Legend: T tokens, R rows, E experts, D model width, F expert width. PARTS is 2 for a gated
 activation (gate and up) and 1 otherwise.
 """
@@ -16,16 +13,15 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from tokenyard.fp8 import LARGEST, SMALLEST_SCALE
 from tokenyard_kernels_triton.kernels._activations import factor, function
+from tokenyard_kernels_triton.kernels._gluon_fp8_tiles import (
+    accumulate,
+    add_bias,
+    rows_of_scales,
+    store_half,
+)
 from tokenyard_kernels_triton.kernels._gluon_loads import (
     arrivals,
     left_slices,
@@ -33,118 +29,8 @@ from tokenyard_kernels_triton.kernels._gluon_loads import (
     loading_warps,
     registers,
 )
-from tokenyard_kernels_triton.kernels._gluon_pipeline import (
-    barriers,
-    ragged_at,
-    skip_slices,
-    store,
-)
+from tokenyard_kernels_triton.kernels._gluon_pipeline import barriers, skip_slices
 from tokenyard_kernels_triton.kernels._schedule import tile_at
-
-_LARGEST = gl.constexpr(LARGEST)
-_SMALLEST_SCALE = gl.constexpr(SMALLEST_SCALE)
-
-# Of a warp group's sum of one half of a tile: 64 rows by 128 columns.
-_HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
-
-
-@gluon.jit
-def _accumulate(
-    a,  # [2 * STAGES, ...] slices of the left operand, one for each warp group
-    b,  # [STAGES, ...] slices of the right operand
-    full,  # barriers that the loader completes
-    empty,  # barriers that the warp groups complete
-    done,  # slices consumed before these
-    steps,  # slices to sum over
-    row_scales,  # [64] pointers to the first scale of each row; a row has `steps` of them
-    inside,  # [64], which of the rows exist
-    scales,  # pointer to the weight's first scale for the first half
-    next_half,  # distance to the scale of the second half
-    next_slice,  # distance to the scale of the next slice
-    has_second,  # whether the second half exists
-    GATHERED: gl.constexpr,  # threads have copied the rows
-    WARPGROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """Return the sums [64, 128] of both halves of a tile, in float32."""
-    first = gl.zeros([64, 128], gl.float32, _HALF)
-    second = gl.zeros([64, 128], gl.float32, _HALF)
-    part = gl.zeros([64, 128], gl.float32, _HALF)
-    for k in range(done, done + steps):
-        # The scales are loaded while the slice is on its way.
-        step = k - done
-        of_rows = gl.load(row_scales + step, mask=inside, other=0.0)  # [64]
-        of_first = gl.load(scales + step * next_slice)
-        of_second = gl.load(scales + step * next_slice + next_half, mask=has_second, other=0.0)
-        stage = k % STAGES
-        mbarrier.wait(full.index(stage), (k // STAGES) & 1)
-        if GATHERED:
-            fence_async_shared()  # make the threads' copies visible to the tensor cores
-        left = a.index(2 * stage + WARPGROUP).reshape([64, 128])
-        right = b.index(stage).reshape([256, 128])
-
-        # The second wait is redundant. It ties the total to the next matmul: else LLVM moves the
-        # additions below that, and 64 more registers are alive.
-        half = right.slice(0, 128, 0).permute([1, 0])
-        part = warpgroup_mma(left, half, part, use_acc=False, is_async=True)
-        part = warpgroup_mma_wait(0, deps=[part])
-        first += part * (of_rows * of_first)[:, None]
-        part, first = warpgroup_mma_wait(0, deps=[part, first])
-
-        half = right.slice(128, 128, 0).permute([1, 0])
-        part = warpgroup_mma(left, half, part, use_acc=False, is_async=True)
-        part = warpgroup_mma_wait(0, deps=[part])
-        mbarrier.arrive(empty.index(stage))
-        second += part * (of_rows * of_second)[:, None]
-        part, second = warpgroup_mma_wait(0, deps=[part, second])
-    return first, second
-
-
-@gluon.jit
-def _rows_of_scales(order, row, end, TOP_K: gl.constexpr):
-    """Return the rows [64] of the left operand's scales, and a mask of the rows before `end`."""
-    rows = row + gl.arange(0, 64, gl.SliceLayout(1, _HALF))
-    inside = rows < end
-    if TOP_K:
-        return gl.load(order + rows, mask=inside, other=0) // TOP_K, inside
-    else:
-        return rows, inside
-
-
-@gluon.jit
-def _add_bias(tile, bias, column, exists):
-    """Add 128 numbers of a bias [width], from `column` on, to a tile [64, 128]."""
-    index = gl.arange(0, 128, layout=gl.SliceLayout(0, _HALF))
-    value = gl.load(bias + column + index, mask=(index < 128) & exists, other=0.0)
-    return tile + value.to(gl.float32)[None, :]
-
-
-@gluon.jit
-def _store_half(
-    tile,  # [64, 128] float32
-    target,  # [R, parts * width]
-    scales,  # [R, blocks], if the target is in 8 bits
-    blocks,
-    buffer,  # [64, 128] in shared memory
-    row,
-    end,
-    part,
-    column,  # within the part
-    block,  # the column of scales
-    exists,  # whether the part has the columns
-):
-    """Start storing a tile; in 8 bits, quantize it with a scale for each row."""
-    if target.dtype.primitive_bitwidth == 8:
-        # The largest number ignores NaN, which stays NaN; an infinity makes NaN of its whole block.
-        largest = gl.max(gl.abs(tile), 1)  # [64]
-        scale = gl.maximum(largest / _LARGEST, _SMALLEST_SCALE)
-        rows = row + gl.arange(0, 64, gl.SliceLayout(1, _HALF))
-        at = scales + rows.to(gl.int64) * blocks + block
-        gl.store(at, scale, mask=(rows < end) & exists)
-        tile = tile * (1.0 / scale)[:, None]
-    buffer.reshape([64, 128]).store(tile.to(target.dtype))
-    fence_async_shared()
-    store(target, ragged_at(row, end, part, column), buffer)
 
 
 @gluon.jit
@@ -179,9 +65,9 @@ def _multiply_up(
             block = n * (2 // PARTS)  # of the first half
             apart = blocks if PARTS == 2 else 1  # blocks from the first half to the second
             exists = PARTS == 2 or block + 1 < blocks
-            rows, inside = _rows_of_scales(order, row, end, TOP_K)
+            rows, inside = rows_of_scales(order, row, end, TOP_K)
             of_expert = expert.to(gl.int64) * PARTS * blocks
-            first, second = _accumulate(
+            first, second = accumulate(
                 a,
                 b,
                 full,
@@ -202,14 +88,14 @@ def _multiply_up(
             # Epilogue: bias, activation, quantization and stores.
             if BIAS:
                 of_block = bias + (of_expert + block) * 128
-                first = _add_bias(first, of_block, 0, True)
-                second = _add_bias(second, of_block, apart * 128, exists)
+                first = add_bias(first, of_block, 0, True)
+                second = add_bias(second, of_block, apart * 128, exists)
             tma.store_wait(0)  # the last tile's stores have read the buffers
             if PARTS == 2:
                 if KEEP_A:
                     act = function(first, FUNCTION) * factor(second, FUNCTION)
                     buffer = a_buffers.index(WARPGROUP)
-                    _store_half(
+                    store_half(
                         act,
                         a_out,
                         a_scales,
@@ -224,7 +110,7 @@ def _multiply_up(
                     )
                 if KEEP_Z:
                     for part in gl.static_range(2):
-                        _store_half(
+                        store_half(
                             first if part == 0 else second,
                             z,
                             z_scales,
@@ -243,7 +129,7 @@ def _multiply_up(
                     if half == 1:
                         tma.store_wait(0)
                     if KEEP_Z:
-                        _store_half(
+                        store_half(
                             tile,
                             z,
                             z_scales,
@@ -257,7 +143,7 @@ def _multiply_up(
                             block + half < blocks,
                         )
                     if KEEP_A:
-                        _store_half(
+                        store_half(
                             function(tile, FUNCTION),
                             a_out,
                             a_scales,
@@ -393,9 +279,9 @@ def _multiply_rows(
         if row < end:
             # Main loop.
             exists = 2 * n + 1 < blocks
-            rows, inside = _rows_of_scales(order, row, end, TOP_K)
+            rows, inside = rows_of_scales(order, row, end, TOP_K)
             of_expert = weight_scales + expert.to(gl.int64) * blocks * steps
-            first, second = _accumulate(
+            first, second = accumulate(
                 a,
                 b,
                 full,
@@ -416,12 +302,12 @@ def _multiply_rows(
             # Epilogue: bias and stores.
             if BIAS:
                 of_tile = bias + expert.to(gl.int64) * width + n * 256
-                first = _add_bias(first, of_tile, 0, True)
-                second = _add_bias(second, of_tile, 128, exists)
+                first = add_bias(first, of_tile, 0, True)
+                second = add_bias(second, of_tile, 128, exists)
             for half in gl.static_range(2):
                 # Wait until the store that used this buffer has read it.
                 tma.store_wait(BUFFERS - 1)
-                _store_half(
+                store_half(
                     first if half == 0 else second,
                     out,
                     None,
