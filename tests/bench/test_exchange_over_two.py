@@ -22,7 +22,13 @@ from tokenyard.testing import ranks
 from tokenyard_bench.case import make_case
 from tokenyard_bench.commands import run_exchange
 from tokenyard_bench.compare import compare
-from tokenyard_bench.exchange import Entrants, World, bench_exchange, check_ranks, join_ranks
+from tokenyard_bench.exchange import (
+    ExchangeSettings,
+    World,
+    bench_exchange,
+    check_ranks,
+    join_ranks,
+)
 from tokenyard_bench.exchange.entrant import Candidate
 from tokenyard_bench.exchange.marks import MarkedPermutation, Marks, end_pass, marked_compute
 from tokenyard_bench.exchange.measure import CaseMeasurement
@@ -45,7 +51,7 @@ def records(device, dtype, routing, exchanges, shape=SMALL):
         device = f"cuda:{torch.cuda.current_device()}"
     world = World(torch.device(device), timeout=60)
     sweep = Sweep([shape], [dtype], [routing], world.device, repetitions=3, ranks=2)
-    cases = bench_exchange(sweep, world, Entrants(exchanges, pause=0), Console(quiet=True))
+    cases = bench_exchange(sweep, world, ExchangeSettings(exchanges, pause=0), Console(quiet=True))
     return next(cases)
 
 

@@ -17,7 +17,7 @@ from tokenyard.errors import one_of
 from tokenyard.measure.machine import describe_machine
 from tokenyard_bench.case import DTYPES, ROUTINGS, RoutingKind
 from tokenyard_bench.compare import compare
-from tokenyard_bench.exchange import Entrants, bench_exchange, check_ranks, join_ranks
+from tokenyard_bench.exchange import ExchangeSettings, bench_exchange, check_ranks, join_ranks
 from tokenyard_bench.kernels import bench_kernels
 from tokenyard_bench.layer import bench_layer
 from tokenyard_bench.options import (
@@ -88,12 +88,12 @@ def run_exchange(options: ExchangeOptions, console: Console) -> None:
     world = join_ranks(one_device.device, options.timeout)
     check_ranks(one_device.shapes, world.size)
     sweep = replace(one_device, ranks=world.size)
-    entrants = Entrants(options.exchanges, options.experts, options.peers, options.pause)
+    settings = ExchangeSettings(options.exchanges, options.experts, options.peers, options.pause)
     if world.rank > 0:
-        for _ in bench_exchange(sweep, world, entrants, Console(quiet=True)):
+        for _ in bench_exchange(sweep, world, settings, Console(quiet=True)):
             pass
         return
-    cases = bench_exchange(sweep, world, entrants, console)
+    cases = bench_exchange(sweep, world, settings, console)
     path, _ = _write("exchange", options, sweep, cases, lambda r: print_exchanges(r, console))
     print_line(console, f"wrote {path}")
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
-from tokenyard import BackendError, ConfigError, MoE, default_registry
-from tokenyard.errors import did_you_mean
+from tokenyard import BackendError, MoE, default_registry
 from tokenyard.moe import allow_weight_copies
 from tokenyard_bench.case import Case
 from tokenyard_bench.entrant import COARSE, Entrant, SkippedEntrant
 from tokenyard_bench.peers import PEERS
-from tokenyard_bench.requests import parse_request
+from tokenyard_bench.requests import parse_names, parse_peers, parse_request
 
 
 def backend_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
@@ -36,38 +33,12 @@ def backend_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
     return entrants
 
 
-def parse_names(option: str, names: str, default: list[str], installed: Iterable[str]) -> list[str]:
-    """Split the value of an option at its commas; "all" means `default`.
-
-    Raises ConfigError for a name that is not installed.
-    """
-    if names == "all":
-        return default
-    installed = list(installed)
-    for name in names.split(","):
-        if name not in installed:
-            known = ", ".join(installed)
-            raise ConfigError(
-                f"{option} {name!r} is unknown{did_you_mean(name, installed)}; "
-                f"installed: {known}, or all"
-            )
-    return names.split(",")
-
-
 def peer_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
     """Return the layer by each peer in `names`: separated by commas, "all" or "none".
 
     Raises ConfigError for an unknown name.
     """
-    peers = {"all": list(PEERS), "none": []}.get(names, names.split(","))
-    for name in peers:
-        if name not in PEERS:
-            known = ", ".join(PEERS)
-            raise ConfigError(
-                f"--peers {name!r} is unknown{did_you_mean(name, PEERS)}; "
-                f"known are: {known}, all, none"
-            )
-    return [_peer_entrant(case, name) for name in peers]
+    return [_peer_entrant(case, name) for name in parse_peers(names, PEERS)]
 
 
 def build_moe(case: Case, experts: str = "auto") -> MoE:

@@ -1,11 +1,13 @@
-"""Requests for backends with options, as the command line has them."""
+"""Names and options of what is compared, as the command line has them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from tokenyard import ConfigError
+from tokenyard.errors import did_you_mean
 
 
 def parse_request(option: str, text: str) -> tuple[str, dict[str, Any]]:
@@ -29,3 +31,37 @@ def _setting(option: str, text: str, setting: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def parse_names(option: str, names: str, default: list[str], installed: Iterable[str]) -> list[str]:
+    """Split the value of an option at its commas; "all" means `default`.
+
+    Raises ConfigError for a name that is not installed.
+    """
+    if names == "all":
+        return default
+    installed = list(installed)
+    for name in names.split(","):
+        if name not in installed:
+            known = ", ".join(installed)
+            raise ConfigError(
+                f"{option} {name!r} is unknown{did_you_mean(name, installed)}; "
+                f"installed: {known}, or all"
+            )
+    return names.split(",")
+
+
+def parse_peers(names: str, known: Iterable[str]) -> list[str]:
+    """Split the value of ``--peers`` at its commas; "all" means every known peer, "none" none.
+
+    Raises ConfigError for an unknown name.
+    """
+    known = list(known)
+    peers = {"all": known, "none": []}.get(names, names.split(","))
+    for name in peers:
+        if name not in known:
+            raise ConfigError(
+                f"--peers {name!r} is unknown{did_you_mean(name, known)}; "
+                f"known are: {', '.join(known)}, all, none"
+            )
+    return peers

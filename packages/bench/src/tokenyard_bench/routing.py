@@ -13,7 +13,7 @@ from tokenyard import default_registry
 from tokenyard.backend import Kind
 from tokenyard.measure.timing import Stages
 from tokenyard_bench.case import Case
-from tokenyard_bench.entrants import parse_names
+from tokenyard_bench.requests import parse_names
 from tokenyard_bench.routing_calls import Timed, permutation_calls, plan_rows, router_calls
 from tokenyard_bench.routing_check import PlannedRows
 from tokenyard_bench.sweep import Say, Sweep

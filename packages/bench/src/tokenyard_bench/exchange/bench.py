@@ -10,7 +10,6 @@ from rich.console import Console
 
 from tokenyard import ConfigError
 from tokenyard.divisors import divisors
-from tokenyard.errors import one_of
 from tokenyard.measure.timing import clock_for
 from tokenyard_bench.case import Case
 from tokenyard_bench.exchange.liger import Capacity, liger_candidate
@@ -19,6 +18,7 @@ from tokenyard_bench.exchange.ours import parse_exchanges
 from tokenyard_bench.exchange.rank_case import part_of
 from tokenyard_bench.exchange.times import Timer
 from tokenyard_bench.exchange.world import World
+from tokenyard_bench.requests import parse_peers
 from tokenyard_bench.shapes import Shape
 from tokenyard_bench.sweep import Say, Sweep
 from tokenyard_cli.results import Record
@@ -27,7 +27,7 @@ PEERS = ("liger",)
 
 
 @dataclass(frozen=True)
-class Entrants:
+class ExchangeSettings:
     """What is compared, and how."""
 
     exchanges: list[str]  # NAME, NAME:KEY=VALUE, or all
@@ -37,7 +37,7 @@ class Entrants:
 
 
 def bench_exchange(
-    sweep: Sweep, world: World, entrants: Entrants, console: Console
+    sweep: Sweep, world: World, settings: ExchangeSettings, console: Console
 ) -> Iterator[list[Record]]:
     """Measure every case. Yield, for each case, one record for each entrant.
 
@@ -45,8 +45,8 @@ def bench_exchange(
     differ in no time.
     """
     capacity = _capacity(sweep.shapes)
-    peers = _peers(entrants.peers)
-    timer = Timer(world, clock_for(world.device), entrants.pause, sweep.repetitions)
+    peers = parse_peers(settings.peers, PEERS)
+    timer = Timer(world, clock_for(world.device), settings.pause, sweep.repetitions)
 
     def measure_case(whole: Case, say: Say) -> Iterator[Record]:
         case = part_of(whole, world.rank, world.size)
@@ -57,8 +57,8 @@ def bench_exchange(
         say("timing dense matmuls")
         for record in measurement.dense():
             yield head | record
-        requests = parse_exchanges(entrants.exchanges, case.workload)
-        candidates = [request.candidate(case, entrants.experts, world) for request in requests]
+        requests = parse_exchanges(settings.exchanges, case.workload)
+        candidates = [request.candidate(case, settings.experts, world) for request in requests]
         candidates += [liger_candidate(case, capacity) for _ in peers]
         for candidate in candidates:
             say(f"checking and timing {candidate.name}")
@@ -78,13 +78,6 @@ def check_ranks(shapes: Sequence[Shape], ranks: int) -> None:
                 f"--shape {shape.name!r} has {experts} experts, which {ranks} ranks do not divide; "
                 f"start a number of ranks that does: {fitting}"
             )
-
-
-def _peers(names: str) -> list[str]:
-    peers = {"all": list(PEERS), "none": []}.get(names, names.split(","))
-    for name in peers:
-        one_of("--peers", name, (*PEERS, "all", "none"))
-    return peers
 
 
 def _capacity(shapes: Sequence[Shape]) -> Capacity:
