@@ -72,3 +72,21 @@ def test_train_refuses_a_peer_that_does_not_exist(bench, config):
         ConfigError, match=r"--peers 'mixtral' is unknown; known are: transformers-eager"
     ):
         bench("train", config, "--peers", "mixtral")
+
+
+def test_peers_of_a_run_with_lora_have_the_same_adapters(bench, settings, tmp_path):
+    pytest.importorskip("peft")
+    path = tmp_path / "lora.yaml"
+    model = {"name": "mixtral", "size": "tiny", "hidden_size": 32, "intermediate_size": 24}
+    path.write_text(yaml.safe_dump(settings | {"model": model, "lora": {"rank": 4}}))
+    arguments = ["--steps", 3, "--peers", "transformers-grouped_mm", "--apart"]
+    out, _ = bench("train", path, *arguments, "activation_checkpointing=true")
+    ours, theirs = json.loads((out / "train.json").read_text())["records"]
+    assert theirs["parameters"] == ours["parameters"]
+    assert 0 < theirs["trained"] == ours["trained"] < ours["parameters"] / 2
+    assert 4 < theirs["loss"] < 7
+
+
+def test_train_refuses_a_peer_of_adapters_that_peft_does_not_have(bench, config):
+    with pytest.raises(ConfigError, match=r"lora needs a model\.name such as mixtral"):
+        bench("train", config, "--peers", "transformers-eager", "lora={rank: 4}")

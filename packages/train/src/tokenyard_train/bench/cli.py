@@ -18,6 +18,7 @@ def train(options: TrainOptions) -> None:
     Peers are transformers' Mixtral of the same size, trained in turns with ours on the same data.
     With --peer-dtype bf16 they train entirely in bf16.
     Only so does their grouped_mm run in bf16, because it ignores autocast.
+    With lora they have our adapters, by PEFT.
     """
     from tokenyard_train.bench.commands import run_train
 

@@ -35,7 +35,7 @@ def run_train(options: TrainOptions, console: Console) -> None:
     peers = {"none": [], "both": list(BOTH)}.get(options.peers, options.peers.split(","))
     progress = console if is_rank0() else Console(quiet=True)
     dtype = PEER_DTYPES[options.peer_dtype]
-    records = bench_train(config, peers, dtype, options.steps, progress)
+    records = bench_train(config, peers, dtype, options.steps, progress, options.apart)
     if not is_rank0():
         return
     print_train(records, console)

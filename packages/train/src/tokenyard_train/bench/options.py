@@ -27,6 +27,13 @@ class TrainOptions:
     peer_dtype: Annotated[
         str, Option(help="Dtype of the peers' weights: fp32 (as ours) or bf16.")
     ] = "fp32"
+    apart: Annotated[
+        bool,
+        Option(
+            "--apart",
+            help="Train peers after ours instead of in turns, for models that do not fit together.",
+        ),
+    ] = False
     steps: Annotated[int, Option(min=3, help="Measured steps.")] = 20
     threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: torch's.")] = None
     out: Annotated[Path, Option(help="Output folder.")] = Path("bench")

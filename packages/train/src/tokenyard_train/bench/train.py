@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -18,7 +22,7 @@ from tokenyard.measure.timing import Clock, Spread, Stages, clock_for
 from tokenyard.measure.trace import trace
 from tokenyard_cli.console import print_line
 from tokenyard_cli.results import Record
-from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer
+from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer, PeerTask, peer_task
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.cuda_graph import MicrobatchGraph
 from tokenyard_train.engine.deterministic import deterministic
@@ -56,14 +60,34 @@ class _Entrant:
         return (lambda _: self.step(batch),)
 
 
+class _Work(NamedTuple):
+    """What each entrant does."""
+
+    console: Console
+    device: torch.device
+    batch_tokens: int
+    flops_per_token: float
+    steps: int  # measured, after the first few
+
+    @property
+    def last(self) -> int:
+        return _WARMUP + self.steps
+
+
 def bench_train(
-    config: TrainConfig, peers: Sequence[str], peer_dtype: torch.dtype, steps: int, console: Console
+    config: TrainConfig,
+    peers: Sequence[str],
+    peer_dtype: torch.dtype,
+    steps: int,
+    console: Console,
+    apart: bool = False,
 ) -> list[Record]:
     """Train some steps of a resolved config, each followed by the peers' step on the same batch.
 
-    Keeps nothing on disk. Under torchrun every rank calls this; their results differ only in the
-    times. Raises ConfigError for an unknown peer, for one without a model of this size, and for
-    any peer beside several ranks.
+    With `apart`, an entrant is built, trained and freed before the next one. Keeps nothing on disk.
+    Under torchrun every rank calls this; their results differ only in the times. Raises ConfigError
+    for an unknown peer, for one without a model of this size, and for any peer beside several
+    ranks.
     """
     for name in peers:
         one_of("--peers", name, IMPLEMENTATIONS)
@@ -73,44 +97,70 @@ def bench_train(
         temporary = config.model_copy(update={"save_folder": folder, "autoresume": False})
         setup = build_setup(temporary, console)
         setup.convert_weights()
-        entrants = [_peer(setup, name, peer_dtype) for name in peers]
-        work = f"{steps} steps of {setup.batch_tokens:,} tokens on {config.device}"
-        print_line(setup.console, work, "dim")
-        return _measure(setup, entrants, steps)
+        task = peer_task(setup, peer_dtype, Path(folder)) if peers else None
+        builders = [partial(_peer, task, name) for name in peers if task]
+        work = _work(setup, steps)
+        if not apart:
+            return _measure(work, setup, [build() for build in builders])
+        records = _measure(work, setup, [])
+        del setup
+        return records + [_measure_peer(work, build) for build in builders]
 
 
-def _peer(setup: Setup, name: str, dtype: torch.dtype) -> _Entrant:
-    peer = MixtralPeer(setup, IMPLEMENTATIONS[name], dtype)
+def _work(setup: Setup, steps: int) -> _Work:
+    work = f"{steps} steps of {setup.batch_tokens:,} tokens on {setup.config.device}"
+    print_line(setup.console, work, "dim")
+    return _Work(setup.console, setup.device, setup.batch_tokens, setup.flops_per_token, steps)
+
+
+def _peer(task: PeerTask, name: str) -> _Entrant:
+    peer = MixtralPeer(task, IMPLEMENTATIONS[name])
     return _Entrant(name, peer.model, peer.step)
 
 
-def _measure(setup: Setup, peers: Sequence[_Entrant], steps: int) -> list[Record]:
-    clock = clock_for(setup.device)
+def _measure(work: _Work, setup: Setup, peers: Sequence[_Entrant]) -> list[Record]:
+    """Measure tokenyard and the peers in turns. Ours comes first, and has phases."""
+    clock = clock_for(work.device)
     watch = Stopwatch(clock.stamp)
 
     def step(batch: int) -> float:
+        if batch == _WARMUP:
+            watch.spans.clear()
         return train_step(setup, batch, phase=watch).result.loss
 
     ours = _Entrant(OURS, setup.model, step, graph=setup.graph)
     entrants = (ours, *peers)
-    last = _WARMUP + steps
-    for batch in range(last):
-        if batch % max(1, last // _LINES) == 0:
-            names = ", ".join(entrant.name for entrant in entrants)
-            print_line(setup.console, f"  step {batch + 1} of {last}: {names} ...", "dim")
-        if batch == _WARMUP:
-            watch.spans.clear()
+    _train(work, entrants)
+    retries = allocation_retries(work.device)
+    phases = watch.totals(lambda begin, end: clock.between([begin, end])[0])
+    shares = _shares(phases, sum(ours.times))
+    records = [_record(work, entrant) for entrant in entrants]
+    records[0] |= {"shares": shares, "allocation_retries": retries}
+    return records
+
+
+def _measure_peer(work: _Work, build: Callable[[], _Entrant]) -> Record:
+    """Build a peer where the entrant before it has been freed, and measure it alone."""
+    gc.collect()
+    if work.device.type == "cuda":
+        torch.cuda.empty_cache()
+    peer = build()
+    _train(work, [peer])
+    return _record(work, peer)
+
+
+def _train(work: _Work, entrants: Sequence[_Entrant]) -> None:
+    """Train all entrants on each batch, in turns, and time the steps after the first few."""
+    clock = clock_for(work.device)
+    names = ", ".join(entrant.name for entrant in entrants)
+    for batch in range(work.last):
+        if batch % max(1, work.last // _LINES) == 0:
+            print_line(work.console, f"  step {batch + 1} of {work.last}: {names} ...", "dim")
         for entrant in entrants:
             milliseconds, entrant.loss = _time_step(entrant.step, batch, clock)
             if batch >= _WARMUP:
                 entrant.times.append(milliseconds)
-    print_line(setup.console, "  profiling ...", "dim")
-    retries = allocation_retries(setup.device)
-    phases = watch.totals(lambda begin, end: clock.between([begin, end])[0])
-    shares = _shares(phases, sum(ours.times))
-    records = [_record(setup, entrant, last) for entrant in entrants]
-    records[0] |= {"shares": shares, "allocation_retries": retries}
-    return records
+    print_line(work.console, "  profiling ...", "dim")
 
 
 def _time_step(step: Step, batch: int, clock: Clock) -> tuple[float, float]:
@@ -120,24 +170,25 @@ def _time_step(step: Step, batch: int, clock: Clock) -> tuple[float, float]:
     return clock.between([begin, clock.stamp()])[0], loss
 
 
-def _record(setup: Setup, entrant: _Entrant, batch: int) -> Record:
+def _record(work: _Work, entrant: _Entrant) -> Record:
     """Summarise the measured steps, and take further ones for memory and profile."""
     step = Spread.of(entrant.times)
-    tokens_per_s = 1e3 * setup.batch_tokens / step.median
-    dtype = next(entrant.model.parameters()).dtype
-    stages = entrant.stages(batch)
+    tokens_per_s = 1e3 * work.batch_tokens / step.median
+    parameters = list(entrant.model.parameters())
+    stages = entrant.stages(work.last)
     return {
         "contestant": entrant.name,
         "processes": started_processes(),
         "step_ms": step._asdict(),
         "tokens_per_s": round(tokens_per_s, 1),
-        "flops_per_s": tokens_per_s * setup.flops_per_token,
+        "flops_per_s": tokens_per_s * work.flops_per_token,
         "loss": entrant.loss,
-        "parameters": sum(parameter.numel() for parameter in entrant.model.parameters()),
-        "weights": str(dtype).removeprefix("torch."),
-        "peak_bytes": peak_bytes(stages, setup.device) + entrant.graph_bytes(),
-        **_kernels(stages, setup.device),
-        **_kinds(stages, setup.device, step.median),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "weights": str(parameters[0].dtype).removeprefix("torch."),
+        "peak_bytes": peak_bytes(stages, work.device) + entrant.graph_bytes(),
+        **_kernels(stages, work.device),
+        **_kinds(stages, work.device, step.median),
     }
 
 
