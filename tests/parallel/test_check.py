@@ -127,9 +127,9 @@ def test_check_prints_meshes_and_bytes(settings, tmp_path):
         check(load_config(path, ["global_train_batch_size=64"]), console)
     printed = " ".join(console.export_text().split())
     for part in (
-        "layout over 64 processes strategy fsdp all but experts 2 replicate x 32 shard",
+        "layout over 64 ranks strategy fsdp all but experts 2 replicate x 32 shard",
         "experts 2 replicate x 4 shard x 8 expert_parallel",
-        "memory of a process (estimate) parameters 15.",
+        "memory of a rank (estimate) parameters 15.",
         "working set",
         "exchange all_to_all_tokens",
     ):
@@ -141,7 +141,7 @@ def test_check_prints_meshes_and_bytes(settings, tmp_path):
     [
         (
             (12, 8, 1),
-            "expert_parallel is 8, which does not divide the 12 processes of a copy of the model; "
+            "expert_parallel is 8, which does not divide the 12 ranks of a copy of the model; "
             "these do: 1, 2",
         ),
         (
@@ -156,7 +156,7 @@ def test_check_prints_meshes_and_bytes(settings, tmp_path):
         ),
         (
             (64, 1, 3),
-            "replicate is 3, which does not divide the 64 processes; these do: 1, 2, 4",
+            "replicate is 3, which does not divide the 64 ranks; these do: 1, 2, 4",
         ),
     ],
 )

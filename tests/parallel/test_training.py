@@ -222,7 +222,7 @@ def test_every_ordered_pair_of_layouts(source, settings, tmp_path, reference):
             {"strategy": "fsdp", "expert_parallel": 4},
             {},
             "ConfigError: parallel.strategy: expert_parallel is 4, which does not divide the 2 "
-            "processes of a copy of the model; these do: 1, 2",
+            "ranks of a copy of the model; these do: 1, 2",
         ),
         (
             {"strategy": "fsdp", "expert_parallel": 3},
@@ -233,19 +233,19 @@ def test_every_ordered_pair_of_layouts(source, settings, tmp_path, reference):
         (
             {"strategy": {"name": "fsdp", "replicate": 3}},
             {},
-            "ConfigError: replicate is 3, which does not divide the 2 processes; these do: 1, 2",
+            "ConfigError: replicate is 3, which does not divide the 2 ranks; these do: 1, 2",
         ),
         (
             {"strategy": "fsdp"},
             {"global_train_batch_size": 7},
-            "ConfigError: global_train_batch_size is 7, which 2 processes cannot share evenly; "
+            "ConfigError: global_train_batch_size is 7, which 2 ranks cannot share evenly; "
             "try 6 or 8",
         ),
         (
             {"strategy": "fsdp"},
             {"device_train_microbatch_size": 3},
             "ConfigError: device_train_microbatch_size is 3, which does not divide "
-            "global_train_batch_size 8 / 2 processes",
+            "global_train_batch_size 8 / 2 ranks",
         ),
     ],
 )

@@ -35,7 +35,7 @@ def test_check_shows_size_work_memory_and_backends(tokenyard, path):
     for part in (
         "active parameters",
         "FLOPs per token",
-        "memory of a process",
+        "memory of a rank",
         "6 batches",
         "held-out text",
         "single",

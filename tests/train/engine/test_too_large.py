@@ -23,7 +23,7 @@ NEVER = {
     "model.ffn_config.moe_num_experts=1000000000000000000": "make a tensor of .* numbers",
     "model.ffn_config.ffn_hidden_size=100000000000000000": "make a tensor of .* numbers",
     "model.vocab_size=9223372036854775808": "make a tensor of .* numbers",
-    "global_train_batch_size=1000000000": "token ids take .*GiB of a process, and this machine",
+    "global_train_batch_size=1000000000": "token ids take .*GiB of a rank, and this machine",
 }
 
 HERE = {
@@ -57,7 +57,7 @@ def test_what_this_machine_does_not_hold_is_refused(override, tokenyard, path):
 def test_check_warns_of_a_model_that_does_not_fit(tokenyard, path, caplog):
     code, _, _ = tokenyard("check", path, "model.ffn_config.ffn_hidden_size=1000000000")
     assert code == 0
-    assert "a process needs about" in caplog.text
+    assert "a rank needs about" in caplog.text
 
 
 @pytest.mark.parametrize(

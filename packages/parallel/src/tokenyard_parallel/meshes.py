@@ -35,7 +35,7 @@ def dense_sizes(ranks: int, replicate: int) -> MeshSizes:
     if replicate < 1 or ranks % replicate:
         fitting = ", ".join(map(str, divisors(ranks)))
         raise ConfigError(
-            f"replicate is {replicate}, which does not divide the {ranks} processes; "
+            f"replicate is {replicate}, which does not divide the {ranks} ranks; "
             f"these do: {fitting}"
         )
     return MeshSizes(replicate, ranks // replicate)
@@ -52,7 +52,7 @@ def expert_sizes(dense: MeshSizes, expert_parallel: int) -> MeshSizes:
     if ranks % expert_parallel:
         fitting = ", ".join(map(str, divisors(ranks)))
         raise ConfigError(
-            f"expert_parallel is {expert_parallel}, which does not divide the {ranks} processes "
+            f"expert_parallel is {expert_parallel}, which does not divide the {ranks} ranks "
             f"of a copy of the model; these do: {fitting}"
         )
     if dense.shard > 1:

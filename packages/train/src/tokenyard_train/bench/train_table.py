@@ -13,7 +13,7 @@ from tokenyard_cli.results import Record
 _COLUMNS = (
     "step ms",
     "tokens/s",
-    "of a process",
+    "of a rank",
     "its FLOP/s",
     "peak memory",
     "parameters",

@@ -68,7 +68,7 @@ def check(config: TrainConfig, console: Console) -> None:
     _add(table, "model", _model_rows(config, model))
     _add(table, "data", _data_rows(config, data, strategy.data[1]))
     _add(table, f"layout over {_ranks(strategy.data[1])}", _layout_rows(config, layout))
-    _add(table, "memory of a process (estimate)", _memory_rows(config, model, layout))
+    _add(table, "memory of a rank (estimate)", _memory_rows(config, model, layout))
     if layers := moe_layers(model):
         _add(table, f"backends ({len(layers)} MoE layers)", _backend_rows(config, layers[0]))
     console.print(table)
@@ -79,7 +79,7 @@ def _warn_if_too_large(config: TrainConfig, size: int) -> None:
     memory = device_memory(config.device)
     if memory is not None and size > memory:
         log.warning(
-            "a process needs about %s and %s has %s; lower device_train_microbatch_size or the "
+            "a rank needs about %s and %s has %s; lower device_train_microbatch_size or the "
             "model, set activation_checkpointing: true, or shard it over more devices",
             describe_bytes(size),
             config.device,
@@ -146,7 +146,7 @@ def _layout_rows(config: TrainConfig, layout: ShardingReport) -> Rows:
     yield "strategy", describe_choice(chosen)
     for parameters, sizes in layout.meshes.items():
         mesh = " x ".join(f"{size} {dimension}" for dimension, size in sizes.items() if size > 1)
-        yield parameters, mesh or "1 process"
+        yield parameters, mesh or "1 rank"
 
 
 def _memory_rows(config: TrainConfig, model: Model, layout: ShardingReport) -> Rows:
@@ -190,4 +190,4 @@ def _add(table: Table, title: str, rows: Rows) -> None:
 
 
 def _ranks(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
+    return "1 rank" if count == 1 else f"{count} ranks"

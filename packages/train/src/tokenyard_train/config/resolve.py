@@ -99,7 +99,7 @@ def _microbatch(config: TrainConfig, length: int) -> int:
         ranks = started_processes()
         batch = f"global_train_batch_size {config.global_train_batch_size}"
         if ranks > 1:
-            batch += f" / {ranks} processes, {rank_batch}"
+            batch += f" / {ranks} ranks, {rank_batch}"
         raise ConfigError(
             f"device_train_microbatch_size is {requested}, which does not divide {batch}; "
             f"these do: {', '.join(map(str, smaller + larger))}"
@@ -114,7 +114,7 @@ def _rank_batch(config: TrainConfig) -> int:
     if batch % ranks:
         multiples = [n * ranks for n in (batch // ranks, batch // ranks + 1) if n]
         raise ConfigError(
-            f"global_train_batch_size is {batch}, which {ranks} processes cannot share evenly; "
+            f"global_train_batch_size is {batch}, which {ranks} ranks cannot share evenly; "
             f"try {' or '.join(map(str, multiples))}"
         )
     return batch // ranks

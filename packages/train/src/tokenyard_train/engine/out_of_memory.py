@@ -40,7 +40,7 @@ def check_batch_fits(config: TrainConfig, ranks: int) -> None:
         if memory is not None and size > memory:
             raise ConfigError(
                 f"{name} is {getattr(config, name)}, whose token ids take "
-                f"{describe_bytes(size)} of a process, and this machine has "
+                f"{describe_bytes(size)} of a rank, and this machine has "
                 f"{describe_bytes(memory)}; lower it"
             )
 

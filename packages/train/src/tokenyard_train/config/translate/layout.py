@@ -143,7 +143,7 @@ def _replicas(given: FsdpConfig, processes: int) -> int:
     if shards > 0:
         raise ConfigError(
             f"fsdp_config.data_parallel_shard_degree is {shards}, which does not divide the "
-            f"{processes} processes"
+            f"{processes} ranks"
         )
     if "HYBRID_SHARD" not in given.sharding_strategy:
         return 1
