@@ -378,6 +378,8 @@ def _replacements():
         "store": tma_store,
         "_copy": lambda target, pointers, mask: target.store(load(pointers, mask)),
         "fence_async_shared": lambda: None,
+        "round_pairs": lambda tile, dtype: tile.to(dtype),
+        "_logistic": lambda z, ptx: Value(z.tensor.sigmoid()),
         "warpgroup_mma": mma,
         "warpgroup_mma_wait": mma_wait,
     }

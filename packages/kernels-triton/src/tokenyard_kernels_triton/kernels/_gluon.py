@@ -28,6 +28,7 @@ from tokenyard_kernels_triton.kernels._gluon_pipeline import (
     accumulate,
     barriers,
     ragged_at,
+    round_pairs,
     skip_slices,
     store,
     take_chunk,
@@ -75,17 +76,18 @@ def _activate_and_store(
     column = first + INDEX * CHUNK
 
     # Round z to the output dtype first, so that recomputing it gives the same activation.
-    gate = take_chunk(total, INDEX, COLUMNS, CHUNK).to(a_out.dtype)
-    act = function(gate.to(gl.float32), FUNCTION)
+    gate = round_pairs(take_chunk(total, INDEX, COLUMNS, CHUNK), a_out.dtype)
+    act = function(gate.to(gl.float32), FUNCTION, True)
     if KEEP_Z:
         buffers.index(buffer).reshape([64, CHUNK]).store(gate)
     if PARTS == 2:
-        up = take_chunk(total, INDEX + COLUMNS // PARTS // CHUNK, COLUMNS, CHUNK).to(a_out.dtype)
+        SECOND: gl.constexpr = INDEX + COLUMNS // PARTS // CHUNK
+        up = round_pairs(take_chunk(total, SECOND, COLUMNS, CHUNK), a_out.dtype)
         act *= factor(up.to(gl.float32), FUNCTION)
         if KEEP_Z:
             buffers.index(buffer + 1).reshape([64, CHUNK]).store(up)
     if KEEP_A:
-        buffers.index(buffer + PARTS).reshape([64, CHUNK]).store(act.to(a_out.dtype))
+        buffers.index(buffer + PARTS).reshape([64, CHUNK]).store(round_pairs(act, a_out.dtype))
 
     # TMA stores: the fence makes the buffers visible to the copy engine.
     fence_async_shared()

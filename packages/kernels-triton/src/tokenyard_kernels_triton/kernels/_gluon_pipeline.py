@@ -123,3 +123,17 @@ def take_chunk(tile, INDEX: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.const
             return take_chunk(one, INDEX, HALF, CHUNK)
         else:
             return take_chunk(two, INDEX - HALF // CHUNK, HALF, CHUNK)
+
+
+@gluon.jit
+def round_pairs(tile, dtype: gl.constexpr):
+    """Return a float32 tile in bfloat16 or float16, rounded to nearest even.
+
+    The same as ``tile.to(dtype)``, which LLVM sometimes compiles to one slow instruction a number.
+    """
+    if dtype == gl.bfloat16:
+        asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        return gl.inline_asm_elementwise(asm, "=r,f,f", [tile], gl.bfloat16, True, 2)
+    else:
+        asm: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        return gl.inline_asm_elementwise(asm, "=r,f,f", [tile], gl.float16, True, 2)
