@@ -19,12 +19,15 @@ KERNELS = (
     "_gluon_fp8",
     "_gluon_fp8_tiles",
     "_gluon",
+    "_gluon_block_sparse",
+    "_gluon_differentiate",
     "_gluon_gather",
     "_gluon_loads",
     "_gluon_pipeline",
     "_schedule",
     "_activations",
 )
+LAUNCHERS = ("ops._gluon", "ops._gluon_fp8", "block_sparse._gluon")
 SECONDS = 60  # after which a barrier counts as a deadlock
 _turn = threading.Condition()
 _program = SimpleNamespace(id=0, failed=False)
@@ -178,9 +181,24 @@ class Shared:
     def permute(self, order):
         return Shared(self.tensor.permute(order))
 
+    def load(self, layout):
+        return Value(self.tensor.clone())
+
     def store(self, value):
         assert value.tensor.dtype == self.tensor.dtype
         bits(self.tensor).copy_(bits(value.tensor.contiguous()))
+
+
+class Pairs:
+    """Boxes in shared memory of which two, side by side, are a slice."""
+
+    def __init__(self, boxes, stages, by_depth):
+        self.boxes = boxes
+        self.axis = 1 if by_depth else 0
+
+    def index(self, number):
+        pair = self.boxes.tensor[2 * int(number) : 2 * int(number) + 2, 0]
+        return Shared(torch.cat(tuple(pair), self.axis))
 
 
 def allocate(dtype, shape, layout):
@@ -286,7 +304,8 @@ def specialize(partitions, warps, registers):
 
     def run(function, arguments):
         try:
-            function(*arguments)
+            with torch.no_grad():  # a thread has its own mode
+                function(*arguments)
         except BaseException as error:
             errors.append(error)
             with _turn:
@@ -340,8 +359,13 @@ def language():
         zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype.torch)),
         load=load,
         store=store,
+        where=lambda mask, *values: Value(
+            torch.where(torch.as_tensor(plain(mask)), *map(plain, values))
+        ),
         cdiv=lambda number, by: -(-number // by),
         static_range=range,
+        full=lambda shape, value, dtype, layout: Value(torch.full(shape, value)),
+        sum=lambda value, axis: Value(value.tensor.sum(axis)),
         max=maximum_of,
         abs=lambda value: Value(value.tensor.abs()),
         exp=lambda value: Value(value.tensor.exp()),
@@ -378,6 +402,7 @@ def _replacements():
         "store": tma_store,
         "_copy": lambda target, pointers, mask: target.store(load(pointers, mask)),
         "fence_async_shared": lambda: None,
+        "_pairs": Pairs,
         "round_pairs": lambda tile, dtype: tile.to(dtype),
         "_logistic": lambda z, ptx: Value(z.tensor.sigmoid()),
         "warpgroup_mma": mma,
@@ -415,7 +440,7 @@ def _argument(argument):
 
 
 def install(monkeypatch):
-    """Run the matmuls of ``ops._gluon`` and ``ops._gluon_fp8`` until the end of a test."""
+    """Run the matmuls of the modules LAUNCHERS until the end of a test."""
     spaces = _namespaces()
 
     def launch(kernel, grid):
@@ -426,8 +451,8 @@ def install(monkeypatch):
 
         return run
 
-    for name in ("_gluon", "_gluon_fp8"):
-        ops = importlib.import_module(f"tokenyard_kernels_triton.ops.{name}")
+    for name in LAUNCHERS:
+        ops = importlib.import_module(f"tokenyard_kernels_triton.{name}")
         monkeypatch.setattr(ops, "launch", launch)
 
 

@@ -12,8 +12,11 @@ from tokenyard_kernels_triton import block_sparse
 from tokenyard_kernels_triton.block_sparse import BlockSparse, _ops, dds, dsd, reference, sdd
 from tokenyard_kernels_triton.block_sparse._tiling import Tiling
 
+from . import gluon_interpreter
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOPOLOGIES = 200
+CASES = TOPOLOGIES // 5 if DEVICE == "cuda" else 4  # of each part, in Gluon
 PARTS = [0, *(pytest.param(part, marks=pytest.mark.full) for part in range(1, 5))]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -90,9 +93,11 @@ def strided(rng: random.Random, *size: int) -> torch.Tensor:
     return torch.randn(size, device=DEVICE, dtype=torch.float64)
 
 
-def leaves_of(rng: random.Random, topology, transposed: bool) -> dict[str, torch.Tensor]:
+def leaves_of(
+    rng: random.Random, topology, transposed: bool, sizes=(16, 48, 64, 100)
+) -> dict[str, torch.Tensor]:
     rows, columns = topology.shape
-    depth, width, height = (rng.choice([16, 48, 64, 100]) for _ in range(3))
+    depth, width, height = (rng.choice(sizes) for _ in range(3))
     tail = topology.live()[:, None, None]
     data = torch.randn(topology.blocks, topology.block, topology.block, device=DEVICE)
     inner = rows if transposed else columns
@@ -110,8 +115,8 @@ def cast(leaves, dtype):
     return {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
 
 
-def check(rng: random.Random, topology, transposed: bool, dtype: torch.dtype) -> None:
-    leaves = leaves_of(rng, topology, transposed)
+def check(rng: random.Random, topology, transposed: bool, dtype: torch.dtype, *sizes: int) -> None:
+    leaves = leaves_of(rng, topology, transposed, *([sizes] if sizes else []))
     outputs = {}
     got = chain(cast(leaves, dtype), topology, transposed, outputs)
     plain = dense_chain(cast(leaves, dtype), topology, transposed, outputs)
@@ -131,6 +136,26 @@ def test_matches_dense_float64_on_random_topologies(block, part):
         if rng.random() < 0.5:
             topology = with_tail(topology, rng.randint(1, 5))
         check(rng, topology, rng.random() < 0.5, DTYPES[case % 3])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_gluon_matches_dense_float64_on_random_topologies(part, monkeypatch):
+    """The kernels for Hopper GPUs, on a CPU in the tests' own interpreter."""
+    if DEVICE == "cpu":
+        gluon_interpreter.install(monkeypatch)
+        monkeypatch.setattr(_ops, "runs_gluon", lambda device: True)
+    elif not _ops.runs_gluon(torch.device("cuda", 0)):
+        pytest.skip("no Hopper GPU")
+    launches = []
+    write = _ops._gluon().launch
+    monkeypatch.setattr(_ops._gluon(), "launch", lambda *a: launches.append(a) or write(*a))
+    rng = random.Random(part)
+    for case in range(CASES):
+        topology = block_sparse.topology_of_mask(random_mask(rng).to(DEVICE), 128)
+        if rng.random() < 0.5:
+            topology = with_tail(topology, rng.randint(1, 5))
+        check(rng, topology, rng.random() < 0.5, DTYPES[1 + case % 2], 136, 256, 328)
+    assert len(launches) > 6 * CASES / 2
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,12 @@ def test_everything_is_usable_on_hopper():
 
 
 def test_gluon_needs_hopper_and_a_known_triton_version(monkeypatch):
-    monkeypatch.setattr(_plugin, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(_plugin, "triton_minor_version", lambda: "3.6")
     assert _plugin.no_gluon(workload()) is None
     assert "Hopper" in _plugin.no_gluon(workload(capability=(8, 0)))
     assert "float32" in _plugin.no_gluon(workload(dtype=torch.float32))
     assert "ffn_dim is 132, not a multiple of 8" in _plugin.no_gluon(workload(ffn_dim=132))
-    monkeypatch.setattr(_plugin, "triton_version", lambda: "4.0.1")
+    monkeypatch.setattr(_plugin, "triton_minor_version", lambda: "4.0")
     assert _plugin.no_gluon(workload()).endswith("3.9, and 4.0 is installed")
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "Hopper" in _plugin.no_gluon(workload())

@@ -9,6 +9,7 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
+GLUON = ("3.6", "3.7", "3.8", "3.9")  # Gluon is experimental: its names change between versions
 _INTERPRETED_PROGRAMS = 2  # few, so that each one's loop has several tiles
 
 
@@ -41,6 +42,14 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 101376))
 
 
+@functools.cache
+def runs_gluon(device: torch.device) -> bool:
+    """Return whether a device is a Hopper GPU, and Triton a version that Gluon was tried with."""
+    if device.type != "cuda" or torch.version.hip is not None:  # AMD GPUs have such numbers, too
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9 and triton_minor_version() in GLUON
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make a tensor's GPU the current one, because Triton launches on that."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
@@ -54,6 +63,11 @@ def triton_version() -> str:
         with suppress(metadata.PackageNotFoundError):
             return metadata.version(name)
     return "unknown"
+
+
+def triton_minor_version() -> str:
+    """Return the first two numbers of Triton's version, such as "3.6"."""
+    return ".".join(triton_version().split(".")[:2])
 
 
 def power_of_two(number: int) -> int:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from tokenyard import Backend, Workload, hookimpl
 from tokenyard.cross_entropy import replace_by_gradient
-from tokenyard_kernels_triton._device import triton_version
+from tokenyard_kernels_triton._device import GLUON, triton_minor_version
 
 _SCORES = ("softmax", "sigmoid")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_GLUON = ("3.6", "3.7", "3.8", "3.9")  # Gluon is experimental: its names change between versions
 _FAST = 20  # before core's backends, on a GPU
 _LAST = -20  # after all others, in the interpreter
 _BY_NAME = -5  # after core's backends: until it was measured
@@ -75,9 +74,9 @@ def no_gluon(workload: Workload) -> str | None:
             return (
                 f"'gluon' needs rows of whole 16 bytes, and {name} is {size}, not a multiple of 8"
             )
-    version = ".".join(triton_version().split(".")[:2])
-    if version not in _GLUON:
-        return f"'gluon' was tried with Triton {', '.join(_GLUON)}, and {version} is installed"
+    version = triton_minor_version()
+    if version not in GLUON:
+        return f"'gluon' was tried with Triton {', '.join(GLUON)}, and {version} is installed"
     return None
 
 

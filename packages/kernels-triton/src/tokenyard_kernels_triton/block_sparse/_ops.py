@@ -6,7 +6,9 @@ below the other, and [G, K, N / G] G matrices side by side.
 
 from __future__ import annotations
 
+import importlib
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tokenyard.operators import operator
-from tokenyard_kernels_triton._device import ceil_div, on_device_of, shared_memory
+from tokenyard_kernels_triton._device import ceil_div, on_device_of, runs_gluon, shared_memory
 from tokenyard_kernels_triton.block_sparse import reference
 from tokenyard_kernels_triton.block_sparse._tiling import (
     GROUP,
@@ -93,6 +95,9 @@ def _(
 
 
 def _write_blocks(left: Tensor, right: Tensor, data: Tensor, sparse: Topology) -> None:
+    if runs_gluon(left.device) and _gluon().can_multiply(sparse.block, left, right, data):
+        _gluon().write_blocks(left, right, data, sparse)
+        return
     block = sparse.block
     machine = (left.dtype, shared_memory(left.device), _even(left) and _even(right))
     tiling = sparse_output_tiling(block, *machine)
@@ -124,8 +129,12 @@ def _write_blocks(left: Tensor, right: Tensor, data: Tensor, sparse: Topology) -
 def _write_product(
     data: Tensor, dense: Tensor, out: Tensor, sparse: Topology, transposed: bool
 ) -> None:
-    block = sparse.block
     width = dense.shape[-1]
+    wide = runs_gluon(dense.device) and width > 128
+    if wide and _gluon().can_multiply(sparse.block, data, dense, out):
+        _gluon().write_product(data, dense, out, sparse, transposed)
+        return
+    block = sparse.block
     machine = (dense.dtype, shared_memory(dense.device), _even(dense) and _even(out))
     tiling = dense_output_tiling(block, *machine, width, dense.stride(-1) != 1)
     rows = sparse.columns if transposed else sparse.rows
@@ -150,6 +159,11 @@ def _write_product(
         **tiling.options(),
         **_precision(dense),
     )
+
+
+def _gluon() -> ModuleType:
+    """Import the kernels for Hopper GPUs. They need a Triton version with its Gluon names."""
+    return importlib.import_module("tokenyard_kernels_triton.block_sparse._gluon")
 
 
 def _empty_output(

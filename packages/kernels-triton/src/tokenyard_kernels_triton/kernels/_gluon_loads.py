@@ -109,17 +109,19 @@ def load_row_tiles(
                     at = [expert, 0, k, column]
                 else:
                     at = [expert, 0, column, k]
-                done = _load_slice(
+                # The warp groups' boxes differ in rows.
+                upper = ragged_at(row, end, 0, k)
+                lower = ragged_at(row + 64, end, 0, k)
+                done = load_slice(
                     left,
                     weight,
-                    ragged_at(row, end, 0, k),
-                    at,
+                    (upper, lower),
+                    (at,),
                     a,
                     b,
                     full,
                     empty,
                     done,
-                    2,  # AXIS: the warp groups' boxes differ in rows
                     STAGES,
                 )
 
@@ -161,51 +163,47 @@ def load_column_tiles(
             m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
             end = gl.load(offsets + expert + 1)
             for k in range(gl.load(offsets + expert), end, DEPTH):
-                at_left = ragged_at(k, end, 0, m * 128)
-                at_right = ragged_at(k, end, 0, n * COLUMNS)
-                done = _load_slice(
+                # The warp groups' boxes differ in columns.
+                one = ragged_at(k, end, 0, m * 128)
+                two = ragged_at(k, end, 0, m * 128 + 64)
+                done = load_slice(
                     left,
                     right,
-                    at_left,
-                    at_right,
+                    (one, two),
+                    (ragged_at(k, end, 0, n * COLUMNS),),
                     a,
                     b,
                     full,
                     empty,
                     done,
-                    4,  # AXIS: the warp groups' boxes differ in columns
                     STAGES,
                 )
 
 
 @gluon.jit
-def _load_slice(
+def load_slice(
     left,
     right,
-    at_left,
-    at_right,
-    a,  # [2 * STAGES, ...] slices of `left` in shared memory
-    b,  # [STAGES, ...] slices of `right` in shared memory
+    at_left,  # coordinates of two boxes, one for each warp group
+    at_right,  # coordinates of the boxes of `right`
+    a,  # [2 * STAGES, ...] boxes of `left` in shared memory
+    b,  # [STAGES * len(at_right), ...] boxes of `right` in shared memory
     full,
     empty,
     done,
-    AXIS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Load one slice: two boxes of `left`, 64 apart along AXIS, and one of `right`."""
+    """Load slice number `done` of both operands, and return the next slice's number."""
     # Wait until both warp groups have consumed the stage's previous slice.
     stage = done % STAGES
     ready = full.index(stage)
     mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
 
-    # TMA arrives at the barrier when all bytes of the three boxes are there.
-    mbarrier.expect(ready, 2 * left.block_type.nbytes + right.block_type.nbytes)
+    # TMA arrives at the barrier when all bytes of the boxes are there.
+    BOXES: gl.constexpr = len(at_right)
+    mbarrier.expect(ready, 2 * left.block_type.nbytes + BOXES * right.block_type.nbytes)
     for half in gl.static_range(2):
-        at = at_left
-        if AXIS == 2:
-            at = [at[0], at[1], at[2] + 64 * half, at[3], at[4]]
-        else:
-            at = [at[0], at[1], at[2], at[3], at[4] + 64 * half]
-        load(left, at, ready, a.index(2 * stage + half))
-    load(right, at_right, ready, b.index(stage))
+        load(left, at_left[half], ready, a.index(2 * stage + half))
+    for box in gl.static_range(BOXES):
+        load(right, at_right[box], ready, b.index(BOXES * stage + box))
     return done + 1

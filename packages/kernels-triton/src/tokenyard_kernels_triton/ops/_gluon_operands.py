@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,10 +85,15 @@ def stacked(weights: Tensor, parts: int, block: tuple[int, int]) -> TensorDescri
     experts, rows, columns = weights.shape
     box = [1, parts, *block]
     split = weights.view(experts, parts, rows // parts, columns)
-    return TensorDescriptor.from_tensor(split, box, _layout(box, weights))
+    return described(split, box)
 
 
-def _layout(box: list[int], like: Tensor) -> gl.NVMMASharedLayout:
+def described(tensor: Tensor, box: Sequence[int]) -> TensorDescriptor:
+    """Describe a tensor whose last dimension is contiguous, for boxes of a shape."""
+    return TensorDescriptor.from_tensor(tensor, list(box), _layout(box, tensor))
+
+
+def _layout(box: Sequence[int], like: Tensor) -> gl.NVMMASharedLayout:
     size = like.element_size()
     return _shared_layout(min(128, box[-1] * size), 8 * size, len(box))
 
