@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenyard import Workload
-from tokenyard.activations import activate, up_rows
+from tokenyard.activations import activate, swiglu, up_rows
 from tokenyard.experts import rows_outer, rows_times
 from tokenyard.fp8 import Quantized, dequantize, quantize_rows, quantize_weights
 from tokenyard.permutations import TorchPermutation
@@ -167,3 +167,32 @@ def test_matmuls_in_16_bits(copied):
     assert relative_error(da, rows.product(x, down)) < NEAR
     assert relative_error(dup, rows_outer(z.double(), x.double(), offsets)) < NEAR
     assert relative_error(ddown, rows_outer(x.double(), a.double(), offsets)) < NEAR
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", swiglu(1.702, 1, 1)])
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "gathered"])
+def test_differentiate_down(copied, activation, weighted):
+    """dz, the weighted activation and the gradient of the weights, against autograd in float64."""
+    from tokenyard_kernels_triton.ops import _gluon
+    from tokenyard_kernels_triton.ops._gluon_operands import NARROW
+
+    rows = Rows()
+    dim, ffn_dim = 200, 328
+    tokens = random(rows.count, dim)
+    left = _gluon.rows_of(tokens, rows.plan, NARROW + 1 if copied else NARROW)
+    down = random(rows.experts, dim, ffn_dim) / dim**0.5
+    z = random(len(rows.plan.order), up_rows(activation, ffn_dim))
+    weights = torch.rand(rows.plan.order.shape, device=DEVICE) if weighted else None
+    with poisoned_memory():
+        dz, a, dots = _gluon.differentiate_down(
+            left, down, z, rows.plan.order, weights, rows.tiles, activation
+        )
+    w = weights[rows.plan.order[: rows.kept].long(), None].double() if weighted else 1.0
+    da = rows.product(tokens[rows.tokens], down)
+    exact = z[: rows.kept].double().requires_grad_()
+    act = activate(exact, activation)
+    (want,) = torch.autograd.grad(act, exact, da * w)
+    assert relative_error(dz[: rows.kept], want) < NEAR
+    assert relative_error(a[: rows.kept], act.detach() * w) < NEAR
+    assert relative_error(dots[: rows.kept].sum(1), (da * act.detach()).sum(1)) < NEAR

@@ -26,7 +26,7 @@ def function(z, FUNCTION: tl.constexpr, PTX: tl.constexpr = False):
     """Return f(z). PTX says that the kernel runs on NVIDIA GPUs only, where it is faster."""
     if len(FUNCTION) > 1:
         g = tl.minimum(z, FUNCTION[2], tl.PropagateNan.ALL)
-        return g * _logistic(FUNCTION[1] * g, False)  # with PTX, the up matmul spills
+        return g * _logistic(FUNCTION[1] * g, False)  # with PTX, matmuls spill registers
     elif FUNCTION[0] == "silu":
         return z * _logistic(z, PTX)
     elif FUNCTION[0] == "gelu":
@@ -47,7 +47,7 @@ def function_and_slope(z, FUNCTION: tl.constexpr, PTX: tl.constexpr = False):
     """Return f(z) and f'(z); the slope of relu at 0 is 0. `function` describes PTX."""
     if len(FUNCTION) > 1:
         g = tl.minimum(z, FUNCTION[2], tl.PropagateNan.ALL)
-        s = _logistic(FUNCTION[1] * g, PTX)
+        s = _logistic(FUNCTION[1] * g, False)
         slope = s + FUNCTION[1] * g * s * (1.0 - s)
         return g * s, tl.where(z <= FUNCTION[2], slope, 0.0)
     elif FUNCTION[0] == "silu":

@@ -229,14 +229,16 @@ def sum_dots(
     slots,  # N
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,  # WIDTH, rounded up to a power of two
 ):
     """Write the sum over each slot's row of dots; 0 for a dropped slot."""
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     row = tl.load(inverse + slot, mask=slot < slots, other=0)  # [SLOTS]
     kept = (slot < slots) & (row < tl.load(live))
-    pointers = dots + row.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    target = dweights + slot
-    tl.store(target, tl.sum(tl.load(pointers, mask=kept[:, None], other=0.0), 1), mask=slot < slots)
+    column = tl.arange(0, COLUMNS)
+    pointers = dots + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    values = tl.load(pointers, mask=kept[:, None] & (column < WIDTH)[None, :], other=0.0)
+    tl.store(dweights + slot, tl.sum(values, 1), mask=slot < slots)
 
 
 @triton.jit

@@ -133,11 +133,14 @@ def _through_down(
 
     # Through the down projection and the activation.
     z = _pre_activation(call, saved, save, row_tiles, matmuls)
-    da = matmuls.times_weight(drows, down, None, row_tiles, False, "activation_gradient")
-    dz, weighted, dots = differentiate(
-        da, copied, z, bias, plan.order, topk_weights, row_tiles, activation
-    )
-    del z, da  # free both before the next allocation
+    weigh = (plan.order, topk_weights, row_tiles, activation)
+    if bias is None:
+        dz, weighted, dots = matmuls.differentiate_down(drows, down, z, *weigh)
+    else:
+        da = matmuls.times_weight(drows, down, None, row_tiles, False, "activation_gradient")
+        dz, weighted, dots = differentiate(da, copied, z, bias, *weigh)
+        del da
+    del z  # free it before the next allocation
     if needs.topk_weights and topk_weights is not None:
         gradients["topk_weights"] = sum_dots(dots, plan)
     if needs.down:

@@ -10,18 +10,23 @@ from torch import Tensor
 from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors
 from tokenyard_kernels_triton.gluon_tiling import GluonTiling, Matmul, gluon_tiling
-from tokenyard_kernels_triton.kernels import _gluon
+from tokenyard_kernels_triton.kernels import _gluon, _gluon_differentiate
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._gluon_operands import Rows, operand, ragged, rows_of, stacked
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
-__all__ = ["rows_of", "times_weight", "up_and_activate", "weight_gradient"]
+__all__ = ["differentiate_down", "rows_of", "times_weight", "up_and_activate", "weight_gradient"]
 
 ROWS = 128  # of a tile
 
 # Of a thread at launch: two warp groups and the loader then share 65536 registers.
 _REGISTERS = 168
+
+# Of `differentiate_down`: columns at a time, chunks of the pre-activation loaded ahead (RING), and
+# buffers of results. They fill its shared memory.
+_CHUNK = 32
+_DIFFERENTIATE = {"STAGES": 3, "CHUNK": _CHUNK, "RING": 3, "BUFFERS": 1}
 
 
 def _options(device: torch.device, tiling: GluonTiling) -> dict[str, Any]:
@@ -102,6 +107,45 @@ def times_weight(
         **_options(rows.device, tiling),
     )
     return out
+
+
+def differentiate_down(
+    drows: Rows,
+    down: Tensor,
+    z: Tensor,
+    order: Tensor,
+    topk_weights: Tensor | None,
+    row_tiles: RowTiles,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, ceil(F / 256)]."""
+    parts = 2 if is_gated(activation) else 1
+    dim, ffn_dim = down.shape[1:]
+    tiling = gluon_tiling("activation_gradient", dim, ffn_dim, drows.device)
+    columns = ceil_div(ffn_dim, tiling.columns)
+    dz = torch.empty_like(z)
+    weighted = drows.new_empty(row_tiles.rows, ffn_dim)
+    dots = torch.empty(row_tiles.rows, columns, dtype=torch.float32, device=z.device)
+    left, _, top_k = operand(drows, (64, tiling.depth))
+    grid = persistent_grid(drows.device, row_tiles.bound(ROWS) * columns)
+    launch(_gluon_differentiate.differentiate_down, grid)(
+        left,
+        order,
+        topk_weights,
+        stacked(down, 1, (tiling.depth, tiling.columns)),
+        *(ragged(matrix, parts, (64, _CHUNK)) for matrix in (z, dz)),
+        ragged(weighted, 1, (64, _CHUNK)),
+        dots,
+        row_tiles.tile_list(ROWS, tiling.group),
+        dim,
+        ffn_dim,
+        FUNCTION=function_of(activation),
+        PARTS=parts,
+        WEIGHTED=topk_weights is not None,
+        TOP_K=top_k,
+        **_options(drows.device, tiling) | _DIFFERENTIATE,
+    )
+    return dz, weighted, dots
 
 
 def weight_gradient(

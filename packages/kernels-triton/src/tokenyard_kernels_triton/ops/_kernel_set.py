@@ -54,6 +54,22 @@ class KernelSet(Protocol[Rows]):
         """
         ...
 
+    def differentiate_down(
+        self,
+        drows: Rows | Tensor,
+        down: Tensor,
+        z: Tensor,
+        order: Tensor,
+        topk_weights: Tensor | None,
+        row_tiles: RowTiles,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, some].
+
+        They are those of ``ops._gradient.differentiate`` for da = dy @ down. There is no bias.
+        """
+        ...
+
     def weight_gradient(
         self, left: Rows | Tensor, right: Rows | Tensor, row_tiles: RowTiles, matmul: Matmul
     ) -> Tensor:

@@ -71,11 +71,13 @@ def dot_with_rows(dy: Tensor, rows: Tensor, plan: Plan) -> Tensor:
 
 
 def sum_dots(dots: Tensor, plan: Plan) -> Tensor:
-    """Return [T, K] float32: the sums of the slots' rows of dots [R, 1 or 2]; 0 if dropped."""
+    """Return [T, K] float32: the sums of the slots' rows of dots [R, some]; 0 if dropped."""
     slots = plan.inverse.shape[0]
     out = dots.new_empty(slots // plan.top_k, plan.top_k)
+    width = dots.shape[1]
+    columns = power_of_two(width)
     launch(_moves.sum_dots, (ceil_div(slots, 128),))(
-        dots, out, plan.inverse, plan.offsets[-1:], slots, SLOTS=128, WIDTH=dots.shape[1]
+        dots, out, plan.inverse, plan.offsets[-1:], slots, SLOTS=128, WIDTH=width, COLUMNS=columns
     )
     return out
 

@@ -15,6 +15,7 @@ from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
+from tokenyard_kernels_triton.ops._gradient import differentiate
 from tokenyard_kernels_triton.ops._moves import to_rows
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.portable_tiling import PortableTiling, portable_tiling
@@ -91,6 +92,20 @@ def times_weight(
         **_options(rows, tiling),
     )
     return out
+
+
+def differentiate_down(
+    drows: Tensor,
+    down: Tensor,
+    z: Tensor,
+    order: Tensor,
+    topk_weights: Tensor | None,
+    row_tiles: RowTiles,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, 1]."""
+    da = times_weight(drows, down, None, row_tiles, False, "activation_gradient")
+    return differentiate(da, None, z, None, order, topk_weights, row_tiles, activation)
 
 
 def weight_gradient(left: Tensor, right: Tensor, row_tiles: RowTiles, matmul: Matmul) -> Tensor:
