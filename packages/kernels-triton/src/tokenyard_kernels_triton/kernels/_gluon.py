@@ -22,7 +22,6 @@ from tokenyard_kernels_triton.kernels._gluon_loads import (
     load_row_tiles,
     loading_warps,
     registers,
-    right_slices,
 )
 from tokenyard_kernels_triton.kernels._gluon_pipeline import (
     accumulate,
@@ -428,6 +427,7 @@ def times_weight(
 def _multiply_columns(
     tensors,
     sizes,
+    OUT_BY_COLUMNS: gl.constexpr,
     TOP_K: gl.constexpr,
     WARPGROUP: gl.constexpr,
     DEPTH: gl.constexpr,
@@ -474,9 +474,16 @@ def _multiply_columns(
             # Wait until the store that used this buffer has read it.
             tma.store_wait(BUFFERS - 1)
             buffer = buffers.index(BUFFERS * WARPGROUP + stored % BUFFERS)
-            buffer.reshape([64, CHUNK]).store(take_chunk(total, i, COLUMNS, CHUNK).to(a.dtype))
+            chunk = take_chunk(total, i, COLUMNS, CHUNK).to(a.dtype)
+            column = n * COLUMNS + i * CHUNK
+            if OUT_BY_COLUMNS:
+                buffer.reshape([CHUNK, 64]).permute([1, 0]).store(chunk)
+                at = [expert, 0, column, row]
+            else:
+                buffer.reshape([64, CHUNK]).store(chunk)
+                at = [expert, 0, row, column]
             fence_async_shared()
-            store(out, [expert, 0, row, n * COLUMNS + i * CHUNK], buffer)
+            store(out, at, buffer)
             stored += 1
         done += steps
     tma.store_wait(0)  # before the program ends and its buffers are freed
@@ -484,17 +491,17 @@ def _multiply_columns(
 
 @gluon.jit
 def weight_gradient(
-    left,  # [R, rows], or tokens [T, rows] with TOP_K and GATHER_LEFT
-    right,  # [R, columns], or tokens [T, columns] with TOP_K and not GATHER_LEFT
+    left,  # [R, rows], or with TOP_K tokens [T, rows]
+    right,  # [R, columns]
     order,  # [R] slot of each row, or None without TOP_K
-    out,  # [E, rows, columns]
+    out,  # [E, rows, columns], or [E, columns, rows] if OUT_BY_COLUMNS
     offsets,  # [E + 1]
     by_rows,  # [E] experts, those with most rows first
     num_experts,  # E
     rows,
     columns,
+    OUT_BY_COLUMNS: gl.constexpr,
     TOP_K: gl.constexpr,
-    GATHER_LEFT: gl.constexpr,
     DEPTH: gl.constexpr,
     COLUMNS: gl.constexpr,
     CHUNK: gl.constexpr,
@@ -505,15 +512,8 @@ def weight_gradient(
 ):
     """Write out[e] = left[rows of e].T @ right[rows of e] for each expert e."""
     # Prologue: slices of both operands, output buffers, and barriers in shared memory.
-    a = left_slices(left, out.dtype, TOP_K * GATHER_LEFT, DEPTH, STAGES)
-    b = right_slices(
-        right,
-        out.dtype,
-        TOP_K * (1 - GATHER_LEFT),
-        DEPTH,
-        COLUMNS,
-        STAGES,
-    )
+    a = left_slices(left, out.dtype, TOP_K, DEPTH, STAGES)
+    b = gl.allocate_shared_memory(out.dtype, [STAGES] + right.block_type.shape, right.layout)
     buffers = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
     full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
     empty = barriers(STAGES, 2)  # completed by both warp groups
@@ -529,6 +529,7 @@ def weight_gradient(
                 (
                     tensors,
                     sizes,
+                    OUT_BY_COLUMNS,
                     TOP_K,
                     0,  # WARPGROUP
                     DEPTH,
@@ -545,6 +546,7 @@ def weight_gradient(
                 (
                     tensors,
                     sizes,
+                    OUT_BY_COLUMNS,
                     TOP_K,
                     1,  # WARPGROUP
                     DEPTH,
@@ -558,7 +560,7 @@ def weight_gradient(
             ),
             (
                 load_column_tiles,
-                (operands, sizes, TOP_K, GATHER_LEFT, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES),
+                (operands, sizes, TOP_K, DEPTH, COLUMNS, GROUP, PROGRAMS, STAGES),
             ),
         ],
         [4, loading_warps(TOP_K)],

@@ -78,16 +78,15 @@ def gather_column_tiles(
     operands,
     sizes,
     TOP_K: gl.constexpr,
-    GATHER_LEFT: gl.constexpr,
     DEPTH: gl.constexpr,
     COLUMNS: gl.constexpr,
     GROUP: gl.constexpr,
     PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Load the slices of every tile of a weight gradient, gathering one operand from tokens.
+    """Load the slices of every tile of a weight gradient, gathering the left operand from tokens.
 
-    The gathered operand is the left one with GATHER_LEFT, else the right one.
+    Its boxes have 128 columns, half as many as those of the right one.
     """
     left, right, order, a, b, full, empty, offsets, by_rows = operands
     num_experts, rows, columns = sizes
@@ -111,21 +110,12 @@ def gather_column_tiles(
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
 
-            # One operand by TMA, the other by asynchronous copies of 64 columns at a time.
-            if GATHER_LEFT:
-                mbarrier.expect(ready, right.block_type.nbytes)
-                load(right, ragged_at(k, end, 0, n * COLUMNS), ready, b.index(stage))
-                for half in gl.static_range(2):
-                    target = a.index(2 * stage + half)
-                    _gather(left, tokens, inside, m * 128 + 64 * half, rows, target)
-            else:
-                mbarrier.expect(ready, 2 * left.block_type.nbytes)
-                for half in gl.static_range(2):
-                    at = ragged_at(k, end, 0, m * 128 + 64 * half)
-                    load(left, at, ready, a.index(2 * stage + half))
-                for quarter in gl.static_range(COLUMNS // 64):
-                    target = b.index(stage).slice(64 * quarter, 64, 1)
-                    _gather(right, tokens, inside, n * COLUMNS + 64 * quarter, columns, target)
+            # The right operand by TMA, the left one by asynchronous copies of 64 columns at a time.
+            mbarrier.expect(ready, right.block_type.nbytes)
+            load(right, ragged_at(k, end, 0, n * COLUMNS), ready, b.index(stage))
+            for half in gl.static_range(2):
+                target = a.index(2 * stage + half)
+                _gather(left, tokens, inside, m * 128 + 64 * half, rows, target)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             tokens = next_tokens
             inside = next_inside

@@ -52,26 +52,6 @@ def left_slices(
 
 
 @gluon.jit
-def right_slices(
-    rows,
-    dtype: gl.constexpr,
-    TOP_K: gl.constexpr,
-    DEPTH: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """Allocate the right operand's slices, one for each stage.
-
-    A slice is a box of the descriptor `rows`, or [DEPTH, COLUMNS] if it is gathered from tokens.
-    """
-    if TOP_K:
-        layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-        return gl.allocate_shared_memory(dtype, [STAGES, DEPTH, COLUMNS], layout)
-    else:
-        return gl.allocate_shared_memory(dtype, [STAGES] + rows.block_type.shape, rows.layout)
-
-
-@gluon.jit
 def load_row_tiles(
     operands,
     sizes,
@@ -131,7 +111,6 @@ def load_column_tiles(
     operands,
     sizes,
     TOP_K: gl.constexpr,
-    GATHER_LEFT: gl.constexpr,
     DEPTH: gl.constexpr,
     COLUMNS: gl.constexpr,
     GROUP: gl.constexpr,
@@ -144,7 +123,6 @@ def load_column_tiles(
             operands,
             sizes,
             TOP_K,
-            GATHER_LEFT,
             DEPTH,
             COLUMNS,
             GROUP,

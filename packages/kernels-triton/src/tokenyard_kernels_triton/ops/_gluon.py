@@ -13,7 +13,14 @@ from tokenyard_kernels_triton.gluon_tiling import GluonTiling, Matmul, gluon_til
 from tokenyard_kernels_triton.kernels import _gluon, _gluon_differentiate
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
-from tokenyard_kernels_triton.ops._gluon_operands import Rows, operand, ragged, rows_of, stacked
+from tokenyard_kernels_triton.ops._gluon_operands import (
+    Rows,
+    TokenRows,
+    operand,
+    ragged,
+    rows_of,
+    stacked,
+)
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
 __all__ = ["differentiate_down", "rows_of", "times_weight", "up_and_activate", "weight_gradient"]
@@ -156,27 +163,33 @@ def weight_gradient(
     tiling: GluonTiling | None = None,
 ) -> Tensor:
     """Return [E, M, N]: left [R, M] transposed @ right [R, N] over each expert's rows."""
-    rows = left.shape[1]
-    columns = right.shape[1]
-    dim, ffn_dim = _widths(matmul, rows, columns)
+    dim, ffn_dim = _widths(matmul, left.shape[1], right.shape[1])
     device = row_tiles.offsets.device
     tiling = tiling or gluon_tiling(matmul, dim, ffn_dim, device)
-    a, left_order, left_top_k = operand(left, (tiling.depth, 64))
-    b, right_order, right_top_k = operand(right, (tiling.depth, tiling.columns))
-    out = left.new_empty(row_tiles.num_experts, rows, columns)
+    out = left.new_empty(row_tiles.num_experts, left.shape[1], right.shape[1])
+
+    # An operand that is gathered is the left one, whose boxes are half as wide.
+    by_columns = isinstance(right, TokenRows)
+    if by_columns:
+        left, right = right, left
+    rows = left.shape[1]
+    columns = right.shape[1]
+    a, order, top_k = operand(left, (tiling.depth, 64))
+    b, _, _ = operand(right, (tiling.depth, tiling.columns))
+    box = (tiling.chunk, 64) if by_columns else (64, tiling.chunk)
     tiles = row_tiles.num_experts * ceil_div(rows, ROWS) * ceil_div(columns, tiling.columns)
     launch(_gluon.weight_gradient, persistent_grid(device, tiles))(
         a,
         b,
-        right_order if left_order is None else left_order,
-        stacked(out, 1, (64, tiling.chunk)),
+        order,
+        stacked(out, 1, box),
         row_tiles.offsets,
         row_tiles.largest_first(),
         row_tiles.num_experts,
         rows,
         columns,
-        TOP_K=left_top_k or right_top_k,
-        GATHER_LEFT=left_order is not None,
+        OUT_BY_COLUMNS=by_columns,
+        TOP_K=top_k,
         GROUP=tiling.group,
         **_options(device, tiling),
     )
