@@ -170,6 +170,7 @@ def test_a_new_weight_in_the_memory_of_a_freed_one_is_quantized():
     assert len(_fp8_weights._entries) <= 2  # the others are dropped
 
 
+@needs_a_cpu
 def test_another_storage_at_the_same_address_is_quantized():
     """Both live: an emptied storage, as FSDP leaves it, gives its address to another one."""
     memory = torch.randn(1, 128, 128).numpy()
@@ -211,8 +212,8 @@ def test_tensors_without_a_version_are_not_kept():
         assert _fp8_weights.kept_weights(torch.randn(1, 128, 128, device=DEVICE)) is None
 
 
-def interpreted_layer(dtype=torch.bfloat16, **options):
-    workload = Workload(256, 128, 4, 2, dtype=torch.bfloat16)
+def interpreted_layer(dtype=torch.bfloat16, device="cpu", **options):
+    workload = Workload(256, 128, 4, 2, dtype=torch.bfloat16, device=device)
     request = {"name": "interpreted", "precision": "fp8", **options}
     registry = _OneKindRegistry(Interpreted().registry(), "experts")
     parts = {"experts": request, "router": "torch", "permutation": "torch"}
@@ -291,13 +292,13 @@ def test_options_are_checked():
 @pytest.mark.parametrize("rank", [8, 512])
 def test_adapters_are_refused(rank):
     """Of any rank: core, which computes those of high ranks, would do so in 16 bits."""
-    moe = interpreted_layer()
+    moe = interpreted_layer(device=DEVICE)
     add_lora(moe, LoraSettings(rank, alpha=rank), ["experts.*"])
     refused = pytest.raises(
         ConfigError, match="precision is fp8, and experts with adapters have none"
     )
     with refused:
-        moe(torch.randn(5, 256, dtype=torch.bfloat16))
+        moe(torch.randn(5, 256, dtype=torch.bfloat16, device=DEVICE))
     with refused:
         moe.experts.prepare(5)
 
