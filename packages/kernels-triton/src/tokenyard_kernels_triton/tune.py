@@ -21,8 +21,8 @@ from tokenyard_kernels_triton.gluon_tiling import (
     gluon_tiling,
 )
 from tokenyard_kernels_triton.ops import _gluon
-from tokenyard_kernels_triton.ops._gluon_operands import Rows
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+from tokenyard_kernels_triton.ops._token_rows import Rows
 
 _FLUSH_BYTES = 1 << 29  # more than L2 holds
 _WARM = 2  # calls before those that are timed

@@ -100,3 +100,35 @@ def place_slots(
     row = tl.gather(first, tl.minimum(bucket, EXPERTS - 1), 0) + rank
     tl.store(inverse + slot, row, mask=slot < slots)
     tl.store(order + row, slot, mask=(slot < slots) & (row < bound))
+
+
+@triton.jit(do_not_specialize=["slots", "bound"])
+def plan_at_once(
+    ids,  # [N]
+    order,  # [R]
+    inverse,  # [N]
+    offsets,  # [E + 1]
+    slots,  # N
+    bound,  # R
+    num_experts,  # E
+    SLOTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Write the plan of few slots in one launch: each of SLOTS slots is compared with all others.
+
+    The same programs count the slots before each of SLOTS experts.
+    """
+    position = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)  # slots, and experts
+    key = _bucket(ids, position, slots, num_experts) * slots + position  # [SLOTS]
+    before_slot = tl.zeros([SLOTS, CHUNK], tl.int32)
+    before_expert = tl.zeros([SLOTS, CHUNK], tl.int32)
+    for first in range(0, slots, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        bucket = _bucket(ids, other, slots, num_experts)  # [CHUNK]
+        other_key = tl.where(other < slots, bucket * slots + other, 2147483647)
+        before_slot += (other_key[None, :] < key[:, None]).to(tl.int32)
+        before_expert += (bucket[None, :] < position[:, None]).to(tl.int32)
+    row = tl.sum(before_slot, 1)
+    tl.store(inverse + position, row, mask=position < slots)
+    tl.store(order + row, position, mask=(position < slots) & (row < bound))
+    tl.store(offsets + position, tl.sum(before_expert, 1), mask=position <= num_experts)

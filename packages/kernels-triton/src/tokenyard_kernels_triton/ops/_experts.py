@@ -51,7 +51,7 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, plan, topk_weights, (up, down, up_bias, down_bias), activation = call
     row_tiles = RowTiles(plan.offsets, plan.order.shape[0])
-    matmuls = kernel_set(kernels)
+    matmuls = kernel_set(kernels, row_tiles, x.dtype)
     keep_z = save != "recompute"
     rows = matmuls.rows_of(x, plan, down.shape[2])
     z, a = matmuls.up_and_activate(rows, up, up_bias, row_tiles, activation, keep_z)
@@ -99,7 +99,7 @@ def _launch_backward(
     kernels: KernelSetName,
 ) -> dict[str, Tensor]:
     row_tiles = RowTiles(call.plan.offsets, call.plan.order.shape[0])
-    matmuls = kernel_set(kernels)
+    matmuls = kernel_set(kernels, row_tiles, call.x.dtype)
     dz, gradients = _through_down(dy, call, saved, needs, save, row_tiles, matmuls)
     if dz is not None:
         gradients |= _through_up(dz, call, needs, row_tiles, matmuls)

@@ -13,15 +13,9 @@ from tokenyard_kernels_triton.gluon_tiling import GluonTiling, Matmul, gluon_til
 from tokenyard_kernels_triton.kernels import _gluon, _gluon_differentiate
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
-from tokenyard_kernels_triton.ops._gluon_operands import (
-    Rows,
-    TokenRows,
-    operand,
-    ragged,
-    rows_of,
-    stacked,
-)
+from tokenyard_kernels_triton.ops._gluon_operands import operand, ragged, rows_of, stacked
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
 
 __all__ = ["differentiate_down", "rows_of", "times_weight", "up_and_activate", "weight_gradient"]
 

@@ -17,8 +17,6 @@ from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._gluon_operands import (
     NARROW,
-    Rows,
-    TokenRows,
     operand,
     ragged,
     stacked,
@@ -27,6 +25,7 @@ from tokenyard_kernels_triton.ops._moves import to_rows
 from tokenyard_kernels_triton.ops._quantize import QuantizedWeights, quantized_shapes
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._save import Save
+from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
 
 ROWS = 128  # of a tile
 COLUMNS = 256  # of a tile

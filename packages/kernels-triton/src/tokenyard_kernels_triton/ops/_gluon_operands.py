@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton.ops._moves import to_rows
+from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
 
 # Sizes of the two dimensions that make a matrix ragged; see ``kernels._gluon_pipeline``.
 _RAGGED_ROWS = 1 << 30  # more than a ragged matrix has
@@ -22,33 +21,6 @@ _WRAP = 1 << 34  # times _RAGGED_ROWS, it is a multiple of 2^64
 
 # Columns of an expert: up to this width the matmuls gather rows, since a copy would take longer.
 NARROW = 1280
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """The rows of tokens, sorted by expert and not copied; with some attributes of a tensor."""
-
-    tokens: Tensor  # [T, D]
-    order: Tensor  # [R], of a plan
-    top_k: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(R, D)."""
-        return self.order.shape[0], self.tokens.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """The tokens' device."""
-        return self.tokens.device
-
-    def new_empty(self, *shape: int) -> Tensor:
-        """Return an undefined tensor of the tokens' dtype and device."""
-        return self.tokens.new_empty(shape)
-
-
-Rows = Tensor | TokenRows
-"""A left or right operand [R, D] whose rows are sorted by expert."""
 
 
 def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:

@@ -6,6 +6,7 @@ import functools
 import importlib
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from tokenyard.interfaces import Plan
@@ -14,6 +15,9 @@ from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
 KernelSetName = Literal["portable", "gluon"]
 """The kernel set for any GPU, ``ops._portable``, or the one for Hopper GPUs, ``ops._gluon``."""
+
+MOST_FEW_ROWS = 16
+"""The mean number of rows an expert up to which ``ops._few_rows`` is faster than both."""
 
 Rows = TypeVar("Rows")
 """Rows [R, D] sorted by expert in a form other than a tensor, if the kernel set has one."""
@@ -80,14 +84,24 @@ class KernelSet(Protocol[Rows]):
         ...
 
 
+def kernel_set(name: KernelSetName, row_tiles: RowTiles, dtype: torch.dtype) -> KernelSet[Any]:
+    """Return a kernel set, or the one for few rows an expert if there are few."""
+    few = row_tiles.rows <= MOST_FEW_ROWS * row_tiles.num_experts
+    return _imported("few_rows" if few and dtype.itemsize == 2 else name)
+
+
 @functools.cache
-def kernel_set(name: KernelSetName) -> KernelSet[Any]:
+def _imported(name: str) -> KernelSet[Any]:
     """Import a kernel set. The one for Hopper GPUs needs a Triton version with its Gluon names."""
     return cast(KernelSet[Any], importlib.import_module(f"tokenyard_kernels_triton.ops._{name}"))
 
 
-if TYPE_CHECKING:  # mypy checks both modules against the protocol
-    from tokenyard_kernels_triton.ops import _gluon, _portable
-    from tokenyard_kernels_triton.ops._gluon_operands import TokenRows
+if TYPE_CHECKING:  # mypy checks the modules against the protocol
+    from tokenyard_kernels_triton.ops import _few_rows, _gluon, _portable
+    from tokenyard_kernels_triton.ops._token_rows import TokenRows
 
-    _CHECKED: tuple[KernelSet[Tensor], KernelSet[TokenRows]] = (_portable, _gluon)
+    _CHECKED: tuple[KernelSet[Tensor], KernelSet[TokenRows], KernelSet[TokenRows]] = (
+        _portable,
+        _gluon,
+        _few_rows,
+    )

@@ -74,7 +74,7 @@ def lora_layer(call: LoraCall, kernels: KernelSetName) -> LoraLayer:
         mask=contiguous(call.mask),
     )
     row_tiles = RowTiles(call.plan.offsets, call.plan.order.shape[0])
-    return LoraLayer(call, row_tiles, kernel_set(kernels))
+    return LoraLayer(call, row_tiles, kernel_set(kernels, row_tiles, call.x.dtype))
 
 
 def _contiguous_pair(pair: LoraPair | None) -> LoraPair | None:

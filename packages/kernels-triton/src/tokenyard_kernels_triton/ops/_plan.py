@@ -13,6 +13,7 @@ from tokenyard_kernels_triton.launching import launch
 _SLOTS = 256  # of a block
 _BUCKETS = 32  # counted at a time
 _BLOCKS = 256  # added up at a time
+_FEW = 4096  # slots, up to which one launch is faster
 
 
 @operator("tokenyard_triton::plan", kept=True)
@@ -22,6 +23,9 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
     order, inverse, offsets = _empty(topk_ids, num_experts, rows)
     if slots == 0:
         return order, inverse, offsets.zero_()
+    if slots <= _FEW:
+        _launch_at_once(topk_ids.contiguous(), order, inverse, offsets)
+        return order, inverse, offsets
     blocks = ceil_div(slots, _SLOTS)
     counts = order.new_empty(blocks, num_experts + 1)
     totals = order.new_empty(num_experts + 1)
@@ -50,6 +54,22 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
             EXPERTS=power_of_two(num_experts + 2),
         )
     return order, inverse, offsets
+
+
+def _launch_at_once(ids: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> None:
+    blocks = ceil_div(max(ids.numel(), offsets.numel()), 32)
+    with on_device_of(ids):
+        launch(_plan.plan_at_once, (blocks,))(
+            ids,
+            order,
+            inverse,
+            offsets,
+            ids.numel(),
+            order.numel(),
+            offsets.numel() - 1,
+            SLOTS=32,
+            CHUNK=64,
+        )
 
 
 @plan_op.fake

@@ -1,0 +1,323 @@
+"""The matmuls of an expert layer for few rows an expert, where reading the weights takes the time.
+
+Operands are swapped: the weights are the left one, whose tiles have 64 rows or more, and the rows
+of an expert are the columns of the output tile. So a tile wastes few multiplications, and there are
+enough of them to read weights with all multiprocessors. The legend is that of ``_portable``.
+
+There is no tile list. Each program looks its rows up in the plan's offsets.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tokenyard_kernels_triton.kernels._activations import factor, function
+from tokenyard_kernels_triton.kernels._tiles import dot, rounded
+
+
+@triton.jit
+def rows_at(offsets, num_experts, tile, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Return (expert, first row, end of the expert's rows) of a tile of ROWS rows.
+
+    The expert is EXPERTS if there is no such tile.
+    """
+    e = tl.arange(0, EXPERTS)
+    starts = tl.load(offsets + e, mask=e < num_experts, other=0)
+    ends = tl.load(offsets + e + 1, mask=e < num_experts, other=0)
+    counts = (ends - starts + ROWS - 1) // ROWS  # [EXPERTS] tiles
+    before = tl.cumsum(counts, 0) <= tile  # experts whose last tile is before this one
+    expert = tl.sum(before.to(tl.int32))
+    first = tile - tl.sum(tl.where(before, counts, 0))
+    is_own = e == expert
+    start = tl.sum(tl.where(is_own, starts, 0)) + first * ROWS
+    return expert, start, tl.sum(tl.where(is_own, ends, 0))
+
+
+@triton.jit
+def row_pointers(
+    rows,  # [R, width], or tokens [T, width] if they are gathered
+    order,  # [R] slot of each row, or None
+    r,  # [ROWS]
+    end,
+    width,
+    TOP_K: tl.constexpr,
+):
+    """Return a pointer to each row: of a matrix of rows, or of the tokens that `order` names."""
+    if order is not None:
+        r = tl.load(order + r, mask=r < end, other=0) // TOP_K
+    return rows + r.to(tl.int64) * width
+
+
+@triton.jit
+def _add_slices(
+    total,  # [M, ROWS]
+    weight_rows,  # [M] pointers
+    weight_mask,  # [M]
+    rows,  # [ROWS] pointers
+    rows_mask,  # [ROWS]
+    depth,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return total + weight @ rows.T, whose operands are contiguous along `depth`."""
+    for first in range(0, depth, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        left = tl.load(
+            weight_rows[:, None] + k[None, :],
+            mask=weight_mask[:, None] & (k < depth)[None, :],
+            other=0.0,
+        )  # [M, DEPTH]
+        right = tl.load(
+            rows[:, None] + k[None, :], mask=rows_mask[:, None] & (k < depth)[None, :], other=0.0
+        )  # [ROWS, DEPTH]
+        total = dot(left, right.T, total, PRECISION)
+    return total
+
+
+@triton.jit
+def up_and_activate(
+    x,  # [T, D] with an order, else [R, D]
+    order,  # [R] slot of each row, or None
+    weight,  # [E, PARTS * F, D]
+    bias,  # [E, PARTS * F] or None
+    z,  # [R, PARTS * F]
+    a,  # [R, F]
+    offsets,  # [E + 1]
+    num_experts,  # E
+    dim,  # D
+    ffn_dim,  # F
+    TOP_K: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEEP_Z: tl.constexpr,
+    KEEP_A: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F], COLUMNS of F a program."""
+    columns = tl.cdiv(ffn_dim, COLUMNS)
+    tile = tl.program_id(0) // columns
+    column = tl.program_id(0) % columns * COLUMNS
+    expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    if expert < num_experts:
+        # Main loop.
+        r = row + tl.arange(0, ROWS)
+        index = tl.arange(0, PARTS * COLUMNS)
+        f = column + index % COLUMNS
+        first = (expert.to(tl.int64) * PARTS + index // COLUMNS) * ffn_dim + f
+        total = _add_slices(
+            tl.zeros([PARTS * COLUMNS, ROWS], tl.float32),
+            weight + first * dim,
+            f < ffn_dim,
+            row_pointers(x, order, r, end, dim, TOP_K),
+            r < end,
+            dim,
+            DEPTH,
+            PRECISION,
+        )
+        if BIAS:
+            value = tl.load(bias + first, mask=f < ffn_dim, other=0.0)
+            total += value.to(tl.float32)[:, None]
+
+        # Epilogue: the activation sees the rounded z, as in ``_portable``.
+        c = column + tl.arange(0, COLUMNS)
+        mask = (c < ffn_dim)[:, None] & (r < end)[None, :]
+        at_z = z + r.to(tl.int64)[None, :] * PARTS * ffn_dim + c[:, None]
+        narrow = rounded(total, TYPE)
+        if PARTS == 2:
+            gate, up = tl.split(tl.permute(tl.reshape(narrow, [2, COLUMNS, ROWS]), [1, 2, 0]))
+            if KEEP_Z:
+                tl.store(at_z, gate, mask=mask)
+                tl.store(at_z + ffn_dim, up, mask=mask)
+            act = function(gate.to(tl.float32), FUNCTION)
+            act *= factor(up.to(tl.float32), FUNCTION)
+        else:
+            if KEEP_Z:
+                tl.store(at_z, narrow, mask=mask)
+            act = function(narrow.to(tl.float32), FUNCTION)
+        if KEEP_A:
+            at_a = a + r.to(tl.int64)[None, :] * ffn_dim + c[:, None]
+            tl.store(at_a, rounded(act, TYPE), mask=mask)
+
+
+@triton.jit
+def times_weight(
+    left,  # [R, depth], or [T, depth] with an order
+    order,  # [R] slot of each row, or None
+    weight,  # [E, width, depth] if TRANSPOSED, else [E, depth, width]
+    bias,  # [E, width] or None
+    out,  # [R, width]
+    offsets,  # [E + 1]
+    num_experts,  # E
+    depth,
+    width,
+    TOP_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """Write out = left @ weight + bias, with each row's expert's weight and bias."""
+    columns = tl.cdiv(width, COLUMNS)
+    tile = tl.program_id(0) // columns
+    column = tl.program_id(0) % columns * COLUMNS
+    expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    if expert < num_experts:
+        # Main loop.
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        rows = row_pointers(left, order, r, end, depth, TOP_K)
+        matrix = weight + expert.to(tl.int64) * width * depth
+        total = tl.zeros([COLUMNS, ROWS], tl.float32)
+        if TRANSPOSED:
+            weight_rows = matrix + c.to(tl.int64) * depth
+            total = _add_slices(
+                total, weight_rows, c < width, rows, r < end, depth, DEPTH, PRECISION
+            )
+        else:
+            total = _add_columns(total, matrix, c, rows, r < end, depth, width, DEPTH, PRECISION)
+
+        # Epilogue: bias and rounding.
+        if BIAS:
+            value = tl.load(bias + expert * width + c, mask=c < width, other=0.0)
+            total += value.to(tl.float32)[:, None]
+        target = out + r.to(tl.int64)[None, :] * width + c[:, None]
+        mask = (c < width)[:, None] & (r < end)[None, :]
+        tl.store(target, rounded(total, TYPE), mask=mask)
+
+
+@triton.jit
+def _add_columns(
+    total,  # [COLUMNS, ROWS]
+    matrix,  # pointer to [depth, width]
+    columns,  # [COLUMNS]
+    rows,  # [ROWS] pointers
+    rows_mask,  # [ROWS]
+    depth,
+    width,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return total + matrix[:, columns].T @ rows.T."""
+    for first in range(0, depth, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        left = tl.load(
+            matrix + k[:, None] * width + columns[None, :],
+            mask=(k < depth)[:, None] & (columns < width)[None, :],
+            other=0.0,
+        )  # [DEPTH, COLUMNS]
+        right = tl.load(
+            rows[:, None] + k[None, :], mask=rows_mask[:, None] & (k < depth)[None, :], other=0.0
+        )  # [ROWS, DEPTH]
+        total = dot(left.T, right.T, total, PRECISION)
+    return total
+
+
+@triton.jit
+def down_to_tokens(
+    a,  # [R, F]
+    weight,  # [E, D, F]
+    bias,  # [E, D] or None
+    y,  # [T, D]
+    inverse,  # [N] row of each slot
+    topk_weights,  # [T, K], read if WEIGHTED
+    offsets,  # [E + 1]
+    num_experts,  # E
+    ffn_dim,  # F
+    dim,  # D
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Write y: the sum of each token's kept rows a @ down.T + bias, weighted if WEIGHTED.
+
+    For tokens that share few experts: each token reads the weights of its own.
+    """
+    columns = tl.cdiv(dim, COLUMNS)
+    token = (tl.program_id(0) // columns).to(tl.int64)
+    d = tl.program_id(0) % columns * COLUMNS + tl.arange(0, COLUMNS)
+    e = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets + e + 1, mask=e < num_experts, other=2147483647)
+    y_tile = tl.zeros([COLUMNS], tl.float32)
+    for slot in range(TOP_K):
+        row = tl.load(inverse + token * TOP_K + slot)
+        expert = tl.sum((ends <= row).to(tl.int32))  # E if the slot is dropped
+        if expert < num_experts:
+            first = weight + (expert.to(tl.int64) * dim + d) * ffn_dim  # [COLUMNS]
+            total = tl.zeros([COLUMNS, DEPTH], tl.float32)
+            for start in tl.range(0, ffn_dim, DEPTH, num_stages=STAGES):
+                k = start + tl.arange(0, DEPTH)
+                left = tl.load(
+                    first[:, None] + k[None, :],
+                    mask=(d < dim)[:, None] & (k < ffn_dim)[None, :],
+                    other=0.0,
+                )
+                right = tl.load(a + row.to(tl.int64) * ffn_dim + k, mask=k < ffn_dim, other=0.0)
+                total += left.to(tl.float32) * right.to(tl.float32)[None, :]
+            value = tl.sum(total, 1)
+            if BIAS:
+                b = tl.load(bias + expert.to(tl.int64) * dim + d, mask=d < dim, other=0.0)
+                value += b.to(tl.float32)
+            if WEIGHTED:
+                value *= tl.load(topk_weights + token * TOP_K + slot).to(tl.float32)
+            y_tile += value
+    tl.store(y + token * dim + d, rounded(y_tile, y.dtype.element_ty), mask=d < dim)
+
+
+@triton.jit
+def weight_gradient(
+    left,  # [R, rows], or [T, rows] if it is gathered
+    right,  # [R, columns], or [T, columns] if it is gathered
+    left_order,  # [R] slot of each row, or None
+    right_order,  # [R] slot of each row, or None
+    out,  # [E, rows, columns]
+    offsets,  # [E + 1]
+    rows,
+    columns,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """Write out[e] = left[rows of e].T @ right[rows of e], a tile a program; zeros without rows."""
+    n_tiles = tl.cdiv(columns, COLUMNS)
+    per_expert = tl.cdiv(rows, ROWS) * n_tiles
+    expert = tl.program_id(0) // per_expert
+    tile = tl.program_id(0) % per_expert
+    m = tile // n_tiles * ROWS + tl.arange(0, ROWS)
+    n = tile % n_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(start, end, DEPTH):
+        r = first + tl.arange(0, DEPTH)
+        a = tl.load(
+            row_pointers(left, left_order, r, end, rows, TOP_K)[:, None] + m[None, :],
+            mask=(r < end)[:, None] & (m < rows)[None, :],
+            other=0.0,
+        )  # [DEPTH, ROWS]
+        b = tl.load(
+            row_pointers(right, right_order, r, end, columns, TOP_K)[:, None] + n[None, :],
+            mask=(r < end)[:, None] & (n < columns)[None, :],
+            other=0.0,
+        )  # [DEPTH, COLUMNS]
+        total = dot(a.T, b, total, PRECISION)
+    target = out + (expert.to(tl.int64) * rows + m)[:, None] * columns + n[None, :]
+    mask = (m < rows)[:, None] & (n < columns)[None, :]
+    tl.store(target, rounded(total, TYPE), mask=mask)

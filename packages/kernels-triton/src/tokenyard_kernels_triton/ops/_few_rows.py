@@ -1,0 +1,168 @@
+"""Launches of the matmuls for few rows an expert; ``KernelSet`` describes the functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokenyard.activations import is_gated
+from tokenyard.interfaces import Plan
+from tokenyard_kernels_triton._device import ceil_div, power_of_two
+from tokenyard_kernels_triton.gluon_tiling import Matmul
+from tokenyard_kernels_triton.kernels import _few_rows
+from tokenyard_kernels_triton.kernels._activations import function_of
+from tokenyard_kernels_triton.launching import launch
+from tokenyard_kernels_triton.ops._portable import number_options
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
+
+
+@dataclass(frozen=True)
+class FewRowsTiling:
+    """The tile of a matmul: `columns` of the weights by `rows` of an expert."""
+
+    rows: int = 16
+    columns: int = 64  # in a gated up matmul, of gate and up together
+    depth: int = 128  # of a slice of the reduction dimension
+    warps: int = 4
+    stages: int = 4  # slices loaded ahead
+
+    def options(self) -> dict[str, int]:
+        """Return the arguments of every matmul's launch."""
+        return {
+            "ROWS": self.rows,
+            "DEPTH": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
+    """Return the rows of tokens [T, D] as an operand, which the matmuls gather."""
+    return TokenRows(tokens, plan.order, plan.top_k)
+
+
+def up_and_activate(
+    x: Rows,
+    up: Tensor,
+    bias: Tensor | None,
+    row_tiles: RowTiles,
+    activation: str,
+    keep_z: bool = True,
+    keep_a: bool = True,
+    tiling: FewRowsTiling | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
+    parts = 2 if is_gated(activation) else 1
+    ffn_dim = up.shape[1] // parts
+    z = x.new_empty(row_tiles.rows if keep_z else 0, up.shape[1])
+    a = x.new_empty(row_tiles.rows if keep_a else 0, ffn_dim)
+    tiling = tiling or FewRowsTiling()
+    columns = tiling.columns // parts
+    matrix, order, top_k = operand(x)
+    launch(_few_rows.up_and_activate, _grid(row_tiles, tiling, ffn_dim, columns))(
+        matrix,
+        order,
+        up,
+        bias,
+        z,
+        a,
+        row_tiles.offsets,
+        row_tiles.num_experts,
+        x.shape[1],
+        ffn_dim,
+        TOP_K=top_k,
+        FUNCTION=function_of(activation),
+        PARTS=parts,
+        BIAS=bias is not None,
+        KEEP_Z=keep_z,
+        KEEP_A=keep_a,
+        COLUMNS=columns,
+        **_options(matrix, row_tiles, tiling),
+    )
+    return z, a
+
+
+def times_weight(
+    rows: Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_tiles: RowTiles,
+    transposed: bool,
+    matmul: Matmul,
+    tiling: FewRowsTiling | None = None,
+) -> Tensor:
+    """Return rows [R, M] @ weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
+    width = weight.shape[1 if transposed else 2]
+    out = rows.new_empty(row_tiles.rows, width)
+    tiling = tiling or FewRowsTiling()
+    matrix, order, top_k = operand(rows)
+    launch(_few_rows.times_weight, _grid(row_tiles, tiling, width, tiling.columns))(
+        matrix,
+        order,
+        weight,
+        bias,
+        out,
+        row_tiles.offsets,
+        row_tiles.num_experts,
+        rows.shape[1],
+        width,
+        TOP_K=top_k,
+        TRANSPOSED=transposed,
+        BIAS=bias is not None,
+        COLUMNS=tiling.columns,
+        **_options(matrix, row_tiles, tiling),
+    )
+    return out
+
+
+def weight_gradient(
+    left: Rows,
+    right: Rows,
+    row_tiles: RowTiles,
+    matmul: Matmul,
+    tiling: FewRowsTiling | None = None,
+) -> Tensor:
+    """Return [E, M, N]: left [R, M] transposed @ right [R, N] over each expert's rows."""
+    rows = left.shape[1]
+    columns = right.shape[1]
+    out = left.new_empty(row_tiles.num_experts, rows, columns)
+    tiling = tiling or FewRowsTiling(64, 128, 16, 4, 2)
+    a, left_order, left_top_k = operand(left)
+    b, right_order, right_top_k = operand(right)
+    tiles = row_tiles.num_experts * ceil_div(rows, tiling.rows) * ceil_div(columns, tiling.columns)
+    launch(_few_rows.weight_gradient, (tiles,))(
+        a,
+        b,
+        left_order,
+        right_order,
+        out,
+        row_tiles.offsets,
+        rows,
+        columns,
+        TOP_K=left_top_k or right_top_k,
+        COLUMNS=tiling.columns,
+        **tiling.options(),
+        **number_options(a),
+    )
+    return out
+
+
+def operand(rows: Rows) -> tuple[Tensor, Tensor | None, int]:
+    """Return a kernel's arguments for `rows`: (rows, None, 0) or (tokens, order, top_k)."""
+    if isinstance(rows, TokenRows):
+        return rows.tokens, rows.order, rows.top_k
+    return rows, None, 0
+
+
+def _grid(row_tiles: RowTiles, tiling: FewRowsTiling, width: int, columns: int) -> tuple[int]:
+    # Each tile has a row.
+    tiles = min(row_tiles.rows, row_tiles.bound(tiling.rows))
+    return (tiles * ceil_div(width, columns),)
+
+
+def _options(x: Tensor, row_tiles: RowTiles, tiling: FewRowsTiling) -> dict[str, Any]:
+    experts = {"EXPERTS": power_of_two(row_tiles.num_experts)}
+    return tiling.options() | experts | number_options(x)
