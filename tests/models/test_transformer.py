@@ -130,6 +130,24 @@ def test_learned_positions_continue_with_the_cache():
     assert relative_error(torch.cat(parts, 1), model(batch).logits) < 1e-12
 
 
+@pytest.mark.parametrize("family", [Mpt, Dbrx])
+def test_a_fixed_cache_continues_a_cache(family):
+    """One token a call, at a position that is on the device; the cache may go on afterwards."""
+    sizes = {"size": "tiny", "d_model": 32, "vocab_size": 50}
+    model = family(sizes, dtype=torch.float64, compute_dtype=torch.float64)
+    model.init_weights(0)
+    batch = ids(3, 9) % 50
+    cache = model.new_cache(3, 9)
+    parts = [model(batch[:, :4], cache).logits]
+    fixed = cache.fixed()
+    for i in range(4, 9):
+        parts.append(model(batch[:, i : i + 1], fixed).logits)
+        fixed.advance()
+    assert relative_error(torch.cat(parts, 1), model(batch).logits) < 1e-12
+    again = model(batch[:, 8:], cache.prefix(8, 9)).logits
+    assert relative_error(again, parts[-1]) < 1e-12
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
 def test_a_token_alone_keeps_its_experts_under_a_capacity(factor):
     """Decode one token at a time: the capacity rounds down to 0, and drops nothing."""

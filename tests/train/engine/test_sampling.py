@@ -10,6 +10,7 @@ from tokenyard_models import Dbrx
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.tokenizer import BytesTokenizer
+from tokenyard_train.engine import decoding
 from tokenyard_train.engine.kept_cache import KeptCache
 from tokenyard_train.engine.sampling import (
     Sampling,
@@ -62,6 +63,23 @@ def test_a_kept_cache_computes_new_tokens_alone():
         whole = net(torch.tensor([prompt + got[0]])).logits[:, len(prompt) - 1 : -1]
         logits = torch.cat([each[:, -1:] for _, each in calls], 1)
         assert relative_error(logits, whole) < 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_cuda_graph_draws_what_single_launches_draw(monkeypatch, temperature):
+    """For prompts of two lengths. One graph is captured, and replayed for all other tokens."""
+    sizes = {"size": "tiny", "d_model": 32, "vocab_size": 61}
+    net = Dbrx(sizes, device="cuda", backends={"experts": "triton"})
+    net.init_weights(3)
+    prompts = [torch.randint(0, 60, (size,)).tolist() for size in (5, 8)]
+    sampling = Sampling(24, temperature, 7)
+    calls: list[torch.Size] = []
+    net.register_forward_hook(lambda _, given, output: calls.append(given[0].shape))
+    drawn = sample(net, prompts, sampling)
+    assert calls == [(2, 5), *[(2, 1)] * 4]  # a prompt, three calls before the capture, and it
+    monkeypatch.setattr(decoding, "_FEWEST", 1000)
+    assert sample(net, prompts, sampling) == drawn
 
 
 def test_each_row_stops_at_its_end_token():

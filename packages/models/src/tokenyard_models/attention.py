@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenyard import Documents
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.document_attention import attend_within_documents
-from tokenyard_models.kv_cache import LayerCache
+from tokenyard_models.kv_cache import FixedLayerCache, LayerCache
 from tokenyard_models.rotary import rotate
 
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        cache: LayerCache | None = None,
+        cache: LayerCache | FixedLayerCache | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
         """Return attention of x [B, S, D], at positions [S], to itself and to the cache.
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         k: Tensor,
         v: Tensor,
         positions: Tensor,
-        cache: LayerCache | None,
+        cache: LayerCache | FixedLayerCache | None,
         documents: Documents | None,
     ) -> Tensor:
         """Return attention within documents, to the cache, or to the row."""
@@ -75,6 +75,8 @@ class Attention(nn.Module):
             return attend_within_documents(q, k, v, documents)
         if cache is None:
             return self._attend(q, k, v, positions, 0)
+        if isinstance(cache, FixedLayerCache):
+            return _attend_fixed(q, *cache.append(k, v), cache.mask)
         cached = cache.length
         k, v = cache.append(k, v)
         return self._attend_cached(q, k, v, positions, cached)
@@ -103,6 +105,19 @@ class Attention(nn.Module):
         q = _normed_heads(self.q_norm, q)
         k = _normed_heads(self.k_norm, k)
         return torch.cat((q.to(v.dtype), k.to(v.dtype), v), dim=-1)
+
+
+def _attend_fixed(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Return attention [B, heads, 1, head_dim] of one token to all keys that `mask` [keys] allows.
+
+    The queries of a key's group are computed as if they were tokens: no key is copied.
+    """
+    batch, heads, _, head_dim = q.shape
+    grouped = q.view(batch, keys.shape[1], -1, head_dim)  # [B, kv_heads, group, head_dim]
+    mask = mask.to(q.dtype).expand(*grouped.shape[:3], -1)
+    with sdpa_kernel(_WITHOUT_CUDNN):
+        y = F.scaled_dot_product_attention(grouped, keys, values, mask)
+    return y.view(batch, heads, 1, head_dim)
 
 
 def _norm(config: TransformerConfig, heads: int) -> nn.RMSNorm | None:

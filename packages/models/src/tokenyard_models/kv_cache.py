@@ -8,11 +8,14 @@ from torch import Tensor
 from tokenyard import ConfigError
 from tokenyard_models.config import TransformerConfig
 
+_ALIGNED = 64  # tokens, of which reserved memory holds a multiple
+
 
 class LayerCache:
     """The keys and values of one layer, [B, kv_heads, length, head_dim], in reserved memory.
 
-    The memory is allocated on the first `append`, for `capacity` tokens.
+    The memory is allocated on the first `append`, for `capacity` tokens. It starts as zeros: a
+    `FixedCache` attends to all of it, with a weight of 0 for tokens that are not there.
     """
 
     def __init__(self, batch: int, capacity: int, config: TransformerConfig):
@@ -39,12 +42,20 @@ class LayerCache:
                 "make a longer one"
             )
         if self._keys is None or self._values is None:
-            self._keys = torch.empty(self.shape, dtype=k.dtype, device=k.device)
-            self._values = torch.empty(self.shape, dtype=v.dtype, device=v.device)
+            batch, heads, capacity, head_dim = self.shape
+            shape = (batch, heads, -(-capacity // _ALIGNED) * _ALIGNED, head_dim)
+            self._keys = k.new_zeros(shape)
+            self._values = v.new_zeros(shape)
         self._keys[:, :, start:end] = k
         self._values[:, :, start:end] = v
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """Return all reserved keys and values. Raises ConfigError before the first `append`."""
+        if self._keys is None or self._values is None:
+            raise ConfigError("the cache is empty; call the model with a prompt first")
+        return self._keys, self._values
 
     def copy_to(self, other: LayerCache, length: int) -> None:
         """Append the first `length` keys and values to another cache."""
@@ -73,3 +84,46 @@ class Cache:
         for layer, copy in zip(self.layers, prefix.layers):
             layer.copy_to(copy, length)
         return prefix
+
+    def fixed(self) -> FixedCache:
+        """Return these keys and values as a cache whose calls can be captured in a CUDA graph."""
+        return FixedCache(self)
+
+
+class FixedLayerCache:
+    """The keys and values of one layer, and of a `FixedCache` the position and the mask."""
+
+    def __init__(self, layer: LayerCache, position: Tensor, mask: Tensor):
+        self.keys, self.values = layer.memory()
+        self.position = position
+        self.mask = mask
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v [B, kv_heads, 1, head_dim] at the position. Return the whole memory."""
+        self.keys.index_copy_(2, self.position, k)
+        self.values.index_copy_(2, self.position, v)
+        return self.keys, self.values
+
+
+class FixedCache:
+    """A cache that takes one token a call, at a position that is on the device.
+
+    Every call launches the same kernels on the same memory. Call `advance` after each. The caller
+    counts the tokens: one past the capacity is an error of the device.
+    """
+
+    def __init__(self, cache: Cache):
+        keys, _ = cache.layers[0].memory()
+        self.position = torch.tensor([cache.length], device=keys.device)
+        self._all = torch.arange(keys.shape[2], device=keys.device)
+        self.mask = keys.new_zeros(keys.shape[2])  # [reserved] 0, or -inf after the position
+        self._hide_later()
+        self.layers = [FixedLayerCache(layer, self.position, self.mask) for layer in cache.layers]
+
+    def advance(self) -> None:
+        """Move to the next position."""
+        self.position += 1
+        self._hide_later()
+
+    def _hide_later(self) -> None:
+        self.mask.zero_().masked_fill_(self._all > self.position, float("-inf"))

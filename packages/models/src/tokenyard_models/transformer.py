@@ -33,7 +33,7 @@ from tokenyard.registry import Request
 from tokenyard_models.attention import Attention
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.init_weights import initialize
-from tokenyard_models.kv_cache import Cache, LayerCache
+from tokenyard_models.kv_cache import Cache, FixedCache, FixedLayerCache, LayerCache
 from tokenyard_models.saved_bytes import saved_bytes
 
 
@@ -55,7 +55,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        cache: LayerCache | None = None,
+        cache: LayerCache | FixedLayerCache | None = None,
         documents: Documents | None = None,
     ) -> tuple[Tensor, Balance | None]:
         """Return x [B, S, D] and the Balance of an MoE layer."""
@@ -130,7 +130,7 @@ class Transformer(Model):
     def forward(
         self,
         ids: Tensor,
-        cache: Cache | None = None,
+        cache: Cache | FixedCache | None = None,
         targets: Targets | None = None,
         documents: Documents | None = None,
     ) -> Output | TokenLoss:
@@ -158,8 +158,12 @@ class Transformer(Model):
             x, weight = head_inputs(x, self.head)
         return predict(x, weight, balances, targets)
 
-    def _positions(self, ids: Tensor, cache: Cache | None, documents: Documents | None) -> Tensor:
+    def _positions(
+        self, ids: Tensor, cache: Cache | FixedCache | None, documents: Documents | None
+    ) -> Tensor:
         """Return the positions of ids [B, S]: [S], or [B, S] in documents. Raises ConfigError."""
+        if isinstance(cache, FixedCache):
+            return cache.position
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
         if end > self.max_seq_len:

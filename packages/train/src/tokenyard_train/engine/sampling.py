@@ -14,6 +14,7 @@ from tokenyard import ConfigError, Model, TokenyardError
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.data.text_loss import LossCounter
 from tokenyard_train.distributed import broadcast_from_rank0
+from tokenyard_train.engine.decoding import DecodingStep
 from tokenyard_train.engine.kept_cache import KeptCache
 
 log = logging.getLogger("tokenyard")
@@ -171,10 +172,11 @@ def _sample(
     ids = torch.tensor([list(prompt[first:shortest]) for prompt in prompts], device=device)
     rows: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(rows)
+    step = DecodingStep(model, cache, length - shortest)
     for position in range(shortest, length):
-        drawn = _draw(model(ids, cache).logits[:, -1], sampling.temperature, generator)
+        drawn = _draw(step(ids), sampling.temperature, generator)
         # The last bit of the logits may differ between ranks, and ids must not.
-        next_ids = broadcast_from_rank0(drawn.to(device))[:, 0].tolist()
+        next_ids = _checked(broadcast_from_rank0(drawn).tolist())
         for i, prompt in enumerate(prompts):
             if position < len(prompt):
                 next_ids[i] = prompt[position]
@@ -198,17 +200,25 @@ def _is_complete(prompt: Sequence[int], row: Sequence[int], sampling: Sampling) 
 
 
 def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Draw the next ids [B, 1] from logits [B, V].
+    """Draw the next ids [B] from logits [B, V]; -1 for logits that hold nan or inf.
 
-    They are drawn on the CPU, so that a seed gives the same numbers on every device. Raises
-    TokenyardError for nan and inf.
+    The random numbers are those of a CPU, so that a seed gives the same ones on every device.
     """
-    logits = logits.float().cpu()
-    if (logits.isnan() | logits.isposinf()).any():
+    if temperature < _GREEDY:
+        highest, ids = logits.float().max(-1)
+        return ids.where(highest.isfinite(), -1)
+    shares = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    total = shares[:, -1:]
+    drawn = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator)
+    ids = torch.searchsorted(shares, drawn.to(total.device) * total, right=True)[:, 0]
+    return ids.clamp(max=logits.shape[1] - 1).where(total[:, 0].isfinite(), -1)
+
+
+def _checked(ids: list[int]) -> list[int]:
+    """Return drawn ids. Raises TokenyardError for one of logits that hold nan or inf."""
+    if min(ids) < 0:
         raise TokenyardError(
             "the model's logits hold nan or inf, so no text can be drawn from them; look for nan "
             "in its weights, or give another precision"
         )
-    if temperature < _GREEDY:
-        return logits.argmax(-1, keepdim=True)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    return ids
