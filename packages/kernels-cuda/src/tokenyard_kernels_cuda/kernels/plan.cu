@@ -1,10 +1,11 @@
-// Make a plan: a stable sort of the slots by expert, in two launches.
+// Make a plan: a stable sort of the slots by expert, in two launches, or in one of few slots.
 //
 // Shapes: N slots, E experts, R rows of the plan, G blocks. Each expert has a bucket. One more
 // bucket, the last, holds the dropped slots: `buckets` = E + 1.
 //
 // A block has `slots_of_block` adjacent slots; each of its warps has an equal part of them.
-// 1. count_slots counts the slots of each block in each bucket.
+// 1. count_slots counts the slots of each block in each bucket. Few slots are one block, and 2.
+//    counts them itself.
 // 2. place_slots sums the counts of all blocks. The sums over all blocks give the first row of each
 //    bucket; the sums over the earlier blocks give the block's own offset in the bucket. Each warp
 //    then assigns rows to its slots in order, 32 slots at a time.
@@ -70,6 +71,21 @@ __device__ inline void sum_block_counts(
   __syncthreads();
 }
 
+// Count all slots into `total`, and set `earlier` to zero, in a launch of one block.
+__device__ inline void count_own_slots(
+    const int* ids,  // [slots]
+    int* total,      // [buckets], shared
+    int* earlier,    // [buckets], shared
+    int slots,
+    int experts) {
+  for (int e = threadIdx.x; e <= experts; e += blockDim.x) total[e] = earlier[e] = 0;
+  __syncthreads();
+  for (int slot = threadIdx.x; slot < slots; slot += blockDim.x) {
+    atomicAdd(&total[bucket_of(ids[slot], experts)], 1);
+  }
+  __syncthreads();
+}
+
 // Replace each number by the sum of the numbers before it. Only the first warp works.
 __device__ inline void exclusive_scan(int* numbers, int count) {
   if (warp_id() == 0) {
@@ -90,7 +106,7 @@ __device__ inline void exclusive_scan(int* numbers, int count) {
 // Shared memory: (2 + warps) * buckets ints.
 extern "C" __global__ void place_slots(
     const int* __restrict__ ids,     // [N]
-    const int* __restrict__ counts,  // [G, E + 1], from count_slots
+    const int* __restrict__ counts,  // [G, E + 1], from count_slots; null if G is 1
     int* __restrict__ order,         // [R]
     int* __restrict__ inverse,       // [N]
     int* __restrict__ offsets,       // [E + 1]
@@ -106,7 +122,11 @@ extern "C" __global__ void place_slots(
   int* next_row = shared + (2 + warp_id()) * buckets;  // [buckets] per warp: row of its next slot
 
   // Phase 1: find the first row of each bucket. Block 0 writes the offsets.
-  sum_block_counts(counts, first_row, earlier, buckets);
+  if (counts == nullptr) {
+    count_own_slots(ids, first_row, earlier, slots, experts);
+  } else {
+    sum_block_counts(counts, first_row, earlier, buckets);
+  }
   exclusive_scan(first_row, buckets);
   if (blockIdx.x == 0) {
     for (int e = threadIdx.x; e < buckets; e += blockDim.x) offsets[e] = first_row[e];

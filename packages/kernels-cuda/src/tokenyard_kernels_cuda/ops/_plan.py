@@ -1,4 +1,4 @@
-"""The plan as a custom operator of two launches."""
+"""The plan as a custom operator of two launches, or of one for few slots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLACE = Kernel(
     _SOURCE,
     "place_slots",
     ids=_INTS,
-    counts=_INTS,
+    counts=Array(torch.int32, optional=True),
     order=_INTS,
     inverse=_INTS,
     offsets=_INTS,
@@ -37,6 +37,7 @@ KERNELS = (COUNT, PLACE)
 
 _BLOCKS = 128  # blocks, at most: each sums the counts of all blocks
 _SLOTS = 512  # slots per block, at least
+_FEW = 4096  # slots, up to which one block does everything
 _WARPS = 16  # warps per block of PLACE; fewer if the counters of many experts fill shared memory
 _THREADS = 1024  # threads per block of COUNT
 
@@ -54,19 +55,22 @@ def plan_op(topk_ids: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tens
         return order, inverse, offsets.zero_()
     ids = topk_ids.int().contiguous()
     warps = fitting_warps(_WARPS, buckets, 2 * buckets)
-    slots_of_block = round_up(max(_SLOTS, ceil_div(slots, _BLOCKS)), warps * WARP)
+    least = slots if slots <= _FEW else max(_SLOTS, ceil_div(slots, _BLOCKS))
+    slots_of_block = round_up(least, warps * WARP)
     blocks = ceil_div(slots, slots_of_block)
-    counts = order.new_empty(blocks, buckets)
-    COUNT(
-        (blocks, 1),
-        _THREADS,
-        ids,
-        counts,
-        slots,
-        num_experts,
-        slots_of_block,
-        shared=4 * buckets,
-    )
+    counts = None
+    if blocks > 1:
+        counts = order.new_empty(blocks, buckets)
+        COUNT(
+            (blocks, 1),
+            _THREADS,
+            ids,
+            counts,
+            slots,
+            num_experts,
+            slots_of_block,
+            shared=4 * buckets,
+        )
     PLACE(
         (blocks, 1),
         warps * WARP,
