@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokenyard import ConfigError
 from tokenyard_models.config import TransformerConfig
+from tokenyard_models.rotary import rotation_angles
 
 _ALIGNED = 64  # tokens, of which reserved memory holds a multiple
 
@@ -87,22 +88,7 @@ class Cache:
 
     def fixed(self) -> FixedCache:
         """Return these keys and values as a cache whose calls can be captured in a CUDA graph."""
-        return FixedCache(self)
-
-
-class FixedLayerCache:
-    """The keys and values of one layer, and of a `FixedCache` the position and the mask."""
-
-    def __init__(self, layer: LayerCache, position: Tensor, mask: Tensor):
-        self.keys, self.values = layer.memory()
-        self.position = position
-        self.mask = mask
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [B, kv_heads, 1, head_dim] at the position. Return the whole memory."""
-        self.keys.index_copy_(2, self.position, k)
-        self.values.index_copy_(2, self.position, v)
-        return self.keys, self.values
+        return FixedCache(self, self._config)
 
 
 class FixedCache:
@@ -112,18 +98,43 @@ class FixedCache:
     counts the tokens: one past the capacity is an error of the device.
     """
 
-    def __init__(self, cache: Cache):
+    def __init__(self, cache: Cache, config: TransformerConfig):
         keys, _ = cache.layers[0].memory()
+        self._config = config
+        self._reserved = torch.arange(keys.shape[2], device=keys.device)
+        wide = torch.promote_types(keys.dtype, torch.float32)
         self.position = torch.tensor([cache.length], device=keys.device)
-        self._all = torch.arange(keys.shape[2], device=keys.device)
-        self.mask = keys.new_zeros(keys.shape[2])  # [reserved] 0, or -inf after the position
-        self._hide_later()
-        self.layers = [FixedLayerCache(layer, self.position, self.mask) for layer in cache.layers]
+        self.mask = keys.new_zeros(keys.shape[2])  # 0, or -inf after the position
+        self.cos = keys.new_zeros(1, config.head_dim, dtype=wide)
+        self.sin = torch.zeros_like(self.cos)
+        self._describe_position()
+        self.layers = [FixedLayerCache(layer, self) for layer in cache.layers]
 
     def advance(self) -> None:
         """Move to the next position."""
         self.position += 1
-        self._hide_later()
+        self._describe_position()
 
-    def _hide_later(self) -> None:
-        self.mask.zero_().masked_fill_(self._all > self.position, float("-inf"))
+    def _describe_position(self) -> None:
+        """Write what every layer reads of the position: the mask, and how ``rotate_by`` rotates."""
+        self.mask.zero_().masked_fill_(self._reserved > self.position, float("-inf"))
+        theta = self._config.rope_theta
+        if theta is not None:
+            size, dtype = self._config.head_dim, self.cos.dtype
+            angles = rotation_angles(self.position, size, dtype, theta, self._config.rope_scaling)
+            self.cos.copy_(angles.cos().repeat(1, 2))
+            self.sin.copy_(torch.cat((-angles.sin(), angles.sin()), 1))
+
+
+class FixedLayerCache:
+    """The keys and values of one layer of a `FixedCache`."""
+
+    def __init__(self, layer: LayerCache, cache: FixedCache):
+        self._keys, self._values = layer.memory()
+        self.cache = cache
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v [B, kv_heads, 1, head_dim] at the position. Return the whole memory."""
+        self._keys.index_copy_(2, self.cache.position, k)
+        self._values.index_copy_(2, self.cache.position, v)
+        return self._keys, self._values

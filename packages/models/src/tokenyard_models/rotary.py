@@ -35,15 +35,27 @@ def rotate(
     x: Tensor, positions: Tensor, theta: float, scaling: RopeScaling | None = None
 ) -> Tensor:
     """Rotate x [B, H, S, head_dim] by its positions [S] or [B, S]. Angles are at least float32."""
-    half = x.shape[-1] // 2
     wide = torch.promote_types(x.dtype, torch.float32)
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=wide) / half)
-    if scaling is not None:
-        frequencies = scaling.scaled(frequencies)
-    angles = positions.to(wide).unsqueeze(-1) * frequencies  # [S, head_dim / 2] or [B, S, ...]
-    if positions.dim() > 1:
-        angles = angles.unsqueeze(1)  # [B, 1, S, head_dim / 2]
+    angles = rotation_angles(positions, x.shape[-1], wide, theta, scaling)
     cos = angles.cos()
     sin = angles.sin()
     first, second = x.to(wide).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotation_angles(
+    positions: Tensor, head_dim: int, dtype: torch.dtype, theta: float, scaling: RopeScaling | None
+) -> Tensor:
+    """Return the angles [S, head_dim / 2], or [B, 1, S, head_dim / 2], of positions in `dtype`."""
+    half = head_dim // 2
+    frequencies = theta ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
+    if scaling is not None:
+        frequencies = scaling.scaled(frequencies)
+    angles = positions.to(dtype).unsqueeze(-1) * frequencies
+    return angles.unsqueeze(1) if positions.dim() > 1 else angles
+
+
+def rotate_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, H, S, head_dim], given the cosine of both halves, and -sine and sine."""
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

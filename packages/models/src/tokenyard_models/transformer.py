@@ -64,6 +64,8 @@ class Block(nn.Module):
             return x + self.ffn(self.norm_2(x)), None
         padding = None if documents is None else documents.padding.flatten()
         y, routing = self.ffn(self.norm_2(x), self._forced_ids(x), padding)
+        if isinstance(cache, FixedLayerCache):
+            return x + y, None  # generating reads no Balance
         balance = self.ffn.router.balance
         return x + y, balance(routing) if padding is None else balance(routing, padding)
 
@@ -136,9 +138,10 @@ class Transformer(Model):
     ) -> Output | TokenLoss:
         """Return logits [B, S, V] for ids [B, S], and the Balance of each MoE layer.
 
-        A cache continues earlier calls. With `targets`, return their loss instead of the logits,
-        which then exist in chunks only. With `documents`, each is computed as if it were alone.
-        Raises ConfigError for more tokens than max_seq_len, and for documents with a cache.
+        A cache continues earlier calls; with a fixed one there are no Balances. With `targets`,
+        return their loss instead of the logits, which then exist in chunks only. With `documents`,
+        each is computed as if it were alone. Raises ConfigError for more tokens than max_seq_len,
+        and for documents with a cache.
         """
         # Embed: [B, S] -> [B, S, D]
         positions = self._positions(ids, cache, documents)
