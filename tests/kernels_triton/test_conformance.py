@@ -53,6 +53,28 @@ class TestGluonExperts(ExpertsConformance):
     tile = 128
 
 
+@pytest.fixture
+def never_few_rows(monkeypatch):
+    """Let the kernels for many rows compute the kit's small batches, too."""
+    from tokenyard_kernels_triton.ops import _kernel_set
+
+    monkeypatch.setattr(_kernel_set, "MOST_FEW_ROWS", 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("never_few_rows")
+class TestGluonExpertsOfManyRows(ExpertsConformance):
+    backend = "gluon"
+    tile = 128
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("never_few_rows")
+class TestTritonExpertsOfManyRows(ExpertsConformance):
+    backend = "triton"
+    tile = 128
+
+
 @pytest.mark.gpu
 class TestGluonExpertsFp8(ExpertsConformance):
     backend = "gluon"
