@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tokenyard import Workload
+from tokenyard.interfaces import Plan
 from tokenyard.tolerance import relative_error
 from tokenyard_kernels_triton.ops import _few_rows, _kernel_set, _portable
 from tokenyard_kernels_triton.ops._moves import to_rows
@@ -59,12 +60,11 @@ def test_matmuls_equal_the_portable_ones(tokens, activation, dim, ffn_dim):
 
 
 def test_few_rows_are_a_mean_over_experts():
-    offsets = torch.zeros(EXPERTS + 1, dtype=torch.int32)
+    def fitting(rows, dtype=torch.bfloat16):
+        plan = Plan(torch.empty(rows), torch.empty(rows), torch.empty(EXPERTS + 1), TOP_K)
+        return _kernel_set.fitting_set("portable", plan, dtype)
+
     limit = EXPERTS * _kernel_set.MOST_FEW_ROWS
-
-    def chosen(rows, dtype=torch.bfloat16):
-        return _kernel_set.kernel_set("portable", RowTiles(offsets, rows), dtype)
-
-    assert chosen(limit) is _few_rows
-    assert chosen(limit + 1) is _portable
-    assert chosen(limit, torch.float32) is _portable
+    assert fitting(limit) == "few_rows"
+    assert fitting(limit + 1) == "portable"
+    assert fitting(limit, torch.float32) == "portable"

@@ -22,7 +22,12 @@ from tokenyard_kernels_triton.ops._experts_call import (
     zero_gradients,
 )
 from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
-from tokenyard_kernels_triton.ops._kernel_set import KernelSet, KernelSetName, kernel_set
+from tokenyard_kernels_triton.ops._kernel_set import (
+    KernelSet,
+    KernelSetName,
+    fitting_set,
+    kernel_set,
+)
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._save import Save, keep, restore, saved_shapes
@@ -36,6 +41,7 @@ def _forward(
     if is_empty(call):
         return torch.zeros_like(call.x), *_saved(call, save, kernels)
     call = aligned_call(call)
+    kernels = fitting_set(kernels, call.plan, call.x.dtype)
 
     def launches(*tensors: Any) -> tuple[Tensor, ...]:
         return _launch_forward(with_tensors(call, tensors), save, kernels)
@@ -51,7 +57,7 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, plan, topk_weights, (up, down, up_bias, down_bias), activation = call
     row_tiles = RowTiles(plan.offsets, plan.order.shape[0])
-    matmuls = kernel_set(kernels, row_tiles, x.dtype)
+    matmuls = kernel_set(kernels)
     keep_z = save != "recompute"
     rows = matmuls.rows_of(x, plan, down.shape[2])
     z, a = matmuls.up_and_activate(rows, up, up_bias, row_tiles, activation, keep_z)
@@ -78,6 +84,7 @@ def _backward(
     if is_empty(call):
         return zero_gradients(call, needs)
     call = aligned_call(call)
+    kernels = fitting_set(kernels, call.plan, call.x.dtype)
 
     def launches(dy: Tensor, saved: Tensor, scales: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         inputs = with_tensors(call, tensors)
@@ -99,7 +106,7 @@ def _launch_backward(
     kernels: KernelSetName,
 ) -> dict[str, Tensor]:
     row_tiles = RowTiles(call.plan.offsets, call.plan.order.shape[0])
-    matmuls = kernel_set(kernels, row_tiles, call.x.dtype)
+    matmuls = kernel_set(kernels)
     dz, gradients = _through_down(dy, call, saved, needs, save, row_tiles, matmuls)
     if dz is not None:
         gradients |= _through_up(dz, call, needs, row_tiles, matmuls)

@@ -13,8 +13,8 @@ from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
-KernelSetName = Literal["portable", "gluon"]
-"""The kernel set for any GPU, ``ops._portable``, or the one for Hopper GPUs, ``ops._gluon``."""
+KernelSetName = Literal["portable", "gluon", "few_rows"]
+"""The kernel set for any GPU, the one for Hopper GPUs, or the one for few rows an expert."""
 
 MOST_FEW_ROWS = 16
 """The mean number of rows an expert up to which ``ops._few_rows`` is faster than both."""
@@ -84,14 +84,14 @@ class KernelSet(Protocol[Rows]):
         ...
 
 
-def kernel_set(name: KernelSetName, row_tiles: RowTiles, dtype: torch.dtype) -> KernelSet[Any]:
-    """Return a kernel set, or the one for few rows an expert if there are few."""
-    few = row_tiles.rows <= MOST_FEW_ROWS * row_tiles.num_experts
-    return _imported("few_rows" if few and dtype.itemsize == 2 else name)
+def fitting_set(name: KernelSetName, plan: Plan, dtype: torch.dtype) -> KernelSetName:
+    """Return the name of a kernel set, or of the one for few rows if a plan has few an expert."""
+    few = plan.order.shape[0] <= MOST_FEW_ROWS * (plan.offsets.shape[0] - 1)
+    return "few_rows" if few and dtype.itemsize == 2 else name
 
 
 @functools.cache
-def _imported(name: str) -> KernelSet[Any]:
+def kernel_set(name: KernelSetName) -> KernelSet[Any]:
     """Import a kernel set. The one for Hopper GPUs needs a Triton version with its Gluon names."""
     return cast(KernelSet[Any], importlib.import_module(f"tokenyard_kernels_triton.ops._{name}"))
 

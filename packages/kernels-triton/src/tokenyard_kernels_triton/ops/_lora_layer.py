@@ -10,7 +10,12 @@ from torch import Tensor
 from tokenyard.experts import LoraCall, LoraPair
 from tokenyard_kernels_triton.ops._alignment import contiguous
 from tokenyard_kernels_triton.ops._experts_call import aligned_call
-from tokenyard_kernels_triton.ops._kernel_set import KernelSet, KernelSetName, kernel_set
+from tokenyard_kernels_triton.ops._kernel_set import (
+    KernelSet,
+    KernelSetName,
+    fitting_set,
+    kernel_set,
+)
 from tokenyard_kernels_triton.ops._low_rank import (
     WideOperand,
     add_low_rank_and_activate,
@@ -74,7 +79,8 @@ def lora_layer(call: LoraCall, kernels: KernelSetName) -> LoraLayer:
         mask=contiguous(call.mask),
     )
     row_tiles = RowTiles(call.plan.offsets, call.plan.order.shape[0])
-    return LoraLayer(call, row_tiles, kernel_set(kernels, row_tiles, call.x.dtype))
+    kernels = fitting_set(kernels, call.plan, call.x.dtype)
+    return LoraLayer(call, row_tiles, kernel_set(kernels))
 
 
 def _contiguous_pair(pair: LoraPair | None) -> LoraPair | None:
