@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tokenyard import Backend, ConfigError, MoE, Registry, Workload, hookimpl
+from tokenyard import Backend, ConfigError, MoE, Registry, Workload, hookimpl, packed_rows
 from tokenyard.adapter import LoraSettings
 from tokenyard.count import weight_copies
 from tokenyard.fp8 import quantize_rows, quantize_weights
@@ -18,7 +18,7 @@ from tokenyard.testing import Fp8ExpertsConformance
 from tokenyard.testing._in_layer import _OneKindRegistry
 from tokenyard_kernels_triton import _plugin
 from tokenyard_kernels_triton.experts import GluonExperts
-from tokenyard_kernels_triton.ops import _fp8_weights, _quantize
+from tokenyard_kernels_triton.ops import _fp8_weights, _packed_rows, _quantize
 
 from . import gluon_interpreter
 
@@ -110,6 +110,33 @@ def test_tokens_are_quantized_by_the_recipe(dtype):
     tokens[4, 200] = float("inf")
     tokens[5] = 0
     _same(_quantize.quantize_tokens(tokens), quantize_rows(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("count", "dim"), [(37, 384), (5, 2176)])
+def test_packed_rows_are_those_of_the_recipe(dtype, count, dim):
+    """Numbers, scales and what they become again, also where a row has two programs."""
+    rows = torch.randn(count, dim, device=DEVICE).to(dtype)
+    for row, number in enumerate((float("nan"), float("-inf"), 0.0)):
+        rows[row, 100 : None if number == 0 else 101] = number
+    packed, want = _packed_rows.pack_rows(rows), packed_rows.pack_plainly(rows)
+    assert packed.shape == want.shape
+    assert _packed_rows.pack_rows(rows[:0]).shape == want[:0].shape
+    _same(_parts(packed), _parts(want))
+    got = _packed_rows.unpack_rows(want, dtype)
+    assert got.dtype == dtype
+    # the interpreter reads NaN in e4m3 as 480
+    read = torch.ones_like(got).bool() if DEVICE == "cuda" else ~_parts(want)[0].float().isnan()
+    want = packed_rows.unpack_plainly(want, dtype)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got[read], want[read], rtol=eps, atol=0, equal_nan=True)
+
+
+def _parts(packed):
+    """Return the numbers and the scales of packed rows."""
+    dim = packed_rows.unpacked_width(packed.shape[1])
+    scales = packed[:, dim:].contiguous().view(torch.float32)
+    return packed[:, :dim].view(torch.float8_e4m3fn), scales
 
 
 def test_weights_are_quantized_by_the_recipe_in_both_layouts():

@@ -37,8 +37,8 @@ class Quantized(NamedTuple):
     scales: Tensor  # float32
 
 
-def why_no_fp8(dim: int, ffn_dim: int) -> str | None:
-    """Return why experts of these widths cannot be computed in FP8, or None if they can."""
+def why_no_fp8(dim: int, ffn_dim: int = BLOCK) -> str | None:
+    """Return why rows and experts of these widths cannot be in FP8, or None if they can."""
     for name, width in (("dim", dim), ("ffn_dim", ffn_dim)):
         if width % BLOCK:
             return (

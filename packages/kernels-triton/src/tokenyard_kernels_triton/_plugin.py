@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenyard import Backend, Workload, hookimpl
 from tokenyard.cross_entropy import replace_by_gradient
+from tokenyard.packed_rows import pack_plainly, unpack_plainly
 from tokenyard_kernels_triton._device import GLUON, triton_minor_version
 
 _SCORES = ("softmax", "sigmoid")
@@ -27,6 +28,26 @@ def _replace_by_gradient(logits: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
     from tokenyard_kernels_triton.ops import _cross_entropy
 
     return _cross_entropy.replace_by_gradient(logits, ids, scale)
+
+
+@torch.library.impl("tokenyard::pack_rows", "cuda")
+def _pack_rows(rows: Tensor) -> Tensor:
+    """Quantize the rows that an exchange sends, by a kernel."""
+    if importlib.util.find_spec("triton") is None or rows.dtype not in _DTYPES:
+        return pack_plainly(rows)
+    from tokenyard_kernels_triton.ops import _packed_rows
+
+    return _packed_rows.pack_rows(rows)
+
+
+@torch.library.impl("tokenyard::unpack_rows", "cuda")
+def _unpack_rows(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dequantize the rows that an exchange received, by a kernel."""
+    if importlib.util.find_spec("triton") is None or dtype not in _DTYPES:
+        return unpack_plainly(packed, dtype)
+    from tokenyard_kernels_triton.ops import _packed_rows
+
+    return _packed_rows.unpack_rows(packed, dtype)
 
 
 def _interpreted() -> bool:
