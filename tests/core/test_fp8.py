@@ -7,6 +7,7 @@ import torch
 
 from tokenyard import Backend, MoE, Registry, Workload, hookimpl
 from tokenyard.count import kept_by_ffn, saved_by_ffn, weight_copies
+from tokenyard.exchanges import LocalExchange
 from tokenyard.experts import EmulatedFp8Experts, TorchExperts
 from tokenyard.fp8 import (
     BLOCK,
@@ -122,6 +123,25 @@ def test_estimates_ask_the_kernel():
     assert weight_copies(moe) == 0
     SingleStrategy().layout(moe)
     assert weight_copies(moe) == 2 * (moe.experts.up.numel() + moe.experts.down.numel())
+
+
+class Packs(LocalExchange):
+    """Receives 3 rows a token, of 5 bytes."""
+
+    rows_per_token = 3.0
+
+    def row_bytes(self, width):
+        return 5
+
+
+def test_estimates_ask_the_exchange():
+    """Selective recompute keeps rows as they arrive; a kernel saves them as it computes them."""
+    moe = MoE(Workload(32, 48, 4, 2), backends={"experts": "torch"})
+    moe.experts.exchange.rows_per_token = 3.0
+    saved = [count(moe, 4) for count in (saved_by_ffn, kept_by_ffn)]
+    moe.experts.exchange = Packs(moe.workload, None)
+    packed = [count(moe, 4) for count in (saved_by_ffn, kept_by_ffn)]
+    assert [a - b for a, b in zip(saved, packed)] == [0, 3 * (4 * 32 - 5)]
 
 
 def sum_as_hopper_does(left, right, promoted):

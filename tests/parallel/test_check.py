@@ -3,7 +3,7 @@
 import io
 import re
 import time
-from math import ceil
+from math import ceil, comb
 
 import pytest
 import torch
@@ -134,6 +134,25 @@ def test_check_prints_meshes_and_bytes(settings, tmp_path):
         "exchange all_to_all_tokens",
     ):
         assert part in printed, printed
+
+
+def test_check_prints_the_bytes_that_an_exchange_sends(settings, tmp_path):
+    """DBRX, 8 ranks: a token goes to 3.1 of 8 ranks on average, with 4 weights and ids."""
+    path = tmp_path / "config.yaml"
+    parallel = {"strategy": "fsdp", "expert_parallel": 8}
+    path.write_text(yaml.safe_dump(settings | {"model": DBRX, "parallel": parallel}))
+    rows = 7 * (1 - comb(14, 4) / comb(16, 4))  # to other ranks
+    width = {"auto": 2 * 6144, "fp8": 6144 + 4 * 48}
+    options = {"auto": [], "fp8": ["backends.exchange={name: all_to_all_tokens, precision: fp8}"]}
+    for precision, bytes_of_row in width.items():
+        console = Console(file=io.StringIO(), record=True, width=160)
+        overrides = ["precision=amp_bf16", "global_train_batch_size=8", *options[precision]]
+        with fake_world(8):
+            check(load_config(path, overrides), console)
+        printed = console.export_text()
+        sent = 2 * round(rows * (bytes_of_row + 4 * 2 * 4 + 2 * 6144))
+        assert f"{sent:,} bytes a token and layer, forward and backward" in printed
+        assert ("fewer in FP8" in printed) == (precision == "fp8")
 
 
 @pytest.mark.parametrize(

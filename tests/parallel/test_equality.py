@@ -58,6 +58,25 @@ def test_in_float32(layout):
     assert max(worst.values()) <= 1e-5, worst
 
 
+FP8_LAYOUTS = [
+    Layout("ddp", 2, 2, "all_to_all"),
+    Layout("fsdp", 2, 2, "all_to_all_tokens", chunks=2),
+    Layout("fsdp", 4, 2, "all_to_all_tokens"),
+]
+FP8_CASES = [
+    [Case("dropped", 3), Case("idle_rank", recompute="selective")],
+    [Case("empty_batch"), Case("one_expert", recompute="whole")],
+    [Case("indivisible", 3), Case("every_expert", lora=True)],
+]
+
+
+@pytest.mark.parametrize(("layout", "cases"), [*zip(FP8_LAYOUTS, FP8_CASES)], ids=str)
+def test_tokens_in_fp8_on_the_wire(layout, cases):
+    """Every layout equals one process that rounds the same rows; two steps in float64."""
+    worst = compare(layout, [case._replace(fp8=True, steps=2) for case in cases])
+    assert max(worst.values()) <= 1e-12, worst
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1800)  # some minutes on idle cores
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -1,5 +1,7 @@
 """Two GPUs equal one, over NCCL."""
 
+from itertools import product
+
 import pytest
 import torch
 from harness import layout_runs as runs
@@ -35,10 +37,12 @@ def test_parity_in_float32(layout):
     assert max(worst.values()) <= 1e-5, worst
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_parity_in_bfloat16(layout):
+@pytest.mark.parametrize(
+    ("layout", "fp8"), [*product(LAYOUTS, [False]), *product(LAYOUTS[2:], [True])], ids=str
+)
+def test_parity_in_bfloat16(layout, fp8):
     """The error against float32 is at most twice that of one GPU in bfloat16."""
-    case = Case("indivisible", dtype=torch.bfloat16, device="cuda")
+    case = Case("indivisible", dtype=torch.bfloat16, device="cuda", fp8=fp8)
     exact = as_arrays(train(Layout(), case._replace(dtype=torch.float32)))
     single = as_arrays(train(Layout(), case))
     results = ranks(2, "cuda").run(arrays_on_rank, layout, case)[0]
@@ -47,6 +51,14 @@ def test_parity_in_bfloat16(layout):
         error = relative_error(torch.from_numpy(single[name]), expected)
         allowed = 2 * error + torch.finfo(torch.bfloat16).eps
         assert relative_error(torch.from_numpy(results[name]), expected) <= allowed, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[2:], ids=str)
+def test_tokens_in_fp8_on_the_wire(layout):
+    """In float64, two GPUs equal one that rounds the same rows."""
+    cases = [Case(r, a, device="cuda", fp8=True) for r in (*ROUTINGS, "dropped") for a in (1, 3)]
+    worst = compare(layout, cases)
+    assert max(worst.values()) <= 1e-12, worst
 
 
 def test_a_checkpoint_of_two_gpus_loads_on_one(settings, tmp_path):

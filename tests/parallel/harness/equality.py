@@ -22,6 +22,9 @@ from tokenyard import (
     load_balancing_loss,
     z_loss,
 )
+from tokenyard.fp8 import BLOCK, dequantize, quantize_rows
+from tokenyard.interfaces import Compute, Routing
+from tokenyard.moe import moe_layers
 from tokenyard.recompute import recomputed
 from tokenyard.sharded import group_by_mesh, local_part
 from tokenyard.testing._over_ranks import DIM, full, initialize
@@ -59,7 +62,8 @@ class Layout(NamedTuple):
 class Case(NamedTuple):
     """The routing, batch and precision of a training run, whatever its layout."""
 
-    routing: str = "natural"  # one_expert, idle_rank, empty_batch, every_expert, indivisible
+    # one_expert, idle_rank, empty_batch, every_expert, indivisible, dropped
+    routing: str = "natural"
     accumulation: int = 1
     recompute: str = ""  # whole, selective
     frozen: bool = False
@@ -69,10 +73,15 @@ class Case(NamedTuple):
     device: str = "cpu"
     experts: int = EXPERTS
     muon: bool = False  # else AdamW
+    fp8: bool = False  # on the wire, or emulated by one process
 
     @property
     def top_k(self) -> int:
         return self.experts if self.routing == "every_expert" else 2
+
+    @property
+    def dim(self) -> int:
+        return 2 * BLOCK if self.fp8 else DIM
 
     def __str__(self) -> str:
         parts = [self.routing, f"x{self.accumulation}"]
@@ -80,14 +89,43 @@ class Case(NamedTuple):
         parts += ["frozen"] * self.frozen
         parts += ["lora"] * self.lora
         parts += ["muon"] * self.muon
+        parts += ["fp8"] * self.fp8
         return "-".join([*parts, str(self.dtype).removeprefix("torch."), f"{self.steps}"])
+
+
+class _Quantized(torch.autograd.Function):
+    """Rounds rows to FP8 in the forward pass, or their gradient in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, backward: bool) -> Tensor:
+        ctx.backward = backward
+        return rows.view_as(rows) if backward else in_fp8(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return in_fp8(grad) if ctx.backward else grad, None
+
+
+def in_fp8(rows: Tensor) -> Tensor:
+    return dequantize(quantize_rows(rows)).to(rows.dtype)
+
+
+class EmulatedWire:
+    """What an exchange in FP8 computes, by one process."""
+
+    rows_per_token = 0.0
+
+    def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
+        y = compute(_Quantized.apply(x, False), routing.topk_ids, routing.topk_weights)
+        result: Tensor = _Quantized.apply(y, True)
+        return result
 
 
 class Block(nn.Module):
     def __init__(self, workload: Workload, backends: Mapping[str, Any]):
         super().__init__()
-        self.norm = nn.LayerNorm(DIM, dtype=workload.dtype)
-        self.mix = nn.Linear(DIM, DIM, dtype=workload.dtype)
+        self.norm = nn.LayerNorm(workload.dim, dtype=workload.dtype)
+        self.mix = nn.Linear(workload.dim, workload.dim, dtype=workload.dtype)
         self.moe = MoE(workload, backends=backends, dtype=workload.dtype)
 
     def forward(self, x: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Balance]:
@@ -101,7 +139,7 @@ class Net(nn.Module):
 
     def __init__(self, workload: Workload, backends: Mapping[str, Any]):
         super().__init__()
-        self.first = nn.Linear(DIM, DIM, dtype=workload.dtype)
+        self.first = nn.Linear(workload.dim, workload.dim, dtype=workload.dtype)
         self.blocks = nn.ModuleList(Block(workload, backends) for _ in range(2))
 
     def forward(self, x: Tensor, topk_ids: Sequence[Tensor | None]) -> tuple[Tensor, list[Balance]]:
@@ -129,6 +167,8 @@ def build(layout: Layout, case: Case) -> tuple[Strategy, nn.Module]:
     initialize(model, seed=5)
     for buffer in model.buffers():
         buffer.zero_()
+    for moe in moe_layers(model) if case.fp8 and layout.expert_parallel == 1 else ():
+        moe.experts.exchange = EmulatedWire()
     for block in model.blocks if case.recompute else ():
         block.forward = recomputed(block.forward, case.recompute == "selective")
     return strategy, model
@@ -136,7 +176,7 @@ def build(layout: Layout, case: Case) -> tuple[Strategy, nn.Module]:
 
 def workload_of(layout: Layout, case: Case) -> Workload:
     return Workload(
-        DIM,
+        case.dim,
         FFN,
         case.experts,
         case.top_k,
@@ -150,6 +190,7 @@ def workload_of(layout: Layout, case: Case) -> Workload:
 
 def backends_of(layout: Layout, case: Case) -> dict[str, Any]:
     exchange = {"name": layout.exchange, "validate": True, "chunks": layout.chunks}
+    exchange |= {"precision": "fp8"} if case.fp8 else {}
     return {
         "experts": "torch" if case.device == "cpu" else "auto",
         "exchange": exchange if layout.expert_parallel > 1 else "local",
@@ -160,10 +201,13 @@ def batch_of(case: Case) -> tuple[Tensor, list[Tensor | None]]:
     """Return the global batch x [T, D], and for each block the forced ids [T, K], or None."""
     count = 37 if case.routing == "indivisible" else 24
     generator = torch.Generator().manual_seed(11)
-    x = torch.randn(count, DIM, generator=generator, dtype=torch.float64).to(case.dtype)
+    x = torch.randn(count, case.dim, generator=generator, dtype=torch.float64).to(case.dtype)
     experts = case.experts
     if case.routing == "one_expert":
         return x, [torch.tensor([pair]).int().repeat(count, 1) for pair in ([3, 4], [0, 1])]
+    if case.routing == "dropped":
+        ids = torch.rand(2, count, experts + 2, generator=generator).topk(case.top_k).indices
+        return x, list(ids.int())  # those from E on are dropped
     if case.routing == "idle_rank":
         experts //= 2  # the ranks that hold the other experts get no tokens
     elif case.dtype == torch.float64:

@@ -105,14 +105,15 @@ def kept_by_ffn(ffn: MoE | FeedForward, width: int) -> int:
     The letters are those of `saved_by_ffn`. A dense FFN keeps the results of its matmuls, b(U + D).
     An MoE layer keeps what its kernel saves, the experts' result bD, and 4E + 12K for routing. With
     an exchange it keeps 3bD for each row that it receives: as it arrives, as computed, and as it
-    returns.
+    returns. A row that arrives in FP8 has fewer bytes.
     """
     if isinstance(ffn, FeedForward):
         return _kept_by_dense(ffn, width)
     work = ffn.workload
     rows_per_token = ffn.experts.exchange.rows_per_token
-    rows = 3 * rows_per_token if rows_per_token else 1
-    experts = work.top_k * saved_by_row(ffn, width) + width * round(rows * work.dim)
+    of_row = 2 * width * work.dim + arriving_bytes(ffn, width)
+    result = round(rows_per_token * of_row) if rows_per_token else width * work.dim
+    experts = work.top_k * saved_by_row(ffn, width) + result
     routing = _WIDE * work.num_experts + 12 * work.top_k
     return experts + routing + (0 if ffn.shared is None else _kept_by_dense(ffn.shared, width))
 
@@ -123,6 +124,14 @@ def saved_by_row(moe: MoE, width: int) -> int:
     if hasattr(kernel, "saved_bytes_per_row"):
         return int(kernel.saved_bytes_per_row(width))
     return width * moe.experts.up.shape[1]
+
+
+def arriving_bytes(moe: MoE, width: int) -> int:
+    """Return the bytes of a row as the exchange of an MoE layer receives it."""
+    exchange = moe.experts.exchange
+    if hasattr(exchange, "row_bytes"):
+        return int(exchange.row_bytes(width))
+    return width * moe.workload.dim
 
 
 def weight_copies(moe: MoE) -> int:

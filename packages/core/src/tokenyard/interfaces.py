@@ -266,6 +266,22 @@ class Exchange(Protocol):
         ...
 
 
+class SendingExchange(Exchange, Protocol):
+    """An exchange that tells how many bytes it sends. This part of the contract is optional."""
+
+    def row_bytes(self, width: int) -> int:
+        """Return the bytes of a dispatched row, whose numbers had `width` bytes."""
+        ...
+
+    def sent_bytes_per_token(self, width: int) -> int:
+        """Return the bytes that a rank sends to other ranks for each of its tokens.
+
+        They are those of a forward pass, and as many of a backward pass, if routing is uniform.
+        `width` are the bytes of the compute dtype.
+        """
+        ...
+
+
 class ShardingReport(NamedTuple):
     """A model's layout over ranks, as seen by one of them."""
 

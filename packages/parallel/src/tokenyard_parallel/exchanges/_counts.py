@@ -40,16 +40,25 @@ def exchange_counts(sent: Tensor, group: Any, kept: Tensor | None = None) -> lis
     ]
 
 
-def compare_kinds(group: Any, chunks: int, x: Tensor, routing: Routing) -> None:
+_KIND = (
+    "tokens of width",
+    "experts a token:",
+    "chunks:",
+    "bytes a number:",
+    "bytes a weight:",
+    "bytes a sent token:",
+)
+
+
+def compare_kinds(group: Any, chunks: int, x: Tensor, routing: Routing, row_bytes: int) -> None:
     """Raise ExchangeError on every rank unless all ranks exchange the same kind of rows."""
-    names = ("tokens of width", "experts a token:", "chunks:", "bytes a number:", "bytes a weight:")
     weights = routing.topk_weights
     width = x.shape[1]
     top_k = routing.topk_ids.shape[1]
-    kind = [width, top_k, chunks, x.element_size(), weights.element_size()]
+    kind = [width, top_k, chunks, x.element_size(), weights.element_size(), row_bytes]
     first, *others = _all_gather(torch.tensor(kind, device=x.device), group).tolist()
     for rank, other in enumerate(others, 1):
-        for name, expected, actual in zip(names, first, other):
+        for name, expected, actual in zip(_KIND, first, other):
             if expected != actual:
                 raise ExchangeError(
                     f"rank {rank} of the exchange's group has {name} {actual}, "

@@ -8,14 +8,20 @@ return.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from tokenyard import Compute, ConfigError, Permutation, Plan, Routing, Workload
+from tokenyard.fp8 import why_no_fp8
+from tokenyard.packed_rows import packed_width
 from tokenyard_parallel.exchanges._counts import ChunkCounts, compare_kinds, exchange_counts
 from tokenyard_parallel.exchanges._transfer import ExchangeError, Transfer
+
+Precision = Literal["fp8"]
+
+_WIDE = 4  # bytes of a weight, at least
 
 
 class RankOrder(NamedTuple):
@@ -29,6 +35,7 @@ class RowFormat(Protocol):
     """What one row of the payload is: a slot or a token."""
 
     rows_per_token: float  # rows that a rank sends for each token when routing is uniform
+    weights_per_row: int  # W
 
     def sort(self, topk_ids: Tensor) -> RankOrder:
         """Sort the rows of topk_ids [T, K] by the rank that they go to."""
@@ -48,6 +55,13 @@ class PipelinedExchange:
     ranks are about to exchange. It raises ExchangeError where they disagree, instead of a hang or a
     crash in the collective. It is for debugging: each call takes three more collectives and their
     host syncs.
+
+    With `precision` "fp8", tokens travel in float8 e4m3 with a scale for each 128 numbers
+    (``tokenyard.fp8``) when they are dispatched, and the gradient of the output when it is. What is
+    summed travels in the dtype of x: results, and the gradient of the tokens.
+
+    Raises ConfigError for other `chunks` and another `precision`, and for tokens that FP8 cannot
+    have.
     """
 
     def __init__(
@@ -58,17 +72,20 @@ class PipelinedExchange:
         group: Any,
         chunks: int,
         validate: bool,
+        precision: Precision | None,
     ):
         if not isinstance(chunks, int) or chunks < 1:
             raise ConfigError(
                 f"backends.exchange.chunks is {chunks!r}; give a whole number from 1 on"
             )
+        _check_precision(precision, workload)
         self.row_format = row_format
         self.workload = workload
         self.permutation = permutation
         self.group = group
         self.chunks = chunks
         self.validate = validate
+        self.precision = precision
         self.rows_per_token = row_format.rows_per_token if workload.expert_parallel > 1 else 0.0
 
     def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
@@ -85,7 +102,7 @@ class PipelinedExchange:
                 "process group; lay the model out by a strategy, such as fsdp"
             )
         if self.validate:
-            compare_kinds(self.group, self.chunks, x, routing)
+            compare_kinds(self.group, self.chunks, x, routing, self.row_bytes(x.element_size()))
         ids_by_chunk = routing.topk_ids.tensor_split(self.chunks)
         orders = [self.row_format.sort(ids) for ids in ids_by_chunk]
         transfers = [
@@ -104,11 +121,38 @@ class PipelinedExchange:
             transfer.compute(compute)
         return torch.cat([transfer.combine() for transfer in transfers])
 
+    def row_bytes(self, width: int) -> int:
+        """Return the bytes of a dispatched row, of numbers of `width` bytes before it is packed."""
+        dim = self.workload.dim
+        return width * dim if self.precision is None else packed_width(dim)
+
+    def sent_bytes_per_token(self, width: int) -> int:
+        """Return the bytes that a rank sends to others for each of its tokens, each way.
+
+        `width` are the bytes of the compute dtype. Routing is uniform.
+        """
+        returned = width * self.workload.dim
+        metadata = 2 * self.row_format.weights_per_row * max(width, _WIDE)
+        to_others = self.rows_per_token * (1 - 1 / self.workload.expert_parallel)
+        return round(to_others * (self.row_bytes(width) + metadata + returned))
+
     def _counts(self, topk_ids: Tensor, orders: list[RankOrder]) -> list[ChunkCounts]:
         by_chunk = [torch.stack((order.plan.offsets.diff(), order.slots), 1) for order in orders]
         sent = torch.stack(by_chunk, 1)  # [ranks, chunks, 2]
         kept = (topk_ids < self.workload.num_experts).sum() if self.validate else None
         return exchange_counts(sent, self.group, kept)
+
+
+def _check_precision(precision: Precision | None, workload: Workload) -> None:
+    """Raise ConfigError unless tokens of a workload can travel in a precision."""
+    if precision not in ("fp8", None):
+        raise ConfigError(
+            f"backends.exchange.precision is {precision!r}; known is: fp8, and without it tokens "
+            "have the dtype of x"
+        )
+    reason = why_no_fp8(workload.dim) if precision == "fp8" else None
+    if reason is not None:
+        raise ConfigError(f"the exchange cannot send tokens in FP8: {reason}")
 
 
 class ChunkTransfer:
@@ -130,9 +174,15 @@ class ChunkTransfer:
         self.slots = counts.slots
         self.rows = self.permutation.permute(x, plan)
         self.metadata = exchange.row_format.metadata(plan, topk_ids, topk_weights)
-        self.row_transfer = Transfer(exchange.group, counts.sent, counts.received)
-        self.metadata_transfer = Transfer(exchange.group, counts.sent, counts.received)
-        self.return_transfer = Transfer(exchange.group, counts.received, counts.sent)
+        group = exchange.group
+        in_fp8 = exchange.precision is not None
+        self.row_transfer = Transfer(
+            group, counts.sent, counts.received, "forward" if in_fp8 else None
+        )
+        self.metadata_transfer = Transfer(group, counts.sent, counts.received)
+        self.return_transfer = Transfer(
+            group, counts.received, counts.sent, "backward" if in_fp8 else None
+        )
 
     def dispatch(self) -> None:
         """Start to send the rows and their metadata."""

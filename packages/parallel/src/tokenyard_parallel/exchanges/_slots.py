@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenyard import Permutation, Plan, Workload
-from tokenyard_parallel.exchanges._pipeline import PipelinedExchange, RankOrder
+from tokenyard_parallel.exchanges._pipeline import PipelinedExchange, Precision, RankOrder
 
 
 class SlotRows:
@@ -19,6 +19,7 @@ class SlotRows:
         self.experts_per_rank = workload.num_experts // self.ranks
         self.permutation = permutation
         self.rows_per_token = float(workload.top_k)
+        self.weights_per_row = 1
 
     def sort(self, topk_ids: Tensor) -> RankOrder:
         """Sort the slots by the rank that holds their expert; dropped slots are not sent."""
@@ -36,7 +37,7 @@ class SlotRows:
 class SlotExchange(PipelinedExchange):
     """Sends a token to each of its experts.
 
-    `chunks` and `validate` are those of PipelinedExchange.
+    `chunks`, `validate` and `precision` are those of PipelinedExchange.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class SlotExchange(PipelinedExchange):
         group: Any = None,
         chunks: int = 1,
         validate: bool = False,
+        precision: Precision | None = None,
     ):
         rows = SlotRows(workload, permutation)
-        super().__init__(rows, workload, permutation, group, chunks, validate)
+        super().__init__(rows, workload, permutation, group, chunks, validate, precision)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenyard import Permutation, Plan, Workload
-from tokenyard_parallel.exchanges._pipeline import PipelinedExchange, RankOrder
+from tokenyard_parallel.exchanges._pipeline import PipelinedExchange, Precision, RankOrder
 
 
 class TokenRows:
@@ -27,6 +27,7 @@ class TokenRows:
         elsewhere = workload.num_experts - self.experts_per_rank
         unused = comb(elsewhere, workload.top_k) / comb(workload.num_experts, workload.top_k)
         self.rows_per_token = self.ranks * (1 - unused)
+        self.weights_per_row = workload.top_k
 
     def sort(self, topk_ids: Tensor) -> RankOrder:
         """Sort the tokens by the ranks that hold their experts; dropped slots are not sent.
@@ -61,7 +62,7 @@ class TokenRows:
 class TokenExchange(PipelinedExchange):
     """Sends a token once to each rank that holds experts of it.
 
-    `chunks` and `validate` are those of PipelinedExchange.
+    `chunks`, `validate` and `precision` are those of PipelinedExchange.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TokenExchange(PipelinedExchange):
         group: Any = None,
         chunks: int = 1,
         validate: bool = False,
+        precision: Precision | None = None,
     ):
         rows = TokenRows(workload, permutation)
-        super().__init__(rows, workload, permutation, group, chunks, validate)
+        super().__init__(rows, workload, permutation, group, chunks, validate, precision)

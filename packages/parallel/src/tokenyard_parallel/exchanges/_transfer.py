@@ -3,17 +3,20 @@
 A transfer is two autograd nodes, and other work can run between them. In the forward pass `begin`
 starts the collective and `end` waits for it. In the backward pass `end` starts it and `begin`
 waits, so the same work overlaps with it again.
+
+In one of the directions, rows may travel in FP8. The gradient passes that rounding unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tokenyard import TokenyardError
+from tokenyard.packed_rows import pack_rows, unpack_rows
 from tokenyard_parallel._torch_private import begin_all_to_all, end_all_to_all
 
 
@@ -21,17 +24,31 @@ class ExchangeError(TokenyardError):
     """Ranks disagree on what they exchange, or the exchange has no process group."""
 
 
-class Transfer:
-    """One all-to-all: `sent[r]` rows go to rank r, `received[r]` rows come from it."""
+Direction = Literal["forward", "backward"]
 
-    def __init__(self, group: Any, sent: Sequence[int], received: Sequence[int]):
+
+class Transfer:
+    """One all-to-all: `sent[r]` rows go to rank r, `received[r]` rows come from it.
+
+    Rows travel in FP8 in the direction `fp8`.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        sent: Sequence[int],
+        received: Sequence[int],
+        fp8: Direction | None = None,
+    ):
         self.group = group
         self.sent = list(sent)
         self.received = list(received)
+        self.fp8 = fp8
         self.gradient: Tensor | None = None  # what arrives in the backward pass
 
     def begin(self, rows: Tensor) -> Tensor:
         """Start to send rows [sum(sent), ...]; return a tensor that only `end` may read."""
+        self.dtype = rows.dtype
         out: Tensor = _Begin.apply(rows, self)
         return out
 
@@ -40,30 +57,52 @@ class Transfer:
         out: Tensor = _End.apply(rows, self)
         return out
 
+    def start(self, direction: Direction, rows: Tensor) -> Tensor:
+        """Start to send rows in a direction; return what `finish` takes."""
+        if self.fp8 == direction:
+            # as float32, because autograd has no gradients of bytes
+            rows = pack_rows(rows).view(torch.float32)
+        outward = direction == "forward"
+        sent = self.sent if outward else self.received
+        received = self.received if outward else self.sent
+        arriving: Tensor = begin_all_to_all(rows, sent, received, self.group)
+        return arriving
+
+    def finish(self, direction: Direction, arriving: Tensor) -> Tensor:
+        """Wait for rows that `start` returned."""
+        rows: Tensor = end_all_to_all(arriving)
+        if self.fp8 == direction:
+            return unpack_rows(rows.view(torch.uint8), self.dtype)
+        return rows
+
 
 class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
-        return begin_all_to_all(rows, transfer.sent, transfer.received, transfer.group)
+        return transfer.start("forward", rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         transfer = ctx.transfer
-        gradient = end_all_to_all(transfer.gradient)
+        gradient = transfer.finish("backward", transfer.gradient)
         transfer.gradient = None
         return gradient, None
 
 
 class _End(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
+    def forward(ctx: Any, arriving: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
-        return end_all_to_all(rows).view_as(rows)
+        ctx.arriving = (arriving.shape, arriving.dtype)
+        rows = transfer.finish("forward", arriving)
+        return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
-        transfer.gradient = begin_all_to_all(grad, transfer.received, transfer.sent, transfer.group)
+        transfer.gradient = transfer.start("backward", grad)
         # autograd requires this shape here; `_Begin.backward` returns the real gradient
-        return grad, None
+        shape, dtype = ctx.arriving
+        alike = grad.shape == shape
+        return grad if alike else grad.new_zeros((), dtype=dtype).expand(shape), None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -162,7 +163,9 @@ def _memory_rows(config: TrainConfig, model: Model, layout: ShardingReport) -> R
 def _backend_rows(config: TrainConfig, layer: MoE) -> Rows:
     for kind, chosen in layer.chosen.items():
         yield kind, describe_choice(chosen)
-    yield from _kernel_rows(layer, COMPUTE_DTYPES[config.precision].itemsize)
+    width = COMPUTE_DTYPES[config.precision].itemsize
+    yield from _kernel_rows(layer, width)
+    yield from _exchange_rows(layer, width)
 
 
 def _kernel_rows(moe: MoE, width: int) -> Rows:
@@ -174,6 +177,18 @@ def _kernel_rows(moe: MoE, width: int) -> Rows:
         yield "experts save", f"{saved:,} bytes a token and layer, {usual - saved:,} fewer"
     if size := weight_copies(moe):
         yield "experts keep", f"copies of a layer's weights, {describe_bytes(size)}"
+
+
+def _exchange_rows(moe: MoE, width: int) -> Rows:
+    """Say what an exchange sends to other ranks, and what FP8 saves of it."""
+    exchange: Any = moe.experts.exchange
+    if not exchange.rows_per_token or not hasattr(exchange, "sent_bytes_per_token"):
+        return
+    sent = 2 * exchange.sent_bytes_per_token(width)
+    to_others = exchange.rows_per_token * (1 - 1 / moe.workload.expert_parallel)
+    fewer = round(2 * to_others * (width * moe.workload.dim - exchange.row_bytes(width)))
+    saved = f", {fewer:,} fewer in FP8" if fewer else ""
+    yield "exchange sends", f"{sent:,} bytes a token and layer, forward and backward{saved}"
 
 
 def describe_choice(chosen: BackendChoice) -> str:
