@@ -89,6 +89,20 @@ def test_exchanges_are_measured_over_two_ranks():
     assert [r.get("forward_ms") for r in mine] == [r.get("forward_ms") for r in other]
 
 
+def test_an_exchange_in_fp8_may_be_coarse_and_sends_less_over_two_ranks():
+    """A token has 128 numbers, 2 weights and 2 ids; its result has 128 numbers."""
+    shape = SMALL._replace(dim=128)
+    names = ["all_to_all_tokens", "all_to_all_tokens:precision=fp8"]
+    (*_, plain, fp8, _), _ = ranks(2).run(records, "cpu", "fp32", "natural", names, shape)
+    assert plain["error"] < 1e-5
+    assert 0.02 < fp8["error"] < fp8["allowed"]
+    counts = 2 * 4
+    for direction, other in (("forward", counts), ("backward", 0)):
+        sent = (plain["sent_bytes"][direction] - other) / (4 * 128 + 4 * 4 + 4 * 128)
+        ratio = (fp8["sent_bytes"][direction] - other) / (132 + 4 * 4 + 4 * 128)
+        assert ratio == pytest.approx(sent, rel=0.1)
+
+
 def test_the_busiest_rank_of_skewed_routing_over_two_ranks():
     (dense, busiest, ours, _), _ = ranks(2).run(records, "cpu", "fp32", "zipf", ["all_to_all"])
     assert dense["busiest"] > 2

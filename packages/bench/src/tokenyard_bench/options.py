@@ -73,7 +73,7 @@ class ExchangeOptions(CaseOptions):
             help="NAME, NAME:KEY=VALUE such as all_to_all_tokens:chunks=2, or all. Repeatable.",
         ),
     ] = field(default_factory=lambda: ["all"])
-    experts: Annotated[str, Option(help="Expert backend of the exchanges.")] = "auto"
+    experts: Annotated[str, Option(help="Expert backend, such as gluon:precision=fp8.")] = "auto"
     activation: Annotated[str, Option(help="Activation, such as swiglu or geglu.")] = "swiglu"
     peers: Annotated[str, Option(help="liger, all or none.")] = "all"
     pause: Annotated[

@@ -31,7 +31,7 @@ class ExchangeSettings:
     """What is compared, and how."""
 
     exchanges: list[str]  # NAME, NAME:KEY=VALUE, or all
-    experts: str = "auto"  # the backend that computes the experts
+    experts: str = "auto"  # NAME or NAME:KEY=VALUE of the backend that computes the experts
     peers: str = "all"  # or none, or names separated by commas
     pause: float = 0.25  # seconds before each step from an idle device
 

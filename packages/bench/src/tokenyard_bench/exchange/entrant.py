@@ -52,6 +52,7 @@ class Candidate:
     group: Group
     unusable: str | None
     build: Callable[[], RankEntrant]
+    in_fp8: bool = False  # computes or sends numbers in FP8
 
 
 def judge_rank(case: RankCase, results: Results) -> Verdict:

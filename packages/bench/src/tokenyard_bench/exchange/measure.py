@@ -16,6 +16,7 @@ from tokenyard_bench.dense import DenseMatmuls
 from tokenyard_bench.entrant import COARSE
 from tokenyard_bench.exchange.entrant import Candidate, RankEntrant, judge_rank
 from tokenyard_bench.exchange.rank_case import RankCase
+from tokenyard_bench.exchange.sent import sent_bytes
 from tokenyard_bench.exchange.times import Timer
 from tokenyard_bench.exchange.world import World
 from tokenyard_bench.oracle import Results, Verdict
@@ -25,6 +26,7 @@ from tokenyard_cli.results import Record
 DENSE = "dense"
 DENSE_BUSIEST = "dense, busiest rank"
 
+_IN_FP8 = 0.1  # the relative error of FP8 is some percent in every dtype
 _PROFILED = 3  # steps, for the kinds of work
 _KINDS = (*KINDS, "other", "host")
 
@@ -35,7 +37,15 @@ class Checked(NamedTuple):
     entrant: RankEntrant
     results: Results
     verdict: Verdict
+    allowed: float  # error
     difference: float  # from the first entrant, the largest of all results
+
+
+def _allowed(candidate: Candidate, verdict: Verdict) -> float:
+    """Return the largest error of a correct entrant."""
+    if candidate.in_fp8:
+        return max(_IN_FP8, COARSE * verdict.allowed)
+    return verdict.allowed * (COARSE if candidate.group == "peer" else 1)
 
 
 class CaseMeasurement:
@@ -83,7 +93,7 @@ class CaseMeasurement:
             entrant = candidate.build()
             results = entrant.results()
             verdict = judge_rank(self.case, results)
-            allowed = verdict.allowed * (COARSE if candidate.group == "peer" else 1)
+            allowed = _allowed(candidate, verdict)
             if verdict.error > allowed:
                 return (
                     f"wrong: {verdict.worst} is off by {verdict.error:.2e} from float64, "
@@ -96,20 +106,23 @@ class CaseMeasurement:
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             return f"failed: {type(error).__name__}: {reason}"
-        return Checked(entrant, results, verdict, difference)
+        return Checked(entrant, results, verdict, allowed, difference)
 
     def _facts(self, checked: Checked) -> Record:
-        """Return the worst error, difference and memory of all ranks."""
-        errors = self.world.gather([checked.verdict.error, checked.verdict.allowed])
+        """Return the worst error, difference, memory and bytes sent of all ranks."""
+        errors = self.world.gather([checked.verdict.error, checked.allowed])
         error, allowed = max(errors, key=lambda pair: pair[0] / pair[1])
-        # All ranks run this step: a rank whose result is wrong would leave the others waiting.
-        own_peak = peak_bytes(checked.entrant.stages(), self.world.device)
-        ((difference, peak),) = self.world.largest([[checked.difference, own_peak]])
+        # All ranks run these steps: a rank whose result is wrong would leave the others waiting.
+        stages = checked.entrant.stages()
+        own_peak = peak_bytes(stages, self.world.device)
+        sent = sent_bytes(stages, self.case.rank)
+        ((difference, peak, *most),) = self.world.largest([[checked.difference, own_peak, *sent]])
         return {
             "error": error,
             "allowed": allowed,
             "difference": difference,
             "peak_bytes": round(peak),
+            "sent_bytes": dict(zip(("forward", "backward"), map(round, most))),
         }
 
     def _times(self, stages: Stages) -> Record:

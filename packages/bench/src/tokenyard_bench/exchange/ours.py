@@ -34,14 +34,19 @@ class ExchangeRequest:
     def candidate(self, case: RankCase, experts: str, world: World) -> Candidate:
         """Return the layer through this exchange, computed by an expert backend."""
         reason = self.backend.unusable(case.workload)
-        return Candidate(self.text, "exchange", reason, lambda: self._build(case, experts, world))
+        in_fp8 = "fp8" in (*self.options.values(), *parse_request("--experts", experts)[1].values())
+        return Candidate(
+            self.text, "exchange", reason, lambda: self._build(case, experts, world), in_fp8
+        )
 
     def _build(self, case: RankCase, backend: str, world: World) -> RankEntrant:
         choice = BackendChoice("exchange", self.backend, self.options)
         workload = case.workload
         registry = default_registry()
         permutation = registry.choose("permutation", None, workload).construct(workload)
-        kernel = registry.choose("experts", backend, workload).construct(workload, permutation)
+        name, options = parse_request("--experts", backend)
+        experts_choice = registry.choose("experts", {"name": name, **options}, workload)
+        kernel = experts_choice.construct(workload, permutation)
 
         def exchange(permutation: Permutation) -> Any:
             return choice.construct(workload, permutation, world.group)

@@ -17,7 +17,7 @@ _TIMES = ("forward_ms", "backward_ms", "step_ms")
 _RATES = ("forward_tflops", "backward_tflops", "step_tflops")
 _COLUMNS = ("forward ms", "backward ms", "back to back ms")
 _RATE_COLUMNS = ("fwd TFLOP/s", "bwd TFLOP/s", "both")
-_CHECKS = ("peak memory", "difference", "error")
+_CHECKS = ("sent", "peak memory", "difference", "error")
 
 
 def print_exchanges(records: Sequence[Record], console: Console) -> None:
@@ -60,7 +60,9 @@ def _cells(record: Record) -> list[str]:
     cells += [_ms(record[key]["median"]) for key in _TIMES]
     cells += [_ms(record[key]) for key in _RATES]
     if "error" in record:
+        sent = sum(record["sent_bytes"].values())
         cells += [
+            describe_bytes(sent) if sent else "-",
             describe_bytes(record["peak_bytes"]),
             f"{record['difference']:.1e}",
             f"{record['error']:.1e}",
