@@ -67,6 +67,19 @@ def test_train_beside_transformers_has_the_same_size_and_learns_alike(bench, con
         assert 3 < record["loss"] < 7  # nats per token of 257 ids, after a few steps
 
 
+def test_train_beside_a_variant_of_the_config(bench, config):
+    """Both train on the same batches, and the variant has its own sizes."""
+    variant = "model.ffn_config.ffn_hidden_size=32"
+    out, _ = bench("train", config, "--steps", 3, "--variant", variant, "--variant", "seed=18")
+    ours, wider, other = json.loads((out / "train.json").read_text())["records"]
+    assert [r["contestant"] for r in (ours, wider, other)] == ["tokenyard", variant, "seed=18"]
+    assert ours["parameters"] == other["parameters"] < wider["parameters"]
+    assert len({ours["loss"], wider["loss"], other["loss"]}) == 3
+    flops = [r["flops_per_s"] / r["tokens_per_s"] for r in (ours, wider, other)]
+    assert flops[1] > 1.1 * flops[0]
+    assert flops[0] == pytest.approx(flops[2], rel=1e-3)
+
+
 def test_train_refuses_a_peer_that_does_not_exist(bench, config):
     with pytest.raises(
         ConfigError, match=r"--peers 'mixtral' is unknown; known are: transformers-eager"

@@ -32,10 +32,13 @@ def run_train(options: TrainOptions, console: Console) -> None:
         torch.set_num_threads(options.threads)
     one_of("--peer-dtype", options.peer_dtype, PEER_DTYPES)
     config = load_config(options.config, options.overrides)
+    variants = {
+        text: load_config(options.config, [*options.overrides, text]) for text in options.variants
+    }
     peers = {"none": [], "both": list(BOTH)}.get(options.peers, options.peers.split(","))
     progress = console if is_rank0() else Console(quiet=True)
     dtype = PEER_DTYPES[options.peer_dtype]
-    records = bench_train(config, peers, dtype, options.steps, progress, options.apart)
+    records = bench_train(config, variants, peers, dtype, options.steps, progress, options.apart)
     if not is_rank0():
         return
     print_train(records, console)

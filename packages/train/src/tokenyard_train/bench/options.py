@@ -31,9 +31,17 @@ class TrainOptions:
         bool,
         Option(
             "--apart",
-            help="Train peers after ours instead of in turns, for models that do not fit together.",
+            help="Train one after another instead of in turns, if they do not fit together.",
         ),
     ] = False
+    variants: Annotated[
+        list[str],
+        Option(
+            "--variant",
+            help="key=value of a second model of ours, which trains in turns with the first, such "
+            "as 'backends.experts={name: gluon, precision: fp8}'. Repeatable.",
+        ),
+    ] = field(default_factory=list)
     steps: Annotated[int, Option(min=3, help="Measured steps.")] = 20
     threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: torch's.")] = None
     out: Annotated[Path, Option(help="Output folder.")] = Path("bench")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer, PeerT
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.cuda_graph import MicrobatchGraph
 from tokenyard_train.engine.deterministic import deterministic
-from tokenyard_train.engine.phases import Stopwatch
+from tokenyard_train.engine.phases import Phases, Stopwatch, untimed
 from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.step import train_step
 
@@ -41,11 +41,26 @@ _SHOWN = 24  # kernels of a step in the file
 _COLLECTIVES = "nccl"  # prefix of the names of NCCL's kernels
 
 
+class _Work(NamedTuple):
+    """What an entrant does."""
+
+    console: Console
+    device: torch.device
+    batch_tokens: int
+    flops_per_token: float
+    steps: int  # measured, after the first few
+
+    @property
+    def last(self) -> int:
+        return _WARMUP + self.steps
+
+
 @dataclass
 class _Entrant:
     """A model that trains in the benchmark, and what its steps gave."""
 
     name: str
+    work: _Work
     model: nn.Module
     step: Step
     times: list[float] = field(default_factory=list)  # ms
@@ -60,102 +75,105 @@ class _Entrant:
         return (lambda _: self.step(batch),)
 
 
-class _Work(NamedTuple):
-    """What each entrant does."""
-
-    console: Console
-    device: torch.device
-    batch_tokens: int
-    flops_per_token: float
-    steps: int  # measured, after the first few
-
-    @property
-    def last(self) -> int:
-        return _WARMUP + self.steps
-
-
 def bench_train(
     config: TrainConfig,
+    variants: Mapping[str, TrainConfig],
     peers: Sequence[str],
     peer_dtype: torch.dtype,
     steps: int,
     console: Console,
     apart: bool = False,
 ) -> list[Record]:
-    """Train some steps of a resolved config, each followed by the peers' step on the same batch.
+    """Train some steps of a resolved config, each followed by the others' step on the same batch.
 
-    With `apart`, an entrant is built, trained and freed before the next one. Keeps nothing on disk.
-    Under torchrun every rank calls this; their results differ only in the times. Raises ConfigError
-    for an unknown peer, for one without a model of this size, and for any peer beside several
-    ranks.
+    The others are `variants`, further configs by name, and peers. With `apart`, each is built,
+    trained and freed before the next. Keeps nothing on disk. Under torchrun every rank calls this;
+    their results differ only in the times. Raises ConfigError for an unknown peer, for one without
+    a model of this size, and for any peer beside several ranks.
     """
     for name in peers:
         one_of("--peers", name, IMPLEMENTATIONS)
     if peers and started_processes() > 1:
         raise ConfigError("--peers run in one process; give --peers none under torchrun")
     with deterministic(config.deterministic), tempfile.TemporaryDirectory() as folder:
-        temporary = config.model_copy(update={"save_folder": folder, "autoresume": False})
-        setup = build_setup(temporary, console)
-        setup.convert_weights()
+        setup = _build(config, folder, console)
         task = peer_task(setup, peer_dtype, Path(folder)) if peers else None
-        builders = [partial(_peer, task, name) for name in peers if task]
         work = _work(setup, steps)
+        print_line(
+            console, f"{steps} steps of {work.batch_tokens:,} tokens on {work.device}", "dim"
+        )
+        others = [partial(_variant, name, variants[name], folder, steps) for name in variants]
+        others += [partial(_peer, work, task, name) for name in peers if task]
         if not apart:
-            return _measure(work, setup, [build() for build in builders])
-        records = _measure(work, setup, [])
+            return _measure(setup, work, [build() for build in others])
+        records = _measure(setup, work, [])
         del setup
-        return records + [_measure_peer(work, build) for build in builders]
+        return records + [_measure_apart(build) for build in others]
+
+
+def _build(config: TrainConfig, folder: str, console: Console) -> Setup:
+    temporary = config.model_copy(update={"save_folder": folder, "autoresume": False})
+    setup = build_setup(temporary, console)
+    setup.convert_weights()
+    return setup
 
 
 def _work(setup: Setup, steps: int) -> _Work:
-    work = f"{steps} steps of {setup.batch_tokens:,} tokens on {setup.config.device}"
-    print_line(setup.console, work, "dim")
     return _Work(setup.console, setup.device, setup.batch_tokens, setup.flops_per_token, steps)
 
 
-def _peer(task: PeerTask, name: str) -> _Entrant:
+def _variant(name: str, config: TrainConfig, folder: str, steps: int) -> _Entrant:
+    setup = _build(config, folder, Console(quiet=True))
+    return _ours(name, setup, _work(setup, steps), untimed)
+
+
+def _ours(name: str, setup: Setup, work: _Work, phase: Phases) -> _Entrant:
+    def step(batch: int) -> float:
+        return train_step(setup, batch, phase=phase).result.loss
+
+    return _Entrant(name, work, setup.model, step, graph=setup.graph)
+
+
+def _peer(work: _Work, task: PeerTask, name: str) -> _Entrant:
     peer = MixtralPeer(task, IMPLEMENTATIONS[name])
-    return _Entrant(name, peer.model, peer.step)
+    return _Entrant(name, work, peer.model, peer.step)
 
 
-def _measure(work: _Work, setup: Setup, peers: Sequence[_Entrant]) -> list[Record]:
-    """Measure tokenyard and the peers in turns. Ours comes first, and has phases."""
+def _measure(setup: Setup, work: _Work, others: Sequence[_Entrant]) -> list[Record]:
+    """Measure a config and the others in turns. The config's record comes first, with phases."""
     clock = clock_for(work.device)
     watch = Stopwatch(clock.stamp)
-
-    def step(batch: int) -> float:
-        if batch == _WARMUP:
-            watch.spans.clear()
-        return train_step(setup, batch, phase=watch).result.loss
-
-    ours = _Entrant(OURS, setup.model, step, graph=setup.graph)
-    entrants = (ours, *peers)
-    _train(work, entrants)
+    ours = _ours(OURS, setup, work, watch)
+    entrants = (ours, *others)
+    _train(work, entrants, watch.spans.clear)
     retries = allocation_retries(work.device)
     phases = watch.totals(lambda begin, end: clock.between([begin, end])[0])
     shares = _shares(phases, sum(ours.times))
-    records = [_record(work, entrant) for entrant in entrants]
+    records = [_record(entrant) for entrant in entrants]
     records[0] |= {"shares": shares, "allocation_retries": retries}
     return records
 
 
-def _measure_peer(work: _Work, build: Callable[[], _Entrant]) -> Record:
-    """Build a peer where the entrant before it has been freed, and measure it alone."""
+def _measure_apart(build: Callable[[], _Entrant]) -> Record:
+    """Build an entrant where the one before has been freed, and measure it."""
     gc.collect()
-    if work.device.type == "cuda":
-        torch.cuda.empty_cache()
-    peer = build()
-    _train(work, [peer])
-    return _record(work, peer)
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    entrant = build()
+    _train(entrant.work, [entrant])
+    return _record(entrant)
 
 
-def _train(work: _Work, entrants: Sequence[_Entrant]) -> None:
-    """Train all entrants on each batch, in turns, and time the steps after the first few."""
+def _train(
+    work: _Work, entrants: Sequence[_Entrant], warm: Callable[[], None] = lambda: None
+) -> None:
+    """Train all entrants on each batch, in turns. Time the steps after the first few and `warm`."""
     clock = clock_for(work.device)
     names = ", ".join(entrant.name for entrant in entrants)
     for batch in range(work.last):
         if batch % max(1, work.last // _LINES) == 0:
             print_line(work.console, f"  step {batch + 1} of {work.last}: {names} ...", "dim")
+        if batch == _WARMUP:
+            warm()
         for entrant in entrants:
             milliseconds, entrant.loss = _time_step(entrant.step, batch, clock)
             if batch >= _WARMUP:
@@ -170,8 +188,9 @@ def _time_step(step: Step, batch: int, clock: Clock) -> tuple[float, float]:
     return clock.between([begin, clock.stamp()])[0], loss
 
 
-def _record(work: _Work, entrant: _Entrant) -> Record:
+def _record(entrant: _Entrant) -> Record:
     """Summarise the measured steps, and take further ones for memory and profile."""
+    work = entrant.work
     step = Spread.of(entrant.times)
     tokens_per_s = 1e3 * work.batch_tokens / step.median
     parameters = list(entrant.model.parameters())
