@@ -132,8 +132,8 @@ def round_pairs(tile, dtype: gl.constexpr):
     The same as ``tile.to(dtype)``, which LLVM sometimes compiles to one slow instruction a number.
     """
     if dtype == gl.bfloat16:
-        asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        return gl.inline_asm_elementwise(asm, "=r,f,f", [tile], gl.bfloat16, True, 2)
+        to_bf16: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        return gl.inline_asm_elementwise(to_bf16, "=r,f,f", [tile], gl.bfloat16, True, 2)
     else:
-        asm: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
-        return gl.inline_asm_elementwise(asm, "=r,f,f", [tile], gl.float16, True, 2)
+        to_fp16: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        return gl.inline_asm_elementwise(to_fp16, "=r,f,f", [tile], gl.float16, True, 2)

@@ -14,6 +14,7 @@ from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.kernels import _few_rows
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
+from tokenyard_kernels_triton.ops._gradient import differentiate
 from tokenyard_kernels_triton.ops._portable import number_options
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
@@ -116,6 +117,20 @@ def times_weight(
         **_options(matrix, row_tiles, tiling),
     )
     return out
+
+
+def differentiate_down(
+    drows: Rows,
+    down: Tensor,
+    z: Tensor,
+    order: Tensor,
+    topk_weights: Tensor | None,
+    row_tiles: RowTiles,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, 1]."""
+    da = times_weight(drows, down, None, row_tiles, False, "activation_gradient")
+    return differentiate(da, None, z, None, order, topk_weights, row_tiles, activation)
 
 
 def weight_gradient(
