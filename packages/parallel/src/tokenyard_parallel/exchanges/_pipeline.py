@@ -17,6 +17,7 @@ from tokenyard import Compute, ConfigError, Permutation, Plan, Routing, Workload
 from tokenyard.fp8 import why_no_fp8
 from tokenyard.packed_rows import packed_width
 from tokenyard_parallel.exchanges._counts import ChunkCounts, compare_kinds, exchange_counts
+from tokenyard_parallel.exchanges._in_fp8 import Fp8Transfer
 from tokenyard_parallel.exchanges._transfer import ExchangeError, Transfer
 
 Precision = Literal["fp8"]
@@ -172,17 +173,17 @@ class ChunkTransfer:
         self.plan = plan
         self.permutation = exchange.permutation
         self.slots = counts.slots
-        self.rows = self.permutation.permute(x, plan)
+        self.in_fp8 = exchange.precision == "fp8"
+        self.rows = x if self.in_fp8 else self.permutation.permute(x, plan)
         self.metadata = exchange.row_format.metadata(plan, topk_ids, topk_weights)
-        group = exchange.group
-        in_fp8 = exchange.precision is not None
-        self.row_transfer = Transfer(
-            group, counts.sent, counts.received, "forward" if in_fp8 else None
-        )
-        self.metadata_transfer = Transfer(group, counts.sent, counts.received)
-        self.return_transfer = Transfer(
-            group, counts.received, counts.sent, "backward" if in_fp8 else None
-        )
+        out = (exchange.group, counts.sent, counts.received)
+        back = (exchange.group, counts.received, counts.sent)
+        self.metadata_transfer = Transfer(*out)
+        self.row_transfer = Transfer(*out)
+        self.return_transfer = Transfer(*back)
+        if self.in_fp8:  # these two permute
+            self.row_transfer = Fp8Transfer(*out, plan, self.permutation, packs="forward")
+            self.return_transfer = Fp8Transfer(*back, plan, self.permutation, packs="backward")
 
     def dispatch(self) -> None:
         """Start to send the rows and their metadata."""
@@ -198,4 +199,5 @@ class ChunkTransfer:
 
     def combine(self) -> Tensor:
         """Return the tokens [T, D] of the chunk, each the sum of its rows."""
-        return self.permutation.unpermute(self.return_transfer.end(self.rows), self.plan, None)
+        rows = self.return_transfer.end(self.rows)
+        return rows if self.in_fp8 else self.permutation.unpermute(rows, self.plan, None)

@@ -3,8 +3,6 @@
 A transfer is two autograd nodes, and other work can run between them. In the forward pass `begin`
 starts the collective and `end` waits for it. In the backward pass `end` starts it and `begin`
 waits, so the same work overlaps with it again.
-
-In one of the directions, rows may travel in FP8. The gradient passes that rounding unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tokenyard import TokenyardError
-from tokenyard.packed_rows import pack_rows, unpack_rows
 from tokenyard_parallel._torch_private import begin_all_to_all, end_all_to_all
 
 
@@ -30,25 +27,17 @@ Direction = Literal["forward", "backward"]
 class Transfer:
     """One all-to-all: `sent[r]` rows go to rank r, `received[r]` rows come from it.
 
-    Rows travel in FP8 in the direction `fp8`.
+    A subclass may send something else than the rows: it overrides `start` and `finish`.
     """
 
-    def __init__(
-        self,
-        group: Any,
-        sent: Sequence[int],
-        received: Sequence[int],
-        fp8: Direction | None = None,
-    ):
+    def __init__(self, group: Any, sent: Sequence[int], received: Sequence[int]):
         self.group = group
         self.sent = list(sent)
         self.received = list(received)
-        self.fp8 = fp8
         self.gradient: Tensor | None = None  # what arrives in the backward pass
 
     def begin(self, rows: Tensor) -> Tensor:
         """Start to send rows [sum(sent), ...]; return a tensor that only `end` may read."""
-        self.dtype = rows.dtype
         out: Tensor = _Begin.apply(rows, self)
         return out
 
@@ -58,21 +47,16 @@ class Transfer:
         return out
 
     def start(self, direction: Direction, rows: Tensor) -> Tensor:
-        """Start to send rows in a direction; return what `finish` takes."""
-        if self.fp8 == direction:
-            # as float32, because autograd has no gradients of bytes
-            rows = pack_rows(rows).view(torch.float32)
-        outward = direction == "forward"
-        sent = self.sent if outward else self.received
-        received = self.received if outward else self.sent
+        """Start to send rows, or in the backward pass gradients; return what `finish` takes."""
+        forward = direction == "forward"
+        sent = self.sent if forward else self.received
+        received = self.received if forward else self.sent
         arriving: Tensor = begin_all_to_all(rows, sent, received, self.group)
         return arriving
 
     def finish(self, direction: Direction, arriving: Tensor) -> Tensor:
-        """Wait for rows that `start` returned."""
+        """Return the rows or gradients that have arrived. Autograd does not see this."""
         rows: Tensor = end_all_to_all(arriving)
-        if self.fp8 == direction:
-            return unpack_rows(rows.view(torch.uint8), self.dtype)
         return rows
 
 
@@ -104,5 +88,5 @@ class _End(torch.autograd.Function):
         transfer.gradient = transfer.start("backward", grad)
         # autograd requires this shape here; `_Begin.backward` returns the real gradient
         shape, dtype = ctx.arriving
-        alike = grad.shape == shape
+        alike = grad.shape == shape and grad.dtype == dtype
         return grad if alike else grad.new_zeros((), dtype=dtype).expand(shape), None
