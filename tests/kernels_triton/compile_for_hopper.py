@@ -159,11 +159,12 @@ def move(permutation, x, plan, weights):
     y.backward(torch.zeros_like(y))
 
 
-def block_sparse(block, dtype, depth):
+def block_sparse(block, dtype, depth, gluon):
     """Run the forward and backward pass of an up and a down matmul over a full topology."""
     from tokenyard_kernels_triton.block_sparse import _ops, dsd, sdd, topology_of_mask
 
     _ops._by_kernels = lambda tensor: True
+    _ops.runs_gluon = lambda device: gluon
     topology = topology_of_mask(torch.ones(4, 1024 // block), block)
     x, up, down = (
         torch.zeros(size, dtype=dtype, requires_grad=True)
@@ -173,11 +174,15 @@ def block_sparse(block, dtype, depth):
     y.backward(torch.zeros_like(y))
 
 
-BLOCK_SPARSE = tuple(
-    (block, dtype, depth)
-    for block in (64, 128)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    for depth in (512, 500)
+BLOCK_SPARSE = (
+    *(
+        (block, dtype, depth, False)
+        for block in (64, 128)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for depth in (512, 500)
+    ),
+    (128, torch.bfloat16, 512, True),
+    (128, torch.float16, 512, True),
 )
 
 
@@ -271,12 +276,13 @@ ADAPTED = (
 
 def main():
     import tokenyard_kernels_triton._device as device
+    import tokenyard_kernels_triton.block_sparse._gluon as sparse_gluon
     import tokenyard_kernels_triton.gluon_tiling as tiling
     import tokenyard_kernels_triton.ops._gluon as gluon
     import tokenyard_kernels_triton.ops._gluon_fp8 as gluon_fp8
     import tokenyard_kernels_triton.ops._portable as portable
 
-    for module in (device, gluon, gluon_fp8, portable):
+    for module in (device, gluon, gluon_fp8, portable, sparse_gluon):
         module.processors = functools.cache(lambda device: 132)
     seen = set()
     gpu_key = tiling.gpu_key
@@ -323,12 +329,12 @@ def main():
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
                 print(json.dumps(case | {"kernel": kernel_name} | usage(kernel)), flush=True)
-    for block, dtype, depth in BLOCK_SPARSE:
+    for block, dtype, depth, in_gluon in BLOCK_SPARSE:
         compiled = []
         with compiling(compiled):
-            block_sparse(block, dtype, depth)
+            block_sparse(block, dtype, depth, in_gluon)
         case = {
-            "kernels": "block_sparse",
+            "kernels": "block_sparse in Gluon" if in_gluon else "block_sparse",
             "case": "odd" if depth % 8 else f"blocks of {block}",
             "dtype": str(dtype).removeprefix("torch."),
             "activation": "none",

@@ -11,6 +11,7 @@ import triton
 
 VERSION = "3.6.0"
 MATMULS = ("up_and_activate", "times_weight", "weight_gradient")
+GLUON_MATMULS = (*MATMULS, "differentiate_down")
 LOW_RANK = (
     "to_low_rank",
     "add_low_rank",
@@ -55,8 +56,8 @@ def of(records: list[dict], **wanted) -> list[dict]:
 
 
 def test_every_kernel_of_a_layer_was_compiled(records):
-    for kernels in ("GluonExperts", "TritonExperts"):
-        assert {record["kernel"] for record in of(records, kernels=kernels)} >= set(MATMULS)
+    for kernels, matmuls in (("GluonExperts", GLUON_MATMULS), ("TritonExperts", MATMULS)):
+        assert {record["kernel"] for record in of(records, kernels=kernels)} >= set(matmuls)
     plan = {"count_blocks", "add_up_blocks", "place_slots", "list_tiles"}
     router = {"select_experts", "weigh_experts", "weigh_experts_backward", "split_in_two"}
     rest = {
@@ -88,7 +89,7 @@ def test_nothing_spills(records):
 
 def test_16_bit_matmuls_use_the_tensor_cores(records):
     """Every matmul in bfloat16 and float16 has wgmma, and none the slower mma of Ampere."""
-    matmuls = (*MATMULS, *BLOCK_SPARSE)
+    matmuls = (*GLUON_MATMULS, *BLOCK_SPARSE)
     half = [r for r in records if r["kernel"] in matmuls and r["dtype"] != "float32"]
     assert half
     assert not [r for r in half if not r["wgmma"] or r["mma"]]
@@ -96,7 +97,10 @@ def test_16_bit_matmuls_use_the_tensor_cores(records):
 
 def test_gluon_matmuls_use_tma(records):
     """They also multiply 256 columns an instruction and fit into shared memory."""
-    matmuls = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in MATMULS]
+    matmuls = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in GLUON_MATMULS]
+    sparse = of(records, kernels="block_sparse in Gluon")
+    assert {r["kernel"] for r in sparse} == set(BLOCK_SPARSE)
+    matmuls += sparse
     assert {tuple(r["wgmma"]) for r in matmuls} == {("m64n256k16",)}
     assert all(r["tma"] and r["shared"] <= 232448 for r in matmuls)
 
@@ -118,8 +122,8 @@ def test_fp8_matmuls_add_slices_of_128_apart(records):
 
 def test_narrow_experts_gather_their_rows(records):
     """Matmuls over tokens use asynchronous copies of 16 bytes; wide experts copy rows first."""
-    matmuls = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in MATMULS]
-    assert {r["kernel"] for r in matmuls if r["gathers"]} == set(MATMULS)
+    matmuls = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in GLUON_MATMULS]
+    assert {r["kernel"] for r in matmuls if r["gathers"]} == set(GLUON_MATMULS)
     assert {r["case"] for r in matmuls if r["gathers"]} == {"narrow"}
 
 

@@ -17,7 +17,10 @@ _PATTERNS = (
     ("routing", r"sort|topk|search|cub::|cumsum|::(plan|route|weigh)|(select|weigh)_experts"),
     ("routing", r"^(route|list_tiles|count_|add_up_blocks|place_slots)"),
     ("matmuls", r"gemm|gemv|nvjet|xmma|cutlass|splitk|triton_tem_|grouped_mm|_?experts|::logits"),
-    ("matmuls", r"^(up_and_activate|times_weight|weight_gradient|\w+_times_dense)|low_rank"),
+    (
+        "matmuls",
+        r"^(up_and_activate|times_weight|weight_gradient|differentiate_down|\w+_times_dense)|low_rank",
+    ),
     ("matmuls", r"aten::(mm|addmm|bmm|baddbmm|mv|dot|linear|matmul)$"),
     ("elementwise", r"^(sum|(de)?quantize|dot_with)_(rows|weights)"),
     ("copies", r"copy|clone|gather|scatter|index|embedding|_rows|to_tokens|clear_tail"),

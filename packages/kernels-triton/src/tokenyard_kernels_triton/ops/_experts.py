@@ -165,15 +165,15 @@ def _through_up(
     """Return the gradients of the up projection and of x."""
     x, plan, _, (up, down, _, _), _ = call
     gradients: dict[str, Tensor] = {}
+    if needs.x:  # first: its rows are large, and the gradient of up is not there yet
+        dx_rows = matmuls.times_weight(dz, up, None, row_tiles, False, "input_gradient")
+        gradients["x"] = to_tokens(dx_rows, plan, None)
+        del dx_rows  # free them before the next allocation
     if needs.up:
         rows = matmuls.rows_of(x, plan, down.shape[2])
         gradients["up"] = matmuls.weight_gradient(dz, rows, row_tiles, "up_gradient")
-        del rows  # free them before the next allocation
     if needs.up_bias:
         gradients["up_bias"] = sum_rows(dz, row_tiles, plan.order, None)
-    if needs.x:
-        dx_rows = matmuls.times_weight(dz, up, None, row_tiles, False, "input_gradient")
-        gradients["x"] = to_tokens(dx_rows, plan, None)
     return gradients
 
 

@@ -27,7 +27,7 @@ _REGISTERS = 168
 # Of `differentiate_down`: columns at a time, chunks of the pre-activation loaded ahead (RING), and
 # buffers of results. They fill its shared memory.
 _CHUNK = 32
-_DIFFERENTIATE = {"STAGES": 3, "CHUNK": _CHUNK, "RING": 3, "BUFFERS": 1}
+_DIFFERENTIATE = {"STAGES": 3, "CHUNK": _CHUNK, "RING": 2, "BUFFERS": 2}
 
 
 def _options(device: torch.device, tiling: GluonTiling) -> dict[str, Any]:
@@ -134,7 +134,9 @@ def differentiate_down(
         order,
         topk_weights,
         stacked(down, 1, (tiling.depth, tiling.columns)),
-        *(ragged(matrix, parts, (64, _CHUNK)) for matrix in (z, dz)),
+        ragged(z, parts, (64, _CHUNK)),
+        z,
+        ragged(dz, parts, (64, _CHUNK)),
         ragged(weighted, 1, (64, _CHUNK)),
         dots,
         row_tiles.tile_list(ROWS, tiling.group),
