@@ -11,9 +11,29 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenyard_kernels_triton.kernels._activations import factor, function
 from tokenyard_kernels_triton.kernels._tiles import dot, rounded
+
+_PREFETCH = tl.constexpr("""
+{
+    .reg .pred first;
+    .reg .u32 thread;
+    mov.u32 thread, %tid.x;
+    setp.eq.u32 first, thread, 0;
+    @first cp.async.bulk.prefetch.L2.global [$1], $2;
+    mov.u32 $0, 0;
+}
+""")
+
+
+@triton.jit
+def prefetch(pointer, count):
+    """Fetch `count` numbers of 16 bits from a pointer on into the L2 cache; a multiple of 8."""
+    address = pointer.to(tl.int64, bitcast=True)
+    arguments = [address, count * 2]
+    tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", arguments, tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -99,13 +119,23 @@ def up_and_activate(
     EXPERTS: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
+    CHAINED: tl.constexpr = 0,
+    AHEAD: tl.constexpr = 0,
 ):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F], COLUMNS of F a program."""
     columns = tl.cdiv(ffn_dim, COLUMNS)
     tile = tl.program_id(0) // columns
     column = tl.program_id(0) % columns * COLUMNS
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
     if expert < num_experts:
+        if AHEAD:
+            own = weight + (expert.to(tl.int64) * PARTS * ffn_dim + column) * dim
+            prefetch(own, COLUMNS * dim)
+            if PARTS == 2:
+                prefetch(own + ffn_dim.to(tl.int64) * dim, COLUMNS * dim)
         # Main loop.
         r = row + tl.arange(0, ROWS)
         index = tl.arange(0, PARTS * COLUMNS)
@@ -166,6 +196,8 @@ def times_weight(
     EXPERTS: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
+    CHAINED: tl.constexpr = 0,
+    AHEAD: tl.constexpr = 0,
 ):
     """Write out = left @ weight + bias, with each row's expert's weight and bias."""
     columns = tl.cdiv(width, COLUMNS)
@@ -178,6 +210,11 @@ def times_weight(
         c = column + tl.arange(0, COLUMNS)
         rows = row_pointers(left, order, r, end, depth, TOP_K)
         matrix = weight + expert.to(tl.int64) * width * depth
+        if AHEAD:
+            prefetch(matrix + column.to(tl.int64) * depth, COLUMNS * depth)
+        if CHAINED:
+            gdc_wait()
+            gdc_launch_dependents()
         total = tl.zeros([COLUMNS, ROWS], tl.float32)
         if TRANSPOSED:
             weight_rows = matrix + c.to(tl.int64) * depth
@@ -242,6 +279,8 @@ def down_to_tokens(
     DEPTH: tl.constexpr,
     EXPERTS: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAINED: tl.constexpr = 0,
+    AHEAD: tl.constexpr = 0,
 ):
     """Write y: the sum of each token's kept rows a @ down.T + bias, weighted if WEIGHTED.
 
@@ -253,6 +292,17 @@ def down_to_tokens(
     e = tl.arange(0, EXPERTS)
     ends = tl.load(offsets + e + 1, mask=e < num_experts, other=2147483647)
     y_tile = tl.zeros([COLUMNS], tl.float32)
+    if AHEAD:
+        for slot in range(TOP_K):
+            row = tl.load(inverse + token * TOP_K + slot)
+            expert = tl.sum((ends <= row).to(tl.int32))
+            if expert < num_experts:
+                first_column = tl.program_id(0) % columns * COLUMNS
+                own = weight + (expert.to(tl.int64) * dim + first_column) * ffn_dim
+                prefetch(own, COLUMNS * ffn_dim)
+    if CHAINED:
+        gdc_wait()
+        gdc_launch_dependents()
     for slot in range(TOP_K):
         row = tl.load(inverse + token * TOP_K + slot)
         expert = tl.sum((ends <= row).to(tl.int32))  # E if the slot is dropped
@@ -292,32 +342,43 @@ def weight_gradient(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """Write out[e] = left[rows of e].T @ right[rows of e], a tile a program; zeros without rows."""
-    n_tiles = tl.cdiv(columns, COLUMNS)
-    per_expert = tl.cdiv(rows, ROWS) * n_tiles
-    expert = tl.program_id(0) // per_expert
-    tile = tl.program_id(0) % per_expert
-    m = tile // n_tiles * ROWS + tl.arange(0, ROWS)
-    n = tile % n_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    """Write out[e] = left[rows of e].T @ right[rows of e], ROWS of its rows a program.
+
+    An expert without rows gets exact zeros.
+    """
+    m_tiles = tl.cdiv(rows, ROWS)
+    expert = (tl.program_id(0) // m_tiles).to(tl.int64)
+    m = tl.program_id(0) % m_tiles * ROWS + tl.arange(0, ROWS)
     start = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(start, end, DEPTH):
-        r = first + tl.arange(0, DEPTH)
-        a = tl.load(
-            row_pointers(left, left_order, r, end, rows, TOP_K)[:, None] + m[None, :],
-            mask=(r < end)[:, None] & (m < rows)[None, :],
-            other=0.0,
-        )  # [DEPTH, ROWS]
-        b = tl.load(
-            row_pointers(right, right_order, r, end, columns, TOP_K)[:, None] + n[None, :],
-            mask=(r < end)[:, None] & (n < columns)[None, :],
-            other=0.0,
-        )  # [DEPTH, COLUMNS]
-        total = dot(a.T, b, total, PRECISION)
-    target = out + (expert.to(tl.int64) * rows + m)[:, None] * columns + n[None, :]
-    mask = (m < rows)[:, None] & (n < columns)[None, :]
-    tl.store(target, rounded(total, TYPE), mask=mask)
+    target = out + (expert * rows + m)[:, None] * columns
+    zeros = tl.zeros([ROWS, COLUMNS], tl.float32)
+    a = _slice(left, left_order, start, end, m, rows, TOP_K, DEPTH)
+    if end - start <= DEPTH:  # a loop of its own, whose loads are ahead of its stores
+        for column in tl.range(0, columns, COLUMNS, num_stages=STAGES):
+            n = column + tl.arange(0, COLUMNS)
+            b = _slice(right, right_order, start, end, n, columns, TOP_K, DEPTH)
+            total = rounded(dot(a.T, b, zeros, PRECISION), TYPE)
+            tl.store(target + n[None, :], total, mask=(m < rows)[:, None] & (n < columns)[None, :])
+    else:
+        for column in range(0, columns, COLUMNS):
+            n = column + tl.arange(0, COLUMNS)
+            total = zeros
+            for first in range(start, end, DEPTH):
+                a = _slice(left, left_order, first, end, m, rows, TOP_K, DEPTH)
+                b = _slice(right, right_order, first, end, n, columns, TOP_K, DEPTH)
+                total = dot(a.T, b, total, PRECISION)
+            total = rounded(total, TYPE)
+            tl.store(target + n[None, :], total, mask=(m < rows)[:, None] & (n < columns)[None, :])
+
+
+@triton.jit
+def _slice(matrix, order, first, end, columns, width, TOP_K: tl.constexpr, DEPTH: tl.constexpr):
+    """Return columns of the DEPTH rows from `first` on; zero from row `end` on."""
+    r = first + tl.arange(0, DEPTH)
+    pointers = row_pointers(matrix, order, r, end, width, TOP_K)[:, None] + columns[None, :]
+    return tl.load(pointers, mask=(r < end)[:, None] & (columns < width)[None, :], other=0.0)

@@ -15,6 +15,7 @@ from tokenyard_kernels_triton.kernels import _few_rows
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._gradient import differentiate
+from tokenyard_kernels_triton.ops._kernel_set import MOST_FEW_ROWS
 from tokenyard_kernels_triton.ops._portable import number_options
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
@@ -29,15 +30,30 @@ class FewRowsTiling:
     depth: int = 128  # of a slice of the reduction dimension
     warps: int = 4
     stages: int = 4  # slices loaded ahead
+    chained: int = 0
+    ahead: int = 0
 
     def options(self) -> dict[str, int]:
         """Return the arguments of every matmul's launch."""
-        return {
-            "ROWS": self.rows,
-            "DEPTH": self.depth,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
+        chained = {"CHAINED": 1, "launch_pdl": True} if self.chained else {}
+        ahead = {"AHEAD": 1} if self.ahead else {}
+        return (
+            chained
+            | ahead
+            | {
+                "ROWS": self.rows,
+                "DEPTH": self.depth,
+                "num_warps": self.warps,
+                "num_stages": self.stages,
+            }
+        )
+
+
+_TILINGS = (  # by the highest mean of rows an expert, for which they were measured on an H200
+    (8, FewRowsTiling(16, 64, 128, 4, 3)),
+    (16, FewRowsTiling(32, 64, 128, 4, 3)),
+    (MOST_FEW_ROWS, FewRowsTiling(64, 128, 64, 4, 3)),
+)
 
 
 def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
@@ -60,7 +76,7 @@ def up_and_activate(
     ffn_dim = up.shape[1] // parts
     z = x.new_empty(row_tiles.rows if keep_z else 0, up.shape[1])
     a = x.new_empty(row_tiles.rows if keep_a else 0, ffn_dim)
-    tiling = tiling or FewRowsTiling()
+    tiling = tiling or _tiling(row_tiles)
     columns = tiling.columns // parts
     matrix, order, top_k = operand(x)
     launch(_few_rows.up_and_activate, _grid(row_tiles, tiling, ffn_dim, columns))(
@@ -98,7 +114,7 @@ def times_weight(
     """Return rows [R, M] @ weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
     width = weight.shape[1 if transposed else 2]
     out = rows.new_empty(row_tiles.rows, width)
-    tiling = tiling or FewRowsTiling()
+    tiling = tiling or _tiling(row_tiles)
     matrix, order, top_k = operand(rows)
     launch(_few_rows.times_weight, _grid(row_tiles, tiling, width, tiling.columns))(
         matrix,
@@ -147,7 +163,9 @@ def weight_gradient(
     tiling = tiling or FewRowsTiling(64, 128, 16, 4, 2)
     a, left_order, left_top_k = operand(left)
     b, right_order, right_top_k = operand(right)
-    tiles = row_tiles.num_experts * ceil_div(rows, tiling.rows) * ceil_div(columns, tiling.columns)
+    options = tiling.options()
+    options["STAGES"] = options.pop("num_stages")
+    tiles = row_tiles.num_experts * ceil_div(rows, tiling.rows)
     launch(_few_rows.weight_gradient, (tiles,))(
         a,
         b,
@@ -159,10 +177,53 @@ def weight_gradient(
         columns,
         TOP_K=left_top_k or right_top_k,
         COLUMNS=tiling.columns,
-        **tiling.options(),
+        **options,
         **number_options(a),
     )
     return out
+
+
+def down_to_tokens(
+    a: Tensor,
+    down: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    topk_weights: Tensor | None,
+    columns: int = 16,
+    depth: int = 256,
+    warps: int = 4,
+    stages: int = 3,
+    chained: int = 0,
+    ahead: int = 0,
+) -> Tensor:
+    """Return y [T, D]: the sum of each token's rows a [R, F] @ down.T + bias, weighted."""
+    experts, dim, ffn_dim = down.shape
+    tokens = plan.inverse.shape[0] // plan.top_k
+    y = a.new_empty(tokens, dim)
+    options = {"CHAINED": 1, "launch_pdl": True} if chained else {}
+    launch(_few_rows.down_to_tokens, (tokens * ceil_div(dim, columns),))(
+        a,
+        down,
+        bias,
+        y,
+        plan.inverse,
+        topk_weights,
+        plan.offsets,
+        experts,
+        ffn_dim,
+        dim,
+        TOP_K=plan.top_k,
+        WEIGHTED=topk_weights is not None,
+        BIAS=bias is not None,
+        COLUMNS=columns,
+        DEPTH=depth,
+        EXPERTS=power_of_two(experts),
+        STAGES=stages,
+        num_warps=warps,
+        AHEAD=ahead,
+        **options,
+    )
+    return y
 
 
 def operand(rows: Rows) -> tuple[Tensor, Tensor | None, int]:
@@ -170,6 +231,11 @@ def operand(rows: Rows) -> tuple[Tensor, Tensor | None, int]:
     if isinstance(rows, TokenRows):
         return rows.tokens, rows.order, rows.top_k
     return rows, None, 0
+
+
+def _tiling(row_tiles: RowTiles) -> FewRowsTiling:
+    mean = row_tiles.rows / row_tiles.num_experts
+    return next((tiling for most, tiling in _TILINGS if mean <= most), _TILINGS[-1][1])
 
 
 def _grid(row_tiles: RowTiles, tiling: FewRowsTiling, width: int, columns: int) -> tuple[int]:

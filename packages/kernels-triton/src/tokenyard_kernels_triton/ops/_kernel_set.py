@@ -16,7 +16,7 @@ from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 KernelSetName = Literal["portable", "gluon", "few_rows"]
 """The kernel set for any GPU, the one for Hopper GPUs, or the one for few rows an expert."""
 
-MOST_FEW_ROWS = 16
+MOST_FEW_ROWS = 32
 """The mean number of rows an expert up to which ``ops._few_rows`` is faster than both."""
 
 Rows = TypeVar("Rows")

@@ -113,7 +113,7 @@ def weight_gradient(left: Tensor, right: Tensor, row_tiles: RowTiles, matmul: Ma
     rows = left.shape[1]
     columns = right.shape[1]
     out = left.new_empty(row_tiles.num_experts, rows, columns)
-    tiling = _tiling(left, right)
+    tiling = _tiling(left, right, of_weights=True)
     tiles = row_tiles.num_experts * ceil_div(rows, tiling.rows) * ceil_div(columns, tiling.columns)
     launch(_portable.weight_gradient, persistent_grid(left.device, tiles))(
         left,
@@ -131,17 +131,21 @@ def weight_gradient(left: Tensor, right: Tensor, row_tiles: RowTiles, matmul: Ma
     return out
 
 
-def _tiling(*matrices: Tensor) -> PortableTiling:
+def _tiling(*matrices: Tensor, of_weights: bool = False) -> PortableTiling:
     first = matrices[0]
     even = all(t.shape[-1] * t.element_size() % 16 == 0 for t in matrices)
-    return portable_tiling(first.dtype, shared_memory(first.device), even)
+    return portable_tiling(first.dtype, shared_memory(first.device), even, of_weights)
 
 
 def _options(x: Tensor, tiling: PortableTiling) -> dict[str, Any]:
-    return tiling.options() | {"PROGRAMS": processors(x.device)} | number_options(x)
+    numbers = number_options(x, tiling.precision)
+    return tiling.options() | {"PROGRAMS": processors(x.device)} | numbers
 
 
-def number_options(x: Tensor) -> dict[str, Any]:
-    """Return the dtype and the precision of a kernel's matmuls, as its arguments."""
+def number_options(x: Tensor, precision: str = "ieee") -> dict[str, Any]:
+    """Return the dtype and the precision of a kernel's matmuls, as its arguments.
+
+    `precision` is that of float32, unless torch may round it to TF32.
+    """
     full = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return {"PRECISION": "ieee" if full else "tf32", "TYPE": _TYPES[x.dtype]}
+    return {"PRECISION": precision if full else "tf32", "TYPE": _TYPES[x.dtype]}
