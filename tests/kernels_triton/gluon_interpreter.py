@@ -22,12 +22,13 @@ KERNELS = (
     "_gluon_block_sparse",
     "_gluon_differentiate",
     "_gluon_gather",
+    "_gluon_symmetric",
     "_gluon_loads",
     "_gluon_pipeline",
     "_schedule",
     "_activations",
 )
-LAUNCHERS = ("ops._gluon", "ops._gluon_fp8", "block_sparse._gluon")
+LAUNCHERS = ("ops._gluon", "ops._gluon_fp8", "ops._symmetric", "block_sparse._gluon")
 SECONDS = 60  # after which a barrier counts as a deadlock
 _turn = threading.Condition()
 _program = SimpleNamespace(id=0, failed=False)
@@ -373,6 +374,7 @@ def language():
         maximum=lambda one, other, nan=None: either(one, other, torch.fmax),
         minimum=lambda one, other, nan=None: either(one, other, torch.fmin),
         clamp=lambda value, low, high, nan=None: Value(value.tensor.clamp(low, high)),
+        where=lambda mask, one, other: Value(torch.where(plain(mask), plain(one), plain(other))),
         PropagateNan=SimpleNamespace(ALL=None),
         convert_layout=lambda value, layout, assert_trivial=False: value,
         allocate_shared_memory=lambda *arguments: _shared(allocate(*arguments)),
