@@ -13,15 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tokenyard.sharded import local_part
 from tokenyard_train.engine.moments import new_moment, read_moment, write_moment
+from tokenyard_train.engine.newton_schulz import has_kernels, orthogonalize_
 from tokenyard_train.engine.update_rule import ParameterState
 from tokenyard_train.engine.whole_matrices import on_whole_matrices
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan et al., and of ``torch.optim.Muon``
-_EPS = 1e-7
 _MOMENTUM = "momentum_buffer"
 _PORTION_NUMEL = 1 << 27  # numbers of the weights whose updates exist at a time
-_BATCH_NUMEL = 1 << 26  # numbers of the matrices that are orthogonalised at a time
 
 
 class Muon:
@@ -56,91 +55,92 @@ class Muon:
     def step(self, parameters: Sequence[ParameterState], lr: float, scale: Tensor) -> None:
         """Update the parameters. The host does not wait for the scale."""
         rate = scale.isfinite().double() * lr
-        for some in _portions([one for one in parameters if one.gradient is not None]):
+        with_gradient = [one for one in parameters if one.gradient is not None]
+        for some in _portions(sorted(with_gradient, key=lambda one: one.parameter.numel())):
             directions = on_whole_matrices(
                 [one.parameter for one in some],
                 [self._update(one, scale) for one in some],
-                self._directions,
+                self._orthogonalize,
             )
-            masters = [one.master for one in some]
-            changes = [direction.to(m.dtype) for direction, m in zip(directions, masters)]
-            torch._foreach_mul_(masters, (1 - rate * self.weight_decay).to(masters[0].dtype))
-            torch._foreach_mul_(changes, rate.to(masters[0].dtype))
-            torch._foreach_sub_(masters, changes)
-            if "master" in some[0].state:
-                torch._foreach_copy_([one.weight for one in some], masters)
+            for one, direction in zip(some, directions):
+                self._descend(one, direction, rate)
 
     def _update(self, one: ParameterState, scale: Tensor) -> Tensor:
         """Move the momentum towards the gradient; return Nesterov's update, to orthogonalise.
 
-        If the scale is not finite, the momentum stays as it is.
+        If the scale is not finite, the momentum stays as it is. The update is in the dtype of the
+        momentum, but on a GPU in bfloat16, as that of Jordan et al.
         """
+        gradient = one.gradient
+        assert gradient is not None
+        stored = local_part(one.state[_MOMENTUM])
+        if _have_kernel(gradient, stored):
+            from tokenyard_kernels_triton.optimizer.muon import nesterov
+
+            return nesterov(gradient, stored, scale, self.momentum)
         momentum = read_moment(one.state, _MOMENTUM)
-        assert one.gradient is not None
-        gradient = one.gradient.to(momentum.dtype) * scale.to(momentum.dtype)
+        gradient = gradient.to(momentum.dtype) * scale.to(momentum.dtype)
         gradient = torch.where(scale.isfinite(), gradient, momentum)
         momentum.lerp_(gradient, 1 - self.momentum)
         write_moment(one.state, _MOMENTUM, momentum, scale.isfinite())
-        return gradient.lerp(momentum, self.momentum).to(_compute_dtype(momentum))
+        update = gradient.lerp(momentum, self.momentum)
+        return update.bfloat16() if update.is_cuda and update.dtype == torch.float32 else update
 
-    def _directions(self, parameters: Sequence[Tensor], stacks: Sequence[Tensor]) -> list[Tensor]:
-        """Orthogonalise the matrices of stacks [B, R, C], and scale them by their size."""
+    def _orthogonalize(
+        self, parameters: Sequence[Tensor], stacks: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Orthogonalise the matrices of stacks [B, R, C] in place, scaled by their size."""
         rows = [self.fused_rows.get(p, (p.shape[-2],)) for p in parameters]
-        pieces = [piece for x, sizes in zip(stacks, rows) for piece in x.split(sizes, dim=1)]
-        done = iter(_orthogonalize(pieces, self.ns_steps))
-        return [torch.cat([self._scaled(next(done)) for _ in sizes], dim=1) for sizes in rows]
+        pieces = [piece for x, sizes in zip(stacks, rows) for piece in _pieces(x, sizes)]
+        orthogonalize_(pieces, self.ns_steps, self._factor)
+        return stacks
 
-    def _scaled(self, x: Tensor) -> Tensor:
-        """Multiply matrices [B, R, C] by what `adjust_lr` says of their size."""
-        rows, columns = x.shape[-2:]
+    def _factor(self, rows: int, columns: int) -> float:
+        """Return what `adjust_lr` says of the size of a matrix."""
         if self.adjust_lr == "match_rms_adamw":
-            return x * (0.2 * math.sqrt(max(rows, columns)))
-        return x * math.sqrt(max(1, rows / columns))
+            return 0.2 * math.sqrt(max(rows, columns))
+        return math.sqrt(max(1, rows / columns))
+
+    def _descend(self, one: ParameterState, direction: Tensor, rate: Tensor) -> None:
+        """Decay a weight and its master, and subtract rate * direction."""
+        master = one.master
+        weight = one.weight if "master" in one.state else master
+        decay = (1 - rate * self.weight_decay).to(master.dtype)
+        rate = rate.to(master.dtype)
+        if _have_kernel(master, weight, direction):
+            from tokenyard_kernels_triton.optimizer.muon import descend
+
+            descend(master, weight, direction, rate, decay)
+            return
+        master.mul_(decay).sub_(direction.to(master.dtype).mul_(rate))
+        if weight is not master:
+            weight.copy_(master)
 
 
-def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """Return roughly the nearest matrices to x [B, R, C] whose singular values are 1.
+def _pieces(stack: Tensor, rows: Sequence[int]) -> Sequence[Tensor]:
+    """Return views [B, R', C] of a stack [B, R, C] of matrices with `rows` that follow each other.
 
-    This is the quintic iteration of Jordan et al., in the dtype of x. It brings singular values
-    to between 0.7 and 1.2.
+    Matrices of one size are one view [B * len(rows), R', C].
     """
-    a, b, c = _COEFFICIENTS
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    if len(set(rows)) == 1 and stack.is_contiguous():
+        return [stack.view(-1, rows[0], stack.shape[2])]
+    return stack.split(list(rows), dim=1)
 
 
-def _orthogonalize(stacks: Sequence[Tensor], steps: int) -> list[Tensor]:
-    """Orthogonalise stacks of matrices; those of one size in batches."""
-    by_shape: dict[torch.Size, list[int]] = {}
-    for index, stack in enumerate(stacks):
-        by_shape.setdefault(stack.shape[-2:], []).append(index)
-    results = list(stacks)
-    for (rows, columns), indices in by_shape.items():
-        batch = torch.cat([stacks[i] for i in indices])
-        most = max(1, _BATCH_NUMEL // (rows * columns))
-        done = torch.cat([newton_schulz(part, steps) for part in batch.split(most)])
-        for index, result in zip(indices, done.split([len(stacks[i]) for i in indices])):
-            results[index] = result
-    return results
+def _have_kernel(*tensors: Tensor) -> bool:
+    """Return whether a kernel computes with such tensors in one pass."""
+    if not tensors[0].is_cuda or not has_kernels():
+        return False
+    from tokenyard_kernels_triton.optimizer.muon import supports
 
-
-def _compute_dtype(momentum: Tensor) -> torch.dtype:
-    """Return the dtype of the iteration: on a GPU bfloat16, as Jordan et al. do.
-
-    On a CPU, where bfloat16 is not faster, it is that of the momentum.
-    """
-    if momentum.is_cuda and momentum.dtype == torch.float32:
-        return torch.bfloat16
-    return momentum.dtype
+    return supports(*tensors)
 
 
 def _portions(parameters: Sequence[ParameterState]) -> Iterator[list[ParameterState]]:
-    """Split parameters into portions of about `_PORTION_NUMEL` numbers, the same on all ranks."""
+    """Split parameters into portions of about `_PORTION_NUMEL` numbers, the same on all ranks.
+
+    Small matrices of one size are computed together if they are in one portion.
+    """
     portion: list[ParameterState] = []
     for one in parameters:
         if portion and sum(p.parameter.numel() for p in portion) >= _PORTION_NUMEL:

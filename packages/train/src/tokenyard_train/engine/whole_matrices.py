@@ -18,10 +18,10 @@ from torch import Tensor
 
 from tokenyard.sharded import is_sharded
 
-Compute = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+Compute = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 """``(parameters, stacks) -> results``: stacks of whole matrices [B, R, C], and results like them.
 
-The stack of a parameter has some of its matrices, possibly none.
+The stack of a parameter has some of its matrices, possibly none. Results may overwrite it.
 """
 
 
