@@ -62,3 +62,19 @@ def test_master_and_weight_descend(dtype):
     assert relative_error(master, want) < 1e-6
     assert relative_error(weight, want) < (1e-6 if weight is master else ROUNDED)
     assert weight._version > version
+
+
+@pytest.mark.parametrize("factors", [False, True])
+def test_matrices_are_scaled_into_another_dtype(factors):
+    """Both stacks may have gaps between matrices."""
+    from tokenyard_kernels_triton.optimizer.muon import scale_matrices
+
+    source = torch.randn(3, 90, 40, device=DEVICE)[:, :60]
+    out = torch.zeros(3, 70, 40, device=DEVICE).half()
+    each = torch.rand(3, device=DEVICE) if factors else None
+    scale_matrices(source, out[:, :60], 2.5, each)
+    want = 2.5 * source.double()
+    if each is not None:
+        want *= each.double()[:, None, None]
+    assert relative_error(out[:, :60], want) < 1e-3
+    assert not out[:, 60:].any()

@@ -29,6 +29,28 @@ def nesterov(
     tl.store(update + index, m.to(update.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["blocks"])
+def scale_matrices(
+    source,  # [B, size]
+    out,  # [B, size], in another dtype
+    factors,  # [B] or None
+    factor,
+    size,
+    blocks,  # of a matrix
+    source_stride,  # between matrices
+    out_stride,
+    BLOCK: tl.constexpr,
+):
+    """Write out = source * factor * factors."""
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    if factors is not None:
+        factor *= tl.load(factors + matrix)
+    x = tl.load(source + matrix * source_stride + index, mask=mask).to(tl.float32) * factor
+    tl.store(out + matrix * out_stride + index, x.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit
 def descend(
     direction,  # [size]

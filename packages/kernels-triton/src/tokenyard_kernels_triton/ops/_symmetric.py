@@ -19,8 +19,8 @@ _DEPTH = 64  # of a slice of the reduction dimension
 class Tile(NamedTuple):
     """A tile of 128 rows of the output."""
 
-    columns: int = 256
-    stages: int = 4  # slices loaded ahead
+    columns: int = 128  # with 256, an H200 takes 1.1 to 1.2 times as long
+    stages: int = 6  # slices loaded ahead
 
 
 _TILE = Tile()

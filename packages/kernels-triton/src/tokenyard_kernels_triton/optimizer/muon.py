@@ -61,6 +61,32 @@ def descend(master: Tensor, weight: Tensor, direction: Tensor, rate: Tensor, dec
     increment_version([master, weight])
 
 
+def scale_matrices(
+    source: Tensor, out: Tensor, factor: float, factors: Tensor | None = None
+) -> None:
+    """Write factor * factors * source to out, matrices [B, R, C] in 16 or 32 bits.
+
+    `factors` [B] is float32. Each matrix is contiguous, but not the stack.
+    """
+    count, rows, columns = source.shape
+    size = rows * columns
+    blocks = ceil_div(size, _BLOCK)
+    with on_device_of(out):
+        launch(_muon.scale_matrices, (count * blocks,))(
+            source,
+            out,
+            factors,
+            factor,
+            size,
+            blocks,
+            source.stride(0),
+            out.stride(0),
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
+    increment_version([out])
+
+
 def multiplies(x: Tensor) -> bool:
     """Return whether `symmetric_product` computes products of matrices [B, R, C] like x.
 

@@ -44,7 +44,7 @@ def orthogonalize_(
         for batch in _batches(same, max(1, _BATCH_NUMEL // max(1, rows * columns))):
             results = newton_schulz(_normalized(batch), steps)
             for stack, result in zip(batch, results.split([len(stack) for stack in batch])):
-                torch.mul(result, times, out=stack)
+                _scale(result, stack, times)
 
 
 def newton_schulz(x: Tensor, steps: int) -> Tensor:
@@ -99,9 +99,21 @@ def _normalized(stacks: Sequence[Tensor]) -> Tensor:
     out = first.new_empty(count, *first.shape[-2:], dtype=dtype)
     wide = torch.promote_types(first.dtype, torch.float32)
     for stack, part in zip(stacks, out.split([len(stack) for stack in stacks])):
-        norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=wide)
-        torch.mul(stack, _SCALE / norm.clamp(min=_EPS), out=part)
+        norms = torch.linalg.vector_norm(stack, dim=(-2, -1), dtype=wide)
+        _scale(stack, part, _SCALE, 1 / norms.clamp(min=_EPS))
     return out
+
+
+def _scale(source: Tensor, out: Tensor, factor: float, factors: Tensor | None = None) -> None:
+    """Write factor * factors [B] * source to out, both [B, R, C] and of any dtype."""
+    if source.is_cuda and source.element_size() < 8 and source[0].is_contiguous() and has_kernels():
+        from tokenyard_kernels_triton.optimizer.muon import scale_matrices
+
+        scale_matrices(source, out, factor, factors)
+        return
+    if factors is not None:
+        source = source * factors[:, None, None]
+    torch.mul(source, factor, out=out)
 
 
 def _batches(stacks: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
