@@ -42,7 +42,7 @@ from tokenyard_cli import app
 from tokenyard_cli.results import read_results
 
 SMALL = Shape("small", 40, 16, 24, 8, 2)
-TWO = ["all_to_all_tokens", "all_to_all:chunks=2"]
+THREE = ["all_to_all_tokens", "all_to_all:chunks=2", "symmetric_memory"]
 
 
 def records(device, dtype, routing, exchanges, shape=SMALL):
@@ -73,14 +73,16 @@ def check(case):
             assert times["experts"] > 0
             # they add up to the time of one rank, and the slowest one takes as long or longer
             assert sum(times.values()) <= stages[f"{direction}_ms"] + 1e-3
-        assert stages["forward"]["plan"] > 0 == stages["backward"]["plan"]
+        sorts = record["contestant"] != "symmetric_memory"
+        assert (stages["forward"]["plan"] > 0) == sorts
+        assert stages["backward"]["plan"] == 0
         assert record["kinds_ms"]["forward"]["matmuls"] > 0
 
 
 def test_exchanges_are_measured_over_two_ranks():
-    mine, other = ranks(2).run(records, "cpu", "fp32", "natural", TWO)
+    mine, other = ranks(2).run(records, "cpu", "fp32", "natural", THREE)
     check(mine)
-    assert [record["contestant"] for record in mine[2:-1]] == TWO
+    assert [record["contestant"] for record in mine[2:-1]] == THREE
     for record in mine[2:-1]:
         assert record["error"] <= record["allowed"]
         assert record["difference"] < 1e-5

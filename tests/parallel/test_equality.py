@@ -9,7 +9,12 @@ from harness.equality import Case, Layout, expert_numel
 
 from tokenyard.testing import ranks
 
-EXCHANGES = (("all_to_all", 1), ("all_to_all_tokens", 1), ("all_to_all_tokens", 3))
+EXCHANGES = (
+    ("all_to_all", 1),
+    ("all_to_all_tokens", 1),
+    ("all_to_all_tokens", 3),
+    ("symmetric_memory", 1),
+)
 STRATEGIES = (("ddp", 1), ("fsdp", 1), ("fsdp", 2))
 
 

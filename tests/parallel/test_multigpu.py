@@ -19,6 +19,7 @@ LAYOUTS = [
     Layout("fsdp", 2, 2, "all_to_all"),
     Layout("fsdp", 2, 2, "all_to_all_tokens"),
     Layout("fsdp", 2, 2, "all_to_all_tokens", chunks=3),
+    Layout("fsdp", 2, 2, "symmetric_memory"),
 ]
 
 

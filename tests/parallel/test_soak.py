@@ -6,7 +6,11 @@ from harness.soak import soak
 
 from tokenyard.testing import ranks
 
-LAYOUTS = [Layout("fsdp", 2, 2, "all_to_all"), Layout("fsdp", 2, 2, "all_to_all_tokens", chunks=2)]
+LAYOUTS = [
+    Layout("fsdp", 2, 2, "all_to_all"),
+    Layout("fsdp", 2, 2, "all_to_all_tokens", chunks=2),
+    Layout("fsdp", 2, 2, "symmetric_memory"),
+]
 
 
 @pytest.mark.full

@@ -189,7 +189,9 @@ def workload_of(layout: Layout, case: Case) -> Workload:
 
 
 def backends_of(layout: Layout, case: Case) -> dict[str, Any]:
-    exchange = {"name": layout.exchange, "validate": True, "chunks": layout.chunks}
+    exchange: dict[str, Any] = {"name": layout.exchange}
+    if layout.exchange != "symmetric_memory":
+        exchange |= {"validate": True, "chunks": layout.chunks}
     exchange |= {"precision": "fp8"} if case.fp8 else {}
     return {
         "experts": "torch" if case.device == "cpu" else "auto",

@@ -133,6 +133,15 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def no_symmetric_memory(workload: Workload) -> str | None:
+    """Return why ranks cannot read each other's memory, or None if they can."""
+    if workload.device.type == "cpu":
+        return None  # in plain torch
+    if (reason := no_triton(workload)) is None and torch.version.hip is not None:
+        reason = "'triton' reads the memory of NVIDIA GPUs only"
+    return None if reason is None else reason.replace("'triton'", "'symmetric_memory'", 1)
+
+
 _PRIORITY = _LAST if _interpreted() else _FAST
 
 
@@ -151,6 +160,13 @@ def tokenyard_permutations() -> list[Backend]:
             "triton", "tokenyard_kernels_triton.permutation:TritonPermutation", _PRIORITY, no_triton
         )
     ]
+
+
+@hookimpl
+def tokenyard_exchanges() -> list[Backend]:
+    """Offer the exchange between ranks of one node; those of tokenyard-parallel come first."""
+    exchange = "tokenyard_kernels_triton.symmetric_memory:SymmetricMemoryExchange"
+    return [Backend("symmetric_memory", exchange, _BY_NAME, no_symmetric_memory)]
 
 
 @hookimpl

@@ -1,0 +1,105 @@
+"""Buffers that all ranks of a group can read: symmetric memory of GPUs, or a shared file on CPUs.
+
+A trip of rows is: write to the next region, `barrier`, read the regions of all ranks. Two regions
+take turns, so one barrier a trip is enough. A rank writes to a region again two trips later. It has
+passed the barrier of the trip between, and so every rank had read the region before. Each rank runs
+its trips in the same order on one stream.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tokenyard_kernels_triton.symmetric_memory._region import Layout, Region, Sizes
+from tokenyard_kernels_triton.symmetric_memory._torch_private import (
+    group_timeout,
+    resolve_group,
+    symmetric_memory,
+)
+
+_PATH = 512  # bytes of a path, at most
+
+
+class SymmetricBuffer:
+    """A buffer of two regions on every rank of a group."""
+
+    def __init__(self, group: Any, device: torch.device):
+        self.group = group
+        self.device = device
+        self.rank = dist.get_rank(group)
+        self.ranks = dist.get_world_size(group)
+        self.region_bytes = 0
+        self.trips = 0
+        self.buffers: tuple[Tensor, ...] = ()
+        self.addresses = torch.empty(0, dtype=torch.int64, device=device)
+        self._barrier: Any = None
+
+    def reserve(self, sizes: Sizes) -> None:
+        """Make regions large enough. It is a collective; all ranks pass the same sizes."""
+        region_bytes = Layout(sizes).bytes
+        if region_bytes <= self.region_bytes:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            dist.barrier(self.group)  # peers may still read the old buffer
+            milliseconds = int(1000 * group_timeout(self.group, self.device).total_seconds())
+            # the old one is freed first
+            self.buffers = ()
+            memory = symmetric_memory(2 * region_bytes, self.device, self.group)
+            self.buffers = memory.buffers
+            self._barrier = partial(memory.barrier, milliseconds)
+        else:
+            self.buffers = _shared_file(2 * region_bytes, self.group)
+            self._barrier = partial(dist.barrier, self.group)
+        addresses = [buffer.data_ptr() for buffer in self.buffers]
+        self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        self.region_bytes = region_bytes
+
+    def next_region(self, sizes: Sizes) -> Region:
+        """Return the region of the next trip."""
+        start = self.trips % 2 * self.region_bytes
+        self.trips += 1
+        return Region(sizes, self.rank, start, self.buffers, self.addresses)
+
+    def barrier(self) -> None:
+        """Wait for all ranks: on a GPU the stream waits, not the host.
+
+        A rank that waits longer than the group's timeout fails with an error of its device.
+        """
+        self._barrier()
+
+
+def buffer_of(group_name: str, device: torch.device) -> SymmetricBuffer:
+    """Return the buffer that all exchanges of a process group share."""
+    return _cached_buffer(resolve_group(group_name), device)
+
+
+@lru_cache(maxsize=16)
+def _cached_buffer(group: Any, device: torch.device) -> SymmetricBuffer:
+    return SymmetricBuffer(group, device)
+
+
+def _shared_file(size: int, group: Any) -> tuple[Tensor, ...]:
+    """Return a buffer [size] uint8 of each rank: parts of a file that all ranks map."""
+    rank = dist.get_rank(group)
+    ranks = dist.get_world_size(group)
+    path = torch.zeros(_PATH, dtype=torch.uint8)
+    if rank == 0:
+        file, name = tempfile.mkstemp(prefix="tokenyard-")
+        os.truncate(file, ranks * size)
+        os.close(file)
+        path[: len(name.encode())] = torch.tensor(list(name.encode()), dtype=torch.uint8)
+    dist.broadcast(path, group_src=0, group=group)
+    name = bytes(path.tolist()).rstrip(b"\0").decode()
+    whole = torch.from_file(name, shared=True, size=ranks * size, dtype=torch.uint8)
+    dist.barrier(group)
+    if rank == 0:
+        os.unlink(name)  # the memory stays until all ranks unmap it
+    return whole.chunk(ranks)

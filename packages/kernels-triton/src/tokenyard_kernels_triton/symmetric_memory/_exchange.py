@@ -1,0 +1,133 @@
+"""The exchange `symmetric_memory`: ranks of one node read tokens from each other's memory.
+
+A token travels at most once to each rank, as with `all_to_all_tokens`. The number of rows that a
+rank receives is known before: tokens of rank s have the rows from ``s * C`` on, where no rank has
+more than C tokens. So no count is exchanged, nothing is sorted before the trip, and the host waits
+for no rank. Only the experts' rows need a bound, because each rank may get most slots of all.
+
+The host reads the counts after it has launched the experts, so the GPU has work meanwhile. If the
+bound was too small, the experts of that rank compute again with a sufficient one. No slot is ever
+dropped, and the result does not depend on the bound. If a rank had more than C tokens, all ranks
+see that, make their buffers larger, and start again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenyard import BackendError, Compute, ConfigError, Permutation, Routing, Workload
+from tokenyard_kernels_triton.symmetric_memory._agreement import most_tokens
+from tokenyard_kernels_triton.symmetric_memory._buffer import buffer_of
+from tokenyard_kernels_triton.symmetric_memory._ops import combine, dispatch
+from tokenyard_kernels_triton.symmetric_memory._region import Sizes
+
+
+class Received(NamedTuple):
+    """What a rank receives: row ``s * C + t`` is token t of rank s."""
+
+    rows: Tensor  # [n * C, D]
+    weights: Tensor  # [n * C, K]
+    ids: Tensor  # [n * C, K] of this rank's experts; E / n means dropped
+    bounded_ids: Tensor  # [n * C, K] `ids`, or all dropped if there are more than the bound
+    status: Tensor  # [n + 1] int32: the tokens of each rank, and the slots of this rank
+
+
+class SymmetricMemoryExchange:
+    """Reads tokens from the memory of the ranks that route them, and results from the experts'.
+
+    `slots` bounds the slots that a rank computes without a second launch of its experts, as a
+    multiple of the mean. Activations of so many slots are allocated.
+
+    Raises ConfigError if `slots` is less than 1.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        permutation: Permutation,
+        group: Any = None,
+        slots: float = 1.5,
+    ):
+        if not isinstance(slots, int | float) or not 1 <= slots < math.inf:
+            raise ConfigError(f"backends.exchange.slots is {slots!r}; give a number from 1 on")
+        self.workload = workload
+        self.group = group
+        self.slots = slots
+        self.held = workload.num_experts // workload.expert_parallel
+        self.capacity = 0
+        parallel = workload.expert_parallel > 1
+        self.rows_per_token = float(workload.expert_parallel) if parallel else 0.0
+
+    def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
+        """Return y [T, D] for tokens x [T, D].
+
+        Expert ids count the experts of all ranks in `routing`, and those of this rank in `compute`.
+        Raises BackendError without a process group, or if its ranks are on several nodes or
+        exchange different kinds of rows.
+        """
+        if self.workload.expert_parallel == 1:
+            return compute(x, routing.topk_ids, routing.topk_weights)
+        if self.group is None:
+            raise BackendError(
+                f"expert_parallel is {self.workload.expert_parallel}, and the exchange has no "
+                "process group; lay the model out by a strategy, such as fsdp"
+            )
+        if self.capacity == 0:
+            self._reserve(most_tokens(self.group, x, routing.topk_weights), x, routing)
+        while True:
+            numbers = (self.group.group_name, self.workload.expert_parallel, self.capacity)
+            ids = routing.topk_ids.to(torch.int32)
+            bound = self._bound(ids.shape[1])
+            received = Received(*dispatch(x, ids, routing.topk_weights, *numbers, self.held, bound))
+            counts = _HostCopy(received.status)
+            y = compute(received.rows, received.bounded_ids, received.weights, bound)
+            *tokens, slots = counts.read()
+            if max(tokens) > self.capacity:
+                self._reserve(max(tokens), x, routing)
+                continue
+            if slots > bound:
+                y = compute(received.rows, received.ids, received.weights, slots)
+            y_tokens: Tensor = combine(y, received.ids, ids, *numbers, self.held)
+            return y_tokens
+
+    def _bound(self, top_k: int) -> int:
+        """Return the most slots that experts compute without a second launch."""
+        mean = self.capacity * top_k
+        most = self.workload.expert_parallel * self.capacity * min(top_k, self.held)
+        return min(most, math.ceil(self.slots * mean))
+
+    def _reserve(self, tokens: int, x: Tensor, routing: Routing) -> None:
+        """Make buffers for `tokens` tokens of each rank; a collective."""
+        self.capacity = max(1, tokens)
+        weights = routing.topk_weights
+        sizes = Sizes(
+            self.workload.expert_parallel,
+            self.capacity,
+            x.shape[1],
+            weights.shape[1],
+            self.held,
+            x.dtype,
+            weights.dtype,
+        )
+        buffer_of(self.group.group_name, x.device).reserve(sizes)
+
+
+class _HostCopy:
+    """A copy of a tensor of a GPU on the host, made without a wait until it is read."""
+
+    def __init__(self, tensor: Tensor):
+        self.copy = tensor.to("cpu", non_blocking=True)
+        self.event = torch.cuda.Event() if tensor.is_cuda else None
+        if self.event is not None:
+            self.event.record()
+
+    def read(self) -> list[int]:
+        """Return the numbers. Waits until they are on the host."""
+        if self.event is not None:
+            self.event.synchronize()
+        numbers: list[int] = self.copy.tolist()
+        return numbers

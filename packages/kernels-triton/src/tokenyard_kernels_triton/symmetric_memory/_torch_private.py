@@ -1,0 +1,48 @@
+"""Private names of torch that the exchange uses: torch 2.10 to 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+
+def resolve_group(name: str) -> Any:
+    """Return the process group of a name."""
+    private: Any = distributed_c10d
+    return private._resolve_process_group(name)
+
+
+def group_timeout(group: Any, device: torch.device) -> timedelta:
+    """Return how long a collective of a process group may take (gloo and NCCL only)."""
+    timeout: timedelta = group._get_backend(device).options._timeout
+    return timeout
+
+
+class SymmetricMemory(NamedTuple):
+    """Memory of each rank of a group that all of them can read."""
+
+    buffers: tuple[Tensor, ...]  # [n] uint8, the buffer of each rank
+    barrier: Callable[[int], None]  # takes a timeout in milliseconds; the stream waits
+
+
+def symmetric_memory(size: int, device: torch.device, group: Any) -> SymmetricMemory:
+    """Allocate `size` bytes on the GPU of each rank of a group; a collective.
+
+    Uses neither multicast nor NVSHMEM.
+    """
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    own = _SymmetricMemory.empty_strided_p2p((size,), [1], torch.uint8, device, group.group_name)
+    memory = _SymmetricMemory.rendezvous(own)
+    ranks = range(memory.world_size)
+    buffers = tuple(memory.get_buffer(rank, (size,), torch.uint8) for rank in ranks)
+
+    def barrier(milliseconds: int) -> None:
+        memory.barrier(0, milliseconds)
+
+    return SymmetricMemory(buffers, barrier)
