@@ -120,7 +120,8 @@ class PipelinedExchange:
             transfer.dispatch()
         for transfer in transfers:
             transfer.compute(compute)
-        return torch.cat([transfer.combine() for transfer in transfers])
+        parts = [transfer.combine() for transfer in transfers]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def row_bytes(self, width: int) -> int:
         """Return the bytes of a dispatched row, of numbers of `width` bytes before it is packed."""
