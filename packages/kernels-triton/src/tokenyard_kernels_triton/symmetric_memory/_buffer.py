@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenyard_kernels_triton.symmetric_memory._region import Layout, Region, Sizes
+from tokenyard_kernels_triton.symmetric_memory._region import Region, Sizes, layout_of
 from tokenyard_kernels_triton.symmetric_memory._torch_private import (
     group_timeout,
     resolve_group,
@@ -43,7 +43,7 @@ class SymmetricBuffer:
 
     def reserve(self, sizes: Sizes) -> None:
         """Make regions large enough. It is a collective; all ranks pass the same sizes."""
-        region_bytes = Layout(sizes).bytes
+        region_bytes = layout_of(sizes).bytes
         if region_bytes <= self.region_bytes:
             return
         if self.device.type == "cuda":

@@ -40,9 +40,8 @@ def dispatch(
     x = _aligned(x)
     copies.publish_tokens(region, x, topk_ids.contiguous(), topk_weights.contiguous())
     buffer.barrier()
-    ids, weights, status = copies.pull_routing(region)
-    rows = copies.pull_rows(region, x, ids)
-    return rows, weights, ids, copies.bound_ids(ids, status[ranks:], bound, held), status
+    rows, weights, ids, bounded_ids, status = copies.pull_tokens(region, x, bound)
+    return rows, weights, ids, bounded_ids, status
 
 
 @dispatch.fake

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -30,24 +29,32 @@ class Sizes(NamedTuple):
         return self.ranks * self.capacity
 
 
-class Layout:
+class Layout(NamedTuple):
     """Byte offsets in a region, and its bytes."""
 
-    def __init__(self, sizes: Sizes):
-        parts = (
-            sizes.received * sizes.dim * sizes.dtype.itemsize,
-            sizes.received * sizes.top_k * sizes.weights_dtype.itemsize,
-            sizes.capacity * sizes.top_k * torch.int32.itemsize,
-            torch.int32.itemsize,
-        )
-        ends = [0]
-        for part in parts:
-            ends.append(ends[-1] + -(-part // _ALIGNMENT) * _ALIGNMENT)
-        self.rows, self.weights, self.ids, self.tokens, self.bytes = ends
+    rows: int  # [n * C, D]
+    weights: int  # [n * C, K]
+    ids: int  # [C, K] int32
+    tokens: int  # [1] int32
+    bytes: int
 
 
-@dataclass(frozen=True)
-class Region:
+@lru_cache(maxsize=64)
+def layout_of(sizes: Sizes) -> Layout:
+    """Return the layout of a region."""
+    parts = (
+        sizes.received * sizes.dim * sizes.dtype.itemsize,
+        sizes.received * sizes.top_k * sizes.weights_dtype.itemsize,
+        sizes.capacity * sizes.top_k * torch.int32.itemsize,
+        torch.int32.itemsize,
+    )
+    ends = [0]
+    for part in parts:
+        ends.append(ends[-1] + -(-part // _ALIGNMENT) * _ALIGNMENT)
+    return Layout(*ends)
+
+
+class Region(NamedTuple):
     """The same part of every rank's buffer. Each rank writes to its own and reads all of them."""
 
     sizes: Sizes
@@ -56,30 +63,27 @@ class Region:
     buffers: tuple[Tensor, ...]  # [n] uint8, the buffer of each rank
     addresses: Tensor  # [n] int64, where they begin
 
-    @cached_property
-    def layout(self) -> Layout:
-        """The byte offsets of its parts, relative to `start`."""
-        return Layout(self.sizes)
-
     def rows(self, rank: int) -> Tensor:
         """Return the rows [n * C, D] of a rank. Tokens that are sent are the first C of them."""
         sizes = self.sizes
-        return self._part(rank, self.layout.rows, (sizes.received, sizes.dim), sizes.dtype)
+        return self._part(
+            rank, layout_of(self.sizes).rows, (sizes.received, sizes.dim), sizes.dtype
+        )
 
     def weights(self, rank: int) -> Tensor:
         """Return the weights, or their gradients, [n * C, K] of a rank."""
         sizes = self.sizes
         shape = (sizes.received, sizes.top_k)
-        return self._part(rank, self.layout.weights, shape, sizes.weights_dtype)
+        return self._part(rank, layout_of(self.sizes).weights, shape, sizes.weights_dtype)
 
     def ids(self, rank: int) -> Tensor:
         """Return the expert ids [C, K] of a rank's tokens."""
         shape = (self.sizes.capacity, self.sizes.top_k)
-        return self._part(rank, self.layout.ids, shape, torch.int32)
+        return self._part(rank, layout_of(self.sizes).ids, shape, torch.int32)
 
     def tokens(self, rank: int) -> Tensor:
         """Return the number of tokens [1] of a rank."""
-        return self._part(rank, self.layout.tokens, (1,), torch.int32)
+        return self._part(rank, layout_of(self.sizes).tokens, (1,), torch.int32)
 
     def _part(self, rank: int, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         begin = self.start + at

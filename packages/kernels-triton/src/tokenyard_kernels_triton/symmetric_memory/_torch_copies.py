@@ -31,23 +31,18 @@ def publish_rows(region: Region, rows: Tensor, dots: Tensor | None, ids: Tensor)
         region.weights(region.rank).copy_(dots)
 
 
-def pull_routing(region: Region) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the ids and weights [n * C, K] for this rank's experts, and status [n + 1] int32.
+def pull_tokens(
+    region: Region, own: Tensor, bound: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the received rows [n * C, D], weights, ids, bounded ids [n * C, K] and status [n + 1].
 
     Ids count this rank's experts. Other experts, and tokens past those of a rank, have the id E / n
-    and the weight 0. The status is the number of tokens of each rank, and of slots of this one.
+    and the weight 0. If this rank has more slots than `bound`, all bounded ids are E / n. The
+    status is int32: the number of tokens of each rank, and of slots of this one.
     """
-    ranks, capacity, _, top_k, held, *_ = region.sizes
-    counts = torch.cat([region.tokens(rank) for rank in range(ranks)])  # [n]
-    ids = torch.stack([region.ids(rank) for rank in range(ranks)])  # [n, C, K]
-    weights = torch.stack([region.weights(rank)[:capacity] for rank in range(ranks)])
-    token = torch.arange(capacity, device=ids.device).unsqueeze(1)  # [C, 1]
-    local = ids - region.rank * held
-    here = (token < counts.view(-1, 1, 1)) & (local >= 0) & (local < held)
-    status = torch.cat((counts, here.sum(dtype=torch.int32).unsqueeze(0)))
-    shape = (region.sizes.received, top_k)
-    local = torch.where(here, local, held)
-    return local.view(shape), torch.where(here, weights, 0).view(shape), status
+    ids, weights, status = _pull_routing(region)
+    bounded = torch.where(status[-1] > bound, region.sizes.held, ids)
+    return pull_rows(region, own, ids), weights, ids, bounded, status
 
 
 def pull_rows(region: Region, own: Tensor, ids: Tensor) -> Tensor:
@@ -61,11 +56,6 @@ def pull_rows(region: Region, own: Tensor, ids: Tensor) -> Tensor:
     rows[region.rank, :count] = own[:count]
     used = (ids < held).any(1, keepdim=True)  # [n * C, 1]
     return torch.where(used, rows.view(-1, dim), 0)
-
-
-def bound_ids(ids: Tensor, slots: Tensor, bound: int, held: int) -> Tensor:
-    """Return ids [n * C, K], or E / n for all of them if there are more slots [1] than `bound`."""
-    return torch.where(slots > bound, held, ids)
 
 
 def sum_rows(
@@ -92,3 +82,18 @@ def sum_rows(
             there = own_dots if own else region.weights(rank)
             dots[:count] += torch.where(holder == rank, there[at], 0)
     return total.to(dtype), dots
+
+
+def _pull_routing(region: Region) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ids and weights [n * C, K] for this rank's experts, and the status."""
+    ranks, capacity, _, top_k, held, *_ = region.sizes
+    counts = torch.cat([region.tokens(rank) for rank in range(ranks)])  # [n]
+    ids = torch.stack([region.ids(rank) for rank in range(ranks)])  # [n, C, K]
+    weights = torch.stack([region.weights(rank)[:capacity] for rank in range(ranks)])
+    token = torch.arange(capacity, device=ids.device).unsqueeze(1)  # [C, 1]
+    local = ids - region.rank * held
+    here = (token < counts.view(-1, 1, 1)) & (local >= 0) & (local < held)
+    status = torch.cat((counts, here.sum(dtype=torch.int32).unsqueeze(0)))
+    shape = (region.sizes.received, top_k)
+    local = torch.where(here, local, held)
+    return local.view(shape), torch.where(here, weights, 0).view(shape), status
