@@ -231,6 +231,12 @@ def test_every_ordered_pair_of_layouts(source, settings, tmp_path, reference):
             "these do: 1, 2, 4",
         ),
         (
+            {"strategy": "ddp", "expert_parallel": 2},
+            {"compile": True},
+            "ConfigError: compile is true, and the model is sharded over 2 ranks; give "
+            "parallel.strategy ddp without expert_parallel, or compile false",
+        ),
+        (
             {"strategy": {"name": "fsdp", "replicate": 3}},
             {},
             "ConfigError: replicate is 3, which does not divide the 2 ranks; these do: 1, 2",

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import Mock, patch
@@ -167,6 +168,23 @@ def dense_reduce_dtypes(settings: Settings) -> list[str]:
     units = (m for m in setup.model.modules() if isinstance(m, FSDPModule))
     groups = [u._get_fsdp_state()._fsdp_param_group for u in units if not isinstance(u, Experts)]
     return [str(group._reduce_dtype) for group in groups]
+
+
+def sums_of_a_step(settings: Settings) -> list[int]:
+    """Return how many numbers each all-reduce of the first forward and backward pass sums."""
+    setup = build(settings)
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        accumulate(setup, 0)
+    return [call.args[0].numel() for call in all_reduce.call_args_list]
+
+
+def compiled_losses(settings: Settings) -> list[float]:
+    """Return the losses of two steps with compiled blocks, without a C++ compiler."""
+    traced = partial(torch.compile, backend="aot_eager")
+    missing = "tokenyard_train.engine.compile.missing_compiler"
+    with patch.object(torch, "compile", traced), patch(missing, lambda device: None):
+        setup = build(settings | {"compile": True})
+        return [train_step(setup, batch).result.loss for batch in range(2)]
 
 
 def whole_matrices(shapes: list[tuple[int, ...]], dim: int) -> dict[str, bool]:

@@ -39,6 +39,11 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def has_shards(model: nn.Module) -> bool:
+    """Return whether a rank holds a part of some parameter only."""
+    return any(map(is_sharded, model.parameters()))
+
+
 def allocate(model: nn.Module, device: torch.device | str) -> nn.Module:
     """Allocate a model of the meta device on `device`, uninitialised; return the model.
 

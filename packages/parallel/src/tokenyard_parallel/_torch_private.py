@@ -5,7 +5,7 @@ Each function names the torch versions that have the private name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -53,3 +53,11 @@ def end_all_to_all(rows: Tensor) -> Any:
     torch 2.10 to 2.13.
     """
     return torch.ops._c10d_functional.wait_tensor(rows)
+
+
+def at_end_of_backward(call: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs now has ended. torch 2.10 to 2.13.
+
+    FSDP uses the same queue.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]

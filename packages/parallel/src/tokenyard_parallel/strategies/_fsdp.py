@@ -1,4 +1,4 @@
-"""The strategies `fsdp` and `ddp`: torch's FSDP2, with the experts of each layer as a nested unit.
+"""The strategy `fsdp`: torch's FSDP2, with the experts of each layer as a nested unit.
 
 The loss of a rank is its part of a sum over all ranks. So gradients are summed and never averaged,
 and experts, whose gradients include the tokens of other ranks, need no special case. The exchange
@@ -112,15 +112,9 @@ class FsdpStrategy:
         return expert_sizes(self.dense, max(degrees))
 
     def _shard_experts(self, moe: MoE, mesh: DeviceMesh, reshard: bool) -> None:
-        """Keep this rank's experts, construct the exchange, and shard the experts."""
+        """Keep this rank's experts, and shard them."""
         if moe.workload.expert_parallel > 1:
-            group_mesh = mesh[EXPERT_PARALLEL]
-            for module in moe.experts.modules():
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, _local_experts(parameter, group_mesh))
-            moe.experts.exchange = moe.chosen["exchange"].construct(
-                moe.workload, moe.experts.permutation, group_mesh.get_group()
-            )
+            keep_local_experts(moe, mesh)
         shards = mesh[SHARD].size()
         stored = _trained_dtype(moe.experts)
         computed = moe.workload.dtype
@@ -161,17 +155,6 @@ class FsdpStrategy:
         return unit
 
 
-class DdpStrategy(FsdpStrategy):
-    """Keeps a replica of the model on every rank; neighbouring ranks may hold different experts.
-
-    `timeout` is how many seconds a collective may take.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0):
-        replicas = started_processes()
-        super().__init__(device, replicate=replicas, reshard_after_forward=False, timeout=timeout)
-
-
 def _trained_dtype(module: nn.Module) -> torch.dtype:
     """Return the dtype of the parameters that are trained; without any, of the frozen ones."""
     parameters = sorted(module.parameters(), key=lambda p: not p.requires_grad)
@@ -192,6 +175,17 @@ def _reshard_without_backward(model: nn.Module, *_: Any) -> None:
         for unit in model.modules():
             if isinstance(unit, FSDPModule):
                 unit.reshard()
+
+
+def keep_local_experts(moe: MoE, mesh: DeviceMesh) -> None:
+    """Keep this rank's experts of a layer, and construct the exchange between them."""
+    group_mesh = mesh[EXPERT_PARALLEL]
+    for module in moe.experts.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, _local_experts(parameter, group_mesh))
+    moe.experts.exchange = moe.chosen["exchange"].construct(
+        moe.workload, moe.experts.permutation, group_mesh.get_group()
+    )
 
 
 def _local_experts(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:

@@ -48,7 +48,7 @@ def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memor
     held, recomputed = saved_by_blocks(config, saved)
     return Memory(
         parameters=stored * parameters,
-        gradients=_gradient_width(config, layout, stored) * trained,
+        gradients=_gradient_width(config, model, layout, stored) * trained,
         optimizer=build_optimizer(config.optimizer, model).moment_bytes() + masters,
         copies=_copies(config, model, width, stored),
         activations=tokens * (held + recomputed + saved.rest),
@@ -89,7 +89,7 @@ def _inputs_held(config: TrainConfig, blocks: int) -> int:
     return blocks
 
 
-def _gradient_width(config: TrainConfig, layout: ShardingReport, stored: int) -> int:
+def _gradient_width(config: TrainConfig, model: Model, layout: ShardingReport, stored: int) -> int:
     """Return the bytes of a gradient. `stored` are those of a weight.
 
     Several microbatches are summed in float32, beside the gradient of the next one: FSDP and
@@ -98,7 +98,7 @@ def _gradient_width(config: TrainConfig, layout: ShardingReport, stored: int) ->
     ranks = math.prod(layout.meshes.get("all but experts", {}).values())
     if config.global_train_batch_size <= ranks * int(config.device_train_microbatch_size):
         return stored
-    graphed = bool(config.cuda_graph) and why_no_graph(config, ranks) is None
+    graphed = bool(config.cuda_graph) and why_no_graph(config, model, ranks) is None
     return _WIDE + (stored if graphed else 0)
 
 

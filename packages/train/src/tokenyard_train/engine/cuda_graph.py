@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from tokenyard.sharded import has_shards
 from tokenyard_train.config.schema import TrainConfig
 
 log = logging.getLogger("tokenyard")
@@ -174,12 +175,12 @@ def _set_sync_mode(mode: int | str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def why_no_graph(config: TrainConfig, ranks: int) -> str | None:
+def why_no_graph(config: TrainConfig, model: nn.Module, ranks: int) -> str | None:
     """Return why a run of `ranks` data ranks cannot use a CUDA graph, or None."""
     if not config.device.startswith("cuda"):
         return f"device is {config.device}"
-    if ranks > 1:
-        return f"there are {ranks} ranks"
+    if ranks > 1 and has_shards(model):
+        return f"the model is sharded over {ranks} ranks"
     if config.activation_checkpointing:
         return f"activation_checkpointing is {str(config.activation_checkpointing).lower()}"
     return None

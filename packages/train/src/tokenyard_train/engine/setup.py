@@ -162,7 +162,7 @@ def _prepare_kernels(config: TrainConfig, model: Model) -> None:
 
 def _build_graph(config: TrainConfig, strategy: Strategy, model: Model) -> MicrobatchGraph | None:
     """Return the CUDA graph of a microbatch, or None. Raises ConfigError if it is impossible."""
-    reason = why_no_graph(config, strategy.data[1])
+    reason = why_no_graph(config, model, strategy.data[1])
     if config.cuda_graph is True and reason is not None:
         raise ConfigError(f"cuda_graph is true, and {reason}; give auto, which then uses none")
     return MicrobatchGraph(model) if config.cuda_graph and reason is None else None

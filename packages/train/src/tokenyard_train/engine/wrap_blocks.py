@@ -6,6 +6,7 @@ import torch
 
 from tokenyard import ConfigError, Model
 from tokenyard.recompute import recomputed
+from tokenyard.sharded import has_shards
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.compile import compile_blocks
 from tokenyard_train.engine.offload import offload_inputs
@@ -17,8 +18,11 @@ def wrap_blocks(config: TrainConfig, model: Model, ranks: int) -> None:
     Selective recompute is inside the compiled code, so that what is computed again is fused with
     the backward pass. Whole blocks are recomputed by calling the compiled code again.
     """
-    if config.compile and ranks > 1:
-        raise ConfigError(f"compile is true, and there are {ranks} ranks; it is for one process")
+    if config.compile and ranks > 1 and has_shards(model):
+        raise ConfigError(
+            f"compile is true, and the model is sharded over {ranks} ranks; give "
+            "parallel.strategy ddp without expert_parallel, or compile false"
+        )
     recompute = config.activation_checkpointing
     if recompute == "selective":
         _recompute(model, selective=True)

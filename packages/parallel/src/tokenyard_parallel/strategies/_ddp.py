@@ -1,0 +1,56 @@
+"""The strategy `ddp`: a replica of the model on every rank.
+
+Parameters are never gathered, so a step does little on the host. Small models gain from that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tokenyard import ShardingReport, moe_layers, started_processes
+from tokenyard.moe import allow_weight_copies
+from tokenyard.sharded import is_sharded, local_part
+from tokenyard_parallel.meshes import REPLICATE, make_mesh
+from tokenyard_parallel.strategies._fsdp import FsdpStrategy, keep_local_experts
+from tokenyard_parallel.strategies._gradient_sum import GradientSum, buckets
+
+
+class DdpStrategy(FsdpStrategy):
+    """Keeps a replica of the model on every rank; neighbouring ranks may hold different experts.
+
+    Each backward pass ends with a sum of its gradients over the replicas. `timeout` is how many
+    seconds a collective may take.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0):
+        super().__init__(device, replicate=started_processes(), timeout=timeout)
+
+    def layout(self, model: nn.Module) -> nn.Module:
+        """Keep this rank's experts, install exchanges, and sum gradients after each backward."""
+        layers = moe_layers(model)
+        sizes = self._expert_sizes(model)
+        expert_replicas: Any = dist.group.WORLD
+        if sizes.expert_parallel > 1:
+            mesh = make_mesh(sizes, self.device, self.timeout)
+            expert_replicas = mesh[REPLICATE].get_group()
+            for moe in layers:
+                keep_local_experts(moe, mesh)
+        else:
+            allow_weight_copies(model)
+
+        def replicas(parameter: Tensor) -> Any:
+            return expert_replicas if is_sharded(parameter) else dist.group.WORLD
+
+        GradientSum(model, replicas)
+        return model
+
+    def describe(self, model: nn.Module) -> ShardingReport:
+        """Report the mesh sizes, and the bytes of the largest sum of gradients."""
+        meshes, _ = super().describe(model)
+        trained = [local_part(p) for p in model.parameters() if p.requires_grad]
+        largest = max((sum(t.numel() for t in bucket) for bucket in buckets(trained)), default=0)
+        return ShardingReport(meshes, largest * torch.float32.itemsize)

@@ -1,0 +1,30 @@
+"""`ddp` keeps plain parameters, so blocks can be compiled, and sums all gradients at once."""
+
+import pytest
+import torch
+from harness import layout_runs as runs
+from harness.layouts import run
+
+from tokenyard_parallel.strategies import _gradient_sum
+
+
+def test_a_microbatch_has_one_sum_of_gradients(settings, tmp_path):
+    """Beside it are the counts of all layers, and the loss of the batch."""
+    changes = {"global_train_batch_size": 4, "device_train_microbatch_size": 1}
+    counts, gradients, *others = run(runs.sums_of_a_step, "ddp-2", settings, tmp_path, **changes)
+    assert counts < gradients
+    assert others == [counts, gradients, 1]
+
+
+def test_compiled_blocks_compute_the_same(settings, tmp_path):
+    losses = run(runs.compiled_losses, "ddp-2", settings, tmp_path)
+    expected = run(runs.trained, "ddp-2", settings, tmp_path, max_duration="2ba").losses
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_bucket_has_a_limit_that_only_one_tensor_exceeds(monkeypatch):
+    monkeypatch.setattr(_gradient_sum, "BUCKET", 5)
+    tensors = [torch.empty(size) for size in (2, 3, 1, 9, 4, 1)]
+    sizes = [[t.numel() for t in bucket] for bucket in _gradient_sum.buckets(tensors)]
+    assert sizes == [[2, 3], [1], [9], [4, 1]]
+    assert list(_gradient_sum.buckets([])) == []
