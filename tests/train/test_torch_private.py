@@ -1,5 +1,6 @@
 """The private names of torch that the trainer uses exist and behave as it expects."""
 
+import json
 from datetime import timedelta
 
 import pytest
@@ -11,7 +12,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from tokenyard_train.torch_private import (
     copy_default_timeout,
     copy_shard_to_host,
+    default_timeout,
+    flight_record,
     keep_compiler_out_of_optimizers,
+    set_nccl_timeouts,
 )
 
 
@@ -33,6 +37,16 @@ def test_a_group_takes_the_timeout_of_the_default_group(world):
     group = dist.new_group(backend="gloo")
     copy_default_timeout(group)
     assert group._get_backend(torch.device("cpu")).options._timeout == world
+
+
+def test_timeouts_of_nccl_leave_other_backends_alone(world):
+    set_nccl_timeouts(timedelta(seconds=5))
+    assert default_timeout() == world
+
+
+def test_collectives_are_recorded_as_json(world):
+    """launch/test_watch.py reads a record of some."""
+    assert isinstance(json.loads(flight_record()), dict)
 
 
 def test_dcp_sees_a_host_copy_as_a_shard(world):

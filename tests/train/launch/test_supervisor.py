@@ -19,7 +19,11 @@ HEAD = (
     "rank = int(os.environ['RANK']); notes = os.environ['TOKENYARD_NOTES']"
 )
 NOTE = "{'collective': 'all_reduce', 'reason': 'timed out'}"
-FAILED = f"json.dump({NOTE}, open(f'{{notes}}/{{rank}}.json', 'w')); sys.exit(1)"
+FAULT = (
+    f"json.dump({NOTE}, open(f'{{notes}}/x{{rank}}', 'w')); "
+    "os.rename(f'{notes}/x{rank}', f'{notes}/{rank}.json')"
+)
+FAILED = f"{FAULT}; sys.exit(1)"
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
@@ -79,6 +83,36 @@ def test_a_rank_that_misses_a_collective_is_blamed(capfd, line, state):
         f"process 1 {state}: process {rank} waited in all_reduce (timed out); no restart is left"
         for rank in (0, 2)
     ]
+
+
+def test_ranks_that_wait_in_different_collectives_have_diverged(capfd):
+    other = FAILED.replace("'all_reduce'", "'barrier'")
+    errors = run(capfd, f"if rank == 1: {other}", FAILED, nproc=2)[1]
+    waits = ["process 0 waited in all_reduce", "process 1 waited in barrier"]
+    assert errors in [
+        f"processes {first} and {1 - first} diverged: {waits[first]}, and "
+        f"{waits[1 - first].replace(' waited', '')} (timed out); no restart is left"
+        for first in (0, 1)
+    ]
+
+
+def test_ranks_that_wait_in_one_collective_have_lost_each_other(capfd):
+    errors = run(capfd, FAILED, nproc=2)[1]
+    assert errors == "process 0 failed in all_reduce (timed out); no restart is left"
+
+
+def test_a_fault_counts_before_its_rank_has_ended(capfd):
+    """A GPU takes a while to release a process."""
+    began = time.monotonic()
+    errors = run(capfd, f"if rank == 0: {FAULT}", "time.sleep(60)", nproc=2)[1]
+    assert errors.startswith("process 1 hangs: process 0 waited in all_reduce (timed out)")
+    assert time.monotonic() - began < 30
+
+
+def test_a_rank_that_aborts_is_blamed_if_the_others_fail_by_it(capfd):
+    line = "os.kill(os.getpid(), signal.SIGABRT)"
+    errors = run(capfd, f"if rank == 1: {line}", FAILED, nproc=2)[1]
+    assert errors == "process 1 ended by signal SIGABRT; no restart is left"
 
 
 def test_a_rank_aborted_by_nccl_is_not_blamed(capfd):

@@ -73,12 +73,38 @@ def copy_default_timeout(group: dist.ProcessGroup) -> None:
 
     torch 2.10 to 2.13. ``dist.new_group`` uses half an hour otherwise.
     """
+    public = getattr(dist, "set_timeout", None)  # torch 2.14 and later
+    (public or distributed_c10d._set_pg_timeout)(default_timeout(), group)
+
+
+def default_timeout() -> timedelta:
+    """Return the collective timeout of the default process group. torch 2.10 to 2.13."""
     world = dist.group.WORLD
     assert world is not None
     device = torch.device("cuda" if dist.get_backend(world) == "nccl" else "cpu")
     timeout: timedelta = world._get_backend(device).options._timeout
+    return timeout
+
+
+def set_nccl_timeouts(timeout: timedelta) -> None:
+    """Set the collective timeout of all NCCL groups that exist. torch 2.10 to 2.13."""
     public = getattr(dist, "set_timeout", None)  # torch 2.14 and later
-    (public or distributed_c10d._set_pg_timeout)(timeout, group)
+    for group in distributed_c10d._world.pg_map:
+        if dist.get_backend(group) == "nccl":
+            (public or distributed_c10d._set_pg_timeout)(timeout, group)
+
+
+def flight_record() -> str:
+    """Return torch's record of the last collectives as JSON: {"entries": [...], ...}.
+
+    torch 2.10 to 2.13. A build without NCCL records gloo's. The environment variable
+    TORCH_FR_BUFFER_SIZE is the number of entries; 0 turns the record off.
+    """
+    c10d = torch._C._distributed_c10d
+    names = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
+    dump = next(getattr(c10d, name) for name in names if hasattr(c10d, name))
+    text: str | bytes = dump(includeCollectives=True)
+    return text.decode() if isinstance(text, bytes) else text
 
 
 class HostShard(Tensor):

@@ -48,6 +48,7 @@ from tokenyard_train.engine.step import train_step
 from tokenyard_train.engine.step_records import Clock, skipped_record, train_record
 from tokenyard_train.engine.summary import announce, summarize
 from tokenyard_train.launch.faults import mark_started
+from tokenyard_train.launch.watch import watch_collectives
 from tokenyard_train.records.metrics import Metrics, NullMetrics
 from tokenyard_train.records.trackers import build_trackers, check_trackers
 
@@ -131,7 +132,8 @@ class _Loop:
         self._open_trackers()
         failed = True
         try:
-            result = self._train()
+            with watch_collectives(lambda: self.run.batch, self.run.setup.folder):
+                result = self._train()
             failed = False
             return result
         except NonFiniteError:

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tokenyard_train.launch.faults import Fault, read_fault
+from tokenyard_train.launch.faults import Fault, read_faults
 
 
 def explain_failure(codes: Mapping[int, int], notes: Path, pids: Sequence[int]) -> tuple[str, int]:
@@ -16,23 +16,41 @@ def explain_failure(codes: Mapping[int, int], notes: Path, pids: Sequence[int]) 
     all ranks. A rank is not the cause if it only waited for another one in a collective: it wrote a
     fault file to `notes`, or NCCL aborted it after its timeout.
     """
+    faults = read_faults(notes, len(pids))
     failed = {rank: code for rank, code in codes.items() if code}
-    faults = {rank: read_fault(notes, rank) for rank in failed}
     for rank, code in failed.items():
-        if faults[rank] is None and code != -signal.SIGABRT:
+        if rank not in faults and code != -signal.SIGABRT:
             return f"process {rank} ended by {_describe_code(code)}", code
-    if not failed:
+    waited = [*faults, *(rank for rank in failed if rank not in faults)]
+    if not waited:
         return "", 0
-    rank = next((rank for rank, fault in faults.items() if fault is not None), next(iter(failed)))
-    running = [other for other in range(len(pids)) if other not in codes]
-    collective = _describe_collective(faults[rank])
+    running = [rank for rank in range(len(pids)) if rank not in codes and rank not in faults]
     if running:
-        return f"{_describe_hanging(running, pids)}: process {rank} waited {collective}", 1
-    return f"process {rank} failed {collective}", 1
+        return f"{_describe_hanging(running, pids)}: {_describe_waiting(waited[0], faults)}", 1
+    if aborted := [rank for rank in failed if rank not in faults]:
+        code = codes[aborted[0]]
+        return f"process {aborted[0]} ended by {_describe_code(code)}", code
+    return _describe_disagreement(faults), 1
 
 
-def _describe_collective(fault: Fault | None) -> str:
-    return "in a collective" if fault is None else f"in {fault.collective} ({fault.reason})"
+def _describe_disagreement(faults: Mapping[int, Fault]) -> str:
+    """Describe ranks that all waited: in different collectives, or in one that failed."""
+    first, *others = faults
+    collective, reason = faults[first]
+    for rank in others:
+        if faults[rank].collective != collective:
+            return (
+                f"processes {first} and {rank} diverged: process {first} waited in {collective}, "
+                f"and process {rank} in {faults[rank].collective} ({reason})"
+            )
+    return f"process {first} failed in {collective} ({reason})"
+
+
+def _describe_waiting(rank: int, faults: Mapping[int, Fault]) -> str:
+    fault = faults.get(rank)
+    if fault is None:
+        return f"process {rank} waited in a collective"
+    return f"process {rank} waited in {fault.collective} ({fault.reason})"
 
 
 def _describe_hanging(ranks: Sequence[int], pids: Sequence[int]) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from tokenyard_cli.once import FOLDER
+from tokenyard_cli.once import FOLDER, is_first
 
 _STARTED = "began"
 # gloo's messages: the second one is raised by a call that waited while another call timed out.
@@ -35,16 +36,34 @@ def collective_fault(error: BaseException) -> Fault | None:
     return Fault(function + (f", called by {ours[-1]}" if ours else ""), str(error).splitlines()[0])
 
 
-def write_fault(fault: Fault, rank: int) -> None:
-    """Write the fault file of a rank, if a supervisor set FOLDER."""
+def exit_with_fault(fault: Fault) -> NoReturn:
+    """End this rank with code 1, after telling the supervisor why, or else printing why.
+
+    No thread is waited for: those of other groups may still wait for the rank that is missing.
+    """
+    rank = int(os.environ.get("RANK", "0"))
     if (folder := os.environ.get(FOLDER)) is not None:
-        Path(folder, f"{rank}.json").write_text(json.dumps(fault._asdict()), encoding="utf-8")
+        unfinished = Path(folder, f".{rank}.json")
+        unfinished.write_text(json.dumps(fault._asdict()), encoding="utf-8")
+        unfinished.rename(_path(Path(folder), rank))
+    elif is_first(f"failed in {fault.collective}"):
+        sentence = f"error: process {rank} failed in {fault.collective}: {fault.reason}"
+        print(sentence, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
-def read_fault(folder: Path, rank: int) -> Fault | None:
-    """Return the fault that a rank wrote, if any."""
-    path = folder / f"{rank}.json"
-    return Fault(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+def read_faults(folder: Path, ranks: int) -> dict[int, Fault]:
+    """Return the faults that ranks wrote, by rank."""
+    paths = {rank: _path(folder, rank) for rank in range(ranks)}
+    return {
+        rank: Fault(**json.loads(path.read_text(encoding="utf-8")))
+        for rank, path in paths.items()
+        if path.exists()
+    }
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.json"
 
 
 def mark_started() -> None:

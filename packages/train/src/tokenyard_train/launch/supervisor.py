@@ -6,6 +6,7 @@ leftovers of the last attempt.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -17,11 +18,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 from tokenyard_cli.exit import MISTAKE, STOPPED
 from tokenyard_cli.once import FOLDER
 from tokenyard_train.launch.blame import explain_failure
-from tokenyard_train.launch.faults import has_started
+from tokenyard_train.launch.faults import has_started, read_faults
 from tokenyard_train.launch.signals import signal_handler
 from tokenyard_train.parent_death import PARENT
 
@@ -51,24 +53,28 @@ def supervise(command: Callable[[bool], Sequence[str]], nproc: int, max_restarts
     started = False
     for restart in range(max_restarts + 1):
         with tempfile.TemporaryDirectory() as notes:
-            attempt = Attempt(command(started), nproc, Path(notes))
-            code = attempt.run()
+            with Attempt(command(started), nproc, Path(notes)) as attempt:
+                code = attempt.run()
+                if attempt.killed:
+                    print(f"{_KILLED}; the last checkpoint is kept", file=sys.stderr, flush=True)
+                    return 1
+                if code in (0, MISTAKE, STOPPED):
+                    return code
+                if attempt.stop_requested:
+                    return STOPPED
+                remaining = f"restart {restart + 1} of {max_restarts}"
+                action = remaining if restart < max_restarts else "no restart is left"
+                # Before the ranks are killed, which takes a second on a GPU
+                print(f"{attempt.failure}; {action}", file=sys.stderr, flush=True)
             started = started or has_started(Path(notes))
-        if attempt.killed:
-            print(f"{_KILLED}; the last checkpoint is kept", file=sys.stderr, flush=True)
-            return 1
-        if code in (0, MISTAKE, STOPPED):
-            return code
-        if attempt.stop_requested:
-            return STOPPED
-        remaining = restart < max_restarts
-        action = f"restart {restart + 1} of {max_restarts}" if remaining else "no restart is left"
-        print(f"{attempt.failure}; {action}", file=sys.stderr, flush=True)
     return 1
 
 
 class Attempt:
-    """The ranks of a run, started together."""
+    """The ranks of a run, started together. A context that kills those that still run at its end.
+
+    In the context, signals are forwarded to the ranks.
+    """
 
     def __init__(self, command: Sequence[str], nproc: int, notes: Path):
         self.command = command
@@ -80,23 +86,26 @@ class Attempt:
         self.killed = False  # by a second request
         self.failure = ""
 
-    def run(self) -> int:
-        """Start the ranks and wait until all have ended or one has failed; return an exit code.
+    def __enter__(self) -> Self:
+        self._signals = signal_handler(self._forward)
+        self._signals.__enter__()
+        return self
 
-        Kills the ranks that still run.
-        """
-        with signal_handler(self._forward):
-            try:
-                self._start()
-                codes = self._wait()
-                pids = [process.pid for process in self.processes]
-                self.failure, code = explain_failure(codes, self.notes, pids)
-                return code
-            finally:
-                for process in self.processes:
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)  # also kills its children
-                    process.wait()
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also kills its children
+        for process in self.processes:
+            process.wait()
+        self._signals.__exit__(None, None, None)
+
+    def run(self) -> int:
+        """Start the ranks and wait until all have ended or one has failed; return an exit code."""
+        self._start()
+        codes = self._wait()
+        pids = [process.pid for process in self.processes]
+        self.failure, code = explain_failure(codes, self.notes, pids)
+        return code
 
     def _start(self) -> None:
         port = _free_port()
@@ -112,12 +121,16 @@ class Attempt:
     def _wait(self) -> dict[int, int]:
         """Return exit codes by rank, in order of completion; running ranks are absent."""
         codes: dict[int, int] = {}
-        deadline = float("inf")
+        failed = False
+        deadline = math.inf
         while len(codes) < len(self.processes) and time.monotonic() < deadline and not self.killed:
             for rank, process in enumerate(self.processes):
                 if rank not in codes and (code := process.poll()) is not None:
                     codes[rank] = code
-                    deadline = deadline if code in (0, STOPPED) else time.monotonic() + _GRACE
+                    failed = failed or code not in (0, STOPPED)
+            # A rank that uses a GPU takes a while to end after it wrote its fault file.
+            if deadline == math.inf and (failed or read_faults(self.notes, self.nproc)):
+                deadline = time.monotonic() + _GRACE
             time.sleep(_POLL)
         return codes
 
