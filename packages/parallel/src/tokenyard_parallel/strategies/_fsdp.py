@@ -79,13 +79,20 @@ class FsdpStrategy:
         blocks = list(getattr(model, "blocks", ()))
         # the backward pass starts with the last block, so it stays gathered
         last = set(blocks[-1].modules()) if blocks else set()
+        unsharded: set[nn.Parameter] = set()
         if layers := moe_layers(model):
             mesh = make_mesh(self._expert_sizes(model), self.device, self.timeout)
             for moe in layers:
-                self._shard_experts(moe, mesh, moe not in last)
+                if moe.workload.expert_parallel > 1:
+                    keep_local_experts(moe, mesh)
+                if 1 < moe.workload.expert_parallel == mesh.size():
+                    # no other rank has these experts, so a unit would only copy them
+                    unsharded.update(moe.experts.parameters())
+                else:
+                    self._shard_experts(moe, mesh, moe not in last)
         for block in blocks:
-            self._shard(block, dense, block not in last)
-        self._shard(model, dense, False)
+            self._shard(block, dense, block not in last, ignored=unsharded)
+        self._shard(model, dense, False, ignored=unsharded)
         set_prefetch(model, blocks)
         model.register_forward_hook(_reshard_without_backward)
         return model
@@ -112,9 +119,7 @@ class FsdpStrategy:
         return expert_sizes(self.dense, max(degrees))
 
     def _shard_experts(self, moe: MoE, mesh: DeviceMesh, reshard: bool) -> None:
-        """Keep this rank's experts, and shard them."""
-        if moe.workload.expert_parallel > 1:
-            keep_local_experts(moe, mesh)
+        """Shard this rank's experts over the ranks that hold the same ones."""
         shards = mesh[SHARD].size()
         stored = _trained_dtype(moe.experts)
         computed = moe.workload.dtype
@@ -134,6 +139,7 @@ class FsdpStrategy:
         reshard: bool,
         policy: MixedPrecisionPolicy | None = None,
         placement: Callable[[nn.Parameter], Shard] | None = None,
+        ignored: set[nn.Parameter] | None = None,
     ) -> Any:
         if policy is None:
             # The weights may become 16-bit later; gradients are summed in today's dtype.
@@ -145,6 +151,7 @@ class FsdpStrategy:
             reshard_after_forward=reshard and self.reshard_after_forward,
             shard_placement_fn=placement,
             mp_policy=policy,
+            ignored_params=ignored,
         )
         assert isinstance(unit, FSDPModule)
         # on one rank torch would copy the gradients to divide them by 1

@@ -56,13 +56,20 @@ class _Unit:
         self.gathered = 0
         self.gradients = 0
         for parameter in module.parameters():
-            if parameter in nested:
+            if parameter in nested or not _is_gathered(parameter):
                 continue
             dtype = _narrower(parameter.dtype, compute_dtypes.get(parameter))
             gathered = _gathered_numel(parameter) * dtype.itemsize
             self.gathered += gathered
             if parameter.requires_grad:
                 self.gradients += 2 * gathered
+
+
+def _is_gathered(parameter: nn.Parameter) -> bool:
+    """Return False for experts that no other rank has: they are on a mesh of their own."""
+    return not isinstance(parameter, DTensor) or (
+        parameter.device_mesh.mesh_dim_names != (EXPERT_PARALLEL,)
+    )
 
 
 def _block_index(module: nn.Module, blocks: Iterable[nn.Module]) -> int | None:
