@@ -21,15 +21,15 @@ from tokenyard.fp8 import (
 from tokenyard.registry import Plugin
 from tokenyard.strategies import SingleStrategy
 from tokenyard.testing import Fp8ExpertsConformance
-from tokenyard.testing._fp8_experts import LARGEST_ERRORS, NEAR_IN_LONG_SUMS
+from tokenyard.testing._fp8_experts import NEAR_IN_LONG_SUMS
 from tokenyard.tolerance import relative_error
 
 
 class Emulated(EmulatedFp8Experts):
     """The emulated layer, as a backend with the options of a real one."""
 
-    def __init__(self, workload, permutation, precision, save="fp8"):
-        super().__init__(workload, permutation, save)
+    def __init__(self, workload, permutation, precision, save="fp8", weight_gradients=None):
+        super().__init__(workload, permutation, save, weight_gradients)
 
 
 class Offer:
@@ -53,6 +53,14 @@ class TestEmulatedExperts(EmulatedConformance):
 
 class KeepsPreActivation(EmulatedConformance):
     options = {"precision": "fp8", "save": "pre_activation"}
+
+
+class WeightGradientsInFp8(EmulatedConformance):
+    options = {"precision": "fp8", "weight_gradients": "fp8"}
+
+
+class WeightGradientsInFp8OfKeptPreActivation(EmulatedConformance):
+    options = {"precision": "fp8", "save": "pre_activation", "weight_gradients": "fp8"}
 
 
 def test_a_row_has_a_scale_for_each_128_columns():
@@ -185,9 +193,14 @@ def test_thresholds_are_those_of_the_recipe():
         if name.startswith("error of "):
             errors[name.removeprefix("error of ")] = value
 
-    for kit in (TestEmulatedExperts(), KeepsPreActivation()):
+    for kit in (
+        TestEmulatedExperts(),
+        KeepsPreActivation(),
+        WeightGradientsInFp8(),
+        WeightGradientsInFp8OfKeptPreActivation(),
+    ):
         kit.test_errors_of_the_recipe(keep)
-        for name, largest in LARGEST_ERRORS[kit._saved()].items():
+        for name, largest in kit.largest_errors().items():
             assert 1.1 < largest / errors[name] < 1.35, (name, errors[name])
 
 

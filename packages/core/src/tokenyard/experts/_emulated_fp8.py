@@ -1,7 +1,8 @@
 """The expert layer in FP8, emulated in plain torch: what FP8 kernels must compute.
 
 Both matmuls of the forward pass and both gradients of data multiply numbers in e4m3
-(``tokenyard.fp8``) and add in float32. Gradients of weights multiply numbers in the layer's dtype.
+(``tokenyard.fp8``) and add in float32. Gradients of weights multiply numbers in the layer's dtype,
+or in e4m3 too: then 128 rows of an expert are a block of the operands.
 The names of the equations are those of ``tokenyard.experts.TorchExperts``.
 """
 
@@ -11,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tokenyard.activations import activate, activate_with_pullback
 from tokenyard.errors import ConfigError
@@ -20,6 +22,7 @@ from tokenyard.experts._grouped_matmuls import (
     rows_outer,
     rows_sum,
     rows_times,
+    segments,
 )
 from tokenyard.experts._op import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
 from tokenyard.fp8 import (
@@ -42,24 +45,30 @@ class EmulatedFp8Experts:
     """Computes experts with the rounding errors of FP8 kernels, slowly; once differentiable.
 
     `save` is what the backward pass reads: the pre-activation in FP8, or rounded to the layer's
-    dtype. "recompute" reads the second. Raises ConfigError for widths that are not multiples of
-    128.
+    dtype. "recompute" reads the second. `weight_gradients` "fp8" multiplies the operands of weight
+    gradients in FP8. Raises ConfigError for widths that are not multiples of 128.
     """
 
-    def __init__(self, workload: Workload, permutation: Permutation, save: Saved = "fp8"):
+    def __init__(
+        self,
+        workload: Workload,
+        permutation: Permutation,
+        save: Saved = "fp8",
+        weight_gradients: Literal["fp8"] | None = None,
+    ):
         if (reason := why_no_fp8(workload.dim, workload.ffn_dim)) is not None:
             raise ConfigError(reason)
         self.activation = workload.activation
-        self.save_fp8 = save == "fp8"
+        self.options = {"save_fp8": save == "fp8", "weights_fp8": weight_gradients == "fp8"}
 
     def __call__(
         self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
     ) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
-        return _experts(x, plan, topk_weights, weights, self.activation, save_fp8=self.save_fp8)
+        return _experts(x, plan, topk_weights, weights, self.activation, **self.options)
 
 
-def _forward(call: ExpertsCall, save_fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(call: ExpertsCall, save_fp8: bool, weights_fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [T, D], the saved pre-activation [R, 2F or F], and its scales or an empty tensor."""
     x, plan, topk_weights, (up, down, up_bias, down_bias), activation = call
     z = rows_times(to_rows(_rows_in_fp8(x), plan), _weights_in_fp8(up).mT, plan.offsets)
@@ -74,7 +83,7 @@ def _forward(call: ExpertsCall, save_fp8: bool) -> tuple[Tensor, Tensor, Tensor]
     return y, values.view(torch.uint8), scales  # tools of torch cannot add up float8
 
 
-def _saved(call: ExpertsCall, save_fp8: bool) -> tuple[Tensor, Tensor]:
+def _saved(call: ExpertsCall, save_fp8: bool, weights_fp8: bool) -> tuple[Tensor, Tensor]:
     rows, width = call.plan.order.shape[0], call.weights.up.shape[1]
     if not save_fp8:
         return call.x.new_empty(rows, width), call.x.new_empty(0, dtype=torch.float32)
@@ -83,7 +92,12 @@ def _saved(call: ExpertsCall, save_fp8: bool) -> tuple[Tensor, Tensor]:
 
 
 def _backward(
-    dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: ExpertNeeds, save_fp8: bool
+    dy: Tensor,
+    call: ExpertsCall,
+    saved: list[Tensor],
+    needs: ExpertNeeds,
+    save_fp8: bool,
+    weights_fp8: bool,
 ) -> ExpertGradients:
     x, plan, topk_weights, (up, down, _, down_bias), activation = call
     offsets = plan.offsets
@@ -94,10 +108,10 @@ def _backward(
     drows = to_rows(dy.contiguous(), plan)  # [R, D], not multiplied by topk_weights
     row_weights = None if topk_weights is None else slots_to_rows(topk_weights.float(), plan)
 
-    # Through the down projection and the activation. Nothing but matmuls is rounded to FP8.
+    # Through the down projection and the activation. Only operands of matmuls are rounded to FP8.
     da = rows_times(_rows_in_fp8(drows), _weights_in_fp8(down), offsets)  # [R, F] not weighted
     da = da.to(x.dtype).float()
-    dz = pullback(da if row_weights is None else da * row_weights)  # [R, 2F or F]
+    dz = pullback(_weighted(da, row_weights))  # [R, 2F or F]
     if needs.topk_weights and topk_weights is not None:
         dots = _row_dots(da, a, drows, down_bias, offsets)
         gradients["topk_weights"] = rows_to_slots(dots, plan).squeeze(-1).to(topk_weights.dtype)
@@ -106,18 +120,21 @@ def _backward(
         gradients["x"] = to_tokens(dx.to(x.dtype), plan, None)
 
     # Gradients of parameters.
-    weighted = (a if row_weights is None else a * row_weights).to(x.dtype)
+    outer = _outer_in_fp8 if weights_fp8 else _outer
     dz = dz.to(x.dtype)
     if needs.down:
-        gradients["down"] = _outer(drows, weighted, offsets)
+        gradients["down"] = outer(drows, _weighted(a, row_weights).to(x.dtype), offsets)
     if needs.down_bias:
-        weighted_dy = drows if row_weights is None else (drows * row_weights).to(x.dtype)
-        gradients["down_bias"] = rows_sum(weighted_dy, offsets)
+        gradients["down_bias"] = rows_sum(_weighted(drows, row_weights), offsets)
     if needs.up:
-        gradients["up"] = _outer(dz, to_rows(x, plan), offsets)
+        gradients["up"] = outer(dz, to_rows(x, plan), offsets)
     if needs.up_bias:
         gradients["up_bias"] = rows_sum(dz, offsets)
     return ExpertGradients(**gradients)
+
+
+def _weighted(rows: Tensor, row_weights: Tensor | None) -> Tensor:
+    return rows if row_weights is None else (rows * row_weights).to(rows.dtype)
 
 
 _experts = register_experts_op(
@@ -126,7 +143,7 @@ _experts = register_experts_op(
     _backward,
     _saved,
     saves=2,
-    options={"save_fp8": bool},
+    options={"save_fp8": bool, "weights_fp8": bool},
 )
 
 
@@ -140,6 +157,19 @@ def _weights_in_fp8(weights: Tensor) -> Tensor:
 
 def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return rows_outer(left.float(), right.float(), offsets).to(left.dtype)
+
+
+def _outer_in_fp8(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """Return what `_outer` returns; the gradient `left` has a scale for 128 rows of a column.
+
+    `right` has a scale for 128 x 128 numbers. Zeros fill an expert's last block.
+    """
+    out = left.new_zeros(offsets.shape[0] - 1, left.shape[1], right.shape[1])
+    for e, start, end in segments(offsets):
+        padding = (0, 0, 0, -(end - start) % BLOCK)
+        gradient, operand = (F.pad(side[start:end], padding).mT for side in (left, right))
+        out[e] = _rows_in_fp8(gradient) @ _weights_in_fp8(operand[None])[0].mT
+    return out
 
 
 def _row_dots(
