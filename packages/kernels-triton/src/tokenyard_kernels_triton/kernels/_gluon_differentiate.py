@@ -34,9 +34,6 @@ from tokenyard_kernels_triton.kernels._gluon_pipeline import (
 )
 from tokenyard_kernels_triton.kernels._schedule import tile_at
 
-# Of a warp group's chunk: 64 rows by 32 columns.
-_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
-
 
 @gluon.constexpr_function
 def _registers(TOP_K):
@@ -45,6 +42,12 @@ def _registers(TOP_K):
     With 216 registers, as other matmuls that gather have, SwiGLU with options spills.
     """
     return [224, 56] if TOP_K else [240, 24]
+
+
+@gluon.constexpr_function
+def _layout(CHUNK):
+    """Return the layout of a chunk [64, CHUNK] in registers."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
 
 
 @gluon.jit
@@ -60,7 +63,7 @@ def _load_chunk(
     WARPGROUP: gl.constexpr,
     RING: gl.constexpr,
 ):
-    """Start loading a chunk of the pre-activation: 64 rows, 32 columns of each part."""
+    """Start loading a chunk of the pre-activation: 64 rows, CHUNK columns of each part."""
     slot = RING * WARPGROUP + number % RING
     mbarrier.expect(ready.index(slot), PARTS * z.block_type.nbytes)
     for part in gl.static_range(PARTS):
@@ -92,19 +95,20 @@ def _prefetch(
 
 
 @gluon.jit
-def _row_weights(topk_weights, order, row, end, WEIGHTED: gl.constexpr):
-    """Return the weights of rows [64], and a mask of those before `end`."""
-    rows = row + gl.arange(0, 64, gl.SliceLayout(1, _LAYOUT))
+def _row_weights(topk_weights, order, row, end, WEIGHTED: gl.constexpr, CHUNK: gl.constexpr):
+    """Return the weights of the rows [64] before `end`."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, _layout(CHUNK))
+    rows = row + gl.arange(0, 64, LAYOUT)
     if WEIGHTED:
         slots = gl.load(order + rows, mask=rows < end, other=0)
         return gl.load(topk_weights + slots, mask=rows < end, other=0.0).to(gl.float32)
     else:
-        return gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, _LAYOUT))
+        return gl.full([64], 1.0, gl.float32, LAYOUT)
 
 
 @gluon.jit
 def _differentiate_chunk(
-    gradient,  # [64, 32] of the activation, not weighted
+    gradient,  # [64, CHUNK] of the activation, not weighted
     w,  # [64]
     chunks,
     buffers,
@@ -112,23 +116,25 @@ def _differentiate_chunk(
     buffer,
     FUNCTION: gl.constexpr,
     PARTS: gl.constexpr,
+    CHUNK: gl.constexpr,
 ):
     """Write a chunk of dz and of the weighted activation to buffers; return its row dots [64]."""
-    gate = chunks.index(slot * PARTS).reshape([64, 32]).load(_LAYOUT).to(gl.float32)
+    LAYOUT: gl.constexpr = _layout(CHUNK)
+    gate = chunks.index(slot * PARTS).reshape([64, CHUNK]).load(LAYOUT).to(gl.float32)
     a, slope = function_and_slope(gate, FUNCTION, True)
     weighted = gradient * w[:, None]
     slope *= weighted
     if PARTS == 2:
-        up = chunks.index(slot * PARTS + 1).reshape([64, 32]).load(_LAYOUT).to(gl.float32)
+        up = chunks.index(slot * PARTS + 1).reshape([64, CHUNK]).load(LAYOUT).to(gl.float32)
         dup = through_clamp(weighted * a, up, FUNCTION)
         target = buffers.index(buffer + 1)
-        target.reshape([64, 32]).store(round_pairs(dup, target.dtype))
+        target.reshape([64, CHUNK]).store(round_pairs(dup, target.dtype))
         a *= factor(up, FUNCTION)
         slope *= factor(up, FUNCTION)
     target = buffers.index(buffer)
-    target.reshape([64, 32]).store(round_pairs(slope, target.dtype))
+    target.reshape([64, CHUNK]).store(round_pairs(slope, target.dtype))
     target = buffers.index(buffer + PARTS)
-    target.reshape([64, 32]).store(round_pairs(a * w[:, None], target.dtype))
+    target.reshape([64, CHUNK]).store(round_pairs(a * w[:, None], target.dtype))
     return gl.sum(gradient * a, 1)
 
 
@@ -180,7 +186,7 @@ def _differentiate_rows(
                     WARPGROUP,
                     RING,
                 )
-            w = _row_weights(topk_weights, order, row, end, WEIGHTED)
+            w = _row_weights(topk_weights, order, row, end, WEIGHTED, CHUNK)
 
             # Main loop.
             total = accumulate(
@@ -200,7 +206,7 @@ def _differentiate_rows(
             )
 
             # Epilogue, CHUNK columns at a time.
-            dot = gl.zeros([64], gl.float32, gl.SliceLayout(1, _LAYOUT))
+            dot = gl.zeros([64], gl.float32, gl.SliceLayout(1, _layout(CHUNK)))
             for i in gl.static_range(CHUNKS):
                 number = first_chunk + i
                 slot = RING * WARPGROUP + number % RING
@@ -217,6 +223,7 @@ def _differentiate_rows(
                     buffer,
                     FUNCTION,
                     PARTS,
+                    CHUNK,
                 )
                 column = n * COLUMNS + i * CHUNK
                 fence_async_shared()
@@ -237,7 +244,7 @@ def _differentiate_rows(
                         RING,
                     )
             first_chunk += CHUNKS
-            rows = row + gl.arange(0, 64, gl.SliceLayout(1, _LAYOUT))
+            rows = row + gl.arange(0, 64, gl.SliceLayout(1, _layout(CHUNK)))
             gl.store(dots + rows.to(gl.int64) * columns + n, dot, mask=rows < end)
         else:  # the tile has no rows for this warp group
             skip_slices(full, empty, done, steps, STAGES)

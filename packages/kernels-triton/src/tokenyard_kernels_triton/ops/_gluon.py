@@ -26,8 +26,7 @@ _REGISTERS = 168
 
 # Of `differentiate_down`: columns at a time, chunks of the pre-activation loaded ahead (RING), and
 # buffers of results. They fill its shared memory.
-_CHUNK = 32
-_DIFFERENTIATE = {"STAGES": 3, "CHUNK": _CHUNK, "RING": 2, "BUFFERS": 2}
+_DIFFERENTIATE = {"STAGES": 3, "CHUNK": 32, "RING": 2, "BUFFERS": 2}
 
 
 def _options(device: torch.device, tiling: GluonTiling) -> dict[str, Any]:
@@ -124,6 +123,7 @@ def differentiate_down(
     dim, ffn_dim = down.shape[1:]
     tiling = gluon_tiling("activation_gradient", dim, ffn_dim, drows.device)
     columns = ceil_div(ffn_dim, tiling.columns)
+    box = (64, _DIFFERENTIATE["CHUNK"])
     dz = torch.empty_like(z)
     weighted = drows.new_empty(row_tiles.rows, ffn_dim)
     dots = torch.empty(row_tiles.rows, columns, dtype=torch.float32, device=z.device)
@@ -134,10 +134,10 @@ def differentiate_down(
         order,
         topk_weights,
         stacked(down, 1, (tiling.depth, tiling.columns)),
-        ragged(z, parts, (64, _CHUNK)),
+        ragged(z, parts, box),
         z,
-        ragged(dz, parts, (64, _CHUNK)),
-        ragged(weighted, 1, (64, _CHUNK)),
+        ragged(dz, parts, box),
+        ragged(weighted, 1, box),
         dots,
         row_tiles.tile_list(ROWS, tiling.group),
         dim,
