@@ -374,7 +374,6 @@ def language():
         maximum=lambda one, other, nan=None: either(one, other, torch.fmax),
         minimum=lambda one, other, nan=None: either(one, other, torch.fmin),
         clamp=lambda value, low, high, nan=None: Value(value.tensor.clamp(low, high)),
-        where=lambda mask, one, other: Value(torch.where(plain(mask), plain(one), plain(other))),
         PropagateNan=SimpleNamespace(ALL=None),
         convert_layout=lambda value, layout, assert_trivial=False: value,
         allocate_shared_memory=lambda *arguments: _shared(allocate(*arguments)),

@@ -132,8 +132,11 @@ def round_pairs(tile, dtype: gl.constexpr):
     The same as ``tile.to(dtype)``, which LLVM sometimes compiles to one slow instruction a number.
     """
     if dtype == gl.bfloat16:
-        to_bf16: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        return gl.inline_asm_elementwise(to_bf16, "=r,f,f", [tile], gl.bfloat16, True, 2)
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [tile], gl.bfloat16, True, 2
+        )
     else:
-        to_fp16: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
-        return gl.inline_asm_elementwise(to_fp16, "=r,f,f", [tile], gl.float16, True, 2)
+        gl.static_assert(dtype == gl.float16)
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [tile], gl.float16, True, 2
+        )
