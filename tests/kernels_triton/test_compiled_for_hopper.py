@@ -123,7 +123,8 @@ def test_fp8_matmuls_add_slices_of_128_apart(records):
 def test_narrow_experts_gather_their_rows(records):
     """Matmuls over tokens use asynchronous copies of 16 bytes; wide experts copy rows first."""
     matmuls = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in GLUON_MATMULS]
-    assert {r["kernel"] for r in matmuls if r["gathers"]} == set(GLUON_MATMULS)
+    over_tokens = {"up_and_activate", "differentiate_down", "weight_gradient"}
+    assert {r["kernel"] for r in matmuls if r["gathers"]} == over_tokens
     assert {r["case"] for r in matmuls if r["gathers"]} == {"narrow"}
 
 
