@@ -13,7 +13,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tokenyard_kernels_triton.kernels._activations import factor, function
+from tokenyard_kernels_triton.kernels._activations import (
+    factor,
+    function,
+    function_and_slope,
+    through_clamp,
+)
 from tokenyard_kernels_triton.kernels._tiles import dot, rounded
 
 _PREFETCH = tl.constexpr("""
@@ -258,6 +263,81 @@ def _add_columns(
         )  # [ROWS, DEPTH]
         total = dot(left.T, right.T, total, PRECISION)
     return total
+
+
+@triton.jit
+def differentiate_down(
+    dy,  # [T, D] with TOP_K, else rows [R, D]
+    weight,  # [E, D, F]
+    z,  # [R, PARTS * F]
+    dz,  # [R, PARTS * F]
+    weighted,  # [R, F]
+    dots,  # [R, columns]
+    order,  # [R] slot of each row
+    topk_weights,  # [N], read if WEIGHTED
+    offsets,  # [E + 1]
+    num_experts,  # E
+    dim,  # D
+    ffn_dim,  # F
+    TOP_K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """Write dz, the weighted activation w * a, and the dots <da, a>, for da = dy @ down.
+
+    A program has COLUMNS of F. Its sums are one column of dots.
+    """
+    columns = tl.cdiv(ffn_dim, COLUMNS)
+    tile = tl.program_id(0) // columns
+    n = tl.program_id(0) % columns
+    expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    if expert < num_experts:
+        # Main loop: da, not weighted.
+        r = row + tl.arange(0, ROWS)
+        c = n * COLUMNS + tl.arange(0, COLUMNS)
+        rows = row_pointers(dy, order if TOP_K else None, r, end, dim, TOP_K)
+        matrix = weight + expert.to(tl.int64) * dim * ffn_dim
+        gradient = _add_columns(
+            tl.zeros([COLUMNS, ROWS], tl.float32),
+            matrix,
+            c,
+            rows,
+            r < end,
+            dim,
+            ffn_dim,
+            DEPTH,
+            PRECISION,
+        )
+
+        # Epilogue, as in ``_moves.differentiate``.
+        w = tl.full([ROWS], 1.0, tl.float32)
+        if WEIGHTED:
+            slot = tl.load(order + r, mask=r < end, other=0)
+            w = tl.load(topk_weights + slot, mask=r < end, other=0.0).to(tl.float32)
+        mask = (c < ffn_dim)[:, None] & (r < end)[None, :]
+        first = r.to(tl.int64)[None, :] * PARTS * ffn_dim + c[:, None]
+        a, slope = function_and_slope(
+            tl.load(z + first, mask=mask, other=0.0).to(tl.float32), FUNCTION
+        )
+        slope *= gradient * w[None, :]
+        if PARTS == 2:
+            up = tl.load(z + first + ffn_dim, mask=mask, other=0.0).to(tl.float32)
+            dup = through_clamp(gradient * w[None, :] * a, up, FUNCTION)
+            tl.store(dz + first + ffn_dim, rounded(dup, TYPE), mask=mask)
+            a *= factor(up, FUNCTION)
+            slope *= factor(up, FUNCTION)
+        tl.store(dz + first, rounded(slope, TYPE), mask=mask)
+        at = weighted + r.to(tl.int64)[None, :] * ffn_dim + c[:, None]
+        tl.store(at, rounded(a * w[None, :], TYPE), mask=mask)
+        total = tl.sum(tl.where(mask, gradient * a, 0.0), 0)
+        tl.store(dots + r.to(tl.int64) * columns + n, total, mask=r < end)
 
 
 @triton.jit

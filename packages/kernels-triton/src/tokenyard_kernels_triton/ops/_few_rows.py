@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenyard.activations import is_gated
@@ -14,7 +15,6 @@ from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.kernels import _few_rows
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
-from tokenyard_kernels_triton.ops._gradient import differentiate
 from tokenyard_kernels_triton.ops._kernel_set import MOST_FEW_ROWS
 from tokenyard_kernels_triton.ops._portable import number_options
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
@@ -143,10 +143,38 @@ def differentiate_down(
     topk_weights: Tensor | None,
     row_tiles: RowTiles,
     activation: str,
+    tiling: FewRowsTiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, 1]."""
-    da = times_weight(drows, down, None, row_tiles, False, "activation_gradient")
-    return differentiate(da, None, z, None, order, topk_weights, row_tiles, activation)
+    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, some]."""
+    dim, ffn_dim = down.shape[1:]
+    # Wider tiles have no registers left for the epilogue.
+    tiling = tiling or replace(_tiling(row_tiles), columns=64)
+    matrix, _, top_k = operand(drows)
+    dz = torch.empty_like(z)
+    weighted = z.new_empty(row_tiles.rows, ffn_dim)
+    columns = ceil_div(ffn_dim, tiling.columns)
+    dots = z.new_empty(row_tiles.rows, columns, dtype=torch.float32)
+    launch(_few_rows.differentiate_down, _grid(row_tiles, tiling, ffn_dim, tiling.columns))(
+        matrix,
+        down,
+        z,
+        dz,
+        weighted,
+        dots,
+        order,
+        topk_weights,
+        row_tiles.offsets,
+        row_tiles.num_experts,
+        dim,
+        ffn_dim,
+        TOP_K=top_k,
+        WEIGHTED=topk_weights is not None,
+        FUNCTION=function_of(activation),
+        PARTS=2 if is_gated(activation) else 1,
+        COLUMNS=tiling.columns,
+        **_options(matrix, row_tiles, tiling),
+    )
+    return dz, weighted, dots
 
 
 def weight_gradient(
