@@ -3,7 +3,7 @@
 import torch
 
 from tokenyard import RoutingRule, Workload
-from tokenyard_kernels_cuda.ops._logits import NARROW, split_kernel
+from tokenyard_kernels_cuda.ops._logits import NARROW, logits_op, split_kernel
 from tokenyard_kernels_cuda.permutation import CudaPermutation
 from tokenyard_kernels_cuda.router import CudaRouter
 
@@ -39,6 +39,12 @@ def split(dtype):
     split_kernel(dtype)((1, 1), 256, wide, both, 21, 9)
 
 
+def few_logits(dtype):
+    """Compute the logits of few tokens: two groups of them, and rows of a partial block."""
+    x = torch.randn(11, 264, device="cuda", dtype=dtype)
+    logits_op(x, torch.randn(9, 264, device="cuda", dtype=dtype))
+
+
 def main():
     """Launch all kernels."""
     torch.manual_seed(0)
@@ -47,6 +53,7 @@ def main():
             move(dtype, dim)
     for dtype in NARROW:
         split(dtype)
+        few_logits(dtype)
     move(torch.bfloat16, 16, rows=60)
     move(torch.bfloat16, 16, tokens=3000, experts=130)
     move(torch.bfloat16, 8, tokens=5, experts=1500)

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard_kernels_cuda.ops._moves import ELEMENTS
-from tokenyard_kernels_cuda.ops._sizes import ceil_div
+from tokenyard_kernels_cuda.ops._sizes import WARP, ceil_div
 from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
 
 _THREADS = 256
+_FEW = 16  # tokens, up to which blocks of one expert are faster than a GEMM
+_FEW_THREADS = 128  # of such a block
+_FEW_TOKENS = 8  # of such a block, as in logits.cu
 
 NARROW = (torch.bfloat16, torch.float16)
 """The dtypes of operands for which these operators replace core's logits."""
@@ -39,9 +42,27 @@ def split_kernel(dtype: torch.dtype) -> Kernel:
     )
 
 
+@cache
+def few_kernel(dtype: torch.dtype) -> Kernel:
+    """Return the kernel that computes the logits of few tokens."""
+    source = Source("logits.cu", (("ELEMENT", ELEMENTS[dtype]),))
+    return Kernel(
+        source,
+        "logits_of_few",
+        x=Array(dtype),
+        weight=Array(dtype),
+        logits=Array(torch.float32),
+        tokens=Int(),
+        experts=Int(),
+        vectors=Int(),
+    )
+
+
 @operator("tokenyard_cuda::logits", kept=True)
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [T, D] @ weight.T [D, E] in float32."""
+    if 0 < x.shape[0] <= _FEW and _has_packs(x) and _has_packs(weight):
+        return _logits_of_few(x, weight)
     return _float32_matmul(x, weight.t())
 
 
@@ -69,6 +90,30 @@ def logits_backward_op(
 @logits_backward_op.fake
 def _(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
     return [t.new_empty(t.shape if need else 0) for t, need in zip((x, weight), needs)]
+
+
+def _has_packs(matrix: Tensor) -> bool:
+    """Return whether the rows of a matrix are whole packs of 16 bytes."""
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.shape[1] % 8 == 0
+    return aligned and matrix.is_contiguous()
+
+
+def _logits_of_few(x: Tensor, weight: Tensor) -> Tensor:
+    tokens, dim = x.shape
+    experts = weight.shape[0]
+    logits = x.new_empty(tokens, experts, dtype=torch.float32)
+    few_kernel(x.dtype)(
+        (experts, ceil_div(tokens, _FEW_TOKENS)),
+        _FEW_THREADS,
+        x,
+        weight,
+        logits,
+        tokens,
+        experts,
+        dim // 8,
+        shared=4 * _FEW_TOKENS * _FEW_THREADS // WARP,
+    )
+    return logits
 
 
 def _split(wide: Tensor, dtype: torch.dtype) -> Tensor:
