@@ -25,12 +25,16 @@ from tokenyard.interfaces import ExpertWeights, LowRank, Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPES = {  # T, D, F, E, K
-    "widest": (512, 2048, 4096, 8, 2),
+    "widest": (2100, 2048, 4096, 8, 2),
     "widest on an H100": (512, 2048, 4096, 8, 2),
     "wide": (512, 2048, 1536, 8, 2),
     "narrow": (512, 2048, 768, 8, 2),
     "odd": (100, 60, 36, 6, 2),
     "more tokens": (513, 2048, 768, 8, 2),
+    "few tokens": (24, 2048, 768, 8, 2),
+    "twice as many": (64, 2048, 768, 8, 2),
+    "four times as many": (128, 2048, 768, 8, 2),
+    "two tokens": (2, 2048, 768, 8, 2),
     "one token": (1, 2048, 768, 8, 2),
 }
 
@@ -253,6 +257,11 @@ CASES = (
     ("TritonExperts", "wide", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("TritonExperts", "odd", torch.bfloat16, "geglu", True, "fp8"),
     ("TritonExperts", "wide", torch.float32, "swiglu", False, "pre_activation"),
+    ("GluonExperts", "few tokens", torch.bfloat16, "swiglu", False, "pre_activation"),
+    ("GluonExperts", "twice as many", torch.bfloat16, "swiglu", False, "pre_activation"),
+    ("GluonExperts", "four times as many", torch.float16, "gelu_tanh", True, "recompute"),
+    ("GluonExperts", "four times as many", torch.bfloat16, "swiglu", False, "pre_activation"),
+    ("TritonExperts", "two tokens", torch.bfloat16, "swiglu", False, "pre_activation"),
     # The last two compile nothing new.
     ("GluonExperts", "more tokens", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("GluonExperts", "one token", torch.bfloat16, "swiglu", False, "pre_activation"),

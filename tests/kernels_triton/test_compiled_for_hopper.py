@@ -18,6 +18,12 @@ LOW_RANK = (
     "add_low_rank_and_activate",
     "low_rank_gradient",
 )
+FEW_ROWS = (
+    "up_and_activate_few",
+    "times_weight_few",
+    "differentiate_down_few",
+    "weight_gradient_few",
+)
 BLOCK_SPARSE = ("dense_times_dense", "sparse_times_dense")
 
 
@@ -58,7 +64,7 @@ def of(records: list[dict], **wanted) -> list[dict]:
 def test_every_kernel_of_a_layer_was_compiled(records):
     for kernels, matmuls in (("GluonExperts", GLUON_MATMULS), ("TritonExperts", MATMULS)):
         assert {record["kernel"] for record in of(records, kernels=kernels)} >= set(matmuls)
-    plan = {"count_blocks", "add_up_blocks", "place_slots", "list_tiles"}
+    plan = {"plan_at_once", "count_blocks", "add_up_blocks", "place_slots", "list_tiles"}
     router = {"select_experts", "weigh_experts", "weigh_experts_backward", "split_in_two"}
     rest = {
         "copy_to_rows",
@@ -144,6 +150,17 @@ def test_block_sparse_matmuls_load_16_bytes_ahead(records):
     matmuls = [r for r in of(records, kernels="block_sparse") if r["case"] != "odd"]
     assert {r["kernel"] for r in matmuls} == set(BLOCK_SPARSE)
     assert all(r["gathers"] for r in matmuls)
+
+
+def test_matmuls_of_few_rows_load_weights_ahead(records):
+    """Weights are the 64 rows of an instruction, and the rows of an expert its columns."""
+    matmuls = [r for r in records if r["kernel"] in FEW_ROWS]
+    assert {r["kernel"] for r in matmuls} == set(FEW_ROWS)
+    assert all(r["wgmma"] and not r["mma"] and r["gathers"] for r in matmuls)
+    swapped = [r for r in matmuls if r["kernel"] != "weight_gradient_few"]
+    assert {size for r in swapped for size in r["wgmma"]} == {
+        f"m64n{rows}k16" for rows in (16, 32, 64)
+    }
 
 
 def test_other_token_counts_compile_nothing(records):

@@ -40,7 +40,7 @@ NAMES = {
         f"{NATIVE}bitonicSortKVInPlace<-2, -1, 16, 16>",
         "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel",
         *("select_experts", "weigh_experts", "weigh_experts_backward", "place_slots"),
-        *("count_blocks", "list_tiles", "route", "route_backward", "count_slots"),
+        *("count_blocks", "list_tiles", "route", "route_backward", "count_slots", "plan_at_once"),
         *("aten::sort", "aten::searchsorted", "tokenyard_triton::plan", "tokenyard_cuda::route"),
     ],
     "copies": [

@@ -42,7 +42,24 @@ def prefetch(pointer, count):
 
 
 @triton.jit
-def rows_at(offsets, num_experts, tile, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+def rows_at(offsets, num_experts, index, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Return (expert, first row, end of the expert's rows) of the tile of ROWS rows at row `index`.
+
+    The expert is EXPERTS if no tile begins there. A scan over the experts would find the tiles
+    alone, and would take longer than the programs that find nothing.
+    """
+    e = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets + e + 1, mask=e < num_experts, other=2147483647)
+    expert = tl.sum((ends <= index).to(tl.int32))  # those before it
+    inside = expert < num_experts
+    start = tl.load(offsets + expert, mask=inside, other=0)
+    end = tl.load(offsets + expert + 1, mask=inside, other=0)
+    begins = inside & ((index - start) % ROWS == 0)
+    return tl.where(begins, expert, EXPERTS), index, end
+
+
+@triton.jit
+def tile_rows_at(offsets, num_experts, tile, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
     """Return (expert, first row, end of the expert's rows) of a tile of ROWS rows.
 
     The expert is EXPERTS if there is no such tile.
@@ -101,7 +118,7 @@ def _add_slices(
 
 
 @triton.jit
-def up_and_activate(
+def up_and_activate_few(
     x,  # [T, D] with an order, else [R, D]
     order,  # [R] slot of each row, or None
     weight,  # [E, PARTS * F, D]
@@ -122,6 +139,7 @@ def up_and_activate(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EXPERTS: tl.constexpr,
+    BY_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
     CHAINED: tl.constexpr = 0,
@@ -134,7 +152,10 @@ def up_and_activate(
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()
-    expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    if BY_ROW:
+        expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    else:
+        expert, row, end = tile_rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
     if expert < num_experts:
         if AHEAD:
             own = weight + (expert.to(tl.int64) * PARTS * ffn_dim + column) * dim
@@ -182,7 +203,7 @@ def up_and_activate(
 
 
 @triton.jit
-def times_weight(
+def times_weight_few(
     left,  # [R, depth], or [T, depth] with an order
     order,  # [R] slot of each row, or None
     weight,  # [E, width, depth] if TRANSPOSED, else [E, depth, width]
@@ -199,6 +220,7 @@ def times_weight(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EXPERTS: tl.constexpr,
+    BY_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
     CHAINED: tl.constexpr = 0,
@@ -208,7 +230,10 @@ def times_weight(
     columns = tl.cdiv(width, COLUMNS)
     tile = tl.program_id(0) // columns
     column = tl.program_id(0) % columns * COLUMNS
-    expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    if BY_ROW:
+        expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    else:
+        expert, row, end = tile_rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
     if expert < num_experts:
         # Main loop.
         r = row + tl.arange(0, ROWS)
@@ -266,7 +291,7 @@ def _add_columns(
 
 
 @triton.jit
-def differentiate_down(
+def differentiate_down_few(
     dy,  # [T, D] with TOP_K, else rows [R, D]
     weight,  # [E, D, F]
     z,  # [R, PARTS * F]
@@ -287,6 +312,7 @@ def differentiate_down(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EXPERTS: tl.constexpr,
+    BY_ROW: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
@@ -297,7 +323,10 @@ def differentiate_down(
     columns = tl.cdiv(ffn_dim, COLUMNS)
     tile = tl.program_id(0) // columns
     n = tl.program_id(0) % columns
-    expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    if BY_ROW:
+        expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    else:
+        expert, row, end = tile_rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
     if expert < num_experts:
         # Main loop: da, not weighted.
         r = row + tl.arange(0, ROWS)
@@ -409,7 +438,7 @@ def down_to_tokens(
 
 
 @triton.jit
-def weight_gradient(
+def weight_gradient_few(
     left,  # [R, rows], or [T, rows] if it is gathered
     right,  # [R, columns], or [T, columns] if it is gathered
     left_order,  # [R] slot of each row, or None

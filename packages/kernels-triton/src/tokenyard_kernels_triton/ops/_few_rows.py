@@ -79,7 +79,7 @@ def up_and_activate(
     tiling = tiling or _tiling(row_tiles)
     columns = tiling.columns // parts
     matrix, order, top_k = operand(x)
-    launch(_few_rows.up_and_activate, _grid(row_tiles, tiling, ffn_dim, columns))(
+    launch(_few_rows.up_and_activate_few, _grid(row_tiles, tiling, ffn_dim, columns))(
         matrix,
         order,
         up,
@@ -116,7 +116,7 @@ def times_weight(
     out = rows.new_empty(row_tiles.rows, width)
     tiling = tiling or _tiling(row_tiles)
     matrix, order, top_k = operand(rows)
-    launch(_few_rows.times_weight, _grid(row_tiles, tiling, width, tiling.columns))(
+    launch(_few_rows.times_weight_few, _grid(row_tiles, tiling, width, tiling.columns))(
         matrix,
         order,
         weight,
@@ -154,7 +154,7 @@ def differentiate_down(
     weighted = z.new_empty(row_tiles.rows, ffn_dim)
     columns = ceil_div(ffn_dim, tiling.columns)
     dots = z.new_empty(row_tiles.rows, columns, dtype=torch.float32)
-    launch(_few_rows.differentiate_down, _grid(row_tiles, tiling, ffn_dim, tiling.columns))(
+    launch(_few_rows.differentiate_down_few, _grid(row_tiles, tiling, ffn_dim, tiling.columns))(
         matrix,
         down,
         z,
@@ -194,7 +194,7 @@ def weight_gradient(
     options = tiling.options()
     options["STAGES"] = options.pop("num_stages")
     tiles = row_tiles.num_experts * ceil_div(rows, tiling.rows)
-    launch(_few_rows.weight_gradient, (tiles,))(
+    launch(_few_rows.weight_gradient_few, (tiles,))(
         a,
         b,
         left_order,
@@ -274,4 +274,5 @@ def _grid(row_tiles: RowTiles, tiling: FewRowsTiling, width: int, columns: int) 
 
 def _options(x: Tensor, row_tiles: RowTiles, tiling: FewRowsTiling) -> dict[str, Any]:
     experts = {"EXPERTS": power_of_two(row_tiles.num_experts)}
-    return tiling.options() | experts | number_options(x)
+    search = {"BY_ROW": row_tiles.rows <= row_tiles.bound(tiling.rows)}
+    return tiling.options() | experts | search | number_options(x)
