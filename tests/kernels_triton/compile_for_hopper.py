@@ -163,6 +163,13 @@ def move(permutation, x, plan, weights):
     y.backward(torch.zeros_like(y))
 
 
+def pack(shape, dtype):
+    """Pack rows in FP8 and unpack them, as an exchange does."""
+    from tokenyard_kernels_triton.ops._packed_rows import pack_rows, unpack_rows
+
+    unpack_rows(pack_rows(torch.zeros(shape[:2], dtype=dtype)), dtype)
+
+
 def block_sparse(block, dtype, depth, gluon):
     """Run the forward and backward pass of an up and a down matmul over a full topology."""
     from tokenyard_kernels_triton.block_sparse import _ops, dsd, sdd, topology_of_mask
@@ -314,6 +321,7 @@ def main():
         compiled = []
         with compiling(compiled):
             layer("GluonExperts", SHAPES[name], dtype, activation, bias, save, precision="fp8")
+            pack(SHAPES[name], dtype)
         case = {
             "kernels": "GluonExperts in FP8",
             "case": name,

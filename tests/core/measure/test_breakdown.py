@@ -33,7 +33,7 @@ NAMES = {
         f"{NATIVE}(anonymous namespace)::vectorized_layer_norm_kernel<float, float>(int, float)",
         *("triton_poi_fused_add_mul_silu_3", "triton_red_fused_native_layer_norm_2"),
         *("triton_per_fused_mean_rsqrt_1", "triton_poi_fused_embedding_mm_0"),
-        *("cross_entropy", "quantize_rows", "quantize_weights", "sum_rows", "split_in_two"),
+        *("cross_entropy", "quantize_rows", "quantize_weights", "sum_rows", "pack_row"),
         *("aten::mul", "aten::silu_backward", "aten::native_layer_norm", "aten::sum"),
     ],
     "routing": [

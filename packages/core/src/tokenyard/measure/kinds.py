@@ -23,7 +23,7 @@ _PATTERNS = (
         r"^(up_and_activate|times_weight|weight_gradient|differentiate_down|\w+_times_dense)|low_rank",
     ),
     ("matmuls", r"aten::(mm|addmm|bmm|baddbmm|mv|dot|linear|matmul)$"),
-    ("elementwise", r"^(sum|(de)?quantize|dot_with)_(rows|weights)"),
+    ("elementwise", r"^(sum|(de)?quantize|dot_with)_(rows|weights)|^(un)?pack_row"),
     ("copies", r"copy|clone|gather|scatter|index|embedding|_rows|to_tokens|clear_tail"),
     (
         "copies",
