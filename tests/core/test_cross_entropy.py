@@ -96,6 +96,21 @@ def test_tokens_of_weight_0_have_no_loss_whatever_their_logits():
     assert logits.isfinite().all()
 
 
+def test_a_package_may_have_a_kernel_for_a_device():
+    """It is called in eager mode, too."""
+    calls = []
+
+    def kernel(logits, ids, scale):
+        calls.append(len(logits))
+        return cross_entropy.replace_by_gradient(logits, ids, scale)
+
+    x, weight, targets = drawn()
+    with torch.library._scoped_library("tokenyard", "IMPL") as library:
+        library.impl("replace_by_gradient", kernel, "CPU")
+        linear_cross_entropy(x, weight, targets).backward()
+    assert sum(calls) == len(x.flatten(0, -2))
+
+
 def test_only_needed_gradients_are_computed():
     x, weight, targets = drawn()
     want = torch.autograd.grad(reference(x, weight, targets), x)

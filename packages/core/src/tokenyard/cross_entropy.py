@@ -139,7 +139,8 @@ def _loss(
     for first in range(0, x.shape[0], chunk):
         rows = slice(first, first + chunk)
         logits = x[rows] @ weight.T  # [C, V]
-        nats = _replace_by_gradient(logits, ids[rows], scale[rows])  # [C]; logits are overwritten
+        # [C]; logits are overwritten. By torch's dispatcher, which finds the device's kernel
+        nats = _replace_by_gradient.op(logits, ids[rows], scale[rows])
         total += nats.sum(dtype=torch.float64)
         if gradients.x is not None:
             torch.mm(logits, weight, out=gradients.x[rows])
