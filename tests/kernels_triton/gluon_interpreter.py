@@ -258,6 +258,11 @@ def tma_store(descriptor, coordinates, source):
     bits(descriptor.memory)[offset[inside]] = values[inside]
 
 
+def tma_add(descriptor, coordinates, source):
+    offset, inside = descriptor.at(coordinates)
+    descriptor.memory[offset[inside]] += source.tensor.view(inside.shape)[inside]
+
+
 def init(barrier, count):
     barrier.count = count
 
@@ -401,6 +406,7 @@ def _replacements():
         "async_copy": SimpleNamespace(mbarrier_arrive=arrive_of_copies),
         "load": tma_load,  # of TMA
         "store": tma_store,
+        "add": tma_add,
         "_copy": lambda target, pointers, mask: target.store(load(pointers, mask)),
         "fence_async_shared": lambda: None,
         "_pairs": Pairs,

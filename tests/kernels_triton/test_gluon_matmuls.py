@@ -153,12 +153,16 @@ def test_matmuls_in_16_bits(copied):
     left = _gluon.rows_of(tokens, rows.plan, NARROW + 1 if copied else NARROW)
     up = random(rows.experts, 2 * ffn_dim, dim) / dim**0.5
     down = random(rows.experts, dim, ffn_dim)
+    total = torch.randn(rows.experts, 2 * ffn_dim, dim, device=DEVICE)
+    start = total.double()
     with poisoned_memory():
         z, a = _gluon.up_and_activate(left, up, None, rows.tiles, "swiglu")
         y = _gluon.times_weight(a, down, None, rows.tiles, True, "down")
         da = _gluon.times_weight(left, down, None, rows.tiles, False, "activation_gradient")
         dup = _gluon.weight_gradient(z, left, rows.tiles, "up_gradient")
         ddown = _gluon.weight_gradient(left, a, rows.tiles, "down_gradient")
+        summed = _gluon.weight_gradient(z, left, rows.tiles, "up_gradient", total=total)
+    assert summed is total
     z, a, y, da = (result[: rows.kept] for result in (z, a, y, da))
     offsets = rows.plan.offsets
     assert relative_error(z, rows.product(x, up.mT)) < NEAR
@@ -167,6 +171,7 @@ def test_matmuls_in_16_bits(copied):
     assert relative_error(da, rows.product(x, down)) < NEAR
     assert relative_error(dup, rows_outer(z.double(), x.double(), offsets)) < NEAR
     assert relative_error(ddown, rows_outer(x.double(), a.double(), offsets)) < NEAR
+    assert relative_error(total - start, rows_outer(z.double(), x.double(), offsets)) < 1e-5
 
 
 @pytest.mark.parametrize("weighted", [True, False])

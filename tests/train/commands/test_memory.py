@@ -136,6 +136,16 @@ def test_a_graph_keeps_the_gradient_of_a_microbatch(config):
     assert estimate(without, model, ALONE).gradients == 4 * count
 
 
+def test_a_graph_keeps_no_gradient_that_a_kernel_adds_to_the_sum(config):
+    adding = config(device_train_microbatch_size=1, backends={"experts": "torch"})
+    _, model = build_model(adding)
+    count = sum(p.numel() for p in model.parameters())
+    layers = [moe.experts for moe in moe_layers(model)]
+    added = sum(p.numel() for experts in layers for p in (experts.up, experts.down))
+    run = adding.model_copy(update={"device": "cuda:0"})
+    assert estimate(run, model, ALONE).gradients == 8 * count - 4 * added
+
+
 def test_recomputing_saves_most_activations(config):
     changes = {"model": LARGER | {"n_layers": 20}}
     _, model = build_model(config(**changes))

@@ -57,6 +57,16 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None = None  # [E, D], weighted by topk_weights
 
 
+class GradientSums(NamedTuple):
+    """Where the gradients of expert weights are added over microbatches; Megatron's `main_grad`.
+
+    They are contiguous, and in float32 for weights in 16 bits, else in the weights' dtype.
+    """
+
+    up: Tensor  # like that of ExpertWeights
+    down: Tensor
+
+
 class LowRank(NamedTuple):
     """Low-rank matrices (LoRA) of experts: W x becomes W x + s B A x for each adapted weight W.
 
@@ -229,6 +239,28 @@ class LoraExpertKernel(ExpertKernel, Protocol):
 
         It must be differentiable in x, topk_weights, the matrices and ``low_rank.dropped``, and in
         the weights that require a gradient.
+        """
+        ...
+
+
+class AddingExpertKernel(ExpertKernel, Protocol):
+    """An expert kernel that adds gradients of weights to sums. This part is optional."""
+
+    adds_to_sums: bool
+    """Whether `with_sums` may be called. A kernel without this attribute does not add."""
+
+    def with_sums(
+        self,
+        x: Tensor,
+        plan: Plan,
+        topk_weights: Tensor | None,
+        weights: ExpertWeights,
+        sums: GradientSums,
+    ) -> Tensor:
+        """Return y [T, D] like the call.
+
+        The backward pass adds the gradients of up and down to the sums, each number once, and gives
+        autograd none for these weights. So no hook of theirs is called.
         """
         ...
 

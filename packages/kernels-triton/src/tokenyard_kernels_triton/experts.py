@@ -14,7 +14,14 @@ from tokenyard.adapter import LoraAdapter
 from tokenyard.errors import ConfigError
 from tokenyard.experts import ExpertsCall, LoraCall, LoraPair
 from tokenyard.fp8 import BLOCK, why_no_fp8
-from tokenyard.interfaces import ExpertWeights, LowRank, Permutation, Plan, logits_dtype
+from tokenyard.interfaces import (
+    ExpertWeights,
+    GradientSums,
+    LowRank,
+    Permutation,
+    Plan,
+    logits_dtype,
+)
 from tokenyard.workload import Workload
 from tokenyard_kernels_triton.ops._experts import compile_experts, experts
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
@@ -38,6 +45,7 @@ class TritonExperts:
 
     kernels: ClassVar[KernelSetName] = "portable"
     max_lora_rank: int = MAX_RANK
+    adds_to_sums = True
 
     def __init__(self, workload: Workload, permutation: Permutation, save: Save = "pre_activation"):
         if save not in get_args(Save):
@@ -108,6 +116,18 @@ class TritonExperts:
             x, plan, topk_weights, weights, self.activation, save=self.save, kernels=self.kernels
         )
 
+    def with_sums(
+        self,
+        x: Tensor,
+        plan: Plan,
+        topk_weights: Tensor | None,
+        weights: ExpertWeights,
+        sums: GradientSums,
+    ) -> Tensor:
+        """Return y [T, D] for unsorted tokens x [T, D]; gradients of weights are added to sums."""
+        options = {"sums": sums, "save": self.save, "kernels": self.kernels}
+        return experts(x, plan, topk_weights, weights, self.activation, **options)
+
     def with_adapter(
         self,
         x: Tensor,
@@ -154,6 +174,7 @@ class GluonExperts(TritonExperts):
         super().__init__(workload, permutation, save or precision or "pre_activation")
         self.precision = precision
         if precision == "fp8":
+            self.adds_to_sums = False
             self.max_lora_rank = sys.maxsize  # else core would compute adapters, in 16 bits
             # Imported here, because `TritonExperts` runs without the names of Gluon.
             from tokenyard_kernels_triton.ops._fp8_experts import compile_fp8_experts, fp8_experts

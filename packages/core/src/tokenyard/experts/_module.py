@@ -14,14 +14,17 @@ from tokenyard.errors import ConfigError
 from tokenyard.experts._lora import lora_experts, low_rank_of
 from tokenyard.experts._weights import local_weight
 from tokenyard.interfaces import (
+    AddingExpertKernel,
     Exchange,
     ExpertKernel,
     ExpertWeights,
+    GradientSums,
     LoraExpertKernel,
     Permutation,
     Routing,
 )
 from tokenyard.reset import reset
+from tokenyard.sharded import is_sharded
 from tokenyard.workload import Workload
 
 
@@ -30,6 +33,8 @@ class Experts(nn.Module):
 
     If the kernel does not compute their adapter (``interfaces.LoraExpertKernel``), core's grouped
     matmuls compute both instead of it.
+    If `gradient_sums` is set, backward passes add the gradients of up and down to these tensors,
+    and autograd gets none. Set it only where `can_add` is true.
     It is the nested unit of FSDP and expert parallelism: a strategy may replace the weights by
     shards (DTensor), and `exchange` by one that sends tokens to other ranks.
     """
@@ -48,6 +53,7 @@ class Experts(nn.Module):
         self.kernel = kernel
         self.exchange = exchange
         self.adapter = None
+        self.gradient_sums: GradientSums | None = None
         experts = workload.num_experts
         rows = up_rows(workload.activation, workload.ffn_dim)
         self.fused_rows = {"up": (workload.ffn_dim,) * (rows // workload.ffn_dim)}
@@ -91,13 +97,35 @@ class Experts(nn.Module):
             )
         plan = self.permutation.plan(topk_ids, weights.up.shape[0], rows)
         if self.adapter is None:
-            return self.kernel(x, plan, topk_weights, weights)
+            if self.gradient_sums is None:
+                return self.kernel(x, plan, topk_weights, weights)
+            adding = cast(AddingExpertKernel, self.kernel)
+            return adding.with_sums(x, plan, topk_weights, weights, self.gradient_sums)
         low_rank = low_rank_of(self.adapter, x, plan, weights)
         if self._kernel_takes(self.adapter):
             kernel = cast(LoraExpertKernel, self.kernel)
             return kernel.with_adapter(x, plan, topk_weights, weights, low_rank)
         activation = self.workload.activation
         return lora_experts(x, plan, topk_weights, weights, low_rank, activation)
+
+    @property
+    def can_add(self) -> bool:
+        """Whether the kernel adds to `gradient_sums`, and nothing needs the gradients elsewhere.
+
+        FSDP reduces gradients of gathered weights, hooks of a weight are called by autograd, and
+        frozen weights have no gradient.
+        """
+        return (
+            self.adapter is None
+            and getattr(self.kernel, "adds_to_sums", False)
+            and not any(
+                is_sharded(weight)
+                or not weight.requires_grad
+                or weight._backward_hooks
+                or weight._post_accumulate_grad_hooks
+                for weight in (self.up, self.down)
+            )
+        )
 
     def prepare(self, tokens: int) -> None:
         """Compile what the expert kernel launches for `tokens` tokens, see ``MoE.prepare``."""

@@ -8,14 +8,25 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tokenyard.experts._register import FlatKernel, Signature
-from tokenyard.interfaces import ExpertWeights, Plan
+from tokenyard.interfaces import ExpertWeights, GradientSums, Plan
 
-_SIGNATURE = Signature(
+_TENSORS = (
     "Tensor x, Tensor order, Tensor inverse, Tensor offsets, Tensor? topk_weights, "
-    "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, int top_k, str activation",
+    "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
+)
+_CONSTANTS = "int top_k, str activation"
+_SIGNATURE = Signature(
+    f"{_TENSORS}, {_CONSTANTS}",
     tensors=9,
     constants=2,
     differentiable=(0, 4, 5, 6, 7, 8),  # the fields of ExpertGradients
+)
+_ADDING = Signature(
+    f"{_TENSORS}, Tensor up_sum, Tensor down_sum, {_CONSTANTS}",
+    tensors=11,
+    constants=2,
+    differentiable=_SIGNATURE.differentiable,
+    sums={5: "up_sum", 6: "down_sum"},
 )
 
 
@@ -62,6 +73,9 @@ Backward = Callable[..., ExpertGradients]
 
 dy [T, D] may be strided. `saved` is the list of tensors that the forward pass returned after y. It
 must not change or return a tensor of its arguments.
+
+A kernel that adds has an argument `sums`, which is GradientSums or None. If there are any, it adds
+the gradients of up and down that are needed to them, and returns None for both.
 """
 
 Saved = Callable[..., tuple[Tensor, ...]]
@@ -79,25 +93,39 @@ def register_experts_op(
     saves: int = 1,
     options: dict[str, type] | None = None,
     device: str = "default",
+    adds: bool = False,
 ) -> Callable[..., Tensor]:
     """Register an expert kernel as the operators `name` and `name`_backward (``acme::experts``).
 
     `saves` is the number of tensors that `forward` returns after y, and that `saved` returns.
     `options` are further arguments of all three functions: name -> type (str, int, float or bool).
-    `device` restricts the kernel to one type of device.
+    `device` restricts the kernel to one type of device. `adds` says that `backward` has an argument
+    `sums`; then there are two more operators, `name`_adding and `name`_adding_backward.
 
-    Returns the function ``(x, plan, topk_weights, weights, activation, **options) -> y [T, D]``.
-    It supports autograd (once differentiable), torch.compile and fake tensors. Selective recompute
-    keeps y and the saved tensors.
+    Returns the function ``(x, plan, topk_weights, weights, activation, **options) -> y [T, D]``,
+    with an optional argument `sums` if the kernel adds. It supports autograd (once differentiable),
+    torch.compile and fake tensors. Selective recompute keeps y and the saved tensors.
     """
 
     def gradients(
-        dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: list[bool], **options: Any
+        dy: Tensor,
+        call: ExpertsCall,
+        saved: list[Tensor],
+        needs: list[bool],
+        *sums: Tensor,
+        **options: Any,
     ) -> ExpertGradients:
+        if adds:
+            options["sums"] = GradientSums(*sums) if sums else None
         return backward(dy, call, saved, ExpertNeeds(*needs), **options)
 
-    kernel = FlatKernel(_SIGNATURE, _read, forward, gradients, saved, options or {})
-    return _caller(kernel.register(name, saves, device), tuple(kernel.options))
+    options = options or {}
+    kernel = FlatKernel(_SIGNATURE, _read, forward, gradients, saved, options)
+    op = kernel.register(name, saves, device)
+    if not adds:
+        return _caller(op, None, tuple(options))
+    kernel = FlatKernel(_ADDING, _read, forward, gradients, saved, options)
+    return _caller(op, kernel.register(f"{name}_adding", saves, device), tuple(options))
 
 
 def _read(arguments: tuple[Any, ...]) -> ExpertsCall:
@@ -106,8 +134,11 @@ def _read(arguments: tuple[Any, ...]) -> ExpertsCall:
     return ExpertsCall(x, plan, topk_weights, ExpertWeights(*weights), activation)
 
 
-def _caller(op: Any, options: tuple[str, ...]) -> Callable[..., Tensor]:
-    """Return the function that calls an operator with a Plan and ExpertWeights."""
+def _caller(op: Any, adding: Any, options: tuple[str, ...]) -> Callable[..., Tensor]:
+    """Return the function that calls an operator with a Plan and ExpertWeights.
+
+    With `sums`, it calls the operator `adding`.
+    """
 
     def call(
         x: Tensor,
@@ -115,11 +146,16 @@ def _caller(op: Any, options: tuple[str, ...]) -> Callable[..., Tensor]:
         topk_weights: Tensor | None,
         weights: ExpertWeights,
         activation: str,
+        sums: GradientSums | None = None,
         **values: Any,
     ) -> Tensor:
         order, inverse, offsets, top_k = plan
+        tensors = (x, order, inverse, offsets, topk_weights, *weights)
         constants = (top_k, activation, *(values[option] for option in options))
-        y: Tensor = op(x, order, inverse, offsets, topk_weights, *weights, *constants)[0]
+        if sums is None:
+            y: Tensor = op(*tensors, *constants)[0]
+        else:
+            y = adding(*tensors, *sums, *constants)[0]
         return y
 
     return call

@@ -20,13 +20,15 @@ from tokenyard.experts._grouped_matmuls import (
     rows_times,
 )
 from tokenyard.experts._op import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
-from tokenyard.interfaces import ExpertWeights, Permutation, Plan
+from tokenyard.interfaces import ExpertWeights, GradientSums, Permutation, Plan
 from tokenyard.permutations._moves import rows_to_slots, slots_to_rows, to_rows, to_tokens
 from tokenyard.workload import Workload
 
 
 class TorchExperts:
     """Computes experts with grouped matmuls in plain torch; once differentiable."""
+
+    adds_to_sums = True
 
     def __init__(self, workload: Workload, permutation: Permutation):
         self.activation = workload.activation
@@ -36,6 +38,17 @@ class TorchExperts:
     ) -> Tensor:
         """Return y [T, D] for unsorted tokens x [T, D]."""
         return _experts(x, plan, topk_weights, weights, self.activation)
+
+    def with_sums(
+        self,
+        x: Tensor,
+        plan: Plan,
+        topk_weights: Tensor | None,
+        weights: ExpertWeights,
+        sums: GradientSums,
+    ) -> Tensor:
+        """Return y [T, D] for unsorted tokens x [T, D]; gradients of weights are added to sums."""
+        return _experts(x, plan, topk_weights, weights, self.activation, sums=sums)
 
 
 def _forward(call: ExpertsCall) -> tuple[Tensor, Tensor]:
@@ -54,7 +67,11 @@ def _saved(call: ExpertsCall) -> tuple[Tensor]:
 
 
 def _backward(
-    dy: Tensor, call: ExpertsCall, saved: list[Tensor], needs: ExpertNeeds
+    dy: Tensor,
+    call: ExpertsCall,
+    saved: list[Tensor],
+    needs: ExpertNeeds,
+    sums: GradientSums | None,
 ) -> ExpertGradients:
     x, plan, topk_weights, (up, down, _, down_bias), activation = call
     offsets = plan.offsets
@@ -78,10 +95,13 @@ def _backward(
         gradients["up_bias"] = rows_sum(dz, offsets)
     if needs.x:
         gradients["x"] = to_tokens(rows_times(dz, up, offsets), plan, None)
+    for name in ("up", "down"):
+        if sums is not None and name in gradients:
+            getattr(sums, name).add_(gradients.pop(name))
     return ExpertGradients(**gradients)
 
 
-_experts = register_experts_op("tokenyard::experts", _forward, _backward, _saved)
+_experts = register_experts_op("tokenyard::experts", _forward, _backward, _saved, adds=True)
 
 
 def _gate_gradient(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenyard.activations import swiglu_options, up_rows
-from tokenyard.interfaces import ExpertWeights, Plan, logits_dtype
+from tokenyard.interfaces import ExpertWeights, GradientSums, Plan, logits_dtype
 from tokenyard.permutations import TorchPermutation
 from tokenyard.workload import Workload
 
@@ -55,6 +55,14 @@ class Call:
         plan: Plan = self.permutation.plan(ids, self.num_experts, rows)
         weights = _expert_weights(tensors)
         return self.kernel(tensors["x"], plan, tensors.get("topk_weights"), weights)
+
+    def with_sums(self, tensors: dict[str, Tensor], ids: Tensor, sums: GradientSums) -> Tensor:
+        plan: Plan = self.permutation.plan(ids, self.num_experts)
+        weights = _expert_weights(tensors)
+        y: Tensor = self.kernel.with_sums(
+            tensors["x"], plan, tensors.get("topk_weights"), weights, sums
+        )
+        return y
 
 
 def _expert_weights(tensors: dict[str, Tensor]) -> ExpertWeights:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenyard.activations import ACTIVATIONS, swiglu
 from tokenyard.backend import Kind
-from tokenyard.interfaces import ExpertWeights
+from tokenyard.interfaces import ExpertWeights, GradientSums, logits_dtype
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import _oracle
 from tokenyard.testing._cases import (
@@ -199,6 +199,25 @@ class ExpertsConformance(LayerPartConformance):
             got = self._results(again, lambda c: compiled(c.tensors, c.ids))
             self._judge(got, self._expected(again), record_property)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_adds_to_sums(self, dtype: torch.dtype, record_property: Any) -> None:
+        """A kernel with `adds_to_sums` adds weight gradients to what is there, in its dtype.
+
+        It returns none of them to autograd. An expert without tokens leaves its sums alone.
+        """
+        ids = random_ids(self.tile + 3, 3, 2)
+        case = self._case(ids, 4, dtype=dtype)
+        got = self._summed(case)
+        self._judge(got, self._expected_sums(case), record_property)
+        assert torch.equal(got["d up"][3], torch.ones_like(got["d up"][3]))
+
+    def test_adds_to_sums_when_compiled(self, record_property: Any) -> None:
+        """``torch.compile(fullgraph=True)`` adds as well."""
+        torch.compiler.reset()
+        case = self._case(random_ids(13, 4, 2), 4)
+        got = self._summed(case, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"))
+        self._judge(got, self._expected_sums(case), record_property)
+
     def test_custom_ops_pass_opcheck(self) -> None:
         """All custom ops of the kernel pass ``torch.library.opcheck``.
 
@@ -258,6 +277,37 @@ class ExpertsConformance(LayerPartConformance):
         lost = [name for name, grad in zip(leaves, grads) if grad is None]
         assert not lost, f"no gradient reaches {', '.join(lost)}; is it used, and not detached?"
         return {"y": y.detach()} | {f"d {name}": grad for name, grad in zip(leaves, grads)}
+
+    def _summed(self, case: Case, wrap: Any = lambda call: call) -> dict[str, Tensor]:
+        """Return the results of two passes, with the sums of up and down from 1 as gradients."""
+        kernel = self._kernel(case)
+        if not getattr(kernel.kernel, "adds_to_sums", False):
+            pytest.skip(f"{self.backend} adds to no sums")
+        call = wrap(kernel.with_sums)
+        leaves = {name: t for name, t in case.tensors.items() if t.requires_grad}
+        wide = logits_dtype(case.workload.dtype)
+        sums = GradientSums(
+            *(torch.ones_like(case.tensors[name], dtype=wide) for name in GradientSums._fields)
+        )
+        with poisoned_memory():
+            for _ in range(2):
+                y = call(case.tensors, case.ids, sums)
+                grads = torch.autograd.grad(y, list(leaves.values()), case.dy, allow_unused=True)
+        got = dict(zip(leaves, grads))
+        returned = [name for name in GradientSums._fields if got[name] is not None]
+        assert not returned, f"autograd got gradients that were added: {', '.join(returned)}"
+        got |= sums._asdict()
+        return {"y": y.detach()} | {f"d {name}": grad for name, grad in got.items()}
+
+    def _expected_sums(self, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what `_summed` should return, by plain code and by the oracle."""
+        wide = logits_dtype(case.workload.dtype)
+        plain, oracle = self._expected(case)
+        for results in (plain, oracle):
+            for name in ("d up", "d down"):
+                gradient = results[name].to(wide) if results is plain else results[name]
+                results[name] = 1 + 2 * gradient
+        return plain, oracle
 
     def _expected(self, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the results of plain torch code in the case's dtype, and of the float64 oracle."""

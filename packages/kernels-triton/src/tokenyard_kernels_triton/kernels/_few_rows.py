@@ -19,7 +19,7 @@ from tokenyard_kernels_triton.kernels._activations import (
     function_and_slope,
     through_clamp,
 )
-from tokenyard_kernels_triton.kernels._tiles import dot, rounded
+from tokenyard_kernels_triton.kernels._tiles import dot, put, rounded
 
 _PREFETCH = tl.constexpr("""
 {
@@ -447,6 +447,7 @@ def weight_gradient_few(
     offsets,  # [E + 1]
     rows,
     columns,
+    ADD: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -455,9 +456,9 @@ def weight_gradient_few(
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """Write out[e] = left[rows of e].T @ right[rows of e], ROWS of its rows a program.
+    """Write out[e] = left[rows of e].T @ right[rows of e], ROWS of its rows a program, or add it.
 
-    An expert without rows gets exact zeros.
+    An expert without rows gets or adds exact zeros.
     """
     m_tiles = tl.cdiv(rows, ROWS)
     expert = (tl.program_id(0) // m_tiles).to(tl.int64)
@@ -471,8 +472,8 @@ def weight_gradient_few(
         for column in tl.range(0, columns, COLUMNS, num_stages=STAGES):
             n = column + tl.arange(0, COLUMNS)
             b = _slice(right, right_order, start, end, n, columns, TOP_K, DEPTH)
-            total = rounded(dot(a.T, b, zeros, PRECISION), TYPE)
-            tl.store(target + n[None, :], total, mask=(m < rows)[:, None] & (n < columns)[None, :])
+            mask = (m < rows)[:, None] & (n < columns)[None, :]
+            put(target + n[None, :], dot(a.T, b, zeros, PRECISION), mask, ADD, TYPE)
     else:
         for column in range(0, columns, COLUMNS):
             n = column + tl.arange(0, COLUMNS)
@@ -481,8 +482,8 @@ def weight_gradient_few(
                 a = _slice(left, left_order, first, end, m, rows, TOP_K, DEPTH)
                 b = _slice(right, right_order, first, end, n, columns, TOP_K, DEPTH)
                 total = dot(a.T, b, total, PRECISION)
-            total = rounded(total, TYPE)
-            tl.store(target + n[None, :], total, mask=(m < rows)[:, None] & (n < columns)[None, :])
+            mask = (m < rows)[:, None] & (n < columns)[None, :]
+            put(target + n[None, :], total, mask, ADD, TYPE)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from tokenyard_kernels_triton.kernels._gluon_loads import (
 )
 from tokenyard_kernels_triton.kernels._gluon_pipeline import (
     accumulate,
+    add,
     barriers,
     ragged_at,
     round_pairs,
@@ -428,6 +429,7 @@ def _multiply_columns(
     tensors,
     sizes,
     OUT_BY_COLUMNS: gl.constexpr,
+    ADD: gl.constexpr,
     TOP_K: gl.constexpr,
     WARPGROUP: gl.constexpr,
     DEPTH: gl.constexpr,
@@ -469,12 +471,12 @@ def _multiply_columns(
             STAGES,
         )
 
-        # Epilogue: store CHUNK columns at a time.
+        # Epilogue: store CHUNK columns at a time, or add them.
         for i in gl.static_range(COLUMNS // CHUNK):
             # Wait until the store that used this buffer has read it.
             tma.store_wait(BUFFERS - 1)
             buffer = buffers.index(BUFFERS * WARPGROUP + stored % BUFFERS)
-            chunk = take_chunk(total, i, COLUMNS, CHUNK).to(a.dtype)
+            chunk = take_chunk(total, i, COLUMNS, CHUNK).to(out.dtype)
             column = n * COLUMNS + i * CHUNK
             if OUT_BY_COLUMNS:
                 buffer.reshape([CHUNK, 64]).permute([1, 0]).store(chunk)
@@ -483,7 +485,10 @@ def _multiply_columns(
                 buffer.reshape([64, CHUNK]).store(chunk)
                 at = [expert, 0, row, column]
             fence_async_shared()
-            store(out, at, buffer)
+            if ADD:
+                add(out, at, buffer)
+            else:
+                store(out, at, buffer)
             stored += 1
         done += steps
     tma.store_wait(0)  # before the program ends and its buffers are freed
@@ -501,6 +506,7 @@ def weight_gradient(
     rows,
     columns,
     OUT_BY_COLUMNS: gl.constexpr,
+    ADD: gl.constexpr,
     TOP_K: gl.constexpr,
     DEPTH: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -510,10 +516,10 @@ def weight_gradient(
     STAGES: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
-    """Write out[e] = left[rows of e].T @ right[rows of e] for each expert e."""
+    """Write out[e] = left[rows of e].T @ right[rows of e] for each expert e, or add that to it."""
     # Prologue: slices of both operands, output buffers, and barriers in shared memory.
-    a = left_slices(left, out.dtype, TOP_K, DEPTH, STAGES)
-    b = gl.allocate_shared_memory(out.dtype, [STAGES] + right.block_type.shape, right.layout)
+    a = left_slices(left, right.dtype, TOP_K, DEPTH, STAGES)
+    b = gl.allocate_shared_memory(right.dtype, [STAGES] + right.block_type.shape, right.layout)
     buffers = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
     full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
     empty = barriers(STAGES, 2)  # completed by both warp groups
@@ -530,6 +536,7 @@ def weight_gradient(
                     tensors,
                     sizes,
                     OUT_BY_COLUMNS,
+                    ADD,
                     TOP_K,
                     0,  # WARPGROUP
                     DEPTH,
@@ -547,6 +554,7 @@ def weight_gradient(
                     tensors,
                     sizes,
                     OUT_BY_COLUMNS,
+                    ADD,
                     TOP_K,
                     1,  # WARPGROUP
                     DEPTH,

@@ -32,6 +32,18 @@ load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
+@gl._core.builtin
+def _add(descriptor, at, buffer, _semantic=None):
+    """Add a buffer to a box of global memory; Triton 3.6 has no name for it."""
+    kind = gl._core.ir.DESCRIPTOR_REDUCE_KIND.ADD
+    coordinates = _semantic._convert_to_ir_values(at, require_i64=False)
+    builder = _semantic.builder
+    builder.create_async_tma_reduce(kind, descriptor.handle, coordinates, buffer.handle)
+
+
+add = getattr(tma, "async_atomic_add", None) or _add
+
+
 @gluon.jit
 def ragged_at(row, end, part, column):
     """Return the coordinates of a box of ragged rows that begins at `row` and ends before `end`."""

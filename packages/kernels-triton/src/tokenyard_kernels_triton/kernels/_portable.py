@@ -241,6 +241,7 @@ def weight_gradient(
     num_experts,  # E
     rows,
     columns,
+    ADD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -249,9 +250,9 @@ def weight_gradient(
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """Write out[e] = left[rows of e].T @ right[rows of e] for each expert e.
+    """Write out[e] = left[rows of e].T @ right[rows of e] for each expert e, or add that to it.
 
-    The experts with most rows come first. An expert without rows gets exact zeros.
+    The experts with most rows come first. An expert without rows gets or adds exact zeros.
     """
     m_tiles = tl.cdiv(rows, ROWS)
     n_tiles = tl.cdiv(columns, COLUMNS)
@@ -288,12 +289,14 @@ def weight_gradient(
         # Epilogue.
         store_weight(
             out,
-            rounded(total, TYPE),
+            total,
             expert,
             m * ROWS,
             n * COLUMNS,
             rows,
             columns,
+            ADD,
             ROWS,
             COLUMNS,
+            TYPE,
         )

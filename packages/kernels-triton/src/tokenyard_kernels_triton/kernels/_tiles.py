@@ -111,15 +111,26 @@ def store_weight(
     column,
     rows,
     columns,
+    ADD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr,
 ):
-    """Write a tile of an expert's weight."""
+    """Write a float32 tile of an expert's weight, or add to it."""
     r = row + tl.arange(0, ROWS)
     c = column + tl.arange(0, COLUMNS)
     mask = (r < rows)[:, None] & (c < columns)[None, :]
     first = expert.to(tl.int64) * rows + r
-    tl.store(target + first[:, None] * columns + c[None, :], tile, mask=mask)
+    put(target + first[:, None] * columns + c[None, :], tile, mask, ADD, TYPE)
+
+
+@triton.jit
+def put(pointers, tile, mask, ADD: tl.constexpr, TYPE: tl.constexpr):
+    """Write a float32 tile in a narrower type, or add it to float32 numbers."""
+    if ADD:
+        tl.atomic_add(pointers, tile, mask=mask, sem="relaxed")  # without a load
+    else:
+        tl.store(pointers, rounded(tile, TYPE), mask=mask)
 
 
 @triton.jit

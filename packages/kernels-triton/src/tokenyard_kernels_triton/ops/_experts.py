@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenyard.experts import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
+from tokenyard.interfaces import GradientSums
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops._alignment import aligned
@@ -32,6 +33,8 @@ from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._save import Save, keep, restore, saved_shapes
 from tokenyard_kernels_triton.replay import replayed
+
+_Totals = tuple[Tensor | None, Tensor | None]  # of up and down
 
 
 def _forward(
@@ -78,6 +81,7 @@ def _backward(
     call: ExpertsCall,
     saved: list[Tensor],
     needs: ExpertNeeds,
+    sums: GradientSums | None,
     save: Save,
     kernels: KernelSetName,
 ) -> ExpertGradients:
@@ -86,15 +90,26 @@ def _backward(
     call = aligned_call(call)
     kernels = fitting_set(kernels, call.plan, call.x.dtype)
 
-    def launches(dy: Tensor, saved: Tensor, scales: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    names = needed(needs, sums)
+
+    def launches(
+        dy: Tensor,
+        saved: Tensor,
+        scales: Tensor,
+        up_sum: Tensor | None,
+        down_sum: Tensor | None,
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:
         inputs = with_tensors(call, tensors)
-        gradients = _launch_backward(dy, inputs, [saved, scales], needs, save, kernels)
-        return tuple(gradients[name] for name in needed(needs))
+        totals = (up_sum, down_sum)
+        gradients = _launch_backward(dy, inputs, [saved, scales], needs, totals, save, kernels)
+        return tuple(gradients[name] for name in names)
 
     with on_device_of(call.x):
         key = ("experts backward", save, kernels, needs, *sizes_of(call))
-        gradients = replayed(key, launches, (aligned(dy), *saved, *tensors_of(call)))
-    return ExpertGradients(**dict(zip(needed(needs), gradients)))
+        totals = sums or (None, None)
+        gradients = replayed(key, launches, (aligned(dy), *saved, *totals, *tensors_of(call)))
+    return ExpertGradients(**dict(zip(names, gradients)))
 
 
 def _launch_backward(
@@ -102,14 +117,16 @@ def _launch_backward(
     call: ExpertsCall,
     saved: list[Tensor],
     needs: ExpertNeeds,
+    totals: _Totals,
     save: Save,
     kernels: KernelSetName,
 ) -> dict[str, Tensor]:
     row_tiles = RowTiles(call.plan.offsets, call.plan.order.shape[0])
     matmuls = kernel_set(kernels)
-    dz, gradients = _through_down(dy, call, saved, needs, save, row_tiles, matmuls)
+    up, down = totals
+    dz, gradients = _through_down(dy, call, saved, needs, down, save, row_tiles, matmuls)
     if dz is not None:
-        gradients |= _through_up(dz, call, needs, row_tiles, matmuls)
+        gradients |= _through_up(dz, call, needs, up, row_tiles, matmuls)
     return gradients
 
 
@@ -118,13 +135,15 @@ def _through_down(
     call: ExpertsCall,
     saved: list[Tensor],
     needs: ExpertNeeds,
+    total: Tensor | None,
     save: Save,
     row_tiles: RowTiles,
     matmuls: KernelSet[Any],
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Return dz [R, 2F or F] (None if the down bias alone needs a gradient), and gradients.
 
-    The gradients are those of the down projection and of topk_weights.
+    The gradients are those of the down projection, which is added to a total if there is one, and
+    of topk_weights.
     """
     _, plan, topk_weights, (_, down, _, down_bias), activation = call
     gradients: dict[str, Tensor] = {}
@@ -151,7 +170,9 @@ def _through_down(
     if needs.topk_weights and topk_weights is not None:
         gradients["topk_weights"] = sum_dots(dots, plan)
     if needs.down:
-        gradients["down"] = matmuls.weight_gradient(drows, weighted, row_tiles, "down_gradient")
+        gradients["down"] = matmuls.weight_gradient(
+            drows, weighted, row_tiles, "down_gradient", total=total
+        )
     return dz, gradients
 
 
@@ -159,10 +180,11 @@ def _through_up(
     dz: Tensor,
     call: ExpertsCall,
     needs: ExpertNeeds,
+    total: Tensor | None,
     row_tiles: RowTiles,
     matmuls: KernelSet[Any],
 ) -> dict[str, Tensor]:
-    """Return the gradients of the up projection and of x."""
+    """Return the gradients of the up projection, added to a total if there is one, and of x."""
     x, plan, _, (up, down, _, _), _ = call
     gradients: dict[str, Tensor] = {}
     if needs.x:  # first: its rows are large, and the gradient of up is not there yet
@@ -171,7 +193,7 @@ def _through_up(
         del dx_rows  # free them before the next allocation
     if needs.up:
         rows = matmuls.rows_of(x, plan, down.shape[2])
-        gradients["up"] = matmuls.weight_gradient(dz, rows, row_tiles, "up_gradient")
+        gradients["up"] = matmuls.weight_gradient(dz, rows, row_tiles, "up_gradient", total=total)
     if needs.up_bias:
         gradients["up_bias"] = sum_rows(dz, row_tiles, plan.order, None)
     return gradients
@@ -198,7 +220,7 @@ def compile_experts(call: ExpertsCall, save: Save, kernels: KernelSetName) -> No
     needs = all_needs(call)
     with compiling():
         y, *saved = _forward(call, save, kernels)
-        _backward(y, call, saved, needs, save, kernels)
+        _backward(y, call, saved, needs, None, save, kernels)
 
 
 experts = register_experts_op(
@@ -208,4 +230,5 @@ experts = register_experts_op(
     _saved,
     saves=2,
     options={"save": str, "kernels": str},
+    adds=True,
 )

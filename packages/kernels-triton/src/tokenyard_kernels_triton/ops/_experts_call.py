@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenyard.experts import ExpertGradients, ExpertNeeds, ExpertsCall, LoraCall
-from tokenyard.interfaces import ExpertWeights, Plan
+from tokenyard.interfaces import ExpertWeights, GradientSums, Plan
 from tokenyard_kernels_triton.ops._alignment import aligned, contiguous
 
 Call = TypeVar("Call", ExpertsCall, LoraCall)
@@ -67,9 +67,10 @@ def all_needs(call: ExpertsCall) -> ExpertNeeds:
     )
 
 
-def needed(needs: ExpertNeeds) -> list[str]:
-    """Return the names of the gradients that are needed."""
-    return [name for name, need in needs._asdict().items() if need]
+def needed(needs: ExpertNeeds, sums: GradientSums | None = None) -> list[str]:
+    """Return the names of the gradients that are needed, and not added to sums."""
+    added = () if sums is None else GradientSums._fields
+    return [name for name, need in needs._asdict().items() if need and name not in added]
 
 
 def aligned_call(call: Call) -> Call:

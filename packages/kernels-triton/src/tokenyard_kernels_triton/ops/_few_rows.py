@@ -183,11 +183,16 @@ def weight_gradient(
     row_tiles: RowTiles,
     matmul: Matmul,
     tiling: FewRowsTiling | None = None,
+    *,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Return [E, M, N]: left [R, M] transposed @ right [R, N] over each expert's rows."""
+    """Return [E, M, N]: left [R, M] transposed @ right [R, N] over each expert's rows.
+
+    With a total in float32, add to that and return it.
+    """
     rows = left.shape[1]
     columns = right.shape[1]
-    out = left.new_empty(row_tiles.num_experts, rows, columns)
+    out = left.new_empty(row_tiles.num_experts, rows, columns) if total is None else total
     tiling = tiling or FewRowsTiling(64, 128, 16, 4, 2)
     a, left_order, left_top_k = operand(left)
     b, right_order, right_top_k = operand(right)
@@ -203,6 +208,7 @@ def weight_gradient(
         row_tiles.offsets,
         rows,
         columns,
+        ADD=total is not None,
         TOP_K=left_top_k or right_top_k,
         COLUMNS=tiling.columns,
         **options,

@@ -157,12 +157,21 @@ def weight_gradient(
     row_tiles: RowTiles,
     matmul: Matmul,
     tiling: GluonTiling | None = None,
+    *,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """Return [E, M, N]: left [R, M] transposed @ right [R, N] over each expert's rows."""
+    """Return [E, M, N]: left [R, M] transposed @ right [R, N] over each expert's rows.
+
+    With a total in float32, add to that and return it.
+    """
     dim, ffn_dim = _widths(matmul, left.shape[1], right.shape[1])
     device = row_tiles.offsets.device
     tiling = tiling or gluon_tiling(matmul, dim, ffn_dim, device)
-    out = left.new_empty(row_tiles.num_experts, left.shape[1], right.shape[1])
+    if total is None:
+        out = left.new_empty(row_tiles.num_experts, left.shape[1], right.shape[1])
+    else:
+        out = total
+    chunk = tiling.chunk if total is None else tiling.chunk // 2  # as many bytes
 
     # An operand that is gathered is the left one, whose boxes are half as wide.
     by_columns = isinstance(right, TokenRows)
@@ -172,7 +181,7 @@ def weight_gradient(
     columns = right.shape[1]
     a, order, top_k = operand(left, (tiling.depth, 64))
     b, _, _ = operand(right, (tiling.depth, tiling.columns))
-    box = (tiling.chunk, 64) if by_columns else (64, tiling.chunk)
+    box = (chunk, 64) if by_columns else (64, chunk)
     tiles = row_tiles.num_experts * ceil_div(rows, ROWS) * ceil_div(columns, tiling.columns)
     launch(_gluon.weight_gradient, persistent_grid(device, tiles))(
         a,
@@ -185,9 +194,10 @@ def weight_gradient(
         rows,
         columns,
         OUT_BY_COLUMNS=by_columns,
+        ADD=total is not None,
         TOP_K=top_k,
         GROUP=tiling.group,
-        **_options(device, tiling),
+        **_options(device, tiling) | {"CHUNK": chunk},
     )
     return out
 

@@ -24,7 +24,7 @@ Rows = TypeVar("Rows")
 
 
 class KernelSet(Protocol[Rows]):
-    """The functions that each kernel set defines. Every function allocates what it returns."""
+    """The functions that each kernel set defines. They allocate what they return."""
 
     def rows_of(self, tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows | Tensor:
         """Return the rows [R, D] of tokens [T, D] as an operand."""
@@ -75,11 +75,18 @@ class KernelSet(Protocol[Rows]):
         ...
 
     def weight_gradient(
-        self, left: Rows | Tensor, right: Rows | Tensor, row_tiles: RowTiles, matmul: Matmul
+        self,
+        left: Rows | Tensor,
+        right: Rows | Tensor,
+        row_tiles: RowTiles,
+        matmul: Matmul,
+        *,
+        total: Tensor | None = None,
     ) -> Tensor:
         """Return [E, M, N]: left [R, M] transposed @ right [R, N] over each expert's rows.
 
-        It is zero for an expert without rows.
+        It is zero for an expert without rows. With a total [E, M, N] in float32, which is
+        contiguous, add to that and return it.
         """
         ...
 

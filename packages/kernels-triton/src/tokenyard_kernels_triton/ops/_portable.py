@@ -108,11 +108,21 @@ def differentiate_down(
     return differentiate(da, None, z, None, order, topk_weights, row_tiles, activation)
 
 
-def weight_gradient(left: Tensor, right: Tensor, row_tiles: RowTiles, matmul: Matmul) -> Tensor:
-    """Return [E, M, N]: left [R, M] transposed @ right [R, N] over each expert's rows."""
+def weight_gradient(
+    left: Tensor,
+    right: Tensor,
+    row_tiles: RowTiles,
+    matmul: Matmul,
+    *,
+    total: Tensor | None = None,
+) -> Tensor:
+    """Return [E, M, N]: left [R, M] transposed @ right [R, N] over each expert's rows.
+
+    With a total in float32, add to that and return it.
+    """
     rows = left.shape[1]
     columns = right.shape[1]
-    out = left.new_empty(row_tiles.num_experts, rows, columns)
+    out = left.new_empty(row_tiles.num_experts, rows, columns) if total is None else total
     tiling = _tiling(left, right, of_weights=True)
     tiles = row_tiles.num_experts * ceil_div(rows, tiling.rows) * ceil_div(columns, tiling.columns)
     launch(_portable.weight_gradient, persistent_grid(left.device, tiles))(
@@ -124,6 +134,7 @@ def weight_gradient(left: Tensor, right: Tensor, row_tiles: RowTiles, matmul: Ma
         row_tiles.num_experts,
         rows,
         columns,
+        ADD=total is not None,
         COLUMNS=tiling.columns,
         GROUP=tiling.group,
         **_options(left, tiling),

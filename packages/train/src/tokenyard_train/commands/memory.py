@@ -48,7 +48,7 @@ def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memor
     held, recomputed = saved_by_blocks(config, saved)
     return Memory(
         parameters=stored * parameters,
-        gradients=_gradient_width(config, model, layout, stored) * trained,
+        gradients=_gradients(config, model, layout, stored),
         optimizer=build_optimizer(config.optimizer, model).moment_bytes() + masters,
         copies=_copies(config, model, width, stored),
         activations=tokens * (held + recomputed + saved.rest),
@@ -89,17 +89,21 @@ def _inputs_held(config: TrainConfig, blocks: int) -> int:
     return blocks
 
 
-def _gradient_width(config: TrainConfig, model: Model, layout: ShardingReport, stored: int) -> int:
-    """Return the bytes of a gradient. `stored` are those of a weight.
+def _gradients(config: TrainConfig, model: Model, layout: ShardingReport, stored: int) -> int:
+    """Return the bytes of all gradients. `stored` are those of a weight.
 
     Several microbatches are summed in float32, beside the gradient of the next one: FSDP and
-    autograd free it at once, a CUDA graph keeps it.
+    autograd free it at once, a CUDA graph keeps it. Kernels that add to the sum have none.
     """
+    trained = _numel(p for p in model.parameters() if p.requires_grad)
     ranks = math.prod(layout.meshes.get("all but experts", {}).values())
     if config.global_train_batch_size <= ranks * int(config.device_train_microbatch_size):
-        return stored
-    graphed = bool(config.cuda_graph) and why_no_graph(config, model, ranks) is None
-    return _WIDE + (stored if graphed else 0)
+        return stored * trained
+    if not config.cuda_graph or why_no_graph(config, model, ranks) is not None:
+        return _WIDE * trained
+    adding = [moe.experts for moe in moe_layers(model) if moe.experts.can_add]
+    added = _numel(weight for experts in adding for weight in (experts.up, experts.down))
+    return _WIDE * trained + stored * (trained - added)
 
 
 def _head_dim(model: Model) -> int:

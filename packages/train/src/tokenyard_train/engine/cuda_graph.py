@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -37,10 +37,18 @@ class MicrobatchGraph:
     capture fails, or the model gets a hook later, which a graph would not call, a warning says so,
     and every microbatch runs without a graph. Hooks that the model has from the start are part of
     its forward pass.
+
+    A pass before the capture runs in the context `warm_up`, and must change nothing in there but
+    ``parameter.grad``.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(
+        self,
+        model: nn.Module,
+        warm_up: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.warm_up = warm_up
         modules = model.named_modules()
         self._hooks = [(name, module, _count_hooks(module)) for name, module in modules]
         self._eager_left = _EAGER_MICROBATCHES
@@ -86,7 +94,7 @@ class MicrobatchGraph:
         # The capture draws random numbers. Later draws must not depend on it.
         random_state = torch.cuda.get_rng_state(device)
         try:
-            self._captured = _Captured(self.parameters, work, run)
+            self._captured = _Captured(self.parameters, work, run, self.warm_up)
         except RuntimeError as error:
             self._refuse(" ".join(str(error).split())[:200])
         finally:
@@ -110,7 +118,13 @@ class MicrobatchGraph:
 class _Captured:
     """A captured graph with its input, its result and its gradients."""
 
-    def __init__(self, parameters: list[nn.Parameter], work: Any, run: Callable[[Any], Any]):
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        work: Any,
+        run: Callable[[Any], Any],
+        warm_up: Callable[[], AbstractContextManager[None]],
+    ):
         self.parameters = parameters
         self.work = tree_map_only(Tensor, torch.clone, work)
         device = parameters[0].device
@@ -120,7 +134,7 @@ class _Captured:
         # the capture it would leave the generators and the allocator in a bad state.
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), _host_syncs_are_errors():
+        with torch.cuda.stream(stream), _host_syncs_are_errors(), warm_up():
             run(self.work)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._clear_gradients()

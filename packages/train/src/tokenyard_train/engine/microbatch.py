@@ -9,6 +9,7 @@ strategy sums gradients over ranks in the backward pass of each microbatch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -74,19 +75,24 @@ def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> Accumulated
     loss = torch.zeros((), dtype=torch.float64, device=setup.device)
     balances: list[Balance] = []
     several = len(work) > 1
-    for each in work:
-        run = partial(run_microbatch, setup)
-        if setup.graph is None:
-            result = run(each, phase)
-        else:
-            with phase("forward and backward"):
-                result = setup.graph(each, run, add=several)
-        if several:
-            setup.optimizer.widen_gradients()
-        loss += result.nats
-        balances = _sum_balances(balances, result.balances)
+    with setup.sums.adding() if several else nullcontext():
+        for each in work:
+            result = _run(setup, each, phase, several)
+            if several:
+                setup.optimizer.widen_gradients()
+            loss += result.nats
+            balances = _sum_balances(balances, result.balances)
     counts = work[0].counts
     return Accumulated(setup.strategy.reduce(loss), balances, counts.batch, counts.supervised)
+
+
+def _run(setup: Setup, work: Work, phase: Phases, add: bool) -> Microbatch:
+    """Run a microbatch, as a CUDA graph if there is one. With `add`, it adds to gradients."""
+    run = partial(run_microbatch, setup)
+    if setup.graph is None:
+        return run(work, phase)
+    with phase("forward and backward"):
+        return setup.graph(work, run, add=add)
 
 
 def run_microbatch(setup: Setup, work: Work, phase: Phases = untimed) -> Microbatch:

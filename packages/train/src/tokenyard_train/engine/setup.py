@@ -23,6 +23,7 @@ from tokenyard_train.data.stop_ids import tokenizer_stop_ids
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.cuda_graph import MicrobatchGraph, why_no_graph
+from tokenyard_train.engine.expert_sums import ExpertSums
 from tokenyard_train.engine.optimizer import Optimizer, build_optimizer
 from tokenyard_train.engine.out_of_memory import check_batch_fits
 from tokenyard_train.engine.precision import BF16_MASTER, computing_in
@@ -43,6 +44,7 @@ class Setup:
     optimizer: Optimizer
     data: Data
     graph: MicrobatchGraph | None  # None: microbatches run without a CUDA graph
+    sums: ExpertSums  # of gradients over several microbatches
     batches: int  # optimizer steps of the whole run
     flops_per_token: float  # of training: forward and backward
 
@@ -102,6 +104,8 @@ def build_setup(
     wrap_blocks(config, model, strategy.data[1])
     batches = run_batches(config, data)
     optimizer = build_optimizer(config.optimizer, model)
+    graphed = _uses_graph(config, model, strategy.data[1])
+    sums = ExpertSums(model, keep=graphed)
     return Setup(
         config=config,
         console=console if is_rank0() else Console(quiet=True),
@@ -110,7 +114,8 @@ def build_setup(
         model=model,
         optimizer=optimizer,
         data=data,
-        graph=_build_graph(config, strategy, model),
+        graph=MicrobatchGraph(model, sums.paused) if graphed else None,
+        sums=sums,
         batches=batches,
         flops_per_token=3 * model.flops_per_token(config.max_seq_len),
     )
@@ -160,9 +165,9 @@ def _prepare_kernels(config: TrainConfig, model: Model) -> None:
         layers[0].prepare(int(config.device_train_microbatch_size) * config.max_seq_len)
 
 
-def _build_graph(config: TrainConfig, strategy: Strategy, model: Model) -> MicrobatchGraph | None:
-    """Return the CUDA graph of a microbatch, or None. Raises ConfigError if it is impossible."""
-    reason = why_no_graph(config, model, strategy.data[1])
+def _uses_graph(config: TrainConfig, model: Model, ranks: int) -> bool:
+    """Return whether microbatches are CUDA graphs. Raises ConfigError if they cannot be."""
+    reason = why_no_graph(config, model, ranks)
     if config.cuda_graph is True and reason is not None:
         raise ConfigError(f"cuda_graph is true, and {reason}; give auto, which then uses none")
-    return MicrobatchGraph(model) if config.cuda_graph and reason is None else None
+    return bool(config.cuda_graph) and reason is None
