@@ -6,6 +6,7 @@ import torch
 from tokenyard import moe_layers
 from tokenyard.experts import TorchExperts
 from tokenyard.tolerance import relative_error
+from tokenyard_train.engine.expert_sums import ExpertSums
 from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.step import train_step
 
@@ -108,6 +109,12 @@ def test_weights_with_a_hook_are_left_to_autograd(ready, calls, kind):
     assert len(seen) == 2
     assert first.kernel not in calls
     assert len(calls) == 2
+
+
+def test_several_ranks_sum_each_gradient(ready, calls):
+    run = ready()
+    assert len(ExpertSums(run.model, 1, keep=False).layers) == 2
+    assert not ExpertSums(run.model, 2, keep=False).layers
 
 
 def test_frozen_weights_have_no_sum(ready, calls):

@@ -101,7 +101,8 @@ def _gradients(config: TrainConfig, model: Model, layout: ShardingReport, stored
         return stored * trained
     if not config.cuda_graph or why_no_graph(config, model, ranks) is not None:
         return _WIDE * trained
-    adding = [moe.experts for moe in moe_layers(model) if moe.experts.can_add]
+    layers = [moe.experts for moe in moe_layers(model)]
+    adding = [experts for experts in layers if ranks == 1 and experts.can_add]
     added = _numel(weight for experts in adding for weight in (experts.up, experts.down))
     return _WIDE * trained + stored * (trained - added)
 

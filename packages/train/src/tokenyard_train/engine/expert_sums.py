@@ -16,12 +16,13 @@ class ExpertSums:
     """Lets expert kernels add to the float32 gradients of their weights.
 
     Autograd would add a gradient that the kernel wrote: 12 bytes a number instead of 8 with
-    bfloat16 weights. Layers that cannot add (see ``Experts.can_add``) are left to autograd. With
-    `keep`, the gradients of all steps are in the same memory, as a CUDA graph needs.
+    bfloat16 weights. Layers that cannot add (see ``Experts.can_add``) are left to autograd, and so
+    are all layers if there are several ranks: strategies sum the gradient of each backward pass.
+    With `keep`, the gradients of all steps are in the same memory, as a CUDA graph needs.
     """
 
-    def __init__(self, model: nn.Module, keep: bool):
-        self.layers: list[Experts] = [moe.experts for moe in moe_layers(model)]
+    def __init__(self, model: nn.Module, ranks: int, keep: bool):
+        self.layers: list[Experts] = [moe.experts for moe in moe_layers(model) if ranks == 1]
         self.keep = keep
         self._kept: dict[Experts, GradientSums] = {}
 

@@ -105,7 +105,7 @@ def build_setup(
     batches = run_batches(config, data)
     optimizer = build_optimizer(config.optimizer, model)
     graphed = _uses_graph(config, model, strategy.data[1])
-    sums = ExpertSums(model, keep=graphed)
+    sums = ExpertSums(model, strategy.data[1], keep=graphed)
     return Setup(
         config=config,
         console=console if is_rank0() else Console(quiet=True),
