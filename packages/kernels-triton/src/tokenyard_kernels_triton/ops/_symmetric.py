@@ -21,6 +21,7 @@ class Tile(NamedTuple):
 
     columns: int = 128  # with 256, an H200 takes 1.1 to 1.2 times as long
     stages: int = 6  # slices loaded ahead
+    buffers: int = 1  # pairs of blocks of 64 columns, for each warp group
 
 
 _TILE = Tile()
@@ -62,6 +63,7 @@ def symmetric_product(
         COLUMNS=tile.columns,
         PROGRAMS=processors(out.device),
         STAGES=tile.stages,
+        BUFFERS=tile.buffers,
         num_warps=4,
         maxnreg=168,
     )

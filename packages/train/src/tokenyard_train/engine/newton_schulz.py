@@ -20,7 +20,7 @@ _EPS = 1e-7
 _SCALE = 8.0  # of matrices of norm 1, whose small numbers float16 would lose
 _ON_GRAM = 3  # iterations before G is computed again
 _NARROW = 1.5  # longer / shorter side, from which iterations on G cost less than on X
-_BATCH_NUMEL = 1 << 27  # numbers of the matrices that are orthogonalised at a time
+_BATCH_NUMEL = 1 << 28  # numbers of the matrices that are orthogonalised at a time
 
 Product = Callable[..., Tensor]
 """``(left, right, alpha, addend, beta, diagonal)``: alpha left right^T + beta addend + diagonal I.
@@ -117,15 +117,21 @@ def _scale(source: Tensor, out: Tensor, factor: float, factors: Tensor | None = 
 
 
 def _batches(stacks: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """Split or gather stacks so that each batch has at most `most` matrices."""
+    """Gather stacks, and split large ones evenly, to batches of at most `most` matrices."""
     batch: list[Tensor] = []
-    for part in (part for stack in stacks if len(stack) for part in stack.split(most)):
+    parts = (part for stack in stacks for part in _even_parts(stack, most))
+    for part in parts:
         if batch and sum(map(len, batch)) + len(part) > most:
             yield batch
             batch = []
         batch.append(part)
     if batch:
         yield batch
+
+
+def _even_parts(stack: Tensor, most: int) -> Sequence[Tensor]:
+    parts = -(-len(stack) // most)
+    return stack.tensor_split(parts) if parts else ()
 
 
 def _kernel(x: Tensor) -> Product | None:
