@@ -68,6 +68,19 @@ def test_evaluation_and_recomputed_blocks_add_no_graph(build, traced, recompute,
     assert traced["stats"]["unique_graphs"] == 1
 
 
+def test_compiled_blocks_add_to_sums_of_gradients(build, traced):
+    """All microbatches of all steps are one graph, in which the kernels add."""
+    changes = {"backends": {"experts": "torch"}, "device_train_microbatch_size": 1}
+    run = build(**changes, compile=True)
+    plain = build(**changes)
+    for batch in range(2):
+        want = train_step(plain, batch).result
+        assert train_step(run, batch).result.loss == pytest.approx(want.loss, rel=1e-5)
+    assert_near(run.model, plain.model)
+    assert traced["stats"]["unique_graphs"] == 1
+    assert not traced["graph_break"]
+
+
 def test_without_a_compiler_blocks_run_eagerly(build, monkeypatch, caplog):
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     with caplog.at_level(logging.WARNING):
