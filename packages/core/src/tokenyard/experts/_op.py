@@ -107,6 +107,19 @@ def register_experts_op(
     torch.compile and fake tensors. Selective recompute keeps y and the saved tensors.
     """
 
+    options = options or {}
+    gradients = _flat(backward, adds)
+    kernel = FlatKernel(_SIGNATURE, _read, forward, gradients, saved, options)
+    op = kernel.register(name, saves, device)
+    if not adds:
+        return _caller(op, None, tuple(options))
+    kernel = FlatKernel(_ADDING, _read, forward, gradients, saved, options)
+    return _caller(op, kernel.register(f"{name}_adding", saves, device), tuple(options))
+
+
+def _flat(backward: Backward, adds: bool) -> Callable[..., ExpertGradients]:
+    """Return a kernel's backward function with flat arguments."""
+
     def gradients(
         dy: Tensor,
         call: ExpertsCall,
@@ -119,13 +132,7 @@ def register_experts_op(
             options["sums"] = GradientSums(*sums) if sums else None
         return backward(dy, call, saved, ExpertNeeds(*needs), **options)
 
-    options = options or {}
-    kernel = FlatKernel(_SIGNATURE, _read, forward, gradients, saved, options)
-    op = kernel.register(name, saves, device)
-    if not adds:
-        return _caller(op, None, tuple(options))
-    kernel = FlatKernel(_ADDING, _read, forward, gradients, saved, options)
-    return _caller(op, kernel.register(f"{name}_adding", saves, device), tuple(options))
+    return gradients
 
 
 def _read(arguments: tuple[Any, ...]) -> ExpertsCall:

@@ -142,8 +142,7 @@ def _through_down(
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Return dz [R, 2F or F] (None if the down bias alone needs a gradient), and gradients.
 
-    The gradients are those of the down projection, which is added to a total if there is one, and
-    of topk_weights.
+    These are of topk_weights and the down projection, which is added to a total if there is one.
     """
     _, plan, topk_weights, (_, down, _, down_bias), activation = call
     gradients: dict[str, Tensor] = {}
@@ -156,7 +155,6 @@ def _through_down(
         gradients["down_bias"] = sum_rows(copied, row_tiles, plan.order, topk_weights)
     if not any(needs[:5]):
         return None, gradients
-
     # Through the down projection and the activation.
     z = _pre_activation(call, saved, save, row_tiles, matmuls)
     weigh = (plan.order, topk_weights, row_tiles, activation)
