@@ -25,25 +25,25 @@ STACK = (3, 10, 6)
 ROWS = (4, 6)  # of the two matrices in each of the stack
 
 
-def parts(x):
+def parts(x, rows):
     """Return the matrices of a stack, as tensors of their own."""
-    return [piece.clone() for matrix in x for piece in matrix.split(ROWS)]
+    return [piece.clone() for matrix in x for piece in matrix.split(rows)]
 
 
-def steps(dtype, adjust_lr):
+def steps(dtype, adjust_lr, stack=STACK, rows=ROWS, device="cpu"):
     """Take five steps with ours and with torch's; return the matrices of both."""
-    ours = nn.Parameter(torch.randn(STACK, dtype=dtype))
-    theirs = [nn.Parameter(piece) for piece in parts(ours.detach())]
-    rule = Muon(0.95, 0.1, 5, adjust_lr, {ours: ROWS})
+    ours = nn.Parameter(torch.randn(stack, dtype=dtype, device=device))
+    theirs = [nn.Parameter(piece) for piece in parts(ours.detach(), rows)]
+    rule = Muon(0.95, 0.1, 5, adjust_lr, {ours: rows})
     optimizer = Optimizer([{"params": [ours], "lr": 0.02, "initial_lr": 0.02, "rule": rule}])
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust_lr)
     for _ in range(5):
-        ours.grad = torch.randn(STACK, dtype=dtype)
-        for matrix, gradient in zip(theirs, parts(ours.grad)):
+        ours.grad = torch.randn(stack, dtype=dtype, device=device)
+        for matrix, gradient in zip(theirs, parts(ours.grad, rows)):
             matrix.grad = gradient / 2
-        optimizer.step(scale=torch.tensor(0.5))
+        optimizer.step(scale=torch.tensor(0.5, device=device))
         reference.step()
-    return parts(ours.detach()), theirs
+    return parts(ours.detach(), rows), theirs
 
 
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
@@ -56,6 +56,16 @@ def test_it_equals_torch_in_float64(monkeypatch, adjust_lr):
 
 def test_it_equals_torch_in_float32_but_for_the_rounding_of_bfloat16():
     for ours, theirs in zip(*steps(torch.float32, "original"), strict=True):
+        assert relative_error(ours, theirs) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [6, 640, 643])
+def test_on_a_gpu_it_equals_torch_but_for_the_rounding_of_bfloat16(columns):
+    """With products by our kernel where rows are of whole 16 bytes, and by torch."""
+    sizes = {"stack": (3, 584, columns), "rows": (200, 384)}
+    matrices = steps(torch.float32, "original", **sizes, device="cuda")
+    for ours, theirs in zip(*matrices, strict=True):
         assert relative_error(ours, theirs) < 1e-2
 
 
