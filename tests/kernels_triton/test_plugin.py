@@ -71,6 +71,24 @@ def test_auto_never_selects_the_interpreter():
     assert chosen.backend.name == "cpu"
 
 
+def test_symmetric_memory_needs_ranks_of_one_node_with_peer_access(monkeypatch):
+    for name in ("TRITON_INTERPRET", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    two = workload(device="cuda:3", expert_parallel=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda index, peer: peer == 2)
+    assert _plugin.no_symmetric_memory(two) is None
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda index, peer: False)
+    assert _plugin.no_symmetric_memory(two).endswith("needs GPU 3 to read the memory of GPU 2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert _plugin.no_symmetric_memory(two).endswith("LOCAL_WORLD_SIZE is not set")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    sentence = "'symmetric_memory' needs the 2 ranks that share experts on one node, and LOCAL"
+    assert _plugin.no_symmetric_memory(two).startswith(sentence)
+    on_cpu = workload(device="cpu", capability=None, expert_parallel=2)
+    assert _plugin.no_symmetric_memory(on_cpu).endswith("the device is 'cpu'")
+
+
 def test_the_router_computes_topk_for_up_to_1024_experts():
     (router,) = _plugin.tokenyard_routers()
     assert router.algorithm == "topk"

@@ -99,7 +99,7 @@ def test_the_state_of_the_full_dbrx_is_exact_over_1_to_4096_ranks(dbrx):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-@pytest.mark.parametrize("exchange", ["all_to_all", "all_to_all_tokens"])
+@pytest.mark.parametrize("exchange", ["all_to_all", "all_to_all_tokens", "symmetric_memory"])
 def test_activations_of_two_ranks_are_near_the_estimate(settings, tmp_path, exchange, precision):
     """Within a fifth, since the routing is not exactly uniform."""
     sizes = {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2}

@@ -135,11 +135,31 @@ def _short(dtype: torch.dtype) -> str:
 
 def no_symmetric_memory(workload: Workload) -> str | None:
     """Return why ranks cannot read each other's memory, or None if they can."""
-    if workload.device.type == "cpu":
+    device = workload.device
+    if device.type == "cpu" and _interpreted():
         return None  # in plain torch
-    if (reason := no_triton(workload)) is None and torch.version.hip is not None:
-        reason = "'triton' reads the memory of NVIDIA GPUs only"
-    return None if reason is None else reason.replace("'triton'", "'symmetric_memory'", 1)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"'symmetric_memory' needs NVIDIA GPUs, and the device is {device.type!r}"
+    if importlib.util.find_spec("triton") is None:
+        return "'symmetric_memory' needs the library triton, which is not installed"
+    ranks = workload.expert_parallel
+    unknown = "0" if "WORLD_SIZE" in os.environ else str(ranks)
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", unknown))
+    if ranks > 1 and (on_node % ranks or on_node == 0):
+        return (
+            f"'symmetric_memory' needs the {ranks} ranks that share experts on one node, and "
+            f"LOCAL_WORLD_SIZE is {on_node or 'not set'}"
+        )
+    return _no_peers(device.index or 0, ranks)
+
+
+def _no_peers(index: int, ranks: int) -> str | None:
+    """Return why a GPU cannot read its neighbours' memory; None also if it cannot see them."""
+    first = index // ranks * ranks
+    for peer in range(first, min(first + ranks, torch.cuda.device_count())):
+        if peer != index and not torch.cuda.can_device_access_peer(index, peer):
+            return f"'symmetric_memory' needs GPU {index} to read the memory of GPU {peer}"
+    return None
 
 
 _PRIORITY = _LAST if _interpreted() else _FAST

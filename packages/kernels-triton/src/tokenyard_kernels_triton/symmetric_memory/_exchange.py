@@ -90,6 +90,7 @@ class SymmetricMemoryExchange:
                 self._reserve(max(tokens), x, routing)
                 continue
             if slots > bound:
+                del y  # free its activations first
                 y = compute(received.rows, received.ids, received.weights, slots)
             y_tokens: Tensor = combine(y, received.ids, ids, *numbers, self.held)
             return y_tokens
