@@ -39,8 +39,10 @@ def symmetric_memory(size: int, device: torch.device, group: Any) -> SymmetricMe
 
     own = _SymmetricMemory.empty_strided_p2p((size,), [1], torch.uint8, device, group.group_name)
     memory = _SymmetricMemory.rendezvous(own)
-    ranks = range(memory.world_size)
-    buffers = tuple(memory.get_buffer(rank, (size,), torch.uint8) for rank in ranks)
+    buffers = tuple(
+        own if rank == memory.rank else memory.get_buffer(rank, (size,), torch.uint8)
+        for rank in range(memory.world_size)
+    )
 
     def barrier(milliseconds: int) -> None:
         memory.barrier(0, milliseconds)
