@@ -82,6 +82,21 @@ def test_tokens_of_ranks_may_change_on_gpus():
     assert max(ranks(2, "cuda").run(worst_error, calls, "cuda")) < 1e-4
 
 
+def errors_of_two_dtypes():
+    """Return the largest error in float32, then in float64, which needs larger buffers."""
+    exchange = make_exchange(group=dist.new_group())
+    x, routing = make_routing(6)
+    total = routing.topk_weights.sum(1, keepdim=True)
+    wide = Routing(*(part.double() if part.is_floating_point() else part for part in routing))
+    narrow = exchange(x, routing, compute) - x * total
+    return [e.abs().max().item() for e in (narrow, exchange(x.double(), wide, compute) - x * total)]
+
+
+def test_the_dtype_may_change():
+    for errors in ranks(2).run(errors_of_two_dtypes):
+        assert max(errors) < 1e-6
+
+
 def events(slots, skewed):
     """Return the calls of `compute`, by their bound of rows, and the host reads of a second call.
 

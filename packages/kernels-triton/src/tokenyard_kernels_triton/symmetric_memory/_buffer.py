@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -63,7 +63,9 @@ class SymmetricBuffer:
         self.region_bytes = region_bytes
 
     def next_region(self, sizes: Sizes) -> Region:
-        """Return the region of the next trip."""
+        """Return the region of the next trip. Raises RuntimeError if the regions are too small."""
+        if layout_of(sizes).bytes > self.region_bytes:
+            raise RuntimeError(f"no memory was reserved for {sizes}; call reserve on all ranks")
         start = self.trips % 2 * self.region_bytes
         self.trips += 1
         return Region(sizes, self.rank, start, self.buffers, self.addresses)
@@ -81,7 +83,7 @@ def buffer_of(group_name: str, device: torch.device) -> SymmetricBuffer:
     return _cached_buffer(resolve_group(group_name), device)
 
 
-@lru_cache(maxsize=16)
+@cache  # an entry that is dropped would leave ranks with different buffers
 def _cached_buffer(group: Any, device: torch.device) -> SymmetricBuffer:
     return SymmetricBuffer(group, device)
 

@@ -58,7 +58,8 @@ class SymmetricMemoryExchange:
         self.group = group
         self.slots = slots
         self.held = workload.num_experts // workload.expert_parallel
-        self.capacity = 0
+        self.kind: tuple[Any, ...] | None = None  # of the rows that the buffers are for
+        self.capacity = 0  # C
         parallel = workload.expert_parallel > 1
         self.rows_per_token = float(workload.expert_parallel) if parallel else 0.0
 
@@ -76,8 +77,10 @@ class SymmetricMemoryExchange:
                 f"expert_parallel is {self.workload.expert_parallel}, and the exchange has no "
                 "process group; lay the model out by a strategy, such as fsdp"
             )
-        if self.capacity == 0:
+        kind = (x.dtype, x.shape[1], routing.topk_weights.dtype, routing.topk_weights.shape[1])
+        if kind != self.kind:
             self._reserve(most_tokens(self.group, x, routing.topk_weights), x, routing)
+            self.kind = kind
         while True:
             numbers = (self.group.group_name, self.workload.expert_parallel, self.capacity)
             ids = routing.topk_ids.to(torch.int32)
