@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from tokenyard.processes import disable_multicast
+
 
 def resolve_group(name: str) -> Any:
     """Return the process group of a name."""
@@ -37,6 +39,7 @@ def symmetric_memory(size: int, device: torch.device, group: Any) -> SymmetricMe
     """
     from torch._C._distributed_c10d import _SymmetricMemory
 
+    disable_multicast()
     own = _SymmetricMemory.empty_strided_p2p((size,), [1], torch.uint8, device, group.group_name)
     memory = _SymmetricMemory.rendezvous(own)
     buffers = tuple(
