@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ def saved_by_ffn(ffn: MoE | FeedForward, width: int) -> int:
     router_input = _WIDE * work.dim if width < _WIDE else 0
     shared = 0 if ffn.shared is None else _saved_by_dense(ffn.shared, width)
     received = round(width * work.dim * ffn.experts.exchange.rows_per_token)
-    experts = work.top_k * saved_by_row(ffn, width)
+    experts = _slots(ffn) * saved_by_row(ffn, width)
     return experts + routing + router_input + shared + received
 
 
@@ -113,7 +114,7 @@ def kept_by_ffn(ffn: MoE | FeedForward, width: int) -> int:
     rows_per_token = ffn.experts.exchange.rows_per_token
     of_row = 2 * width * work.dim + arriving_bytes(ffn, width)
     result = round(rows_per_token * of_row) if rows_per_token else width * work.dim
-    experts = work.top_k * saved_by_row(ffn, width) + result
+    experts = _slots(ffn) * saved_by_row(ffn, width) + result
     routing = _WIDE * work.num_experts + 12 * work.top_k
     return experts + routing + (0 if ffn.shared is None else _kept_by_dense(ffn.shared, width))
 
@@ -132,6 +133,13 @@ def arriving_bytes(moe: MoE, width: int) -> int:
     if hasattr(exchange, "row_bytes"):
         return int(exchange.row_bytes(width))
     return width * moe.workload.dim
+
+
+def _slots(moe: MoE) -> int:
+    """Return the slots per token whose activations are allocated (`BoundedExchange`)."""
+    exchange = moe.experts.exchange
+    bound = getattr(exchange, "slots", 1.0) if exchange.rows_per_token else 1.0
+    return math.ceil(bound * moe.workload.top_k)
 
 
 def weight_copies(moe: MoE) -> int:

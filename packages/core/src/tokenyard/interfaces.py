@@ -314,6 +314,12 @@ class SendingExchange(Exchange, Protocol):
         ...
 
 
+class BoundedExchange(Exchange, Protocol):
+    """An exchange that bounds a rank's slots before it counts them. This part is optional."""
+
+    slots: float  # activations of so many times the mean number of slots are allocated
+
+
 class ShardingReport(NamedTuple):
     """A model's layout over ranks, as seen by one of them."""
 
