@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tokenyard import BackendError, ConfigError, Routing, Workload
+from tokenyard import BackendError, ConfigError, MoE, Routing, Workload
+from tokenyard.count import saved_by_ffn
 from tokenyard.permutations import TorchPermutation
 from tokenyard.testing import ExchangeConformance, ranks
 from tokenyard_kernels_triton.symmetric_memory import SymmetricMemoryExchange, _agreement
@@ -177,3 +178,16 @@ def test_without_a_group():
 def test_a_bad_bound_is_one_sentence(slots):
     with pytest.raises(ConfigError, match=r"backends.exchange.slots is .*; give a number from 1"):
         SymmetricMemoryExchange(Workload(8, 8, 8, 2, expert_parallel=2), None, None, slots)
+
+
+def test_the_memory_estimate_has_the_rows_of_the_bound():
+    """A kernel saves rows of 2F numbers; a rank receives 2 rows per token, whoever uses them."""
+
+    def saved(slots):
+        workload = Workload(8, 16, EXPERTS, TOP_K, expert_parallel=2)
+        backends = {"exchange": {"name": "symmetric_memory", "slots": slots}, "experts": "loop"}
+        with torch.device("meta"):
+            return saved_by_ffn(MoE(workload, backends=backends), width=4)
+
+    assert saved(1.5) - saved(1) == 4 * 1 * 2 * 16
+    assert saved(9) == saved(2)

@@ -138,7 +138,7 @@ def arriving_bytes(moe: MoE, width: int) -> int:
 def _slots(moe: MoE) -> int:
     """Return the slots per token whose activations are allocated (`BoundedExchange`)."""
     exchange = moe.experts.exchange
-    bound = getattr(exchange, "slots", 1.0) if exchange.rows_per_token else 1.0
+    bound = min(getattr(exchange, "slots", 1.0), moe.workload.expert_parallel)
     return math.ceil(bound * moe.workload.top_k)
 
 

@@ -81,7 +81,7 @@ def pull_tokens(
         return _pull_rows(region, addresses, own, ids), weights, ids, bounded, status
 
     rows, weights, ids, bounded, status = _replayed(
-        "pull tokens", region, (bound, own.shape[0]), launches, (own,)
+        "pull tokens", region, (bound, own.numel() == 0), launches, (own,)
     )
     return rows, weights, ids, bounded, status
 
@@ -92,7 +92,7 @@ def pull_rows(region: Region, own: Tensor, ids: Tensor) -> Tensor:
     def launches(addresses: Tensor, own: Tensor, ids: Tensor) -> tuple[Tensor]:
         return (_pull_rows(region, addresses, own, ids),)
 
-    (rows,) = _replayed("pull rows", region, own.shape[0], launches, (own, ids))
+    (rows,) = _replayed("pull rows", region, own.numel() == 0, launches, (own, ids))
     return rows
 
 
