@@ -22,6 +22,7 @@ from torch import Tensor
 from tokenyard import BackendError, Compute, ConfigError, Permutation, Routing, Workload
 from tokenyard_kernels_triton.symmetric_memory._agreement import most_tokens
 from tokenyard_kernels_triton.symmetric_memory._buffer import buffer_of
+from tokenyard_kernels_triton.symmetric_memory._late_read import LateRead
 from tokenyard_kernels_triton.symmetric_memory._ops import combine, dispatch
 from tokenyard_kernels_triton.symmetric_memory._region import Sizes
 
@@ -60,6 +61,7 @@ class SymmetricMemoryExchange:
         self.held = workload.num_experts // workload.expert_parallel
         self.kind: tuple[Any, ...] | None = None  # of the rows that the buffers are for
         self.capacity = 0  # C
+        self.status = LateRead()
         parallel = workload.expert_parallel > 1
         self.rows_per_token = float(workload.expert_parallel) if parallel else 0.0
 
@@ -86,9 +88,9 @@ class SymmetricMemoryExchange:
             ids = routing.topk_ids.to(torch.int32)
             bound = self._bound(ids.shape[1])
             received = Received(*dispatch(x, ids, routing.topk_weights, *numbers, self.held, bound))
-            counts = _HostCopy(received.status)
+            self.status.mark()
             y = compute(received.rows, received.bounded_ids, received.weights, bound)
-            *tokens, slots = counts.read()
+            *tokens, slots = self.status.read(received.status)
             if max(tokens) > self.capacity:
                 self._reserve(max(tokens), x, routing)
                 continue
@@ -118,20 +120,3 @@ class SymmetricMemoryExchange:
             weights.dtype,
         )
         buffer_of(self.group.group_name, x.device).reserve(sizes)
-
-
-class _HostCopy:
-    """A copy of a tensor of a GPU on the host, made without a wait until it is read."""
-
-    def __init__(self, tensor: Tensor):
-        self.copy = tensor.to("cpu", non_blocking=True)
-        self.event = torch.cuda.Event() if tensor.is_cuda else None
-        if self.event is not None:
-            self.event.record()
-
-    def read(self) -> list[int]:
-        """Return the numbers. Waits until they are on the host."""
-        if self.event is not None:
-            self.event.synchronize()
-        numbers: list[int] = self.copy.tolist()
-        return numbers
