@@ -184,9 +184,10 @@ def tokenyard_permutations() -> list[Backend]:
 
 @hookimpl
 def tokenyard_exchanges() -> list[Backend]:
-    """Offer the exchange between ranks of one node; those of tokenyard-parallel come first."""
+    """Offer the exchange between ranks of one node, before those of tokenyard-parallel."""
     exchange = "tokenyard_kernels_triton.symmetric_memory:SymmetricMemoryExchange"
-    return [Backend("symmetric_memory", exchange, _BY_NAME, no_symmetric_memory)]
+    priority = _LAST if _interpreted() else 0  # core's `local` comes first where it is usable
+    return [Backend("symmetric_memory", exchange, priority, no_symmetric_memory)]
 
 
 @hookimpl

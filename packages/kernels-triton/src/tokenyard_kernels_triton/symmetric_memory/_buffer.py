@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokenyard.errors import BackendError
 from tokenyard_kernels_triton.symmetric_memory._region import Region, Sizes, layout_of
 from tokenyard_kernels_triton.symmetric_memory._torch_private import (
+    SymmetricMemory,
     group_timeout,
     resolve_group,
     symmetric_memory,
@@ -52,7 +54,7 @@ class SymmetricBuffer:
             milliseconds = int(1000 * group_timeout(self.group, self.device).total_seconds())
             # the old one is freed first
             self.buffers = ()
-            memory = symmetric_memory(2 * region_bytes, self.device, self.group)
+            memory = _allocate(2 * region_bytes, self.device, self.group)
             self.buffers = memory.buffers
             self._barrier = partial(memory.barrier, milliseconds)
         else:
@@ -86,6 +88,17 @@ def buffer_of(group_name: str, device: torch.device) -> SymmetricBuffer:
 @cache  # an entry that is dropped would leave ranks with different buffers
 def _cached_buffer(group: Any, device: torch.device) -> SymmetricBuffer:
     return SymmetricBuffer(group, device)
+
+
+def _allocate(size: int, device: torch.device, group: Any) -> SymmetricMemory:
+    try:
+        return symmetric_memory(size, device, group)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise BackendError(
+            f"the exchange symmetric_memory cannot share {size:,} bytes of GPU memory between "
+            f"ranks ({reason}); give backends.exchange: all_to_all_tokens"
+        ) from error
 
 
 def _shared_file(size: int, group: Any) -> tuple[Tensor, ...]:
