@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenyard import Balance
 from tokenyard_train.engine.step import train_step
-from tokenyard_train.records.routing import fetch, load_of, pack, routing_stats
+from tokenyard_train.records.routing import LayerSums, fetch, loads_of, pack, routing_stats
 
 
 def balance(counts, probabilities, z_sum=0.0, dropped=0, device="cpu") -> Balance:
@@ -65,17 +65,27 @@ def test_fetch_returns_sums_over_ranks():
         calls.append(x)
         return 2 * x
 
-    fetched = fetch(torch.tensor(1.5), torch.tensor(2.5, dtype=torch.float64), layers, two_ranks)
+    loss = torch.tensor(1.5)
+    norm = torch.tensor(2.5, dtype=torch.float64)
+    tokens = [torch.tensor(70), 80]
+    fetched = fetch(loss, norm, LayerSums.of(layers), [3, 2], two_ranks, [False, True], tokens)
     assert (fetched.loss, fetched.grad_norm) == (1.5, 2.5)
+    assert (fetched.flags, fetched.counts) == ([False, True], [70, 80])
     assert [b.counts.tolist() for b in fetched.balances] == [[1, 2, 3], [4, 5]]
     assert [b.prob_sum.tolist() for b in fetched.balances] == [[1.0, 0.5, 0.25], [2.0, 4.0]]
     assert [(b.z_sum.item(), b.dropped.item()) for b in fetched.balances] == [(14, 2), (16, 0)]
     assert len(calls) == 1
-    assert load_of(fetched.balances[0]) == pytest.approx([1 / 6, 1 / 3, 1 / 2])
+    assert loads_of(fetched.balances[:1]) == [pytest.approx([1 / 6, 1 / 3, 1 / 2])]
+
+
+def test_fetch_without_experts():
+    loss = torch.tensor(1.5)
+    assert fetch(loss, loss, None, [], lambda x: x) == (1.5, 1.5, [], [], [])
+    assert fetch(loss, loss, None, [], lambda x: x, [True], [7]) == (1.5, 1.5, [], [True], [7])
 
 
 class Transfers(TorchDispatchMode):
-    """Counts host syncs: reads of a scalar and copies to the host."""
+    """Counts host syncs: reads of a scalar, and copies from or to the host."""
 
     def __init__(self):
         super().__init__()
@@ -83,10 +93,9 @@ class Transfers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        to_host = func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device(
-            "cpu"
-        )
-        self.count += to_host or func is torch.ops.aten._local_scalar_dense.default
+        copies = func is torch.ops.aten._to_copy.default
+        moves = copies and kwargs.get("device", args[0].device) != args[0].device
+        self.count += moves or func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **kwargs)
 
 
@@ -104,7 +113,7 @@ def test_one_copy_to_the_host_for_all_layers_together():
         ]
         number = torch.zeros((), device="cuda")
         with Transfers() as transfers:
-            packed = pack(number, number, layers, lambda x: x)
+            packed = pack(number, number, LayerSums.of(layers), lambda x: x, (True, False))
             assert (packed.device.type, transfers.count) == ("cuda", 0)
             packed.cpu()
         assert transfers.count == 1

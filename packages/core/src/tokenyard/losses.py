@@ -33,13 +33,29 @@ def load_balancing_loss(
     "hf": as in transformers, E * sum_e mean(F_e / T) * mean(P_e / T), with means over layers. It is
     K if balanced. It does not detect imbalances that cancel between layers.
     """
-    counts = torch.stack([b.counts for b in balances])  # [L, E]
-    probs = torch.stack([b.prob_sum for b in balances])  # [L, E]
-    experts = counts.shape[1]
-    share = counts.to(probs.dtype) / tokens
     if convention == "hf":
-        return experts * (share.mean(0) * (probs / tokens).mean(0)).sum()
-    return experts / top_k * (share * (probs / tokens)).sum(1).mean()
+        share, probs = _means(balances, tokens)
+        return share.shape[1] * (share.mean(0) * probs.mean(0)).sum()
+    return layer_balancing_losses(balances, tokens, top_k, convention).mean()
+
+
+def layer_balancing_losses(
+    balances: Sequence[Balance],
+    tokens: Tensor | int,
+    top_k: int,
+    convention: Convention = "megablocks",
+) -> Tensor:
+    """Return the load-balancing loss [L] of each layer, as if it were the only one."""
+    share, probs = _means(balances, tokens)
+    scale = share.shape[1] if convention == "hf" else share.shape[1] / top_k
+    return scale * (share * probs).sum(1)
+
+
+def _means(balances: Sequence[Balance], tokens: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Return F_e / T and P_e / T, both [L, E]."""
+    counts = torch.stack([b.counts for b in balances])
+    probs = torch.stack([b.prob_sum for b in balances])
+    return counts.to(probs.dtype) / tokens, probs / tokens
 
 
 def z_loss(balances: Sequence[Balance], tokens: Tensor | int) -> Tensor:

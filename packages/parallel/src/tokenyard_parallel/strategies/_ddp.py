@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tokenyard import ShardingReport, moe_layers, started_processes
 from tokenyard.moe import allow_weight_copies
-from tokenyard.sharded import is_sharded, local_part
+from tokenyard.norm import total_norm
+from tokenyard.sharded import has_shards, is_sharded, local_part
 from tokenyard_parallel.meshes import REPLICATE, make_mesh
 from tokenyard_parallel.strategies._fsdp import FsdpStrategy, keep_local_experts
 from tokenyard_parallel.strategies._gradient_sum import GradientSum, buckets
@@ -47,6 +48,12 @@ class DdpStrategy(FsdpStrategy):
 
         GradientSum(model, replicas)
         return model
+
+    def gradient_norm(self, model: nn.Module) -> Tensor:
+        """Return the norm of all gradients. Without shards, every rank has all of them."""
+        if has_shards(model):
+            return super().gradient_norm(model)
+        return total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
     def describe(self, model: nn.Module) -> ShardingReport:
         """Report the mesh sizes, and the bytes of the largest sum of gradients."""

@@ -156,9 +156,9 @@ class TrainConfig(Section):
         # equal runs end bit-identical; an operation without a deterministic algorithm is an error
         False
     )
-    compile: bool = False  # compile each block by torch.compile; one process only
+    compile: bool = False  # compile each block by torch.compile; not of a sharded model
     cuda_graph: bool | Literal["auto"] = (
-        # replay each microbatch as a CUDA graph; auto: on one GPU, unless something forbids it
+        # replay each microbatch as a CUDA graph; auto: on GPUs, unless something forbids it
         "auto"
     )
     activation_checkpointing: bool | Literal["selective"] = (

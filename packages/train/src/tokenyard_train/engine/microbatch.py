@@ -20,6 +20,7 @@ from tokenyard import Balance, Targets, TokenLoss, moe_layers
 from tokenyard_train.data.batch import Batch
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.setup import Setup
+from tokenyard_train.records.routing import LayerSums
 
 Count = Tensor | int
 """A number of tokens. It is a tensor if it is known after a reduction over ranks only."""
@@ -44,14 +45,14 @@ class Microbatch(NamedTuple):
     """The numbers of a microbatch, without a gradient. It is a pytree of tensors."""
 
     nats: Tensor  # [] this rank's token losses, divided by the supervised tokens of the batch
-    balances: list[Balance]  # one per MoE layer; only `counts` is summed over ranks
+    sums: LayerSums | None  # of the MoE layers; None without any
 
 
 class Accumulated(NamedTuple):
     """The numbers of a batch."""
 
     loss: Tensor  # [] float64, nats per supervised token, summed over ranks
-    balances: list[Balance]  # one per MoE layer; only `counts` is summed over ranks
+    sums: LayerSums | None  # of the MoE layers; None without any
     tokens: Count  # over all ranks, without padding
     supervised: Count  # over all ranks; at least 1
 
@@ -59,7 +60,7 @@ class Accumulated(NamedTuple):
 def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> Accumulated:
     """Add the gradients of this rank's microbatches of a batch to ``parameter.grad``.
 
-    Of a Balance, only `counts` is summed over ranks here; `fetch` sums the rest.
+    Of the LayerSums, only `counts` is summed over ranks here; `fetch` sums the rest.
     """
     config = setup.config
     rank, world = setup.strategy.data
@@ -73,7 +74,7 @@ def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> Accumulated
             for part, counts in zip(parts, _count_tokens(setup, parts), strict=True)
         ]
     loss = torch.zeros((), dtype=torch.float64, device=setup.device)
-    balances: list[Balance] = []
+    sums: LayerSums | None = None
     several = len(work) > 1
     with setup.sums.adding() if several else nullcontext():
         for each in work:
@@ -81,9 +82,10 @@ def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> Accumulated
             if several:
                 setup.optimizer.widen_gradients()
             loss += result.nats
-            balances = _sum_balances(balances, result.balances)
+            if result.sums is not None:
+                sums = result.sums if sums is None else sums.plus(result.sums)
     counts = work[0].counts
-    return Accumulated(setup.strategy.reduce(loss), balances, counts.batch, counts.supervised)
+    return Accumulated(setup.strategy.reduce(loss), sums, counts.batch, counts.supervised)
 
 
 def _run(setup: Setup, work: Work, phase: Phases, add: bool) -> Microbatch:
@@ -106,7 +108,8 @@ def run_microbatch(setup: Setup, work: Work, phase: Phases = untimed) -> Microba
     with phase("backward"):
         balances = _with_all_counts(setup, result.balances)
         (nats + _auxiliary(setup, balances, work.counts)).backward()
-    return Microbatch(nats.detach(), [Balance(*(t.detach() for t in b)) for b in balances])
+    with torch.no_grad():
+        return Microbatch(nats.detach(), LayerSums.of(balances))
 
 
 def _count_tokens(setup: Setup, parts: Sequence[Batch]) -> list[Counts]:
@@ -133,13 +136,6 @@ def _with_all_counts(setup: Setup, balances: Sequence[Balance]) -> list[Balance]
     counts = [balance.counts for balance in balances]
     summed = setup.strategy.reduce(torch.cat(counts)).split([each.numel() for each in counts])
     return [balance._replace(counts=each) for balance, each in zip(balances, summed)]
-
-
-def _sum_balances(total: list[Balance], added: list[Balance]) -> list[Balance]:
-    """Return the sums of two lists of Balances; an empty list counts as zeros."""
-    if not total:
-        return added
-    return [Balance(*(a + b for a, b in zip(*pair))) for pair in zip(total, added)]
 
 
 def _auxiliary(setup: Setup, balances: list[Balance], counts: Counts) -> Tensor | float:

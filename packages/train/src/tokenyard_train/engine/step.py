@@ -20,7 +20,7 @@ from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.schedule import learning_rate, schedule_steps
 from tokenyard_train.engine.setup import Setup
-from tokenyard_train.records.routing import StepNumbers, fetch, load_of, routing_stats
+from tokenyard_train.records.routing import StepNumbers, fetch, loads_of, routing_stats
 
 
 class StepResult(NamedTuple):
@@ -56,7 +56,7 @@ def train_step(
     setup.model.train()
     _seed(setup, batch)
     # Forward and backward
-    loss, balances, *counts = accumulate(setup, batch, phase)
+    loss, sums, *counts = accumulate(setup, batch, phase)
     # Clip and update parameters; neither changes anything if a number is not finite
     with phase("optimizer"):
         norm = setup.strategy.gradient_norm(setup.model)
@@ -64,12 +64,15 @@ def train_step(
         setup.optimizer.step(scale=_gradient_scale(config, loss, norm))
         setup.optimizer.zero_grad(set_to_none=True)
         # Bring all numbers to the host in one copy: the only host sync of the step
-        numbers = fetch(loss, norm, balances, setup.strategy.reduce, flags, counts)
+        layers = moe_layers(setup.model)
+        experts = [moe.workload.num_experts for moe in layers]
+        numbers = fetch(loss, norm, sums, experts, setup.strategy.reduce, flags, counts)
     if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
         return Step(Skipped(numbers.loss, numbers.grad_norm), numbers.flags)
     # Update routers
-    for moe, balance in zip(moe_layers(setup.model), balances):
-        moe.router.update(balance.counts)
+    if sums is not None:
+        for moe, slots in zip(layers, sums.counts.split(experts)):
+            moe.router.update(slots)
     return Step(_result(setup, numbers, lr), numbers.flags)
 
 
@@ -109,7 +112,7 @@ def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:
         grad_norm=norm,
         lr=lr,
         supervised=supervised,
-        load=[[round(share, 6) for share in load_of(balance)] for balance in balances],
+        load=[[round(share, 6) for share in load] for load in loads_of(balances)],
         dropped=sum(int(balance.dropped) for balance in balances),
         routing=[layer._asdict() for layer in stats],
     )

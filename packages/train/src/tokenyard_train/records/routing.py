@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenyard import Balance, load_balancing_loss, z_loss
-from tokenyard.losses import Convention
+from tokenyard import Balance
+from tokenyard.losses import Convention, layer_balancing_losses
 
 
 class StepNumbers(NamedTuple):
@@ -37,79 +37,119 @@ class LayerRouting(NamedTuple):
     z_loss: float  # unweighted
 
 
+class LayerSums(NamedTuple):
+    """The Balances of all MoE layers in two tensors, so that a step launches few kernels for them.
+
+    It is a pytree of tensors.
+    """
+
+    counts: Tensor  # [sum of E] summed over ranks
+    local: Tensor  # [sum of E + 2] float64, of this rank: each layer's prob_sum, z_sum, dropped
+
+    @staticmethod
+    def of(balances: Sequence[Balance]) -> LayerSums | None:
+        """Pack the Balances of a microbatch, whose `counts` are summed over ranks; None if none."""
+        if not balances:
+            return None
+        local = [
+            t for b in balances for t in (b.prob_sum, b.z_sum.unsqueeze(0), b.dropped.unsqueeze(0))
+        ]
+        counts = torch.cat([balance.counts for balance in balances])
+        return LayerSums(counts, torch.cat([tensor.double() for tensor in local]))
+
+    def plus(self, other: LayerSums) -> LayerSums:
+        """Return the sums of two microbatches."""
+        return LayerSums(self.counts + other.counts, self.local + other.local)
+
+
 def fetch(
     loss: Tensor,
     grad_norm: Tensor,
-    balances: Sequence[Balance],
+    sums: LayerSums | None,
+    experts: Sequence[int],
     reduce: Callable[[Tensor], Tensor],
     flags: Sequence[bool] = (),
     counts: Sequence[Tensor | int] = (),
 ) -> StepNumbers:
     """Copy a step's numbers to the host in one transfer.
 
-    `loss`, `grad_norm`, the Balances' `counts` and the `counts` of tokens are already sums over
-    ranks. One call of `reduce` sums the rest over ranks, together with this rank's `flags`.
+    `experts` are the experts E of each MoE layer. `loss`, `grad_norm`, the `counts` of `sums` and
+    the `counts` of tokens are already sums over ranks. One call of `reduce` sums the rest over
+    ranks, together with this rank's `flags`.
     """
-    packed = pack(loss, grad_norm, balances, reduce, flags, counts).cpu()
-    sizes = [balance.counts.numel() for balance in balances]
-    scalars, flag_sums, *layers = packed.split(
-        [2 + len(counts), len(flags), *(2 * experts + 2 for experts in sizes)]
+    packed = pack(loss, grad_norm, sums, reduce, flags, counts).cpu()
+    on_device = sum(isinstance(count, Tensor) for count in counts)
+    total = sum(experts)
+    loss_sum, norm, *numbers = packed[: 2 + on_device].tolist()
+    flag_sums, local, slots = packed[2 + on_device :].split(
+        [len(flags), total + 2 * len(experts), total]
     )
-    summed = [_unpack(layer, experts) for layer, experts in zip(layers, sizes)]
-    loss_sum, norm, *tokens = scalars.tolist()
-    return StepNumbers(loss_sum, norm, summed, (flag_sums > 0).tolist(), [int(n) for n in tokens])
+    tokens = [numbers.pop(0) if isinstance(count, Tensor) else count for count in counts]
+    layers = zip(slots.split(list(experts)), local.split([size + 2 for size in experts]))
+    balances = [Balance(count, rest[-1], rest[:-2], rest[-2]) for count, rest in layers]
+    return StepNumbers(
+        loss_sum, norm, balances, (flag_sums > 0).tolist(), [int(count) for count in tokens]
+    )
 
 
 def pack(
     loss: Tensor,
     grad_norm: Tensor,
-    balances: Sequence[Balance],
+    sums: LayerSums | None,
     reduce: Callable[[Tensor], Tensor],
     flags: Sequence[bool] = (),
     counts: Sequence[Tensor | int] = (),
 ) -> Tensor:
-    """Pack a step's numbers on the device, for `fetch` to copy.
+    """Pack a step's numbers on the device, for `fetch` to copy. No host sync.
 
-    Returns [2 + counts + flags + sum over layers of (2E + 2)] float64: loss, gradient norm, counts
-    of tokens, flags, and per layer counts [E], summed probabilities [E], z sum and dropped slots.
+    Returns float64: loss, gradient norm, those counts of tokens that are tensors, flags, then per
+    layer the summed probabilities [E], z sum and dropped slots, then the slots of all experts.
     """
-    tokens = [loss.new_zeros((), dtype=torch.float64) + count for count in counts]
-    scalars = torch.stack((loss.double(), grad_norm.to(loss.device).double(), *tokens))
-    slots = [b.counts.double() for b in balances]
-    local = [
-        torch.cat((b.prob_sum.double(), torch.stack((b.z_sum.double(), b.dropped.double()))))
-        for b in balances
-    ]
-    local = [torch.tensor(list(flags), dtype=torch.float64, device=loss.device), *local]
-    flag_sums, *sums = reduce(torch.cat(local)).split([part.numel() for part in local])
-    return torch.cat((scalars, flag_sums, *(part for layer in zip(slots, sums) for part in layer)))
-
-
-def _unpack(layer: Tensor, experts: int) -> Balance:
-    counts, probabilities, z_sum, dropped = layer.split((experts, experts, 1, 1))
-    return Balance(counts, dropped[0], probabilities, z_sum[0])
+    tokens = [count for count in counts if isinstance(count, Tensor)]
+    scalars = [loss, grad_norm.to(loss.device), *tokens]
+    # A list would be copied to the device, and the host would wait for that
+    local = [loss.new_full((1,), float(flag), dtype=torch.float64) for flag in flags]
+    if sums is not None:
+        local.append(sums.local)
+    parts = [scalar.double().unsqueeze(0) for scalar in scalars]
+    if local:
+        parts.append(reduce(torch.cat(local)))
+    if sums is not None:
+        parts.append(sums.counts.double())
+    return torch.cat(parts)
 
 
 def routing_stats(
     balances: Sequence[Balance], tokens: int, top_k: int, convention: Convention
 ) -> list[LayerRouting]:
-    """Return each layer's statistics from its Balance on the host. `tokens` is the step's count."""
+    """Return each layer's statistics from its Balance on the host. `tokens` is the step's count.
+
+    A GPU waits meanwhile, so all layers are computed together.
+    """
+    loads = loads_of(balances)
+    slots = torch.stack([balance.counts.sum() for balance in balances])
+    dropped = torch.stack([balance.dropped for balance in balances]) / slots
+    losses = layer_balancing_losses(balances, tokens, top_k, convention)
+    z = torch.stack([balance.z_sum for balance in balances]) / tokens
+    columns = zip(loads, dropped.tolist(), losses.tolist(), z.tolist(), strict=True)
     return [
         LayerRouting(
-            entropy=normalised_entropy(load := load_of(balance)),
+            entropy=normalised_entropy(load),
             busiest=max(load) * len(load),
             idle=load.count(0.0),
-            dropped=(balance.dropped / balance.counts.sum()).item(),
-            balance_loss=load_balancing_loss([balance], tokens, top_k, convention).item(),
-            z_loss=z_loss([balance], tokens).item(),
+            dropped=layer_dropped,
+            balance_loss=layer_loss,
+            z_loss=layer_z,
         )
-        for balance in balances
+        for load, layer_dropped, layer_loss, layer_z in columns
     ]
 
 
-def load_of(balance: Balance) -> list[float]:
-    """Return each expert's share of a layer's slots, dropped slots included."""
-    return [float(share) for share in (balance.counts / balance.counts.sum()).tolist()]
+def loads_of(balances: Sequence[Balance]) -> list[list[float]]:
+    """Return each expert's share of its layer's slots, dropped slots included."""
+    counts = torch.stack([balance.counts for balance in balances])  # [L, E]
+    loads: list[list[float]] = (counts / counts.sum(1, keepdim=True)).tolist()
+    return loads
 
 
 def normalised_entropy(load: Sequence[float]) -> float:
