@@ -68,7 +68,9 @@ def test_fetch_returns_sums_over_ranks():
     loss = torch.tensor(1.5)
     norm = torch.tensor(2.5, dtype=torch.float64)
     tokens = [torch.tensor(70), 80]
-    fetched = fetch(loss, norm, LayerSums.of(layers), [3, 2], two_ranks, [False, True], tokens)
+    flags = [False, True]
+    packed = pack(loss, norm, LayerSums.of(layers), two_ranks, flags, tokens)
+    fetched = fetch(packed, [3, 2], flags, tokens)
     assert (fetched.loss, fetched.grad_norm) == (1.5, 2.5)
     assert (fetched.flags, fetched.counts) == ([False, True], [70, 80])
     assert [b.counts.tolist() for b in fetched.balances] == [[1, 2, 3], [4, 5]]
@@ -78,10 +80,11 @@ def test_fetch_returns_sums_over_ranks():
     assert loads_of(fetched.balances[:1]) == [pytest.approx([1 / 6, 1 / 3, 1 / 2])]
 
 
-def test_fetch_without_experts():
+@pytest.mark.parametrize(("flags", "tokens"), [([], []), ([True], [7])])
+def test_fetch_without_experts(flags, tokens):
     loss = torch.tensor(1.5)
-    assert fetch(loss, loss, None, [], lambda x: x) == (1.5, 1.5, [], [], [])
-    assert fetch(loss, loss, None, [], lambda x: x, [True], [7]) == (1.5, 1.5, [], [True], [7])
+    packed = pack(loss, loss, None, lambda x: x, flags, tokens)
+    assert fetch(packed, [], flags, tokens) == (1.5, 1.5, [], flags, tokens)
 
 
 class Transfers(TorchDispatchMode):

@@ -17,28 +17,10 @@ import torch
 from torch import Tensor
 
 from tokenyard import Balance, Targets, TokenLoss, moe_layers
-from tokenyard_train.data.batch import Batch
 from tokenyard_train.engine.phases import Phases, untimed
+from tokenyard_train.engine.reader import Count, Counts, Work
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.records.routing import LayerSums
-
-Count = Tensor | int
-"""A number of tokens. It is a tensor if it is known after a reduction over ranks only."""
-
-
-class Counts(NamedTuple):
-    """Tokens over all ranks. Padding is not counted."""
-
-    microbatch: Count
-    batch: Count
-    supervised: Count  # of the batch; at least 1
-
-
-class Work(NamedTuple):
-    """What a forward and backward pass reads. It is a pytree of tensors and ints."""
-
-    batch: Batch
-    counts: Counts
 
 
 class Microbatch(NamedTuple):
@@ -62,17 +44,8 @@ def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> Accumulated
 
     Of the LayerSums, only `counts` is summed over ranks here; `fetch` sums the rest.
     """
-    config = setup.config
-    rank, world = setup.strategy.data
-    rows_each = int(config.device_train_microbatch_size)
     with phase("data"):
-        parts = setup.data.train.microbatches(
-            batch, config.global_train_batch_size, rank, world, rows_each
-        )
-        work = [
-            Work(part.to(setup.device), counts)
-            for part, counts in zip(parts, _count_tokens(setup, parts), strict=True)
-        ]
+        work = setup.reader.take(batch)
     loss = torch.zeros((), dtype=torch.float64, device=setup.device)
     sums: LayerSums | None = None
     several = len(work) > 1
@@ -110,23 +83,6 @@ def run_microbatch(setup: Setup, work: Work, phase: Phases = untimed) -> Microba
         (nats + _auxiliary(setup, balances, work.counts)).backward()
     with torch.no_grad():
         return Microbatch(nats.detach(), LayerSums.of(balances))
-
-
-def _count_tokens(setup: Setup, parts: Sequence[Batch]) -> list[Counts]:
-    """Return the counts of each microbatch over all ranks.
-
-    Counts of packed documents take one reduction for the whole batch. Those of text are known.
-    """
-    if all(part.documents is None for part in parts):
-        world = setup.strategy.data[1]
-        total = setup.batch_tokens
-        return [Counts(part.ids.numel() * world, total, total) for part in parts]
-    own = torch.tensor(
-        [part.count_tokens() for part in parts], dtype=torch.float64
-    )  # [microbatches, 2]
-    tokens, supervised = setup.strategy.reduce(own.to(setup.device)).unbind(1)
-    # A batch without supervised tokens has the loss 0, and the gradient of the router losses.
-    return [Counts(each, tokens.sum(), supervised.sum().clamp(min=1)) for each in tokens]
 
 
 def _with_all_counts(setup: Setup, balances: Sequence[Balance]) -> list[Balance]:

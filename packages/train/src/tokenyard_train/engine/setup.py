@@ -27,6 +27,7 @@ from tokenyard_train.engine.expert_sums import ExpertSums
 from tokenyard_train.engine.optimizer import Optimizer, build_optimizer
 from tokenyard_train.engine.out_of_memory import check_batch_fits
 from tokenyard_train.engine.precision import BF16_MASTER, computing_in
+from tokenyard_train.engine.reader import Reader
 from tokenyard_train.engine.schedule import check_schedule
 from tokenyard_train.engine.table_versions import choose_versions
 from tokenyard_train.engine.wrap_blocks import wrap_blocks
@@ -47,6 +48,11 @@ class Setup:
     sums: ExpertSums  # of gradients over several microbatches
     batches: int  # optimizer steps of the whole run
     flops_per_token: float  # of training: forward and backward
+
+    @cached_property
+    def reader(self) -> Reader:
+        """The reader of this rank's microbatches."""
+        return Reader(self.config, self.data, self.strategy)
 
     @cached_property
     def identity(self) -> dict[str, str]:

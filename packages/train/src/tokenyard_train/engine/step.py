@@ -20,7 +20,7 @@ from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.schedule import learning_rate, schedule_steps
 from tokenyard_train.engine.setup import Setup
-from tokenyard_train.records.routing import StepNumbers, fetch, loads_of, routing_stats
+from tokenyard_train.records.routing import StepNumbers, fetch, loads_of, pack, routing_stats
 
 
 class StepResult(NamedTuple):
@@ -63,10 +63,15 @@ def train_step(
         lr = _set_learning_rates(setup, batch)
         setup.optimizer.step(scale=_gradient_scale(config, loss, norm))
         setup.optimizer.zero_grad(set_to_none=True)
-        # Bring all numbers to the host in one copy: the only host sync of the step
-        layers = moe_layers(setup.model)
-        experts = [moe.workload.num_experts for moe in layers]
-        numbers = fetch(loss, norm, sums, experts, setup.strategy.reduce, flags, counts)
+        packed = pack(loss, norm, sums, setup.strategy.reduce, flags, counts)
+    # Read the next batch while the GPU works, then bring all numbers to the host in one copy
+    with phase("data"):
+        if batch + 1 < setup.batches:
+            setup.reader.read_ahead(batch + 1)
+    layers = moe_layers(setup.model)
+    experts = [moe.workload.num_experts for moe in layers]
+    with phase("optimizer"):
+        numbers = fetch(packed, experts, flags, counts)
     if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
         return Step(Skipped(numbers.loss, numbers.grad_norm), numbers.flags)
     # Update routers

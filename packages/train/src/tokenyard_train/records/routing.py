@@ -62,36 +62,6 @@ class LayerSums(NamedTuple):
         return LayerSums(self.counts + other.counts, self.local + other.local)
 
 
-def fetch(
-    loss: Tensor,
-    grad_norm: Tensor,
-    sums: LayerSums | None,
-    experts: Sequence[int],
-    reduce: Callable[[Tensor], Tensor],
-    flags: Sequence[bool] = (),
-    counts: Sequence[Tensor | int] = (),
-) -> StepNumbers:
-    """Copy a step's numbers to the host in one transfer.
-
-    `experts` are the experts E of each MoE layer. `loss`, `grad_norm`, the `counts` of `sums` and
-    the `counts` of tokens are already sums over ranks. One call of `reduce` sums the rest over
-    ranks, together with this rank's `flags`.
-    """
-    packed = pack(loss, grad_norm, sums, reduce, flags, counts).cpu()
-    on_device = sum(isinstance(count, Tensor) for count in counts)
-    total = sum(experts)
-    loss_sum, norm, *numbers = packed[: 2 + on_device].tolist()
-    flag_sums, local, slots = packed[2 + on_device :].split(
-        [len(flags), total + 2 * len(experts), total]
-    )
-    tokens = [numbers.pop(0) if isinstance(count, Tensor) else count for count in counts]
-    layers = zip(slots.split(list(experts)), local.split([size + 2 for size in experts]))
-    balances = [Balance(count, rest[-1], rest[:-2], rest[-2]) for count, rest in layers]
-    return StepNumbers(
-        loss_sum, norm, balances, (flag_sums > 0).tolist(), [int(count) for count in tokens]
-    )
-
-
 def pack(
     loss: Tensor,
     grad_norm: Tensor,
@@ -102,6 +72,8 @@ def pack(
 ) -> Tensor:
     """Pack a step's numbers on the device, for `fetch` to copy. No host sync.
 
+    `loss`, `grad_norm`, the `counts` of `sums` and the `counts` of tokens are already sums over
+    ranks. One call of `reduce` sums the rest over ranks, together with this rank's `flags`.
     Returns float64: loss, gradient norm, those counts of tokens that are tensors, flags, then per
     layer the summed probabilities [E], z sum and dropped slots, then the slots of all experts.
     """
@@ -117,6 +89,31 @@ def pack(
     if sums is not None:
         parts.append(sums.counts.double())
     return torch.cat(parts)
+
+
+def fetch(
+    packed: Tensor,
+    experts: Sequence[int],
+    flags: Sequence[bool] = (),
+    counts: Sequence[Tensor | int] = (),
+) -> StepNumbers:
+    """Copy a step's numbers to the host in one transfer.
+
+    `experts` are the experts E of each MoE layer. The rest is the result and arguments of `pack`.
+    """
+    numbers = packed.cpu()
+    on_device = sum(isinstance(count, Tensor) for count in counts)
+    total = sum(experts)
+    loss, norm, *summed = numbers[: 2 + on_device].tolist()
+    flag_sums, local, slots = numbers[2 + on_device :].split(
+        [len(flags), total + 2 * len(experts), total]
+    )
+    tokens = [summed.pop(0) if isinstance(count, Tensor) else count for count in counts]
+    layers = zip(slots.split(list(experts)), local.split([size + 2 for size in experts]))
+    balances = [Balance(count, rest[-1], rest[:-2], rest[-2]) for count, rest in layers]
+    return StepNumbers(
+        loss, norm, balances, (flag_sums > 0).tolist(), [int(count) for count in tokens]
+    )
 
 
 def routing_stats(
