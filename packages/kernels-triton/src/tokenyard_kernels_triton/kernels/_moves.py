@@ -13,7 +13,6 @@ from tokenyard_kernels_triton.kernels._activations import (
     function_and_slope,
     through_clamp,
 )
-from tokenyard_kernels_triton.kernels._quantize import store_quantized, times_scales
 from tokenyard_kernels_triton.kernels._schedule import tile_at
 from tokenyard_kernels_triton.kernels._tiles import rounded
 
@@ -142,11 +141,8 @@ def dot_with_rows(
 @triton.jit
 def differentiate(
     da,  # [R, F], not weighted
-    z,  # [R, PARTS * F], in float8 if it has scales
-    z_scales,  # [R, PARTS * F / 128] or None
+    z,  # [R, PARTS * F]
     dz,  # [R, PARTS * F]
-    dz_values,  # [R, PARTS * F] float8, or None
-    dz_scales,  # [R, PARTS * F / 128] or None
     weighted,  # [R, F]
     dots,  # [R, dots_width]
     order,  # [R] slot of each row
@@ -158,12 +154,8 @@ def differentiate(
     PARTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Write one row of dz, of the weighted activation w * a, and of the row dot <da, a>.
-
-    With `dz_values`, write dz in float8 as well.
-    """
+    """Write one row of dz, of the weighted activation w * a, and of the row dot <da, a>."""
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(live):
         w = 1.0
@@ -175,9 +167,6 @@ def differentiate(
             mask = column < ffn_dim
             gradient = tl.load(da + row * ffn_dim + column, mask=mask, other=0.0).to(tl.float32)
             gate = tl.load(z + row * PARTS * ffn_dim + column, mask=mask, other=0.0).to(tl.float32)
-            of_row = row * PARTS * ffn_dim // BLOCK  # the row's first scale
-            if z_scales is not None:
-                gate = times_scales(gate, z_scales + of_row, first, ffn_dim, COLUMNS, BLOCK)
 
             # f(gate) and f'(gate) times the weighted gradient; with a gate, times `up` as well.
             a, slope = function_and_slope(gate, FUNCTION)
@@ -186,34 +175,11 @@ def differentiate(
             if PARTS == 2:
                 up = tl.load(z + (row * 2 + 1) * ffn_dim + column, mask=mask, other=0.0)
                 up = up.to(tl.float32)
-                if z_scales is not None:
-                    of_up = z_scales + of_row + ffn_dim // BLOCK
-                    up = times_scales(up, of_up, first, ffn_dim, COLUMNS, BLOCK)
                 dup = through_clamp(gradient * w * a, up, FUNCTION)
                 tl.store(at + ffn_dim, rounded(dup, dz.dtype.element_ty), mask=mask)
-                if dz_values is not None:
-                    store_quantized(
-                        dup,
-                        dz_values + (row * 2 + 1) * ffn_dim,
-                        dz_scales + of_row + ffn_dim // BLOCK,
-                        first,
-                        ffn_dim,
-                        COLUMNS,
-                        BLOCK,
-                    )
                 a = a * factor(up, FUNCTION)
                 slope = slope * factor(up, FUNCTION)
             tl.store(at, rounded(slope, dz.dtype.element_ty), mask=mask)
-            if dz_values is not None:
-                store_quantized(
-                    slope,
-                    dz_values + row * PARTS * ffn_dim,
-                    dz_scales + of_row,
-                    first,
-                    ffn_dim,
-                    COLUMNS,
-                    BLOCK,
-                )
             at = weighted + row * ffn_dim + column
             tl.store(at, rounded(a * w, dz.dtype.element_ty), mask=mask)
             total += gradient * a

@@ -86,43 +86,6 @@ def quantize_weights(
 
 
 @triton.jit
-def times_scales(
-    value,  # [COLUMNS] float32 of one row
-    scales,  # pointer to the row's first scale
-    first,  # column
-    width,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return a part of a row times its blocks' scales, each of which is loaded once."""
-    block = tl.arange(0, COLUMNS // BLOCK)
-    inside = first + block * BLOCK < width
-    scale = tl.load(scales + first // BLOCK + block, mask=inside, other=0.0)
-    blocks = tl.reshape(value, [COLUMNS // BLOCK, BLOCK]) * scale[:, None]
-    return tl.reshape(blocks, [COLUMNS])
-
-
-@triton.jit
-def store_quantized(
-    value,  # [COLUMNS] float32 of one row, zero where columns do not exist
-    values,  # pointer to the row's first number, float8 e4m3
-    scales,  # pointer to the row's first scale
-    first,  # column
-    width,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write a part of a row in float8, and its scales."""
-    block = tl.arange(0, COLUMNS // BLOCK)
-    column = first + block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    blocks = tl.reshape(value, [COLUMNS // BLOCK, BLOCK])
-    scale = scale_of(tl.max(tl.abs(blocks), 1))
-    narrow = rounded(blocks / scale[:, None], tl.float8e4nv)
-    tl.store(values + column, narrow, mask=column < width)
-    tl.store(scales + first // BLOCK + block, scale, mask=first + block * BLOCK < width)
-
-
-@triton.jit
 def dequantize_rows(
     values,  # [R, width] float8 e4m3
     scales,  # [R, blocks] float32

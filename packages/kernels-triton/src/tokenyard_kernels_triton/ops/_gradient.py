@@ -5,17 +5,21 @@ Every function allocates what it returns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tokenyard.activations import is_gated
-from tokenyard.fp8 import BLOCK, DTYPE, Quantized
+from tokenyard.fp8 import DTYPE, Quantized
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
-from tokenyard_kernels_triton.kernels import _moves
+from tokenyard_kernels_triton.kernels import _fp8_gradient, _moves
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._quantize import quantized_shapes
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+
+_NARROW = 1280  # columns of an expert, up to which a program that quantizes has several rows
 
 
 def differentiate(
@@ -34,8 +38,21 @@ def differentiate(
     One pass reads da and z. Only a bias needs the rows dy [R, D].
     """
     dz = torch.empty_like(z)
-    weighted, dots = _differentiate(
-        da, (z, None), (dz, None, None), down_bias, order, topk_weights, row_tiles, activation
+    ffn_dim = da.shape[1]
+    weighted, dots = _empty_results(da, down_bias, row_tiles)
+    launch(_moves.differentiate, (row_tiles.rows,))(
+        da,
+        z,
+        dz,
+        weighted,
+        dots,
+        order,
+        topk_weights,
+        row_tiles.live,
+        ffn_dim,
+        dots.shape[1],
+        **_constants(activation, topk_weights),
+        COLUMNS=min(2048, power_of_two(ffn_dim)),
     )
     if dy is not None and down_bias is not None:
         _write_bias_dots(dots, dy, down_bias, row_tiles)
@@ -59,50 +76,44 @@ def differentiate_and_quantize(
     dz = da.new_empty(z[0].shape)
     values, scales = quantized_shapes(da, *dz.shape)
     quantized = Quantized(values.view(DTYPE), scales)
-    weighted, dots = _differentiate(
-        da, z, (dz, *quantized), down_bias, order, topk_weights, row_tiles, activation
+    weighted, dots = _empty_results(da, down_bias, row_tiles)
+    rows, blocks = (2, 2) if da.shape[1] <= _NARROW else (1, 8)
+    launch(_fp8_gradient.differentiate_fp8, (ceil_div(row_tiles.rows, rows),))(
+        da,
+        *z,
+        dz,
+        *quantized,
+        weighted,
+        dots,
+        order,
+        topk_weights,
+        row_tiles.live,
+        da.shape[1],
+        dots.shape[1],
+        **_constants(activation, topk_weights),
+        ROWS=rows,
+        BLOCKS=blocks,
+        num_warps=rows * blocks // 2,
     )
     if dy is not None and down_bias is not None:
         _write_bias_dots(dots, dy, down_bias, row_tiles)
     return dz, quantized, weighted, dots
 
 
-def _differentiate(
-    da: Tensor,
-    z: tuple[Tensor, Tensor | None],
-    dz: tuple[Tensor, Tensor | None, Tensor | None],
-    down_bias: Tensor | None,
-    order: Tensor,
-    topk_weights: Tensor | None,
-    row_tiles: RowTiles,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Write dz, and its values and scales in float8 unless they are None.
+def _constants(activation: str, topk_weights: Tensor | None) -> dict[str, Any]:
+    return {
+        "FUNCTION": function_of(activation),
+        "PARTS": 2 if is_gated(activation) else 1,
+        "WEIGHTED": topk_weights is not None,
+    }
 
-    Return the weighted activation and dots.
-    """
-    ffn_dim = da.shape[1]
-    weighted = torch.empty_like(da)
+
+def _empty_results(
+    da: Tensor, down_bias: Tensor | None, row_tiles: RowTiles
+) -> tuple[Tensor, Tensor]:
+    """Return undefined tensors for the weighted activation [R, F], and dots [R, 1 or 2]."""
     width = 1 if down_bias is None else 2
-    dots = da.new_empty(row_tiles.rows, width, dtype=torch.float32)
-    launch(_moves.differentiate, (row_tiles.rows,))(
-        da,
-        *z,
-        *dz,
-        weighted,
-        dots,
-        order,
-        topk_weights,
-        row_tiles.live,
-        ffn_dim,
-        width,
-        FUNCTION=function_of(activation),
-        PARTS=2 if is_gated(activation) else 1,
-        WEIGHTED=topk_weights is not None,
-        COLUMNS=min(2048, power_of_two(ffn_dim)),
-        BLOCK=BLOCK,
-    )
-    return weighted, dots
+    return torch.empty_like(da), da.new_empty(row_tiles.rows, width, dtype=torch.float32)
 
 
 def _write_bias_dots(dots: Tensor, dy: Tensor, down_bias: Tensor, row_tiles: RowTiles) -> None:
