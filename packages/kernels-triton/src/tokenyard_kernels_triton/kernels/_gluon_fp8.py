@@ -19,6 +19,7 @@ from tokenyard_kernels_triton.kernels._activations import factor, function
 from tokenyard_kernels_triton.kernels._gluon_fp8_tiles import (
     accumulate,
     add_bias,
+    registers,
     rows_of_scales,
     store_half,
 )
@@ -27,7 +28,6 @@ from tokenyard_kernels_triton.kernels._gluon_loads import (
     left_slices,
     load_row_tiles,
     loading_warps,
-    registers,
 )
 from tokenyard_kernels_triton.kernels._gluon_pipeline import barriers, skip_slices
 from tokenyard_kernels_triton.kernels._schedule import tile_at
@@ -65,8 +65,8 @@ def _multiply_up(
             block = n * (2 // PARTS)  # of the first half
             apart = blocks if PARTS == 2 else 1  # blocks from the first half to the second
             exists = PARTS == 2 or block + 1 < blocks
-            rows, inside = rows_of_scales(order, row, end, TOP_K)
-            of_expert = expert.to(gl.int64) * PARTS * blocks
+            rows = rows_of_scales(order, row, end, TOP_K)
+            of_expert = expert * PARTS * blocks  # the first of its blocks of rows
             first, second = accumulate(
                 a,
                 b,
@@ -74,13 +74,12 @@ def _multiply_up(
                 empty,
                 done,
                 steps,
-                row_scales + rows.to(gl.int64) * steps,
-                inside,
-                weight_scales + (of_expert + block) * steps,
-                apart * steps,
+                row_scales,
+                rows * steps,
+                weight_scales,
+                (of_expert + block) * steps,
+                gl.where(exists, apart * steps, 0),
                 1,
-                exists,
-                TOP_K > 0,  # GATHERED
                 WARPGROUP,
                 STAGES,
             )
@@ -93,7 +92,7 @@ def _multiply_up(
             tma.store_wait(0)  # the last tile's stores have read the buffers
             if PARTS == 2:
                 if KEEP_A:
-                    act = function(first, FUNCTION) * factor(second, FUNCTION)
+                    act = function(first, FUNCTION, True) * factor(second, FUNCTION)
                     buffer = a_buffers.index(WARPGROUP)
                     store_half(
                         act,
@@ -144,7 +143,7 @@ def _multiply_up(
                         )
                     if KEEP_A:
                         store_half(
-                            function(tile, FUNCTION),
+                            function(tile, FUNCTION, True),
                             a_out,
                             a_scales,
                             blocks,
@@ -279,8 +278,7 @@ def _multiply_rows(
         if row < end:
             # Main loop.
             exists = 2 * n + 1 < blocks
-            rows, inside = rows_of_scales(order, row, end, TOP_K)
-            of_expert = weight_scales + expert.to(gl.int64) * blocks * steps
+            rows = rows_of_scales(order, row, end, TOP_K)
             first, second = accumulate(
                 a,
                 b,
@@ -288,13 +286,12 @@ def _multiply_rows(
                 empty,
                 done,
                 steps,
-                row_scales + rows.to(gl.int64) * steps,
-                inside,
-                of_expert + 2 * n * next_column,
-                next_column,
+                row_scales,
+                rows * steps,
+                weight_scales,
+                expert * blocks * steps + 2 * n * next_column,
+                gl.where(exists, next_column, 0),
                 next_slice,
-                exists,
-                TOP_K > 0,  # GATHERED
                 WARPGROUP,
                 STAGES,
             )
