@@ -380,7 +380,6 @@ def language():
         minimum=lambda one, other, nan=None: either(one, other, torch.fmin),
         clamp=lambda value, low, high, nan=None: Value(value.tensor.clamp(low, high)),
         PropagateNan=SimpleNamespace(ALL=None),
-        where=lambda mask, one, other: one if mask else other,
         join=lambda one, other: Value(torch.stack((one.tensor, other.tensor), -1)),
         convert_layout=lambda value, layout, assert_trivial=False: value,
         allocate_shared_memory=lambda *arguments: _shared(allocate(*arguments)),
