@@ -3,6 +3,7 @@
 import torch
 
 from tokenyard import count_parameters
+from tokenyard.count import training_flops_per_token
 from tokenyard_models import Dbrx, Mixtral, Mpt
 
 DBRX = (6144, 10752, 100352, 40, 16, 4)
@@ -42,6 +43,18 @@ def test_flops_count_active_matrices_and_causal_attention():
     scores = layers * sum(2 * 2 * d * (position + 1) for position in range(s)) / s
     model = meta(Dbrx, {})
     assert model.flops_per_token(s) == 2 * matrices + scores
+
+
+def test_frozen_weights_have_no_gradient_to_compute():
+    d, f, vocab, layers, e, k = DBRX
+    model = meta(Dbrx, {})
+    forward = model.flops_per_token(64)
+    assert training_flops_per_token(model, 64) == 3 * forward
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is model.blocks[0].ffn.experts.down)
+    attention = d * (d + 2 * 8 * 128) + d * d
+    frozen = layers * (attention + e * d + k * 3 * d * f) + vocab * d - k * d * f
+    assert training_flops_per_token(model, 64) == 3 * forward - 2 * frozen
 
 
 def test_a_tied_head_is_one_parameter_and_one_matmul():

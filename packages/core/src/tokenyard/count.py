@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenyard.activations import is_gated
 from tokenyard.feed_forward import FeedForward
+from tokenyard.model import Model
 from tokenyard.moe import MoE, moe_layers
 from tokenyard.sharded import local_part
 from tokenyard.workload import Workload
@@ -77,6 +78,18 @@ def weight_flops_per_token(model: nn.Module, lookups: Collection[Tensor] = ()) -
         if p.dim() > 1 and not name.endswith("_bias") and p not in skipped
     ]
     return 2 * sum(p.numel() * expert_share.get(p, 1) for p in matrices)
+
+
+def training_flops_per_token(model: Model, seq_len: int) -> float:
+    """Return the FLOPs per token of the matmuls of a training step, without recompute.
+
+    A forward matmul has two in the backward pass: for the gradient of its input and of its weight.
+    A frozen weight has no gradient. (A frozen embedding that is also the head counts as trained.)
+    """
+    lookups = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = weight_flops_per_token(model, [*lookups, *trained])
+    return 3 * model.flops_per_token(seq_len) - frozen
 
 
 def saved_by_ffn(ffn: MoE | FeedForward, width: int) -> int:

@@ -21,7 +21,7 @@ from tokenyard import (
     default_registry,
     moe_layers,
 )
-from tokenyard.count import saved_by_row, weight_copies
+from tokenyard.count import saved_by_row, training_flops_per_token, weight_copies
 from tokenyard.devices import device_memory
 from tokenyard.units import describe_bytes, describe_count
 from tokenyard_train.callbacks import build_callbacks, build_registration
@@ -107,7 +107,8 @@ def _model_rows(config: TrainConfig, model: Model) -> Rows:
     yield "parameters", f"{size.total:,}, of which {size.experts:,} in experts"
     yield "trainable", describe_trainable(model)
     yield "active parameters", f"{size.active:,} for each token"
-    work = f"{describe_count(forward)} forward, {describe_count(3 * forward)} in training"
+    training = training_flops_per_token(model, config.max_seq_len)
+    work = f"{describe_count(forward)} forward, {describe_count(training)} in training"
     yield "FLOPs per token", work
     yield "precision", f"{config.precision} on {config.device}"
     yield "deterministic", _deterministic(config)

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from tokenyard import ConfigError, Model, Strategy, moe_layers
+from tokenyard.count import training_flops_per_token
 from tokenyard.sharded import allocate
 from tokenyard_train.config.duration import Span
 from tokenyard_train.config.schema import TrainConfig
@@ -123,7 +124,7 @@ def build_setup(
         graph=MicrobatchGraph(model, sums.paused) if graphed else None,
         sums=sums,
         batches=batches,
-        flops_per_token=3 * model.flops_per_token(config.max_seq_len),
+        flops_per_token=training_flops_per_token(model, config.max_seq_len),
     )
 
 
