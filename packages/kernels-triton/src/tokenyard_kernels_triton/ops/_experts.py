@@ -155,7 +155,6 @@ def _through_down(
         gradients["down_bias"] = sum_rows(copied, row_tiles, plan.order, topk_weights)
     if not any(needs[:5]):
         return None, gradients
-    # Through the down projection and the activation.
     z = _pre_activation(call, saved, save, row_tiles, matmuls)
     weigh = (plan.order, topk_weights, row_tiles, activation)
     if bias is None:
@@ -168,9 +167,8 @@ def _through_down(
     if needs.topk_weights and topk_weights is not None:
         gradients["topk_weights"] = sum_dots(dots, plan)
     if needs.down:
-        gradients["down"] = matmuls.weight_gradient(
-            drows, weighted, row_tiles, "down_gradient", total=total
-        )
+        operands = (drows, weighted, row_tiles)
+        gradients["down"] = matmuls.weight_gradient(*operands, "down_gradient", total=total)
     return dz, gradients
 
 

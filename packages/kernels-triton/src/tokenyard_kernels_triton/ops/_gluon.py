@@ -164,35 +164,27 @@ def weight_gradient(
 
     With a total in float32, add to that and return it.
     """
-    dim, ffn_dim = _widths(matmul, left.shape[1], right.shape[1])
+    shape = (row_tiles.num_experts, left.shape[1], right.shape[1])
+    out = left.new_empty(*shape) if total is None else total
     device = row_tiles.offsets.device
-    tiling = tiling or gluon_tiling(matmul, dim, ffn_dim, device)
-    if total is None:
-        out = left.new_empty(row_tiles.num_experts, left.shape[1], right.shape[1])
-    else:
-        out = total
+    tiling = tiling or gluon_tiling(matmul, *_widths(matmul, *shape[1:]), device)
     chunk = tiling.chunk if total is None else tiling.chunk // 2  # as many bytes
 
     # An operand that is gathered is the left one, whose boxes are half as wide.
     by_columns = isinstance(right, TokenRows)
     if by_columns:
         left, right = right, left
-    rows = left.shape[1]
-    columns = right.shape[1]
+    rows, columns = left.shape[1], right.shape[1]
+    tiles = shape[0] * ceil_div(rows, ROWS) * ceil_div(columns, tiling.columns)
     a, order, top_k = operand(left, (tiling.depth, 64))
-    b, _, _ = operand(right, (tiling.depth, tiling.columns))
-    box = (chunk, 64) if by_columns else (64, chunk)
-    tiles = row_tiles.num_experts * ceil_div(rows, ROWS) * ceil_div(columns, tiling.columns)
     launch(_gluon.weight_gradient, persistent_grid(device, tiles))(
         a,
-        b,
+        operand(right, (tiling.depth, tiling.columns))[0],
         order,
-        stacked(out, 1, box),
+        stacked(out, 1, (chunk, 64) if by_columns else (64, chunk)),
         row_tiles.offsets,
         row_tiles.largest_first(),
-        row_tiles.num_experts,
-        rows,
-        columns,
+        *(shape[0], rows, columns),
         OUT_BY_COLUMNS=by_columns,
         ADD=total is not None,
         TOP_K=top_k,
