@@ -57,8 +57,8 @@ def cuda_permutation(dtype=torch.float32):
         (1, 1, 1),
         (1024, 4, 1),  # one block
         (2049, 128, 8),
-        (1400, 1500, 3),
-        (2100, MOST_EXPERTS, 2),
+        (700, 1500, 3),
+        (1200, MOST_EXPERTS, 2),
     ],
 )
 def test_plans_of_many_blocks(tokens, experts, top_k):

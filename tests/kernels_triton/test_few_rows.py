@@ -53,18 +53,30 @@ def test_matmuls_equal_the_portable_ones(tokens, activation, dim, ffn_dim):
             matmuls.weight_gradient(rows, a, row_tiles, "down_gradient"),
         )
 
+    weights = torch.rand(tokens, TOP_K, device=DEVICE)
+
+    def differentiated(matmuls, rows):
+        operands = (rows, down, z, plan.order, weights, row_tiles, activation)
+        dz, weighted, dots = matmuls.differentiate_down(*operands)
+        return dz[:live], weighted[:live], dots[:live].sum(1)
+
+    gathered = _few_rows.rows_of(x, plan, ffn_dim)
+    pairs = zip(differentiated(_few_rows, gathered), differentiated(_portable, to_rows(x, plan)))
+    for result, expected in pairs:
+        assert relative_error(result, expected) < 5e-3  # da is not rounded
     want = results(_portable, to_rows(x, plan))
-    for result, expected in zip(results(_few_rows, _few_rows.rows_of(x, plan, ffn_dim)), want):
+    for result, expected in zip(results(_few_rows, gathered), want):
         assert result.shape == expected.shape
         assert relative_error(result, expected) < 3e-3
 
 
 def test_few_rows_are_a_mean_over_experts():
-    def fitting(rows, dtype=torch.bfloat16):
+    def fitting(name, rows, dtype=torch.bfloat16):
         plan = Plan(torch.empty(rows), torch.empty(rows), torch.empty(EXPERTS + 1), TOP_K)
-        return _kernel_set.fitting_set("portable", plan, dtype)
+        return _kernel_set.fitting_set(name, plan, dtype)
 
     limit = EXPERTS * _kernel_set.MOST_FEW_ROWS
-    assert fitting(limit) == "few_rows"
-    assert fitting(limit + 1) == "portable"
-    assert fitting(limit, torch.float32) == "portable"
+    assert fitting("portable", limit) == fitting("gluon", EXPERTS) == "few_rows"
+    assert fitting("gluon", limit) == "few_rows_hopper"
+    assert fitting("gluon", limit + 1) == "gluon"
+    assert fitting("portable", limit, torch.float32) == "portable"

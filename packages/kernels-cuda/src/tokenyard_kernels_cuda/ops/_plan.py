@@ -37,7 +37,7 @@ KERNELS = (COUNT, PLACE)
 
 _BLOCKS = 128  # blocks, at most: each sums the counts of all blocks
 _SLOTS = 512  # slots per block, at least
-_FEW = 4096  # slots, up to which one block does everything
+_FEW = 2048  # slots, up to which one block does everything
 _WARPS = 16  # warps per block of PLACE; fewer if the counters of many experts fill shared memory
 _THREADS = 1024  # threads per block of COUNT
 

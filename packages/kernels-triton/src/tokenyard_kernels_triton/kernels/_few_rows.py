@@ -21,45 +21,20 @@ from tokenyard_kernels_triton.kernels._activations import (
 )
 from tokenyard_kernels_triton.kernels._tiles import dot, put, rounded
 
-_PREFETCH = tl.constexpr("""
-{
-    .reg .pred first;
-    .reg .u32 thread;
-    mov.u32 thread, %tid.x;
-    setp.eq.u32 first, thread, 0;
-    @first cp.async.bulk.prefetch.L2.global [$1], $2;
-    mov.u32 $0, 0;
-}
-""")
-
 
 @triton.jit
-def prefetch(pointer, count):
-    """Fetch `count` numbers of 16 bits from a pointer on into the L2 cache; a multiple of 8."""
-    address = pointer.to(tl.int64, bitcast=True)
-    arguments = [address, count * 2]
-    tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", arguments, tl.int32, is_pure=False, pack=1)
+def _wait_for_launch_before():
+    """Wait until the launch before has ended, and let the launch after this one begin.
 
-
-@triton.jit
-def rows_at(offsets, num_experts, index, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Return (expert, first row, end of the expert's rows) of the tile of ROWS rows at row `index`.
-
-    The expert is EXPERTS if no tile begins there. A scan over the experts would find the tiles
-    alone, and would take longer than the programs that find nothing.
+    The programs of the launch after this one then are on the GPU when this one ends. Each program
+    must wait before it reads or writes, and before it ends: so no launch passes the one before it.
     """
-    e = tl.arange(0, EXPERTS)
-    ends = tl.load(offsets + e + 1, mask=e < num_experts, other=2147483647)
-    expert = tl.sum((ends <= index).to(tl.int32))  # those before it
-    inside = expert < num_experts
-    start = tl.load(offsets + expert, mask=inside, other=0)
-    end = tl.load(offsets + expert + 1, mask=inside, other=0)
-    begins = inside & ((index - start) % ROWS == 0)
-    return tl.where(begins, expert, EXPERTS), index, end
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit
-def tile_rows_at(offsets, num_experts, tile, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+def rows_at(offsets, num_experts, tile, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
     """Return (expert, first row, end of the expert's rows) of a tile of ROWS rows.
 
     The expert is EXPERTS if there is no such tile.
@@ -139,29 +114,18 @@ def up_and_activate_few(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EXPERTS: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    CHAINED: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
-    CHAINED: tl.constexpr = 0,
-    AHEAD: tl.constexpr = 0,
 ):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F], COLUMNS of F a program."""
     columns = tl.cdiv(ffn_dim, COLUMNS)
     tile = tl.program_id(0) // columns
     column = tl.program_id(0) % columns * COLUMNS
     if CHAINED:
-        gdc_wait()
-        gdc_launch_dependents()
-    if BY_ROW:
-        expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
-    else:
-        expert, row, end = tile_rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+        _wait_for_launch_before()
+    expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
     if expert < num_experts:
-        if AHEAD:
-            own = weight + (expert.to(tl.int64) * PARTS * ffn_dim + column) * dim
-            prefetch(own, COLUMNS * dim)
-            if PARTS == 2:
-                prefetch(own + ffn_dim.to(tl.int64) * dim, COLUMNS * dim)
         # Main loop.
         r = row + tl.arange(0, ROWS)
         index = tl.arange(0, PARTS * COLUMNS)
@@ -220,31 +184,23 @@ def times_weight_few(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EXPERTS: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    CHAINED: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
-    CHAINED: tl.constexpr = 0,
-    AHEAD: tl.constexpr = 0,
 ):
     """Write out = left @ weight + bias, with each row's expert's weight and bias."""
     columns = tl.cdiv(width, COLUMNS)
     tile = tl.program_id(0) // columns
     column = tl.program_id(0) % columns * COLUMNS
-    if BY_ROW:
-        expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
-    else:
-        expert, row, end = tile_rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    if CHAINED:
+        _wait_for_launch_before()
+    expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
     if expert < num_experts:
         # Main loop.
         r = row + tl.arange(0, ROWS)
         c = column + tl.arange(0, COLUMNS)
         rows = row_pointers(left, order, r, end, depth, TOP_K)
         matrix = weight + expert.to(tl.int64) * width * depth
-        if AHEAD:
-            prefetch(matrix + column.to(tl.int64) * depth, COLUMNS * depth)
-        if CHAINED:
-            gdc_wait()
-            gdc_launch_dependents()
         total = tl.zeros([COLUMNS, ROWS], tl.float32)
         if TRANSPOSED:
             weight_rows = matrix + c.to(tl.int64) * depth
@@ -312,7 +268,7 @@ def differentiate_down_few(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     EXPERTS: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    CHAINED: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
@@ -323,10 +279,9 @@ def differentiate_down_few(
     columns = tl.cdiv(ffn_dim, COLUMNS)
     tile = tl.program_id(0) // columns
     n = tl.program_id(0) % columns
-    if BY_ROW:
-        expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
-    else:
-        expert, row, end = tile_rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    if CHAINED:
+        _wait_for_launch_before()
+    expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
     if expert < num_experts:
         # Main loop: da, not weighted.
         r = row + tl.arange(0, ROWS)
@@ -367,74 +322,6 @@ def differentiate_down_few(
         tl.store(at, rounded(a * w[None, :], TYPE), mask=mask)
         total = tl.sum(tl.where(mask, gradient * a, 0.0), 0)
         tl.store(dots + r.to(tl.int64) * columns + n, total, mask=r < end)
-
-
-@triton.jit
-def down_to_tokens(
-    a,  # [R, F]
-    weight,  # [E, D, F]
-    bias,  # [E, D] or None
-    y,  # [T, D]
-    inverse,  # [N] row of each slot
-    topk_weights,  # [T, K], read if WEIGHTED
-    offsets,  # [E + 1]
-    num_experts,  # E
-    ffn_dim,  # F
-    dim,  # D
-    TOP_K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BIAS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    STAGES: tl.constexpr,
-    CHAINED: tl.constexpr = 0,
-    AHEAD: tl.constexpr = 0,
-):
-    """Write y: the sum of each token's kept rows a @ down.T + bias, weighted if WEIGHTED.
-
-    For tokens that share few experts: each token reads the weights of its own.
-    """
-    columns = tl.cdiv(dim, COLUMNS)
-    token = (tl.program_id(0) // columns).to(tl.int64)
-    d = tl.program_id(0) % columns * COLUMNS + tl.arange(0, COLUMNS)
-    e = tl.arange(0, EXPERTS)
-    ends = tl.load(offsets + e + 1, mask=e < num_experts, other=2147483647)
-    y_tile = tl.zeros([COLUMNS], tl.float32)
-    if AHEAD:
-        for slot in range(TOP_K):
-            row = tl.load(inverse + token * TOP_K + slot)
-            expert = tl.sum((ends <= row).to(tl.int32))
-            if expert < num_experts:
-                first_column = tl.program_id(0) % columns * COLUMNS
-                own = weight + (expert.to(tl.int64) * dim + first_column) * ffn_dim
-                prefetch(own, COLUMNS * ffn_dim)
-    if CHAINED:
-        gdc_wait()
-        gdc_launch_dependents()
-    for slot in range(TOP_K):
-        row = tl.load(inverse + token * TOP_K + slot)
-        expert = tl.sum((ends <= row).to(tl.int32))  # E if the slot is dropped
-        if expert < num_experts:
-            first = weight + (expert.to(tl.int64) * dim + d) * ffn_dim  # [COLUMNS]
-            total = tl.zeros([COLUMNS, DEPTH], tl.float32)
-            for start in tl.range(0, ffn_dim, DEPTH, num_stages=STAGES):
-                k = start + tl.arange(0, DEPTH)
-                left = tl.load(
-                    first[:, None] + k[None, :],
-                    mask=(d < dim)[:, None] & (k < ffn_dim)[None, :],
-                    other=0.0,
-                )
-                right = tl.load(a + row.to(tl.int64) * ffn_dim + k, mask=k < ffn_dim, other=0.0)
-                total += left.to(tl.float32) * right.to(tl.float32)[None, :]
-            value = tl.sum(total, 1)
-            if BIAS:
-                b = tl.load(bias + expert.to(tl.int64) * dim + d, mask=d < dim, other=0.0)
-                value += b.to(tl.float32)
-            if WEIGHTED:
-                value *= tl.load(topk_weights + token * TOP_K + slot).to(tl.float32)
-            y_tile += value
-    tl.store(y + token * dim + d, rounded(y_tile, y.dtype.element_ty), mask=d < dim)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,28 +26,20 @@ from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
 class FewRowsTiling:
     """The tile of a matmul: `columns` of the weights by `rows` of an expert."""
 
-    rows: int = 16
-    columns: int = 64  # in a gated up matmul, of gate and up together
-    depth: int = 128  # of a slice of the reduction dimension
-    warps: int = 4
-    stages: int = 4  # slices loaded ahead
-    chained: int = 0
-    ahead: int = 0
+    rows: int
+    columns: int  # in a gated up matmul, of gate and up together
+    depth: int  # of a slice of the reduction dimension
+    warps: int
+    stages: int  # slices loaded ahead
 
     def options(self) -> dict[str, int]:
         """Return the arguments of every matmul's launch."""
-        chained = {"CHAINED": 1, "launch_pdl": True} if self.chained else {}
-        ahead = {"AHEAD": 1} if self.ahead else {}
-        return (
-            chained
-            | ahead
-            | {
-                "ROWS": self.rows,
-                "DEPTH": self.depth,
-                "num_warps": self.warps,
-                "num_stages": self.stages,
-            }
-        )
+        return {
+            "ROWS": self.rows,
+            "DEPTH": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 _TILINGS = (  # by the highest mean of rows an expert, for which they were measured on an H200
@@ -54,6 +47,8 @@ _TILINGS = (  # by the highest mean of rows an expert, for which they were measu
     (16, FewRowsTiling(32, 64, 128, 4, 3)),
     (MOST_FEW_ROWS, FewRowsTiling(64, 128, 64, 4, 3)),
 )
+
+_GRADIENT = FewRowsTiling(64, 128, 16, 4, 3)
 
 
 def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
@@ -193,7 +188,7 @@ def weight_gradient(
     rows = left.shape[1]
     columns = right.shape[1]
     out = left.new_empty(row_tiles.num_experts, rows, columns) if total is None else total
-    tiling = tiling or FewRowsTiling(64, 128, 16, 4, 2)
+    tiling = tiling or _GRADIENT
     a, left_order, left_top_k = operand(left)
     b, right_order, right_top_k = operand(right)
     options = tiling.options()
@@ -217,49 +212,6 @@ def weight_gradient(
     return out
 
 
-def down_to_tokens(
-    a: Tensor,
-    down: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    topk_weights: Tensor | None,
-    columns: int = 16,
-    depth: int = 256,
-    warps: int = 4,
-    stages: int = 3,
-    chained: int = 0,
-    ahead: int = 0,
-) -> Tensor:
-    """Return y [T, D]: the sum of each token's rows a [R, F] @ down.T + bias, weighted."""
-    experts, dim, ffn_dim = down.shape
-    tokens = plan.inverse.shape[0] // plan.top_k
-    y = a.new_empty(tokens, dim)
-    options = {"CHAINED": 1, "launch_pdl": True} if chained else {}
-    launch(_few_rows.down_to_tokens, (tokens * ceil_div(dim, columns),))(
-        a,
-        down,
-        bias,
-        y,
-        plan.inverse,
-        topk_weights,
-        plan.offsets,
-        experts,
-        ffn_dim,
-        dim,
-        TOP_K=plan.top_k,
-        WEIGHTED=topk_weights is not None,
-        BIAS=bias is not None,
-        COLUMNS=columns,
-        DEPTH=depth,
-        EXPERTS=power_of_two(experts),
-        STAGES=stages,
-        num_warps=warps,
-        AHEAD=ahead,
-        **options,
-    )
-    return y
-
-
 def operand(rows: Rows) -> tuple[Tensor, Tensor | None, int]:
     """Return a kernel's arguments for `rows`: (rows, None, 0) or (tokens, order, top_k)."""
     if isinstance(rows, TokenRows):
@@ -280,5 +232,16 @@ def _grid(row_tiles: RowTiles, tiling: FewRowsTiling, width: int, columns: int) 
 
 def _options(x: Tensor, row_tiles: RowTiles, tiling: FewRowsTiling) -> dict[str, Any]:
     experts = {"EXPERTS": power_of_two(row_tiles.num_experts)}
-    search = {"BY_ROW": row_tiles.rows <= row_tiles.bound(tiling.rows)}
-    return tiling.options() | experts | search | number_options(x)
+    return tiling.options() | experts | _chained(x.device) | number_options(x)
+
+
+@functools.cache
+def _chained(device: torch.device) -> dict[str, Any]:
+    """Return the options by which a launch begins before the one before it has ended, if it can.
+
+    NVIDIA calls it programmatic dependent launch; it needs compute capability 9.0.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {"CHAINED": False}
+    can = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"CHAINED": True, "launch_pdl": True} if can else {"CHAINED": False}

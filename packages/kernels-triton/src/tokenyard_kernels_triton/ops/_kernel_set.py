@@ -13,11 +13,13 @@ from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
-KernelSetName = Literal["portable", "gluon", "few_rows"]
-"""The kernel set for any GPU, the one for Hopper GPUs, or the one for few rows an expert."""
+KernelSetName = Literal["portable", "gluon", "few_rows", "few_rows_hopper"]
+"""The kernel set for any GPU, the one for Hopper GPUs, or those for few rows an expert."""
 
 MOST_FEW_ROWS = 32
-"""The mean number of rows an expert up to which ``ops._few_rows`` is faster than both."""
+"""The mean number of rows an expert up to which matmuls for few rows are faster than others."""
+
+_MOST_OF_GRADIENT = 8  # the same, for weight gradients
 
 Rows = TypeVar("Rows")
 """Rows [R, D] sorted by expert in a form other than a tensor, if the kernel set has one."""
@@ -93,8 +95,12 @@ class KernelSet(Protocol[Rows]):
 
 def fitting_set(name: KernelSetName, plan: Plan, dtype: torch.dtype) -> KernelSetName:
     """Return the name of a kernel set, or of the one for few rows if a plan has few an expert."""
-    few = plan.order.shape[0] <= MOST_FEW_ROWS * (plan.offsets.shape[0] - 1)
-    return "few_rows" if few and dtype.itemsize == 2 else name
+    rows = plan.order.shape[0]
+    experts = plan.offsets.shape[0] - 1
+    if rows > MOST_FEW_ROWS * experts or dtype.itemsize != 2:
+        return name
+    hopper = name == "gluon" and rows > _MOST_OF_GRADIENT * experts
+    return "few_rows_hopper" if hopper else "few_rows"
 
 
 @functools.cache
@@ -104,11 +110,8 @@ def kernel_set(name: KernelSetName) -> KernelSet[Any]:
 
 
 if TYPE_CHECKING:  # mypy checks the modules against the protocol
-    from tokenyard_kernels_triton.ops import _few_rows, _gluon, _portable
+    from tokenyard_kernels_triton.ops import _few_rows, _few_rows_hopper, _gluon, _portable
     from tokenyard_kernels_triton.ops._token_rows import TokenRows
 
-    _CHECKED: tuple[KernelSet[Tensor], KernelSet[TokenRows], KernelSet[TokenRows]] = (
-        _portable,
-        _gluon,
-        _few_rows,
-    )
+    _OF_TENSORS: KernelSet[Tensor] = _portable
+    _OF_TOKENS: tuple[KernelSet[TokenRows], ...] = (_gluon, _few_rows, _few_rows_hopper)

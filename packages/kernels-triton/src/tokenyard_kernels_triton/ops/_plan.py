@@ -13,7 +13,7 @@ from tokenyard_kernels_triton.launching import launch
 _SLOTS = 256  # of a block
 _BUCKETS = 32  # counted at a time
 _BLOCKS = 256  # added up at a time
-_FEW = 4096  # slots, up to which one launch is faster
+_FEW = 2048  # slots, up to which one launch is faster
 
 
 @operator("tokenyard_triton::plan", kept=True)
