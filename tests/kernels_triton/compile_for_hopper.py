@@ -220,6 +220,7 @@ def not_prepared():
             kernel.prepare_with_adapter(tokens, adapter)
 
     arguments = ("GluonExperts", SHAPES["narrow"], torch.bfloat16, "swiglu")
+    in_fp8 = {"precision": "fp8", "weight_gradients": "fp8"}
     return sorted(
         missing(
             lambda: prepare(GluonExperts(workload, None)),
@@ -230,8 +231,8 @@ def not_prepared():
             lambda: adapted(*arguments, 16, True),
         )
         | missing(
-            lambda: prepare(GluonExperts(workload, None, precision="fp8")),
-            lambda: layer(*arguments, False, "fp8", precision="fp8"),
+            lambda: prepare(GluonExperts(workload, None, **in_fp8)),
+            lambda: layer(*arguments, False, "fp8", **in_fp8),
         )
     )
 
@@ -274,11 +275,11 @@ CASES = (
     ("GluonExperts", "one token", torch.bfloat16, "swiglu", False, "pre_activation"),
 )
 
-IN_FP8 = (
-    ("narrow", torch.bfloat16, "swiglu", False, "fp8"),
-    ("wide", torch.bfloat16, "swiglu", False, "fp8"),
-    ("wide", torch.bfloat16, swiglu(1.702, 7, 1), True, "pre_activation"),
-    ("narrow", torch.float16, "gelu_tanh", True, "recompute"),
+IN_FP8 = (  # the last field is the option `weight_gradients`
+    ("narrow", torch.bfloat16, "swiglu", False, "fp8", "fp8"),
+    ("wide", torch.bfloat16, "swiglu", False, "fp8", None),
+    ("wide", torch.bfloat16, swiglu(1.702, 7, 1), True, "pre_activation", None),
+    ("narrow", torch.float16, "gelu_tanh", True, "recompute", None),
 )
 
 ADAPTED = (
@@ -319,10 +320,11 @@ def main():
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
                 print(json.dumps(case | {"kernel": kernel_name} | usage(kernel)), flush=True)
-    for name, dtype, activation, bias, save in IN_FP8:
+    for name, dtype, activation, bias, save, weight_gradients in IN_FP8:
         compiled = []
+        options = {"precision": "fp8", "weight_gradients": weight_gradients}
         with compiling(compiled):
-            layer("GluonExperts", SHAPES[name], dtype, activation, bias, save, precision="fp8")
+            layer("GluonExperts", SHAPES[name], dtype, activation, bias, save, **options)
             pack(SHAPES[name], dtype)
         case = {
             "kernels": "GluonExperts in FP8",

@@ -17,6 +17,7 @@ import torch
 
 KERNELS = (
     "_gluon_fp8",
+    "_gluon_fp8_gradient",
     "_gluon_fp8_tiles",
     "_gluon",
     "_gluon_block_sparse",

@@ -87,9 +87,16 @@ def test_an_h100_has_a_kernel_of_its_own(records):
 
 
 def test_nothing_spills(records):
-    """Two may spill a little: odd widths, whose rows are not aligned, and the erf of `geglu`."""
+    """Three may spill a little, outside of their main loops.
+
+    They are odd widths, whose rows are not aligned, the erf of `geglu`, and matmuls in FP8 that
+    gather: these load up to four registers again once a tile.
+    """
     spilling = [record for record in records if record["spilled"]]
-    assert not [r for r in spilling if r["case"] != "odd" and r["activation"] != "geglu"]
+    in_fp8 = [r for r in spilling if r["kernels"] == "GluonExperts in FP8"]
+    assert all(r["gathers"] and r["spilled"] <= 16 for r in in_fp8)
+    others = [r for r in spilling if r not in in_fp8]
+    assert not [r for r in others if r["case"] != "odd" and r["activation"] != "geglu"]
     assert not [r for r in spilling if r["spilled"] > 96]
 
 
@@ -112,16 +119,17 @@ def test_gluon_matmuls_use_tma(records):
 
 
 def test_fp8_matmuls_add_slices_of_128_apart(records):
-    """They multiply e4m3, half a tile an instruction: m64n128k32, and 16 bits in weight gradients.
+    """They multiply e4m3, a quarter of a tile an instruction: m64n64k32.
 
     A gathered operand is copied 16 bytes at a time, as in 16 bits.
     """
     compiled = of(records, kernels="GluonExperts in FP8")
     names = ("up_and_activate_fp8", "times_weight_fp8")
-    matmuls = [r for r in compiled if r["kernel"] in names]
-    others = {"quantize_weights", "differentiate", "pack_row", "unpack_row"}
+    matmuls = [r for r in compiled if r["kernel"] in (*names, "weight_gradient_fp8")]
+    others = {"quantize_weights", "differentiate_fp8", "pack_row", "unpack_row"}
+    others |= {"weight_gradient_fp8", "transpose_rows"}
     assert {r["kernel"] for r in compiled} >= {*names, *others}
-    assert {tuple(r["wgmma"]) for r in matmuls} == {("m64n128k32",)}
+    assert {tuple(r["wgmma"]) for r in matmuls} == {("m64n64k32",)}
     assert all(r["tma"] and r["shared"] <= 232448 for r in matmuls)
     assert {r["kernel"] for r in matmuls if r["gathers"]} == set(names)
     assert {r["case"] for r in matmuls if r["gathers"]} == {"narrow"}

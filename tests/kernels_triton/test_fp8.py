@@ -52,8 +52,8 @@ class Interpreted(Fp8ExpertsConformance):
     device = "cpu"
     tile = 32
 
-    def __init__(self, save="fp8"):
-        self.options = {"precision": "fp8", "save": save}
+    def __init__(self, save="fp8", **options):
+        self.options = {"precision": "fp8", "save": save, **options}
 
     def registry(self):
         return Registry([Plugin(Offer, "interpreted", "1.0")])
@@ -82,6 +82,13 @@ needs_a_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the whole 
 )
 def test_the_layer_is_near_the_emulated_one(interpreter, save, dtype, activation, bias):
     Interpreted(save).test_matches_oracle(dtype, activation, bias, record)
+
+
+@needs_a_cpu
+@pytest.mark.parametrize("routing", ["all to one expert", "empty experts"])
+def test_weight_gradients_in_fp8(interpreter, routing):
+    """Blocks of 128 rows never hold rows of two experts, and experts without rows get zeros."""
+    Interpreted(weight_gradients="fp8").test_routings(routing, 3, record)
 
 
 @needs_a_cpu
@@ -311,6 +318,10 @@ def test_options_are_checked():
         GluonExperts(workload, None, precision="fp4")
     with pytest.raises(ConfigError, match=r"'gluon' is unusable here: .* ffn_dim is 136"):
         GluonExperts(Workload(256, 136, 4, 2), None, precision="fp8")
+    with pytest.raises(ConfigError, match=r"weight_gradients is 'fp8'; known is: fp8, with prec"):
+        GluonExperts(workload, None, weight_gradients="fp8")
+    with pytest.raises(ConfigError, match=r"weight_gradients is 'fp4'; known is: fp8, with prec"):
+        GluonExperts(workload, None, precision="fp8", weight_gradients="fp4")
     assert GluonExperts(workload, None).save == "pre_activation"
     assert GluonExperts(workload, None, precision="fp8").save == "fp8"
     assert GluonExperts(workload, None, "recompute", "fp8").save == "recompute"
@@ -351,3 +362,11 @@ class TestWideGluonExpertsInFp8ThatRecompute(Fp8ExpertsConformance):
     options = {"precision": "fp8", "save": "recompute"}
     tile = 128
     ffn_dim = 1408
+
+
+@pytest.mark.gpu
+class TestGluonExpertsWithWeightGradientsInFp8(Fp8ExpertsConformance):
+    backend = "gluon"
+    options = {"precision": "fp8", "weight_gradients": "fp8"}
+    tile = 128
+    ffn_dim = 384

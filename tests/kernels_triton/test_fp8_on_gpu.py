@@ -32,13 +32,18 @@ def step(moe, x, dy):
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-@pytest.mark.parametrize("save", ["fp8", "pre_activation", "recompute"])
+@pytest.mark.parametrize(
+    ("save", "weight_gradients"),
+    [("fp8", None), ("fp8", "fp8"), ("pre_activation", None), ("recompute", None)],
+)
 @pytest.mark.parametrize("versions", [True, False])
-def test_replayed_launches_and_kept_weights_give_the_same_bits(monkeypatch, save, versions):
+def test_replayed_launches_and_kept_weights_give_the_same_bits(
+    monkeypatch, save, weight_gradients, versions
+):
     """In all of several steps, between which the weights change in place."""
     from tokenyard_kernels_triton import replay
 
-    moe = layer(save=save)
+    moe = layer(save=save, weight_gradients=weight_gradients)
     start = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
     inputs = [(random(512, 256).requires_grad_(), random(512, 256)) for _ in range(4)]
 

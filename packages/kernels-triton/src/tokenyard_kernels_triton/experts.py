@@ -146,9 +146,10 @@ class GluonExperts(TritonExperts):
     """Experts for Hopper GPUs, with matmuls in Gluon whose warps load or multiply.
 
     With `precision` "fp8", the matmuls of the forward pass and both gradients of data multiply
-    numbers in float8 e4m3 (``tokenyard.fp8``); gradients of weights stay in 16 bits. `save` is
-    "fp8" by default then. The weights stay in 16 bits: their float8 copies are made by each pass,
-    or kept until the weights change if `weights_have_versions`.
+    numbers in float8 e4m3 (``tokenyard.fp8``). So do gradients of weights with `weight_gradients`
+    "fp8"; else they multiply 16 bits. `save` is "fp8" by default then. The weights stay in 16 bits:
+    their float8 copies are made by each pass, or kept until the weights change if
+    `weights_have_versions`.
 
     Raises ConfigError for another precision, and for widths that FP8 cannot compute.
     """
@@ -162,6 +163,7 @@ class GluonExperts(TritonExperts):
         permutation: Permutation,
         save: Save | None = None,
         precision: Literal["fp8"] | None = None,
+        weight_gradients: Literal["fp8"] | None = None,
     ):
         if precision not in ("fp8", None):
             raise ConfigError(
@@ -171,8 +173,14 @@ class GluonExperts(TritonExperts):
         reason = why_no_fp8(workload.dim, workload.ffn_dim) if precision == "fp8" else None
         if reason is not None:
             raise ConfigError(f"experts backend 'gluon' is unusable here: {reason}")
+        if weight_gradients not in (precision, None):
+            raise ConfigError(
+                f"backends.experts.weight_gradients is {weight_gradients!r}; known is: fp8, with "
+                "precision: fp8"
+            )
         super().__init__(workload, permutation, save or precision or "pre_activation")
         self.precision = precision
+        self.weights_fp8 = weight_gradients == "fp8"
         if precision == "fp8":
             self.adds_to_sums = False
             self.max_lora_rank = sys.maxsize  # else core would compute adapters, in 16 bits
@@ -185,7 +193,7 @@ class GluonExperts(TritonExperts):
     def prepare(self, tokens: int) -> None:
         """Compile the kernels for batches of `tokens` tokens, in parallel."""
         if self.precision == "fp8":
-            self._compile_in_fp8(self._empty_call(tokens), self.save)
+            self._compile_in_fp8(self._empty_call(tokens), self.save, self.weights_fp8)
         else:
             super().prepare(tokens)
 
@@ -206,8 +214,16 @@ class GluonExperts(TritonExperts):
             return super().__call__(x, plan, topk_weights, weights)
         # A cast under autocast has no version that counts: a compiler may reuse its memory.
         parameters = all(isinstance(weight, nn.Parameter) for weight in weights[:2])
-        options = {"save": self.save, "reuse": self.weights_have_versions and parameters}
-        return self._in_fp8(x, plan, topk_weights, weights, self.activation, **options)
+        return self._in_fp8(
+            x,
+            plan,
+            topk_weights,
+            weights,
+            self.activation,
+            save=self.save,
+            reuse=self.weights_have_versions and parameters,
+            weights_fp8=self.weights_fp8,
+        )
 
     def with_adapter(
         self,

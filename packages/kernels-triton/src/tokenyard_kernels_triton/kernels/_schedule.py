@@ -82,3 +82,13 @@ def matrix_tile_at(rows, columns, index, GROUP: tl.constexpr):
     first = index // (GROUP * columns) * GROUP
     size = tl.minimum(rows - first, GROUP)
     return first + in_group % size, in_group // size
+
+
+@triton.jit
+def first_block(start, expert):
+    """Return an expert's first block of 128 rows, if blocks hold rows of one expert only.
+
+    Its rows begin at `start`. If it has n rows, the next expert's first block is at least
+    n // 128 + 1 blocks later.
+    """
+    return start // 128 + expert

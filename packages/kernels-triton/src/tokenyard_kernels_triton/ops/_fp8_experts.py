@@ -1,4 +1,6 @@
-"""The expert layer in FP8 as an operator: both data passes in float8, weight gradients in 16 bits.
+"""The expert layer in FP8 as an operator: both data passes in float8, and weight gradients too.
+
+Without `weights_fp8`, weight gradients are computed in 16 bits.
 
 ``tokenyard.experts.EmulatedFp8Experts`` says what it computes. `Save` selects what is kept of the
 pre-activation: in float8 by the up matmul itself, in 16 bits, or nothing.
@@ -16,6 +18,7 @@ from torch import Tensor
 from tokenyard.experts import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
 from tokenyard.fp8 import DTYPE
 from tokenyard_kernels_triton._device import on_device_of
+from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.launching import compiling
 from tokenyard_kernels_triton.ops import _gluon, _gluon_fp8
 from tokenyard_kernels_triton.ops._alignment import aligned
@@ -30,6 +33,7 @@ from tokenyard_kernels_triton.ops._experts_call import (
     zero_gradients,
 )
 from tokenyard_kernels_triton.ops._fp8_weights import kept_weights
+from tokenyard_kernels_triton.ops._gluon_operands import Rows, TokenRows
 from tokenyard_kernels_triton.ops._gradient import differentiate_and_quantize, sum_rows
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
 from tokenyard_kernels_triton.ops._quantize import (
@@ -39,6 +43,7 @@ from tokenyard_kernels_triton.ops._quantize import (
 )
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._save import Save, saved_shapes
+from tokenyard_kernels_triton.ops._transpose import transpose_rows
 from tokenyard_kernels_triton.replay import replayed
 
 _KEPT = len(QuantizedWeights._fields)
@@ -53,11 +58,30 @@ class _Layer:
     up: QuantizedWeights
     down: QuantizedWeights
     save: Save
+    weights_fp8: bool = False
 
     @property
     def ffn_dim(self) -> int:
         """F."""
         return self.call.weights.down.shape[2]
+
+    def token_rows(self, tokens: Tensor) -> Rows:
+        """Return the rows of tokens [T, D] in 16 bits as an operand of a weight gradient."""
+        plan = self.call.plan
+        if self.weights_fp8:
+            return TokenRows(tokens, plan.order, plan.top_k)
+        return _gluon.rows_of(tokens, plan, self.ffn_dim)
+
+    def weight_gradient(self, gradient: Rows, operand: Rows, matmul: Matmul) -> Tensor:
+        """Return [E, M, N]: gradient [R, M] transposed @ operand [R, N] over each expert's rows."""
+        if not self.weights_fp8:
+            return _gluon.weight_gradient(gradient, operand, self.row_tiles, matmul)
+        return _gluon_fp8.weight_gradient(
+            transpose_rows(gradient, self.row_tiles, square=False),
+            transpose_rows(operand, self.row_tiles, square=True),
+            self.row_tiles,
+            self.call.x.dtype,
+        )
 
 
 def _layer(call: ExpertsCall, kept: Sequence[Any], save: Save, backward: bool) -> _Layer:
@@ -83,10 +107,12 @@ def _kept(call: ExpertsCall, reuse: bool) -> tuple[Tensor | None, ...]:
     return () if up is None or down is None else (*up, *down)
 
 
-def _forward(call: ExpertsCall, save: Save, reuse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    call: ExpertsCall, save: Save, reuse: bool, weights_fp8: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [T, D], what is saved of the pre-activation, and its scales."""
     if is_empty(call):
-        return torch.zeros_like(call.x), *_saved(call, save, reuse)
+        return torch.zeros_like(call.x), *_saved(call, save, reuse, weights_fp8)
     call = aligned_call(call)
 
     def launches(*tensors: Any) -> tuple[Tensor, ...]:
@@ -114,7 +140,7 @@ def _launch_forward(layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
     return to_tokens(y_rows, plan, topk_weights), *saved
 
 
-def _saved(call: ExpertsCall, save: Save, reuse: bool) -> tuple[Tensor, Tensor]:
+def _saved(call: ExpertsCall, save: Save, reuse: bool, weights_fp8: bool) -> tuple[Tensor, Tensor]:
     rows = call.plan.order.shape[0]
     return saved_shapes(call.x, rows, call.weights.up.shape[1], save)
 
@@ -126,6 +152,7 @@ def _backward(
     needs: ExpertNeeds,
     save: Save,
     reuse: bool,
+    weights_fp8: bool,
 ) -> ExpertGradients:
     if is_empty(call):
         return zero_gradients(call, needs)
@@ -134,12 +161,13 @@ def _backward(
     def launches(dy: Tensor, saved: Tensor, scales: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         inputs = with_tensors(call, tensors[: len(own)])
         layer = _layer(inputs, tensors[len(own) :], save, backward=True)
+        layer.weights_fp8 = weights_fp8
         gradients = _launch_backward(dy, layer, (saved, scales), needs)
         return tuple(gradients[name] for name in needed(needs))
 
     with on_device_of(call.x):
         own = tensors_of(call)
-        key = ("experts in fp8 backward", save, needs, *sizes_of(call))
+        key = ("experts in fp8 backward", save, weights_fp8, needs, *sizes_of(call))
         tensors = (aligned(dy), *saved, *own, *_kept(call, reuse))
         gradients = replayed(key, launches, tensors)
     return ExpertGradients(**dict(zip(needed(needs), gradients)))
@@ -172,8 +200,8 @@ def _launch_backward(
     if needs.topk_weights and topk_weights is not None:
         gradients["topk_weights"] = sum_dots(dots, plan)
     if needs.down:
-        rows = _gluon.rows_of(dy, plan, layer.ffn_dim) if copied is None else copied
-        gradients["down"] = _gluon.weight_gradient(rows, weighted, tiles, "down_gradient")
+        rows = layer.token_rows(dy) if copied is None else copied
+        gradients["down"] = layer.weight_gradient(rows, weighted, "down_gradient")
         del rows
     del weighted
     return gradients | _through_up(dz, _gluon_fp8.sorted_rows(quantized), layer, needs)
@@ -187,8 +215,8 @@ def _through_up(
     tiles = layer.row_tiles
     gradients: dict[str, Tensor] = {}
     if needs.up:
-        rows = _gluon.rows_of(x, plan, layer.ffn_dim)
-        gradients["up"] = _gluon.weight_gradient(dz, rows, tiles, "up_gradient")
+        rows = layer.token_rows(x)
+        gradients["up"] = layer.weight_gradient(dz, rows, "up_gradient")
         del rows  # free them before the next allocation
     if needs.up_bias:
         gradients["up_bias"] = sum_rows(dz, tiles, plan.order, None)
@@ -220,14 +248,14 @@ def _pre_activation(layer: _Layer, saved: tuple[Tensor, Tensor]) -> tuple[Tensor
     return z, None
 
 
-def compile_fp8_experts(call: ExpertsCall, save: Save) -> None:
+def compile_fp8_experts(call: ExpertsCall, save: Save, weights_fp8: bool) -> None:
     """Compile what a forward and a backward pass launch. The call's tensors may hold anything."""
     needs = all_needs(call)
     with compiling():
         for weights in call.weights[:2]:
             quantize_weights(weights, forward=True, backward=True)
-        y, *saved = _forward(call, save, False)
-        _backward(y, call, saved, needs, save, False)
+        y, *saved = _forward(call, save, False, weights_fp8)
+        _backward(y, call, saved, needs, save, False, weights_fp8)
 
 
 fp8_experts = register_experts_op(
@@ -236,5 +264,5 @@ fp8_experts = register_experts_op(
     _backward,
     _saved,
     saves=2,
-    options={"save": str, "reuse": bool},
+    options={"save": str, "reuse": bool, "weights_fp8": bool},
 )

@@ -12,7 +12,7 @@ from tokenyard.activations import is_gated
 from tokenyard.fp8 import BLOCK, DTYPE, Quantized
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors
-from tokenyard_kernels_triton.kernels import _gluon_fp8
+from tokenyard_kernels_triton.kernels import _gluon_fp8, _gluon_fp8_gradient
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._gluon_operands import (
@@ -139,6 +139,40 @@ def times_weight(
         next_slice,
         BUFFERS=1,
         **_options(rows, bias, stages=4),
+    )
+    return out
+
+
+def weight_gradient(
+    left: Quantized, right: Quantized, row_tiles: RowTiles, dtype: torch.dtype
+) -> Tensor:
+    """Return [E, M, N]: left [M, .] @ right [N, .] transposed, over each expert's rows.
+
+    Both operands are transposed rows, and `right` has square blocks.
+    """
+    rows, columns = left.values.shape[0], right.values.shape[0]
+    device = left.scales.device
+    out = left.scales.new_empty(row_tiles.num_experts, rows, columns, dtype=dtype)
+    tiles = row_tiles.num_experts * (rows // ROWS) * ceil_div(columns, COLUMNS)
+    launch(_gluon_fp8_gradient.weight_gradient_fp8, persistent_grid(device, tiles))(
+        stacked(left.values.view(1, *left.values.shape), 1, _BOX),
+        left.scales,
+        stacked(right.values.view(1, *right.values.shape), 1, (COLUMNS, BLOCK)),
+        right.scales,
+        stacked(out, 1, _BOX),
+        row_tiles.offsets,
+        row_tiles.largest_first(),
+        row_tiles.num_experts,
+        rows,
+        columns,
+        left.scales.shape[1],
+        CHUNK=BLOCK,
+        GROUP=_GROUP,
+        PROGRAMS=processors(device),
+        STAGES=4,
+        BUFFERS=1,
+        num_warps=4,
+        maxnreg=_REGISTERS,
     )
     return out
 
