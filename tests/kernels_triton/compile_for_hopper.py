@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from tokenyard import LoraAdapter, LoraSettings, RoutingRule, Workload
 from tokenyard.activations import swiglu, up_rows
-from tokenyard.interfaces import ExpertWeights, LowRank, Plan
+from tokenyard.interfaces import ExpertWeights, GradientSums, LowRank, Plan
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPES = {  # T, D, F, E, K
@@ -155,6 +155,43 @@ def adapted(kernels, shape, dtype, activation, rank, dropout):
     kernel = getattr(backends, kernels)(workload, None, save="recompute")
     y = kernel.with_adapter(x, plan, weights, ExpertWeights(up, down), low_rank)
     y.backward(torch.zeros_like(y))
+
+
+def summed(kernels, shape, dtype):
+    """Run one forward and backward pass of experts that add the gradients of weights to sums."""
+    from tokenyard_kernels_triton import experts as backends
+    from tokenyard_kernels_triton.permutation import TritonPermutation
+
+    tokens, dim, ffn_dim, experts, top_k = shape
+    workload = Workload(dim, ffn_dim, experts, top_k, dtype=dtype)
+    x, up, down = (
+        torch.zeros(size, dtype=dtype, requires_grad=True)
+        for size in ((tokens, dim), (experts, 2 * ffn_dim, dim), (experts, dim, ffn_dim))
+    )
+    plan = TritonPermutation(workload).plan(torch.zeros(tokens, top_k, dtype=torch.int32), experts)
+    sums = GradientSums(torch.zeros(up.shape), torch.zeros(down.shape))
+    kernel = getattr(backends, kernels)(workload, None)
+    y = kernel.with_sums(x, Plan(*plan), None, ExpertWeights(up, down), sums)
+    y.backward(torch.zeros_like(y))
+
+
+def muon(dtype):
+    """Run the passes of Muon over a stack of matrices whose gradient is in `dtype`."""
+    from tokenyard_kernels_triton.ops._symmetric import symmetric_product
+    from tokenyard_kernels_triton.optimizer import muon as passes
+
+    one = torch.ones(())
+    momentum = torch.zeros(4, 512, 256)
+    update = passes.nesterov(momentum.to(dtype), momentum, one, 0.95)
+    x = update.half()
+    passes.scale_matrices(update, x, 8.0, torch.ones(4))
+    gram = x.new_empty(4, 256, 256)
+    symmetric_product(x.mT, x.mT, gram)
+    for addend in (None, gram):
+        symmetric_product(gram, gram, gram.clone(), 2.0, addend, 3.0, 4.0)
+    passes.scale_matrices(x, update, 0.1)
+    for weight in (momentum, update):
+        passes.descend(momentum, weight, update, one, one)
 
 
 def move(permutation, x, plan, weights):
@@ -291,6 +328,15 @@ ADAPTED = (
 )
 
 
+def report(kernels, case, dtype, compiled, seen):
+    """Print the records of kernels that were not seen before."""
+    case = {"kernels": kernels, "case": case, "dtype": dtype, "activation": "none"}
+    for name, kernel in compiled:
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            print(json.dumps(case | {"kernel": name} | usage(kernel)), flush=True)
+
+
 def main():
     import tokenyard_kernels_triton._device as device
     import tokenyard_kernels_triton.block_sparse._gluon as sparse_gluon
@@ -299,8 +345,9 @@ def main():
     import tokenyard_kernels_triton.ops._gluon as gluon
     import tokenyard_kernels_triton.ops._gluon_fp8 as gluon_fp8
     import tokenyard_kernels_triton.ops._portable as portable
+    import tokenyard_kernels_triton.ops._symmetric as symmetric
 
-    for module in (device, gluon, gluon_fp8, portable, sparse_gluon):
+    for module in (device, gluon, gluon_fp8, portable, sparse_gluon, symmetric):
         module.processors = functools.cache(lambda device: 132)
     few_rows._chained = lambda device: {"CHAINED": True, "launch_pdl": True}
     seen = set()
@@ -350,6 +397,16 @@ def main():
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
                 print(json.dumps(case | {"kernel": kernel_name} | usage(kernel)), flush=True)
+    for kernels in ("GluonExperts", "TritonExperts"):
+        compiled = []
+        with compiling(compiled):
+            summed(kernels, SHAPES["narrow"], torch.bfloat16)
+        report(f"sums of {kernels}", "narrow", "bfloat16", compiled, seen)
+    for dtype in (torch.bfloat16, torch.float32):
+        compiled = []
+        with compiling(compiled):
+            muon(dtype)
+        report("muon", "stack", str(dtype).removeprefix("torch."), compiled, seen)
     for block, dtype, depth, in_gluon in BLOCK_SPARSE:
         compiled = []
         with compiling(compiled):

@@ -143,6 +143,21 @@ def test_narrow_experts_gather_their_rows(records):
     assert {r["case"] for r in matmuls if r["gathers"]} == {"narrow"}
 
 
+def test_sums_and_muon_are_compiled(records):
+    """Weight gradients are added by TMA, with the registers and tiles of those that are stored."""
+    added = of(records, kernels="sums of GluonExperts", kernel="weight_gradient")
+    stored = of(records, kernels="GluonExperts", kernel="weight_gradient")
+    assert {r["registers"] for r in added} == {r["registers"] for r in stored}
+    assert all(r["tma"] and r["shared"] <= 232448 for r in added)
+    assert of(records, kernels="sums of TritonExperts", kernel="weight_gradient")
+    compiled = of(records, kernels="muon")
+    names = {"nesterov", "scale_matrices", "symmetric_product", "descend"}
+    assert {r["kernel"] for r in compiled} == names
+    products = of(compiled, kernel="symmetric_product")
+    assert {tuple(r["wgmma"]) for r in products} == {("m64n128k16",)}
+    assert all(r["tma"] and r["shared"] <= 232448 for r in products)
+
+
 def test_adapters_compile_for_every_kernel_set_and_dtype(records):
     """With 16-bit matmuls on the tensor cores, and frozen matmuls that gather their rows."""
     for kernels in ("GluonExperts", "TritonExperts"):
