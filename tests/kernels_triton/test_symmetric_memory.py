@@ -1,5 +1,7 @@
 """The copies of the exchange `symmetric_memory`: kernels do what plain torch does."""
 
+from itertools import count
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tokenyard_kernels_triton.symmetric_memory import _torch_copies, _triton_cop
 from tokenyard_kernels_triton.symmetric_memory._region import Region, Sizes, layout_of
 
 RANKS, CAPACITY, TOP_K, HELD = 3, 5, 3, 2
+KEYS = count(-1, -1)  # of regions that a link does not have
 TOKENS = (5, 0, 7)  # rank 1 has none, and rank 2 more than fit
 
 
@@ -16,7 +19,7 @@ def regions(sizes, start):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     buffers = tuple(torch.full((size,), 255, dtype=torch.uint8, device=device) for _ in TOKENS)
     addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], device=device)
-    return [Region(sizes, rank, start, buffers, addresses) for rank in range(RANKS)]
+    return [Region(next(KEYS), sizes, rank, start, buffers, addresses) for rank in range(RANKS)]
 
 
 def trips(copies, dim, dtype):
@@ -73,8 +76,8 @@ def test_kernels_copy_what_torch_copies(dim, dtype):
 
 def test_every_slot_arrives_once_and_returns():
     received, _, sums, *_, (x, weights, ids) = trips(_torch_copies, 4, torch.float32)
-    for source, count in enumerate(TOKENS):
-        for token in range(min(count, CAPACITY)):
+    for source, tokens in enumerate(TOKENS):
+        for token in range(min(tokens, CAPACITY)):
             row = source * CAPACITY + token
             total = torch.zeros_like(x[source][token])
             for rank, (rows, weights_here, here, *_) in enumerate(received):

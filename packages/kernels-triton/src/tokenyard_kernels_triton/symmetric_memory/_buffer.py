@@ -1,9 +1,9 @@
 """Buffers that all ranks of a group can read: symmetric memory of GPUs, or a shared file on CPUs.
 
-A trip of rows is: write to the next region, `barrier`, read the regions of all ranks. Two regions
-take turns, so one barrier a trip is enough. A rank writes to a region again two trips later. It has
-passed the barrier of the trip between, and so every rank had read the region before. Each rank runs
-its trips in the same order on one stream.
+A trip of rows is: write to the next region of a link, `barrier`, read the regions of all ranks. Two
+regions take turns, so one barrier a trip is enough. A rank writes to a region again two trips
+later. It has passed the barrier of the trip between, and so every rank had read the region before.
+Each rank runs its trips in the same order on one stream.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from tokenyard_kernels_triton.symmetric_memory._region import Region, Sizes, lay
 from tokenyard_kernels_triton.symmetric_memory._torch_private import (
     SymmetricMemory,
     group_timeout,
-    resolve_group,
     symmetric_memory,
 )
 
@@ -39,6 +39,7 @@ class SymmetricBuffer:
         self.ranks = dist.get_world_size(group)
         self.region_bytes = 0
         self.trips = 0
+        self.generation = 0  # of the memory: it is replaced by a larger one
         self.buffers: tuple[Tensor, ...] = ()
         self.addresses = torch.empty(0, dtype=torch.int64, device=device)
         self._barrier: Any = None
@@ -63,14 +64,7 @@ class SymmetricBuffer:
         addresses = [buffer.data_ptr() for buffer in self.buffers]
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
         self.region_bytes = region_bytes
-
-    def next_region(self, sizes: Sizes) -> Region:
-        """Return the region of the next trip. Raises RuntimeError if the regions are too small."""
-        if layout_of(sizes).bytes > self.region_bytes:
-            raise RuntimeError(f"no memory was reserved for {sizes}; call reserve on all ranks")
-        start = self.trips % 2 * self.region_bytes
-        self.trips += 1
-        return Region(sizes, self.rank, start, self.buffers, self.addresses)
+        self.generation += 1
 
     def barrier(self) -> None:
         """Wait for all ranks: on a GPU the stream waits, not the host.
@@ -80,14 +74,57 @@ class SymmetricBuffer:
         self._barrier()
 
 
-def buffer_of(group_name: str, device: torch.device) -> SymmetricBuffer:
-    """Return the buffer that all exchanges of a process group share."""
-    return _cached_buffer(resolve_group(group_name), device)
+class Link:
+    """The trips of exchanges of some sizes through a buffer."""
+
+    def __init__(self, buffer: SymmetricBuffer, sizes: Sizes):
+        self.buffer = buffer
+        self.sizes = sizes
+        self.barrier = buffer.barrier
+        self.generation = -1  # of the buffer's memory that the regions are in
+        self.regions: tuple[Region, Region]
+
+    def next_region(self) -> Region:
+        """Return the region of the next trip."""
+        buffer = self.buffer
+        if self.generation != buffer.generation:
+            self.generation = buffer.generation
+            self.regions = (self._region(0), self._region(buffer.region_bytes))
+        buffer.trips += 1
+        return self.regions[buffer.trips % 2]
+
+    def _region(self, start: int) -> Region:
+        buffer = self.buffer
+        key = next(_keys)
+        return Region(key, self.sizes, buffer.rank, start, buffer.buffers, buffer.addresses)
+
+
+_keys = count()
+_links: list[Link] = []
+"""What an operator refers to by a number, since its arguments are tensors and numbers."""
+
+
+def link(number: int) -> Link:
+    """Return the link of a number."""
+    return _links[number]
+
+
+def connect(group: Any, sizes: Sizes, device: torch.device) -> int:
+    """Reserve memory for trips of some sizes; return the number of their link. A collective."""
+    buffer = _buffer(group, device)
+    buffer.reserve(sizes)
+    return _link_number(buffer, sizes)
 
 
 @cache  # an entry that is dropped would leave ranks with different buffers
-def _cached_buffer(group: Any, device: torch.device) -> SymmetricBuffer:
+def _buffer(group: Any, device: torch.device) -> SymmetricBuffer:
     return SymmetricBuffer(group, device)
+
+
+@cache
+def _link_number(buffer: SymmetricBuffer, sizes: Sizes) -> int:
+    _links.append(Link(buffer, sizes))
+    return len(_links) - 1
 
 
 def _allocate(size: int, device: torch.device, group: Any) -> SymmetricMemory:

@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokenyard import BackendError, Compute, ConfigError, Permutation, Routing, Workload
 from tokenyard_kernels_triton.symmetric_memory._agreement import most_tokens
-from tokenyard_kernels_triton.symmetric_memory._buffer import buffer_of
+from tokenyard_kernels_triton.symmetric_memory._buffer import connect
 from tokenyard_kernels_triton.symmetric_memory._late_read import LateRead
 from tokenyard_kernels_triton.symmetric_memory._ops import combine, dispatch
 from tokenyard_kernels_triton.symmetric_memory._region import Sizes
@@ -61,6 +60,8 @@ class SymmetricMemoryExchange:
         self.held = workload.num_experts // workload.expert_parallel
         self.kind: tuple[Any, ...] | None = None  # of the rows that the buffers are for
         self.capacity = 0  # C
+        self.bound = 0  # most slots that experts compute without a second launch
+        self.link = -1
         self.status = LateRead()
         parallel = workload.expert_parallel > 1
         self.rows_per_token = float(workload.expert_parallel) if parallel else 0.0
@@ -79,44 +80,32 @@ class SymmetricMemoryExchange:
                 f"expert_parallel is {self.workload.expert_parallel}, and the exchange has no "
                 "process group; lay the model out by a strategy, such as fsdp"
             )
-        kind = (x.dtype, x.shape[1], routing.topk_weights.dtype, routing.topk_weights.shape[1])
+        ids = routing.topk_ids
+        weights = routing.topk_weights
+        kind = (x.dtype, x.shape[1], weights.dtype, ids.shape[1])
         if kind != self.kind:
-            self._reserve(most_tokens(self.group, x, routing.topk_weights), x, routing)
+            self._connect(most_tokens(self.group, x, weights), x, weights)
             self.kind = kind
         while True:
-            numbers = (self.group.group_name, self.workload.expert_parallel, self.capacity)
-            ids = routing.topk_ids.to(torch.int32)
-            bound = self._bound(ids.shape[1])
-            received = Received(*dispatch(x, ids, routing.topk_weights, *numbers, self.held, bound))
+            received = Received(*dispatch(x, ids, weights, self.link, self.bound))
             self.status.mark()
-            y = compute(received.rows, received.bounded_ids, received.weights, bound)
+            y = compute(received.rows, received.bounded_ids, received.weights, self.bound)
             *tokens, slots = self.status.read(received.status)
             if max(tokens) > self.capacity:
-                self._reserve(max(tokens), x, routing)
+                self._connect(max(tokens), x, weights)
                 continue
-            if slots > bound:
+            if slots > self.bound:
                 del y  # free its activations first
                 y = compute(received.rows, received.ids, received.weights, slots)
-            y_tokens: Tensor = combine(y, received.ids, ids, *numbers, self.held)
+            y_tokens: Tensor = combine(y, received.ids, ids, self.link)
             return y_tokens
 
-    def _bound(self, top_k: int) -> int:
-        """Return the most slots that experts compute without a second launch."""
-        mean = self.capacity * top_k
-        most = self.workload.expert_parallel * self.capacity * min(top_k, self.held)
-        return min(most, math.ceil(self.slots * mean))
-
-    def _reserve(self, tokens: int, x: Tensor, routing: Routing) -> None:
+    def _connect(self, tokens: int, x: Tensor, weights: Tensor) -> None:
         """Make buffers for `tokens` tokens of each rank; a collective."""
+        top_k = weights.shape[1]
+        ranks = self.workload.expert_parallel
         self.capacity = max(1, tokens)
-        weights = routing.topk_weights
-        sizes = Sizes(
-            self.workload.expert_parallel,
-            self.capacity,
-            x.shape[1],
-            weights.shape[1],
-            self.held,
-            x.dtype,
-            weights.dtype,
-        )
-        buffer_of(self.group.group_name, x.device).reserve(sizes)
+        most = ranks * self.capacity * min(top_k, self.held)
+        self.bound = min(most, math.ceil(self.slots * self.capacity * top_k))
+        sizes = Sizes(ranks, self.capacity, x.shape[1], top_k, self.held, x.dtype, weights.dtype)
+        self.link = connect(self.group, sizes, x.device)

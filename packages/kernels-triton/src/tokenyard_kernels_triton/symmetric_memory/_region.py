@@ -57,6 +57,7 @@ def layout_of(sizes: Sizes) -> Layout:
 class Region(NamedTuple):
     """The same part of every rank's buffer. Each rank writes to its own and reads all of them."""
 
+    key: int  # that no other region of this process has
     sizes: Sizes
     rank: int
     start: int  # bytes

@@ -8,15 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from tokenyard.processes import disable_multicast
-
-
-def resolve_group(name: str) -> Any:
-    """Return the process group of a name."""
-    private: Any = distributed_c10d
-    return private._resolve_process_group(name)
 
 
 def group_timeout(group: Any, device: torch.device) -> timedelta:

@@ -200,8 +200,7 @@ def _replayed(
     name: str, region: Region, key: Any, launches: Any, tensors: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, ...]:
     with on_device_of(region.addresses):
-        full_key = (name, region.sizes, region.rank, region.start, key)
-        return replayed(full_key, launches, (region.addresses, *tensors))
+        return replayed((name, region.key, key), launches, (region.addresses, *tensors))
 
 
 def _row_tiles(sizes: Sizes) -> dict[str, int]:
