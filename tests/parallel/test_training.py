@@ -232,9 +232,9 @@ def test_every_ordered_pair_of_layouts(source, settings, tmp_path, reference):
         ),
         (
             {"strategy": "ddp", "expert_parallel": 2},
-            {"compile": True},
-            "ConfigError: compile is true, and the model is sharded over 2 ranks; give "
-            "parallel.strategy ddp without expert_parallel, or compile false",
+            {"compile": True, "activation_checkpointing": "selective"},
+            "ConfigError: compile is true, activation_checkpointing is selective, and the model is "
+            "sharded over 2 ranks; give activation_checkpointing true or false, or compile false",
         ),
         (
             {"strategy": {"name": "fsdp", "replicate": 3}},

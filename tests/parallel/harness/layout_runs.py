@@ -178,13 +178,19 @@ def sums_of_a_step(settings: Settings) -> list[int]:
     return [call.args[0].numel() for call in all_reduce.call_args_list]
 
 
-def compiled_losses(settings: Settings) -> list[float]:
-    """Return the losses of two steps with compiled blocks, without a C++ compiler."""
+def compiled(settings: Settings) -> tuple[list[float], int]:
+    """Return the losses of two steps with compiled blocks, and how many graphs were compiled.
+
+    AOT autograd alone compiles: no C++ compiler is needed.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     traced = partial(torch.compile, backend="aot_eager")
     missing = "tokenyard_train.engine.compile.missing_compiler"
     with patch.object(torch, "compile", traced), patch(missing, lambda device: None):
         setup = build(settings | {"compile": True})
-        return [train_step(setup, batch).result.loss for batch in range(2)]
+        losses = [train_step(setup, batch).result.loss for batch in range(2)]
+    return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def whole_matrices(shapes: list[tuple[int, ...]], dim: int) -> dict[str, bool]:

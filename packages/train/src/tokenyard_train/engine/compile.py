@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenyard import Model
+from tokenyard import Model, moe_layers
 
 log = logging.getLogger("tokenyard")
 
@@ -19,16 +19,20 @@ _C_COMPILERS = ("cc", "gcc", "clang")
 _CPP_COMPILERS = ("c++", "g++", "clang++")
 
 
-def compile_blocks(model: Model, device: str) -> None:
+def compile_blocks(model: Model, device: str, eager_experts: bool = False) -> None:
     """Compile each block's forward pass. Without a compiler on this machine, only warn.
 
     Blocks of one architecture share the compiled code. Evaluation and generation do not use it:
-    their shapes differ from call to call.
+    their shapes differ from call to call. With `eager_experts`, experts run between two compiled
+    parts of a block: FSDP gathers them, and an exchange has other shapes in each step.
     """
     reason = missing_compiler(device)
     if reason is not None:
         log.warning("compile is true, but %s; blocks run without torch.compile", reason)
         return
+    if eager_experts:
+        for moe in moe_layers(model):
+            moe.experts.forward = torch.compiler.disable(moe.experts.forward)
     for block in model.blocks:
         block.forward = _train_compiled(block)
 

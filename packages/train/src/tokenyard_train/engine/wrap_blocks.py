@@ -16,18 +16,20 @@ def wrap_blocks(config: TrainConfig, model: Model, ranks: int) -> None:
     """Wrap the forward pass of each block as the config asks. Raises ConfigError.
 
     Selective recompute is inside the compiled code, so that what is computed again is fused with
-    the backward pass. Whole blocks are recomputed by calling the compiled code again.
+    the backward pass. Whole blocks are recomputed by calling the compiled code again. The compiler
+    cannot look into a recomputed block whose sharded experts run eagerly.
     """
-    if config.compile and ranks > 1 and has_shards(model):
-        raise ConfigError(
-            f"compile is true, and the model is sharded over {ranks} ranks; give "
-            "parallel.strategy ddp without expert_parallel, or compile false"
-        )
+    sharded = ranks > 1 and has_shards(model)
     recompute = config.activation_checkpointing
+    if config.compile and sharded and recompute == "selective":
+        raise ConfigError(
+            "compile is true, activation_checkpointing is selective, and the model is sharded over "
+            f"{ranks} ranks; give activation_checkpointing true or false, or compile false"
+        )
     if recompute == "selective":
         _recompute(model, selective=True)
     if config.compile:
-        compile_blocks(model, config.device)
+        compile_blocks(model, config.device, eager_experts=sharded)
     if recompute is True:
         _recompute(model)
     if config.activation_cpu_offload:
