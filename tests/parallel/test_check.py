@@ -17,6 +17,7 @@ from tokenyard.testing import ranks
 from tokenyard_parallel import fake_world
 from tokenyard_parallel.strategies._shard_dim import expert_shard_dim
 from tokenyard_train.commands.check import check
+from tokenyard_train.commands.host_time import why_ranks_lose
 from tokenyard_train.commands.memory import estimate
 from tokenyard_train.config import load_config, read_config
 from tokenyard_train.engine.build_model import build_model, meta_model
@@ -212,6 +213,42 @@ def test_the_working_set_is_what_is_gathered_at_a_time(dbrx):
     gathered = 4 * numel["outside"] + 2 * (4 * numel["dense"] + 2 * experts)
     gradients = max((2 + 2) * experts, (4 + 4) * numel["outside"])
     assert working_set == gathered + gradients
+
+
+SMALL = {
+    "name": "mixtral",
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "loses"),
+    [
+        ("fsdp", {}, True),
+        ("ddp", {}, False),
+        ("fsdp", {"global_train_batch_size": 1024, "device_train_microbatch_size": 256}, False),
+        ("fsdp", {"model": DBRX, "max_seq_len": 2048}, False),
+    ],
+)
+def test_a_model_that_is_too_small_for_shards(settings, strategy, changes, loses):
+    """The times of one H200 and of its host are those of examples/bench/small.yaml."""
+    small = {"model": SMALL, "max_seq_len": 512, "global_train_batch_size": 16}
+    small |= {"parallel": {"strategy": strategy}, "device_train_microbatch_size": 8} | changes
+    config = read_config(settings | small)
+    with fake_world(2):
+        _, model = build_model(config)
+    reason = why_ranks_lose(config.model_copy(update={"device": "cuda:0"}), model, 2)
+    assert (reason is not None) == loses
+    if loses:
+        assert re.search(
+            r"host of each of the 2 processes about 44 ms, .* in about [34] ms", reason
+        )
+        assert "give parallel.strategy ddp" in reason
+    assert why_ranks_lose(config, model, 2) is None, "it is for GPUs"
 
 
 def numel_by_part(model):

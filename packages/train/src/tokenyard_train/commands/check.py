@@ -25,6 +25,7 @@ from tokenyard.count import saved_by_row, training_flops_per_token, weight_copie
 from tokenyard.devices import device_memory
 from tokenyard.units import describe_bytes, describe_count
 from tokenyard_train.callbacks import build_callbacks, build_registration
+from tokenyard_train.commands.host_time import why_ranks_lose
 from tokenyard_train.commands.memory import estimate, offloaded_bytes
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
@@ -74,6 +75,8 @@ def check(config: TrainConfig, console: Console) -> None:
         _add(table, f"backends ({len(layers)} MoE layers)", _backend_rows(config, layers[0]))
     console.print(table)
     _warn_if_too_large(config, sum(estimate(config, model, layout)))
+    if (reason := why_ranks_lose(config, model, strategy.data[1])) is not None:
+        log.warning("%s", reason)
 
 
 def _warn_if_too_large(config: TrainConfig, size: int) -> None:

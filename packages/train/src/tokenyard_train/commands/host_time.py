@@ -1,4 +1,4 @@
-"""Whether sharding a small model keeps the host longer than its matmuls keep the GPU."""
+"""Whether ranks that share a small model are slower than one GPU, because of their hosts."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from tokenyard import Model
 from tokenyard.sharded import has_shards
 from tokenyard_train.config.schema import TrainConfig
 
-_FLOPS = 250e12  # a second, of 16-bit training on one H200
-_SHARDING = 6.0  # milliseconds of the host for a block and microbatch: FSDP's hooks
-_EXCHANGE = 8.0  # and for the exchange of its experts
+_FLOPS_PER_S = 250e12  # of 16-bit training on one H200
+_HOST_MS = 11.0  # for a block of a microbatch, beside an H200: operators, and FSDP's hooks
+_EXCHANGE_MS = 3.0  # beside that, for the exchange of a block
 
 
-def why_host_bound(config: TrainConfig, model: Model, ranks: int) -> str | None:
-    """Return a sentence if a step of a sharded model waits for the host of a rank; else None.
+def why_ranks_lose(config: TrainConfig, model: Model, ranks: int) -> str | None:
+    """Return a sentence if the hosts of a sharded model take longer than one GPU alone; else None.
 
-    Both times are estimates, by figures of one H200. Eager blocks of a sharded model take the host
-    the same time for any number of tokens.
+    Both times are estimates from measurements beside H200s. Launching the blocks of a sharded model
+    takes a host the same time for any number of tokens.
     """
     if ranks == 1 or not config.device.startswith("cuda") or not has_shards(model):
         return None
-    samples = config.global_train_batch_size / ranks
-    microbatches = math.ceil(samples / int(config.device_train_microbatch_size))
-    per_block = _SHARDING + (_EXCHANGE if config.parallel.expert_parallel > 1 else 0.0)
-    host = microbatches * len(model.blocks) * per_block
+    samples = config.global_train_batch_size
+    microbatches = math.ceil(samples / ranks / int(config.device_train_microbatch_size))
+    exchange = _EXCHANGE_MS if (config.parallel.expert_parallel or 1) > 1 else 0.0
+    host = microbatches * len(model.blocks) * (_HOST_MS + exchange)
     tokens = samples * config.max_seq_len
-    gpu = 1e3 * 3 * model.flops_per_token(config.max_seq_len) * tokens / _FLOPS
+    gpu = 1e3 * 3 * model.flops_per_token(config.max_seq_len) * tokens / _FLOPS_PER_S
     if host < gpu:
         return None
     return (
-        f"a step of {round(tokens):,} tokens a process takes its GPU about {gpu:.0f} ms and its "
-        f"host about {host:.0f} ms, because the model is sharded; if it fits on one GPU, give "
-        "parallel.strategy ddp without expert_parallel, which can be compiled, or more tokens a "
-        "step"
+        f"a step takes the host of each of the {ranks} processes about {host:.0f} ms, because the "
+        f"model is sharded, and one GPU would compute all {tokens:,} tokens in about {gpu:.0f} ms; "
+        "if the model fits on one GPU, give parallel.strategy ddp without expert_parallel, else "
+        "more tokens a step"
     )

@@ -156,7 +156,7 @@ class TrainConfig(Section):
         # equal runs end bit-identical; an operation without a deterministic algorithm is an error
         False
     )
-    compile: bool = False  # compile each block by torch.compile; not of a sharded model
+    compile: bool = False  # compile each block by torch.compile
     cuda_graph: bool | Literal["auto"] = (
         # replay each microbatch as a CUDA graph; auto: on GPUs, unless something forbids it
         "auto"
