@@ -16,9 +16,8 @@ from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.kernels import _few_rows
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
-from tokenyard_kernels_triton.ops._kernel_set import MOST_FEW_ROWS
 from tokenyard_kernels_triton.ops._portable import number_options
-from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+from tokenyard_kernels_triton.ops._row_tiles import MOST_FEW_ROWS, RowTiles
 from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
 
 

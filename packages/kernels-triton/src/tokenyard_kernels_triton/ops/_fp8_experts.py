@@ -33,7 +33,6 @@ from tokenyard_kernels_triton.ops._experts_call import (
     zero_gradients,
 )
 from tokenyard_kernels_triton.ops._fp8_weights import kept_weights
-from tokenyard_kernels_triton.ops._gluon_operands import Rows, TokenRows
 from tokenyard_kernels_triton.ops._gradient import differentiate_and_quantize, sum_rows
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
 from tokenyard_kernels_triton.ops._quantize import (
@@ -43,6 +42,7 @@ from tokenyard_kernels_triton.ops._quantize import (
 )
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._save import Save, saved_shapes
+from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
 from tokenyard_kernels_triton.ops._transpose import transpose_rows
 from tokenyard_kernels_triton.replay import replayed
 

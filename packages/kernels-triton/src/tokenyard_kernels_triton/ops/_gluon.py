@@ -178,12 +178,9 @@ def weight_gradient(
     tiles = shape[0] * ceil_div(rows, ROWS) * ceil_div(columns, tiling.columns)
     a, order, top_k = operand(left, (tiling.depth, 64))
     launch(_gluon.weight_gradient, persistent_grid(device, tiles))(
-        a,
-        operand(right, (tiling.depth, tiling.columns))[0],
-        order,
+        *(a, operand(right, (tiling.depth, tiling.columns))[0], order),
         stacked(out, 1, (chunk, 64) if by_columns else (64, chunk)),
-        row_tiles.offsets,
-        row_tiles.largest_first(),
+        *(row_tiles.offsets, row_tiles.largest_first()),
         *(shape[0], rows, columns),
         OUT_BY_COLUMNS=by_columns,
         ADD=total is not None,

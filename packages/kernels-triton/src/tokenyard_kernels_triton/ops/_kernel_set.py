@@ -11,15 +11,12 @@ from torch import Tensor
 
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton.gluon_tiling import Matmul
-from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+from tokenyard_kernels_triton.ops._row_tiles import MOST_FEW_ROWS, RowTiles
 
 KernelSetName = Literal["portable", "gluon", "few_rows", "few_rows_hopper"]
 """The kernel set for any GPU, the one for Hopper GPUs, or those for few rows an expert."""
 
-MOST_FEW_ROWS = 32
-"""The mean number of rows an expert up to which matmuls for few rows are faster than others."""
-
-_MOST_OF_GRADIENT = 8  # the same, for weight gradients
+_MOST_OF_GRADIENT = 8  # as MOST_FEW_ROWS, for weight gradients
 
 Rows = TypeVar("Rows")
 """Rows [R, D] sorted by expert in a form other than a tensor, if the kernel set has one."""

@@ -7,8 +7,8 @@ import torch
 from tokenyard.fp8 import BLOCK, DTYPE, Quantized
 from tokenyard_kernels_triton.kernels import _transpose
 from tokenyard_kernels_triton.launching import launch
-from tokenyard_kernels_triton.ops._gluon_operands import Rows, TokenRows
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
+from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
 
 
 def transpose_rows(rows: Rows, row_tiles: RowTiles, square: bool) -> Quantized:

@@ -32,7 +32,8 @@ def compile_blocks(model: Model, device: str, eager_experts: bool = False) -> No
         return
     if eager_experts:
         for moe in moe_layers(model):
-            moe.experts.forward = torch.compiler.disable(moe.experts.forward)
+            experts: nn.Module = moe.experts
+            experts.forward = torch.compiler.disable(experts.forward)
     for block in model.blocks:
         block.forward = _train_compiled(block)
 
