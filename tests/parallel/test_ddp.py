@@ -4,6 +4,7 @@ import torch
 from harness import layout_runs as runs
 from harness.layouts import run
 
+from tokenyard.testing import ranks
 from tokenyard_parallel.strategies import _gradient_sum
 
 
@@ -13,6 +14,11 @@ def test_a_microbatch_has_one_sum_of_gradients(settings, tmp_path):
     counts, gradients, *others = run(runs.sums_of_a_step, "ddp-2", settings, tmp_path, **changes)
     assert counts < gradients
     assert others == [counts, gradients, 1]
+
+
+def test_16_bit_gradients_are_summed_in_float32_and_rounded_once():
+    for sums, expected in ranks(2).run(runs.narrow_sums):
+        assert sums == expected
 
 
 def test_a_bucket_has_a_limit_that_only_one_tensor_exceeds(monkeypatch):

@@ -7,6 +7,8 @@ import torch
 from harness import layout_runs as runs
 from harness.compare import ROUTINGS, compare
 from harness.equality import Case, Layout, arrays_on_rank, as_arrays, train
+from harness.supervisor import draw_faults
+from test_launch import BATCHES, final_state, inject, start
 
 from tokenyard.testing import ranks
 from tokenyard.tolerance import relative_error
@@ -75,3 +77,18 @@ def test_a_checkpoint_of_two_gpus_loads_on_one(settings, tmp_path):
     assert saved == other
     one = two | {"parallel": {}, "autoresume": True}
     assert runs.loaded(one).digest == saved.digest
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(5))
+def test_many_faults(settings, tmp_path, seed):
+    """Four kills and two stops end bit-identical; each is noticed within 2 s of the timeout."""
+    keys = {"device": "cuda", "deterministic": True}
+    whole = start(settings, tmp_path / "whole", 2, **keys)
+    faults = draw_faults(seed, ["kill", "kill while saving", "stop"] * 2, 2, BATCHES)
+    disturbed = start(settings, tmp_path / "run", 2, "--max-restarts", str(len(faults)), **keys)
+    inject(disturbed, faults, patience=2)
+    for launched in (whole, disturbed):
+        assert launched.process.wait(timeout=200) == 0, launched.text()
+    assert final_state(disturbed.folder) == final_state(whole.folder)

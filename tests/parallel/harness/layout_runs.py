@@ -25,6 +25,7 @@ from tokenyard.testing._over_ranks import full
 from tokenyard_models.hf import Folder
 from tokenyard_parallel._torch_private import begin_all_to_all, end_all_to_all
 from tokenyard_parallel.meshes import MeshSizes, make_mesh
+from tokenyard_parallel.strategies._gradient_sum import sum_narrow
 from tokenyard_train.bench.commands import run_train
 from tokenyard_train.bench.options import TrainOptions
 from tokenyard_train.callbacks import Callback
@@ -176,6 +177,17 @@ def sums_of_a_step(settings: Settings) -> list[int]:
     with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         accumulate(setup, 0)
     return [call.args[0].numel() for call in all_reduce.call_args_list]
+
+
+def narrow_sums() -> tuple[list[float], list[float]]:
+    """Sum bfloat16 numbers over ranks; return the sums, and those of one process."""
+    rank = dist.get_rank()
+    parts = torch.randn(
+        dist.get_world_size(), 30, generator=torch.Generator().manual_seed(3)
+    ).bfloat16()
+    flat = parts[rank].clone()
+    sum_narrow(flat, torch.float32, dist.group.WORLD)
+    return flat.tolist(), parts.float().sum(0).bfloat16().tolist()
 
 
 def compiled(settings: Settings) -> tuple[list[float], int]:

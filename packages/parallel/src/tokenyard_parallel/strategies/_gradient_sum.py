@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from tokenyard.sharded import local_part
 from tokenyard_parallel._torch_private import at_end_of_backward
+from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
 
 BUCKET = 1 << 26
 """Numbers that one collective sums: 256 MiB in float32."""
@@ -72,13 +73,33 @@ class GradientSum:
 
 def _sum_over_ranks(gradients: list[Tensor], dtype: torch.dtype, group: Any) -> None:
     """Replace gradients by their sums over the ranks of a group, which are computed in `dtype`."""
+    ranks = dist.get_world_size(group)
+    # Gradients of one microbatch have the dtype of the weights
+    narrow = all(gradient.dtype.itemsize < dtype.itemsize for gradient in gradients)
     for bucket in buckets(gradients):
         sizes = [gradient.numel() for gradient in bucket]
-        flat = torch.empty(sum(sizes), dtype=dtype, device=bucket[0].device)
-        sums = [part.view_as(gradient) for part, gradient in zip(flat.split(sizes), bucket)]
+        numel = -(-sum(sizes) // ranks) * ranks
+        flat = bucket[0].new_empty(numel, dtype=bucket[0].dtype if narrow else dtype)
+        parts = flat[: sum(sizes)].split(sizes)
+        sums = [part.view_as(gradient) for part, gradient in zip(parts, bucket)]
         torch._foreach_copy_(sums, bucket)
-        dist.all_reduce(flat, group=group)
+        if narrow:
+            sum_narrow(flat, dtype, group)
+        else:
+            dist.all_reduce(flat, group=group)
         torch._foreach_copy_(bucket, sums)
+
+
+def sum_narrow(flat: Tensor, dtype: torch.dtype, group: Any) -> None:
+    """Replace 16-bit numbers [ranks * n] by their sums over ranks, computed in `dtype`.
+
+    Each rank sums a shard. So the sums are rounded once, and half as many bytes travel as in an
+    all-reduce in float32.
+    """
+    ranks = dist.get_world_size(group)
+    shard = torch.empty(flat.numel() // ranks, dtype=dtype, device=flat.device)
+    WideReduceScatter(ranks, dtype)(shard, flat, group, dist.ReduceOp.SUM)
+    dist.all_gather_into_tensor(flat, shard.to(flat.dtype), group=group)
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
