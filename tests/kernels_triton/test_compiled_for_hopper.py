@@ -140,7 +140,8 @@ def test_narrow_experts_gather_their_rows(records):
     matmuls = [r for r in of(records, kernels="GluonExperts") if r["kernel"] in GLUON_MATMULS]
     over_tokens = {"up_and_activate", "differentiate_down", "weight_gradient"}
     assert {r["kernel"] for r in matmuls if r["gathers"]} == over_tokens
-    assert {r["case"] for r in matmuls if r["gathers"]} == {"narrow"}
+    wide = {"wide", "widest", "widest on an H100"}
+    assert not wide & {r["case"] for r in matmuls if r["gathers"]}
 
 
 def test_sums_and_muon_are_compiled(records):
