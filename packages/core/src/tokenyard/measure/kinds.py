@@ -11,6 +11,7 @@ _PATTERNS = (
     ("elementwise", r"^triton_(poi|red|per)_"),  # inductor; the rest of the name is what it fused
     ("collectives", r"nccl|c10d|gloo"),
     ("optimizer", r"adam|multi_tensor_apply|aten::_(foreach|fused)_"),
+    ("optimizer", r"^(nesterov|descend|symmetric_product|scale_matrices)"),  # of Muon
     ("attention", r"flash|fmha|attention|sdpa"),
     ("host", r"^autograd::|backward\d+$"),
     # Our kernels are named by their functions
