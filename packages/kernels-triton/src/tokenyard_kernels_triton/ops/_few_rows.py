@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,42 +12,18 @@ from torch import Tensor
 from tokenyard.activations import is_gated
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
+from tokenyard_kernels_triton.few_rows_tiling import (
+    GRADIENT_TILING,
+    FewRowsTiling,
+    few_rows_tiling,
+)
 from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.kernels import _few_rows
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._portable import number_options
-from tokenyard_kernels_triton.ops._row_tiles import MOST_FEW_ROWS, RowTiles
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
-
-
-@dataclass(frozen=True)
-class FewRowsTiling:
-    """The tile of a matmul: `columns` of the weights by `rows` of an expert."""
-
-    rows: int
-    columns: int  # in a gated up matmul, of gate and up together
-    depth: int  # of a slice of the reduction dimension
-    warps: int
-    stages: int  # slices loaded ahead
-
-    def options(self) -> dict[str, int]:
-        """Return the arguments of every matmul's launch."""
-        return {
-            "ROWS": self.rows,
-            "DEPTH": self.depth,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
-
-
-_TILINGS = (  # by the highest mean of rows an expert, for which they were measured on an H200
-    (8, FewRowsTiling(16, 64, 128, 4, 3)),
-    (16, FewRowsTiling(32, 64, 128, 4, 3)),
-    (MOST_FEW_ROWS, FewRowsTiling(64, 128, 64, 4, 3)),
-)
-
-_GRADIENT = FewRowsTiling(64, 128, 16, 4, 3)
 
 
 def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
@@ -70,7 +46,7 @@ def up_and_activate(
     ffn_dim = up.shape[1] // parts
     z = x.new_empty(row_tiles.rows if keep_z else 0, up.shape[1])
     a = x.new_empty(row_tiles.rows if keep_a else 0, ffn_dim)
-    tiling = tiling or _tiling(row_tiles)
+    tiling = tiling or few_rows_tiling(row_tiles.rows, row_tiles.num_experts)
     columns = tiling.columns // parts
     matrix, order, top_k = operand(x)
     launch(_few_rows.up_and_activate_few, _grid(row_tiles, tiling, ffn_dim, columns))(
@@ -108,7 +84,7 @@ def times_weight(
     """Return rows [R, M] @ weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
     width = weight.shape[1 if transposed else 2]
     out = rows.new_empty(row_tiles.rows, width)
-    tiling = tiling or _tiling(row_tiles)
+    tiling = tiling or few_rows_tiling(row_tiles.rows, row_tiles.num_experts)
     matrix, order, top_k = operand(rows)
     launch(_few_rows.times_weight_few, _grid(row_tiles, tiling, width, tiling.columns))(
         matrix,
@@ -142,7 +118,7 @@ def differentiate_down(
     """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, some]."""
     dim, ffn_dim = down.shape[1:]
     # Wider tiles have no registers left for the epilogue.
-    tiling = tiling or replace(_tiling(row_tiles), columns=64)
+    tiling = tiling or replace(few_rows_tiling(row_tiles.rows, row_tiles.num_experts), columns=64)
     matrix, _, top_k = operand(drows)
     dz = torch.empty_like(z)
     weighted = z.new_empty(row_tiles.rows, ffn_dim)
@@ -187,7 +163,7 @@ def weight_gradient(
     rows = left.shape[1]
     columns = right.shape[1]
     out = left.new_empty(row_tiles.num_experts, rows, columns) if total is None else total
-    tiling = tiling or _GRADIENT
+    tiling = tiling or GRADIENT_TILING
     a, left_order, left_top_k = operand(left)
     b, right_order, right_top_k = operand(right)
     options = tiling.options()
@@ -216,11 +192,6 @@ def operand(rows: Rows) -> tuple[Tensor, Tensor | None, int]:
     if isinstance(rows, TokenRows):
         return rows.tokens, rows.order, rows.top_k
     return rows, None, 0
-
-
-def _tiling(row_tiles: RowTiles) -> FewRowsTiling:
-    mean = row_tiles.rows / row_tiles.num_experts
-    return next((tiling for most, tiling in _TILINGS if mean <= most), _TILINGS[-1][1])
 
 
 def _grid(row_tiles: RowTiles, tiling: FewRowsTiling, width: int, columns: int) -> tuple[int]:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from tokenyard.interfaces import Plan
+from tokenyard_kernels_triton.few_rows_tiling import MOST_FEW_ROWS, MOST_OF_GRADIENT
 from tokenyard_kernels_triton.gluon_tiling import Matmul
-from tokenyard_kernels_triton.ops._row_tiles import MOST_FEW_ROWS, RowTiles
+from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
 KernelSetName = Literal["portable", "gluon", "few_rows", "few_rows_hopper"]
 """The kernel set for any GPU, the one for Hopper GPUs, or those for few rows an expert."""
-
-_MOST_OF_GRADIENT = 8  # as MOST_FEW_ROWS, for weight gradients
 
 Rows = TypeVar("Rows")
 """Rows [R, D] sorted by expert in a form other than a tensor, if the kernel set has one."""
@@ -96,7 +95,7 @@ def fitting_set(name: KernelSetName, plan: Plan, dtype: torch.dtype) -> KernelSe
     experts = plan.offsets.shape[0] - 1
     if rows > MOST_FEW_ROWS * experts or dtype.itemsize != 2:
         return name
-    hopper = name == "gluon" and rows > _MOST_OF_GRADIENT * experts
+    hopper = name == "gluon" and rows > MOST_OF_GRADIENT * experts
     return "few_rows_hopper" if hopper else "few_rows"
 
 

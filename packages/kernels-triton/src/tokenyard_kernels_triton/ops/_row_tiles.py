@@ -10,9 +10,6 @@ from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _schedule
 from tokenyard_kernels_triton.launching import launch
 
-MOST_FEW_ROWS = 32
-"""The mean number of rows an expert up to which matmuls for few rows are faster than others."""
-
 
 @dataclass
 class RowTiles:
