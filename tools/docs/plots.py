@@ -31,6 +31,8 @@ _COLOURS = {
     "cuda": BLUE,
     "gluon": BLUE,
     "gluon, save: fp8": "#8f6bb3",
+    "bf16": GREY,
+    "fp8": ORANGE,
 }
 _WIDTH = 5.5  # inches: text of 9 points is readable on a phone
 _LARGEST_LOSS = 4.0  # nats per byte; the first steps are above it and are cut off
@@ -93,18 +95,19 @@ def _title(shape: dict[str, Any]) -> str:
 
 
 def training(content: dict[str, Any], path: Path) -> None:
-    """Draw the loss per experts backend and seed, and its difference from torch's."""
+    """Draw the loss per kind of experts and seed, and its difference from the first kind's."""
+    first, *_ = content["runs"]
     figure = make_figure(_WIDTH, 6.4)
     grid = figure.add_gridspec(2, 1)
     curves = make_axes(figure, grid[0], "Training loss", "step", "nats per byte")
-    title = "Difference from torch, same seed"
+    title = f"Difference from {first}, same seed"
     differences = make_axes(figure, grid[1], title, "step", "nats per byte")
     for experts, seeds in content["runs"].items():
         for i, (seed, run) in enumerate(seeds.items()):
             style = {"color": _COLOURS[experts], "linewidth": 1, "label": None if i else experts}
             curves.plot(run["loss"], **style)
-            if experts != "torch":
-                reference = content["runs"]["torch"][seed]["loss"]
+            if experts != first:
+                reference = content["runs"][first][seed]["loss"]
                 differences.plot(np.subtract(run["loss"], reference), **style)
     curves.set_ylim(top=_LARGEST_LOSS)
     differences.axhline(0, color=GREY, linewidth=1, zorder=1)
