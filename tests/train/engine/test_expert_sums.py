@@ -1,11 +1,17 @@
 """Expert kernels that add to the gradients of their weights, over several microbatches."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from tokenyard import moe_layers
 from tokenyard.experts import TorchExperts
 from tokenyard.tolerance import relative_error
+from tokenyard_train.engine import cuda_graph
+from tokenyard_train.engine.cuda_graph import _Captured
 from tokenyard_train.engine.expert_sums import ExpertSums
 from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.step import train_step
@@ -123,6 +129,53 @@ def test_frozen_weights_have_no_sum(ready, calls):
     assert moe_layers(run.model)[0].experts.up.grad is None
     assert moe_layers(run.model)[0].experts.kernel not in calls
     assert len(calls) == 2
+
+
+class FakeCapture(_Captured):
+    """A captured graph on a CPU: what is captured changes nothing, and is run again by a replay."""
+
+    def __init__(self, parameters, work, run, warm_up):
+        self.parameters = parameters
+        self.work = tree_map_only(torch.Tensor, torch.clone, work)
+        before = [p.grad.clone() for p in parameters if p.grad is not None]
+        own = [p.grad for p in parameters]
+        self._clear_gradients()
+        with warm_up():
+            run(self.work)
+        unchanged = [p for p in own if p is not None]
+        assert all(torch.equal(new, old) for new, old in zip(unchanged, before, strict=True))
+        self._clear_gradients()
+        self.result = run(self.work)
+        self.gradients = [p.grad for p in parameters]
+        for new, old in zip(unchanged, before):
+            new.copy_(old)
+        self.graph = SimpleNamespace(replay=lambda: self.run_again(run))
+
+    def run_again(self, run):
+        own = [p.grad for p in self.parameters]
+        self._clear_gradients()
+        self.result = run(self.work)
+        for p, static, gradient in zip(self.parameters, self.gradients, own):
+            if static is not None:
+                static.copy_(p.grad)
+            p.grad = gradient
+
+
+def test_a_pass_before_the_capture_adds_nothing(ready, calls, monkeypatch):
+    """It runs in the second microbatch, when the sums are not zero; replays add to them."""
+    monkeypatch.setattr(cuda_graph, "_Captured", FakeCapture)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    plain = ready(device_train_microbatch_size=1)
+    built = ready(device_train_microbatch_size=1)
+    built.sums.keep = True
+    graph = cuda_graph.MicrobatchGraph(built.model, built.sums.paused)
+    graphed = dataclasses.replace(built, graph=graph)
+    for batch in range(2):
+        assert train_step(graphed, batch).result.loss == train_step(plain, batch).result.loss
+    assert graph.captured
+    for one, other in zip(graphed.model.parameters(), plain.model.parameters()):
+        assert relative_error(one.detach(), other.detach()) < 1e-6
 
 
 @pytest.mark.gpu
