@@ -88,7 +88,7 @@ class SymmetricMemoryExchange:
             self.kind = kind
         while True:
             received = Received(*dispatch(x, ids, weights, self.link, self.bound))
-            self.status.mark()
+            self.status.mark(received.status)
             y = compute(received.rows, received.bounded_ids, received.weights, self.bound)
             *tokens, slots = self.status.read(received.status)
             if max(tokens) > self.capacity:

@@ -13,13 +13,13 @@ class LateRead:
         self.marked: torch.cuda.Event | None = None
         self.stream: torch.cuda.Stream | None = None
 
-    def mark(self) -> None:
-        """Mark this moment of the current stream. It is all that the host does before the read."""
-        if not torch.cuda.is_available():
+    def mark(self, tensor: Tensor) -> None:
+        """Mark this moment of the tensor's stream. It is all that the host does before the read."""
+        if not tensor.is_cuda:
             return
         if self.marked is None:
             self.marked = torch.cuda.Event()
-        self.marked.record()
+        self.marked.record(torch.cuda.current_stream(tensor.device))
 
     def read(self, tensor: Tensor) -> list[int]:
         """Return the numbers of a tensor that was computed before the mark."""
