@@ -9,14 +9,14 @@ KINDS = ("matmuls", "attention", "elementwise", "routing", "copies", "optimizer"
 
 _PATTERNS = (
     ("elementwise", r"^triton_(poi|red|per)_"),  # inductor; the rest of the name is what it fused
-    ("collectives", r"nccl|c10d|gloo"),
+    ("collectives", r"nccl|c10d|gloo|^(publish|pull)_"),
     ("optimizer", r"adam|multi_tensor_apply|aten::_(foreach|fused)_"),
     ("optimizer", r"^(nesterov|descend|symmetric_product|scale_matrices)"),  # of Muon
     ("attention", r"flash|fmha|attention|sdpa"),
     ("host", r"^autograd::|backward\d+$"),
     # Our kernels are named by their functions
     ("routing", r"sort|topk|search|cub::|cumsum|::(plan|route|weigh)|(select|weigh)_experts"),
-    ("routing", r"^(route|list_tiles|count_|add_up_blocks|place_slots|plan_at_once)"),
+    ("routing", r"^(route|bound_ids|list_tiles|count_|add_up_blocks|place_slots|plan_at_once)"),
     ("matmuls", r"gemm|gemv|nvjet|xmma|cutlass|splitk|triton_tem_|grouped_mm|_?experts|::logits"),
     ("matmuls", r"^logits_of_few"),
     (

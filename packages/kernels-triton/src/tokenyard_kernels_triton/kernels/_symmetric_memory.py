@@ -197,7 +197,7 @@ def pull_rows(
 
 
 @triton.jit(do_not_specialize=["capacity", "rank"])
-def sum_rows(
+def pull_sums(
     buffers,  # [n]
     rows_at,  # [n * C, D]
     dots_at,  # [n * C, K]

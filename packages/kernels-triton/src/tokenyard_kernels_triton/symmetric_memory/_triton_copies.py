@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenyard_kernels_triton._device import ceil_div, on_device_of, power_of_two
-from tokenyard_kernels_triton.kernels import _symmetric_memory as kernels
+from tokenyard_kernels_triton.kernels import _symmetric_memory
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.replay import replayed
 from tokenyard_kernels_triton.symmetric_memory._region import Region, Sizes, layout_of
@@ -30,7 +30,7 @@ def publish_tokens(
 
     def launches(addresses: Tensor, *tensors: Any) -> tuple[()]:
         layout = layout_of(sizes)
-        launch(kernels.publish_tokens, (max(1, min(tokens, sizes.capacity)),))(
+        launch(_symmetric_memory.publish_tokens, (max(1, min(tokens, sizes.capacity)),))(
             *tensors,
             addresses,
             region.start + layout.rows,
@@ -54,7 +54,7 @@ def publish_rows(region: Region, rows: Tensor, dots: Tensor | None, ids: Tensor)
 
     def launches(addresses: Tensor, *tensors: Any) -> tuple[()]:
         layout = layout_of(sizes)
-        launch(kernels.publish_rows, (sizes.received,))(
+        launch(_symmetric_memory.publish_rows, (sizes.received,))(
             *tensors,
             addresses,
             region.start + layout.rows,
@@ -109,7 +109,7 @@ def sum_rows(
         slots = 0 if own_dots is None else tokens
         dots = own_rows.new_empty(slots, sizes.top_k, dtype=sizes.weights_dtype)
         if tokens:
-            launch(kernels.sum_rows, (tokens,))(
+            launch(_symmetric_memory.pull_sums, (tokens,))(
                 addresses,
                 region.start + layout.rows,
                 region.start + layout.weights,
@@ -139,7 +139,7 @@ def _pull_routing(region: Region, addresses: Tensor) -> tuple[Tensor, Tensor, Te
     weights = addresses.new_empty(sizes.received, sizes.top_k, dtype=sizes.weights_dtype)
     status = addresses.new_empty(sizes.ranks + 1, dtype=torch.int32)
     counts = addresses.new_empty(sizes.ranks * blocks, dtype=torch.int32)
-    launch(kernels.pull_routing, (blocks, sizes.ranks))(
+    launch(_symmetric_memory.pull_routing, (blocks, sizes.ranks))(
         addresses,
         region.start + layout.ids,
         region.start + layout.weights,
@@ -162,7 +162,7 @@ def _bound_ids(ids: Tensor, counts: Tensor, slots: Tensor, bound: int, held: int
     bounded = torch.empty_like(ids)
     size = ids.numel()
     blocks = counts.numel()
-    launch(kernels.bound_ids, (ceil_div(size, _IDS),))(
+    launch(_symmetric_memory.bound_ids, (ceil_div(size, _IDS),))(
         ids,
         bounded,
         counts,
@@ -180,7 +180,7 @@ def _bound_ids(ids: Tensor, counts: Tensor, slots: Tensor, bound: int, held: int
 def _pull_rows(region: Region, addresses: Tensor, own: Tensor, ids: Tensor) -> Tensor:
     sizes = region.sizes
     rows = own.new_empty(sizes.received, sizes.dim)
-    launch(kernels.pull_rows, (sizes.received,))(
+    launch(_symmetric_memory.pull_rows, (sizes.received,))(
         addresses,
         region.start + layout_of(sizes).rows,
         own,
