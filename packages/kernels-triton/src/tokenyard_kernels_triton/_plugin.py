@@ -17,7 +17,7 @@ _SCORES = ("softmax", "sigmoid")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FAST = 20  # before core's backends, on a GPU
 _LAST = -20  # after all others, in the interpreter
-_BY_NAME = -5  # after core's backends: until it was measured
+_BY_NAME = -5  # after core's backends: until it was measured or tested on GPUs
 
 
 @torch.library.impl("tokenyard::replace_by_gradient", "cuda")
@@ -184,9 +184,9 @@ def tokenyard_permutations() -> list[Backend]:
 
 @hookimpl
 def tokenyard_exchanges() -> list[Backend]:
-    """Offer the exchange between ranks of one node, before those of tokenyard-parallel."""
+    """Offer the exchange between ranks of one node; those of tokenyard-parallel come first."""
     exchange = "tokenyard_kernels_triton.symmetric_memory:SymmetricMemoryExchange"
-    priority = _LAST if _interpreted() else 0  # core's `local` comes first where it is usable
+    priority = _LAST if _interpreted() else _BY_NAME
     return [Backend("symmetric_memory", exchange, priority, no_symmetric_memory)]
 
 
