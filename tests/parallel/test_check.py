@@ -100,12 +100,21 @@ def test_the_state_of_the_full_dbrx_is_exact_over_1_to_4096_ranks(dbrx):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-@pytest.mark.parametrize("exchange", ["all_to_all", "all_to_all_tokens", "symmetric_memory"])
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        "all_to_all",
+        "all_to_all_tokens",
+        {"name": "all_to_all_tokens", "precision": "fp8"},
+        "symmetric_memory",
+    ],
+    ids=["slots", "tokens", "tokens in FP8", "symmetric memory"],
+)
 def test_activations_of_two_ranks_are_near_the_estimate(settings, tmp_path, exchange, precision):
     """Within a fifth, since the routing is not exactly uniform."""
     sizes = {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2}
     settings |= {
-        "model": {"name": "dbrx", "size": "tiny", "d_model": 64, "ffn_config": sizes},
+        "model": {"name": "dbrx", "size": "tiny", "d_model": 128, "ffn_config": sizes},
         "max_seq_len": 128,
         "precision": precision,
         "backends": {"exchange": exchange},
