@@ -56,52 +56,47 @@ def differentiate_fp8(
     FUNCTION: tl.constexpr,
     PARTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Write what ``_moves.differentiate`` writes, and dz in float8.
+    """Write one row of what ``_moves.differentiate`` writes, and of dz in float8.
 
-    A program has ROWS rows, of which it computes BLOCKS blocks of 128 columns at a time.
+    It computes BLOCKS blocks of 128 columns at a time.
     """
-    index = tl.arange(0, ROWS * BLOCKS)
-    row = tl.program_id(0).to(tl.int64) * ROWS + index // BLOCKS
-    kept = row < tl.load(live)
-    column = tl.arange(0, _BLOCK)
-    w = tl.full([ROWS * BLOCKS], 1.0, tl.float32)
-    if WEIGHTED:
-        slot = tl.load(order + row, mask=kept, other=0)
-        w = tl.load(topk_weights + slot, mask=kept, other=0.0).to(tl.float32)
-    blocks = ffn_dim // _BLOCK
-    total = tl.zeros([ROWS * BLOCKS, _BLOCK], tl.float32)
-    for first in range(0, blocks, BLOCKS):
-        # Offsets of the blocks in [R, F] and in [R, PARTS * F], and of the latter's scales.
-        block = first + index % BLOCKS
-        inside = kept & (block < blocks)
-        mask = inside[:, None] & (column < _BLOCK)[None, :]
-        of_a = (row * ffn_dim + block * _BLOCK)[:, None] + column[None, :]
-        of_z = (row * (PARTS * ffn_dim) + block * _BLOCK)[:, None] + column[None, :]
-        of_scale = row * (PARTS * blocks) + block
-        gradient = tl.load(da + of_a, mask=mask, other=0.0).to(tl.float32)
-        scale_at = None
-        if z_scales is not None:
-            scale_at = z_scales + of_scale
-        gate = _load(z + of_z, scale_at, mask, inside)
-
-        # f(gate) and f'(gate) times the weighted gradient; with a gate, times `up` as well.
-        a, slope = function_and_slope(gate, FUNCTION)
-        slope *= gradient * w[:, None]
-        if PARTS == 2:
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(live):
+        w = 1.0
+        if WEIGHTED:
+            w = tl.load(topk_weights + tl.load(order + row)).to(tl.float32)
+        blocks = ffn_dim // _BLOCK
+        column = tl.arange(0, _BLOCK)
+        total = tl.zeros([BLOCKS, _BLOCK], tl.float32)
+        for first in range(0, blocks, BLOCKS):
+            # Offsets of the blocks in [R, F] and in [R, PARTS * F], and of the latter's scales.
+            block = first + tl.arange(0, BLOCKS)
+            inside = block < blocks
+            mask = inside[:, None] & (column < _BLOCK)[None, :]
+            of_a = row * ffn_dim + (block * _BLOCK)[:, None] + column[None, :]
+            of_z = row * PARTS * ffn_dim + (block * _BLOCK)[:, None] + column[None, :]
+            of_scale = row * PARTS * blocks + block
+            gradient = tl.load(da + of_a, mask=mask, other=0.0).to(tl.float32)
+            scale_at = None
             if z_scales is not None:
-                scale_at += blocks
-            up = _load(z + of_z + ffn_dim, scale_at, mask, inside)
-            dup = through_clamp(gradient * w[:, None] * a, up, FUNCTION)
-            at = of_z + ffn_dim
-            _store(dup, dz + at, dz_values + at, dz_scales + of_scale + blocks, mask, inside)
-            a *= factor(up, FUNCTION)
-            slope *= factor(up, FUNCTION)
-        _store(slope, dz + of_z, dz_values + of_z, dz_scales + of_scale, mask, inside)
-        tl.store(weighted + of_a, rounded(a * w[:, None], weighted.dtype.element_ty), mask=mask)
-        total += gradient * a
-    row_of_sum = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    sums = tl.sum(tl.reshape(tl.sum(total, 1), [ROWS, BLOCKS]), 1)
-    tl.store(dots + row_of_sum * dots_width, sums, mask=row_of_sum < tl.load(live))
+                scale_at = z_scales + of_scale
+            gate = _load(z + of_z, scale_at, mask, inside)
+
+            # f(gate) and f'(gate) times the weighted gradient; with a gate, times `up` as well.
+            a, slope = function_and_slope(gate, FUNCTION)
+            slope *= gradient * w
+            if PARTS == 2:
+                if z_scales is not None:
+                    scale_at += blocks
+                up = _load(z + of_z + ffn_dim, scale_at, mask, inside)
+                dup = through_clamp(gradient * w * a, up, FUNCTION)
+                at = of_z + ffn_dim
+                _store(dup, dz + at, dz_values + at, dz_scales + of_scale + blocks, mask, inside)
+                a *= factor(up, FUNCTION)
+                slope *= factor(up, FUNCTION)
+            _store(slope, dz + of_z, dz_values + of_z, dz_scales + of_scale, mask, inside)
+            tl.store(weighted + of_a, rounded(a * w, weighted.dtype.element_ty), mask=mask)
+            total += gradient * a
+        tl.store(dots + row * dots_width, tl.sum(total))

@@ -19,7 +19,7 @@ from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._quantize import quantized_shapes
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
-_NARROW = 1280  # columns of an expert, up to which a program that quantizes has several rows
+_NARROW = 1280  # columns of an expert, up to which a program that quantizes is one warp
 
 
 def differentiate(
@@ -77,8 +77,8 @@ def differentiate_and_quantize(
     values, scales = quantized_shapes(da, *dz.shape)
     quantized = Quantized(values.view(DTYPE), scales)
     weighted, dots = _empty_results(da, down_bias, row_tiles)
-    rows, blocks = (2, 2) if da.shape[1] <= _NARROW else (1, 8)
-    launch(_fp8_gradient.differentiate_fp8, (ceil_div(row_tiles.rows, rows),))(
+    blocks = 2 if da.shape[1] <= _NARROW else 8
+    launch(_fp8_gradient.differentiate_fp8, (row_tiles.rows,))(
         da,
         *z,
         dz,
@@ -91,9 +91,8 @@ def differentiate_and_quantize(
         da.shape[1],
         dots.shape[1],
         **_constants(activation, topk_weights),
-        ROWS=rows,
         BLOCKS=blocks,
-        num_warps=rows * blocks // 2,
+        num_warps=blocks // 2,
     )
     if dy is not None and down_bias is not None:
         _write_bias_dots(dots, dy, down_bias, row_tiles)
