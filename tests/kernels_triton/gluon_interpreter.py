@@ -413,7 +413,6 @@ def _replacements():
         "_copy": lambda target, pointers, mask: target.store(load(pointers, mask)),
         "fence_async_shared": lambda: None,
         "_pairs": Pairs,
-        "_prefetch": lambda *arguments: None,
         "round_pairs": lambda tile, dtype: tile.to(dtype),
         "_logistic": lambda z, ptx: Value(z.tensor.sigmoid()),
         "warpgroup_mma": mma,

@@ -72,29 +72,6 @@ def _load_chunk(
 
 
 @gluon.jit
-def _prefetch(
-    rows_of_z,  # [R, PARTS * F]
-    row,
-    end,
-    column,  # within a part
-    width,  # F
-    PARTS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-):
-    """Start bringing a tile of the pre-activation into the L2 cache: 64 rows, before `end`."""
-    # Sectors of 32 bytes; a warp takes those of a whole row.
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    WIDTH: gl.constexpr = COLUMNS // 16
-    r = gl.minimum(row + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), end - 1)  # [64]
-    sector = gl.arange(0, PARTS * WIDTH, gl.SliceLayout(0, LAYOUT))
-    c = gl.minimum(column + sector % WIDTH * 16, width - 1) + sector // WIDTH * width
-    at = rows_of_z + (r.to(gl.int64) * PARTS * width)[:, None] + c[None, :]
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], gl.int32, False, 1
-    )
-
-
-@gluon.jit
 def _row_weights(topk_weights, order, row, end, WEIGHTED: gl.constexpr, CHUNK: gl.constexpr):
     """Return the weights of the rows [64] before `end`."""
     LAYOUT: gl.constexpr = gl.SliceLayout(1, _layout(CHUNK))
@@ -157,7 +134,7 @@ def _differentiate_rows(
 ):
     """Compute 64 rows of each tile of `differentiate_down`: WARPGROUP selects which 64."""
     matrices, vectors, shared, barriers_of, tiles = tensors
-    z, rows_of_z, dz, weighted = matrices
+    z, dz, weighted = matrices
     dots, order, topk_weights = vectors
     a, b, chunks, buffers = shared
     full, empty, ready = barriers_of
@@ -171,8 +148,7 @@ def _differentiate_rows(
         _, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
-            # Prefetch: the pre-activation, its first chunks, and the weights of the rows.
-            _prefetch(rows_of_z, row, end, n * COLUMNS, width, PARTS, COLUMNS)
+            # Prefetch: the first chunks of the pre-activation, and the weights of the rows.
             for i in gl.static_range(RING):
                 _load_chunk(
                     z,
@@ -259,7 +235,6 @@ def differentiate_down(
     topk_weights,  # [N], read if WEIGHTED
     weight,  # [E, D, F]
     z,  # [R, PARTS * F]
-    rows_of_z,  # the same, as a pointer
     dz,  # [R, PARTS * F]
     weighted,  # [R, F]
     dots,  # [R, ceil(F / COLUMNS)]
@@ -294,7 +269,7 @@ def differentiate_down(
     empty = barriers(STAGES, 2)  # completed by both warp groups
     ready = barriers(2 * RING, 1)  # completed by each warp group's loads
     tensors = (
-        (z, rows_of_z, dz, weighted),
+        (z, dz, weighted),
         (dots, order, topk_weights),
         (a, b, chunks, buffers),
         (full, empty, ready),

@@ -135,7 +135,6 @@ def differentiate_down(
         topk_weights,
         stacked(down, 1, (tiling.depth, tiling.columns)),
         ragged(z, parts, box),
-        z,
         ragged(dz, parts, box),
         ragged(weighted, 1, box),
         dots,
