@@ -104,7 +104,6 @@ def _multiply(
     COLUMNS: gl.constexpr,
     PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr,
 ):
     """Compute 64 rows of each tile: WARPGROUP selects which 64."""
     addend, out, a, b, full, empty, buffers = tensors
@@ -112,7 +111,6 @@ def _multiply(
     alpha, beta, diagonal = factors
     steps = gl.cdiv(depth, DEPTH)
     done = 0  # slices consumed by all tiles so far
-    stored = 0  # blocks stored by all tiles so far
     for index in range(gl.program_id(0), matrices * tiles, PROGRAMS):
         matrix = index // tiles
         m, n = _tile_at(index % tiles, COLUMNS)
@@ -143,18 +141,15 @@ def _multiply(
             if column <= row:
                 block = take_chunk(total, i, COLUMNS, 64) * alpha
                 block = _add(block, plane, row, column, size, beta, diagonal).to(a.dtype)
-                # Wait until the stores that used these buffers have read them.
-                tma.store_wait(2 * (BUFFERS - 1))
-                first = 2 * (BUFFERS * WARPGROUP + stored % BUFFERS)
-                buffer = buffers.index(first)
-                mirror = buffers.index(first + 1)
+                tma.store_wait(0)  # until the last stores have read the buffers
+                buffer = buffers.index(2 * WARPGROUP)
+                mirror = buffers.index(2 * WARPGROUP + 1)
                 buffer.reshape([64, 64]).store(block)
                 mirror.reshape([64, 64]).permute([1, 0]).store(block)
                 fence_async_shared()
                 store(out, [matrix, 0, row, column], buffer)
                 # A block on the diagonal is stored once: outside of the matrix nothing is written.
                 store(out, [matrix, 0, column + (column == row) * 0x40000000, row], mirror)
-                stored += 1
         done += steps
     tma.store_wait(0)  # before the program ends and its buffers are freed
 
@@ -177,7 +172,6 @@ def symmetric_product(
     COLUMNS: gl.constexpr,
     PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr,
 ):
     """Write out = alpha * left @ right.T + beta * addend + diagonal * I.
 
@@ -187,7 +181,7 @@ def symmetric_product(
     # Prologue: slices of both operands, output buffers, and barriers in shared memory.
     a = gl.allocate_shared_memory(left.dtype, [2 * STAGES] + left.block_type.shape, left.layout)
     b = gl.allocate_shared_memory(right.dtype, [STAGES] + right.block_type.shape, right.layout)
-    buffers = gl.allocate_shared_memory(out.dtype, [4 * BUFFERS] + out.block_type.shape, out.layout)
+    buffers = gl.allocate_shared_memory(out.dtype, [4] + out.block_type.shape, out.layout)
     full = barriers(STAGES, 1)  # completed by the loader
     empty = barriers(STAGES, 2)  # completed by both warp groups
     tensors = (addend, out, a, b, full, empty, buffers)
@@ -210,7 +204,6 @@ def symmetric_product(
                     COLUMNS,
                     PROGRAMS,
                     STAGES,
-                    BUFFERS,
                 ),
             ),
             (
@@ -225,7 +218,6 @@ def symmetric_product(
                     COLUMNS,
                     PROGRAMS,
                     STAGES,
-                    BUFFERS,
                 ),
             ),
             (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,18 +12,9 @@ from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._gluon_operands import stacked
 
 _ROWS = 128  # of a tile
+_COLUMNS = 128  # with 256, an H200 takes 1.1 to 1.2 times as long
 _DEPTH = 64  # of a slice of the reduction dimension
-
-
-class Tile(NamedTuple):
-    """A tile of 128 rows of the output."""
-
-    columns: int = 128  # with 256, an H200 takes 1.1 to 1.2 times as long
-    stages: int = 6  # slices loaded ahead
-    buffers: int = 1  # pairs of blocks of 64 columns, for each warp group
-
-
-_TILE = Tile()
+_STAGES = 6  # slices loaded ahead
 
 
 def symmetric_product(
@@ -35,7 +25,6 @@ def symmetric_product(
     addend: Tensor | None = None,
     beta: float = 1.0,
     diagonal: float = 0.0,
-    tile: Tile = _TILE,
 ) -> None:
     """Write alpha * left @ right^T + beta * addend + diagonal * I to out [B, N, N].
 
@@ -44,10 +33,10 @@ def symmetric_product(
     transposed = not left.is_contiguous()
     one, other = (left.mT, right.mT) if transposed else (left, right)
     matrices, size, _ = left.shape
-    boxes = [(64, _DEPTH), (tile.columns, _DEPTH)]
+    boxes = [(64, _DEPTH), (_COLUMNS, _DEPTH)]
     if transposed:
         boxes = [(depth, width) for width, depth in boxes]
-    tiles = _tiles(size, tile.columns)
+    tiles = _tiles(size)
     launch(_gluon_symmetric.symmetric_product, persistent_grid(out.device, matrices * tiles))(
         stacked(one, 1, boxes[0]),
         stacked(other, 1, boxes[1]),
@@ -60,16 +49,15 @@ def symmetric_product(
         float(diagonal),
         TRANSPOSED=transposed,
         DEPTH=_DEPTH,
-        COLUMNS=tile.columns,
+        COLUMNS=_COLUMNS,
         PROGRAMS=processors(out.device),
-        STAGES=tile.stages,
-        BUFFERS=tile.buffers,
+        STAGES=_STAGES,
         num_warps=4,
         maxnreg=168,
     )
 
 
 @functools.cache
-def _tiles(size: int, columns: int) -> int:
+def _tiles(size: int) -> int:
     """Return the number of tiles that touch the lower triangle of a matrix."""
-    return sum(_ROWS * m // columns + 1 for m in range(ceil_div(size, _ROWS)))
+    return sum(_ROWS * m // _COLUMNS + 1 for m in range(ceil_div(size, _ROWS)))
