@@ -128,7 +128,8 @@ def test_fetch_has_one_host_sync_on_a_gpu(recwarn):
     number = torch.zeros((), device="cuda")
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        fetched = fetch(number, number, layers, lambda x: x)
+        packed = pack(number, number, LayerSums.of(layers), lambda x: x)
+        fetched = fetch(packed, [3] * 4)
         routing_stats(fetched.balances, 3, 2, "megablocks")
     finally:
         torch.cuda.set_sync_debug_mode("default")

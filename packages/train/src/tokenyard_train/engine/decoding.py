@@ -74,5 +74,5 @@ def _captured(model: Model, cache: Any, ids: Tensor) -> _Graph | None:
     try:
         return _Graph(model, cache, ids)
     except RuntimeError as error:
-        log.info("text is generated without a CUDA graph: %s", str(error).partition("\n")[0])
+        log.warning("text is generated without a CUDA graph: %s", str(error).partition("\n")[0])
         return None
