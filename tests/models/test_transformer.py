@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional
 
 from tokenyard import PADDING, ConfigError, moe_layers, pack_documents
 from tokenyard.recompute import recomputed
@@ -131,8 +132,19 @@ def test_learned_positions_continue_with_the_cache():
 
 
 @pytest.mark.parametrize("family", [Mpt, Dbrx])
-def test_a_fixed_cache_continues_a_cache(family):
-    """One token a call, at a position that is on the device; the cache may go on afterwards."""
+@pytest.mark.parametrize("by_token", [False, True])
+def test_a_fixed_cache_continues_a_cache(monkeypatch, family, by_token):
+    """One token a call, at a position that is on the device; the cache may go on afterwards.
+
+    Attention on a GPU returns memory ordered by token, not by head.
+    """
+    if by_token:
+        attention = functional.scaled_dot_product_attention
+
+        def ordered(*args, **options):
+            return attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+        monkeypatch.setattr(functional, "scaled_dot_product_attention", ordered)
     sizes = {"size": "tiny", "d_model": 32, "vocab_size": 50}
     model = family(sizes, dtype=torch.float64, compute_dtype=torch.float64)
     model.init_weights(0)

@@ -115,11 +115,11 @@ def _attend_fixed(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
     The queries of a key's group are computed as if they were tokens: no key is copied.
     """
     batch, heads, _, head_dim = q.shape
-    grouped = q.view(batch, keys.shape[1], -1, head_dim)  # [B, kv_heads, group, head_dim]
+    grouped = q.reshape(batch, keys.shape[1], -1, head_dim)  # [B, kv_heads, group, head_dim]
     mask = mask.to(q.dtype).expand(*grouped.shape[:3], -1)
     with sdpa_kernel(_WITHOUT_CUDNN):
         y = F.scaled_dot_product_attention(grouped, keys, values, mask)
-    return y.view(batch, heads, 1, head_dim)
+    return y.reshape(batch, heads, 1, head_dim)
 
 
 def _norm(config: TransformerConfig, heads: int) -> nn.RMSNorm | None:
