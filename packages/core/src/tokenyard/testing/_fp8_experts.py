@@ -19,17 +19,21 @@ from tokenyard.testing._experts import ExpertsConformance
 from tokenyard.tolerance import relative_error
 from tokenyard.workload import Workload
 
-NEAR = 2e-2
+NEAR = 2.6e-2
 """The relative error against the emulated layer that sums on tensor cores may cause.
 
 They cut the products of 32 numbers off at 13 bits below the largest one, so e4m3 numbers round the
 other way here and there. Over 200 random layers with 19 tokens, so computed, the largest error of y
-and of the gradients of x and of weights is 1.8e-2. That of the 38 gradients of topk_weights is
-3.2e-2, since one number decides more (`near`).
+and of the gradients of x and of weights is 1.8e-2; on an H200 2.5e-2 was seen, with ReLU, whose
+gradient jumps at 0. That of the 38 gradients of topk_weights is 3.2e-2, since one number decides
+more (`near`).
 """
 
-NEAR_IN_LONG_SUMS = 3e-3
-"""The same for sums of 14336 positive numbers. Without promotion the error is near 1e-2."""
+NEAR_IN_LONG_SUMS = 5e-3
+"""The same for sums of 14336 positive numbers: 3.8e-3 on an H200, for weight gradients in FP8.
+
+Without promotion the error is near 1e-2.
+"""
 
 LARGEST_ERRORS = {
     "fp8": {"y": 0.076, "d x": 0.086, "d topk_weights": 0.088, "d up": 0.075, "d down": 0.080},
