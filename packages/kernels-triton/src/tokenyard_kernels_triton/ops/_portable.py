@@ -145,7 +145,8 @@ def weight_gradient(
 def _tiling(*matrices: Tensor, of_weights: bool = False) -> PortableTiling:
     first = matrices[0]
     even = all(t.shape[-1] * t.element_size() % 16 == 0 for t in matrices)
-    return portable_tiling(first.dtype, shared_memory(first.device), even, of_weights)
+    summed = first.shape[-1]  # not of gradients of weights
+    return portable_tiling(first.dtype, shared_memory(first.device), even, summed, of_weights)
 
 
 def _options(x: Tensor, tiling: PortableTiling) -> dict[str, Any]:
