@@ -53,12 +53,14 @@ def main() -> None:
         records: dict[str, dict[str, Any]] = {name: {} for name in EXPERTS}
         for (name, seed), setup in runs.items():
             rounded = [round(loss, 4) for loss in losses[name, seed]]
-            held_out = evaluate(setup, steps)["loss"]
+            taken = len(rounded)
+            held_out = evaluate(setup, taken)["loss"]
             records[name][str(seed)] = {"loss": rounded, "eval_loss": round(held_out, 5)}
     machine = describe_machine(torch.device(options.device))
-    options.out.write_text(json.dumps({"machine": machine, "steps": steps, "runs": records}) + "\n")
+    content = {"machine": machine, "steps": taken, "scheduled": steps, "runs": records}
+    options.out.write_text(json.dumps(content) + "\n")
     for name, seeds in records.items():
-        print(f"{steps} steps, {name}:", [run["eval_loss"] for run in seeds.values()])
+        print(f"{taken} of {steps} steps, {name}:", [run["eval_loss"] for run in seeds.values()])
 
 
 def _options() -> argparse.Namespace:

@@ -137,6 +137,7 @@ def rates(content: dict[str, Any], path: Path) -> None:
 
 
 PICTURES: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "cpu/fp8-loss.png": training,
     "cpu/layer.png": layers,
     "cpu/optimizers.png": rates,
     "h100/routing.png": moves,
