@@ -55,15 +55,6 @@ def end_all_to_all(rows: Tensor) -> Any:
     return torch.ops._c10d_functional.wait_tensor(rows)
 
 
-def all_gather_into(whole: Tensor, shard: Tensor, group: Any) -> None:
-    """Fill `whole` [ranks * n] with the shards [n] of all ranks.
-
-    torch 2.13 renamed the function.
-    """
-    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    call(whole, shard, group=group)
-
-
 def at_end_of_backward(call: Callable[[], None]) -> None:
     """Call a function when the backward pass that runs now has ended. torch 2.10 to 2.13.
 
