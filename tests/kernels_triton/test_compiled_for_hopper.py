@@ -41,7 +41,7 @@ def output(tmp_path_factory) -> list[dict]:
     environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0"}
     program = [sys.executable, str(Path(__file__).with_name("compile_for_hopper.py"))]
     text = subprocess.run(
-        program, check=True, timeout=400, env=environment, capture_output=True, text=True
+        program, check=True, timeout=900, env=environment, capture_output=True, text=True
     ).stdout
     return [json.loads(line) for line in text.splitlines()]
 
