@@ -23,7 +23,7 @@ from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._portable import number_options
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
-from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
+from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows, operand
 
 
 def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
@@ -39,14 +39,13 @@ def up_and_activate(
     activation: str,
     keep_z: bool = True,
     keep_a: bool = True,
-    tiling: FewRowsTiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
     parts = 2 if is_gated(activation) else 1
     ffn_dim = up.shape[1] // parts
     z = x.new_empty(row_tiles.rows if keep_z else 0, up.shape[1])
     a = x.new_empty(row_tiles.rows if keep_a else 0, ffn_dim)
-    tiling = tiling or few_rows_tiling(row_tiles.rows, row_tiles.num_experts)
+    tiling = few_rows_tiling(row_tiles.rows, row_tiles.num_experts)
     columns = tiling.columns // parts
     matrix, order, top_k = operand(x)
     launch(_few_rows.up_and_activate_few, _grid(row_tiles, tiling, ffn_dim, columns))(
@@ -79,12 +78,11 @@ def times_weight(
     row_tiles: RowTiles,
     transposed: bool,
     matmul: Matmul,
-    tiling: FewRowsTiling | None = None,
 ) -> Tensor:
     """Return rows [R, M] @ weight [E, M, N], or [E, N, M] if transposed, plus bias [E, N]."""
     width = weight.shape[1 if transposed else 2]
     out = rows.new_empty(row_tiles.rows, width)
-    tiling = tiling or few_rows_tiling(row_tiles.rows, row_tiles.num_experts)
+    tiling = few_rows_tiling(row_tiles.rows, row_tiles.num_experts)
     matrix, order, top_k = operand(rows)
     launch(_few_rows.times_weight_few, _grid(row_tiles, tiling, width, tiling.columns))(
         matrix,
@@ -113,12 +111,11 @@ def differentiate_down(
     topk_weights: Tensor | None,
     row_tiles: RowTiles,
     activation: str,
-    tiling: FewRowsTiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, some]."""
     dim, ffn_dim = down.shape[1:]
     # Wider tiles have no registers left for the epilogue.
-    tiling = tiling or replace(few_rows_tiling(row_tiles.rows, row_tiles.num_experts), columns=64)
+    tiling = replace(few_rows_tiling(row_tiles.rows, row_tiles.num_experts), columns=64)
     matrix, _, top_k = operand(drows)
     dz = torch.empty_like(z)
     weighted = z.new_empty(row_tiles.rows, ffn_dim)
@@ -152,7 +149,6 @@ def weight_gradient(
     right: Rows,
     row_tiles: RowTiles,
     matmul: Matmul,
-    tiling: FewRowsTiling | None = None,
     *,
     total: Tensor | None = None,
 ) -> Tensor:
@@ -163,12 +159,11 @@ def weight_gradient(
     rows = left.shape[1]
     columns = right.shape[1]
     out = left.new_empty(row_tiles.num_experts, rows, columns) if total is None else total
-    tiling = tiling or GRADIENT_TILING
     a, left_order, left_top_k = operand(left)
     b, right_order, right_top_k = operand(right)
-    options = tiling.options()
+    options = GRADIENT_TILING.options()
     options["STAGES"] = options.pop("num_stages")
-    tiles = row_tiles.num_experts * ceil_div(rows, tiling.rows)
+    tiles = row_tiles.num_experts * ceil_div(rows, GRADIENT_TILING.rows)
     launch(_few_rows.weight_gradient_few, (tiles,))(
         a,
         b,
@@ -180,18 +175,11 @@ def weight_gradient(
         columns,
         ADD=total is not None,
         TOP_K=left_top_k or right_top_k,
-        COLUMNS=tiling.columns,
+        COLUMNS=GRADIENT_TILING.columns,
         **options,
         **number_options(a),
     )
     return out
-
-
-def operand(rows: Rows) -> tuple[Tensor, Tensor | None, int]:
-    """Return a kernel's arguments for `rows`: (rows, None, 0) or (tokens, order, top_k)."""
-    if isinstance(rows, TokenRows):
-        return rows.tokens, rows.order, rows.top_k
-    return rows, None, 0
 
 
 def _grid(row_tiles: RowTiles, tiling: FewRowsTiling, width: int, columns: int) -> tuple[int]:

@@ -33,3 +33,10 @@ class TokenRows:
 
 Rows = Tensor | TokenRows
 """A left or right operand [R, D] whose rows are sorted by expert."""
+
+
+def operand(rows: Rows) -> tuple[Tensor, Tensor | None, int]:
+    """Return a kernel's arguments for `rows`: (rows, None, 0) or (tokens, order, top_k)."""
+    if isinstance(rows, TokenRows):
+        return rows.tokens, rows.order, rows.top_k
+    return rows, None, 0

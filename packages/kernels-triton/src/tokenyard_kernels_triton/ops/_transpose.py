@@ -8,7 +8,7 @@ from tokenyard.fp8 import BLOCK, DTYPE, Quantized
 from tokenyard_kernels_triton.kernels import _transpose
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
-from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows
+from tokenyard_kernels_triton.ops._token_rows import Rows, operand
 
 
 def transpose_rows(rows: Rows, row_tiles: RowTiles, square: bool) -> Quantized:
@@ -18,9 +18,7 @@ def transpose_rows(rows: Rows, row_tiles: RowTiles, square: bool) -> Quantized:
     """
     width = rows.shape[1]
     blocks = row_tiles.rows // BLOCK + row_tiles.num_experts
-    source, order, top_k = rows, None, 0
-    if isinstance(rows, TokenRows):
-        source, order, top_k = rows.tokens, rows.order, rows.top_k
+    source, order, top_k = operand(rows)
     values = row_tiles.offsets.new_empty(width, blocks * BLOCK, dtype=DTYPE)
     scales = row_tiles.offsets.new_empty(
         width // BLOCK if square else width, blocks, dtype=torch.float32
