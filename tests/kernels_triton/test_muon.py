@@ -1,6 +1,8 @@
 """The elementwise kernels of Muon against float64; in the interpreter on a CPU."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,3 +80,17 @@ def test_matrices_are_scaled_into_another_dtype(factors):
         want *= each.double()[:, None, None]
     assert relative_error(out[:, :60], want) < 1e-3
     assert not out[:, 60:].any()
+
+
+def test_symmetric_products_alone_need_gluon(monkeypatch):
+    from tokenyard_kernels_triton.optimizer import muon
+
+    x = torch.empty(2, 16, 24).half()
+    assert not muon.multiplies(x)
+    monkeypatch.setattr(muon, "runs_gluon", lambda device: True)
+    assert muon.multiplies(x)
+    assert not muon.multiplies(x.float())
+    assert not muon.multiplies(x[:, :12])
+    imports = "import sys, tokenyard_kernels_triton.optimizer.muon"
+    code = f"{imports}; assert 'tokenyard_kernels_triton.ops._symmetric' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from tokenyard_kernels_triton._device import ceil_div, on_device_of
+from tokenyard_kernels_triton._device import ceil_div, on_device_of, runs_gluon
 from tokenyard_kernels_triton.kernels import _muon
 from tokenyard_kernels_triton.launching import launch
-from tokenyard_kernels_triton.ops import _symmetric
 
 _BLOCK = 2048  # elements of a program
 _FLOATS = (torch.float32, torch.bfloat16)
-_HOPPER = (9, 0)
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -90,11 +88,10 @@ def scale_matrices(
 def multiplies(x: Tensor) -> bool:
     """Return whether `symmetric_product` computes products of matrices [B, R, C] like x.
 
-    It needs a Hopper GPU, float16 or bfloat16, and rows of whole 16 bytes in x and the results.
+    It needs what Gluon needs, float16 or bfloat16, and rows of whole 16 bytes in x and the results.
     """
     return (
-        x.is_cuda
-        and torch.cuda.get_device_capability(x.device) == _HOPPER
+        runs_gluon(x.device)
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.shape[-1] % 8 == 0
         and x.shape[-2] % 8 == 0
@@ -114,6 +111,9 @@ def symmetric_product(
     Half of it is computed. left and right [B, N, K] are contiguous, or transposed views of
     contiguous tensors; the addend is [B, N, N].
     """
+    # Imported here, because the other functions run without the names of Gluon.
+    from tokenyard_kernels_triton.ops import _symmetric
+
     out = left.new_empty(left.shape[0], left.shape[1], left.shape[1])
     with on_device_of(out):
         _symmetric.symmetric_product(left, right, out, alpha, addend, beta, diagonal)
