@@ -33,10 +33,11 @@ def by_torch(x):
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 7])
 def test_stacks_of_any_sizes_equal_the_plain_iteration(monkeypatch, steps):
-    """Stacks of one size are gathered, and split where they are too large; one is a view."""
+    """Stacks of one size are gathered, and split where they are too large; two are views."""
     monkeypatch.setattr(newton_schulz, "_BATCH_NUMEL", 500)
     stacks = [torch.randn(count, *shape).double() for shape in SHAPES for count in (1, 7, 0, 2)]
     stacks.append(torch.randn(3, 12, 20).double().split([6, 6], dim=1)[1])
+    stacks.append(torch.randn(2, 20, 6).double().mT)
     before = [stack.clone() for stack in stacks]
     orthogonalize_(stacks, steps, lambda rows, columns: rows + 10 * columns)
     for stack, old in zip(stacks, before):

@@ -106,7 +106,8 @@ def _normalized(stacks: Sequence[Tensor]) -> Tensor:
 
 def _scale(source: Tensor, out: Tensor, factor: float, factors: Tensor | None = None) -> None:
     """Write factor * factors [B] * source to out, both [B, R, C] and of any dtype."""
-    if source.is_cuda and source.element_size() < 8 and source[0].is_contiguous() and has_kernels():
+    contiguous = source[0].is_contiguous() and out[0].is_contiguous()
+    if source.is_cuda and source.element_size() < 8 and contiguous and has_kernels():
         from tokenyard_kernels_triton.optimizer.muon import scale_matrices
 
         scale_matrices(source, out, factor, factors)
