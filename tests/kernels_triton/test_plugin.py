@@ -71,6 +71,17 @@ def test_auto_never_selects_the_interpreter():
     assert chosen.backend.name == "cpu"
 
 
+def test_rows_are_packed_by_a_kernel_where_triton_knows_e4m3(monkeypatch):
+    def has_kernel(capability, dtype=torch.bfloat16):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return _plugin._has_packing_kernel(torch.device("cuda"), dtype)
+
+    assert has_kernel((9, 0))
+    assert has_kernel((8, 9))
+    assert not has_kernel((8, 0))
+    assert not has_kernel((9, 0), torch.float64)
+
+
 def test_symmetric_memory_needs_ranks_of_one_node_with_peer_access(monkeypatch):
     for name in ("TRITON_INTERPRET", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -33,7 +33,7 @@ def _replace_by_gradient(logits: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
 @torch.library.impl("tokenyard::pack_rows", "cuda")
 def _pack_rows(rows: Tensor) -> Tensor:
     """Quantize the rows that an exchange sends, by a kernel."""
-    if importlib.util.find_spec("triton") is None or rows.dtype not in _DTYPES:
+    if not _has_packing_kernel(rows.device, rows.dtype):
         return pack_plainly(rows)
     from tokenyard_kernels_triton.ops import _packed_rows
 
@@ -43,11 +43,18 @@ def _pack_rows(rows: Tensor) -> Tensor:
 @torch.library.impl("tokenyard::unpack_rows", "cuda")
 def _unpack_rows(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Dequantize the rows that an exchange received, by a kernel."""
-    if importlib.util.find_spec("triton") is None or dtype not in _DTYPES:
+    if not _has_packing_kernel(packed.device, dtype):
         return unpack_plainly(packed, dtype)
     from tokenyard_kernels_triton.ops import _packed_rows
 
     return _packed_rows.unpack_rows(packed, dtype)
+
+
+def _has_packing_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether Triton converts rows to e4m3: from compute capability 8.9 on."""
+    if importlib.util.find_spec("triton") is None or dtype not in _DTYPES:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _interpreted() -> bool:
