@@ -253,9 +253,7 @@ def test_a_model_that_is_too_small_for_shards(settings, strategy, changes, loses
     reason = why_ranks_lose(config.model_copy(update={"device": "cuda:0"}), model, 2)
     assert (reason is not None) == loses
     if loses:
-        assert re.search(
-            r"host of each of the 2 processes about 44 ms, .* in about [34] ms", reason
-        )
+        assert re.search(r"host of each of the 2 ranks about 44 ms, .* in about [34] ms", reason)
         assert "give parallel.strategy ddp" in reason
     assert why_ranks_lose(config, model, 2) is None, "it is for GPUs"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from tokenyard import Model
+from tokenyard.count import training_flops_per_token
 from tokenyard.sharded import has_shards
 from tokenyard_train.config.schema import TrainConfig
 
@@ -26,11 +27,11 @@ def why_ranks_lose(config: TrainConfig, model: Model, ranks: int) -> str | None:
     exchange = _EXCHANGE_MS if (config.parallel.expert_parallel or 1) > 1 else 0.0
     host = microbatches * len(model.blocks) * (_HOST_MS + exchange)
     tokens = samples * config.max_seq_len
-    gpu = 1e3 * 3 * model.flops_per_token(config.max_seq_len) * tokens / _FLOPS_PER_S
+    gpu = 1e3 * training_flops_per_token(model, config.max_seq_len) * tokens / _FLOPS_PER_S
     if host < gpu:
         return None
     return (
-        f"a step takes the host of each of the {ranks} processes about {host:.0f} ms, because the "
+        f"a step takes the host of each of the {ranks} ranks about {host:.0f} ms, because the "
         f"model is sharded, and one GPU would compute all {tokens:,} tokens in about {gpu:.0f} ms; "
         "if the model fits on one GPU, give parallel.strategy ddp without expert_parallel, else "
         "more tokens a step"
