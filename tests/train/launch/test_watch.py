@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from tokenyard_train.launch.supervisor import supervise
-from tokenyard_train.launch.watch import oldest
+from tokenyard_train.launch.watch import _write_stacks, oldest
 
 RANK = """
 import os, sys, threading, time
@@ -68,3 +68,8 @@ def test_a_rank_that_waits_too_long_names_its_collective(capfd, tmp_path, monkey
     )
     assert "in all_reduce" in path.read_text()
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_stacks_that_cannot_be_written_keep_no_rank_alive(tmp_path):
+    sentence = _write_stacks(tmp_path / "missing")
+    assert sentence.startswith("the stacks could not be written (")

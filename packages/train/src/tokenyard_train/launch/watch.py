@@ -23,6 +23,7 @@ from tokenyard_train.launch.faults import Fault, exit_with_fault
 from tokenyard_train.torch_private import default_timeout, flight_record, set_nccl_timeouts
 
 _POLL = 0.1  # seconds
+_PAUSE = 1.0  # seconds between two reads of the record, which take the host some milliseconds
 _SPARE = timedelta(minutes=1)
 """NCCL's own timeouts are longer by this. They remain for a rank whose threads cannot run."""
 
@@ -69,9 +70,10 @@ def watch(position: Callable[[], object], timeout: float, folder: Path, ended: E
             continue
         waiting = oldest(flight_record())
         if waiting is not None and waiting.seconds >= timeout:
-            path = _write_stacks(folder)
-            reason = f"it did not end in {timeout:g} seconds; the stacks are in {path}"
+            reason = f"it did not end in {timeout:g} seconds; {_write_stacks(folder)}"
             exit_with_fault(Fault(waiting.name, reason))
+        remaining = _PAUSE if waiting is None else timeout - waiting.seconds
+        ended.wait(min(remaining, _PAUSE))
 
 
 def oldest(record: str) -> Waiting | None:
@@ -90,9 +92,13 @@ def oldest(record: str) -> Waiting | None:
     return Waiting(f"{function} {number} of the group {group}", seconds)
 
 
-def _write_stacks(folder: Path) -> Path:
+def _write_stacks(folder: Path) -> str:
+    """Write the stacks and the record to a file. Return where they are, or why they are not."""
     path = folder / f"fault-rank{os.environ.get('RANK', '0')}.txt"
-    with path.open("w", encoding="utf-8") as file:
-        faulthandler.dump_traceback(file)
-        file.write(f"\n{flight_record()}\n")
-    return path
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file)
+            file.write(f"\n{flight_record()}\n")
+    except OSError as error:  # such as a full disk; the rank must end all the same
+        return f"the stacks could not be written ({error})"
+    return f"the stacks are in {path}"
