@@ -49,7 +49,8 @@ def main() -> None:
             for run, setup in runs.items():
                 losses[run].append(train_step(setup, step).result.loss)
             if time.perf_counter() - began > options.seconds:
-                break  # it was slower than the probe
+                steps = step + 1  # it was slower than the probe
+                break
         records: dict[str, dict[str, Any]] = {name: {} for name in EXPERTS}
         for (name, seed), setup in runs.items():
             rounded = [round(loss, 4) for loss in losses[name, seed]]

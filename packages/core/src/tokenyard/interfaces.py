@@ -247,7 +247,11 @@ class AddingExpertKernel(ExpertKernel, Protocol):
     """An expert kernel that adds gradients of weights to sums. This part is optional."""
 
     adds_to_sums: bool
-    """Whether `with_sums` may be called. A kernel without this attribute does not add."""
+    """Whether `with_sums` may be called. A kernel without this attribute does not add.
+
+    A subclass that changes the call changes `with_sums` too, or sets this to False: else steps of
+    several microbatches compute what the base class computes.
+    """
 
     def with_sums(
         self,
