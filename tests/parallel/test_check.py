@@ -11,7 +11,7 @@ import yaml
 from harness import layout_runs as runs
 from rich.console import Console
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, moe_layers
 from tokenyard.sharded import local_part
 from tokenyard.testing import ranks
 from tokenyard_parallel import fake_world
@@ -222,6 +222,23 @@ def test_the_working_set_is_what_is_gathered_at_a_time(dbrx):
     gathered = 4 * numel["outside"] + 2 * (4 * numel["dense"] + 2 * experts)
     gradients = max((2 + 2) * experts, (4 + 4) * numel["outside"])
     assert working_set == gathered + gradients
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count", "gathered"), [("fsdp", 4, True), ("fsdp", 2, False), ("ddp", 2, False)]
+)
+def test_experts_that_are_not_gathered_are_cast(settings, strategy, count, gathered):
+    """Over two ranks of expert parallelism, with float32 weights only."""
+    parallel = {"strategy": strategy, "expert_parallel": 2}
+    with fake_world(count):
+        for precision in ("amp_bf16", "bf16_master"):
+            config = read_config(settings | {"parallel": parallel, "precision": precision})
+            laid_out, model = build_model(config)
+            copies = estimate(config, model, laid_out.describe(model)).copies
+            experts = [p for moe in moe_layers(model) for p in moe.experts.parameters()]
+            numel = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in experts)
+            numel += 0 if gathered else sum(local_part(p).numel() for p in experts)
+            assert copies == (2 * numel if precision == "amp_bf16" else 0)
 
 
 SMALL = {

@@ -56,17 +56,8 @@ class DdpStrategy(FsdpStrategy):
         return total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
     def describe(self, model: nn.Module) -> ShardingReport:
-        """Report the mesh sizes, and the bytes of summed gradients and of experts that are cast.
-
-        The copies of experts in their compute dtype are kept until the backward pass.
-        """
+        """Report the mesh sizes, and the bytes of the largest sum of gradients."""
         meshes, _ = super().describe(model)
         trained = [local_part(p) for p in model.parameters() if p.requires_grad]
         largest = max((sum(t.numel() for t in bucket) for bucket in buckets(trained)), default=0)
-        cast = sum(
-            local_part(parameter).numel() * moe.workload.dtype.itemsize
-            for moe in moe_layers(model)
-            for parameter in moe.experts.parameters()
-            if is_sharded(parameter) and parameter.dtype.itemsize > moe.workload.dtype.itemsize
-        )
-        return ShardingReport(meshes, largest * torch.float32.itemsize + cast)
+        return ShardingReport(meshes, largest * torch.float32.itemsize)

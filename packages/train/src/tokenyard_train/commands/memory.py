@@ -11,7 +11,7 @@ from torch import nn
 from tokenyard import Model, SavedBytes, ShardingReport, moe_layers
 from tokenyard.count import weight_copies
 from tokenyard.cross_entropy import loss_bytes
-from tokenyard.sharded import is_sharded, local_part
+from tokenyard.sharded import local_part
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.cuda_graph import why_no_graph
 from tokenyard_train.engine.optimizer import build_optimizer
@@ -128,12 +128,16 @@ def _copied(config: TrainConfig, model: Model) -> int:
     """Count the numbers of the weights that exist as copies at a time.
 
     Autocast keeps a copy until the forward pass ends. The experts make their own, which recompute
-    makes again for one block at a time. Sharded experts are not among them: they are gathered in
-    the compute dtype.
+    makes again for one block at a time. Experts that are an FSDP unit make none: they are gathered
+    in the compute dtype.
     """
-    experts = {p for moe in moe_layers(model) for p in moe.experts.parameters()}
+    from torch.distributed.fsdp import FSDPModule  # it takes long to import
+
+    layers = [moe.experts for moe in moe_layers(model)]
+    experts = {p for layer in layers for p in layer.parameters()}
+    cast = {p for layer in layers if not isinstance(layer, FSDPModule) for p in layer.parameters()}
     by_block = [
-        sum(p.numel() for p in block.parameters() if p in experts and not is_sharded(p))
+        sum(local_part(p).numel() for p in block.parameters() if p in cast)
         for block in model.blocks
     ]
     others = sum(p.numel() for p in model.parameters() if p not in experts)
