@@ -24,6 +24,7 @@ from tokenyard import (
     merge_lora,
     moe_layers,
 )
+from tokenyard.experts import TorchExperts
 from tokenyard.registry import installed_plugins
 from tokenyard.testing._oracle import experts as oracle
 from tokenyard.tolerance import relative_error
@@ -104,6 +105,21 @@ def test_dropped_slots_add_nothing():
     dropped = (routing.topk_ids >= E).all(1)
     assert dropped.any()
     assert not y[dropped].any()
+
+
+def test_a_kernel_that_overrides_the_call_alone_adds_to_no_sums():
+    class Doubled(TorchExperts):
+        def __call__(self, *arguments):
+            return 2 * super().__call__(*arguments)
+
+    class DoubledInBoth(Doubled):
+        def with_sums(self, *arguments):
+            return 2 * super().with_sums(*arguments)
+
+    moe = layer(backends={"experts": "torch"})
+    for kernel, adds in ((TorchExperts, True), (Doubled, False), (DoubledInBoth, True)):
+        moe.experts.kernel = kernel(moe.workload, moe.experts.permutation)
+        assert moe.experts.can_add is adds
 
 
 def test_backends_have_the_same_state_dict_and_result():

@@ -249,8 +249,7 @@ class AddingExpertKernel(ExpertKernel, Protocol):
     adds_to_sums: bool
     """Whether `with_sums` may be called. A kernel without this attribute does not add.
 
-    A subclass that changes the call changes `with_sums` too, or sets this to False: else steps of
-    several microbatches compute what the base class computes.
+    A subclass that overrides the call alone does not add: it would inherit the sums of the base.
     """
 
     def with_sums(

@@ -225,6 +225,17 @@ class GluonExperts(TritonExperts):
             weights_fp8=self.weights_fp8,
         )
 
+    def with_sums(
+        self,
+        x: Tensor,
+        plan: Plan,
+        topk_weights: Tensor | None,
+        weights: ExpertWeights,
+        sums: GradientSums,
+    ) -> Tensor:
+        """Return y [T, D] for unsorted tokens x [T, D]. In FP8 nothing is added to sums."""
+        return super().with_sums(x, plan, topk_weights, weights, sums)
+
     def with_adapter(
         self,
         x: Tensor,

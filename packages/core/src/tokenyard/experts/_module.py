@@ -117,7 +117,7 @@ class Experts(nn.Module):
         """
         return (
             self.adapter is None
-            and getattr(self.kernel, "adds_to_sums", False)
+            and _adds(self.kernel)
             and not any(
                 is_sharded(weight)
                 or not weight.requires_grad
@@ -140,3 +140,16 @@ class Experts(nn.Module):
         """Return whether the kernel computes an adapter; if not, core does."""
         limit: int = getattr(self.kernel, "max_lora_rank", 0)
         return adapter.settings.rank <= limit
+
+
+def _adds(kernel: ExpertKernel) -> bool:
+    """Return whether a kernel adds to sums what its call would compute.
+
+    A class that overrides the call alone does not: it inherits the sums of another call.
+    """
+    for owner in type(kernel).__mro__:
+        if "with_sums" in vars(owner):
+            return bool(getattr(kernel, "adds_to_sums", False))
+        if "__call__" in vars(owner):
+            return False
+    return False
