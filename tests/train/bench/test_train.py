@@ -80,6 +80,19 @@ def test_train_beside_a_variant_of_the_config(bench, config):
     assert flops[0] == pytest.approx(flops[2], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("variants", "error"),
+    [
+        (["deterministic=true"], "changes deterministic, which all models of a benchmark share"),
+        (["seed=18", "seed=18"], "--variant seed=18 is given twice"),
+    ],
+)
+def test_train_refuses_a_variant_without_effect(bench, config, variants, error):
+    arguments = [part for variant in variants for part in ("--variant", variant)]
+    with pytest.raises(ConfigError, match=error):
+        bench("train", config, *arguments)
+
+
 def test_train_refuses_a_peer_that_does_not_exist(bench, config):
     with pytest.raises(
         ConfigError, match=r"--peers 'mixtral' is unknown; known are: transformers-eager"

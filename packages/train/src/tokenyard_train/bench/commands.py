@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
-from tokenyard.errors import one_of
+from tokenyard.errors import ConfigError, one_of
 from tokenyard.measure.machine import describe_machine
 from tokenyard_cli.console import print_line
 from tokenyard_cli.results import write_results
@@ -14,6 +14,7 @@ from tokenyard_train.bench.train import bench_train
 from tokenyard_train.bench.train_peer import BOTH, PEER_DTYPES
 from tokenyard_train.bench.train_table import print_train
 from tokenyard_train.config import load_config
+from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.distributed import is_rank0
 
 _SETTINGS = {
@@ -25,6 +26,8 @@ _SETTINGS = {
     "backends",
 }
 
+_OF_ALL = ("device", "deterministic")  # settings that are set once a process, or of its clock
+
 
 def run_train(options: TrainOptions, console: Console) -> None:
     """Measure training. Print the table; write ``train.json``. Raises ConfigError."""
@@ -32,9 +35,7 @@ def run_train(options: TrainOptions, console: Console) -> None:
         torch.set_num_threads(options.threads)
     one_of("--peer-dtype", options.peer_dtype, PEER_DTYPES)
     config = load_config(options.config, options.overrides)
-    variants = {
-        text: load_config(options.config, [*options.overrides, text]) for text in options.variants
-    }
+    variants = _load_variants(options, config)
     peers = {"none": [], "both": list(BOTH)}.get(options.peers, options.peers.split(","))
     progress = console if is_rank0() else Console(quiet=True)
     dtype = PEER_DTYPES[options.peer_dtype]
@@ -50,3 +51,20 @@ def run_train(options: TrainOptions, console: Console) -> None:
     }
     path = write_results(options.out, "train", content)
     print_line(console, f"wrote {path}")
+
+
+def _load_variants(options: TrainOptions, config: TrainConfig) -> dict[str, TrainConfig]:
+    """Return the config of each variant by its text. Raises ConfigError for one without effect."""
+    variants: dict[str, TrainConfig] = {}
+    for text in options.variants:
+        if text in variants:
+            raise ConfigError(f"--variant {text} is given twice; give it once")
+        variant = load_config(options.config, [*options.overrides, text])
+        for key in _OF_ALL:
+            if getattr(variant, key) != getattr(config, key):
+                raise ConfigError(
+                    f"--variant {text} changes {key}, which all models of a benchmark share; "
+                    f"run bench train once for each {key}"
+                )
+        variants[text] = variant
+    return variants
