@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tokenyard_train.launch.faults import collective_fault
+from tokenyard_train.launch.faults import _calls, collective_fault
 from tokenyard_train.launch.supervisor import supervise
 
 HEAD = (
@@ -269,3 +269,14 @@ def test_the_ranks_print_their_common_mistake_once(capfd, tmp_path):
     assert supervise(lambda started: command, nproc=2, max_restarts=3) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "learning_rate is not a known key; write optimizer.lr" in line
+
+
+def test_the_calls_of_a_fault_end_before_torch_dispatches_an_operator():
+    """The functional collectives of exchanges fail inside torch's dispatcher."""
+    operator = torch.ops._c10d_functional.wait_tensor
+    try:
+        operator("no tensor")
+    except RuntimeError as error:
+        calls = _calls(error.__traceback__)
+    name = "test_the_calls_of_a_fault_end_before_torch_dispatches_an_operator"
+    assert calls == [(__name__, name)]

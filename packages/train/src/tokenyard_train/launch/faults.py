@@ -15,6 +15,8 @@ import torch.distributed as dist
 from tokenyard_cli.once import FOLDER, is_first
 
 _STARTED = "began"
+# They log calls, or dispatch operators: a name such as `redispatch` names no collective.
+_WRAPPERS = ("torch.distributed.c10d_logger", "torch._ops", "torch._library")
 # gloo's messages: the second one is raised by a call that waited while another call timed out.
 _GLOO = ("gloo", "Application timeout caused pair closure")
 
@@ -78,11 +80,7 @@ def has_started(folder: Path) -> bool:
 
 
 def _calls(trace: TracebackType | None) -> list[tuple[str, str]]:
-    """Return (module, function) of each frame, innermost last, without torch's logging wrapper."""
+    """Return (module, function) of each frame, innermost last, without torch's wrappers."""
     frames = [frame for frame, _ in traceback.walk_tb(trace)]
     calls = [(str(frame.f_globals.get("__name__", "")), frame.f_code.co_name) for frame in frames]
-    return [
-        (module, function)
-        for module, function in calls
-        if module != "torch.distributed.c10d_logger"
-    ]
+    return [(module, function) for module, function in calls if not module.startswith(_WRAPPERS)]
