@@ -24,6 +24,11 @@ FAULT = (
     "os.rename(f'{notes}/x{rank}', f'{notes}/{rank}.json')"
 )
 FAILED = f"{FAULT}; sys.exit(1)"
+TOGETHER = (  # on a busy machine, ranks start at different times
+    "open(f'{notes}/s{rank}', 'w').close()\n"
+    "ranks = [f'{notes}/s{r}' for r in range(int(os.environ['WORLD_SIZE']))]\n"
+    "while not all(map(os.path.exists, ranks)): time.sleep(0.01)"
+)
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
@@ -31,7 +36,7 @@ def run(capfd, *lines, nproc=3, max_restarts=0):
     """Supervise a program; return the exit code and stderr."""
 
     def program(began):
-        return [sys.executable, "-c", "\n".join((HEAD, f"began = {began}", *lines))]
+        return [sys.executable, "-c", "\n".join((HEAD, f"began = {began}", TOGETHER, *lines))]
 
     code = supervise(program, nproc, max_restarts)
     return code, capfd.readouterr().err.strip()

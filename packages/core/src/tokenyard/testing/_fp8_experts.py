@@ -29,7 +29,7 @@ gradient jumps at 0. That of the 38 gradients of topk_weights is 3.2e-2, since o
 more (`near`).
 """
 
-NEAR_IN_LONG_SUMS = 5e-3
+NEAR_IN_LONG_SUMS = 4.5e-3
 """The same for sums of 14336 positive numbers: 3.8e-3 on an H200, for weight gradients in FP8.
 
 Without promotion the error is near 1e-2.
