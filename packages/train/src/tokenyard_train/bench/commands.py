@@ -1,4 +1,4 @@
-"""Run `tokenyard bench train`: check options, measure, print, and write the file."""
+"""Run `bench train` and `bench generate`: check options, measure, print, and write the file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from tokenyard.errors import ConfigError, one_of
 from tokenyard.measure.machine import describe_machine
 from tokenyard_cli.console import print_line
 from tokenyard_cli.results import write_results
-from tokenyard_train.bench.options import TrainOptions
+from tokenyard_train.bench.generate import Request, bench_generate
+from tokenyard_train.bench.generate_table import print_generate
+from tokenyard_train.bench.options import BenchGenerateOptions, TrainOptions
 from tokenyard_train.bench.train import bench_train
 from tokenyard_train.bench.train_peer import BOTH, PEER_DTYPES
 from tokenyard_train.bench.train_table import print_train
@@ -50,6 +52,27 @@ def run_train(options: TrainOptions, console: Console) -> None:
         "records": records,
     }
     path = write_results(options.out, "train", content)
+    print_line(console, f"wrote {path}")
+
+
+def run_generate(options: BenchGenerateOptions, console: Console) -> None:
+    """Measure generation. Print the table; write ``generate.json``. Raises ConfigError."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    config = load_config(options.config, options.overrides)
+    peers = [] if options.peers == "none" else options.peers.split(",")
+    requests = [
+        Request(batch, options.prompt_tokens, options.new_tokens) for batch in options.batch
+    ]
+    records = bench_generate(config, peers, requests, console)
+    print_generate(records, console)
+    content = {
+        "kind": "generate",
+        "machine": describe_machine(torch.device(config.device)),
+        "config": config.model_dump(mode="json", include=_SETTINGS),
+        "records": records,
+    }
+    path = write_results(options.out, "generate", content)
     print_line(console, f"wrote {path}")
 
 

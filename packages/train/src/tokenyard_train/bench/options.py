@@ -1,4 +1,4 @@
-"""Options of `tokenyard bench train`."""
+"""Options of `tokenyard bench train` and `tokenyard bench generate`."""
 
 from __future__ import annotations
 
@@ -43,5 +43,30 @@ class TrainOptions:
         ),
     ] = field(default_factory=list)
     steps: Annotated[int, Option(min=3, help="Measured steps.")] = 20
+    threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: torch's.")] = None
+    out: Annotated[Path, Option(help="Output folder.")] = Path("bench")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchGenerateOptions:
+    """Which config generates, how much, and beside which peers."""
+
+    config: Annotated[Path, Argument(help="YAML config.")]
+    overrides: Annotated[
+        list[str], Argument(help="key=value overrides, such as model.num_hidden_layers=8.")
+    ] = field(default_factory=list)
+    peers: Annotated[
+        str,
+        Option(
+            help="none, or names separated by commas: transformers-eager, "
+            "transformers-grouped_mm, transformers-tokenyard; with -compiled at the end they are "
+            "compiled, with a static cache."
+        ),
+    ] = "none"
+    batch: Annotated[list[int], Option("--batch", min=1, help="Prompts at a time. Repeatable.")] = (
+        field(default_factory=lambda: [1, 16])
+    )
+    prompt_tokens: Annotated[int, Option(min=1, help="Tokens of each prompt.")] = 128
+    new_tokens: Annotated[int, Option(min=2, help="Tokens of each continuation.")] = 128
     threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: torch's.")] = None
     out: Annotated[Path, Option(help="Output folder.")] = Path("bench")

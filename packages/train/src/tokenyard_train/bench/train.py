@@ -22,7 +22,8 @@ from tokenyard.measure.timing import Clock, Spread, Stages, clock_for
 from tokenyard.measure.trace import trace
 from tokenyard_cli.console import print_line
 from tokenyard_cli.results import Record
-from tokenyard_train.bench.train_peer import IMPLEMENTATIONS, MixtralPeer, PeerTask, peer_task
+from tokenyard_train.bench.mixtral import IMPLEMENTATIONS
+from tokenyard_train.bench.train_peer import MixtralPeer, PeerTask, peer_task
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.cuda_graph import MicrobatchGraph
 from tokenyard_train.engine.deterministic import deterministic

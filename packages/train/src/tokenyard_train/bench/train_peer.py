@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tokenyard import ConfigError
-from tokenyard_models import Transformer, TransformerConfig, use_in_transformers
+from tokenyard_models import Transformer, TransformerConfig
 from tokenyard_models.hf import WeightsError, to_peft
+from tokenyard_train.bench.mixtral import mixtral
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import PackedDocuments
 from tokenyard_train.data.mixture import Mixture
@@ -19,13 +20,6 @@ from tokenyard_train.data.samples import Samples
 from tokenyard_train.engine.optimizer import build_optimizer
 from tokenyard_train.engine.precision import BF16_MASTER, computing_in
 from tokenyard_train.engine.setup import Setup
-
-IMPLEMENTATIONS = {
-    "transformers-eager": "eager",
-    "transformers-grouped_mm": "grouped_mm",
-    "transformers-tokenyard": "tokenyard",
-}
-"""Expert implementation of each peer. The last is ours, inside transformers."""
 
 PEER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes of a peer's weights, by the value of `--peer-dtype`."""
@@ -111,20 +105,8 @@ class MixtralPeer:
 
 
 def _build(task: PeerTask, implementation: str) -> Any:
-    """Return the model on its device. Its weights are drawn there, in their dtype."""
-    try:
-        from transformers import MixtralConfig, MixtralForCausalLM
-    except ImportError:
-        raise ConfigError('--peers needs transformers; pip install "transformers>=5.14"') from None
-    if implementation == "tokenyard":
-        use_in_transformers()
-    with torch.device(task.config.device):
-        model = MixtralForCausalLM._from_config(
-            MixtralConfig(**_mixtral_keys(task.size)),
-            attn_implementation="sdpa",
-            experts_implementation=implementation,
-            dtype=task.dtype,
-        )
+    """Return the model on its device."""
+    model = mixtral(task.size, implementation, task.dtype, task.config.device)
     if task.config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -137,33 +119,3 @@ def _with_adapters(model: Any, folder: Path) -> Any:
     except ImportError:
         raise ConfigError('--peers with lora needs PEFT; pip install "peft>=0.21"') from None
     return PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
-
-
-def _mixtral_keys(size: TransformerConfig) -> dict[str, Any]:
-    """Return the keys of a MixtralConfig. Raises ConfigError if Mixtral has no such model."""
-    moe = size.moe
-    if moe is None or moe.activation != "swiglu" or size.rope_theta is None or size.dense_layers:
-        raise ConfigError(
-            "--peers compares with Mixtral, "
-            "which has swiglu experts in every layer and rotary positions"
-        )
-    return {
-        "vocab_size": size.vocab_size,
-        "hidden_size": size.dim,
-        "intermediate_size": moe.ffn_dim,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head_dim,
-        "max_position_embeddings": size.max_seq_len,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "tie_word_embeddings": size.tied_head,
-        "output_router_logits": True,
-        # With balanced experts, transformers' loss is K and ours is 1.
-        "router_aux_loss_coef": size.auxiliary.balance_weight / moe.top_k,
-        "sliding_window": None,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }

@@ -1,0 +1,170 @@
+"""Measure how fast a config's model generates text, beside transformers' Mixtral of its size."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from tokenyard import ConfigError, Model, started_processes
+from tokenyard.errors import one_of
+from tokenyard.sharded import allocate
+from tokenyard_cli.console import print_line
+from tokenyard_cli.results import Record
+from tokenyard_models import Transformer
+from tokenyard_train.bench.mixtral import IMPLEMENTATIONS, mixtral
+from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.engine.build_model import build_model, meta_model
+from tokenyard_train.engine.precision import COMPUTE_DTYPES, computing_in, narrow_frozen
+from tokenyard_train.engine.sampling import Sampling, sample
+
+Generate = Callable[[Tensor, int], object]
+"""Continues prompts [B, P] by a number of tokens each."""
+
+COMPILED = "-compiled"
+"""End of the names of peers with a static cache, which transformers compiles and captures."""
+
+GENERATORS = (*IMPLEMENTATIONS, *(name + COMPILED for name in IMPLEMENTATIONS))
+"""Names of the peers."""
+
+OURS = "tokenyard"
+_REPEATED = 3
+
+
+class Request(NamedTuple):
+    """What every entrant generates."""
+
+    batch: int  # prompts
+    prompt_tokens: int  # of each prompt
+    new_tokens: int  # of each continuation
+
+
+def bench_generate(
+    config: TrainConfig, peers: Sequence[str], requests: Sequence[Request], console: Console
+) -> list[Record]:
+    """Generate from random prompts with random weights, each entrant alone on the device.
+
+    Takes the likeliest token. Raises ConfigError for an unknown peer, for one without a model of
+    this size, for prompts that do not fit in the model, and for several processes.
+    """
+    for name in peers:
+        one_of("--peers", name, GENERATORS)
+    if started_processes() > 1:
+        raise ConfigError("bench generate runs in one process; start it without torchrun")
+    meta = meta_model(config)
+    _check_room(meta, requests)
+    builds = [(OURS, partial(_ours, config))]
+    builds += [(name, partial(_peer, config, meta, name)) for name in peers]
+    records = []
+    for name, build in builds:
+        generate = build()
+        for request in requests:
+            print_line(console, f"  {name}: {request.batch} x {request.new_tokens} tokens", "dim")
+            prompts = _prompts(meta.vocab_size, request, config.seed)
+            times = _measure(generate, prompts, request.new_tokens, torch.device(config.device))
+            records.append({"contestant": name, **request._asdict(), **times})
+        del generate
+        _free()
+    return records
+
+
+def _check_room(model: Model, requests: Sequence[Request]) -> None:
+    for request in requests:
+        tokens = request.prompt_tokens + request.new_tokens
+        if tokens > model.max_seq_len:
+            raise ConfigError(
+                f"--prompt-tokens {request.prompt_tokens} and --new-tokens {request.new_tokens} "
+                f"are {tokens} tokens, and max_seq_len is {model.max_seq_len}; give fewer"
+            )
+
+
+def _prompts(vocabulary: int, request: Request, seed: int) -> Tensor:
+    """Return random ids [B, P]."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (request.batch, request.prompt_tokens), generator=random)
+
+
+def _model(config: TrainConfig) -> Model:
+    """Return the config's model with random weights, as it is loaded to generate."""
+    _, model = build_model(config)
+    model.requires_grad_(False)
+    if config.precision == "bf16_master":
+        narrow_frozen(model)
+    allocate(model, config.device)
+    model.init_weights(config.seed)
+    return model
+
+
+def _ours(config: TrainConfig) -> Generate:
+    model = _model(config)
+
+    def generate(prompts: Tensor, new_tokens: int) -> object:
+        with computing_in(config.precision, torch.device(config.device)):
+            return sample(model, prompts.tolist(), Sampling(new_tokens, 0.0, seed=0))
+
+    return generate
+
+
+def _peer(config: TrainConfig, meta: Model, name: str) -> Generate:
+    """Return transformers' generation, with weights in the dtype that ours computes in."""
+    if not isinstance(meta, Transformer):
+        raise ConfigError("--peers needs a model of tokenyard-models; give --peers none")
+    dtype = COMPUTE_DTYPES[config.precision]
+    implementation = IMPLEMENTATIONS[name.removesuffix(COMPILED)]
+    model = mixtral(meta.config, implementation, dtype, config.device).eval()
+    model.config.output_router_logits = False  # they are for the training loss
+    keys: dict[str, Any] = {"cache_implementation": "static"} if name.endswith(COMPILED) else {}
+
+    def generate(prompts: Tensor, new_tokens: int) -> object:
+        return model.generate(
+            prompts.to(config.device),
+            attention_mask=torch.ones_like(prompts).to(config.device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            **keys,
+        )
+
+    return generate
+
+
+def _measure(generate: Generate, prompts: Tensor, new_tokens: int, device: torch.device) -> Record:
+    """Return the tokens/s of whole continuations, and the milliseconds of one more token."""
+    half = new_tokens // 2
+    for tokens in (half, new_tokens):  # compile and capture
+        _seconds(generate, prompts, tokens, device)
+    whole, short = (
+        median(_seconds(generate, prompts, tokens, device) for _ in range(_REPEATED))
+        for tokens in (new_tokens, half)
+    )
+    return {
+        "tokens_per_s": round(len(prompts) * new_tokens / whole, 1),
+        "request_ms": round(1e3 * whole, 1),
+        "token_ms": round(1e3 * (whole - short) / (new_tokens - half), 3),
+    }
+
+
+def _seconds(generate: Generate, prompts: Tensor, new_tokens: int, device: torch.device) -> float:
+    """Return the seconds of a call, with the host's work."""
+    _wait(device)
+    begin = time.perf_counter()
+    generate(prompts, new_tokens)
+    _wait(device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _free() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU

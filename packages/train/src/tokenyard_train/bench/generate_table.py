@@ -1,0 +1,34 @@
+"""The table of `tokenyard bench generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from tokenyard_cli.results import Record
+
+
+def print_generate(records: Sequence[Record], console: Console) -> None:
+    """Print each entrant's speed, and ours over theirs with the same number of prompts."""
+    ours = {record["batch"]: record for record in records if record is _first(records, record)}
+    columns = ("prompts", "tokens/s", "request ms", "ms a token", "ours / theirs")
+    table = Table("", *columns, title_justify="left")
+    for record in sorted(records, key=lambda record: record["batch"]):
+        first = ours[record["batch"]]
+        ratio = first["tokens_per_s"] / record["tokens_per_s"]
+        table.add_row(
+            record["contestant"],
+            str(record["batch"]),
+            f"{record['tokens_per_s']:,.0f}",
+            f"{record['request_ms']:,.1f}",
+            f"{record['token_ms']:.2f}",
+            "" if record is first else f"{ratio:.2f}x",
+        )
+    console.print(table)
+
+
+def _first(records: Sequence[Record], record: Record) -> Record:
+    """Return the first record of the same batch, which is ours."""
+    return next(other for other in records if other["batch"] == record["batch"])

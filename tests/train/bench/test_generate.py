@@ -1,0 +1,59 @@
+"""`tokenyard bench generate`, as a user runs it."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tokenyard import ConfigError
+from tokenyard_cli import app
+
+
+@pytest.fixture
+def bench(settings, tmp_path):
+    """Run the command on a small config; return its records and what it printed."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+
+    def call(*options):
+        sizes = ["--prompt-tokens", 4, "--new-tokens", 6, "--batch", 1, "--batch", 2]
+        arguments = ["generate", config, *sizes, "--out", tmp_path / "out", *options]
+        result = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return json.loads((tmp_path / "out" / "generate.json").read_text())[
+            "records"
+        ], result.output
+
+    return call
+
+
+def test_each_entrant_generates_for_each_number_of_prompts(bench):
+    pytest.importorskip("transformers")
+    records, printed = bench("--peers", "transformers-eager,transformers-tokenyard")
+    assert [(record["contestant"], record["batch"]) for record in records] == [
+        ("tokenyard", 1),
+        ("tokenyard", 2),
+        ("transformers-eager", 1),
+        ("transformers-eager", 2),
+        ("transformers-tokenyard", 1),
+        ("transformers-tokenyard", 2),
+    ]
+    for record in records:
+        of_request = 1e3 * record["batch"] * 6 / record["request_ms"]
+        assert record["tokens_per_s"] == pytest.approx(of_request, rel=0.02)
+    assert "ms a token" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--peers", "vllm"], "--peers.*vllm"),
+        (["--new-tokens", 90], "--new-tokens 90 are 94 tokens, and max_seq_len is 24; give fewer"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(bench, options, error):
+    with pytest.raises(ConfigError, match=error):
+        bench(*options)
