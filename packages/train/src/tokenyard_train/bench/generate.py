@@ -66,9 +66,10 @@ def bench_generate(
     for name, build in builds:
         generate = build()
         for request in requests:
-            print_line(console, f"  {name}: {request.batch} x {request.new_tokens} tokens", "dim")
             prompts = _prompts(meta.vocab_size, request, config.seed)
             times = _measure(generate, prompts, request.new_tokens, torch.device(config.device))
+            rate = f"{times['tokens_per_s']:,.0f} tokens/s, {times['token_ms']:.2f} ms a token"
+            print_line(console, f"  {name}, prompts {request.batch}: {rate}", "dim")
             records.append({"contestant": name, **request._asdict(), **times})
         del generate
         _free()
