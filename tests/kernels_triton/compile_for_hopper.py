@@ -169,9 +169,10 @@ def summed(kernels, shape, dtype):
         for size in ((tokens, dim), (experts, 2 * ffn_dim, dim), (experts, dim, ffn_dim))
     )
     plan = TritonPermutation(workload).plan(torch.zeros(tokens, top_k, dtype=torch.int32), experts)
+    topk_weights = torch.zeros(tokens, top_k, requires_grad=True)
     sums = GradientSums(torch.zeros(up.shape), torch.zeros(down.shape))
     kernel = getattr(backends, kernels)(workload, None)
-    y = kernel.with_sums(x, Plan(*plan), None, ExpertWeights(up, down), sums)
+    y = kernel.with_sums(x, Plan(*plan), topk_weights, ExpertWeights(up, down), sums)
     y.backward(torch.zeros_like(y))
 
 
@@ -249,10 +250,12 @@ def not_prepared():
     weights = {"up": torch.empty(1, 1, 1), "down": torch.empty(1, 1, 1)}
     adapter = LoraAdapter(weights, {}, LoraSettings(16, 16.0, dropout=0.1))
 
-    def prepare(kernel, adapter=None):
+    def prepare(kernel, adapter=None, sums=False):
         for part in (TritonRouter(workload).bfloat16(), TritonPermutation(workload)):
             part.prepare(tokens)
-        if adapter is None:
+        if sums:
+            kernel.prepare_with_sums(tokens)
+        elif adapter is None:
             kernel.prepare(tokens)
         else:
             kernel.prepare_with_adapter(tokens, adapter)
@@ -267,6 +270,10 @@ def not_prepared():
         | missing(
             lambda: prepare(GluonExperts(workload, None, save="recompute"), adapter),
             lambda: adapted(*arguments, 16, True),
+        )
+        | missing(
+            lambda: prepare(GluonExperts(workload, None), sums=True),
+            lambda: summed(*arguments[:3]),
         )
         | missing(
             lambda: prepare(GluonExperts(workload, None, **in_fp8)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,16 +107,19 @@ class MoE(nn.Module):
             y = y + self.bias.to(y.dtype)
         return y.view(x.shape), routing  # [..., D]
 
-    def prepare(self, tokens: int) -> None:
+    def prepare(self, tokens: int, sums: bool = False) -> None:
         """Compile in parallel all kernels for a forward and backward pass over `tokens` tokens.
 
-        A backend compiles its kernels in the optional method ``prepare(tokens)``, and an expert
-        kernel those of adapters in ``prepare_with_adapter(tokens, adapter)``. A backend without the
-        method compiles them in its first call.
+        With `sums`, passes that add gradients to ``experts.gradient_sums`` are compiled, too.
+
+        A backend compiles its kernels in the optional method ``prepare(tokens)``. An expert kernel
+        has two more: ``prepare_with_adapter(tokens, adapter)``, and ``prepare_with_sums(tokens)``
+        for passes with and without sums. A backend without the method compiles in its first call.
         """
-        parts: tuple[Any, ...] = (self.router, self.experts.permutation, self.experts)
+        parts: tuple[Any, ...] = (self.router, self.experts.permutation)
         methods = [part.prepare for part in parts if hasattr(part, "prepare")]
-        with ThreadPoolExecutor(len(parts)) as pool:
+        methods.append(partial(self.experts.prepare, sums=sums))
+        with ThreadPoolExecutor(len(methods)) as pool:
             for prepared in [pool.submit(method, tokens) for method in methods]:
                 prepared.result()
 

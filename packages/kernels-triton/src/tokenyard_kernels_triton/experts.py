@@ -65,8 +65,14 @@ class TritonExperts:
 
         Until it returns, it allocates one layer's weights and gradients.
         """
+        compile_experts(self._empty_call(tokens), self.save, self.kernels)
+
+    def prepare_with_sums(self, tokens: int) -> None:
+        """Compile the kernels for batches of `tokens` tokens, also those that add to sums."""
         call = self._empty_call(tokens)
-        compile_experts(call, self.save, self.kernels)
+        up, down = call.weights[:2]
+        wide = functools.partial(torch.empty_like, dtype=torch.float32)
+        compile_experts(call, self.save, self.kernels, GradientSums(wide(up), wide(down)))
 
     def prepare_with_adapter(self, tokens: int, adapter: LoraAdapter) -> None:
         """Compile the kernels for batches of `tokens` tokens, with an adapter on a frozen base."""

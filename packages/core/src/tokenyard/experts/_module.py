@@ -127,11 +127,13 @@ class Experts(nn.Module):
             )
         )
 
-    def prepare(self, tokens: int) -> None:
+    def prepare(self, tokens: int, sums: bool = False) -> None:
         """Compile what the expert kernel launches for `tokens` tokens, see ``MoE.prepare``."""
         kernel: Any = self.kernel
         if self.adapter is None:
-            if hasattr(kernel, "prepare"):
+            if sums and self.can_add and hasattr(kernel, "prepare_with_sums"):
+                kernel.prepare_with_sums(tokens)
+            elif hasattr(kernel, "prepare"):
                 kernel.prepare(tokens)
         elif self._kernel_takes(self.adapter) and hasattr(kernel, "prepare_with_adapter"):
             kernel.prepare_with_adapter(tokens, self.adapter)

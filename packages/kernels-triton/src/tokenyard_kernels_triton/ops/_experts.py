@@ -211,12 +211,19 @@ def _pre_activation(
     return z
 
 
-def compile_experts(call: ExpertsCall, save: Save, kernels: KernelSetName) -> None:
-    """Compile what a forward and a backward pass launch. The call's tensors may hold anything."""
+def compile_experts(
+    call: ExpertsCall, save: Save, kernels: KernelSetName, sums: GradientSums | None = None
+) -> None:
+    """Compile what a forward and a backward pass launch, and one that adds if sums are given.
+
+    The tensors may hold anything.
+    """
     needs = all_needs(call)
     with compiling():
         y, *saved = _forward(call, save, kernels)
         _backward(y, call, saved, needs, None, save, kernels)
+        if sums is not None:
+            _backward(y, call, saved, needs, sums, save, kernels)
 
 
 experts = register_experts_op(
