@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tokenyard import MoE, Workload
 from tokenyard.operators import operator
 from tokenyard.recompute import is_kept, recomputed
+from tokenyard.recompute_rng import RecomputeRng
 
 aten = torch.ops.aten
 
@@ -119,3 +120,87 @@ def test_a_second_backward_pass_is_an_error():
     y.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward"):
         y.sum().backward()
+
+
+class FakeGenerator:
+    """A GPU's generator on a CPU: a state of seed and offset, which others may share."""
+
+    device = "cpu"
+
+    def __init__(self, state=None):
+        self.state = state or {"seed": 0, "offset": 0}
+
+    def draw(self):
+        """Return the seed and the offset of 4 random numbers, and go past them."""
+        self.state["offset"] += 4
+        return self.state["seed"], self.state["offset"] - 4
+
+    def manual_seed(self, seed):
+        self.state.update(seed=seed, offset=0)
+
+    def initial_seed(self):
+        return self.state["seed"]
+
+    def get_offset(self):
+        return self.state["offset"]
+
+    def set_offset(self, offset):
+        self.state["offset"] = offset
+
+    def graphsafe_get_state(self):
+        return FakeGenerator(self.state)
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+
+class FakeGraph:
+    """A captured graph: replays run the function, with the states that are registered."""
+
+    def __init__(self):
+        self.states = []
+
+    def register_generator_state(self, generator):
+        self.states.append(generator)
+
+
+@pytest.mark.parametrize("selective", [False, True])
+@pytest.mark.parametrize("random", [True, False])
+def test_in_a_cuda_graph_a_recompute_draws_what_its_forward_pass_drew(
+    monkeypatch, selective, random
+):
+    main = FakeGenerator()
+    monkeypatch.setattr(torch, "Generator", lambda device: FakeGenerator())
+    drawn = []
+
+    def block(x):
+        drawn.append(main.draw() if random else None)
+        return x.tanh().exp()
+
+    blocks = [recomputed(block, selective=selective) for _ in range(3)]
+
+    def run():
+        drawn.clear()
+        x = torch.ones(3, requires_grad=True)
+        for each in blocks:
+            x = each(x)
+        x.sum().backward()
+        return drawn[:3], drawn[:2:-1]
+
+    rng = RecomputeRng(main)
+    main.manual_seed(5)
+    with rng.recording():
+        run()
+    main.set_offset(12 if random else 0)  # torch restores only a real generator
+    graph = FakeGraph()
+    rng.register(graph)
+    assert len(graph.states) == (3 if random else 0)
+    for seed in (6, 7):
+        main.manual_seed(seed)
+        main.set_offset(40)
+        rng.rewind()
+        with rng.capturing():
+            forward, again = run()
+        assert forward == again
+        assert forward == ([(seed, 40), (seed, 44), (seed, 48)] if random else [None] * 3)
+        assert main.get_offset() == (52 if random else 40)

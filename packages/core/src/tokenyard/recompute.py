@@ -8,7 +8,8 @@ arXiv 2205.05198, section 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,9 +19,14 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
+    noop_context_fn,
 )
 
+from tokenyard.recompute_rng import Draws, draws_of_next_call
+
 T = TypeVar("T")
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+"""The contexts of a forward pass and of its recompute."""
 
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm", "_scaled_grouped_mm")
 _ATTENTION = (
@@ -47,9 +53,21 @@ def recomputed(forward: Callable[..., T], selective: bool = False) -> Callable[.
     It keeps its inputs, and with `selective` also the results of expensive operators. The gradients
     are bit-identical to those without recompute, random numbers included. With `selective`, the
     backward pass runs only once, and ``torch.compile`` must be around this function, not inside it.
+    In a CUDA graph, random numbers need ``recompute_rng.RecomputeRng``.
     """
-    contexts: dict[str, Any] = {"context_fn": _selective_contexts} if selective else {}
-    return partial(checkpoint, forward, use_reentrant=False, **contexts)
+    contexts = _selective_contexts if selective else noop_context_fn
+    again = partial(checkpoint, forward, use_reentrant=False)
+
+    def run(*args: Any, **kwargs: Any) -> T:
+        draws = None if torch.compiler.is_compiling() else draws_of_next_call()
+        if draws is None:
+            result: T = again(*args, context_fn=contexts, **kwargs)
+            return result
+        kwargs["context_fn"] = partial(_drawing, draws, contexts)
+        result = again(*args, preserve_rng_state=False, **kwargs)
+        return result
+
+    return run
 
 
 def is_kept(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -66,8 +84,19 @@ def is_kept(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return getattr(op, "kept", False) or name.partition(".")[0] in _KEPT
 
 
-def _selective_contexts() -> tuple[Any, Any]:
-    """Return the contexts of a forward pass and of its recompute."""
+def _drawing(draws: Draws, contexts: Callable[[], Contexts]) -> Contexts:
+    """Return `contexts`, with the recompute's random numbers from `draws`."""
+
+    @contextmanager
+    def recompute(again: AbstractContextManager[Any]) -> Iterator[None]:
+        with draws, again:
+            yield
+
+    forward, again = contexts()
+    return forward, recompute(again)
+
+
+def _selective_contexts() -> Contexts:
     forward, again = create_selective_checkpoint_contexts(_policy)
     return forward, again if torch.compiler.is_compiling() else _KeptOnly(again)
 
