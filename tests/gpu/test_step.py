@@ -65,12 +65,28 @@ def test_offload_leaves_two_block_inputs_on_the_gpu(tmp_path, recompute):
     assert peaks[0] - peaks[1] > 8 * tokens * saved.block_input
 
 
-def test_jitter_is_drawn_anew_in_every_replay(tmp_path):
+@pytest.mark.parametrize("recompute", ["false", "true", "selective"])
+def test_jitter_is_drawn_anew_in_every_replay(tmp_path, recompute):
+    """A recompute draws the numbers of its forward pass again."""
+    keys = (f"activation_checkpointing={recompute}", "device_train_microbatch_size=4")
     jitter = ("model.ffn_config.moe_jitter_eps=0.1",)
-    eager, _ = losses(tmp_path, *jitter, "cuda_graph=false")
-    graphed, _ = losses(tmp_path, *jitter)
-    still, _ = losses(tmp_path)
+    eager, _ = losses(tmp_path, *jitter, "cuda_graph=false", "device_train_microbatch_size=4")
+    graphed, setup = losses(tmp_path, *jitter, *keys)
+    still, _ = losses(tmp_path, "device_train_microbatch_size=4")
+    assert setup.graph.captured
     assert graphed == eager != still
+
+
+@pytest.mark.parametrize("recompute", ["true", "selective"])
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_a_graph_with_recompute_needs_less_memory(tmp_path, recompute, compiled):
+    """It computes what a graph without recompute does. Compiled kernels may round otherwise."""
+    options = ("model.n_layers=12", f"compile={compiled}", "cuda_graph=true")
+    plain, kept = losses(tmp_path, *options)
+    again, setup = losses(tmp_path, *options, f"activation_checkpointing={recompute}")
+    assert setup.graph.captured
+    assert again == (plain if compiled == "false" else pytest.approx(plain, rel=5e-3))
+    assert setup.graph.bytes() < 0.9 * kept.graph.bytes()
 
 
 @pytest.mark.parametrize("before", [0, 3], ids=["before the capture", "after it"])

@@ -134,20 +134,25 @@ def test_frozen_weights_have_no_sum(ready, calls):
 class FakeCapture(_Captured):
     """A captured graph on a CPU: what is captured changes nothing, and is run again by a replay."""
 
-    def __init__(self, parameters, work, run, warm_up):
+    def __init__(self, parameters, work):
         self.parameters = parameters
         self.work = tree_map_only(torch.Tensor, torch.clone, work)
-        before = [p.grad.clone() for p in parameters if p.grad is not None]
-        own = [p.grad for p in parameters]
+        self.rng = SimpleNamespace(rewind=lambda: None)
+
+    def warm_up(self, run, context):
+        before = [p.grad.clone() for p in self.parameters if p.grad is not None]
+        own = [p.grad for p in self.parameters if p.grad is not None]
         self._clear_gradients()
-        with warm_up():
+        with context():
             run(self.work)
-        unchanged = [p for p in own if p is not None]
-        assert all(torch.equal(new, old) for new, old in zip(unchanged, before, strict=True))
+        assert all(torch.equal(new, old) for new, old in zip(own, before, strict=True))
+        self.unchanged = [*zip(own, before)]
+
+    def capture(self, run):
         self._clear_gradients()
         self.result = run(self.work)
-        self.gradients = [p.grad for p in parameters]
-        for new, old in zip(unchanged, before):
+        self.gradients = [p.grad for p in self.parameters]
+        for new, old in self.unchanged:
             new.copy_(old)
         self.graph = SimpleNamespace(replay=lambda: self.run_again(run))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from tokenyard.recompute_rng import RecomputeRng
 from tokenyard.sharded import has_shards
 from tokenyard_train.config.schema import TrainConfig
 
@@ -40,15 +41,21 @@ class MicrobatchGraph:
 
     A pass before the capture runs in the context `warm_up`, and must change nothing in there but
     ``parameter.grad``.
+
+    The function may have collectives. Then all ranks call this equally often, and `any_rank`
+    returns whether its argument is true on any of them: either all ranks capture, or none does.
+    None means that there is one rank.
     """
 
     def __init__(
         self,
         model: nn.Module,
         warm_up: Callable[[], AbstractContextManager[None]] = nullcontext,
+        any_rank: Callable[[bool], bool] | None = None,
     ):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.warm_up = warm_up
+        self.any_rank = any_rank
         modules = model.named_modules()
         self._hooks = [(name, module, _count_hooks(module)) for name, module in modules]
         self._eager_left = _EAGER_MICROBATCHES
@@ -66,15 +73,13 @@ class MicrobatchGraph:
         With `add`, gradients are added to those that exist. Otherwise they belong to the graph: the
         next call overwrites them.
         """
-        if not self._refused and (name := self._hooked()) is not None:
-            self._refuse(f"{name} got a hook, which a graph does not call")
-        if self._refused:
-            return run(work)
         if self._eager_left > 0:
             self._eager_left -= 1
             return run(work)
-        if self._captured is None:
-            self._capture(work, run)
+        if self._captured is None and not self._refused:
+            self._capture_or_refuse(work, run)
+        elif not self._refused and (reason := self._hooked()) is not None:
+            self._refuse(reason)
         if self._captured is None:
             return run(work)
         result: T = self._captured.replay(work, add)
@@ -88,19 +93,40 @@ class MicrobatchGraph:
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)
 
-    def _capture(self, work: Any, run: Callable[[Any], Any]) -> None:
+    def _capture_or_refuse(self, work: Any, run: Callable[[Any], Any]) -> None:
+        """Capture on all ranks, or on none. The pass before the capture has collectives, too."""
+        reason = self._hooked()
+        failed = self._on_any_rank(reason is not None)
+        if not failed:
+            reason = self._capture(work, run)
+            failed = self._on_any_rank(reason is not None)
+        if failed:
+            self._refuse(reason or "another rank cannot capture it")
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        return flag if self.any_rank is None else self.any_rank(flag)
+
+    def _capture(self, work: Any, run: Callable[[Any], Any]) -> str | None:
+        """Capture a graph; return why it failed, or None."""
         device = self.parameters[0].device
         gradients = [parameter.grad for parameter in self.parameters]
         # The capture draws random numbers. Later draws must not depend on it.
         random_state = torch.cuda.get_rng_state(device)
+        captured = _Captured(self.parameters, work)
         try:
-            self._captured = _Captured(self.parameters, work, run, self.warm_up)
+            captured.warm_up(run, self.warm_up)
+            captured.capture(run)
+            self._captured = captured
         except RuntimeError as error:
-            self._refuse(" ".join(str(error).split())[:200])
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            if out_of_memory and self.any_rank is not None and not captured.warm:
+                raise  # other ranks are in the collectives of this pass
+            return " ".join(str(error).split())[:200]
         finally:
             torch.cuda.set_rng_state(random_state, device)
             for parameter, gradient in zip(self.parameters, gradients):
                 parameter.grad = gradient
+        return None
 
     def _refuse(self, reason: str) -> None:
         self._captured = None
@@ -118,35 +144,46 @@ class MicrobatchGraph:
 class _Captured:
     """A captured graph with its input, its result and its gradients."""
 
-    def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        work: Any,
-        run: Callable[[Any], Any],
-        warm_up: Callable[[], AbstractContextManager[None]],
-    ):
+    def __init__(self, parameters: list[nn.Parameter], work: Any):
         self.parameters = parameters
+        self.device = parameters[0].device
         self.work = tree_map_only(Tensor, torch.clone, work)
-        device = parameters[0].device
         self.graph = torch.cuda.CUDAGraph()
+        self.rng = RecomputeRng(torch.cuda.default_generators[self.device.index])
+        self.warm = False
+        self.result: Any = None
+        self.gradients: list[Tensor | None] = []
+
+    def warm_up(
+        self, run: Callable[[Any], Any], context: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Run a pass on another stream, as the capture is.
+
+        A host sync is an error here, because within the capture it would leave the generators and
+        the allocator in a bad state.
+        """
         self._clear_gradients()
-        # A pass on another stream, as the capture is. A host sync is an error here, because within
-        # the capture it would leave the generators and the allocator in a bad state.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), _host_syncs_are_errors(), warm_up():
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream), _host_syncs_are_errors(), context(), self.rng.recording():
             run(self.work)
-        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.warm = True
+
+    def capture(self, run: Callable[[Any], Any]) -> None:
+        """Capture a pass."""
         self._clear_gradients()
-        with torch.cuda.graph(self.graph):
+        self.rng.register(self.graph)
+        with torch.cuda.graph(self.graph), self.rng.capturing():
             self.result = run(self.work)
-        self.gradients = [parameter.grad for parameter in parameters]
+        self.gradients = [parameter.grad for parameter in self.parameters]
 
     def replay(self, work: Any, add: bool) -> Any:
         """Run the graph on a microbatch, and give each parameter its gradient."""
         for static, value in zip(tree_leaves(self.work), tree_leaves(work), strict=True):
             if isinstance(static, Tensor):
                 static.copy_(value)
+        self.rng.rewind()
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients):
             if gradient is None:
@@ -195,6 +232,6 @@ def why_no_graph(config: TrainConfig, model: nn.Module, ranks: int) -> str | Non
         return f"device is {config.device}"
     if ranks > 1 and has_shards(model):
         return f"the model is sharded over {ranks} ranks"
-    if config.activation_checkpointing:
-        return f"activation_checkpointing is {str(config.activation_checkpointing).lower()}"
+    if config.activation_cpu_offload:
+        return "activation_cpu_offload is true"
     return None

@@ -105,7 +105,7 @@ def build_setup(
     data = build_data(config.data())
     if check is not None:
         check(model, data)
-    _prepare_kernels(config, model)
+    _prepare_kernels(config, model, strategy.data[1])
     allocate(model, config.device)
     model.init_weights(config.seed)
     wrap_blocks(config, model, strategy.data[1])
@@ -121,7 +121,7 @@ def build_setup(
         model=model,
         optimizer=optimizer,
         data=data,
-        graph=MicrobatchGraph(model, sums.paused) if graphed else None,
+        graph=_microbatch_graph(config, strategy, model, sums) if graphed else None,
         sums=sums,
         batches=batches,
         flops_per_token=training_flops_per_token(model, config.max_seq_len),
@@ -165,11 +165,25 @@ def schedule_warnings(config: TrainConfig, data: Data) -> list[str]:
     return warnings
 
 
-def _prepare_kernels(config: TrainConfig, model: Model) -> None:
+def _prepare_kernels(config: TrainConfig, model: Model, ranks: int) -> None:
     """Compile the kernels of the first step. All MoE layers of a model launch the same ones."""
     layers = moe_layers(model)
     if layers and config.device.startswith("cuda"):
-        layers[0].prepare(int(config.device_train_microbatch_size) * config.max_seq_len)
+        rows = int(config.device_train_microbatch_size)
+        several = config.global_train_batch_size > ranks * rows
+        layers[0].prepare(rows * config.max_seq_len, sums=several and ranks == 1)
+
+
+def _microbatch_graph(
+    config: TrainConfig, strategy: Strategy, model: Model, sums: ExpertSums
+) -> MicrobatchGraph:
+    if strategy.data[1] == 1:
+        return MicrobatchGraph(model, sums.paused)
+
+    def any_rank(flag: bool) -> bool:
+        return bool(strategy.reduce(torch.tensor(float(flag), device=config.device)).item())
+
+    return MicrobatchGraph(model, sums.paused, any_rank)
 
 
 def _uses_graph(config: TrainConfig, model: Model, ranks: int) -> bool:
