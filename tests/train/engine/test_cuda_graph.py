@@ -1,9 +1,9 @@
-"""What a CUDA graph would not call: hooks that a model gets after it was set up."""
+"""Which runs use a CUDA graph, and what it would not call: hooks that a model gets later."""
 
 import pytest
 from torch import nn
 
-from tokenyard_train.engine.cuda_graph import MicrobatchGraph
+from tokenyard_train.engine.cuda_graph import MicrobatchGraph, why_no_graph
 
 
 def hook(*_):
@@ -39,3 +39,11 @@ def test_a_later_hook_is_noticed_until_it_is_removed(model, register):
     assert graph._hooked() == "1"
     handle.remove()
     assert graph._hooked() is None
+
+
+@pytest.mark.parametrize("recompute", [True, "selective"])
+def test_recomputed_blocks_are_captured_and_offloaded_ones_are_not(config, model, recompute):
+    run = config(activation_checkpointing=recompute).model_copy(update={"device": "cuda:0"})
+    assert why_no_graph(run, model, ranks=1) is None
+    offloaded = run.model_copy(update={"activation_cpu_offload": True})
+    assert why_no_graph(offloaded, model, ranks=1) == "activation_cpu_offload is true"
