@@ -99,9 +99,10 @@ def _interleaved(module: Any) -> bool:
 
 
 def _has_own_gate(module: Any) -> bool:
-    from transformers.integrations import moe
+    # Not `import moe`: transformers.integrations is a lazy module, which breaks torch 2.11's graphs
+    from transformers.integrations.moe import _default_apply_gate
 
-    return module.has_gate and type(module)._apply_gate is not moe._default_apply_gate
+    return module.has_gate and type(module)._apply_gate is not _default_apply_gate
 
 
 def _first(module: Any, names: tuple[str, ...]) -> float | None:
