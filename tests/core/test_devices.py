@@ -74,6 +74,7 @@ def test_wrong_names_are_refused(two_gpus, monkeypatch):
         ConfigError, match="device is 'cuda', but torch finds no CUDA GPU here; give cpu or auto"
     ):
         resolve_device("cuda")
+    assert str(resolve_device("cuda:3", planned=True)) == "cuda:3"
 
 
 def test_without_a_gpu_auto_is_the_cpu(monkeypatch):

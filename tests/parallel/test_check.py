@@ -146,6 +146,26 @@ def test_check_prints_meshes_and_bytes(settings, tmp_path):
         assert part in printed, printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the memory of this GPU is known")
+def test_check_plans_for_gpus_of_another_machine(settings, tmp_path, caplog):
+    """The plan is that for the CPU, but for the backends."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings | {"parallel": {"strategy": "fsdp"}}))
+
+    def planned(device):
+        console = Console(file=io.StringIO(), record=True, width=160)
+        with fake_world(4):
+            check(load_config(path, [f"device={device}"], planned=True), console)
+        text = console.export_text()
+        return text[text.index("memory of a rank") : text.index("backends")].split()
+
+    assert planned("cuda") == planned("cpu")
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("the memory of cuda:0 is not known" in text for text in said) == 1
+    with pytest.raises(ConfigError, match="torch finds no CUDA GPU here; `tokenyard check --nproc"):
+        check(load_config(path, ["device=cuda"], planned=True), Console(file=io.StringIO()))
+
+
 def test_check_prints_the_bytes_that_an_exchange_sends(settings, tmp_path):
     """DBRX, 8 ranks: a token goes to 3.1 of 8 ranks on average, with 4 weights and ids."""
     path = tmp_path / "config.yaml"

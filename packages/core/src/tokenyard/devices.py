@@ -13,12 +13,15 @@ from tokenyard.processes import started_processes
 _CHOICES = "give cpu, cuda, cuda:N or auto"
 
 
-def resolve_device(name: str | torch.device, key: str = "device") -> torch.device:
+def resolve_device(
+    name: str | torch.device, key: str = "device", planned: bool = False
+) -> torch.device:
     """Return the device for `name` (cpu, cuda, cuda:N or auto), with an index if it is a GPU.
 
     `auto` is a GPU if torch finds one, else the CPU. A GPU without an index becomes the GPU of this
     rank (``LOCAL_RANK``), by default torch's current one. Error messages name the option `key`.
-    Raises ConfigError for a device that torch does not find.
+    Raises ConfigError for a device that torch does not find. With `planned`, where nothing is
+    computed, a machine without a GPU accepts those of another machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,6 +35,8 @@ def resolve_device(name: str | torch.device, key: str = "device") -> torch.devic
     if device.type == "cpu":
         return with_index(device)
     count = torch.cuda.device_count()
+    if not count and planned:
+        return with_index(device)
     if not count:
         raise ConfigError(
             f"{key} is {str(name)!r}, but torch finds no CUDA GPU here; give cpu or auto"
@@ -76,7 +81,7 @@ def _local_rank(count: int) -> int:
 def device_memory(device: torch.device | str) -> int | None:
     """Return the total memory of a device in bytes; None if it is not known."""
     device = torch.device(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).total_memory
     if device.type != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None

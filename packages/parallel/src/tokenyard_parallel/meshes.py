@@ -66,10 +66,15 @@ def make_mesh(sizes: MeshSizes, device: torch.device, timeout: timedelta) -> Dev
     A mesh has its own process groups, with threads and buffers for each, so equal sizes share one
     mesh. `timeout` is how long a collective in any of its groups may take.
     """
-    mesh = _cached_mesh(dist.group.WORLD, sizes, device.type)
+    mesh = _cached_mesh(dist.group.WORLD, sizes, _mesh_device_type(device))
     for group in mesh.get_all_groups():
         set_timeout(group, timeout)
     return mesh
+
+
+def _mesh_device_type(device: torch.device) -> str:
+    """Return the type of a mesh's device: "cpu" for a plan whose GPUs another machine has."""
+    return device.type if torch.cuda.is_available() else "cpu"
 
 
 @lru_cache(maxsize=16)

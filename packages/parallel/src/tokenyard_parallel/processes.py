@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from tokenyard import ConfigError
 from tokenyard.processes import disable_multicast, started_processes
 from tokenyard_parallel._torch_private import init_fake_world
 
@@ -26,12 +27,17 @@ def connect(device: torch.device, timeout: timedelta | None = None) -> None:
     """Initialize the default process group: gloo on CPUs, NCCL on GPUs.
 
     Does nothing if it is initialized. Outside of torchrun the world size is 1. `timeout` is how
-    long a collective may take before it fails.
+    long a collective may take before it fails. Raises ConfigError if there is no GPU for NCCL.
     """
     if dist.is_initialized():
         return
     disable_multicast()
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"parallel.strategy is for ranks on {device}, and torch finds no CUDA GPU here; "
+                "`tokenyard check --nproc N` plans for the GPUs of another machine"
+            )
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if started_processes() == 1 and "RANK" not in os.environ:

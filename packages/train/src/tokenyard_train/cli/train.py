@@ -90,7 +90,7 @@ def check(
     from tokenyard_train.config import load_config
 
     with maybe_fake_world(nproc):
-        run(load_config(config, overrides or []), wide_console())
+        run(load_config(config, overrides or [], planned=True), wide_console())
 
 
 @guide("tokenyard migrate mpt-1b.yaml > config.yaml", "migrating.md")

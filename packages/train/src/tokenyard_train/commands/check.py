@@ -49,8 +49,8 @@ Rows = Iterator[tuple[str, str]]
 def check(config: TrainConfig, console: Console) -> None:
     """Print a table of model size, data, layout, memory and backends for a resolved config.
 
-    The model stays on the meta device, so a small machine can check a large model. Raises
-    TokenyardError for a mistake in the config.
+    The model stays on the meta device, so a small machine can check a large model. The GPU of the
+    config may be one of another machine. Raises TokenyardError for a mistake in the config.
     """
     with out_of_memory_is_a_mistake(config):
         strategy, model = build_model(config)
@@ -81,7 +81,14 @@ def check(config: TrainConfig, console: Console) -> None:
 
 def _warn_if_too_large(config: TrainConfig, size: int) -> None:
     memory = device_memory(config.device)
-    if memory is not None and size > memory:
+    if memory is None and config.device.startswith("cuda"):
+        log.warning(
+            "the memory of %s is not known, because torch finds no GPU here; compare the sum of "
+            "%s with that of your GPU, whose backends may differ, too",
+            config.device,
+            describe_bytes(size),
+        )
+    elif memory is not None and size > memory:
         log.warning(
             "a rank needs about %s and %s has %s; lower device_train_microbatch_size or the "
             "model, set activation_checkpointing: true, or shard it over more devices",

@@ -32,24 +32,29 @@ class _NoConfigError(ConfigError):
         super().__init__(f"{message}; give the path of a YAML config")
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, planned: bool = False
+) -> TrainConfig:
     """Read a config file, apply ``section.key=value`` overrides, and resolve defaults.
 
-    Raises ConfigError.
+    With `planned`, the GPU may be one of another machine. Raises ConfigError.
     """
     text = read_text(path, MAX_BYTES, _NoConfigError)
     try:
         parsed = parse_yaml(text, overrides)
-        return read_config(with_variables(parsed.resolved, parsed.referred))
+        return read_config(with_variables(parsed.resolved, parsed.referred), planned=planned)
     except ConfigError as error:
         given = f" with {without_secrets(' '.join(overrides))}" if overrides else ""
         raise ConfigError(f"{path}{given}: {error}") from None
 
 
-def read_config(data: Mapping[str, Any], *, needs_tokenizer: bool = True) -> TrainConfig:
+def read_config(
+    data: Mapping[str, Any], *, needs_tokenizer: bool = True, planned: bool = False
+) -> TrainConfig:
     """Validate a config given as a mapping, and resolve defaults. Raises ConfigError.
 
-    A config whose model has a vocab_size may be read without its tokenizer.
+    A config whose model has a vocab_size may be read without its tokenizer. With `planned`, the GPU
+    may be one of another machine.
     """
     ignored: list[str] = []
     changes: list[Change] = []
@@ -58,7 +63,7 @@ def read_config(data: Mapping[str, Any], *, needs_tokenizer: bool = True) -> Tra
     warn_ignored(ignored)
     if told := [f"{change.key} as {change.note}" for change in changes if change.told]:
         log.warning("read as LLM Foundry means it: %s", "; ".join(told))
-    return resolve(parse(TrainConfig, kept), needs_tokenizer)
+    return resolve(parse(TrainConfig, kept), needs_tokenizer, planned)
 
 
 def translated(

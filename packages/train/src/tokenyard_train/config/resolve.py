@@ -15,11 +15,13 @@ _AUTO_TOKENS = 16384  # tokens per forward pass with an automatic microbatch siz
 _EVAL_TOKENS = 1 << 17  # held-out tokens to score if eval_subset_num_batches is not set
 
 
-def resolve(config: TrainConfig, needs_tokenizer: bool = True) -> TrainConfig:
+def resolve(
+    config: TrainConfig, needs_tokenizer: bool = True, planned: bool = False
+) -> TrainConfig:
     """Return the config with device, model sizes, held-out data, folder and batch sizes resolved.
 
-    Without `needs_tokenizer`, a model's vocab_size is not compared with the tokenizer. Raises
-    ConfigError.
+    Without `needs_tokenizer`, a model's vocab_size is not compared with the tokenizer. With
+    `planned`, the GPU may be one of another machine. Raises ConfigError.
     """
     length = _max_seq_len(config)
     microbatch = _microbatch(config, length)
@@ -30,7 +32,7 @@ def resolve(config: TrainConfig, needs_tokenizer: bool = True) -> TrainConfig:
     load_path = config.load_path and config.load_path.replace("{run_name}", config.run_name)
     return config.model_copy(
         update={
-            "device": str(resolve_device(config.device)),
+            "device": str(resolve_device(config.device, planned=planned)),
             "max_seq_len": length,
             "model": _model(config, length, needs_tokenizer),
             "eval_loader": config.eval_loader or _stdlib_held_out(config),
