@@ -78,11 +78,11 @@ def inject(launched, faults, patience):
         print(f"\n{fault}: {recovery}")
         if fault.kind == "stop":
             assert recovery.detected <= TIMEOUT + patience
-            reason = f"process {fault.rank} hangs (it is stopped): process "
+            reason = f"rank {fault.rank} hangs (it is stopped): rank "
             assert reason in recovery.message, launched.text()
             assert " waited in " in recovery.message
         else:
-            reason = f"process {fault.rank} ended by signal SIGKILL; restart "
+            reason = f"rank {fault.rank} ended by signal SIGKILL; restart "
             assert reason in recovery.message
     return recoveries
 

@@ -215,7 +215,7 @@ def test_every_ordered_pair_of_layouts(source, settings, tmp_path, reference):
         (
             {"strategy": "single"},
             {},
-            "ConfigError: parallel.strategy is 'single', which is for one process, "
+            "ConfigError: parallel.strategy is 'single', which is for one rank, "
             "and 2 were started; give fsdp or ddp",
         ),
         (

@@ -60,7 +60,7 @@ def test_a_command_without_work_or_text_or_of_several_ranks_is_refused(
     assert code == 2
     assert "there is no text" in error
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="eval runs in one process, and 2 were started; start it"):
+    with pytest.raises(ConfigError, match="eval runs on one rank, and 2 were started; start it"):
         evaluate(EvalOptions(trained, data=[tmp_path]), QUIET)
 
 

@@ -140,7 +140,7 @@ def test_a_world_size_without_a_launcher_is_explained(config, console, monkeypat
     settings = config()  # before several processes share its batch
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = (
-        r"parallel.strategy is 'single', which is for one process, and 2 were started; give fsdp "
+        r"parallel.strategy is 'single', which is for one rank, and 2 were started; give fsdp "
         r"or ddp, or unset WORLD_SIZE if no launcher set it$"
     )
     with pytest.raises(ConfigError, match=said):

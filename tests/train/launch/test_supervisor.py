@@ -54,7 +54,7 @@ def test_a_mistake_and_a_stop_request_are_not_restarted(capfd, code):
 def test_a_restart_resumes_once_the_run_has_started(capfd):
     """Until the run owns its folder, an attempt starts like the first one."""
     lines = ("if began: sys.exit(0)", "if rank == 1: sys.exit(7)", "time.sleep(60)")
-    failed = "process 1 ended by exit code 7; "
+    failed = "rank 1 ended by exit code 7; "
     assert run(capfd, *lines, max_restarts=1) == (
         1,
         f"{failed}restart 1 of 1\n{failed}no restart is left",
@@ -65,7 +65,7 @@ def test_a_restart_resumes_once_the_run_has_started(capfd):
 
 def test_it_stops_after_the_last_restart(capfd):
     code, errors = run(capfd, f"{KILLED} if rank == 2 else time.sleep(60)", max_restarts=1)
-    sentence = "process 2 ended by signal SIGKILL; "
+    sentence = "rank 2 ended by signal SIGKILL; "
     assert (code, errors.splitlines()) == (
         1,
         [sentence + "restart 1 of 1", sentence + "no restart is left"],
@@ -74,7 +74,7 @@ def test_it_stops_after_the_last_restart(capfd):
 
 def test_a_killed_rank_is_blamed_although_the_waiting_ranks_end_first(capfd):
     lines = ("if rank != 1:", f"    {FAILED}", "time.sleep(0.3)", KILLED)
-    assert run(capfd, *lines) == (1, "process 1 ended by signal SIGKILL; no restart is left")
+    assert run(capfd, *lines) == (1, "rank 1 ended by signal SIGKILL; no restart is left")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_rank_that_misses_a_collective_is_blamed(capfd, line, state):
     code, errors = run(capfd, "if rank != 1:", f"    {FAILED}", line)
     assert code == 1
     assert errors in [
-        f"process 1 {state}: process {rank} waited in all_reduce (timed out); no restart is left"
+        f"rank 1 {state}: rank {rank} waited in all_reduce (timed out); no restart is left"
         for rank in (0, 2)
     ]
 
@@ -93,9 +93,9 @@ def test_a_rank_that_misses_a_collective_is_blamed(capfd, line, state):
 def test_ranks_that_wait_in_different_collectives_have_diverged(capfd):
     other = FAILED.replace("'all_reduce'", "'barrier'")
     errors = run(capfd, f"if rank == 1: {other}", FAILED, nproc=2)[1]
-    waits = ["process 0 waited in all_reduce", "process 1 waited in barrier"]
+    waits = ["rank 0 waited in all_reduce", "rank 1 waited in barrier"]
     assert errors in [
-        f"processes {first} and {1 - first} diverged: {waits[first]}, and "
+        f"ranks {first} and {1 - first} diverged: {waits[first]}, and "
         f"{waits[1 - first].replace(' waited', '')} (timed out); no restart is left"
         for first in (0, 1)
     ]
@@ -103,26 +103,26 @@ def test_ranks_that_wait_in_different_collectives_have_diverged(capfd):
 
 def test_ranks_that_wait_in_one_collective_have_lost_each_other(capfd):
     errors = run(capfd, FAILED, nproc=2)[1]
-    assert errors == "process 0 failed in all_reduce (timed out); no restart is left"
+    assert errors == "rank 0 failed in all_reduce (timed out); no restart is left"
 
 
 def test_a_fault_counts_before_its_rank_has_ended(capfd):
     """A GPU takes a while to release a process."""
     began = time.monotonic()
     errors = run(capfd, f"if rank == 0: {FAULT}", "time.sleep(60)", nproc=2)[1]
-    assert errors.startswith("process 1 hangs: process 0 waited in all_reduce (timed out)")
+    assert errors.startswith("rank 1 hangs: rank 0 waited in all_reduce (timed out)")
     assert time.monotonic() - began < 30
 
 
 def test_a_rank_that_aborts_is_blamed_if_the_others_fail_by_it(capfd):
     line = "os.kill(os.getpid(), signal.SIGABRT)"
     errors = run(capfd, f"if rank == 1: {line}", FAILED, nproc=2)[1]
-    assert errors == "process 1 ended by signal SIGABRT; no restart is left"
+    assert errors == "rank 1 ended by signal SIGABRT; no restart is left"
 
 
 def test_a_rank_aborted_by_nccl_is_not_blamed(capfd):
     lines = ("if rank != 1:", "    os.kill(os.getpid(), signal.SIGABRT)", "time.sleep(60)")
-    assert run(capfd, *lines)[1].startswith("process 1 hangs: process ")
+    assert run(capfd, *lines)[1].startswith("rank 1 hangs: rank ")
 
 
 def test_remaining_ranks_are_killed(capfd, tmp_path):
@@ -158,8 +158,7 @@ def test_a_stopped_rank_is_blamed_rather_than_a_rank_that_waits_for_it(capfd):
         "time.sleep(60)",
     )[1]
     assert errors == (
-        "process 1 hangs (it is stopped): process 0 waited in all_reduce (timed out); "
-        "no restart is left"
+        "rank 1 hangs (it is stopped): rank 0 waited in all_reduce (timed out); no restart is left"
     )
 
 

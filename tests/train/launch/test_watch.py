@@ -63,7 +63,7 @@ def test_a_rank_that_waits_too_long_names_its_collective(capfd, tmp_path, monkey
     assert time.monotonic() - began < 55, "it is gloo that noticed"
     path = tmp_path / "fault-rank0.txt"
     assert capfd.readouterr().err.strip() == (
-        "process 1 hangs: process 0 waited in all_reduce 2 of the group default_pg (it did not end "
+        "rank 1 hangs: rank 0 waited in all_reduce 2 of the group default_pg (it did not end "
         f"in 1 seconds; the stacks are in {path}); no restart is left"
     )
     assert "in all_reduce" in path.read_text()

@@ -29,7 +29,7 @@ def evaluate(options: EvalOptions, console: Console) -> Records:
         raise ConfigError("there is nothing to evaluate; give --tasks, --data or both")
     if started_processes() > 1:
         raise ConfigError(
-            f"eval runs in one process, and {started_processes()} were started; start it without a "
+            f"eval runs on one rank, and {started_processes()} were started; start it without a "
             "launcher, or unset WORLD_SIZE if no launcher set it"
         )
     if options.tasks:

@@ -23,10 +23,10 @@ def build_model(config: TrainConfig) -> tuple[Strategy, Model]:
     strategy: Strategy = (
         default_registry().choose("strategy", choice).construct(device=torch.device(config.device))
     )
-    processes = started_processes()
-    if strategy.data[1] == 1 and processes > 1:
+    ranks = started_processes()
+    if strategy.data[1] == 1 and ranks > 1:
         raise ConfigError(
-            f"parallel.strategy is {choice!r}, which is for one process, and {processes} were "
+            f"parallel.strategy is {choice!r}, which is for one rank, and {ranks} were "
             "started; give fsdp or ddp, or unset WORLD_SIZE if no launcher set it"
         )
     reason = strategy.unusable(model)

@@ -20,7 +20,7 @@ def explain_failure(codes: Mapping[int, int], notes: Path, pids: Sequence[int]) 
     failed = {rank: code for rank, code in codes.items() if code}
     for rank, code in failed.items():
         if rank not in faults and code != -signal.SIGABRT:
-            return f"process {rank} ended by {_describe_code(code)}", code
+            return f"rank {rank} ended by {_describe_code(code)}", code
     waited = [*faults, *(rank for rank in failed if rank not in faults)]
     if not waited:
         return "", 0
@@ -29,7 +29,7 @@ def explain_failure(codes: Mapping[int, int], notes: Path, pids: Sequence[int]) 
         return f"{_describe_hanging(running, pids)}: {_describe_waiting(waited[0], faults)}", 1
     if aborted := [rank for rank in failed if rank not in faults]:
         code = codes[aborted[0]]
-        return f"process {aborted[0]} ended by {_describe_code(code)}", code
+        return f"rank {aborted[0]} ended by {_describe_code(code)}", code
     return _describe_disagreement(faults), 1
 
 
@@ -40,23 +40,23 @@ def _describe_disagreement(faults: Mapping[int, Fault]) -> str:
     for rank in others:
         if faults[rank].collective != collective:
             return (
-                f"processes {first} and {rank} diverged: process {first} waited in {collective}, "
-                f"and process {rank} in {faults[rank].collective} ({reason})"
+                f"ranks {first} and {rank} diverged: rank {first} waited in {collective}, "
+                f"and rank {rank} in {faults[rank].collective} ({reason})"
             )
-    return f"process {first} failed in {collective} ({reason})"
+    return f"rank {first} failed in {collective} ({reason})"
 
 
 def _describe_waiting(rank: int, faults: Mapping[int, Fault]) -> str:
     fault = faults.get(rank)
     if fault is None:
-        return f"process {rank} waited in a collective"
-    return f"process {rank} waited in {fault.collective} ({fault.reason})"
+        return f"rank {rank} waited in a collective"
+    return f"rank {rank} waited in {fault.collective} ({fault.reason})"
 
 
 def _describe_hanging(ranks: Sequence[int], pids: Sequence[int]) -> str:
     """Name the ranks that still run. If some are stopped, the others may wait for those."""
     stopped = [rank for rank in ranks if _is_stopped(pids[rank])]
-    names = " and ".join(f"process {rank} hangs" for rank in stopped or ranks)
+    names = " and ".join(f"rank {rank} hangs" for rank in stopped or ranks)
     if not stopped:
         return names
     return f"{names} (it is stopped)" if len(stopped) == 1 else f"{names} (stopped)"

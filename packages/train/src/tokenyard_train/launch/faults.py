@@ -49,7 +49,7 @@ def exit_with_fault(fault: Fault) -> NoReturn:
         unfinished.write_text(json.dumps(fault._asdict()), encoding="utf-8")
         unfinished.rename(_path(Path(folder), rank))
     elif is_first(f"failed in {fault.collective}"):
-        sentence = f"error: process {rank} failed in {fault.collective}: {fault.reason}"
+        sentence = f"error: rank {rank} failed in {fault.collective}: {fault.reason}"
         print(sentence, file=sys.stderr, flush=True)
     os._exit(1)
 
