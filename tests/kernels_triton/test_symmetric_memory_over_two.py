@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tokenyard import BackendError, ConfigError, MoE, Routing, Workload
 from tokenyard.count import saved_by_ffn
 from tokenyard.permutations import TorchPermutation
+from tokenyard.recompute import recomputed
 from tokenyard.testing import ExchangeConformance, ranks
 from tokenyard_kernels_triton.symmetric_memory import SymmetricMemoryExchange, _agreement
 
@@ -53,20 +54,29 @@ def worst_error(calls, device):
     Return the largest difference of y and both gradients.
     """
     exchange = make_exchange()
-    passes = []
-    for tokens in calls:
-        x, routing = make_routing(tokens[dist.get_rank()], device)
-        passes.append((x, routing.topk_weights, exchange(x, routing, compute)))
-    worst = 0.0
-    for x, weights, y in reversed(passes):
-        dy = torch.randn_like(y)
-        dx, dweights = torch.autograd.grad(y, (x, weights), dy)
-        total = weights.sum(1, keepdim=True)
-        dots = (dy * x).sum(1, keepdim=True).expand_as(dweights)
-        pairs = ((y, x * total), (dx, dy * total), (dweights, dots))
-        errors = [(got - want).abs().max().item() for got, want in pairs if got.numel()]
-        worst = max([worst, *errors])
-    return worst
+    passes = [forward(exchange, tokens, device) for tokens in calls]
+    return max(backward_error(*tensors) for tensors in reversed(passes))
+
+
+def worst_error_of_recompute(calls, selective):
+    """As `worst_error`, with each backward pass after its forward pass, which it computes again."""
+    exchange = make_exchange(group=dist.new_group())
+    layer = recomputed(exchange, selective)
+    return max(backward_error(*forward(layer, tokens, "cpu")) for tokens in calls)
+
+
+def forward(layer, tokens, device):
+    x, routing = make_routing(tokens[dist.get_rank()], device)
+    return x, routing.topk_weights, layer(x, routing, compute)
+
+
+def backward_error(x, weights, y):
+    dy = torch.randn_like(y)
+    dx, dweights = torch.autograd.grad(y, (x, weights), dy)
+    total = weights.sum(1, keepdim=True)
+    dots = (dy * x).sum(1, keepdim=True).expand_as(dweights)
+    pairs = ((y, x * total), (dx, dy * total), (dweights, dots))
+    return max(((got - want).abs().max().item() for got, want in pairs if got.numel()), default=0)
 
 
 CALLS = [(4, 3), (2, 4), (0, 9), (20, 1), (20, 20), (0, 0)]
@@ -75,6 +85,11 @@ CALLS = [(4, 3), (2, 4), (0, 9), (20, 1), (20, 20), (0, 0)]
 def test_tokens_of_ranks_may_change():
     """More tokens than in the first call make the buffers larger, on all ranks."""
     assert max(ranks(2).run(worst_error, CALLS, "cpu")) < 1e-5
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_tokens_of_ranks_may_change_under_recompute(selective):
+    assert max(ranks(2).run(worst_error_of_recompute, CALLS, selective)) < 1e-5
 
 
 @pytest.mark.multigpu

@@ -8,7 +8,8 @@ for no rank. Only the experts' rows need a bound, because each rank may get most
 The host reads the counts after it has launched the experts, so the GPU has work meanwhile. If the
 bound was too small, the experts of that rank compute again with a sufficient one. No slot is ever
 dropped, and the result does not depend on the bound. If a rank had more than C tokens, all ranks
-see that, make their buffers larger, and start again.
+see that, make their buffers larger, and start again. A recompute must do what its forward pass did.
+So it also starts with the small buffers: larger ones are used first from the next forward pass on.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tokenyard_kernels_triton.symmetric_memory._buffer import connect
 from tokenyard_kernels_triton.symmetric_memory._late_read import LateRead
 from tokenyard_kernels_triton.symmetric_memory._ops import combine, dispatch
 from tokenyard_kernels_triton.symmetric_memory._region import Sizes
+from tokenyard_kernels_triton.symmetric_memory._torch_private import in_backward
 
 
 class Received(NamedTuple):
@@ -34,6 +36,14 @@ class Received(NamedTuple):
     ids: Tensor  # [n * C, K] of this rank's experts; E / n means dropped
     bounded_ids: Tensor  # [n * C, K] `ids`, or all dropped if there are more than the bound
     status: Tensor  # [n + 1] int32: the tokens of each rank, and the slots of this rank
+
+
+class Reserved(NamedTuple):
+    """The buffers of an exchange."""
+
+    link: int  # the number of their link
+    capacity: int  # C, most tokens of a rank
+    bound: int  # most slots that experts compute without a second launch
 
 
 class SymmetricMemoryExchange:
@@ -59,9 +69,8 @@ class SymmetricMemoryExchange:
         self.slots = slots
         self.held = workload.num_experts // workload.expert_parallel
         self.kind: tuple[Any, ...] | None = None  # of the rows that the buffers are for
-        self.capacity = 0  # C
-        self.bound = 0  # most slots that experts compute without a second launch
-        self.link = -1
+        self.reserved: Reserved
+        self.larger: Reserved | None = None  # those that the last forward pass needed
         self.status = LateRead()
         parallel = workload.expert_parallel > 1
         self.rows_per_token = float(workload.expert_parallel) if parallel else 0.0
@@ -84,28 +93,34 @@ class SymmetricMemoryExchange:
         weights = routing.topk_weights
         kind = (x.dtype, x.shape[1], weights.dtype, ids.shape[1])
         if kind != self.kind:
-            self._connect(most_tokens(self.group, x, weights), x, weights)
+            self.reserved = self._reserve(most_tokens(self.group, x, weights), x, weights)
             self.kind = kind
+            self.larger = None
+        elif self.larger is not None and not in_backward():
+            self.reserved = self.larger
+            self.larger = None
+        link, capacity, bound = self.reserved
         while True:
-            received = Received(*dispatch(x, ids, weights, self.link, self.bound))
+            received = Received(*dispatch(x, ids, weights, link, bound))
             self.status.mark(received.status)
-            y = compute(received.rows, received.bounded_ids, received.weights, self.bound)
+            y = compute(received.rows, received.bounded_ids, received.weights, bound)
             *tokens, slots = self.status.read(received.status)
-            if max(tokens) > self.capacity:
-                self._connect(max(tokens), x, weights)
+            if max(tokens) > capacity:
+                self.larger = self._reserve(max(tokens), x, weights)
+                link, capacity, bound = self.larger
                 continue
-            if slots > self.bound:
+            if slots > bound:
                 del y  # free its activations first
                 y = compute(received.rows, received.ids, received.weights, slots)
-            y_tokens: Tensor = combine(y, received.ids, ids, self.link)
+            y_tokens: Tensor = combine(y, received.ids, ids, link)
             return y_tokens
 
-    def _connect(self, tokens: int, x: Tensor, weights: Tensor) -> None:
-        """Make buffers for `tokens` tokens of each rank; a collective."""
+    def _reserve(self, tokens: int, x: Tensor, weights: Tensor) -> Reserved:
+        """Reserve buffers for `tokens` tokens of each rank; a collective."""
         top_k = weights.shape[1]
         ranks = self.workload.expert_parallel
-        self.capacity = max(1, tokens)
-        most = ranks * self.capacity * min(top_k, self.held)
-        self.bound = min(most, math.ceil(self.slots * self.capacity * top_k))
-        sizes = Sizes(ranks, self.capacity, x.shape[1], top_k, self.held, x.dtype, weights.dtype)
-        self.link = connect(self.group, sizes, x.device)
+        capacity = max(1, tokens)
+        most = ranks * capacity * min(top_k, self.held)
+        bound = min(most, math.ceil(self.slots * capacity * top_k))
+        sizes = Sizes(ranks, capacity, x.shape[1], top_k, self.held, x.dtype, weights.dtype)
+        return Reserved(connect(self.group, sizes, x.device), capacity, bound)

@@ -18,6 +18,12 @@ def group_timeout(group: Any, device: torch.device) -> timedelta:
     return timeout
 
 
+def in_backward() -> bool:
+    """Return whether a backward pass runs in this thread. torch's checkpoint asks the same way."""
+    task: int = torch._C._current_graph_task_id()
+    return task != -1
+
+
 class SymmetricMemory(NamedTuple):
     """Memory of each rank of a group that all of them can read."""
 
