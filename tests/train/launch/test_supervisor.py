@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tokenyard_train.launch import stopped
 from tokenyard_train.launch.faults import _calls, collective_fault
 from tokenyard_train.launch.supervisor import supervise
 
@@ -160,6 +161,44 @@ def test_a_stopped_rank_is_blamed_rather_than_a_rank_that_waits_for_it(capfd):
     assert errors == (
         "rank 1 hangs (it is stopped): rank 0 waited in all_reduce (timed out); no restart is left"
     )
+
+
+def test_a_stopped_rank_is_noticed_although_no_rank_waits_for_it(capfd):
+    """After the timeout of a collective, which a rank has written."""
+    write = "open(f'{notes}/began', 'w').write('1.5')"
+    stop = "os.kill(os.getpid(), signal.SIGSTOP)"
+    began = time.monotonic()
+    errors = run(capfd, write, f"if rank == 1: {stop}", "time.sleep(60)")[1]
+    assert errors == "rank 1 hangs (it is stopped); no restart is left"
+    assert time.monotonic() - began < 30
+
+
+def test_the_time_counts_in_which_some_ranks_are_stopped_and_others_run(monkeypatch):
+    """All ranks of a suspended job are stopped, and sometimes the supervisor."""
+    now = 0.0
+    stopped_pids = set()
+    monkeypatch.setattr(stopped.time, "monotonic", lambda: now)
+    monkeypatch.setattr(stopped, "is_stopped", lambda pid: pid in stopped_pids)
+    ranks = stopped.StoppedRanks()
+
+    def look(pids, until):
+        nonlocal now
+        stopped_pids.clear()
+        stopped_pids.update(pids)
+        while now < until:
+            now += 0.5
+            ranks.look([10, 11, 12])
+
+    look({11}, until=5)
+    assert ranks.longer_than(4.5) == [1]
+    assert ranks.longer_than(5) == []
+    look({10, 11, 12}, until=100)
+    assert ranks.longer_than(0) == []
+    look({11, 12}, until=103)
+    now += 1000  # the supervisor was stopped
+    look({12}, until=now + 0.5)
+    assert ranks.longer_than(0) == [2]
+    assert ranks.longer_than(4) == []
 
 
 class TestFaults:

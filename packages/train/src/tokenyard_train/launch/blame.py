@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenyard_train.launch.faults import Fault, read_faults
+from tokenyard_train.launch.stopped import is_stopped
 
 
-def explain_failure(codes: Mapping[int, int], notes: Path, pids: Sequence[int]) -> tuple[str, int]:
+def explain_failure(
+    codes: Mapping[int, int], notes: Path, pids: Sequence[int], stopped: Sequence[int] = ()
+) -> tuple[str, int]:
     """Return a sentence and an exit code for an attempt; ("", 0) if all ranks succeeded.
 
     `codes` maps each rank that ended to its exit code, in order of completion. `pids` are those of
     all ranks. A rank is not the cause if it only waited for another one in a collective: it wrote a
-    fault file to `notes`, or NCCL aborted it after its timeout.
+    fault file to `notes`, or NCCL aborted it after its timeout. `stopped` are the ranks that have
+    been stopped for longer than a collective may take, whether or not others wait for them.
     """
     faults = read_faults(notes, len(pids))
     failed = {rank: code for rank, code in codes.items() if code}
@@ -23,7 +27,7 @@ def explain_failure(codes: Mapping[int, int], notes: Path, pids: Sequence[int]) 
             return f"rank {rank} ended by {_describe_code(code)}", code
     waited = [*faults, *(rank for rank in failed if rank not in faults)]
     if not waited:
-        return "", 0
+        return (_describe_stopped(stopped), 1) if stopped else ("", 0)
     running = [rank for rank in range(len(pids)) if rank not in codes and rank not in faults]
     if running:
         return f"{_describe_hanging(running, pids)}: {_describe_waiting(waited[0], faults)}", 1
@@ -55,19 +59,16 @@ def _describe_waiting(rank: int, faults: Mapping[int, Fault]) -> str:
 
 def _describe_hanging(ranks: Sequence[int], pids: Sequence[int]) -> str:
     """Name the ranks that still run. If some are stopped, the others may wait for those."""
-    stopped = [rank for rank in ranks if _is_stopped(pids[rank])]
-    names = " and ".join(f"rank {rank} hangs" for rank in stopped or ranks)
-    if not stopped:
-        return names
-    return f"{names} (it is stopped)" if len(stopped) == 1 else f"{names} (stopped)"
+    stopped = [rank for rank in ranks if is_stopped(pids[rank])]
+    return _describe_stopped(stopped) if stopped else _hangs(ranks)
 
 
-def _is_stopped(pid: int) -> bool:
-    """Return whether a process is stopped by a signal; False on systems without /proc."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except OSError:
-        return False
+def _describe_stopped(ranks: Sequence[int]) -> str:
+    return f"{_hangs(ranks)} ({'it is stopped' if len(ranks) == 1 else 'stopped'})"
+
+
+def _hangs(ranks: Sequence[int]) -> str:
+    return " and ".join(f"rank {rank} hangs" for rank in ranks)
 
 
 def _describe_code(code: int) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 import torch.distributed as dist
 
 from tokenyard_cli.once import FOLDER, is_first
+from tokenyard_train.torch_private import default_timeout
 
 _STARTED = "began"
 # They log calls, or dispatch operators: a name such as `redispatch` names no collective.
@@ -69,14 +70,25 @@ def _path(folder: Path, rank: int) -> Path:
 
 
 def mark_started() -> None:
-    """Record that the run owns its folder, so that another attempt resumes in it."""
+    """Record that the run owns its folder, so that another attempt resumes in it.
+
+    The file holds the timeout of a collective in seconds, if there are several ranks.
+    """
     if (folder := os.environ.get(FOLDER)) is not None:
-        Path(folder, _STARTED).touch()
+        timeout = f"{default_timeout().total_seconds()}" if dist.is_initialized() else ""
+        Path(folder, _STARTED).write_text(timeout, encoding="ascii")
 
 
 def has_started(folder: Path) -> bool:
     """Return whether an attempt reached `mark_started`."""
     return (folder / _STARTED).exists()
+
+
+def read_timeout(folder: Path) -> float:
+    """Return the seconds that a collective may take; infinite until a rank has written them."""
+    path = folder / _STARTED
+    text = path.read_text(encoding="ascii") if path.exists() else ""
+    return float(text or "inf")
 
 
 def _calls(trace: TracebackType | None) -> list[tuple[str, str]]:

@@ -23,12 +23,14 @@ from typing import Self
 from tokenyard_cli.exit import MISTAKE, STOPPED
 from tokenyard_cli.once import FOLDER
 from tokenyard_train.launch.blame import explain_failure
-from tokenyard_train.launch.faults import has_started, read_faults
+from tokenyard_train.launch.faults import has_started, read_faults, read_timeout
 from tokenyard_train.launch.signals import signal_handler
+from tokenyard_train.launch.stopped import StoppedRanks
 from tokenyard_train.parent_death import PARENT
 
 _POLL = 0.05  # seconds
 _GRACE = 1.0  # seconds for the other ranks to end after one has failed
+_SPARE = 1.0  # seconds more than the timeout, in which a rank may say what it waited in
 _SAME_REQUEST = 0.5  # seconds in which further signals count as the first one
 _KILLED = "killed at the second request to stop, before the step was saved"
 
@@ -102,9 +104,9 @@ class Attempt:
     def run(self) -> int:
         """Start the ranks and wait until all have ended or one has failed; return an exit code."""
         self._start()
-        codes = self._wait()
         pids = [process.pid for process in self.processes]
-        self.failure, code = explain_failure(codes, self.notes, pids)
+        codes, stopped = self._wait(pids)
+        self.failure, code = explain_failure(codes, self.notes, pids, stopped)
         return code
 
     def _start(self) -> None:
@@ -118,11 +120,16 @@ class Attempt:
         if self.stop_requested:  # the request came before the last of them could hear it
             self._terminate()
 
-    def _wait(self) -> dict[int, int]:
-        """Return exit codes by rank, in order of completion; running ranks are absent."""
+    def _wait(self, pids: Sequence[int]) -> tuple[dict[int, int], list[int]]:
+        """Return exit codes by rank, in order of completion; running ranks are absent.
+
+        Also return the ranks that were stopped for longer than a collective may take.
+        """
         codes: dict[int, int] = {}
         failed = False
         deadline = math.inf
+        looks = StoppedRanks()
+        stopped: list[int] = []
         while len(codes) < len(self.processes) and time.monotonic() < deadline and not self.killed:
             for rank, process in enumerate(self.processes):
                 if rank not in codes and (code := process.poll()) is not None:
@@ -131,8 +138,11 @@ class Attempt:
             # A rank that uses a GPU takes a while to end after it wrote its fault file.
             if deadline == math.inf and (failed or read_faults(self.notes, self.nproc)):
                 deadline = time.monotonic() + _GRACE
+            looks.look(pids)
+            if stopped := looks.longer_than(read_timeout(self.notes) + _SPARE):
+                break
             time.sleep(_POLL)
-        return codes
+        return codes, stopped
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         """Request every rank to stop. A second signal kills the ranks at once."""
