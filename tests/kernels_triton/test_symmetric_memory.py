@@ -1,11 +1,14 @@
 """The copies of the exchange `symmetric_memory`: kernels do what plain torch does."""
 
+import time
 from itertools import count
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tokenyard_kernels_triton.symmetric_memory import _torch_copies, _triton_copies
+from tokenyard_kernels_triton.symmetric_memory._late_read import LateRead, wait_for_tokens
 from tokenyard_kernels_triton.symmetric_memory._region import Region, Sizes, layout_of
 
 RANKS, CAPACITY, TOP_K, HELD = 3, 5, 3, 2
@@ -101,3 +104,34 @@ def test_more_slots_than_the_bound_are_all_dropped_in_the_bounded_ids():
     slots = [int(status[RANKS]) for *_, status in received]
     assert min(slots) <= 5 < max(slots)
     assert sum(slots) == sum((own[:CAPACITY] < RANKS * HELD).sum() for own in ids)
+
+
+def test_the_host_waits_for_the_tokens_of_a_rank_that_hangs_until_the_timeout():
+    """The supervisor names the function that raises; CUDA alone would wait for ever."""
+    answers = iter([False] * 100 + [True])
+    wait_for_tokens(lambda: next(answers), timeout=30)
+    assert list(answers) == []
+    began = time.monotonic()
+    with pytest.raises(dist.DistError, match="of all ranks did not arrive in") as error:
+        wait_for_tokens(lambda: False, timeout=0.3)
+    assert 0.3 <= time.monotonic() - began < 10
+    assert error.traceback[-1].name == "wait_for_tokens"
+
+
+@pytest.mark.gpu
+def test_a_read_waits_for_what_came_before_its_mark_and_no_longer():
+    late = LateRead(timeout=30)
+    numbers = torch.zeros(3, dtype=torch.int32, device="cuda")
+    for value in (1, 2):
+        torch.cuda._sleep(100_000_000)  # cycles, about 50 ms
+        numbers = numbers + 1
+        late.mark(numbers)
+        done = torch.cuda.Event()
+        torch.cuda._sleep(4_000_000_000)
+        done.record()
+        assert late.read(numbers) == [value] * 3
+        assert not done.query()
+    late.timeout = 0.2
+    late.mark(numbers)
+    with pytest.raises(dist.DistError, match="of all ranks did not arrive"):
+        late.read(numbers)

@@ -22,11 +22,11 @@ from tokenyard.errors import BackendError
 from tokenyard_kernels_triton.symmetric_memory._region import Region, Sizes, layout_of
 from tokenyard_kernels_triton.symmetric_memory._torch_private import (
     SymmetricMemory,
-    group_timeout,
     symmetric_memory,
 )
 
 _PATH = 512  # bytes of a path, at most
+_SPARE = 60.0  # seconds that a barrier of GPUs waits longer than the host
 
 
 class SymmetricBuffer:
@@ -44,15 +44,18 @@ class SymmetricBuffer:
         self.addresses = torch.empty(0, dtype=torch.int64, device=device)
         self._barrier: Any = None
 
-    def reserve(self, sizes: Sizes) -> None:
-        """Make regions large enough. It is a collective; all ranks pass the same sizes."""
+    def reserve(self, sizes: Sizes, timeout: float) -> None:
+        """Make regions large enough. It is a collective; all ranks pass the same sizes.
+
+        The host ends a wait for other ranks after `timeout` seconds. On a GPU a barrier has more.
+        """
         region_bytes = layout_of(sizes).bytes
         if region_bytes <= self.region_bytes:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             dist.barrier(self.group)  # peers may still read the old buffer
-            milliseconds = int(1000 * group_timeout(self.group, self.device).total_seconds())
+            milliseconds = int(1000 * (timeout + _SPARE))
             # the old one is freed first
             self.buffers = ()
             memory = _allocate(2 * region_bytes, self.device, self.group)
@@ -69,7 +72,8 @@ class SymmetricBuffer:
     def barrier(self) -> None:
         """Wait for all ranks: on a GPU the stream waits, not the host.
 
-        A rank that waits longer than the group's timeout fails with an error of its device.
+        A stream that waits too long fails with an error of its device, which names no rank. So the
+        host, which knows more, should have ended the process before.
         """
         self._barrier()
 
@@ -109,10 +113,13 @@ def link(number: int) -> Link:
     return _links[number]
 
 
-def connect(group: Any, sizes: Sizes, device: torch.device) -> int:
-    """Reserve memory for trips of some sizes; return the number of their link. A collective."""
+def connect(group: Any, sizes: Sizes, device: torch.device, timeout: float) -> int:
+    """Reserve memory for trips of some sizes; return the number of their link. A collective.
+
+    `timeout` is how many seconds the host may wait for other ranks.
+    """
     buffer = _buffer(group, device)
-    buffer.reserve(sizes)
+    buffer.reserve(sizes, timeout)
     return _link_number(buffer, sizes)
 
 

@@ -25,7 +25,7 @@ from tokenyard_kernels_triton.symmetric_memory._buffer import connect
 from tokenyard_kernels_triton.symmetric_memory._late_read import LateRead
 from tokenyard_kernels_triton.symmetric_memory._ops import combine, dispatch
 from tokenyard_kernels_triton.symmetric_memory._region import Sizes
-from tokenyard_kernels_triton.symmetric_memory._torch_private import in_backward
+from tokenyard_kernels_triton.symmetric_memory._torch_private import group_timeout, in_backward
 
 
 class Received(NamedTuple):
@@ -71,7 +71,8 @@ class SymmetricMemoryExchange:
         self.kind: tuple[Any, ...] | None = None  # of the rows that the buffers are for
         self.reserved: Reserved
         self.larger: Reserved | None = None  # those that the last forward pass needed
-        self.status = LateRead()
+        self.timeout = group_timeout(group, workload.device)
+        self.status = LateRead(self.timeout)
         parallel = workload.expert_parallel > 1
         self.rows_per_token = float(workload.expert_parallel) if parallel else 0.0
 
@@ -123,4 +124,5 @@ class SymmetricMemoryExchange:
         most = ranks * capacity * min(top_k, self.held)
         bound = min(most, math.ceil(self.slots * capacity * top_k))
         sizes = Sizes(ranks, capacity, x.shape[1], top_k, self.held, x.dtype, weights.dtype)
-        return Reserved(connect(self.group, sizes, x.device), capacity, bound)
+        link = connect(self.group, sizes, x.device, self.timeout)
+        return Reserved(link, capacity, bound)

@@ -7,15 +7,20 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tokenyard.processes import disable_multicast
 
+_DEFAULT = 1800.0  # seconds, that of torch
 
-def group_timeout(group: Any, device: torch.device) -> timedelta:
-    """Return how long a collective of a process group may take (gloo and NCCL only)."""
+
+def group_timeout(group: Any, device: torch.device) -> float:
+    """Return how many seconds a collective of a process group may take."""
+    if group is None or dist.get_backend(group) == "fake":  # a plan
+        return _DEFAULT
     timeout: timedelta = group._get_backend(device).options._timeout
-    return timeout
+    return timeout.total_seconds()
 
 
 def in_backward() -> bool:
