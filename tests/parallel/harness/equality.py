@@ -153,7 +153,9 @@ class Net(nn.Module):
 
 def build(layout: Layout, case: Case) -> tuple[Strategy, nn.Module]:
     """Return the strategy, and the model, laid out and initialized."""
-    options = {"replicate": layout.replicate} if layout.replicate > 1 else {}
+    # a collective that hangs fails, and is named, before the call of a rank is given up
+    options: dict[str, Any] = {"timeout": 100.0} if layout.ranks > 1 else {}
+    options |= {"replicate": layout.replicate} if layout.replicate > 1 else {}
     chosen = default_registry().choose("strategy", {"name": layout.strategy, **options})
     strategy = chosen.construct(device=case.device)
     with torch.device("meta"):

@@ -6,12 +6,15 @@ Tests share the processes, because starting them takes longer than most tests.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import importlib.util
 import os
 import pickle
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 _START = 120.0  # timeout in seconds for the start of all processes and of their group
+_SPARE = 10.0  # seconds in which the error of a collective that timed out arrives
+_DUMP = 2.0  # seconds in which a rank writes its stacks
 
 
 class RanksError(RuntimeError):
-    """A rank raised, died, or timed out. The message holds the traceback of each such rank."""
+    """A rank raised, died, or timed out. The message holds the stacks of each such rank."""
 
 
 class Ranks:
@@ -63,7 +68,7 @@ class Ranks:
         for connection in self._connections:
             connection.send((function.__module__, code.co_filename, function.__name__))
             connection.send_bytes(pickle.dumps(args))
-        return self._collect(self.timeout + 10)
+        return self._collect(self.timeout + _SPARE)
 
     def close(self) -> None:
         """Stop the processes."""
@@ -74,7 +79,12 @@ class Ranks:
         self._folder.cleanup()
 
     def _collect(self, seconds: float) -> list[Any]:
-        answers = [_receive(connection, seconds) for connection in self._connections]
+        deadline = time.monotonic() + seconds
+        answers = [_receive(connection, deadline) for connection in self._connections]
+        for rank, process in enumerate(self._processes):
+            if answers[rank] is _NO_ANSWER:
+                stacks = _stacks(process.pid, Path(self._folder.name, f"stacks-{rank}"))
+                answers[rank] = (False, f"no answer in {seconds:.0f} s\n{stacks}")
         errors = [f"rank {rank}: {error}" for rank, (ok, error) in enumerate(answers) if not ok]
         if errors:
             self.close()
@@ -118,15 +128,27 @@ def ranks(size: int, device: str = "cpu") -> Ranks:
     return group
 
 
-def _receive(connection: Connection, seconds: float) -> tuple[bool, Any]:
-    """Return (True, result) or (False, error) of one rank."""
-    if not connection.poll(seconds):
-        return False, f"no answer in {seconds:.0f} s"
+_NO_ANSWER = (False, None)
+
+
+def _receive(connection: Connection, deadline: float) -> tuple[bool, Any]:
+    """Return (True, result) or (False, error) of one rank, or after the deadline no answer."""
+    if not connection.poll(max(0.0, deadline - time.monotonic())):
+        return _NO_ANSWER
     try:
         ok, result = connection.recv()
     except (EOFError, ConnectionResetError):
         return False, "died"
     return ok, result
+
+
+def _stacks(pid: int | None, path: Path) -> str:
+    """Return the Python stacks of all threads of a rank, which it writes to `path` at a signal."""
+    if pid is None or not path.exists():
+        return ""
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(_DUMP)
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _serve(
@@ -140,6 +162,9 @@ def _serve(
 
     torch.set_num_threads(1)
     disable_multicast()
+    if hasattr(faulthandler, "register"):  # not on Windows
+        stacks = Path(store).with_name(f"stacks-{rank}").open("w")
+        faulthandler.register(signal.SIGUSR1, stacks)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("LOCAL_RANK", str(rank))
     if device == "cuda":
