@@ -122,6 +122,8 @@ def test_the_host_waits_for_the_tokens_of_a_rank_that_hangs_until_the_timeout():
 def test_a_read_waits_for_what_came_before_its_mark_and_no_longer():
     late = LateRead(timeout=30)
     numbers = torch.zeros(3, dtype=torch.int32, device="cuda")
+    late.mark(numbers)
+    late.read(numbers)  # the first copy allocates pinned memory, which waits for the GPU
     for value in (1, 2):
         torch.cuda._sleep(100_000_000)  # cycles, about 50 ms
         numbers = numbers + 1
