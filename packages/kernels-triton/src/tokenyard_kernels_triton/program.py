@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenyard_kernels_triton.driver_launch import DriverLaunch, driver_launch
 from tokenyard_kernels_triton.launching import Launch, current_stream, start
 
 
@@ -20,6 +21,10 @@ class _View(NamedTuple):
     strides: tuple[int, ...]
     offset: int  # in elements, from the first one of the tensor in the slot
     dtype: torch.dtype
+
+    @property
+    def bytes_before(self) -> int:
+        return self.offset * self.dtype.itemsize
 
 
 class _Allocation(NamedTuple):
@@ -42,30 +47,55 @@ class _Address(NamedTuple):
 
 
 @dataclass
+class _Memory:
+    """The tensors of a run, and their addresses, by slot."""
+
+    tensors: list[Any]
+    addresses: list[int]
+    device: torch.device
+    stream: int
+
+    @classmethod
+    def of(cls, inputs: Sequence[Tensor | None], slots: int) -> _Memory:
+        """Return the memory of a run of a program that has so many slots."""
+        device = next(tensor.device for tensor in inputs if tensor is not None)
+        more = slots - len(inputs)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
+        return cls([*inputs, *[None] * more], [*addresses, *[0] * more], device, current_stream())
+
+
+@dataclass
 class _Step:
     """A launch, the tensors to allocate before it and those to free after it."""
 
     launch: Launch
     allocations: list[_Allocation]
     views: dict[int, _View]  # position of an argument -> its memory
+    direct: DriverLaunch | None
     frees: list[int] = field(default_factory=list)
 
-    def run(self, tensors: list[Any], device: torch.device, stream: int) -> None:
+    def run(self, memory: _Memory) -> None:
         for allocation in self.allocations:
-            tensors[allocation.slot] = allocation.make(device)
+            tensor = allocation.make(memory.device)
+            memory.tensors[allocation.slot] = tensor
+            memory.addresses[allocation.slot] = tensor.data_ptr()
+        if self.direct is None or not self.direct.start(memory.addresses, memory.stream):
+            self._start(memory)
+        for slot in self.frees:
+            memory.tensors[slot] = None
+
+    def _start(self, memory: _Memory) -> None:
+        """Launch by Triton, in the interpreter if that runs kernels."""
         arguments = list(self.launch.arguments)
         interpreted = self.launch.kernel is None
         for position, view in self.views.items():
-            tensor = tensors[view.slot]
             if interpreted:
-                arguments[position] = _seen_as(tensor, view)
+                arguments[position] = _seen_as(memory.tensors[view.slot], view)
                 continue
-            address = tensor.data_ptr() + view.offset * view.dtype.itemsize
+            address = memory.addresses[view.slot] + view.bytes_before
             recorded = arguments[position]
             arguments[position] = address if recorded is None else _moved(recorded, address)
-        start(self.launch, arguments, stream)
-        for slot in self.frees:
-            tensors[slot] = None
+        start(self.launch, arguments, memory.stream)
 
 
 class Program:
@@ -78,15 +108,13 @@ class Program:
 
     def run(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Return the outputs of the recorded function for these inputs."""
-        device = next(tensor.device for tensor in inputs if tensor is not None)
-        tensors: list[Any] = [*inputs, *[None] * (self.slots - len(inputs))]
-        stream = current_stream()
+        memory = _Memory.of(inputs, self.slots)
         for step in self.steps:
-            step.run(tensors, device, stream)
+            step.run(memory)
         return tuple(
-            output.make(device)
+            output.make(memory.device)
             if isinstance(output, _Allocation)
-            else _seen_as(tensors[output.slot], output)
+            else _seen_as(memory.tensors[output.slot], output)
             for output in self.outputs
         )
 
@@ -123,7 +151,9 @@ class ProgramBuilder:
             if view is None:
                 return False
             views[position] = view
-        self.steps.append(_Step(launch.without_tensors(), self.pending, views))
+        places = {position: (view.slot, view.bytes_before) for position, view in views.items()}
+        direct = driver_launch(launch, places)
+        self.steps.append(_Step(launch.without_tensors(), self.pending, views, direct))
         self.pending = []
         return True
 
