@@ -189,3 +189,20 @@ def test_selection_bias_can_be_bfloat16():
     bias = torch.tensor([0.0, 0.0, 5.0, 0.0])
     ids = [route(torch.zeros(3, 4), b, 1, RoutingRule())[0] for b in (bias, bias.bfloat16())]
     assert torch.equal(*ids)
+
+
+@pytest.mark.parametrize("needs", [[True, True], [True, False], [False, True]])
+@pytest.mark.parametrize("experts", [1, 37])
+def test_gradients_of_few_tokens(experts, needs):
+    """Tokens, experts and columns are partial blocks; nothing is rounded before the result."""
+    x = torch.randn(45, 72).bfloat16()
+    weight = torch.randn(experts, 72).bfloat16()
+    dlogits = torch.randn(45, experts)
+    wide = dlogits.double()
+    want = (wide @ weight.double(), wide.t() @ x.double())
+    for got, exact, need in zip(logits_backward_op(dlogits, x, weight, needs), want, needs):
+        if need:
+            rounded = exact.bfloat16()
+            assert relative_error(got, rounded) < 1e-3
+        else:
+            assert got.numel() == 0

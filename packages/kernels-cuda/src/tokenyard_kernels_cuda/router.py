@@ -8,7 +8,13 @@ from torch import Tensor
 from tokenyard.dtypes import compute_dtype
 from tokenyard.routers import TopKRouter
 from tokenyard.workload import Workload
-from tokenyard_kernels_cuda.ops._logits import NARROW, few_kernel, logits_op, split_kernel
+from tokenyard_kernels_cuda.ops._logits import (
+    NARROW,
+    few_backward_kernel,
+    few_kernel,
+    logits_op,
+    split_kernel,
+)
 from tokenyard_kernels_cuda.ops._topk import route, route_kernels, weigh
 from tokenyard_kernels_cuda.toolchain import compile_kernels
 
@@ -25,7 +31,7 @@ class CudaRouter(TopKRouter):
         dtype = self.workload.dtype
         kernels = list(route_kernels(self.num_experts))
         if dtype in NARROW:
-            kernels += [split_kernel(dtype), few_kernel(dtype)]
+            kernels += [split_kernel(dtype), few_kernel(dtype), few_backward_kernel(dtype)]
         compile_kernels(kernels, self.workload.device)
 
     def logits(self, x: Tensor) -> Tensor:

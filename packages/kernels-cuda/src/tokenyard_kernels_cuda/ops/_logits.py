@@ -1,6 +1,7 @@
 """Router logits of narrow operands: one GEMM that accumulates and returns float32.
 
-The gradient of the logits is float32. The backward pass splits it into the sum of two narrow
+The gradient of the logits is float32. For few tokens, one launch multiplies it in float32. For
+others, the backward pass splits it into the sum of two narrow
 numbers, so that both of its GEMMs run on tensor cores. In bfloat16 the split loses about 2^-16 of
 the gradient; rounding alone would lose 2^-8. In float16 numbers below 6e-8 are lost and numbers
 above 65504 overflow, so use a loss scaler, which float16 needs anyway.
@@ -23,6 +24,11 @@ _THREADS = 256
 _FEW = 16  # tokens, up to which blocks of one expert are faster than a GEMM
 _FEW_THREADS = 128  # of such a block
 _FEW_TOKENS = 8  # of such a block, as in logits.cu
+
+_FEW_IN_BACKWARD = 512  # tokens, up to which one launch computes both gradients
+_FEW_BACKWARD_THREADS = 256  # of a block of that launch, as in logits_backward.cu
+_TILE = (32, 64)  # rows and columns of such a block
+_DEPTH = 32  # of a step of its main loop
 
 NARROW = (torch.bfloat16, torch.float16)
 """The dtypes of operands for which these operators replace core's logits."""
@@ -58,6 +64,24 @@ def few_kernel(dtype: torch.dtype) -> Kernel:
     )
 
 
+@cache
+def few_backward_kernel(dtype: torch.dtype) -> Kernel:
+    """Return the kernel that computes both gradients of few tokens."""
+    source = Source("logits_backward.cu", (("ELEMENT", ELEMENTS[dtype]),))
+    return Kernel(
+        source,
+        "logits_backward_of_few",
+        dlogits=Array(torch.float32),
+        x=Array(dtype),
+        weight=Array(dtype),
+        dx=Array(dtype, optional=True),
+        dweight=Array(dtype, optional=True),
+        tokens=Int(),
+        experts=Int(),
+        vectors=Int(),
+    )
+
+
 @operator("tokenyard_cuda::logits", kept=True)
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [T, D] @ weight.T [D, E] in float32."""
@@ -76,6 +100,8 @@ def logits_backward_op(
     dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]
 ) -> list[Tensor]:
     """Return the gradients of x and weight from dlogits [T, E]; an empty one if not needed."""
+    if 0 < x.shape[0] <= _FEW_IN_BACKWARD and _has_packs(x) and _has_packs(weight):
+        return _backward_of_few(dlogits.contiguous(), x, weight, needs)
     both = _split(dlogits.contiguous(), x.dtype)  # [T, 2E]
     dx = x.new_empty(0)
     dweight = x.new_empty(0)
@@ -114,6 +140,30 @@ def _logits_of_few(x: Tensor, weight: Tensor) -> Tensor:
         shared=4 * _FEW_TOKENS * _FEW_THREADS // WARP,
     )
     return logits
+
+
+def _backward_of_few(dlogits: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+    tokens, dim = x.shape
+    experts = weight.shape[0]
+    dx = torch.empty_like(x) if needs[0] else None
+    dweight = torch.empty_like(weight) if needs[1] else None
+    rows, columns = _TILE
+    of_weight = ceil_div(experts, rows) if needs[1] else 0
+    of_x = ceil_div(tokens, rows) if needs[0] else 0
+    few_backward_kernel(x.dtype)(
+        (ceil_div(dim, columns), of_weight + of_x),
+        _FEW_BACKWARD_THREADS,
+        dlogits,
+        x,
+        weight,
+        dx,
+        dweight,
+        tokens,
+        experts,
+        dim // 8,
+        shared=4 * _DEPTH * (rows + columns),
+    )
+    return [x.new_empty(0) if gradient is None else gradient for gradient in (dx, dweight)]
 
 
 def _split(wide: Tensor, dtype: torch.dtype) -> Tensor:
