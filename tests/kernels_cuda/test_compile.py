@@ -60,6 +60,14 @@ def test_python_parameters_match_the_kernel_s_signature():
             assert declared[name] == isinstance(parameter, Array), (kernel.name, name)
 
 
+def test_every_kernel_first_waits_for_the_launch_before():
+    """Launches are chained, so a kernel that does not wait reads what is not written yet."""
+    for kernel in kernels():
+        _, _, body = kernel.source.text().partition(f"void {kernel.name}(")
+        _, _, body = body.partition("{")
+        assert body.strip().startswith("wait_for_launch_before();"), kernel.name
+
+
 def test_compile_error_shows_the_source_line():
     source = TextSource(
         "wrong.cu", content='// one\nextern "C" __global__ void f() {\n  int x = y;\n}\n'

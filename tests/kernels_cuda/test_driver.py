@@ -1,6 +1,5 @@
 """Calls of the CUDA driver, recorded by a fake driver, since a CPU machine has none."""
 
-import ctypes
 from struct import Struct
 
 import pytest
@@ -35,29 +34,29 @@ def fake_driver(monkeypatch):
     fake("cuLibraryLoadData", OK, driver.CUlibrary(3))
     fake("cuLibraryGetKernel", OK, driver.CUkernel(4))
     fake("cuKernelGetFunction", OK, driver.CUfunction(5))
-    fake("cuLaunchKernel", OK)
+    fake_launch(monkeypatch, calls, 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 99, raising=False)
     monkeypatch.setattr(_driver, "_thread", _driver._Thread())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(_driver, "cubin_of", lambda source, architecture: architecture.encode())
-    for cached in (_driver.function, _driver._library):
+    for cached in (_driver.function, _driver._library, _driver._can_chain):
         cached.cache_clear()
     yield calls, fake
-    for cached in (_driver.function, _driver._library):
+    for cached in (_driver.function, _driver._library, _driver._can_chain):
         cached.cache_clear()
+
+
+def fake_launch(monkeypatch, calls, result):
+    def launch_kernel(function, *arguments):
+        calls.append(("launch", function.value, *arguments))
+        return result
+
+    monkeypatch.setattr(_driver, "launch_kernel", launch_kernel)
 
 
 def launch():
     _driver.launch(SOURCE, "split_in_two", 0, (5, 2, 1), 64, 16, (VALUES, LAYOUT))
-
-
-def unpacked(extra):
-    """Return the arguments that a launch's `extra` points to."""
-    pointer, buffer, size, length, end = (ctypes.c_void_p * 5).from_address(extra)
-    assert (pointer, size, end) == (1, 2, None)
-    assert ctypes.c_size_t.from_address(length).value == LAYOUT.size == 24
-    return LAYOUT.unpack(ctypes.string_at(buffer, LAYOUT.size))
 
 
 def test_kernel_is_loaded_once_and_launched_on_torch_s_stream(fake_driver):
@@ -66,13 +65,8 @@ def test_kernel_is_loaded_once_and_launched_on_torch_s_stream(fake_driver):
     launch()
     names = [call[0] for call in calls]
     assert names.count("cuLibraryLoadData") == names.count("cuKernelGetFunction") == 1
-    assert names.count("cuLaunchKernel") == 2
-    _, function, *sizes, shared, stream, parameters, extra = next(
-        c for c in calls if c[0] == "cuLaunchKernel"
-    )
-    assert (int(function), sizes, shared, int(stream)) == (5, [5, 2, 1, 64, 1, 1], 16, 99)
-    assert parameters == 0
-    assert unpacked(extra) == VALUES
+    launched = ("launch", 5, (5, 2, 1, 64, 1, 1, 16), 99, LAYOUT, VALUES, True)
+    assert [call for call in calls if call[0] == "launch"] == [launched] * 2
     assert next(call[1] for call in calls if call[0] == "cuLibraryLoadData") == b"sm_90a"
 
 
@@ -88,10 +82,6 @@ def test_thread_without_a_context_gets_torch_s(fake_driver):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        (
-            "cuLaunchKernel",
-            r"the CUDA driver refuses to launch split_in_two \(CUDA_ERROR_INVALID_VALUE\)",
-        ),
         (
             "cuLibraryLoadData",
             r"to load split.cu \(ELEMENT=bf16\), compiled for sm_90a, \(CUDA_ERROR_INVALID_VALUE\)",
@@ -109,5 +99,12 @@ def test_thread_without_a_context_gets_torch_s(fake_driver):
 def test_driver_error_names_the_call_and_the_kernel(fake_driver, name, sentence):
     _, fake = fake_driver
     fake(name, INVALID, 0)
+    with pytest.raises(DriverError, match=sentence):
+        launch()
+
+
+def test_refused_launch_names_the_kernel(fake_driver, monkeypatch):
+    fake_launch(monkeypatch, [], int(INVALID))
+    sentence = r"the CUDA driver refuses to launch split_in_two \(CUDA_ERROR_INVALID_VALUE\)"
     with pytest.raises(DriverError, match=sentence):
         launch()

@@ -352,12 +352,14 @@ def main():
     import tokenyard_kernels_triton.ops._few_rows as few_rows
     import tokenyard_kernels_triton.ops._gluon as gluon
     import tokenyard_kernels_triton.ops._gluon_fp8 as gluon_fp8
+    import tokenyard_kernels_triton.ops._moves as moves
     import tokenyard_kernels_triton.ops._portable as portable
     import tokenyard_kernels_triton.ops._symmetric as symmetric
 
     for module in (device, gluon, gluon_fp8, portable, sparse_gluon, symmetric):
         module.processors = functools.cache(lambda device: 132)
-    few_rows._chained = lambda device: {"CHAINED": True, "launch_pdl": True}
+    for module in (few_rows, moves):
+        module.chained = lambda device: {"CHAINED": True, "launch_pdl": True}
     seen = set()
     gpu_key = tiling.gpu_key
     for kernels, name, dtype, activation, bias, save in CASES:

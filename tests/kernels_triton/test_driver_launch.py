@@ -1,7 +1,5 @@
 """A recorded launch gives the driver what Triton's launcher would give it; without a GPU."""
 
-import ctypes
-from struct import Struct
 from types import SimpleNamespace
 
 import pytest
@@ -44,30 +42,24 @@ def recorded(signature=SIGNATURE, ptx=PTX, **metadata):
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """Replace the driver. Return the calls: grid and block, shared memory, stream, arguments."""
+    """Replace the driver. Return the calls."""
     result = []
 
-    def launch_kernel(config, function, none, extra):
-        *sizes, stream, attributes, count = driver_launch._CONFIG.unpack_from(
-            ctypes.string_at(config.value, driver_launch._CONFIG.size)
-        )
-        assert count == 1
-        assert Struct("I").unpack(ctypes.string_at(attributes, 4)) == (6,)
-        _, arguments, _, size, _ = (ctypes.c_void_p * 5).from_address(extra.value)
-        size = ctypes.c_size_t.from_address(size).value
-        values = Struct("@PiPfPP").unpack(ctypes.string_at(arguments, size))
-        result.append((function.value, sizes, stream, values))
-        return 0 if stream else 1
+    def launch_kernel(function, *arguments):
+        result.append((function.value, *arguments))
+        return 0 if arguments[1] else 1  # the stream
 
-    monkeypatch.setattr(driver_launch, "_launch_function", lambda: launch_kernel)
+    monkeypatch.setattr(driver_launch, "launch_kernel", launch_kernel)
+    monkeypatch.setattr(driver_launch, "has_driver", lambda: True)
     return result
 
 
 def test_addresses_are_those_of_the_call(calls):
     launch = driver_launch.driver_launch(recorded(), {0: (1, 6), 2: (0, 0)})
     assert launch.start([4096, 8192], stream=3)
-    arguments = (8198, 30, 4096, 0.5, 0, 0)
-    assert calls == [(7, [5, 2, 1, 128, 1, 1, 1024], 3, arguments)]
+    sizes = (5, 2, 1, 128, 1, 1, 1024)
+    assert calls == [(7, sizes, 3, launch.layout, [8198, 30, 4096, 0.5, 0, 0], True)]
+    assert launch.layout.format == "@PiPfPP"
 
 
 def test_a_refusal_is_reported():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,18 @@ def runs_gluon(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:  # AMD GPUs have such numbers, too
         return False
     return torch.cuda.get_device_capability(device)[0] == 9 and triton_minor_version() in GLUON
+
+
+@functools.cache
+def chained(device: torch.device) -> dict[str, Any]:
+    """Return the options by which a launch begins before the one before it has ended, if it can.
+
+    ``kernels._chain`` says what the kernel must do then.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {"CHAINED": False}
+    can = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"CHAINED": True, "launch_pdl": True} if can else {"CHAINED": False}
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -7,9 +7,7 @@ call. Here numbers are converted once, and a launch only writes its addresses be
 from __future__ import annotations
 
 import ctypes
-import functools
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from struct import Struct
@@ -18,41 +16,13 @@ from typing import Any
 import torch
 import triton
 
+from tokenyard.cuda_driver import has_driver, launch_kernel
 from tokenyard_kernels_triton.launching import Launch
 
 _CODES = {"i8": "b", "i16": "h", "i32": "i", "i64": "q", "u32": "I", "u64": "Q", "fp32": "f"}
 """The codes of the module struct for the types of numbers; all others are left to Triton."""
 
 _BITS = re.compile(r"\.param\s+\.[a-z]+(\d+)")  # of a kernel's parameter in PTX
-_CONFIG = Struct("@7IPPI")  # CUlaunchConfig: grid, block, shared memory, stream, attributes
-_ATTRIBUTE = Struct("@IiQ56x")  # CUlaunchAttribute: id, padding, and 64 bytes of a value
-_DEPENDENT = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
-_MOST_BYTES = 4096  # of arguments
-
-
-class _Thread(threading.local):
-    """The memory that a thread's launches write their arguments to."""
-
-    def __init__(self) -> None:
-        self.arguments = ctypes.create_string_buffer(_MOST_BYTES)
-        self.size = ctypes.c_size_t()
-        self.extra = (ctypes.c_void_p * 5)(
-            _BUFFER_POINTER,
-            ctypes.addressof(self.arguments),
-            _BUFFER_SIZE,
-            ctypes.addressof(self.size),
-            _END,
-        )
-        self.config = ctypes.create_string_buffer(_CONFIG.size)
-        self.attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_DEPENDENT, 0, 1))
-        self.addresses = [
-            ctypes.c_void_p(ctypes.addressof(buffer))
-            for buffer in (self.config, self.extra, self.attribute)
-        ]
-
-
-_thread = _Thread()
 
 
 @dataclass(frozen=True)
@@ -64,7 +34,7 @@ class DriverLaunch:
     layout: Struct  # of the arguments
     arguments: list[Any]  # with 0 for each address
     addresses: tuple[tuple[int, int, int], ...]  # position, slot of the tensor, bytes after it
-    dependent: int  # 1 if it begins before the launch before it has ended, else 0
+    chained: bool
 
     def start(self, addresses: Sequence[int], stream: int) -> bool:
         """Launch with the addresses of all slots. Return whether the driver accepted that."""
@@ -73,12 +43,9 @@ class DriverLaunch:
         arguments = self.arguments.copy()
         for position, slot, offset in self.addresses:
             arguments[position] = addresses[slot] + offset
-        thread = _thread
-        self.layout.pack_into(thread.arguments, 0, *arguments)
-        thread.size.value = self.layout.size
-        config, extra, attribute = thread.addresses
-        _CONFIG.pack_into(thread.config, 0, *self.sizes, stream, attribute.value, self.dependent)
-        result: int = _launch_function()(config, self.function, None, extra)
+        result = launch_kernel(
+            self.function, self.sizes, stream, self.layout, arguments, self.chained
+        )
         return result == 0
 
 
@@ -88,7 +55,7 @@ def driver_launch(launch: Launch, addresses: Mapping[int, tuple[int, int]]) -> D
     `addresses` maps the position of an argument to the slot of its tensor and the bytes after it.
     """
     kernel = launch.kernel
-    if kernel is None or torch.version.hip is not None or _launch_function() is None:
+    if kernel is None or torch.version.hip is not None or not has_driver():
         return None
     metadata = kernel.metadata
     plain = (
@@ -109,17 +76,15 @@ def driver_launch(launch: Launch, addresses: Mapping[int, tuple[int, int]]) -> D
             moved.append((len(values), *addresses[position]))
         codes.append("P" if kind.startswith("*") else _CODES.get(kind, ""))
         values.append(0 if kind.startswith("*") else argument)  # also of an empty tensor
-    layout = Struct("@" + "".join(codes) + "PP")  # two addresses of scratch memory, which is unused
     if not _has_layout(kernel, codes):
         return None
-    sizes = (*launch.grid, 32 * metadata.num_warps, 1, 1, metadata.shared)
     return DriverLaunch(
         ctypes.c_void_p(kernel.function),
-        sizes,
-        layout,
+        (*launch.grid, 32 * metadata.num_warps, 1, 1, metadata.shared),
+        Struct("@" + "".join(codes) + "PP"),  # two addresses of scratch memory, which is unused
         [*values, 0, 0],
         tuple(moved),
-        int(metadata.launch_pdl),
+        bool(metadata.launch_pdl),
     )
 
 
@@ -136,12 +101,3 @@ def _has_hooks() -> bool:
     enter = hooks.launch_enter_hook
     leave = hooks.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
-@functools.cache
-def _launch_function() -> Any:
-    """Return the driver's function; None if there is none."""
-    try:
-        return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-    except (AttributeError, OSError):
-        return None

@@ -19,6 +19,7 @@ extern "C" __global__ void logits_of_few(
     int tokens,
     int experts,
     int vectors) {
+  wait_for_launch_before();
   extern __shared__ int shared[];
   float* sums = reinterpret_cast<float*>(shared);  // [warps, TOKENS]
   const long long expert = blockIdx.x;

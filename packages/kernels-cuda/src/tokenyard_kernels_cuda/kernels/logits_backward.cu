@@ -81,6 +81,7 @@ extern "C" __global__ void logits_backward_of_few(
     int tokens,
     int experts,
     int vectors) {
+  wait_for_launch_before();
   extern __shared__ int shared[];
   float* left = reinterpret_cast<float*>(shared);  // [K, M]
   float* right = left + K * M;                     // [K, N]

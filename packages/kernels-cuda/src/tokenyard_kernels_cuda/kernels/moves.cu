@@ -57,6 +57,7 @@ extern "C" __global__ void to_rows(
     int vectors,
     int bound,
     int top_k) {
+  wait_for_launch_before();
   const int v = blockIdx.y * blockDim.x + threadIdx.x;
   const int live_rows = min(*live, bound);
   if (static_cast<int>(blockIdx.x) >= tokens) {
@@ -83,6 +84,7 @@ extern "C" __global__ void to_tokens(
     int vectors,
     int bound,
     int top_k) {
+  wait_for_launch_before();
   const int v = blockIdx.y * blockDim.x + threadIdx.x;
   const int live_rows = min(*live, bound);
   if (v >= vectors) return;
@@ -124,6 +126,7 @@ extern "C" __global__ void to_tokens_backward(
     int vectors,
     int bound,
     int top_k) {
+  wait_for_launch_before();
   const int warps = blockDim.x / WARP;
   const int move_blocks = slots / warps + (slots % warps > 0);
   const int live_rows = min(*live, bound);

@@ -27,6 +27,7 @@ extern "C" __global__ void count_slots(
     int slots,
     int experts,
     int slots_of_block) {
+  wait_for_launch_before();
   extern __shared__ int shared[];
   int* block_counts = shared;  // [E + 1]
   const int buckets = experts + 1;
@@ -114,6 +115,7 @@ extern "C" __global__ void place_slots(
     int rows,
     int experts,
     int slots_of_block) {
+  wait_for_launch_before();
   extern __shared__ int shared[];
   const int buckets = experts + 1;
   const int warps = blockDim.x / WARP;

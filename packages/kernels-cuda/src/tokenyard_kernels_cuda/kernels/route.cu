@@ -219,6 +219,7 @@ extern "C" __global__ void route(
     int groups,
     int groups_kept,
     int by_two) {
+  wait_for_launch_before();
   extern __shared__ unsigned shared[];
   const long long token = static_cast<long long>(blockIdx.x) * (blockDim.x / WARP) + warp_id();
   if (token >= tokens) return;
@@ -298,6 +299,7 @@ extern "C" __global__ void route_backward(
     int score,
     float power,
     float scale) {
+  wait_for_launch_before();
   extern __shared__ unsigned shared[];
   const long long token = static_cast<long long>(blockIdx.x) * (blockDim.x / WARP) + warp_id();
   if (token >= tokens) return;

@@ -7,6 +7,16 @@ constexpr unsigned ALL = 0xffffffffu;  // mask of all lanes
 __device__ inline int lane_id() { return threadIdx.x % WARP; }
 __device__ inline int warp_id() { return threadIdx.x / WARP; }
 
+// Wait until the launch before has ended, and let the launch after this one begin (programmatic
+// dependent launch, from compute capability 9.0 on). Every kernel calls it first, before it reads,
+// writes or returns: so no launch passes the one before it.
+__device__ inline void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Return the sum over the warp to every lane. The order of additions is fixed, so results are
 // bit-identical from run to run.
 __device__ inline float warp_sum(float x) {

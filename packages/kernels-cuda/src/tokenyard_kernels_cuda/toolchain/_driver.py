@@ -14,12 +14,10 @@ from typing import Any
 import torch
 
 from tokenyard import TokenyardError
+from tokenyard.cuda_driver import launch_kernel
 from tokenyard_kernels_cuda.toolchain._cache import cubin_of
 from tokenyard_kernels_cuda.toolchain._compile import architecture_of
 from tokenyard_kernels_cuda.toolchain._source import Source
-
-_MOST_BYTES = 4096  # of a kernel's arguments, by CUDA's limit
-_BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
 
 
 class DriverError(TokenyardError):
@@ -31,16 +29,6 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.devices: set[int] = set()  # whose context is known to be current with the device
-        self.arguments = ctypes.create_string_buffer(_MOST_BYTES)
-        self.size = ctypes.c_size_t()
-        self.extra = (ctypes.c_void_p * 5)(
-            _BUFFER_POINTER,
-            ctypes.addressof(self.arguments),
-            _BUFFER_SIZE,
-            ctypes.addressof(self.size),
-            _END,
-        )
-        self.extra_address = ctypes.addressof(self.extra)
 
 
 _thread = _Thread()
@@ -60,28 +48,32 @@ def launch(
     `shared` is the dynamic shared memory per block, in bytes. `arguments` are the values and their
     layout in memory. Raises CompileError and DriverError.
 
-    The arguments travel as one buffer, because to convert each takes longer than the launch.
-    ``torch._C._cuda_getCurrentRawStream`` is private: torch 2.10 to 2.13.
+    Where the GPU can, the kernel begins before the launch before it has ended: every kernel of this
+    package waits for that first. ``torch._C._cuda_getCurrentRawStream`` is private: torch 2.10 to
+    2.13.
     """
-    from cuda.bindings import driver
-
     values, layout = arguments
     with _current_device(device):
         if device not in _thread.devices:
-            _ensure_context(driver, device)
+            _ensure_context(device)
             _thread.devices.add(device)
         kernel = function(source, name, device)
         stream = torch._C._cuda_getCurrentRawStream(device)
-        layout.pack_into(_thread.arguments, 0, *values)
-        _thread.size.value = layout.size
-        returned = driver.cuLaunchKernel(
-            kernel, *grid, threads, 1, 1, shared, stream, 0, _thread.extra_address
-        )
-        checked(returned, f"to launch {name}")
+        sizes = (*grid, threads, 1, 1, shared)
+        result = launch_kernel(kernel, sizes, stream, layout, values, _can_chain(device))
+    if result:
+        from cuda.bindings import driver
+
+        checked((driver.CUresult(result),), f"to launch {name}")
 
 
 @cache
-def function(source: Source, name: str, device: int) -> Any:
+def _can_chain(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def function(source: Source, name: str, device: int) -> ctypes.c_void_p:
     """Return the driver's handle of a kernel. Raises CompileError and DriverError.
 
     The GPU's context must be current in this thread.
@@ -92,7 +84,8 @@ def function(source: Source, name: str, device: int) -> Any:
         driver.cuLibraryGetKernel(_library(source, device), name.encode()),
         f"to find {name} in {source}",
     )
-    return checked(driver.cuKernelGetFunction(kernel), f"to load {name} of {source}")
+    handle = checked(driver.cuKernelGetFunction(kernel), f"to load {name} of {source}")
+    return ctypes.c_void_p(int(handle))
 
 
 def load(sources: Iterable[Source], device: int) -> None:
@@ -106,10 +99,8 @@ def load(sources: Iterable[Source], device: int) -> None:
 
 
 def _load(source: Source, device: int) -> None:
-    from cuda.bindings import driver
-
     with torch.cuda.device(device):
-        _ensure_context(driver, device)
+        _ensure_context(device)
         _library(source, device)
 
 
@@ -129,11 +120,13 @@ def _current_device(device: int) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def _ensure_context(driver: Any, device: int) -> None:
+def _ensure_context(device: int) -> None:
     """Set torch's CUDA context in this thread if it has none.
 
     A new thread has no context until its first call of the CUDA runtime, which torch makes late.
     """
+    from cuda.bindings import driver
+
     if not int(checked(driver.cuCtxGetCurrent(), "to tell the context")):
         context = checked(
             driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)), "to give a context"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenyard_kernels_triton.kernels._activations import (
     factor,
@@ -19,18 +18,26 @@ from tokenyard_kernels_triton.kernels._activations import (
     function_and_slope,
     through_clamp,
 )
+from tokenyard_kernels_triton.kernels._chain import wait_for_launch_before
 from tokenyard_kernels_triton.kernels._tiles import dot, put, rounded
 
 
 @triton.jit
-def _wait_for_launch_before():
-    """Wait until the launch before has ended, and let the launch after this one begin.
+def _prefetch(rows, mask, width):
+    """Begin to load `width` numbers from each row's pointer on into the L2 cache.
 
-    The programs of the launch after this one then are on the GPU when this one ends. Each program
-    must wait before it reads or writes, and before it ends: so no launch passes the one before it.
+    Their bytes are a multiple of 16. It needs compute capability 9.0.
     """
-    gdc_wait()
-    gdc_launch_dependents()
+    size = width * rows.dtype.element_ty.primitive_bitwidth // 8
+    first = tl.min(tl.where(mask, rows.to(tl.int64), 9223372036854775807), 0)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [tl.where(mask, rows.to(tl.int64), first), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -110,6 +117,7 @@ def up_and_activate_few(
     BIAS: tl.constexpr,
     KEEP_Z: tl.constexpr,
     KEEP_A: tl.constexpr,
+    PREFETCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -123,7 +131,7 @@ def up_and_activate_few(
     tile = tl.program_id(0) // columns
     column = tl.program_id(0) % columns * COLUMNS
     if CHAINED:
-        _wait_for_launch_before()
+        wait_for_launch_before()
     expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
     if expert < num_experts:
         # Main loop.
@@ -131,6 +139,8 @@ def up_and_activate_few(
         index = tl.arange(0, PARTS * COLUMNS)
         f = column + index % COLUMNS
         first = (expert.to(tl.int64) * PARTS + index // COLUMNS) * ffn_dim + f
+        if PREFETCH:
+            _prefetch(weight + first * dim, f < ffn_dim, dim)
         total = _add_slices(
             tl.zeros([PARTS * COLUMNS, ROWS], tl.float32),
             weight + first * dim,
@@ -180,6 +190,7 @@ def times_weight_few(
     TOP_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr,
+    PREFETCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -192,15 +203,20 @@ def times_weight_few(
     columns = tl.cdiv(width, COLUMNS)
     tile = tl.program_id(0) // columns
     column = tl.program_id(0) % columns * COLUMNS
-    if CHAINED:
-        _wait_for_launch_before()
+    if CHAINED and not PREFETCH:
+        wait_for_launch_before()
+    # With PREFETCH, the launch before has waited for the one that wrote the offsets.
     expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
+    c = column + tl.arange(0, COLUMNS)
+    matrix = weight + expert.to(tl.int64) * width * depth
+    if PREFETCH:
+        if expert < num_experts:
+            _prefetch(matrix + c.to(tl.int64) * depth, c < width, depth)
+        wait_for_launch_before()
     if expert < num_experts:
         # Main loop.
         r = row + tl.arange(0, ROWS)
-        c = column + tl.arange(0, COLUMNS)
         rows = row_pointers(left, order, r, end, depth, TOP_K)
-        matrix = weight + expert.to(tl.int64) * width * depth
         total = tl.zeros([COLUMNS, ROWS], tl.float32)
         if TRANSPOSED:
             weight_rows = matrix + c.to(tl.int64) * depth
@@ -280,7 +296,7 @@ def differentiate_down_few(
     tile = tl.program_id(0) // columns
     n = tl.program_id(0) % columns
     if CHAINED:
-        _wait_for_launch_before()
+        wait_for_launch_before()
     expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
     if expert < num_experts:
         # Main loop: da, not weighted.

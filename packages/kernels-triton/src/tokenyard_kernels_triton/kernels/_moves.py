@@ -13,6 +13,7 @@ from tokenyard_kernels_triton.kernels._activations import (
     function_and_slope,
     through_clamp,
 )
+from tokenyard_kernels_triton.kernels._chain import wait_for_launch_before
 from tokenyard_kernels_triton.kernels._schedule import tile_at
 from tokenyard_kernels_triton.kernels._tiles import rounded
 
@@ -67,8 +68,11 @@ def sum_to_tokens(
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Write the sum of each token's kept rows, weighted if WEIGHTED, added in float32."""
+    if CHAINED:
+        wait_for_launch_before()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dim
@@ -196,8 +200,11 @@ def sum_dots(
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,  # WIDTH, rounded up to a power of two
+    CHAINED: tl.constexpr,
 ):
     """Write the sum over each slot's row of dots; 0 for a dropped slot."""
+    if CHAINED:
+        wait_for_launch_before()
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     row = tl.load(inverse + slot, mask=slot < slots, other=0)  # [SLOTS]
     kept = (slot < slots) & (row < tl.load(live))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from tokenyard.activations import is_gated
 from tokenyard.interfaces import Plan
-from tokenyard_kernels_triton._device import ceil_div, power_of_two
+from tokenyard_kernels_triton._device import ceil_div, chained, power_of_two
 from tokenyard_kernels_triton.few_rows_tiling import (
     GRADIENT_TILING,
     FewRowsTiling,
@@ -24,6 +23,8 @@ from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._portable import number_options
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows, operand
+
+_PREFETCH = {"up": False, "down": True}
 
 
 def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
@@ -65,6 +66,7 @@ def up_and_activate(
         BIAS=bias is not None,
         KEEP_Z=keep_z,
         KEEP_A=keep_a,
+        PREFETCH=_PREFETCH["up"],
         COLUMNS=columns,
         **_options(matrix, row_tiles, tiling),
     )
@@ -84,6 +86,7 @@ def times_weight(
     out = rows.new_empty(row_tiles.rows, width)
     tiling = few_rows_tiling(row_tiles.rows, row_tiles.num_experts)
     matrix, order, top_k = operand(rows)
+    options = _options(matrix, row_tiles, tiling)
     launch(_few_rows.times_weight_few, _grid(row_tiles, tiling, width, tiling.columns))(
         matrix,
         order,
@@ -97,8 +100,9 @@ def times_weight(
         TOP_K=top_k,
         TRANSPOSED=transposed,
         BIAS=bias is not None,
+        PREFETCH=_PREFETCH["down"] and transposed and options["CHAINED"] and rows.shape[1] % 8 == 0,
         COLUMNS=tiling.columns,
-        **_options(matrix, row_tiles, tiling),
+        **options,
     )
     return out
 
@@ -190,16 +194,4 @@ def _grid(row_tiles: RowTiles, tiling: FewRowsTiling, width: int, columns: int) 
 
 def _options(x: Tensor, row_tiles: RowTiles, tiling: FewRowsTiling) -> dict[str, Any]:
     experts = {"EXPERTS": power_of_two(row_tiles.num_experts)}
-    return tiling.options() | experts | _chained(x.device) | number_options(x)
-
-
-@functools.cache
-def _chained(device: torch.device) -> dict[str, Any]:
-    """Return the options by which a launch begins before the one before it has ended, if it can.
-
-    NVIDIA calls it programmatic dependent launch; it needs compute capability 9.0.
-    """
-    if device.type != "cuda" or torch.version.hip is not None:
-        return {"CHAINED": False}
-    can = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"CHAINED": True, "launch_pdl": True} if can else {"CHAINED": False}
+    return tiling.options() | experts | chained(x.device) | number_options(x)

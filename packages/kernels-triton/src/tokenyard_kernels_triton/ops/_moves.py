@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from tokenyard.interfaces import Plan
-from tokenyard_kernels_triton._device import ceil_div, power_of_two
+from tokenyard_kernels_triton._device import ceil_div, chained, power_of_two
 from tokenyard_kernels_triton.kernels import _moves
 from tokenyard_kernels_triton.launching import launch
 
 _COLUMNS = 2048  # at most, for one program
+_FEW = 128  # tokens, up to which one is summed by several programs
+_COLUMNS_OF_FEW = 256  # of such a program
 
 
 def to_rows(
@@ -45,7 +47,7 @@ def to_tokens(rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
     dim = rows.shape[1]
     tokens = plan.inverse.shape[0] // plan.top_k
     y = rows.new_empty(tokens, dim)
-    columns = _columns(dim)
+    columns = min(_columns(dim), _COLUMNS if tokens > _FEW else _COLUMNS_OF_FEW)
     launch(_moves.sum_to_tokens, (tokens, ceil_div(dim, columns)))(
         rows,
         y,
@@ -56,6 +58,7 @@ def to_tokens(rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
         TOP_K=plan.top_k,
         COLUMNS=columns,
         WEIGHTED=topk_weights is not None,
+        **chained(rows.device),
     )
     return y
 
@@ -77,7 +80,15 @@ def sum_dots(dots: Tensor, plan: Plan) -> Tensor:
     width = dots.shape[1]
     columns = power_of_two(width)
     launch(_moves.sum_dots, (ceil_div(slots, 128),))(
-        dots, out, plan.inverse, plan.offsets[-1:], slots, SLOTS=128, WIDTH=width, COLUMNS=columns
+        dots,
+        out,
+        plan.inverse,
+        plan.offsets[-1:],
+        slots,
+        SLOTS=128,
+        WIDTH=width,
+        COLUMNS=columns,
+        **chained(dots.device),
     )
     return out
 

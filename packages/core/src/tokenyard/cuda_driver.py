@@ -1,0 +1,81 @@
+"""Launch kernels by the CUDA driver, with arguments that travel as one buffer.
+
+To convert each argument of a launch takes longer than the launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Sequence
+from struct import Struct
+from typing import Any
+
+_CONFIG = Struct("@7IPPI")  # CUlaunchConfig: grid, block, shared memory, stream, attributes
+_ATTRIBUTE = Struct("@IiQ56x")  # CUlaunchAttribute: id, padding, and 64 bytes of a value
+_CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
+_MOST_BYTES = 4096  # of a kernel's arguments, by CUDA's limit
+
+
+class _Thread(threading.local):
+    """The memory that a thread's launches write their arguments to."""
+
+    def __init__(self) -> None:
+        self.arguments = ctypes.create_string_buffer(_MOST_BYTES)
+        self.size = ctypes.c_size_t()
+        self.config = ctypes.create_string_buffer(_CONFIG.size)
+        self.attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_CHAINED, 0, 1))
+        self.attribute_address = ctypes.addressof(self.attribute)
+        self.extra = (ctypes.c_void_p * 5)(
+            _BUFFER_POINTER,
+            ctypes.addressof(self.arguments),
+            _BUFFER_SIZE,
+            ctypes.addressof(self.size),
+            _END,
+        )
+
+
+_thread = _Thread()
+
+
+def launch_kernel(
+    function: ctypes.c_void_p,
+    sizes: Sequence[int],
+    stream: int,
+    layout: Struct,
+    arguments: Sequence[Any],
+    chained: bool = False,
+) -> int:
+    """Launch a kernel; return the driver's result, which is 0 if there is no error.
+
+    - `function`: the driver's handle (CUfunction) of the current GPU.
+    - `sizes`: the grid (x, y, z), the threads of a block (x, y, z), and its bytes of shared memory.
+    - `layout`: how C lays out the arguments, which are numbers and addresses.
+    - `chained`: begin before the launch before it has ended (programmatic dependent launch, from
+      compute capability 9.0 on). Each thread of the kernel must wait (``griddepcontrol.wait``)
+      before it reads or writes.
+
+    A GPU must have a context in this thread, and the driver must be there (`has_driver`).
+    """
+    thread = _thread
+    layout.pack_into(thread.arguments, 0, *arguments)
+    thread.size.value = layout.size
+    _CONFIG.pack_into(thread.config, 0, *sizes, stream, thread.attribute_address, chained)
+    result: int = _launch_function()(thread.config, function, None, thread.extra)
+    return result
+
+
+def has_driver() -> bool:
+    """Return whether the CUDA driver is installed."""
+    return _launch_function() is not None
+
+
+@functools.cache
+def _launch_function() -> Any:
+    """Return the driver's function; None if there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    except (AttributeError, OSError):
+        return None

@@ -1,0 +1,46 @@
+"""A launch gives the CUDA driver its sizes, stream, arguments and attributes; without a GPU."""
+
+import ctypes
+from struct import Struct
+
+import pytest
+
+from tokenyard import cuda_driver
+
+LAYOUT = Struct("@PifP")
+VALUES = (1 << 40, 7, 0.5, 1 << 41)
+SIZES = (5, 2, 1, 64, 1, 1, 16)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """Replace the driver. Return what its calls get."""
+    calls = []
+
+    def launch(config, function, parameters, extra):
+        *sizes, stream, attributes, count = Struct("@7IPPI").unpack_from(config)
+        attribute = Struct("@IiQ").unpack(ctypes.string_at(attributes, 16)) if count else None
+        pointer, buffer, size, length, end = extra
+        assert (parameters, pointer, size, end) == (None, 1, 2, None)
+        assert ctypes.c_size_t.from_address(length).value == LAYOUT.size
+        arguments = LAYOUT.unpack(ctypes.string_at(buffer, LAYOUT.size))
+        calls.append((function.value, tuple(sizes), stream, arguments, attribute))
+        return 0 if stream else 1
+
+    monkeypatch.setattr(cuda_driver, "_launch_function", lambda: launch)
+    return calls
+
+
+def test_launch(driver):
+    result = cuda_driver.launch_kernel(ctypes.c_void_p(9), SIZES, 3, LAYOUT, VALUES)
+    assert result == 0
+    assert driver == [(9, SIZES, 3, VALUES, None)]
+
+
+def test_chained_launch_has_the_attribute(driver):
+    cuda_driver.launch_kernel(ctypes.c_void_p(9), SIZES, 3, LAYOUT, VALUES, chained=True)
+    assert driver == [(9, SIZES, 3, VALUES, (6, 0, 1))]
+
+
+def test_result_is_the_driver_s(driver):
+    assert cuda_driver.launch_kernel(ctypes.c_void_p(9), SIZES, 0, LAYOUT, VALUES) == 1
