@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from tokenyard_kernels_cuda.ops._logits import (
     logits_op,
     split_kernel,
 )
+from tokenyard_kernels_cuda.ops._route_tokens import route_tokens
 from tokenyard_kernels_cuda.ops._topk import route, route_kernels, weigh
 from tokenyard_kernels_cuda.toolchain import compile_kernels
 
@@ -34,6 +37,15 @@ class CudaRouter(TopKRouter):
             kernels += [split_kernel(dtype), few_kernel(dtype), few_backward_kernel(dtype)]
         compile_kernels(kernels, self.workload.device)
 
+    def route(self, x: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids [T, K], weights [T, K] and logits [T, E] for x [T, D]."""
+        narrow = compute_dtype(x)
+        if topk_ids is not None or narrow not in NARROW:
+            return super().route(x, topk_ids)
+        with _without_autocast(x.device.type):
+            weight = self.weight.to(narrow)
+            return route_tokens(x.to(narrow), weight, self.selection_bias, self.top_k, self.rule)
+
     def logits(self, x: Tensor) -> Tensor:
         """Multiply x [T, D] by the router's weight; return logits [T, E] in float32."""
         narrow = compute_dtype(x)
@@ -47,3 +59,9 @@ class CudaRouter(TopKRouter):
         if topk_ids is None:
             return route(logits, self.selection_bias, self.top_k, self.rule)
         return topk_ids, weigh(logits, topk_ids, self.rule)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Disable autocast. Where it is off, nothing is set: that takes longer than a launch."""
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()

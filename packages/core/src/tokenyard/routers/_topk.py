@@ -41,8 +41,7 @@ class TopKRouter(nn.Module):
         self, x: Tensor, topk_ids: Tensor | None = None, padding: Tensor | None = None
     ) -> Routing:
         """Route x [T, D]. topk_ids [T, K] override the selection; `padding` [T] is dropped."""
-        logits = self.logits(self._jitter(x))
-        ids, weights = self.choose(logits, topk_ids)
+        ids, weights, logits = self.route(self._jitter(x), topk_ids)
         if padding is not None:
             ids = ids.masked_fill(padding.unsqueeze(1), self.num_experts)
             weights = weights.masked_fill(padding.unsqueeze(1), 0)
@@ -50,11 +49,16 @@ class TopKRouter(nn.Module):
             ids = drop_over_capacity(ids.long(), self.num_experts, self._capacity(x, padding))
         return Routing(ids.int(), weights, logits)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Return the logits [T, E] of x [T, D].
+    def route(self, x: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids [T, K], weights [T, K] and logits [T, E] for x [T, D].
 
-        A faster router overrides this method and `choose`.
+        Ignores the capacity. A faster router overrides this method, or `logits` and `choose`.
         """
+        logits = self.logits(x)
+        return *self.choose(logits, topk_ids), logits
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits [T, E] of x [T, D]."""
         narrow = compute_dtype(x)
         wide = logits_dtype(narrow)
         with torch.autocast(x.device.type, enabled=False):

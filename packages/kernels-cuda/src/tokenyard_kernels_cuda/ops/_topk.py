@@ -215,18 +215,15 @@ def route(
     logits: Tensor, bias: Tensor | None, top_k: int, rule: RoutingRule
 ) -> tuple[Tensor, Tensor]:
     """Select K experts per token by a rule; return ids [T, K] and differentiable weights [T, K]."""
+    ids, weights = route_op(logits, *rule_arguments(bias, top_k, rule))
+    return ids, weights
+
+
+def rule_arguments(bias: Tensor | None, top_k: int, rule: RoutingRule) -> tuple[Any, ...]:
+    """Return the arguments of `route_op` after the logits."""
     bias = None if bias is None else bias.float().contiguous()
     by_two = rule.group_score == "top2"
-    ids, weights = route_op(
-        logits,
-        bias,
-        top_k,
-        *_weighting(rule),
-        rule.num_groups,
-        rule.groups_kept,
-        by_two,
-    )
-    return ids, weights
+    return bias, top_k, *_weighting(rule), rule.num_groups, rule.groups_kept, by_two
 
 
 def weigh(logits: Tensor, ids: Tensor, rule: RoutingRule) -> Tensor:
