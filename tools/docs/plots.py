@@ -18,6 +18,7 @@ from tokenyard_cli.figures import (
     BLUE,
     GREY,
     INK,
+    LINE,
     ORANGE,
     make_axes,
     make_figure,
@@ -33,6 +34,12 @@ _COLOURS = {
     "gluon, save: fp8": "#8f6bb3",
     "bf16": GREY,
     "fp8": ORANGE,
+    "fp8, weight_gradients: fp8": BLUE,
+    "fp32": GREY,
+    "amp_bf16": INK,
+    "bf16_master": BLUE,
+    "bf16_master, moments: bf16": ORANGE,
+    "bf16_master, moments: 8bit": "#8f6bb3",
 }
 _WIDTH = 5.5  # inches: text of 9 points is readable on a phone
 _LARGEST_LOSS = 4.0  # nats per byte; the first steps are above it and are cut off
@@ -115,6 +122,38 @@ def training(content: dict[str, Any], path: Path) -> None:
         *curves.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
     )
     save_figure(figure, path)
+
+
+def spread(content: dict[str, Any], path: Path) -> None:
+    """Draw the mean held-out loss of each setting, with the range of all seeds of the first one.
+
+    The second plot has the differences from the first setting's mean.
+    """
+    first, *_ = content["runs"]
+    losses = {name: _held_out(seeds) for name, seeds in content["runs"].items()}
+    steps, references = losses[first]
+    figure = make_figure(_WIDTH, 6.4)
+    grid = figure.add_gridspec(2, 1)
+    curves = make_axes(figure, grid[0], "Held-out loss, mean of the seeds", "step", "nats per byte")
+    title = f"Difference from the mean of {first}"
+    differences = make_axes(figure, grid[1], title, "step", "nats per byte")
+    mean = references.mean(0)
+    for axes, base in ((curves, 0.0), (differences, mean)):
+        low, high = references.min(0) - base, references.max(0) - base
+        axes.fill_between(steps, low, high, color=LINE, label=f"{first}, all seeds")
+        for name, (at, values) in losses.items():
+            style = {"color": _COLOURS[name], "linewidth": 1.2, "label": name}
+            axes.plot(at, values.mean(0) - (base if axes is differences else 0.0), **style)
+    figure.legend(
+        *curves.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+    )
+    save_figure(figure, path)
+
+
+def _held_out(seeds: dict[str, dict[str, Any]]) -> tuple[list[int], np.ndarray]:
+    """Return the steps of the evaluations, and the losses [seeds, evaluations]."""
+    runs = [run["held_out"] for run in seeds.values()]
+    return [int(step) for step in runs[0]], np.array([list(run.values()) for run in runs])
 
 
 def rates(content: dict[str, Any], path: Path) -> None:
