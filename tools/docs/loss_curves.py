@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,18 +58,25 @@ class Run(NamedTuple):
     folder: Path
     process: subprocess.Popen[bytes]
 
+    @property
+    def metrics(self) -> Path:
+        """The file of its records."""
+        return self.folder / "run" / "metrics.jsonl"
+
 
 def main() -> None:
     """Train all runs of a set at once, and write the file."""
     options = _options()
     settings = SETS[options.set]
     began = time.perf_counter()
+    deadline = began + options.seconds
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        runs = [
-            _start(folder, options, name, seed) for name, seed in product(settings, options.seeds)
-        ]
-        _wait(runs, began + options.seconds)
+        runs = []
+        for seed in options.seeds:
+            runs += [_start(folder, options, name, seed) for name in settings]
+            _wait_for_first_steps(runs, deadline)
+        _wait(runs, deadline)
         records: dict[str, dict[str, Any]] = {name: {} for name in settings}
         for run in runs:
             records[run.name][str(run.seed)] = _record(run, options.steps)
@@ -119,6 +125,14 @@ def _start(folder: Path, options: argparse.Namespace, name: str, seed: int) -> R
     return Run(name, seed, own, process)
 
 
+def _wait_for_first_steps(runs: list[Run], deadline: float) -> None:
+    """Wait until each run trains or has ended: runs that start later find its kernels compiled."""
+    waiting = list(runs)
+    while waiting and time.perf_counter() < deadline:
+        time.sleep(0.1)
+        waiting = [r for r in waiting if not r.metrics.exists() and r.process.poll() is None]
+
+
 def _wait(runs: list[Run], deadline: float) -> None:
     """Wait for all runs, and stop those that still train at the deadline."""
     for run in runs:
@@ -136,8 +150,7 @@ def _wait(runs: list[Run], deadline: float) -> None:
 
 def _record(run: Run, steps: int) -> dict[str, Any]:
     """Return the losses of a run, and the median milliseconds of a step."""
-    path = run.folder / "run" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = run.metrics.read_text().splitlines() if run.metrics.exists() else []
     records = [json.loads(line) for line in lines]
     train = [record for record in records if record["kind"] == "train"]
     losses = [record["loss"] for record in train]
