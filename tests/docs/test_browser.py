@@ -45,12 +45,13 @@ SEARCH = """
 MEASURE = """
 <pre id="found"></pre>
 <script>
-  const results = {scrolling: [], copied: []};
+  const results = {code: [], tables: [], copied: []};
   function measure(frame) {
     const page = frame.contentDocument;
     for (const box of page.querySelectorAll("pre > code, .md-typeset__scrollwrap"))
       if (box.scrollWidth > box.clientWidth)
-        results.scrolling.push(frame.src + ": " + box.innerText.slice(0, 60));
+        results[box.matches("code") ? "code" : "tables"].push(
+          frame.src + ": " + box.innerText.slice(0, 60));
     page.execCommand = () => {
       results.copied.push(page.querySelector("body > textarea").value);
       return true;
@@ -102,39 +103,42 @@ def opened(url, *options):
     return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.fixture(scope="module")
-def everything(site, address):
-    """One page that loads all others in frames of a laptop's width: its DOM and its console."""
+def in_frames(site, address, width):
+    """Load all pages in frames of a width: the DOM, its measures, and the lines of its console."""
     pages = [page.relative_to(site).as_posix() for page in site.rglob("index.html")]
     assert len(pages) > 15
-    frames = [f'<iframe src="/{page}" width="1440" height="900"></iframe>' for page in pages]
+    frames = [f'<iframe src="/{page}" width="{width}" height="900"></iframe>' for page in pages]
     (site / "all.html").write_text("".join(frames) + MEASURE)
     dom, messages = opened(f"{address}/all.html")
     assert dom.count("<iframe") == len(pages)
-    return dom, messages
+    return json.loads(html.unescape(found(dom))), messages
 
 
 @pytest.fixture(scope="module")
-def measured(everything):
-    return json.loads(html.unescape(found(everything[0])))
+def laptop(site, address):
+    return in_frames(site, address, 1440)
 
 
 def found(dom):
     return dom.partition('id="found">')[2].partition("</pre>")[0]
 
 
-def test_every_page_loads_without_an_error(everything):
-    assert everything[1] == []
+def test_every_page_loads_without_an_error(laptop):
+    assert laptop[1] == []
 
 
-def test_no_block_and_no_table_scrolls_sideways(measured):
-    assert measured["scrolling"] == []
+def test_no_block_and_no_table_scrolls_sideways(laptop):
+    assert laptop[0]["code"] + laptop[0]["tables"] == []
 
 
-def test_the_button_copies_commands_without_prompt_and_output(measured):
+def test_no_table_scrolls_sideways_on_a_phone(site, address):
+    assert in_frames(site, address, 390)[0]["tables"] == []
+
+
+def test_the_button_copies_commands_without_prompt_and_output(laptop):
     """test_shell.py runs these commands."""
     commands = {tuple(lines(block)) for page in PAGES for block in blocks(page)}
-    copied = [tuple(joined(text)) for text in measured["copied"]]
+    copied = [tuple(joined(text)) for text in laptop[0]["copied"]]
     assert len(copied) > 40
     assert set(copied) <= commands
 

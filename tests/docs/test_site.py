@@ -56,8 +56,13 @@ def test_every_hook_is_in_the_reference(site):
     assert hooks <= documented(site)
 
 
+def keys_page(site):
+    """Return the page of keys, without the places where a phone may break them."""
+    return (site / "configuration" / "index.html").read_text().replace("<wbr>", "")
+
+
 def test_every_key_is_in_the_reference(site):
-    page = (site / "configuration" / "index.html").read_text()
+    page = keys_page(site)
     for key in config_reference.keys(TrainConfig, ""):
         assert f"<code>{key.rpartition('.')[2]}</code>" in page, key
 
@@ -76,7 +81,7 @@ def test_social_cards_show_a_picture(site):
 
 
 def test_patterns_in_the_reference_keep_their_asterisks(site):
-    page = (site / "configuration" / "index.html").read_text()
+    page = keys_page(site)
     for pattern in ("blocks.*.ffn.experts.*", "attention.*", "*norm*"):
         assert f"<code>{pattern}</code>" in page, pattern
 

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 # The line "See ..." or the picture after a fill is for readers on GitHub. The site drops it.
 _FILL = re.compile(r"^<!-- fill: (\S+)(?: (\S+))? -->(?:\n(?:See |!\[).*)?$", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)")
+_CELL_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+_ROW = re.compile(r"<tr>.*?</tr>", re.DOTALL)
 _PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -41,6 +43,18 @@ def on_config(config: Any) -> None:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace every fill comment of a page (an mkdocs hook)."""
     return _FILL.sub(lambda match: _FILLS[match[1]](*filter(None, match.groups()[1:])), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let a phone break names in cells of tables after punctuation (an mkdocs hook).
+
+    The style sheet ignores these places on wider screens.
+    """
+    return _ROW.sub(lambda row: _CELL_CODE.sub(_breakable, row[0]), html)
+
+
+def _breakable(name: re.Match[str]) -> str:
+    return re.sub(r"([_./,=:-])(?=\w)", r"\1<wbr>", name[0])
 
 
 def _file(name: str) -> str:
