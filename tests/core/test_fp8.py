@@ -23,6 +23,7 @@ from tokenyard.strategies import SingleStrategy
 from tokenyard.testing import Fp8ExpertsConformance
 from tokenyard.testing._fp8_experts import NEAR_IN_LONG_SUMS
 from tokenyard.tolerance import relative_error
+from tokenyard.weight_copies import captured_weight_copies, renew_weight_copies
 
 
 class Emulated(EmulatedFp8Experts):
@@ -131,6 +132,31 @@ def test_estimates_ask_the_kernel():
     assert weight_copies(moe) == 0
     SingleStrategy().layout(moe)
     assert weight_copies(moe) == 2 * (moe.experts.up.numel() + moe.experts.down.numel())
+
+
+class Renewing(Frugal):
+    """Counts how often its copies are renewed."""
+
+    captures_weight_copies = False
+    renewed = 0
+
+    def renew_weight_copies(self, weights):
+        assert weights.up.shape == (4, 96, 32)
+        self.renewed += 1
+
+
+def test_a_graph_reads_copies_that_its_owner_renews():
+    moe = MoE(Workload(32, 48, 4, 2), backends={"experts": "torch"})
+    kernel = moe.experts.kernel = Renewing(moe.workload, None)
+    renew_weight_copies(moe)
+    assert kernel.renewed == 0  # FSDP may gather other weights into the same memory
+    SingleStrategy().layout(moe)
+    with captured_weight_copies(moe):
+        assert kernel.captures_weight_copies
+        assert kernel.renewed == 1
+    assert not kernel.captures_weight_copies
+    renew_weight_copies(moe)
+    assert kernel.renewed == 2
 
 
 class Packs(LocalExchange):

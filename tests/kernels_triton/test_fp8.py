@@ -241,6 +241,30 @@ def test_old_numbers_are_freed_before_new_ones_are_made(monkeypatch):
     _fp8_weights.kept_weights(one)
 
 
+def test_graphs_read_memory_that_is_renewed_in_place(monkeypatch):
+    """Also after a step of an optimizer, which drops what no graph reads."""
+    one, other = weight(), weight()
+    _fp8_weights.renew_weights(one.detach())
+    _fp8_weights.kept_weights(other)
+    with monkeypatch.context() as capture:
+        capture.setattr(_fp8_weights, "_capturing", lambda tensor: True)
+        assert _fp8_weights.kept_weights(one) is None  # of a graph whose owner renews nothing
+        assert _fp8_weights.kept_weights(other, captured=True) is None
+        captured = _fp8_weights.kept_weights(one, captured=True)
+    address = captured.values.data_ptr()
+    for renew in (_fp8_weights.renew_weights, _fp8_weights.kept_weights):
+        before = captured.scales.clone()
+        one.data.mul_(2)
+        torch.optim.SGD([other]).step()
+        assert len(_fp8_weights._entries) == 1
+        assert torch.equal(captured.scales, before)
+        renew(one)
+        assert torch.equal(captured.scales, 2 * before)
+    assert captured.values.data_ptr() == address
+    monkeypatch.setattr(_fp8_weights, "current_stream", lambda: 7)
+    assert _fp8_weights.kept_weights(one) is None
+
+
 def test_tensors_without_a_version_are_not_kept():
     with torch.inference_mode():
         assert _fp8_weights.kept_weights(torch.randn(1, 128, 128, device=DEVICE)) is None

@@ -6,6 +6,8 @@ import torch
 from tokenyard import MoE, RoutingRule, Workload
 from tokenyard.interfaces import ExpertWeights
 from tokenyard.permutations import TorchPermutation
+from tokenyard.weight_copies import captured_weight_copies, renew_weight_copies
+from tokenyard_kernels_triton.ops._fp8_weights import _entries
 
 pytestmark = pytest.mark.gpu
 
@@ -90,6 +92,43 @@ def test_a_captured_layer_sees_weights_that_change():
         torch.cuda.synchronize()
         for got, want in zip(captured, step(moe, x, dy)):
             assert torch.equal(got, want)
+
+
+def test_replays_read_weights_that_their_owner_renews():
+    """As an eager layer computes: without a change, after one in place, and after a step."""
+    moe = layer()
+    moe.experts.kernel.weights_have_versions = True
+    x = random(512, 256).requires_grad_()
+    dy = random(512, 256)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(moe, x, dy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with captured_weight_copies(moe), torch.cuda.graph(graph):
+        captured = step(moe, x, dy)
+    optimizer = torch.optim.SGD([moe.router.weight])
+
+    def change():
+        moe.experts.up.data.mul_(1.25)
+        optimizer.step()
+
+    def double():
+        with torch.no_grad():
+            moe.experts.down.mul_(2)
+
+    copies = {address: entry.weights.values.data_ptr() for address, entry in _entries.items()}
+    for between in (lambda: None, change, double, change):
+        between()
+        renew_weight_copies(moe)
+        graph.replay()
+        torch.cuda.synchronize()
+        moe.experts.kernel.weights_have_versions = False
+        for got, want in zip(captured, step(moe, x, dy)):
+            assert torch.equal(got, want)
+        moe.experts.kernel.weights_have_versions = True
+    assert copies == {a: entry.weights.values.data_ptr() for a, entry in _entries.items()}
 
 
 def test_more_than_two_to_the_31_elements():

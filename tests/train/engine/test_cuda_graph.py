@@ -1,8 +1,10 @@
-"""Which runs use a CUDA graph, and what it would not call: hooks that a model gets later."""
+"""Which runs use a CUDA graph, and what it would not call or see: later hooks, new weights."""
 
 import pytest
 from torch import nn
 
+from tokenyard import MoE, Workload
+from tokenyard.experts import TorchExperts
 from tokenyard_train.engine.cuda_graph import MicrobatchGraph, why_no_graph
 
 
@@ -47,3 +49,29 @@ def test_recomputed_blocks_are_captured_and_offloaded_ones_are_not(config, model
     assert why_no_graph(run, model, ranks=1) is None
     offloaded = run.model_copy(update={"activation_cpu_offload": True})
     assert why_no_graph(offloaded, model, ranks=1) == "activation_cpu_offload is true"
+
+
+class Caching(TorchExperts):
+    """Notes when its copies of weights are renewed."""
+
+    weights_have_versions = True
+
+    def renew_weight_copies(self, weights):
+        self.events.append("renew")
+
+
+def test_copies_of_weights_are_renewed_before_a_replay():
+    moe = MoE(Workload(32, 48, 4, 2), backends={"experts": "torch"})
+    kernel = moe.experts.kernel = Caching(moe.workload, None)
+    kernel.events = []
+
+    class Captured:
+        def replay(self, work, add):
+            kernel.events.append("replay")
+
+    graph = MicrobatchGraph(moe)
+    graph._eager_left = 0
+    graph._captured = Captured()
+    for _ in range(2):
+        graph(None, None, add=False)
+    assert kernel.events == ["renew", "replay"] * 2

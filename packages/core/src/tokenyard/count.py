@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
 from tokenyard.activations import is_gated
 from tokenyard.feed_forward import FeedForward
+from tokenyard.interfaces import CachingExpertKernel
 from tokenyard.model import Model
 from tokenyard.moe import MoE, moe_layers
 from tokenyard.sharded import local_part
@@ -156,16 +157,21 @@ def _slots(moe: MoE) -> int:
 
 
 def weight_copies(moe: MoE) -> int:
-    """Return the bytes of what the kernel of an MoE layer keeps of the weights of this rank.
+    """Return the bytes of what the kernel of an MoE layer keeps of the weights of this rank."""
+    if not keeps_weight_copies(moe):
+        return 0
+    up, down = local_part(moe.experts.up), local_part(moe.experts.down)
+    kernel = cast(CachingExpertKernel, moe.experts.kernel)
+    return kernel.weight_copy_bytes(up.numel() + down.numel())
+
+
+def keeps_weight_copies(moe: MoE) -> bool:
+    """Return whether the kernel of an MoE layer may keep copies of weights.
 
     It keeps nothing of weights that autocast casts, since it sees other tensors in each pass.
     """
-    kernel = moe.experts.kernel
-    cast = moe.experts.up.dtype != moe.workload.dtype
-    if cast or not getattr(kernel, "weights_have_versions", False):
-        return 0
-    up, down = local_part(moe.experts.up), local_part(moe.experts.down)
-    return int(kernel.weight_copy_bytes(up.numel() + down.numel()))  # type: ignore[attr-defined]
+    casts = moe.experts.up.dtype != moe.workload.dtype
+    return not casts and getattr(moe.experts.kernel, "weights_have_versions", False)
 
 
 def _kept_by_dense(ffn: FeedForward, width: int) -> int:

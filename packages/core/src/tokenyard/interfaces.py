@@ -278,6 +278,20 @@ class CachingExpertKernel(ExpertKernel, Protocol):
     strategy that leaves parameters where they are sets it.
     """
 
+    captures_weight_copies: bool
+    """Whether a CUDA graph that is captured reads the copies, which `renew_weight_copies` made.
+
+    It is False at first: a graph computes copies in each replay.
+    ``weight_copies.captured_weight_copies`` sets it during a capture.
+    """
+
+    def renew_weight_copies(self, weights: ExpertWeights) -> None:
+        """Compute the copies of weights that changed, in the memory of those that exist.
+
+        Call it before the capture of a CUDA graph that reads them, and before each replay.
+        """
+        ...
+
     def weight_copy_bytes(self, numbers: int) -> int:
         """Return the bytes that it keeps of so many numbers of weights, if they have versions."""
         ...

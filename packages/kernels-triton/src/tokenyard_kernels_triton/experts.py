@@ -24,6 +24,7 @@ from tokenyard.interfaces import (
 )
 from tokenyard.workload import Workload
 from tokenyard_kernels_triton.ops._experts import compile_experts, experts
+from tokenyard_kernels_triton.ops._fp8_weights import Copies, renew_weights
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
 from tokenyard_kernels_triton.ops._lora import compile_lora, lora_experts
 from tokenyard_kernels_triton.ops._low_rank import MAX_RANK
@@ -161,7 +162,9 @@ class GluonExperts(TritonExperts):
     """
 
     kernels = "gluon"
-    weights_have_versions = False  # see ``tokenyard.interfaces.CachingExpertKernel``
+    # See ``tokenyard.interfaces.CachingExpertKernel``.
+    weights_have_versions = False
+    captures_weight_copies = False
 
     def __init__(
         self,
@@ -212,6 +215,17 @@ class GluonExperts(TritonExperts):
         """Return the bytes kept of so many numbers of weights: two layouts, and scales."""
         return 0 if self.precision is None else 2 * numbers + 4 * numbers // BLOCK**2
 
+    def renew_weight_copies(self, weights: ExpertWeights) -> None:
+        """Quantize weights that changed, in the memory that CUDA graphs read."""
+        if self.precision is not None:
+            for weight in weights[:2]:
+                renew_weights(weight.detach())
+
+    def _copies(self) -> Copies:
+        if not self.weights_have_versions:
+            return "none"
+        return "captured" if self.captures_weight_copies else "kept"
+
     def __call__(
         self, x: Tensor, plan: Plan, topk_weights: Tensor | None, weights: ExpertWeights
     ) -> Tensor:
@@ -227,7 +241,7 @@ class GluonExperts(TritonExperts):
             weights,
             self.activation,
             save=self.save,
-            reuse=self.weights_have_versions and parameters,
+            copies=self._copies() if parameters else "none",
             weights_fp8=self.weights_fp8,
         )
 

@@ -32,7 +32,7 @@ from tokenyard_kernels_triton.ops._experts_call import (
     with_tensors,
     zero_gradients,
 )
-from tokenyard_kernels_triton.ops._fp8_weights import kept_weights
+from tokenyard_kernels_triton.ops._fp8_weights import Copies, kept_weights
 from tokenyard_kernels_triton.ops._gradient import differentiate_and_quantize, sum_rows
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
 from tokenyard_kernels_triton.ops._quantize import (
@@ -99,20 +99,20 @@ def _layer(call: ExpertsCall, kept: Sequence[Any], save: Save, backward: bool) -
     return _Layer(call, row_tiles, *both, save)
 
 
-def _kept(call: ExpertsCall, reuse: bool) -> tuple[Tensor | None, ...]:
-    """Return the tensors of both weights in float8 if they can be kept, else nothing."""
-    if not reuse:
+def _kept(call: ExpertsCall, copies: Copies) -> tuple[Tensor | None, ...]:
+    """Return the tensors of both weights in float8 if they are kept, else nothing."""
+    if copies == "none":
         return ()
-    up, down, *_ = (kept_weights(weights) for weights in call.weights[:2])
+    up, down = (kept_weights(weights, copies == "captured") for weights in call.weights[:2])
     return () if up is None or down is None else (*up, *down)
 
 
 def _forward(
-    call: ExpertsCall, save: Save, reuse: bool, weights_fp8: bool
+    call: ExpertsCall, save: Save, copies: Copies, weights_fp8: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [T, D], what is saved of the pre-activation, and its scales."""
     if is_empty(call):
-        return torch.zeros_like(call.x), *_saved(call, save, reuse, weights_fp8)
+        return torch.zeros_like(call.x), *_saved(call, save, copies, weights_fp8)
     call = aligned_call(call)
 
     def launches(*tensors: Any) -> tuple[Tensor, ...]:
@@ -122,7 +122,7 @@ def _forward(
     with on_device_of(call.x):
         own = tensors_of(call)
         key = ("experts in fp8", save, *sizes_of(call))
-        y, saved, scales = replayed(key, launches, (*own, *_kept(call, reuse)))
+        y, saved, scales = replayed(key, launches, (*own, *_kept(call, copies)))
     return y, saved, scales
 
 
@@ -140,7 +140,9 @@ def _launch_forward(layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
     return to_tokens(y_rows, plan, topk_weights), *saved
 
 
-def _saved(call: ExpertsCall, save: Save, reuse: bool, weights_fp8: bool) -> tuple[Tensor, Tensor]:
+def _saved(
+    call: ExpertsCall, save: Save, copies: Copies, weights_fp8: bool
+) -> tuple[Tensor, Tensor]:
     rows = call.plan.order.shape[0]
     return saved_shapes(call.x, rows, call.weights.up.shape[1], save)
 
@@ -151,7 +153,7 @@ def _backward(
     saved: list[Tensor],
     needs: ExpertNeeds,
     save: Save,
-    reuse: bool,
+    copies: Copies,
     weights_fp8: bool,
 ) -> ExpertGradients:
     if is_empty(call):
@@ -168,7 +170,7 @@ def _backward(
     with on_device_of(call.x):
         own = tensors_of(call)
         key = ("experts in fp8 backward", save, weights_fp8, needs, *sizes_of(call))
-        tensors = (aligned(dy), *saved, *own, *_kept(call, reuse))
+        tensors = (aligned(dy), *saved, *own, *_kept(call, copies))
         gradients = replayed(key, launches, tensors)
     return ExpertGradients(**dict(zip(needed(needs), gradients)))
 
@@ -254,8 +256,8 @@ def compile_fp8_experts(call: ExpertsCall, save: Save, weights_fp8: bool) -> Non
     with compiling():
         for weights in call.weights[:2]:
             quantize_weights(weights, forward=True, backward=True)
-        y, *saved = _forward(call, save, False, weights_fp8)
-        _backward(y, call, saved, needs, save, False, weights_fp8)
+        y, *saved = _forward(call, save, "none", weights_fp8)
+        _backward(y, call, saved, needs, save, "none", weights_fp8)
 
 
 fp8_experts = register_experts_op(
@@ -264,5 +266,5 @@ fp8_experts = register_experts_op(
     _backward,
     _saved,
     saves=2,
-    options={"save": str, "reuse": bool, "weights_fp8": bool},
+    options={"save": str, "copies": str, "weights_fp8": bool},
 )

@@ -58,12 +58,18 @@ def quantize_weights(weights: Tensor, forward: bool, backward: bool) -> Quantize
     experts, m, n = weights.shape
     values = weights.new_empty(experts, m, n, dtype=DTYPE) if forward else None
     transposed = weights.new_empty(experts, n, m, dtype=DTYPE) if backward else None
-    blocks = (m // BLOCK, n // BLOCK)
-    scales = weights.new_empty(experts, *blocks, dtype=torch.float32)
+    scales = weights.new_empty(experts, m // BLOCK, n // BLOCK, dtype=torch.float32)
+    quantized = QuantizedWeights(values, transposed, scales)
+    quantize_weights_into(weights, quantized)
+    return quantized
+
+
+def quantize_weights_into(weights: Tensor, quantized: QuantizedWeights) -> None:
+    """Write weights [E, M, N] in float8 over `quantized`, in the layouts that it has."""
+    scales = quantized.scales
     launch(_quantize.quantize_weights, (scales.numel(),))(
-        weights, values, transposed, scales, *blocks, BLOCK=BLOCK, num_warps=8
+        weights, *quantized, *scales.shape[1:], BLOCK=BLOCK, num_warps=8
     )
-    return QuantizedWeights(values, transposed, scales)
 
 
 def quantized_shapes(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from tokenyard.recompute_rng import RecomputeRng
 from tokenyard.sharded import has_shards
+from tokenyard.weight_copies import captured_weight_copies, renew_weight_copies
 from tokenyard_train.config.schema import TrainConfig
 
 log = logging.getLogger("tokenyard")
@@ -42,6 +43,7 @@ class MicrobatchGraph:
     A pass before the capture runs in the context `warm_up`, and must change nothing in there but
     ``parameter.grad``.
 
+    What expert kernels keep of weights is computed before a replay, if the weights changed.
     The function may have collectives. Then all ranks call this equally often, and `any_rank`
     returns whether its argument is true on any of them: either all ranks capture, or none does.
     None means that there is one rank.
@@ -53,6 +55,7 @@ class MicrobatchGraph:
         warm_up: Callable[[], AbstractContextManager[None]] = nullcontext,
         any_rank: Callable[[bool], bool] | None = None,
     ):
+        self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.warm_up = warm_up
         self.any_rank = any_rank
@@ -82,6 +85,7 @@ class MicrobatchGraph:
             self._refuse(reason)
         if self._captured is None:
             return run(work)
+        renew_weight_copies(self.model)
         result: T = self._captured.replay(work, add)
         return result
 
@@ -114,8 +118,9 @@ class MicrobatchGraph:
         random_state = torch.cuda.get_rng_state(device)
         captured = _Captured(self.parameters, work)
         try:
-            captured.warm_up(run, self.warm_up)
-            captured.capture(run)
+            with captured_weight_copies(self.model):
+                captured.warm_up(run, self.warm_up)
+                captured.capture(run)
             self._captured = captured
         except RuntimeError as error:
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
