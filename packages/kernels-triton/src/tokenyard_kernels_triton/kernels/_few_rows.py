@@ -23,24 +23,6 @@ from tokenyard_kernels_triton.kernels._tiles import dot, put, rounded
 
 
 @triton.jit
-def _prefetch(rows, mask, width):
-    """Begin to load `width` numbers from each row's pointer on into the L2 cache.
-
-    Their bytes are a multiple of 16. It needs compute capability 9.0.
-    """
-    size = width * rows.dtype.element_ty.primitive_bitwidth // 8
-    first = tl.min(tl.where(mask, rows.to(tl.int64), 9223372036854775807), 0)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [tl.where(mask, rows.to(tl.int64), first), size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def rows_at(offsets, num_experts, tile, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
     """Return (expert, first row, end of the expert's rows) of a tile of ROWS rows.
 
@@ -117,7 +99,6 @@ def up_and_activate_few(
     BIAS: tl.constexpr,
     KEEP_Z: tl.constexpr,
     KEEP_A: tl.constexpr,
-    PREFETCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -139,8 +120,6 @@ def up_and_activate_few(
         index = tl.arange(0, PARTS * COLUMNS)
         f = column + index % COLUMNS
         first = (expert.to(tl.int64) * PARTS + index // COLUMNS) * ffn_dim + f
-        if PREFETCH:
-            _prefetch(weight + first * dim, f < ffn_dim, dim)
         total = _add_slices(
             tl.zeros([PARTS * COLUMNS, ROWS], tl.float32),
             weight + first * dim,
@@ -190,7 +169,6 @@ def times_weight_few(
     TOP_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -203,20 +181,15 @@ def times_weight_few(
     columns = tl.cdiv(width, COLUMNS)
     tile = tl.program_id(0) // columns
     column = tl.program_id(0) % columns * COLUMNS
-    if CHAINED and not PREFETCH:
+    if CHAINED:
         wait_for_launch_before()
-    # With PREFETCH, the launch before has waited for the one that wrote the offsets.
     expert, row, end = rows_at(offsets, num_experts, tile, ROWS, EXPERTS)
-    c = column + tl.arange(0, COLUMNS)
-    matrix = weight + expert.to(tl.int64) * width * depth
-    if PREFETCH:
-        if expert < num_experts:
-            _prefetch(matrix + c.to(tl.int64) * depth, c < width, depth)
-        wait_for_launch_before()
     if expert < num_experts:
         # Main loop.
         r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
         rows = row_pointers(left, order, r, end, depth, TOP_K)
+        matrix = weight + expert.to(tl.int64) * width * depth
         total = tl.zeros([COLUMNS, ROWS], tl.float32)
         if TRANSPOSED:
             weight_rows = matrix + c.to(tl.int64) * depth

@@ -24,8 +24,6 @@ from tokenyard_kernels_triton.ops._portable import number_options
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows, operand
 
-_PREFETCH = {"up": False, "down": True}
-
 
 def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
     """Return the rows of tokens [T, D] as an operand, which the matmuls gather."""
@@ -66,7 +64,6 @@ def up_and_activate(
         BIAS=bias is not None,
         KEEP_Z=keep_z,
         KEEP_A=keep_a,
-        PREFETCH=_PREFETCH["up"],
         COLUMNS=columns,
         **_options(matrix, row_tiles, tiling),
     )
@@ -86,7 +83,6 @@ def times_weight(
     out = rows.new_empty(row_tiles.rows, width)
     tiling = few_rows_tiling(row_tiles.rows, row_tiles.num_experts)
     matrix, order, top_k = operand(rows)
-    options = _options(matrix, row_tiles, tiling)
     launch(_few_rows.times_weight_few, _grid(row_tiles, tiling, width, tiling.columns))(
         matrix,
         order,
@@ -100,9 +96,8 @@ def times_weight(
         TOP_K=top_k,
         TRANSPOSED=transposed,
         BIAS=bias is not None,
-        PREFETCH=_PREFETCH["down"] and transposed and options["CHAINED"] and rows.shape[1] % 8 == 0,
         COLUMNS=tiling.columns,
-        **options,
+        **_options(matrix, row_tiles, tiling),
     )
     return out
 
