@@ -74,7 +74,7 @@ def replayed(
 
 def _kind(tensor: Tensor | None) -> Hashable:
     """Return what selects a compiled kernel besides the key: dtype, device and alignment."""
-    return None if tensor is None else (tensor.dtype, tensor.device, tensor.data_ptr() % 16)
+    return None if tensor is None else (tensor.dtype, tensor.get_device(), tensor.data_ptr() % 16)
 
 
 def _remember(key: Hashable) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenyard_kernels_cuda.toolchain import _driver
 from tokenyard_kernels_cuda.toolchain._source import Source
 
-_MOST_BLOCKS = {"x": (1 << 31) - 1, "y": (1 << 16) - 1}  # CUDA's limits of the grid
+_MOST_BLOCKS = (("x", (1 << 31) - 1), ("y", (1 << 16) - 1))  # CUDA's limits of the grid
 
 
 class Parameter(Protocol):
@@ -83,6 +83,7 @@ class Kernel:
         self.source = source
         self.name = name
         self.parameters = parameters
+        self._types = tuple(parameters.values())
         # as C lays out a struct, which is how CUDA lays out a kernel's parameters
         self._layout = Struct("@" + "".join(p.code for p in parameters.values()))
 
@@ -95,20 +96,20 @@ class Kernel:
         shared memory per block. Raises TypeError for wrong arguments, ValueError for a grid that
         CUDA does not allow, CompileError and DriverError.
         """
-        values = self._values(arguments)
-        for (dimension, most), blocks in zip(_MOST_BLOCKS.items(), grid):
+        values, device = self._values(arguments)
+        for (dimension, most), blocks in zip(_MOST_BLOCKS, grid):
             if not 0 < blocks <= most:
                 raise ValueError(
                     f"{self.name}: {blocks} blocks along {dimension}; there may be 1 to {most}"
                 )
-        device = next(a.get_device() for a in arguments if isinstance(a, Tensor))
         _driver.launch(
             self.source, self.name, device, (*grid, 1), threads, shared, (values, self._layout)
         )
 
-    def _values(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(arguments) != len(self.parameters):
-            expected = len(self.parameters)
+    def _values(self, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
+        """Return the arguments for the launch, and the index of their GPU."""
+        if len(arguments) != len(self._types):
+            expected = len(self._types)
             raise TypeError(
                 f"{self.name} takes {expected} arguments, and {len(arguments)} were given"
             )
@@ -117,13 +118,14 @@ class Kernel:
             raise TypeError(
                 f"{self.name}: tensors are on {len(devices)} devices; they must be on one"
             )
-        values = []
-        for (name, parameter), argument in zip(self.parameters.items(), arguments):
-            try:
+        values: list[Any] = []
+        try:
+            for parameter, argument in zip(self._types, arguments):
                 values.append(parameter.value(argument))
-            except TypeError as fault:
-                raise TypeError(f"{self.name}: {name} {fault}") from None
-        return tuple(values)
+        except TypeError as fault:
+            name = tuple(self.parameters)[len(values)]
+            raise TypeError(f"{self.name}: {name} {fault}") from None
+        return tuple(values), devices.pop().index
 
 
 def compile_kernels(kernels: Iterable[Kernel], device: torch.device) -> None:
