@@ -21,14 +21,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run_block(folder, monkeypatch, capsys):
-    """Run a block in the page's folder and namespace. Output that it shows must be printed."""
+    """Run a block in the page's folder, Python as a script. What it shows must be printed."""
     monkeypatch.chdir(folder)
     for name in ("loss_curve", "expert_heatmap"):
         monkeypatch.setattr(f"tokenyard_train.records.plots.{name}", lambda records, path: None)
 
-    def run_block(block, space):
+    def run_block(block):
         if block.language == "python":
-            exec(compile("\n" * (block.line - 1) + block.text, str(PAGE), "exec"), space)
+            script = {"__name__": "a page"}
+            exec(compile("\n" * (block.line - 1) + block.text, str(PAGE), "exec"), script)
         elif block.language == "yaml":
             (folder / "tune.yaml").write_text(block.text)
         else:
@@ -44,8 +45,7 @@ def run_block(folder, monkeypatch, capsys):
 
 
 def test_the_way_of_tokenyard(run_block):
-    space = {"__name__": "a page"}
-    answers = [run_block(block, space) for block in BLOCKS[:TRL]]
+    answers = [run_block(block) for block in BLOCKS[:TRL]]
     assert sum(answers) == 1
 
 
@@ -53,7 +53,5 @@ def test_the_way_of_trl(run_block, folder):
     """It fine-tunes the base of the test before."""
     pytest.importorskip("trl", reason="TRL is not installed")
     pytest.importorskip("datasets")
-    space = {"__name__": "a page"}
-    exec("import torch", space)
-    assert sum(run_block(block, space) for block in BLOCKS[TRL:]) == 1
+    assert sum(run_block(block) for block in BLOCKS[TRL:]) == 1
     assert (folder / "by-trl" / "adapter_config.json").is_file()
