@@ -67,7 +67,7 @@ class Run(NamedTuple):
 def main() -> None:
     """Train all runs of a set at once, and write the file."""
     options = _options()
-    settings = SETS[options.set]
+    settings = {name: SETS[options.set][name] for name in options.settings or SETS[options.set]}
     began = time.perf_counter()
     deadline = began + options.seconds
     with tempfile.TemporaryDirectory() as temporary:
@@ -99,6 +99,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("set", choices=SETS)
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value overrides of all runs")
+    parser.add_argument("--settings", nargs="+", help="some of the set; default: all")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19])
     parser.add_argument("--seconds", type=float, default=3600.0, help="then stop all runs")
