@@ -176,10 +176,10 @@ def rates(content: dict[str, Any], path: Path) -> None:
 
 
 PICTURES: dict[str, Callable[[dict[str, Any], Path], None]] = {
-    "cpu/fp8-loss.png": training,
     "cpu/layer.png": layers,
     "cpu/optimizers.png": rates,
     "h100/routing.png": moves,
+    "h200/fp8-loss.png": spread,
     "h200/layer-gluon.png": layers,
     "h200/layer-natural.png": layers,
     "h200/layer-peers.svg": speedups,
