@@ -125,25 +125,25 @@ def training(content: dict[str, Any], path: Path) -> None:
 
 
 def spread(content: dict[str, Any], path: Path) -> None:
-    """Draw the mean held-out loss of each setting, with the range of all seeds of the first one.
+    """Draw each setting's held-out loss, the mean of its seeds, and its difference from the first.
 
-    The second plot has the differences from the first setting's mean.
+    An area is the range of the first setting's seeds.
     """
     first, *_ = content["runs"]
     losses = {name: _held_out(seeds) for name, seeds in content["runs"].items()}
     steps, references = losses[first]
     figure = make_figure(_WIDTH, 6.4)
     grid = figure.add_gridspec(2, 1)
-    curves = make_axes(figure, grid[0], "Held-out loss, mean of the seeds", "step", "nats per byte")
-    title = f"Difference from the mean of {first}"
+    curves = make_axes(figure, grid[0], "Held-out loss", "step", "nats per byte")
+    title = f"Difference from {first}"
     differences = make_axes(figure, grid[1], title, "step", "nats per byte")
-    mean = references.mean(0)
-    for axes, base in ((curves, 0.0), (differences, mean)):
-        low, high = references.min(0) - base, references.max(0) - base
-        axes.fill_between(steps, low, high, color=LINE, label=f"{first}, all seeds")
+    for axes, base in ((curves, 0.0), (differences, references.mean(0))):
+        if len(references) > 1:
+            low, high = references.min(0) - base, references.max(0) - base
+            axes.fill_between(steps, low, high, color=LINE, label=f"{first}, all seeds")
         for name, (at, values) in losses.items():
             style = {"color": _COLOURS[name], "linewidth": 1.2, "label": name}
-            axes.plot(at, values.mean(0) - (base if axes is differences else 0.0), **style)
+            axes.plot(at, values.mean(0) - base, **style)
     figure.legend(
         *curves.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
     )
