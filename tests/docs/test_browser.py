@@ -94,12 +94,13 @@ def opened(url, *options):
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--hide-scrollbars",  # as on a phone, they take no width
         "--enable-logging=stderr",
         "--virtual-time-budget=20000",
         *(options or ["--dump-dom"]),
         url,
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
