@@ -19,6 +19,8 @@ _FILL = re.compile(r"^<!-- fill: (\S+)(?: (\S+))? -->(?:\n(?:See |!\[).*)?$", re
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)")
 _CELL_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 _ROW = re.compile(r"<tr>.*?</tr>", re.DOTALL)
+_OPTION = re.compile(r'(?<=<span class="w"> </span>)--\w[\w-]*')
+_ERROR = re.compile(r"language-text(?= highlight\"><pre><span></span><code>error:)")
 _PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -46,11 +48,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Let a phone break names in cells of tables after punctuation (an mkdocs hook).
+    """Say where a phone may break lines (an mkdocs hook). Wider screens ignore it.
 
-    The style sheet ignores these places on wider screens.
+    Names in cells of tables break after punctuation, options of commands do not, and errors wrap.
     """
-    return _ROW.sub(lambda row: _CELL_CODE.sub(_breakable, row[0]), html)
+    html = _ROW.sub(lambda row: _CELL_CODE.sub(_breakable, row[0]), html)
+    html = _OPTION.sub(r'<span class="option">\g<0></span>', html)
+    return _ERROR.sub("language-text sentence", html)
 
 
 def _breakable(name: re.Match[str]) -> str:
