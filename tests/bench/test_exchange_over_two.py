@@ -120,8 +120,11 @@ def test_every_exchange_is_measured_over_two_gpus():
     for record in case[2:-1]:
         assert record["error"] <= record["allowed"]
         assert record["difference"] < 0.02
-        assert record["waits"] >= 1
-        assert record["host_wait_ms"] > 0
+        if record["contestant"].startswith("all_to_all"):
+            assert record["waits"] >= 1
+            assert record["host_wait_ms"] > 0
+        else:
+            assert record["waits"] == 0  # symmetric_memory reads its counts late
 
 
 def notes_with_failures(timeout):

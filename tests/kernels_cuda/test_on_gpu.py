@@ -143,7 +143,7 @@ def test_no_kernel_spills_registers():
     torch.zeros(1, device="cuda")
     local = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
     for kernel in kernels():
-        function = _driver.function(kernel.source, kernel.name, 0)
+        function = driver.CUfunction(_driver.function(kernel.source, kernel.name, 0).value)
         assert _driver.checked(driver.cuFuncGetAttribute(local, function), "an attribute") == 0, (
             kernel.name
         )

@@ -29,8 +29,9 @@ class TestSymmetricMemoryWithLowBound(ExchangeConformance):
     options = {"slots": 1}
 
 
-def make_exchange(slots=1.5, group=None):
-    workload = Workload(8, 12, EXPERTS, TOP_K, expert_parallel=2)
+def make_exchange(slots=1.5, group=None, device="cpu"):
+    device = torch.device(device)
+    workload = Workload(8, 12, EXPERTS, TOP_K, expert_parallel=2, device=device)
     group = group or dist.group.WORLD
     return SymmetricMemoryExchange(workload, TorchPermutation(workload), group, slots)
 
@@ -53,7 +54,7 @@ def worst_error(calls, device):
 
     Return the largest difference of y and both gradients.
     """
-    exchange = make_exchange()
+    exchange = make_exchange(device=device)
     passes = [forward(exchange, tokens, device) for tokens in calls]
     return max(backward_error(*tensors) for tensors in reversed(passes))
 

@@ -1,11 +1,14 @@
 """Which runs use a CUDA graph, and what it would not call or see: later hooks, new weights."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from torch import nn
 
 from tokenyard import MoE, Workload
 from tokenyard.experts import TorchExperts
-from tokenyard_train.engine.cuda_graph import MicrobatchGraph, why_no_graph
+from tokenyard_train.engine.cuda_graph import MicrobatchGraph, _Captured, why_no_graph
 
 
 def hook(*_):
@@ -38,7 +41,7 @@ def test_hooks_of_the_model_itself_are_part_of_its_forward_pass(model):
 def test_a_later_hook_is_noticed_until_it_is_removed(model, register):
     graph = MicrobatchGraph(model)
     handle = register(model)
-    assert graph._hooked() == "1"
+    assert graph._hooked() == "1 got a hook, which a graph does not call"
     handle.remove()
     assert graph._hooked() is None
 
@@ -49,6 +52,18 @@ def test_recomputed_blocks_are_captured_and_offloaded_ones_are_not(config, model
     assert why_no_graph(run, model, ranks=1) is None
     offloaded = run.model_copy(update={"activation_cpu_offload": True})
     assert why_no_graph(offloaded, model, ranks=1) == "activation_cpu_offload is true"
+
+
+def test_a_result_may_hold_nothing():
+    """A dense model has no sums over its MoE layers."""
+    captured = object.__new__(_Captured)
+    captured.parameters, captured.gradients, captured.work = [], [], None
+    captured.rng = SimpleNamespace(rewind=lambda: None)
+    captured.graph = SimpleNamespace(replay=lambda: captured.result[0].add_(1))
+    captured.result = (torch.zeros(()), None)
+    first, nothing = captured.replay(None, add=False)
+    captured.replay(None, add=False)
+    assert (first.item(), nothing) == (1, None)
 
 
 class Caching(TorchExperts):

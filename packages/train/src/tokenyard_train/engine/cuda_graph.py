@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tokenyard.recompute_rng import RecomputeRng
 from tokenyard.sharded import has_shards
@@ -139,10 +139,10 @@ class MicrobatchGraph:
         log.warning("steps run without a CUDA graph (%s); set cuda_graph: false", reason)
 
     def _hooked(self) -> str | None:
-        """Return the name of the first module that got a hook, or None."""
+        """Return which module got a hook after this object was made, or None."""
         for name, module, count in self._hooks:
             if _count_hooks(module) != count:
-                return name or "the model"
+                return f"{name or 'the model'} got a hook, which a graph does not call"
         return None
 
 
@@ -199,7 +199,7 @@ class _Captured:
                 parameter.grad = gradient.clone()
             else:
                 parameter.grad += gradient
-        return tree_map(torch.clone, self.result)
+        return tree_map_only(Tensor, torch.clone, self.result)
 
     def _clear_gradients(self) -> None:
         for parameter in self.parameters:
