@@ -21,7 +21,6 @@ from tokenyard_kernels_cuda.toolchain._source import headers
 COMPILER = shutil.which("g++")
 _FAULTS = {1: "has a deadlock", 2: "writes past its shared memory"}
 _INSTRUCTION = re.compile(r'asm\("(\S+) %0, %1;" : "=\w"\((.+?)\) : "\w"\((.+?)\)\);')
-_MMA = re.compile(r'asm\("mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)\..*?\);', re.DOTALL)
 _SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 _seeds = count(1)
 _CTYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
@@ -67,7 +66,6 @@ def _compile(folder: Path, output: str, source: str, *options: str) -> None:
 
 def _in_cpp(text: str) -> str:
     """Replace CUDA syntax that a C++ compiler rejects: shared memory and asm statements."""
-    text = _MMA.sub(r"emulator::mma(c, a, b, emulator::\1_to_float);", text)
     text = _SHARED.sub(r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory());", text)
     return _INSTRUCTION.sub(lambda m: f"emulator::{m[1].replace('.', '_')}({m[2]}, {m[3]});", text)
 

@@ -195,42 +195,6 @@ inline void cvt_rn_bf16_f32(unsigned short& bits, float x) {
   bits = std::isnan(x) ? 0x7fff : (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
 }
 
-inline float bf16_to_float(unsigned short bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  memcpy(&x, &wide, 4);
-  return x;
-}
-inline float f16_to_float(unsigned short bits) {
-  float x;
-  cvt_f32_f16(x, bits);
-  return x;
-}
-
-// mma.sync m16n8k16: add a [16, 16] @ b [16, 8] to c [16, 8], spread over the lanes.
-inline void mma(
-    float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], float (*convert)(unsigned short)) {
-  uint64_t words[3][32];  // of every lane: a[0] and a[1], a[2] and a[3], b
-  const unsigned* mine[3] = {a, a + 2, b};
-  for (int i = 0; i < 3; ++i) {
-    const uint64_t both = mine[i][0] | static_cast<uint64_t>(mine[i][1]) << 32;
-    memcpy(words[i], exchange(both), sizeof(words[i]));
-  }
-  const auto element = [&](uint64_t both, int at) {
-    return convert(static_cast<unsigned short>(both >> 16 * at));
-  };
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane() / 4 + i / 2 * 8;
-    const int column = lane() % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const int part = k % 8 / 2;
-      const float left = element(words[k / 8][row % 8 * 4 + part], row / 8 * 2 + k % 2);
-      const float right = element(words[2][column * 4 + part], k / 8 * 2 + k % 2);
-      c[i] += left * right;
-    }
-  }
-}
-
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(emulator::block); }

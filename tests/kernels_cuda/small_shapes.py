@@ -40,14 +40,9 @@ def split(dtype):
 
 
 def few_logits(dtype):
-    """Compute the logits of few tokens, of some and of more, and their gradients.
-
-    Blocks are partial, and so is the last step over rows of 33 packs.
-    """
-    weight = torch.randn(19, 264, device="cuda", dtype=dtype, requires_grad=True)
-    for tokens in (9, 17, 139):
-        x = torch.randn(tokens, 264, device="cuda", dtype=dtype, requires_grad=True)
-        logits_op(x, weight).sum().backward()
+    """Compute the logits of few tokens: two groups of them, and rows of a partial block."""
+    x = torch.randn(11, 264, device="cuda", dtype=dtype)
+    logits_op(x, torch.randn(9, 264, device="cuda", dtype=dtype))
 
 
 def main():

@@ -12,13 +12,11 @@
 
 typedef Pack<ELEMENT, 8> Vector;
 typedef Pack<ELEMENT, 2> Pair;
-typedef Pack<float, 2> Number2;
-typedef Pack<float, 4> Number4;
 constexpr int M = 32;                 // of a block
 constexpr int N = 64;                 // of a block, two per lane
 constexpr int K = 32;                 // per step of the main loop
 constexpr int THREADS = 256;          // of a block
-constexpr int WARP_ROWS = M / (THREADS / WARP);  // one Number4
+constexpr int WARP_ROWS = M / (THREADS / WARP);
 constexpr int PACKS = N / 8;          // THREADS == K * PACKS: a thread loads one pack per step
 constexpr int NUMBERS = M * K / THREADS;
 
@@ -105,12 +103,12 @@ extern "C" __global__ void logits_backward_of_few(
     if (k + K < operand.depth) slice = load_slice(operand, other, m, k + K, pack, vectors);
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-      const Number2 columns = load(reinterpret_cast<const Number2*>(right + i * N) + lane_id());
-      const Number4 rows = load(reinterpret_cast<const Number4*>(left + i * M) + warp_id());
+      const float* columns = right + i * N + 2 * lane_id();
 #pragma unroll
       for (int r = 0; r < WARP_ROWS; ++r) {
-        total[r][0] += rows.at[r] * columns.at[0];
-        total[r][1] += rows.at[r] * columns.at[1];
+        const float number = left[i * M + warp_id() * WARP_ROWS + r];
+        total[r][0] += number * columns[0];
+        total[r][1] += number * columns[1];
       }
     }
   }

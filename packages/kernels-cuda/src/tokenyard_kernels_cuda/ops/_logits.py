@@ -1,4 +1,4 @@
-"""Router logits of narrow operands: one matmul that accumulates and returns float32.
+"""Router logits of narrow operands: one GEMM that accumulates and returns float32.
 
 The gradient of the logits is float32. For few tokens, one launch multiplies it in float32. For
 others, the backward pass splits it into the sum of two narrow
@@ -21,15 +21,9 @@ from tokenyard_kernels_cuda.ops._sizes import WARP, ceil_div
 from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
 
 _THREADS = 256
-_FEW = 16  # tokens, up to which blocks of one expert are faster than tiles
+_FEW = 16  # tokens, up to which blocks of one expert are faster than a GEMM
 _FEW_THREADS = 128  # of such a block
 _FEW_TOKENS = 8  # of such a block, as in logits.cu
-
-_SOME = 512  # tokens, up to which tiles of ours take less time than a GEMM and its launch
-_TILE_EXPERTS, _TILE_TOKENS, _TILE_WARPS = 16, 8, 8  # as in logits_tiles.cu
-_ONE_TILE = 128  # tokens, up to which a block has one tile
-TILES = (1, 4)
-"""The tiles of a block: up to 128 tokens, and beyond."""
 
 _FEW_IN_BACKWARD = 512  # tokens, up to which one launch computes both gradients
 _FEW_BACKWARD_THREADS = 256  # of a block of that launch, as in logits_backward.cu
@@ -58,20 +52,9 @@ def split_kernel(dtype: torch.dtype) -> Kernel:
 def few_kernel(dtype: torch.dtype) -> Kernel:
     """Return the kernel that computes the logits of few tokens."""
     source = Source("logits.cu", (("ELEMENT", ELEMENTS[dtype]),))
-    return _logits_kernel(source, "logits_of_few", dtype)
-
-
-@cache
-def tiles_kernel(dtype: torch.dtype, tiles: int) -> Kernel:
-    """Return the kernel that computes the logits of some tokens, so many tiles a block."""
-    macros = (("ELEMENT", ELEMENTS[dtype]), ("TILES", str(tiles)))
-    return _logits_kernel(Source("logits_tiles.cu", macros), "logits_by_tiles", dtype)
-
-
-def _logits_kernel(source: Source, name: str, dtype: torch.dtype) -> Kernel:
     return Kernel(
         source,
-        name,
+        "logits_of_few",
         x=Array(dtype),
         weight=Array(dtype),
         logits=Array(torch.float32),
@@ -99,16 +82,10 @@ def few_backward_kernel(dtype: torch.dtype) -> Kernel:
     )
 
 
-def logits_kernels(dtype: torch.dtype) -> list[Kernel]:
-    """List the kernels for operands of a dtype."""
-    tiled = [tiles_kernel(dtype, tiles) for tiles in TILES]
-    return [split_kernel(dtype), few_kernel(dtype), *tiled, few_backward_kernel(dtype)]
-
-
 @operator("tokenyard_cuda::logits", kept=True)
 def logits_op(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [T, D] @ weight.T [D, E] in float32."""
-    if 0 < x.shape[0] <= _SOME and _has_packs(x) and _has_packs(weight):
+    if 0 < x.shape[0] <= _FEW and _has_packs(x) and _has_packs(weight):
         return _logits_of_few(x, weight)
     return _float32_matmul(x, weight.t())
 
@@ -151,16 +128,17 @@ def _logits_of_few(x: Tensor, weight: Tensor) -> Tensor:
     tokens, dim = x.shape
     experts = weight.shape[0]
     logits = x.new_empty(tokens, experts, dtype=torch.float32)
-    arguments = (x, weight, logits, tokens, experts, dim // 8)
-    if tokens <= _FEW:
-        grid = (experts, ceil_div(tokens, _FEW_TOKENS))
-        sums = _FEW_TOKENS * _FEW_THREADS // WARP
-        few_kernel(x.dtype)(grid, _FEW_THREADS, *arguments, shared=4 * sums)
-        return logits
-    tiles = TILES[tokens > _ONE_TILE]
-    grid = (ceil_div(experts, _TILE_EXPERTS), ceil_div(tokens, tiles * _TILE_TOKENS))
-    sums = _TILE_WARPS * _TILE_EXPERTS * tiles * _TILE_TOKENS
-    tiles_kernel(x.dtype, tiles)(grid, WARP * _TILE_WARPS, *arguments, shared=4 * sums)
+    few_kernel(x.dtype)(
+        (experts, ceil_div(tokens, _FEW_TOKENS)),
+        _FEW_THREADS,
+        x,
+        weight,
+        logits,
+        tokens,
+        experts,
+        dim // 8,
+        shared=4 * _FEW_TOKENS * _FEW_THREADS // WARP,
+    )
     return logits
 
 
