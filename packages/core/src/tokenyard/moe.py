@@ -89,8 +89,9 @@ class MoE(nn.Module):
         dtype or device than the workload.
         """
         self.workload.check_input(x)
-        # no views of a matrix: each is a node of autograd
-        tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [T, D]
+        # A view of a matrix, too: its node adds up both gradients of x on this stream. A leaf adds
+        # on the stream that it was made on, which breaks the capture of a CUDA graph.
+        tokens = x.reshape(-1, x.shape[-1])  # [T, D]
 
         # 1. router: topk_ids [T, K], topk_weights [T, K], logits [T, E]
         if padding is None:
