@@ -40,9 +40,11 @@ def split(dtype):
 
 
 def few_logits(dtype):
-    """Compute the logits of few tokens: two groups of them, and rows of a partial block."""
-    x = torch.randn(11, 264, device="cuda", dtype=dtype)
-    logits_op(x, torch.randn(9, 264, device="cuda", dtype=dtype))
+    """Compute the logits of few tokens and of some more, and their gradients, in partial blocks."""
+    weight = torch.randn(19, 264, device="cuda", dtype=dtype, requires_grad=True)
+    for tokens in (11, 37):
+        x = torch.randn(tokens, 264, device="cuda", dtype=dtype, requires_grad=True)
+        logits_op(x, weight).sum().backward()
 
 
 def main():

@@ -10,13 +10,7 @@ from torch import Tensor
 from tokenyard.dtypes import compute_dtype
 from tokenyard.routers import TopKRouter
 from tokenyard.workload import Workload
-from tokenyard_kernels_cuda.ops._logits import (
-    NARROW,
-    few_backward_kernel,
-    few_kernel,
-    logits_op,
-    split_kernel,
-)
+from tokenyard_kernels_cuda.ops._logits import NARROW, logits_kernels, logits_op
 from tokenyard_kernels_cuda.ops._route_tokens import route_tokens
 from tokenyard_kernels_cuda.ops._topk import route, route_kernels, weigh
 from tokenyard_kernels_cuda.toolchain import compile_kernels
@@ -34,7 +28,7 @@ class CudaRouter(TopKRouter):
         dtype = self.workload.dtype
         kernels = list(route_kernels(self.num_experts))
         if dtype in NARROW:
-            kernels += [split_kernel(dtype), few_kernel(dtype), few_backward_kernel(dtype)]
+            kernels += logits_kernels(dtype)
         compile_kernels(kernels, self.workload.device)
 
     def route(self, x: Tensor, topk_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

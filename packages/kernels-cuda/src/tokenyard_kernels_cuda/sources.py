@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from tokenyard_kernels_cuda.ops._logits import (
-    NARROW,
-    few_backward_kernel,
-    few_kernel,
-    split_kernel,
-)
+from tokenyard_kernels_cuda.ops._logits import NARROW, logits_kernels
 from tokenyard_kernels_cuda.ops._moves import ELEMENTS, move_kernels, vectors_of
 from tokenyard_kernels_cuda.ops._plan import KERNELS
 from tokenyard_kernels_cuda.ops._sizes import WARP
@@ -17,8 +12,7 @@ from tokenyard_kernels_cuda.toolchain import Kernel, Source
 
 def kernels() -> list[Kernel]:
     """List all kernels."""
-    of_logits = (split_kernel, few_kernel, few_backward_kernel)
-    all_kernels = [*KERNELS, *(kernel(dtype) for kernel in of_logits for dtype in NARROW)]
+    all_kernels = [*KERNELS, *(kernel for dtype in NARROW for kernel in logits_kernels(dtype))]
     for dtype in ELEMENTS:
         for vector in vectors_of(dtype):
             all_kernels += move_kernels(dtype, vector).kernels()

@@ -21,9 +21,12 @@ from tokenyard_kernels_cuda.ops._sizes import WARP, ceil_div
 from tokenyard_kernels_cuda.toolchain import Array, Int, Kernel, Source
 
 _THREADS = 256
-_FEW = 16  # tokens, up to which blocks of one expert are faster than a GEMM
-_FEW_THREADS = 128  # of such a block
+_FEW = 64  # tokens, up to which a kernel of ours takes less time than a GEMM and its launch
+_FEW_THREADS = 128  # of a block of that kernel
 _FEW_TOKENS = 8  # of such a block, as in logits.cu
+_SPREAD = 16  # tokens, up to which a block has one expert
+FEW_EXPERTS = (1, 8)
+"""The experts of a block of few tokens: up to 16 tokens, and beyond."""
 
 _FEW_IN_BACKWARD = 512  # tokens, up to which one launch computes both gradients
 _FEW_BACKWARD_THREADS = 256  # of a block of that launch, as in logits_backward.cu
@@ -49,9 +52,10 @@ def split_kernel(dtype: torch.dtype) -> Kernel:
 
 
 @cache
-def few_kernel(dtype: torch.dtype) -> Kernel:
-    """Return the kernel that computes the logits of few tokens."""
-    source = Source("logits.cu", (("ELEMENT", ELEMENTS[dtype]),))
+def few_kernel(dtype: torch.dtype, block_experts: int) -> Kernel:
+    """Return the kernel that computes the logits of few tokens, and so many experts a block."""
+    macros = (("ELEMENT", ELEMENTS[dtype]), ("EXPERTS", str(block_experts)))
+    source = Source("logits.cu", macros)
     return Kernel(
         source,
         "logits_of_few",
@@ -80,6 +84,12 @@ def few_backward_kernel(dtype: torch.dtype) -> Kernel:
         experts=Int(),
         vectors=Int(),
     )
+
+
+def logits_kernels(dtype: torch.dtype) -> list[Kernel]:
+    """List the kernels for operands of a dtype."""
+    few = [few_kernel(dtype, experts) for experts in FEW_EXPERTS]
+    return [split_kernel(dtype), *few, few_backward_kernel(dtype)]
 
 
 @operator("tokenyard_cuda::logits", kept=True)
@@ -128,8 +138,9 @@ def _logits_of_few(x: Tensor, weight: Tensor) -> Tensor:
     tokens, dim = x.shape
     experts = weight.shape[0]
     logits = x.new_empty(tokens, experts, dtype=torch.float32)
-    few_kernel(x.dtype)(
-        (experts, ceil_div(tokens, _FEW_TOKENS)),
+    block_experts = FEW_EXPERTS[tokens > _SPREAD]
+    few_kernel(x.dtype, block_experts)(
+        (ceil_div(experts, block_experts), ceil_div(tokens, _FEW_TOKENS)),
         _FEW_THREADS,
         x,
         weight,
@@ -137,7 +148,7 @@ def _logits_of_few(x: Tensor, weight: Tensor) -> Tensor:
         tokens,
         experts,
         dim // 8,
-        shared=4 * _FEW_TOKENS * _FEW_THREADS // WARP,
+        shared=4 * block_experts * _FEW_TOKENS * _FEW_THREADS // WARP,
     )
     return logits
 
