@@ -303,7 +303,7 @@ CASES = (
     ("GluonExperts", "narrow", torch.bfloat16, "swiglu", False, "pre_activation"),
     ("GluonExperts", "narrow", torch.float16, "gelu_tanh", True, "recompute"),
     ("GluonExperts", "wide", torch.float16, "gelu_tanh", True, "recompute"),
-    ("GluonExperts", "narrow", torch.bfloat16, "geglu", True, "recompute"),
+    ("GluonExperts", "narrow", torch.bfloat16, "swiglu", True, "recompute"),
     ("GluonExperts", "wide", torch.bfloat16, "geglu", True, "fp8"),
     ("GluonExperts", "wide", torch.bfloat16, swiglu(limit=7), False, "pre_activation"),
     ("GluonExperts", "narrow", torch.bfloat16, swiglu(1.702, 7, 1), False, "pre_activation"),

@@ -397,6 +397,11 @@ def _shared(allocated):
     return Barriers(allocated) if isinstance(allocated, list) else allocated
 
 
+def _round_and_widen(tile, dtype):
+    rounded = tile.to(dtype)
+    return rounded, rounded.to(Dtype(torch.float32))
+
+
 def _replacements():
     """Return name -> what replaces it in the modules of kernels."""
     return {
@@ -414,6 +419,7 @@ def _replacements():
         "fence_async_shared": lambda: None,
         "_pairs": Pairs,
         "round_pairs": lambda tile, dtype: tile.to(dtype),
+        "round_and_widen": _round_and_widen,
         "_logistic": lambda z, ptx: Value(z.tensor.sigmoid()),
         "warpgroup_mma": mma,
         "warpgroup_mma_wait": mma_wait,

@@ -87,16 +87,16 @@ def test_an_h100_has_a_kernel_of_its_own(records):
 
 
 def test_nothing_spills(records):
-    """Three may spill a little, outside of their main loops.
+    """Two may spill a little, outside of their main loops.
 
-    They are odd widths, whose rows are not aligned, the erf of `geglu`, and matmuls in FP8 that
-    gather: these load up to four registers again once a tile.
+    They are odd widths, whose rows are not aligned, and matmuls in FP8 that gather: these load up
+    to four registers again once a tile.
     """
     spilling = [record for record in records if record["spilled"]]
     in_fp8 = [r for r in spilling if r["kernels"] == "GluonExperts in FP8"]
     assert all(r["gathers"] and r["spilled"] <= 16 for r in in_fp8)
     others = [r for r in spilling if r not in in_fp8]
-    assert not [r for r in others if r["case"] != "odd" and r["activation"] != "geglu"]
+    assert not [r for r in others if r["case"] != "odd"]
     assert not [r for r in spilling if r["spilled"] > 96]
 
 

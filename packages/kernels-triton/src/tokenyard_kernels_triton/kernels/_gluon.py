@@ -28,6 +28,7 @@ from tokenyard_kernels_triton.kernels._gluon_pipeline import (
     add,
     barriers,
     ragged_at,
+    round_and_widen,
     round_pairs,
     skip_slices,
     store,
@@ -38,25 +39,24 @@ from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 @gluon.jit
 def _add_bias(
-    tile,  # [64, COLUMNS] float32
-    bias,  # [PARTS * width] of the tile's expert
-    column,  # the tile's first column within a part
+    tile,  # [64, CHUNK] float32
+    bias,  # [width] of the tile's expert
+    column,  # the tile's first column
     width,
-    PARTS: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    CHUNK: gl.constexpr,
 ):
-    """Add the bias to a tile that holds the same columns of each part side by side."""
-    WIDTH: gl.constexpr = COLUMNS // PARTS
-    # Column `index` of the tile is column `c` of part `index // WIDTH`.
-    index = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, tile.type.layout))
-    c = column + index % WIDTH
-    value = gl.load(bias + index // WIDTH * width + c, mask=c < width, other=0.0)
+    """Add the bias to a tile."""
+    c = column + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, tile.type.layout))
+    value = gl.load(bias + c, mask=c < width, other=0.0)
     return tile + value.to(gl.float32)[None, :]
 
 
 @gluon.jit
 def _activate_and_store(
     total,  # [64, COLUMNS] float32
+    bias,  # [E, PARTS * F], or None
+    expert,
+    width,  # F
     z,  # [R, PARTS * F]
     a_out,  # [R, F]
     buffers,  # [2 * BUFFERS * (PARTS + 1), 64, CHUNK] in shared memory
@@ -67,6 +67,7 @@ def _activate_and_store(
     INDEX: gl.constexpr,
     FUNCTION: gl.constexpr,
     PARTS: gl.constexpr,
+    BIAS: gl.constexpr,
     KEEP_Z: gl.constexpr,
     KEEP_A: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -76,14 +77,20 @@ def _activate_and_store(
     column = first + INDEX * CHUNK
 
     # Round z to the output dtype first, so that recomputing it gives the same activation.
-    gate = round_pairs(take_chunk(total, INDEX, COLUMNS, CHUNK), a_out.dtype)
-    act = function(gate.to(gl.float32), FUNCTION, True)
+    gate = take_chunk(total, INDEX, COLUMNS, CHUNK)
+    if BIAS:
+        gate = _add_bias(gate, bias + expert * PARTS * width, column, width, CHUNK)
+    gate, wide = round_and_widen(gate, a_out.dtype)
+    act = function(wide, FUNCTION, True)
     if KEEP_Z:
         buffers.index(buffer).reshape([64, CHUNK]).store(gate)
     if PARTS == 2:
         SECOND: gl.constexpr = INDEX + COLUMNS // PARTS // CHUNK
-        up = round_pairs(take_chunk(total, SECOND, COLUMNS, CHUNK), a_out.dtype)
-        act *= factor(up.to(gl.float32), FUNCTION)
+        up = take_chunk(total, SECOND, COLUMNS, CHUNK)
+        if BIAS:
+            up = _add_bias(up, bias + (expert * PARTS + 1) * width, column, width, CHUNK)
+        up, wide = round_and_widen(up, a_out.dtype)
+        act *= factor(wide, FUNCTION)
         if KEEP_Z:
             buffers.index(buffer + 1).reshape([64, CHUNK]).store(up)
     if KEEP_A:
@@ -146,21 +153,15 @@ def _multiply_up(
             )
 
             # Epilogue: bias, activation and stores, CHUNK columns at a time.
-            if BIAS:
-                total = _add_bias(
-                    total,
-                    bias + expert * PARTS * ffn_dim,
-                    n * WIDTH,
-                    ffn_dim,
-                    PARTS,
-                    COLUMNS,
-                )
             for i in gl.static_range(WIDTH // CHUNK):
                 buffer = (BUFFERS * WARPGROUP + stored % BUFFERS) * (PARTS + 1)
                 # Wait until the stores that used this buffer have read it.
                 tma.store_wait((BUFFERS - 1) * (PARTS * KEEP_Z + KEEP_A))
                 _activate_and_store(
                     total,
+                    bias,
+                    expert,
+                    ffn_dim,
                     z,
                     a_out,
                     buffers,
@@ -171,6 +172,7 @@ def _multiply_up(
                     i,
                     FUNCTION,
                     PARTS,
+                    BIAS,
                     KEEP_Z,
                     KEEP_A,
                     COLUMNS,
@@ -321,22 +323,17 @@ def _multiply_rows(
             )
 
             # Epilogue: bias and stores, CHUNK columns at a time.
-            if BIAS:
-                total = _add_bias(
-                    total,
-                    bias + expert * width,
-                    n * COLUMNS,
-                    width,
-                    1,
-                    COLUMNS,
-                )
             for i in gl.static_range(COLUMNS // CHUNK):
+                column = n * COLUMNS + i * CHUNK
+                chunk = take_chunk(total, i, COLUMNS, CHUNK)
+                if BIAS:
+                    chunk = _add_bias(chunk, bias + expert * width, column, width, CHUNK)
                 # Wait until the store that used this buffer has read it.
                 tma.store_wait(BUFFERS - 1)
                 buffer = buffers.index(BUFFERS * WARPGROUP + stored % BUFFERS)
-                buffer.reshape([64, CHUNK]).store(take_chunk(total, i, COLUMNS, CHUNK).to(a.dtype))
+                buffer.reshape([64, CHUNK]).store(chunk.to(a.dtype))
                 fence_async_shared()
-                store(out, ragged_at(row, end, 0, n * COLUMNS + i * CHUNK), buffer)
+                store(out, ragged_at(row, end, 0, column), buffer)
                 stored += 1
         else:  # the tile has no rows for this warp group
             skip_slices(full, empty, done, steps, STAGES)

@@ -21,6 +21,7 @@ from tokenyard_kernels_triton.kernels._gluon_loads import (
     left_slices,
     load_row_tiles,
     loading_warps,
+    registers,
 )
 from tokenyard_kernels_triton.kernels._gluon_pipeline import (
     accumulate,
@@ -33,15 +34,6 @@ from tokenyard_kernels_triton.kernels._gluon_pipeline import (
     take_chunk,
 )
 from tokenyard_kernels_triton.kernels._schedule import tile_at
-
-
-@gluon.constexpr_function
-def _registers(TOP_K):
-    """Return the registers per thread: of the second warp group, and of the loader.
-
-    With 216 registers, as other matmuls that gather have, SwiGLU with options spills.
-    """
-    return [224, 56] if TOP_K else [240, 24]
 
 
 @gluon.constexpr_function
@@ -325,5 +317,5 @@ def differentiate_down(
             ),
         ],
         [4, loading_warps(TOP_K)],
-        _registers(TOP_K),
+        registers(TOP_K),
     )

@@ -152,3 +152,30 @@ def round_pairs(tile, dtype: gl.constexpr):
         return gl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [tile], gl.float16, True, 2
         )
+
+
+@gluon.jit
+def round_and_widen(tile, dtype: gl.constexpr):
+    """Return a float32 tile in bfloat16 or float16, as `round_pairs` does, and that in float32.
+
+    In bfloat16 this takes fewer instructions than a conversion of the rounded tile.
+    """
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high;
+            cvt.rn.bf16x2.f32 $0, $4, $3;
+            shl.b32 low, $0, 16;
+            and.b32 high, $0, 0xFFFF0000;
+            mov.b32 $1, low;
+            mov.b32 $2, high;
+            }""",
+            "=r,=f,=f,f,f",
+            [tile],
+            (gl.bfloat16, gl.float32),
+            True,
+            2,
+        )
+    else:
+        rounded = round_pairs(tile, dtype)
+        return rounded, rounded.to(gl.float32)
