@@ -24,6 +24,10 @@ ROWS = 128  # of a tile
 # Of a thread at launch: two warp groups and the loader then share 65536 registers.
 _REGISTERS = 168
 
+# Activations whose up matmul spills registers with tiles of 256 columns, and their tile.
+_COSTLY = ("gelu", "gelu_tanh")
+_OF_COSTLY = GluonTiling(4, 64, 2, columns=128, group=16)
+
 # Of `differentiate_down`: columns at a time, chunks of the pre-activation loaded ahead (RING), and
 # buffers of results. They fill its shared memory.
 _DIFFERENTIATE = {"STAGES": 3, "CHUNK": 32, "RING": 2, "BUFFERS": 2}
@@ -47,7 +51,7 @@ def up_and_activate(
     """Return z [R, 2F or F] and a [R, F] of rows x [R, D]; one that is not kept is empty."""
     parts = 2 if is_gated(activation) else 1
     ffn_dim = up.shape[1] // parts
-    tiling = tiling or gluon_tiling("up", x.shape[1], ffn_dim, x.device)
+    tiling = tiling or _up_tiling(x, ffn_dim, activation)
     columns = tiling.columns // parts
     z = x.new_empty(row_tiles.rows if keep_z else 0, up.shape[1])
     a = x.new_empty(row_tiles.rows if keep_a else 0, ffn_dim)
@@ -73,6 +77,12 @@ def up_and_activate(
         **_options(x.device, tiling),
     )
     return z, a
+
+
+def _up_tiling(x: Rows, ffn_dim: int, activation: str) -> GluonTiling:
+    if activation in _COSTLY:
+        return _OF_COSTLY
+    return gluon_tiling("up", x.shape[1], ffn_dim, x.device)
 
 
 def times_weight(
