@@ -31,6 +31,7 @@ CHUNKS = (32, 64, 128)  # numbers of columns that can be stored at a time
 _SHARED = 232448  # bytes of shared memory of a program
 _RESERVED = 1024  # of them, for barriers and alignment
 _WIDE = 4096  # expert width from which the table's second column applies
+_VERY_FINE = 256  # expert width up to which the tiles of very fine experts apply
 
 log = logging.getLogger("tokenyard")
 
@@ -77,6 +78,8 @@ _TABLE: dict[Matmul, tuple[GluonTiling, GluonTiling]] = {
     "up_gradient": (GluonTiling(4, 64, 2, group=16), GluonTiling(4, 64, 2, group=16)),
     "down_gradient": (GluonTiling(4, 64, 2, group=4), GluonTiling(4, 64, 2, group=16)),
 }
+# Very fine experts, whose down matmul sums over few slices: 10 % less time on an H200.
+_OF_VERY_FINE: dict[Matmul, GluonTiling] = {"down": GluonTiling(4, 64, 2, group=16)}
 # Wide experts on an H100, whose memory is slower. In a layer (not alone), the tile in the table
 # takes up to 1.5 times as long.
 _WIDE_ON_H100: dict[Matmul, GluonTiling] = {"input_gradient": GluonTiling(3, 32, 1, group=16)}
@@ -90,11 +93,14 @@ def gluon_tiling(matmul: Matmul, dim: int, ffn_dim: int, device: torch.device) -
     """
     gpu = gpu_key(device)
     tuned = _tuned(gpu).get(bucket(matmul, dim, ffn_dim))
-    return tuned or _shipped(gpu, matmul, ffn_dim >= _WIDE)
+    return tuned or _shipped(gpu, matmul, ffn_dim)
 
 
-def _shipped(gpu: str, matmul: Matmul, wide: bool) -> GluonTiling:
-    override = _WIDE_ON_H100.get(matmul) if wide and "H100" in gpu else None
+def _shipped(gpu: str, matmul: Matmul, ffn_dim: int) -> GluonTiling:
+    wide = ffn_dim >= _WIDE
+    override = _OF_VERY_FINE.get(matmul) if ffn_dim <= _VERY_FINE else None
+    if wide and "H100" in gpu:
+        override = _WIDE_ON_H100.get(matmul)
     return override or _TABLE[matmul][wide]
 
 

@@ -13,6 +13,7 @@ from tokenyard_kernels_triton.launching import launch
 _COLUMNS = 2048  # at most, for one program
 _FEW = 128  # tokens, up to which one is summed by several programs
 _COLUMNS_OF_FEW = 256  # of such a program
+_COLUMNS_OF_MANY = 512  # at most, of a program of one warp that sums more tokens
 
 
 def to_rows(
@@ -47,7 +48,8 @@ def to_tokens(rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
     dim = rows.shape[1]
     tokens = plan.inverse.shape[0] // plan.top_k
     y = rows.new_empty(tokens, dim)
-    columns = min(_columns(dim), _COLUMNS if tokens > _FEW else _COLUMNS_OF_FEW)
+    few = tokens <= _FEW
+    columns = min(power_of_two(dim), _COLUMNS_OF_FEW if few else _COLUMNS_OF_MANY)
     launch(_moves.sum_to_tokens, (tokens, ceil_div(dim, columns)))(
         rows,
         y,
@@ -58,6 +60,7 @@ def to_tokens(rows: Tensor, plan: Plan, topk_weights: Tensor | None) -> Tensor:
         TOP_K=plan.top_k,
         COLUMNS=columns,
         WEIGHTED=topk_weights is not None,
+        num_warps=4 if few else 1,
         **chained(rows.device),
     )
     return y
