@@ -22,6 +22,7 @@ import torch
 
 from tokenyard.measure.machine import describe_machine
 from tokenyard_train.parent_death import PARENT
+from tokenyard_train.records.metrics import Metrics
 
 CONFIG = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 SIZE = (
@@ -151,8 +152,7 @@ def _wait(runs: list[Run], deadline: float) -> None:
 
 def _record(run: Run, steps: int) -> dict[str, Any]:
     """Return the losses of a run, and the median milliseconds of a step."""
-    lines = run.metrics.read_text().splitlines() if run.metrics.exists() else []
-    records = [json.loads(line) for line in lines]
+    records = Metrics(run.metrics).read()
     train = [record for record in records if record["kind"] == "train"]
     losses = [record["loss"] for record in train]
     every = _steps_per_loss(steps)
