@@ -63,13 +63,8 @@ def accumulate(
     next_rows, next_first, next_second = _scales_at(
         0, steps, row_scales, rows, scales, column, next_half, next_slice
     )
+    of_last = gl.zeros([64], gl.float32, gl.SliceLayout(1, _QUARTER))
     for k in range(done, done + steps):
-        # Load the next slice's scales while this one is multiplied.
-        of_first = next_rows * next_first  # [64]
-        of_second = next_rows * next_second
-        next_rows, next_first, next_second = _scales_at(
-            k - done + 1, steps, row_scales, rows, scales, column, next_half, next_slice
-        )
         stage = k % STAGES
         mbarrier.wait(full.index(stage), (k // STAGES) & 1)
         left = a.index(2 * stage + WARPGROUP).reshape([64, 128]).load(_LEFT)
@@ -77,8 +72,19 @@ def accumulate(
 
         # Two matmuls are in flight. The second wait of each pair is redundant: it ties the total to
         # the next matmul. Else LLVM moves the additions below that, and more registers are alive.
+        # The last sum of a slice is added when the next slice's first matmul has started.
         one = _multiply(left, right, 0, one)
+        two = warpgroup_mma_wait(1, deps=[two])
+        total_3 += two * of_last[:, None]
+        two, total_3 = warpgroup_mma_wait(1, deps=[two, total_3])
+
+        # Load the next slice's scales while this one is multiplied.
         two = _multiply(left, right, 1, two)
+        of_first = next_rows * next_first  # [64]
+        of_last = next_rows * next_second
+        next_rows, next_first, next_second = _scales_at(
+            k - done + 1, steps, row_scales, rows, scales, column, next_half, next_slice
+        )
         one = warpgroup_mma_wait(1, deps=[one])
         total_0 += one * of_first[:, None]
         one, total_0 = warpgroup_mma_wait(1, deps=[one, total_0])
@@ -90,13 +96,12 @@ def accumulate(
 
         two = _multiply(left, right, 3, two)
         one = warpgroup_mma_wait(1, deps=[one])
-        total_2 += one * of_second[:, None]
+        total_2 += one * of_last[:, None]
         one, total_2 = warpgroup_mma_wait(1, deps=[one, total_2])
 
         two = warpgroup_mma_wait(0, deps=[two])
         mbarrier.arrive(empty.index(stage))
-        total_3 += two * of_second[:, None]
-        two, total_3 = warpgroup_mma_wait(0, deps=[two, total_3])
+    total_3 += two * of_last[:, None]
     return _side_by_side(total_0, total_1), _side_by_side(total_2, total_3)
 
 
