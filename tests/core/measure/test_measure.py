@@ -59,6 +59,19 @@ def test_saved_bytes_counts_each_storage_once_and_no_weights():
     assert saved_bytes(lambda: x @ w, [w, x]) == 0
 
 
+def test_saved_bytes_leaves_no_node_of_autograd():
+    """One that is left keeps its stream, and a CUDA graph of another stream cannot be captured."""
+    x = torch.randn(10, requires_grad=True)
+
+    def work():
+        y = x.exp()  # saves its result
+        y.grad_fn.next_functions[0][0].metadata["measured"] = True
+        return y
+
+    assert saved_bytes(work, []) == 40
+    assert "measured" not in x.exp().grad_fn.next_functions[0][0].metadata
+
+
 def test_peak_bytes_sees_what_is_freed_again():
     def work(_):
         torch.empty(1 << 20, dtype=torch.float64).sum()

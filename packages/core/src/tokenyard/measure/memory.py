@@ -23,16 +23,22 @@ def saved_bytes(forward: Callable[[], object], without: Iterable[Tensor]) -> int
     excluded = {tensor.untyped_storage().data_ptr() for tensor in without}
     saved: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> torch.UntypedStorage:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in excluded:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Not the tensor: a node that saves its own result would then never be freed, nor the
+        # AccumulateGrad nodes behind it, whose stream no later CUDA graph could leave.
+        return storage
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, _no_backward):
         result = forward()  # kept until the end, so that no address is reused
     del result
     return sum(saved.values())
+
+
+def _no_backward(storage: torch.UntypedStorage) -> Tensor:
+    raise RuntimeError("saved_bytes measures a forward pass only; its result has no gradient")
 
 
 def held_bytes(forward: Callable[[], object], device: torch.device) -> int:
