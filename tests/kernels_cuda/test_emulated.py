@@ -154,9 +154,9 @@ def test_plan_of_other_tokens_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 9, 17, 65])
+@pytest.mark.parametrize("tokens", [1, 9, 17, 49, 65])
 def test_logits_of_few_tokens_and_many(tokens, dtype):
-    """Rows longer than a block reads at a time; the last count is a matmul of torch."""
+    """Rows longer than a block reads at a time: by each kernel, and by a matmul of torch."""
     x = torch.randn(tokens, 2056, dtype=dtype)
     weight = torch.randn(9, 2056, dtype=dtype)
     want = x.double() @ weight.double().t()
