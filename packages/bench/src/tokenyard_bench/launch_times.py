@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +11,8 @@ from tokenyard.measure.launching import IdleClock, graph_of, host_times
 from tokenyard.measure.timing import Spread, Stages, clock_for, measure
 from tokenyard_bench.sweep import Sweep, release_memory
 from tokenyard_cli.results import Record
+
+log = logging.getLogger("tokenyard")
 
 
 def launch_times(sweep: Sweep, layers: Mapping[str, Stages]) -> dict[str, Record]:
@@ -35,12 +38,13 @@ def launch_times(sweep: Sweep, layers: Mapping[str, Stages]) -> dict[str, Record
 
 
 def _graphs(name: str, stages: Stages, device: torch.device) -> dict[str, Stages]:
-    """Return the forward pass and the whole step as CUDA graphs, those that can be captured."""
+    """Return the forward pass and the whole step as CUDA graphs; none if one cannot be captured."""
     try:
         with torch.no_grad():
             forward = graph_of(stages[:1], device)
         return {f"{name} forward": forward, f"{name} step": graph_of(stages, device)}
-    except RuntimeError:  # a layer that waits for the device
+    except RuntimeError as error:  # a layer that waits for the device
+        log.warning("%s is not captured as a CUDA graph: %s", name, str(error).partition("\n")[0])
         release_memory()
         return {}
 
