@@ -237,10 +237,10 @@ def memory_use(settings: Settings) -> MemoryUse:
     estimated = estimate(setup.config, setup.model, setup.strategy.describe(setup.model))._asdict()
     saved: dict[int, int] = {}  # bytes by the address of a storage
 
-    def record(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> torch.UntypedStorage:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return storage  # a node that saves its own result would keep itself alive by the tensor
 
     rows = setup.data.train.batch(0, setup.config.global_train_batch_size, *setup.strategy.data)
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), setup.precision():
