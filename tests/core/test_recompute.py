@@ -1,4 +1,4 @@
-"""Selective recompute: which operators it keeps, and what runs again."""
+"""Recompute: which operators the selective one keeps, what runs again, and what it draws."""
 
 from collections import Counter
 
@@ -120,6 +120,19 @@ def test_a_second_backward_pass_is_an_error():
     y.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_the_compiler_traces_a_recomputed_function(selective):
+    weight = torch.randn(4, 4)
+
+    def block(x):
+        return (x @ weight).tanh().exp()
+
+    compiled = torch.compile(recomputed(block, selective), backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 4, requires_grad=True)
+    got, want = (torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, block))
+    torch.testing.assert_close(got, want)
 
 
 class FakeGenerator:

@@ -56,12 +56,14 @@ def recomputed(forward: Callable[..., T], selective: bool = False) -> Callable[.
     In a CUDA graph, random numbers need ``recompute_rng.RecomputeRng``.
     """
     contexts = _selective_contexts if selective else noop_context_fn
+    # the compiler takes no `noop_context_fn`, although it is the default
+    options: dict[str, Any] = {"context_fn": contexts} if selective else {}
     again = partial(checkpoint, forward, use_reentrant=False)
 
     def run(*args: Any, **kwargs: Any) -> T:
         draws = None if torch.compiler.is_compiling() else draws_of_next_call()
         if draws is None:
-            result: T = again(*args, context_fn=contexts, **kwargs)
+            result: T = again(*args, **options, **kwargs)
             return result
         kwargs["context_fn"] = partial(_drawing, draws, contexts)
         result = again(*args, preserve_rng_state=False, **kwargs)
