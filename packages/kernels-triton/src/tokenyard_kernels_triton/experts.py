@@ -23,6 +23,7 @@ from tokenyard.interfaces import (
     logits_dtype,
 )
 from tokenyard.workload import Workload
+from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.ops._experts import compile_experts, experts
 from tokenyard_kernels_triton.ops._fp8_weights import Copies, renew_weights
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
@@ -218,8 +219,9 @@ class GluonExperts(TritonExperts):
     def renew_weight_copies(self, weights: ExpertWeights) -> None:
         """Quantize weights that changed, in the memory that CUDA graphs read."""
         if self.precision is not None:
-            for weight in weights[:2]:
-                renew_weights(weight.detach())
+            with on_device_of(weights.up):
+                for weight in weights[:2]:
+                    renew_weights(weight.detach())
 
     def _copies(self) -> Copies:
         if not self.weights_have_versions:

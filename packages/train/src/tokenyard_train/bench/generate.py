@@ -52,12 +52,12 @@ def bench_generate(
     """Generate from random prompts with random weights, each entrant alone on the device.
 
     Takes the likeliest token. Raises ConfigError for an unknown peer, for one without a model of
-    this size, for prompts that do not fit in the model, and for several processes.
+    this size, for prompts that do not fit in the model, and for several ranks.
     """
     for name in peers:
         one_of("--peers", name, GENERATORS)
     if started_processes() > 1:
-        raise ConfigError("bench generate runs in one process; start it without torchrun")
+        raise ConfigError("bench generate runs with one rank; start it without torchrun")
     meta = meta_model(config)
     _check_room(meta, requests)
     builds = [(OURS, partial(_ours, config))]
