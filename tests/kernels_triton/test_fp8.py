@@ -25,7 +25,7 @@ from . import gluon_interpreter
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    _fp8_weights.drop_weights()
+    _fp8_weights._entries.clear()
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
