@@ -51,6 +51,13 @@ def test_what_callbacks_and_trackers_cannot_do(
 
 
 @pytest.mark.parametrize("command", [train, check])
+def test_a_cuda_graph_without_a_gpu(config, console, tmp_path, command):
+    with pytest.raises(ConfigError, match="cuda_graph is true, and device is cpu; give auto"):
+        command(config(cuda_graph=True), console)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [train, check])
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [("nowhere", "'.*nowhere' does not exist"), ("file", "is a file, not a folder; give a check")],

@@ -30,6 +30,7 @@ from tokenyard_train.commands.memory import estimate, offloaded_bytes
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, build_data
 from tokenyard_train.engine.build_model import build_model
+from tokenyard_train.engine.cuda_graph import uses_graph
 from tokenyard_train.engine.deterministic import COST
 from tokenyard_train.engine.loop import check_run
 from tokenyard_train.engine.out_of_memory import check_batch_fits, out_of_memory_is_a_mistake
@@ -55,6 +56,7 @@ def check(config: TrainConfig, console: Console) -> None:
     with out_of_memory_is_a_mistake(config):
         strategy, model = build_model(config)
     check_batch_fits(config, strategy.data[1])
+    uses_graph(config, model, strategy.data[1])  # raises if it cannot
     if config.load_path is not None:
         check_load_path(config.load_path)
     config = choose_versions(config)

@@ -13,7 +13,7 @@ from tokenyard.count import weight_copies
 from tokenyard.cross_entropy import loss_bytes
 from tokenyard.sharded import local_part
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.engine.cuda_graph import why_no_graph
+from tokenyard_train.engine.cuda_graph import uses_graph
 from tokenyard_train.engine.optimizer import build_optimizer
 from tokenyard_train.engine.precision import BF16_MASTER, COMPUTE_DTYPES
 
@@ -99,7 +99,7 @@ def _gradients(config: TrainConfig, model: Model, layout: ShardingReport, stored
     ranks = math.prod(layout.meshes.get("all but experts", {}).values())
     if config.global_train_batch_size <= ranks * int(config.device_train_microbatch_size):
         return stored * trained
-    if not config.cuda_graph or why_no_graph(config, model, ranks) is not None:
+    if not uses_graph(config, model, ranks):
         return _WIDE * trained
     layers = [moe.experts for moe in moe_layers(model)]
     adding = [experts for experts in layers if ranks == 1 and experts.can_add]

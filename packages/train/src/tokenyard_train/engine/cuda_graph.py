@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tokenyard.errors import ConfigError
 from tokenyard.recompute_rng import RecomputeRng
 from tokenyard.sharded import has_shards
 from tokenyard.weight_copies import captured_weight_copies, renew_weight_copies
@@ -240,3 +241,14 @@ def why_no_graph(config: TrainConfig, model: nn.Module, ranks: int) -> str | Non
     if config.activation_cpu_offload:
         return "activation_cpu_offload is true"
     return None
+
+
+def uses_graph(config: TrainConfig, model: nn.Module, ranks: int) -> bool:
+    """Return whether a run of `ranks` data ranks uses CUDA graphs.
+
+    Raises ConfigError if it cannot and `cuda_graph` is true.
+    """
+    reason = why_no_graph(config, model, ranks)
+    if config.cuda_graph is True and reason is not None:
+        raise ConfigError(f"cuda_graph is true, and {reason}; give auto, which then uses none")
+    return bool(config.cuda_graph) and reason is None

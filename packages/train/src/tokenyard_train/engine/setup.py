@@ -23,7 +23,7 @@ from tokenyard_train.data import Data, build_data
 from tokenyard_train.data.stop_ids import tokenizer_stop_ids
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.build_model import build_model
-from tokenyard_train.engine.cuda_graph import MicrobatchGraph, why_no_graph
+from tokenyard_train.engine.cuda_graph import MicrobatchGraph, uses_graph
 from tokenyard_train.engine.expert_sums import ExpertSums
 from tokenyard_train.engine.optimizer import Optimizer, build_optimizer
 from tokenyard_train.engine.out_of_memory import check_batch_fits
@@ -105,13 +105,13 @@ def build_setup(
     data = build_data(config.data())
     if check is not None:
         check(model, data)
+    graphed = uses_graph(config, model, strategy.data[1])
     _prepare_kernels(config, model, strategy.data[1])
     allocate(model, config.device)
     model.init_weights(config.seed)
     wrap_blocks(config, model, strategy.data[1])
     batches = run_batches(config, data)
     optimizer = build_optimizer(config.optimizer, model)
-    graphed = _uses_graph(config, model, strategy.data[1])
     sums = ExpertSums(model, strategy.data[1], keep=graphed)
     return Setup(
         config=config,
@@ -184,11 +184,3 @@ def _microbatch_graph(
         return bool(strategy.reduce(torch.tensor(float(flag), device=config.device)).item())
 
     return MicrobatchGraph(model, sums.paused, any_rank)
-
-
-def _uses_graph(config: TrainConfig, model: Model, ranks: int) -> bool:
-    """Return whether microbatches are CUDA graphs. Raises ConfigError if they cannot be."""
-    reason = why_no_graph(config, model, ranks)
-    if config.cuda_graph is True and reason is not None:
-        raise ConfigError(f"cuda_graph is true, and {reason}; give auto, which then uses none")
-    return bool(config.cuda_graph) and reason is None
