@@ -32,7 +32,8 @@ def bench(settings, tmp_path):
 
 def test_each_entrant_generates_for_each_number_of_prompts(bench):
     pytest.importorskip("transformers")
-    records, printed = bench("--peers", "transformers-eager,transformers-tokenyard")
+    names = "transformers-eager,transformers-tokenyard,transformers-eager"  # one is named twice
+    records, printed = bench("--batch", 2, "--peers", names)
     assert [(record["contestant"], record["batch"]) for record in records] == [
         ("tokenyard", 1),
         ("tokenyard", 2),
@@ -51,6 +52,10 @@ def test_each_entrant_generates_for_each_number_of_prompts(bench):
     ("options", "error"),
     [
         (["--peers", "vllm"], "--peers.*vllm"),
+        (
+            ["device=cpu", "--peers", "transformers-eager-compiled"],
+            "compiles generation on a GPU only; on cpu give transformers-eager",
+        ),
         (["--new-tokens", 90], "--new-tokens 90 are 94 tokens, and max_seq_len is 24; give fewer"),
     ],
 )

@@ -60,9 +60,10 @@ def run_generate(options: BenchGenerateOptions, console: Console) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     config = load_config(options.config, options.overrides)
-    peers = [] if options.peers == "none" else options.peers.split(",")
+    peers = [] if options.peers == "none" else list(dict.fromkeys(options.peers.split(",")))
     requests = [
-        Request(batch, options.prompt_tokens, options.new_tokens) for batch in options.batch
+        Request(batch, options.prompt_tokens, options.new_tokens)
+        for batch in dict.fromkeys(options.batch)
     ]
     records = bench_generate(config, peers, requests, console)
     print_generate(records, console)

@@ -56,6 +56,11 @@ def bench_generate(
     """
     for name in peers:
         one_of("--peers", name, GENERATORS)
+        if name.endswith(COMPILED) and not config.device.startswith("cuda"):
+            raise ConfigError(
+                f"--peers has {name!r}, and transformers compiles generation on a GPU only; on "
+                f"{config.device} give {name.removesuffix(COMPILED)}"
+            )
     if started_processes() > 1:
         raise ConfigError("bench generate runs with one rank; start it without torchrun")
     meta = meta_model(config)

@@ -60,7 +60,7 @@ class BenchGenerateOptions:
         Option(
             help="none, or names separated by commas: transformers-eager, "
             "transformers-grouped_mm, transformers-tokenyard; with -compiled at the end they are "
-            "compiled, with a static cache."
+            "compiled, with a static cache, on a GPU."
         ),
     ] = "none"
     batch: Annotated[list[int], Option("--batch", min=1, help="Prompts at a time. Repeatable.")] = (
