@@ -69,6 +69,7 @@ def main() -> None:
     """Train all runs of a set at once, and write the file."""
     options = _options()
     settings = {name: SETS[options.set][name] for name in options.settings or SETS[options.set]}
+    machine = describe_machine(torch.device(options.device))
     began = time.perf_counter()
     deadline = began + options.seconds
     with tempfile.TemporaryDirectory() as temporary:
@@ -82,7 +83,7 @@ def main() -> None:
         for run in runs:
             records[run.name][str(run.seed)] = _record(run, options.steps)
     content = {
-        "machine": describe_machine(torch.device(options.device)),
+        "machine": machine,
         "steps": options.steps,
         "steps_per_loss": _steps_per_loss(options.steps),
         "seconds": round(time.perf_counter() - began, 1),
@@ -106,7 +107,27 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3600.0, help="then stop all runs")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--folder", type=Path, help="keeps the files of the runs")
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    if mistake := _mistake(options):
+        parser.error(mistake)
+    return options
+
+
+def _mistake(options: argparse.Namespace) -> str | None:
+    """Return what would fail after the runs have started, or None."""
+    known = SETS[options.set]
+    for name in options.settings or known:
+        if name not in known:
+            return f"--settings {name!r} is none of {options.set}; give some of {list(known)}"
+    if len(set(options.seeds)) < len(options.seeds):
+        return f"--seeds are {options.seeds}; give each of them once"
+    if options.steps < 1:
+        return f"--steps is {options.steps}; give 1 or more"
+    if not options.out.absolute().parent.is_dir():
+        return f"the folder of {str(options.out)!r} does not exist; make it first"
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        return f"--device is {options.device!r}, and torch finds no CUDA GPU here; give cpu"
+    return None
 
 
 def _start(folder: Path, options: argparse.Namespace, name: str, seed: int) -> Run:
