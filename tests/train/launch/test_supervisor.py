@@ -146,6 +146,14 @@ def test_a_stop_request_is_forwarded_as_sigterm(capfd, number):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_what_fails_after_a_stop_request_is_named(capfd):
+    """The exit code is 75 all the same, but the step may not have been saved."""
+    fail = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))"
+    request = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    code, errors = run(capfd, fail, request, nproc=1, max_restarts=3)
+    assert (code, errors) == (75, "rank 0 ended by exit code 7; no restart after a request to stop")
+
+
 def test_a_stopped_rank_is_blamed_rather_than_a_rank_that_waits_for_it(capfd):
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
     late = "    time.sleep(2)"  # the other one is stopped by then, even on a busy machine

@@ -63,6 +63,9 @@ def supervise(command: Callable[[bool], Sequence[str]], nproc: int, max_restarts
                 if code in (0, MISTAKE, STOPPED):
                     return code
                 if attempt.stop_requested:
+                    if code != -signal.SIGTERM:  # else a rank died of the request, before its start
+                        failure = f"{attempt.failure}; no restart after a request to stop"
+                        print(failure, file=sys.stderr, flush=True)
                     return STOPPED
                 remaining = f"restart {restart + 1} of {max_restarts}"
                 action = remaining if restart < max_restarts else "no restart is left"
