@@ -52,17 +52,9 @@ def bench_generate(
     """Generate from random prompts with random weights, each entrant alone on the device.
 
     Takes the likeliest token. Raises ConfigError for an unknown peer, for one without a model of
-    this size, for prompts that do not fit in the model, and for several ranks.
+    this size or beside adapters, for prompts that do not fit in the model, and for several ranks.
     """
-    for name in peers:
-        one_of("--peers", name, GENERATORS)
-        if name.endswith(COMPILED) and not config.device.startswith("cuda"):
-            raise ConfigError(
-                f"--peers has {name!r}, and transformers compiles generation on a GPU only; on "
-                f"{config.device} give {name.removesuffix(COMPILED)}"
-            )
-    if started_processes() > 1:
-        raise ConfigError("bench generate runs with one rank; start it without torchrun")
+    _check_peers(config, peers)
     meta = meta_model(config)
     _check_room(meta, requests)
     builds = [(OURS, partial(_ours, config))]
@@ -79,6 +71,20 @@ def bench_generate(
         del generate
         _free()
     return records
+
+
+def _check_peers(config: TrainConfig, peers: Sequence[str]) -> None:
+    for name in peers:
+        one_of("--peers", name, GENERATORS)
+        if name.endswith(COMPILED) and not config.device.startswith("cuda"):
+            raise ConfigError(
+                f"--peers has {name!r}, and transformers compiles generation on a GPU only; on "
+                f"{config.device} give {name.removesuffix(COMPILED)}"
+            )
+    if started_processes() > 1:
+        raise ConfigError("bench generate runs with one rank; start it without torchrun")
+    if peers and config.lora is not None:
+        raise ConfigError("--peers of bench generate have no adapters; give lora=null")
 
 
 def _check_room(model: Model, requests: Sequence[Request]) -> None:

@@ -67,6 +67,6 @@ class BenchGenerateOptions:
         field(default_factory=lambda: [1, 16])
     )
     prompt_tokens: Annotated[int, Option(min=1, help="Tokens of each prompt.")] = 128
-    new_tokens: Annotated[int, Option(min=2, help="Tokens of each continuation.")] = 128
+    new_tokens: Annotated[int, Option(min=16, help="Tokens of each continuation.")] = 128
     threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: torch's.")] = None
     out: Annotated[Path, Option(help="Output folder.")] = Path("bench")
