@@ -16,7 +16,7 @@ MICROBATCHES = 4
 RNG = {"get_rng_state": lambda device: None, "set_rng_state": lambda state, device: None}
 
 
-class FakeCapture(cuda_graph._Captured):
+class FakeCapture(cuda_graph.CapturedPass):
     """A capture on a CPU: nothing runs in it, and a replay runs the function."""
 
     fails = ""  # the phase in which this rank is out of memory
@@ -61,7 +61,7 @@ def sums_over_ranks(event):
         dist.all_reduce(work)
         return work.item()
 
-    with patch.object(cuda_graph, "_Captured", FakeCapture), patch.multiple(torch.cuda, **RNG):
+    with patch.object(cuda_graph, "CapturedPass", FakeCapture), patch.multiple(torch.cuda, **RNG):
         sums = [graph(torch.tensor(float(i)), run, add=False) for i in range(MICROBATCHES)]
     return sums, graph.captured
 
@@ -75,7 +75,7 @@ def test_a_rank_that_cannot_capture_keeps_all_others_from_it(event):
 def test_a_rank_out_of_memory_before_the_capture_fails_as_without_a_graph(monkeypatch):
     """Other ranks are in the collectives of that pass already."""
     graph = MicrobatchGraph(nn.Linear(1, 1), contextlib.nullcontext, any_rank)
-    monkeypatch.setattr(cuda_graph, "_Captured", FakeCapture)
+    monkeypatch.setattr(cuda_graph, "CapturedPass", FakeCapture)
     monkeypatch.setattr(FakeCapture, "fails", "pass before")
     with patch.multiple(torch.cuda, **RNG), pytest.raises(torch.OutOfMemoryError):
         graph._capture(None, lambda work: None)

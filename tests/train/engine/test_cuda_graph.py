@@ -8,7 +8,8 @@ from torch import nn
 
 from tokenyard import MoE, Workload
 from tokenyard.experts import TorchExperts
-from tokenyard_train.engine.cuda_graph import MicrobatchGraph, _Captured, why_no_graph
+from tokenyard_train.engine.captured_pass import CapturedPass
+from tokenyard_train.engine.cuda_graph import MicrobatchGraph, why_no_graph
 
 
 def hook(*_):
@@ -56,7 +57,7 @@ def test_recomputed_blocks_are_captured_and_offloaded_ones_are_not(config, model
 
 def test_a_result_may_hold_nothing():
     """A dense model has no sums over its MoE layers."""
-    captured = object.__new__(_Captured)
+    captured = object.__new__(CapturedPass)
     captured.parameters, captured.gradients, captured.work = [], [], None
     captured.rng = SimpleNamespace(rewind=lambda: None)
     captured.graph = SimpleNamespace(replay=lambda: captured.result[0].add_(1))

@@ -11,7 +11,7 @@ from tokenyard import moe_layers
 from tokenyard.experts import TorchExperts
 from tokenyard.tolerance import relative_error
 from tokenyard_train.engine import cuda_graph
-from tokenyard_train.engine.cuda_graph import _Captured
+from tokenyard_train.engine.captured_pass import CapturedPass
 from tokenyard_train.engine.expert_sums import ExpertSums
 from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.step import train_step
@@ -131,7 +131,7 @@ def test_frozen_weights_have_no_sum(ready, calls):
     assert len(calls) == 2
 
 
-class FakeCapture(_Captured):
+class FakeCapture(CapturedPass):
     """A captured graph on a CPU: what is captured changes nothing, and is run again by a replay."""
 
     def __init__(self, parameters, work):
@@ -168,7 +168,7 @@ class FakeCapture(_Captured):
 
 def test_a_pass_before_the_capture_adds_nothing(ready, calls, monkeypatch):
     """It runs in the second microbatch, when the sums are not zero; replays add to them."""
-    monkeypatch.setattr(cuda_graph, "_Captured", FakeCapture)
+    monkeypatch.setattr(cuda_graph, "CapturedPass", FakeCapture)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     plain = ready(device_train_microbatch_size=1)

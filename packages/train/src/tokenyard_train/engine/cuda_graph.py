@@ -7,20 +7,18 @@ gain most: their kernels take less time than their launches.
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import nn
 
 from tokenyard.errors import ConfigError
-from tokenyard.recompute_rng import RecomputeRng
 from tokenyard.sharded import has_shards
 from tokenyard.weight_copies import captured_weight_copies, renew_weight_copies
 from tokenyard_train.config.schema import TrainConfig
+from tokenyard_train.engine.captured_pass import CapturedPass
 
 log = logging.getLogger("tokenyard")
 
@@ -64,7 +62,7 @@ class MicrobatchGraph:
         self._hooks = [(name, module, _count_hooks(module)) for name, module in modules]
         self._eager_left = _EAGER_MICROBATCHES
         self._refused = False
-        self._captured: _Captured | None = None
+        self._captured: CapturedPass | None = None
 
     @property
     def captured(self) -> bool:
@@ -117,7 +115,7 @@ class MicrobatchGraph:
         gradients = [parameter.grad for parameter in self.parameters]
         # The capture draws random numbers. Later draws must not depend on it.
         random_state = torch.cuda.get_rng_state(device)
-        captured = _Captured(self.parameters, work)
+        captured = CapturedPass(self.parameters, work)
         try:
             with captured_weight_copies(self.model):
                 captured.warm_up(run, self.warm_up)
@@ -147,66 +145,6 @@ class MicrobatchGraph:
         return None
 
 
-class _Captured:
-    """A captured graph with its input, its result and its gradients."""
-
-    def __init__(self, parameters: list[nn.Parameter], work: Any):
-        self.parameters = parameters
-        self.device = parameters[0].device
-        self.work = tree_map_only(Tensor, torch.clone, work)
-        self.graph = torch.cuda.CUDAGraph()
-        self.rng = RecomputeRng(torch.cuda.default_generators[self.device.index])
-        self.warm = False
-        self.result: Any = None
-        self.gradients: list[Tensor | None] = []
-
-    def warm_up(
-        self, run: Callable[[Any], Any], context: Callable[[], AbstractContextManager[None]]
-    ) -> None:
-        """Run a pass on another stream, as the capture is.
-
-        A host sync is an error here, because within the capture it would leave the generators and
-        the allocator in a bad state.
-        """
-        self._clear_gradients()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream), _host_syncs_are_errors(), context(), self.rng.recording():
-            run(self.work)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        self.warm = True
-
-    def capture(self, run: Callable[[Any], Any]) -> None:
-        """Capture a pass."""
-        self._clear_gradients()
-        self.rng.register(self.graph)
-        with torch.cuda.graph(self.graph), self.rng.capturing():
-            self.result = run(self.work)
-        self.gradients = [parameter.grad for parameter in self.parameters]
-
-    def replay(self, work: Any, add: bool) -> Any:
-        """Run the graph on a microbatch, and give each parameter its gradient."""
-        for static, value in zip(tree_leaves(self.work), tree_leaves(work), strict=True):
-            if isinstance(static, Tensor):
-                static.copy_(value)
-        self.rng.rewind()
-        self.graph.replay()
-        for parameter, gradient in zip(self.parameters, self.gradients):
-            if gradient is None:
-                continue
-            if not add:
-                parameter.grad = gradient
-            elif parameter.grad is None:
-                parameter.grad = gradient.clone()
-            else:
-                parameter.grad += gradient
-        return tree_map_only(Tensor, torch.clone, self.result)
-
-    def _clear_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-
 def _count_hooks(module: nn.Module) -> int:
     """Count the hooks on a module and on its own parameters."""
     count = sum(len(getattr(module, hooks)) for hooks in _MODULE_HOOKS)
@@ -214,22 +152,6 @@ def _count_hooks(module: nn.Module) -> int:
         # None without a hook, and for a parameter that is None
         count += sum(len(getattr(parameter, hooks, None) or ()) for hooks in _PARAMETER_HOOKS)
     return count
-
-
-@contextmanager
-def _host_syncs_are_errors() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    _set_sync_mode("error")
-    try:
-        yield
-    finally:
-        _set_sync_mode(before)
-
-
-def _set_sync_mode(mode: int | str) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode")
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 def why_no_graph(config: TrainConfig, model: nn.Module, ranks: int) -> str | None:
