@@ -89,8 +89,6 @@ class MoE(nn.Module):
         dtype or device than the workload.
         """
         self.workload.check_input(x)
-        # A view of a matrix, too: its node adds up both gradients of x on this stream. A leaf adds
-        # on the stream that it was made on, which breaks the capture of a CUDA graph.
         tokens = x.reshape(-1, x.shape[-1])  # [T, D]
 
         # 1. router: topk_ids [T, K], topk_weights [T, K], logits [T, E]
@@ -107,7 +105,7 @@ class MoE(nn.Module):
             y = self._shares[0] * y + self._shares[1] * self.shared(tokens)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y if x.dim() == 2 else y.view(x.shape), routing  # [..., D]
+        return y.view(x.shape), routing  # [..., D]
 
     def prepare(self, tokens: int, sums: bool = False) -> None:
         """Compile in parallel all kernels for a forward and backward pass over `tokens` tokens.
