@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from rich.console import Console
 
 from tokenyard.errors import ConfigError, one_of
 from tokenyard.measure.machine import describe_machine
 from tokenyard_cli.console import print_line
-from tokenyard_cli.results import write_results
+from tokenyard_cli.results import Record, write_results
 from tokenyard_train.bench.generate import Request, bench_generate
 from tokenyard_train.bench.generate_table import print_generate
 from tokenyard_train.bench.options import BenchGenerateOptions, TrainOptions
@@ -45,14 +47,7 @@ def run_train(options: TrainOptions, console: Console) -> None:
     if not is_rank0():
         return
     print_train(records, console)
-    content = {
-        "kind": "train",
-        "machine": describe_machine(torch.device(config.device)),
-        "config": config.model_dump(mode="json", include=_SETTINGS),
-        "records": records,
-    }
-    path = write_results(options.out, "train", content)
-    print_line(console, f"wrote {path}")
+    _write("train", options.out, config, records, console)
 
 
 def run_generate(options: BenchGenerateOptions, console: Console) -> None:
@@ -67,13 +62,19 @@ def run_generate(options: BenchGenerateOptions, console: Console) -> None:
     ]
     records = bench_generate(config, peers, requests, console)
     print_generate(records, console)
+    _write("generate", options.out, config, records, console)
+
+
+def _write(
+    kind: str, folder: Path, config: TrainConfig, records: list[Record], console: Console
+) -> None:
     content = {
-        "kind": "generate",
+        "kind": kind,
         "machine": describe_machine(torch.device(config.device)),
         "config": config.model_dump(mode="json", include=_SETTINGS),
         "records": records,
     }
-    path = write_results(options.out, "generate", content)
+    path = write_results(folder, kind, content)
     print_line(console, f"wrote {path}")
 
 

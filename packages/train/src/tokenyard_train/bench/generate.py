@@ -22,7 +22,12 @@ from tokenyard_models import Transformer
 from tokenyard_train.bench.mixtral import IMPLEMENTATIONS, mixtral
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.build_model import build_model, meta_model
-from tokenyard_train.engine.precision import COMPUTE_DTYPES, computing_in, narrow_frozen
+from tokenyard_train.engine.precision import (
+    BF16_MASTER,
+    COMPUTE_DTYPES,
+    computing_in,
+    narrow_frozen,
+)
 from tokenyard_train.engine.sampling import Sampling, sample
 
 Generate = Callable[[Tensor, int], object]
@@ -54,6 +59,8 @@ def bench_generate(
     Takes the likeliest token. Raises ConfigError for an unknown peer, for one without a model of
     this size or beside adapters, for prompts that do not fit in the model, and for several ranks.
     """
+    if started_processes() > 1:
+        raise ConfigError("bench generate runs with one rank; start it without torchrun")
     _check_peers(config, peers)
     meta = meta_model(config)
     _check_room(meta, requests)
@@ -81,8 +88,6 @@ def _check_peers(config: TrainConfig, peers: Sequence[str]) -> None:
                 f"--peers has {name!r}, and transformers compiles generation on a GPU only; on "
                 f"{config.device} give {name.removesuffix(COMPILED)}"
             )
-    if started_processes() > 1:
-        raise ConfigError("bench generate runs with one rank; start it without torchrun")
     if peers and config.lora is not None:
         raise ConfigError("--peers of bench generate have no adapters; give lora=null")
 
@@ -107,7 +112,7 @@ def _model(config: TrainConfig) -> Model:
     """Return the config's model with random weights, as it is loaded to generate."""
     _, model = build_model(config)
     model.requires_grad_(False)
-    if config.precision == "bf16_master":
+    if config.precision == BF16_MASTER:
         narrow_frozen(model)
     allocate(model, config.device)
     model.init_weights(config.seed)
