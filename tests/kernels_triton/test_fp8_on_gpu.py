@@ -1,5 +1,7 @@
 """Experts in FP8 on a Hopper GPU: replayed, captured, with kept weights, and large."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -71,20 +73,24 @@ def test_replayed_launches_and_kept_weights_give_the_same_bits(
         assert torch.equal(one, other)
 
 
+def captured_step(moe, x, dy, context=None):
+    """Return a CUDA graph of a step, captured in a context, and the results of its replays."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            step(moe, x, dy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with context or nullcontext(), torch.cuda.graph(graph):
+        return graph, step(moe, x, dy)
+
+
 def test_a_captured_layer_sees_weights_that_change():
     """A CUDA graph quantizes the weights at each replay, even if they were kept before."""
     moe = layer()
     moe.experts.kernel.weights_have_versions = True
     x = random(512, 256).requires_grad_()
     dy = random(512, 256)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(moe, x, dy)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(moe, x, dy)
+    graph, captured = captured_step(moe, x, dy)
     for _ in range(2):
         with torch.no_grad():
             moe.experts.up.mul_(1.25)
@@ -100,14 +106,7 @@ def test_replays_read_weights_that_their_owner_renews():
     moe.experts.kernel.weights_have_versions = True
     x = random(512, 256).requires_grad_()
     dy = random(512, 256)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(moe, x, dy)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with captured_weight_copies(moe), torch.cuda.graph(graph):
-        captured = step(moe, x, dy)
+    graph, captured = captured_step(moe, x, dy, captured_weight_copies(moe))
     optimizer = torch.optim.SGD([moe.router.weight])
 
     def change():
