@@ -94,6 +94,8 @@ def main() -> None:
     options.out.write_text(json.dumps(content) + "\n")
     for line in _table(records):
         print(line)
+    if any(run.process.returncode for run in runs):
+        sys.exit(1)  # the file has what they recorded
 
 
 def _options() -> argparse.Namespace:
