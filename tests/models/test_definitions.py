@@ -226,10 +226,18 @@ def test_some_layers_may_be_dense():
     assert not hasattr(model.blocks[0].ffn, "router")
 
 
-def test_forced_balance_gives_every_expert_equal_slots():
-    model = Mpt({"size": "tiny", "ffn_config": EXPERTS | {"uniform_expert_assignment": True}})
+@pytest.mark.parametrize(
+    ("build", "config", "experts"),
+    [
+        (Mpt, {"ffn_config": EXPERTS | {"uniform_expert_assignment": True}}, 16),
+        (Mixtral, {"uniform_expert_assignment": True}, 8),
+    ],
+)
+def test_forced_balance_gives_every_expert_equal_slots(build, config, experts):
+    model = build({"size": "tiny", **config})
+    top_k = model.config.moe.top_k
     for balance in model(torch.randint(0, 257, (2, 8))).balances:
-        assert balance.counts.tolist() == [4] * 16
+        assert balance.counts.tolist() == [16 * top_k // experts] * experts
 
 
 def test_ignored_keys_are_named_in_one_warning(caplog):

@@ -120,12 +120,19 @@ class LlamaMoEKeys(LlamaKeys):
     moe_world_size: int | None = Field(None, ge=1)  # expert-parallel ranks
     moe_zloss_weight: float = Field(0.0, ge=0)  # weight of the z-loss
     moe_loss_convention: Literal["megablocks", "hf"] = "hf"  # scale of the load-balancing loss
+    uniform_expert_assignment: bool = False  # slots take experts in turn, for benchmarks
 
     def experts(self, ffn_dim: int, key: str, rule: RoutingRule) -> MoEConfig:
         """Return the MoE layers; `key` names the number of experts. Raises ConfigError."""
         num_experts = getattr(self, key)
         check_top_k("model.num_experts_per_tok", self.num_experts_per_tok, key, num_experts)
-        return MoEConfig(ffn_dim, num_experts, self.num_experts_per_tok, rule=rule)
+        return MoEConfig(
+            ffn_dim,
+            num_experts,
+            self.num_experts_per_tok,
+            rule=rule,
+            forced_balance=self.uniform_expert_assignment,
+        )
 
     def transformer(self, head_dim: int | None = None, **extra: Any) -> TransformerConfig:
         """Return a TransformerConfig that also has the routers' losses and expert parallelism."""
