@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from tokenyard.capture import capture
 from tokenyard.measure.timing import CudaClock, Spread, Stages, run_stages
 
 
@@ -48,7 +49,7 @@ def graph_of(stages: Stages, device: torch.device) -> Stages:
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         result = run_stages(stages)
 
     def replay(_: object) -> object:

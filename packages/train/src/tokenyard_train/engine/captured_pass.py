@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tokenyard.capture import capture
 from tokenyard.recompute_rng import RecomputeRng
 
 
@@ -50,7 +51,7 @@ class CapturedPass:
         """Capture a pass."""
         self._clear_gradients()
         self.rng.register(self.graph)
-        with torch.cuda.graph(self.graph), self.rng.capturing():
+        with capture(self.graph), self.rng.capturing():
             self.result = run(self.work)
         self.gradients = [parameter.grad for parameter in self.parameters]
 

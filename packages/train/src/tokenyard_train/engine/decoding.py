@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenyard import Model, started_processes
+from tokenyard.capture import capture
 
 log = logging.getLogger("tokenyard")
 
@@ -53,7 +54,7 @@ class _Graph:
                 model(self.ids, fixed)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with capture(self.graph):
             self.logits: Tensor = model(self.ids, fixed).logits[:, -1]
             fixed.advance()
 
