@@ -8,6 +8,7 @@ import torch
 
 from tokenyard import ConfigError, moe_layers
 from tokenyard_models import to_hf
+from tokenyard_train.commands import load_model
 from tokenyard_train.commands.generate import generate
 from tokenyard_train.commands.load_model import load_trained, load_weights_only
 from tokenyard_train.commands.options import GenerateOptions
@@ -52,6 +53,22 @@ def test_a_base_of_a_whole_model_is_refused(trained, tmp_path):
         for load in (lambda p: load_trained(p, "cpu", base=p), lambda p: load_weights_only(p, p)):
             with pytest.raises(ConfigError, match=r"--base .* has no effect, because .* holds a w"):
                 load(path)
+
+
+def test_amp_casts_the_weights_of_experts_once(trained, monkeypatch):
+    """And computes the same bits as with a cast in each pass. Other weights stay in float32."""
+    once = load_trained(trained, "cpu", "amp_bf16")
+    monkeypatch.setattr(load_model, "narrow_experts", lambda model: None)
+    each = load_trained(trained, "cpu", "amp_bf16")
+    ids = torch.randint(0, 60, (2, 7))
+    logits = []
+    for loaded in (once, each):
+        with torch.no_grad(), loaded.autocast():
+            logits.append(loaded.model(ids).logits)
+    assert torch.equal(*logits)
+    dtypes = {name: p.dtype for name, p in once.model.named_parameters()}
+    assert {dtypes.pop(name) for name in list(dtypes) if ".experts." in name} == {torch.bfloat16}
+    assert set(dtypes.values()) == {torch.float32}
 
 
 def test_an_unknown_precision_or_device_is_named(trained):

@@ -4,13 +4,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tokenyard import ConfigError, TokenyardError
+from tokenyard import ConfigError, TokenyardError, moe_layers
+from tokenyard.measure.trace import trace
+from tokenyard.strategies import SingleStrategy
 from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx
 from tokenyard_train.data import build_tokenizer
 from tokenyard_train.data.schema import TokenizerConfig
 from tokenyard_train.data.tokenizer import BytesTokenizer
 from tokenyard_train.engine import decoding
+from tokenyard_train.engine.decoding import DecodingStep
 from tokenyard_train.engine.kept_cache import KeptCache
 from tokenyard_train.engine.sampling import (
     Sampling,
@@ -80,6 +83,52 @@ def test_a_cuda_graph_draws_what_single_launches_draw(monkeypatch, temperature):
     assert calls == [(2, 5), *[(2, 1)] * 4]  # a prompt, three calls before the capture, and it
     monkeypatch.setattr(decoding, "_FEWEST", 1000)
     assert sample(net, prompts, sampling) == drawn
+
+
+def test_a_graph_reads_what_kernels_keep_of_weights(monkeypatch):
+    """Once for all tokens: their weights are the same."""
+    net = model()
+    (first, *_), seen = moe_layers(net), []
+    kernel = first.experts.kernel
+    kernel.weights_have_versions, kernel.captures_weight_copies = True, False
+    kernel.renew_weight_copies = lambda weights: seen.append("renewed")
+
+    class Graph:
+        def __init__(self, *_):
+            assert kernel.captures_weight_copies
+            seen.append("captured")
+
+        def replay(self, ids):
+            seen.append("replayed")
+            return net(ids).logits[:, -1]
+
+    monkeypatch.setattr(decoding, "_Graph", Graph)
+    monkeypatch.setattr(decoding, "_can_capture", lambda *_: True)
+    sample(net, [[1, 2, 3]], Sampling(4, 0, 0))
+    assert seen == ["renewed", "captured", *["replayed"] * 3]
+    assert not kernel.captures_weight_copies
+
+
+@pytest.mark.gpu
+def test_tokens_in_fp8_are_computed_from_weights_that_are_rounded_once(monkeypatch):
+    sizes = {"size": "tiny", "d_model": 128, "vocab_size": 61}
+    ffn = {"ffn_config": {"ffn_hidden_size": 128}}
+    backends = {"experts": {"name": "gluon", "precision": "fp8"}}
+    bf16 = {"dtype": torch.bfloat16, "compute_dtype": torch.bfloat16}
+    net = Dbrx(sizes | ffn, device="cuda", backends=backends, **bf16)
+    net.init_weights(3)
+    SingleStrategy("cuda").layout(net)
+    with torch.no_grad():
+        step = DecodingStep(net, net.new_cache(2, 64), 40)
+        step(torch.randint(0, 60, (2, 5), device="cuda"))
+        ids = torch.randint(0, 60, (2, 1), device="cuda")
+        step(ids)
+        names = [launch.name for launch in trace((lambda _: step(ids),), ids.device).sequence]
+    assert any("quantize_rows" in name for name in names)
+    assert not any("quantize_weights" in name for name in names)
+    drawn = sample(net, [[1, 2, 3]], Sampling(24, 0, 7))
+    monkeypatch.setattr(decoding, "_FEWEST", 1000)
+    assert sample(net, [[1, 2, 3]], Sampling(24, 0, 7)) == drawn
 
 
 def test_each_row_stops_at_its_end_token():

@@ -31,10 +31,12 @@ from tokenyard_train.data.schema import FinetuningDataset, TokenizerConfig
 from tokenyard_train.engine.base import check_peft_base
 from tokenyard_train.engine.build_model import build_model
 from tokenyard_train.engine.precision import (
+    AMP_BF16,
     BF16_MASTER,
     COMPUTE_DTYPES,
     check_precision,
     narrow,
+    narrow_experts,
 )
 from tokenyard_train.engine.resume import load_checkpoint
 
@@ -188,6 +190,8 @@ def _load_checkpoint(checkpoint: Path, overrides: dict[str, Any], base: Path | N
     origin = load_checkpoint(model, checkpoint, base)
     if config.precision == BF16_MASTER:
         narrow(model)
+    if config.precision == AMP_BF16:
+        narrow_experts(model)
     digest = (meta["data"] or {}).get("tokenizer")
     source = _hf_source(meta["config"].get("load_path")) or _hf_source(origin.path)
     saved_ids = None if meta["stop_ids"] is None else frozenset(meta["stop_ids"])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenyard import Model, started_processes
 from tokenyard.capture import capture
+from tokenyard.weight_copies import captured_weight_copies
 
 log = logging.getLogger("tokenyard")
 
@@ -71,9 +72,13 @@ def _can_capture(model: Model, cache: Any, steps: int) -> bool:
 
 
 def _captured(model: Model, cache: Any, ids: Tensor) -> _Graph | None:
-    """Return a captured call; None if it cannot be captured."""
+    """Return a captured call; None if it cannot be captured.
+
+    What expert kernels keep of weights is computed once: weights do not change between two tokens.
+    """
     try:
-        return _Graph(model, cache, ids)
+        with captured_weight_copies(model):
+            return _Graph(model, cache, ids)
     except RuntimeError as error:
         log.warning("text is generated without a CUDA graph: %s", str(error).partition("\n")[0])
         return None

@@ -8,12 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from tokenyard import moe_layers
 from tokenyard.errors import one_of
+from tokenyard.sharded import is_sharded
+
+AMP_BF16 = "amp_bf16"
+"""The precision with float32 weights, which autocast converts to bfloat16."""
 
 BF16_MASTER = "bf16_master"
 """The precision with weights and activations in bfloat16, and float32 masters."""
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, BF16_MASTER: torch.bfloat16}
+COMPUTE_DTYPES = {"fp32": torch.float32, AMP_BF16: torch.bfloat16, BF16_MASTER: torch.bfloat16}
 """Precision -> the dtype of matmuls. Weights are float32 in the first two."""
 
 
@@ -32,10 +37,22 @@ def narrow_frozen(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
+def narrow_experts(model: nn.Module) -> None:
+    """Convert the weights of a model's experts to bfloat16, as autocast does in each pass.
+
+    They compute the same then, and kernels can keep what they compute from these weights. Sharded
+    weights and adapters keep their dtype.
+    """
+    for moe in moe_layers(model):
+        for parameter in moe.experts.parameters(recurse=False):
+            if not is_sharded(parameter):
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
 @contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
     """Compute in a precision: autocast to bfloat16 for ``amp_bf16``, no autocast for any other."""
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "amp_bf16"):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == AMP_BF16):
         yield
 
 
