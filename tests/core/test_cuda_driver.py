@@ -5,7 +5,7 @@ from struct import Struct
 
 import pytest
 
-from tokenyard import cuda_driver
+from tokenyard import TokenyardError, cuda_driver
 
 LAYOUT = Struct("@PifP")
 VALUES = (1 << 40, 7, 0.5, 1 << 41)
@@ -44,3 +44,17 @@ def test_chained_launch_has_the_attribute(driver):
 
 def test_result_is_the_driver_s(driver):
     assert cuda_driver.launch_kernel(ctypes.c_void_p(9), SIZES, 0, LAYOUT, VALUES) == 1
+
+
+@pytest.mark.parametrize("library", [object(), None], ids=["old driver", "none"])
+def test_without_the_driver_s_function_a_sentence_says_so(monkeypatch, library):
+    def load(name):
+        if library is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return library
+
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", load)
+    cuda_driver._launch_function.cache_clear()
+    assert not cuda_driver.has_driver()
+    with pytest.raises(TokenyardError, match=r"cuLaunchKernelEx .* from version 11\.8 on"):
+        cuda_driver.launch_kernel(ctypes.c_void_p(9), SIZES, 3, LAYOUT, VALUES)

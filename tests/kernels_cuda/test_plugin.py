@@ -81,6 +81,19 @@ def test_cuda_bindings_of_another_cuda_release_are_refused(installed, monkeypatc
     )
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_driver_that_cannot_launch_is_refused_unless_another_machine_is_planned(
+    installed, monkeypatch, gpu
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(_plugin, "has_driver", lambda: False)
+    reasons = [_plugin.no_permutation(workload()), _plugin.no_router(workload())]
+    if gpu:
+        assert all(reason.startswith("'cuda' cannot launch: kernels are") for reason in reasons)
+    else:
+        assert reasons == [None, None]
+
+
 def test_amd_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "NVIDIA" in _plugin.no_permutation(workload())

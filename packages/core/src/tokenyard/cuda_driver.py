@@ -12,6 +12,14 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import Any
 
+from tokenyard.errors import TokenyardError
+
+NO_DRIVER = (
+    "kernels are launched by cuLaunchKernelEx of libcuda.so.1, which the CUDA driver has for Linux "
+    "from version 11.8 on, and it is not here; update the driver"
+)
+"""The sentence for a machine without such a driver."""
+
 _CONFIG = Struct("@7IPPI")  # CUlaunchConfig: grid, block, shared memory, stream, attributes
 _ATTRIBUTE = Struct("@IiQ56x")  # CUlaunchAttribute: id, padding, and 64 bytes of a value
 _CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -57,7 +65,7 @@ def launch_kernel(
       compute capability 9.0 on). Each thread of the kernel must wait (``griddepcontrol.wait``)
       before it reads or writes.
 
-    A GPU must have a context in this thread, and the driver must be there (`has_driver`).
+    A GPU must have a context in this thread. Raises TokenyardError without a driver (`has_driver`).
     """
     thread = _thread
     layout.pack_into(thread.arguments, 0, *arguments)
@@ -68,14 +76,18 @@ def launch_kernel(
 
 
 def has_driver() -> bool:
-    """Return whether the CUDA driver is installed."""
-    return _launch_function() is not None
+    """Return whether a CUDA driver that can launch kernels so is installed."""
+    try:
+        _launch_function()
+    except TokenyardError:
+        return False
+    return True
 
 
 @functools.cache
 def _launch_function() -> Any:
-    """Return the driver's function; None if there is none."""
+    """Return the driver's function. Raises TokenyardError if there is none."""
     try:
         return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
-    except (AttributeError, OSError):
-        return None
+    except (AttributeError, OSError) as error:
+        raise TokenyardError(f"{NO_DRIVER} ({error})") from None

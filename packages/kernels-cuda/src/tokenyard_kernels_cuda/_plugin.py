@@ -7,6 +7,7 @@ from importlib import metadata
 import torch
 
 from tokenyard import Backend, Workload, hookimpl
+from tokenyard.cuda_driver import NO_DRIVER, has_driver
 
 _SCORES = ("softmax", "sigmoid")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -24,6 +25,8 @@ def no_cuda(workload: Workload) -> str | None:
     if workload.capability is not None and workload.capability < (8, 0):
         major, minor = workload.capability
         return f"'cuda' needs a GPU of compute capability 8.0 or later, and this is {major}.{minor}"
+    if torch.cuda.is_available() and not has_driver():  # without a GPU, another machine is planned
+        return f"'cuda' cannot launch: {NO_DRIVER}"
     if workload.dtype not in _DTYPES:
         dtype = str(workload.dtype).removeprefix("torch.")
         return f"'cuda' computes in bfloat16, float16 and float32, not in {dtype}"
