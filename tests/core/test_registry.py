@@ -5,9 +5,11 @@ from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
+import torch
 
-from tokenyard import BackendError, ConfigError, Registry, Workload, __version__, _builtin
+from tokenyard import Backend, BackendError, ConfigError, Registry, Workload, __version__, _builtin
 from tokenyard.registry import Plugin, _choose, _extras
+from tokenyard.registry._offers import Offer
 from tokenyard.table import render
 
 WORKLOAD = Workload(8, 8, 4, 2)
@@ -114,6 +116,26 @@ def test_a_named_backend_is_never_replaced(offer, registry):
         match=r"'fast' is unusable here: 'fast' needs a GPU; usable here: cpu, torch, loop",
     ):
         registry().choose("experts", "fast", WORKLOAD)
+
+
+def needs_hopper(workload):
+    if workload.num_experts != 4:
+        return "'new' needs 4 experts"
+    return None if workload.capability == (9, 0) else "'new' needs a Hopper GPU"
+
+
+def test_a_named_backend_is_planned_for_a_gpu_that_is_not_here(monkeypatch):
+    """`auto` takes what each GPU can run. A reason that no GPU changes still counts."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    offers = [Offer("experts", Backend("new", "a:B", 5, needs_hopper), "plugin", "1.0")]
+    planned = replace(WORKLOAD, device="cuda")
+    assert planned.capability is None
+    assert _choose.choose("experts", "new", {}, offers, [], planned).backend.name == "new"
+    with pytest.raises(BackendError, match="new: 'new' needs a Hopper GPU"):
+        _choose.choose("experts", "auto", {}, offers, [], planned)
+    for unusable in (replace(planned, capability=(8, 0)), replace(planned, num_experts=8)):
+        with pytest.raises(BackendError, match="'new' is unusable here: 'new' needs"):
+            _choose.choose("experts", "new", {}, offers, [], unusable)
 
 
 def test_a_request_without_a_name_is_refused(registry):

@@ -26,6 +26,15 @@ def test_everything_is_usable_on_hopper():
     assert _plugin.no_router(workload()) is None
 
 
+def test_gluon_in_fp8_is_planned_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_plugin, "triton_minor_version", lambda: "3.6")
+    planned = workload(dim=128, capability=None)
+    request = {"name": "gluon", "precision": "fp8"}
+    kernel = default_registry().choose("experts", request, planned).construct(planned, None)
+    assert kernel.weight_copy_bytes(128 * 128) == 2 * 128 * 128 + 4
+
+
 def test_gluon_needs_hopper_and_a_known_triton_version(monkeypatch):
     monkeypatch.setattr(_plugin, "triton_minor_version", lambda: "3.6")
     assert _plugin.no_gluon(workload()) is None

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tokenyard.backend import KINDS, Backend, Kind
@@ -22,6 +22,9 @@ Request = str | Mapping[str, Any] | None
 
 _OTHER_VARIABLES = ("TOKENYARD_CACHE", "TOKENYARD_NOTES", "TOKENYARD_PARENT", "TOKENYARD_PIN")
 """Variables of this project that name no backend."""
+
+_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
+"""What a GPU that is not here may have: those of Ampere, Hopper and both of Blackwell."""
 
 log = logging.getLogger("tokenyard")
 
@@ -103,14 +106,17 @@ def choose(
     problems: Sequence[Problem],
     workload: Workload | None,
 ) -> BackendChoice:
-    """Choose the offer called `name`; "auto" chooses the first usable one. `offers`: best first."""
+    """Choose the offer called `name`; "auto" chooses the first usable one. `offers`: best first.
+
+    A named one may need a GPU of some compute capability, and none be here to tell: it is planned.
+    """
     if name == "auto":
         return _auto(kind, options, offers, problems, workload)
     offer = next((o for o in offers if o.backend.name == name), None)
     if offer is None:
         raise BackendError(_unknown(kind, name, offers, problems))
     reason = why_not(offer, workload)
-    if reason is not None:
+    if reason is not None and not _may_be_usable(offer, workload):
         usable = [o.backend.name for o in offers if why_not(o, workload) is None]
         instead = f"usable here: {', '.join(usable)}" if usable else "no other is usable here"
         raise BackendError(f"{kind} backend {name!r} is unusable here: {reason}; {instead}")
@@ -166,6 +172,14 @@ def why_not(offer: Offer, workload: Workload | None) -> str | None:
         return f"{offer.backend.name!r} computes experts of one width; leave out ffn_dims"
     reason, fault = attempt(lambda: _reason(offer.backend.unusable(workload)))
     return reason if fault is None else f"its own check failed: {fault}"
+
+
+def _may_be_usable(offer: Offer, workload: Workload | None) -> bool:
+    """Return whether a workload for a GPU that is not here could be computed by some GPU."""
+    if workload is None or workload.device.type != "cuda" or workload.capability is not None:
+        return False
+    capable = (replace(workload, capability=capability) for capability in _CAPABILITIES)
+    return any(why_not(offer, each) is None for each in capable)
 
 
 def _is_for_another(offer: Offer, workload: Workload | None) -> bool:
