@@ -39,20 +39,56 @@ def test_the_environment_overrides_config_and_config_overrides_auto(offer, regis
         registry().choose("experts", "loop", WORKLOAD)
 
 
-def test_options_in_config_reach_the_constructor_of_the_named_backend_only(registry, monkeypatch):
-    request = {"name": "torch", "tile": 64}
+TILED = """
+from tokenyard import Backend, hookimpl
+from tokenyard.experts import TorchExperts
+
+class Tiled(TorchExperts):
+    def __init__(self, workload, permutation, tile=8, precision=None):
+        super().__init__(workload, permutation)
+
+@hookimpl
+def tokenyard_experts():
+    return [Backend("tiled", __name__ + ":Tiled", -9)]
+"""
+
+
+def test_options_in_config_reach_the_constructor_of_the_named_backend_only(
+    install, registry, monkeypatch
+):
+    install("tiles", TILED)
+    request = {"name": "tiled", "tile": 64}
     assert registry().choose("experts", request, WORKLOAD).options == {"tile": 64}
     monkeypatch.setenv("TOKENYARD_EXPERTS", "loop")
     assert registry().choose("experts", request, WORKLOAD).options == {}
 
 
-def test_rejected_options_are_named(registry):
-    chosen = registry().choose("experts", {"name": "torch", "tile": 64}, WORKLOAD)
-    with pytest.raises(
-        BackendError,
-        match=r"experts backend 'torch' refused the options tile: .*unexpected keyword",
-    ):
-        chosen.construct(WORKLOAD, None)
+@pytest.mark.parametrize(
+    ("kind", "name", "option", "rest"),
+    [
+        (
+            "experts",
+            "torch",
+            "tile",
+            "; name a backend that has it (tiled), or leave it out; the options of 'torch': none",
+        ),
+        (
+            "experts",
+            "tiled",
+            "presicion",
+            " (did you mean 'precision'?); leave it out; the options of 'tiled': tile, precision",
+        ),
+        ("strategy", "single", "device", "; leave it out; the options of 'single': none"),
+    ],
+)
+def test_an_option_that_a_backend_does_not_have_is_named(
+    install, registry, kind, name, option, rest
+):
+    install("tiles", TILED)
+    with pytest.raises(BackendError) as error:
+        registry().choose(kind, {"name": name, option: 64})
+    key = "parallel.strategy" if kind == "strategy" else "backends.experts"
+    assert str(error.value) == f"{key}.{option} is 64, and {name!r} has no such option{rest}"
 
 
 def test_an_unknown_backend_gets_a_suggestion(registry):

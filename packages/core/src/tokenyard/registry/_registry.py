@@ -25,6 +25,7 @@ from tokenyard.registry._choose import (
 )
 from tokenyard.registry._discover import Plugin, Problem, installed_plugins
 from tokenyard.registry._offers import Offer
+from tokenyard.registry._options import check_options
 from tokenyard.workload import Workload
 
 HOOKS: dict[Kind, str] = {
@@ -65,14 +66,17 @@ class Registry:
 
         `request` is a name, "auto", or a mapping with `name` and options. A named backend has no
         fallback. "auto" chooses the usable backend of highest priority. Raises BackendError with
-        the request, the reason, and what would work.
+        the request, the reason, and what would work; also for an option that the backend does not
+        have.
         """
         name, options = parse_request(kind, request)
         offers = self.offers(kind)
         if kind == "router" and workload is not None:
             check_algorithm(workload.router.algorithm, offers)
         try:
-            return choose(kind, name, options, offers, self.problems, workload)
+            chosen = choose(kind, name, options, offers, self.problems, workload)
+            check_options(chosen, offers)
+            return chosen
         except BackendError as error:
             if name != overridden(kind):
                 raise
