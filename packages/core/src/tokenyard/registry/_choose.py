@@ -115,8 +115,8 @@ def choose(
     offer = next((o for o in offers if o.backend.name == name), None)
     if offer is None:
         raise BackendError(_unknown(kind, name, offers, problems))
-    reason = why_not(offer, workload)
-    if reason is not None and not _may_be_usable(offer, workload):
+    reason = _why_not_on_any_gpu(offer, workload)
+    if reason is not None:
         usable = [o.backend.name for o in offers if why_not(o, workload) is None]
         instead = f"usable here: {', '.join(usable)}" if usable else "no other is usable here"
         raise BackendError(f"{kind} backend {name!r} is unusable here: {reason}; {instead}")
@@ -174,12 +174,16 @@ def why_not(offer: Offer, workload: Workload | None) -> str | None:
     return reason if fault is None else f"its own check failed: {fault}"
 
 
-def _may_be_usable(offer: Offer, workload: Workload | None) -> bool:
-    """Return whether a workload for a GPU that is not here could be computed by some GPU."""
+def _why_not_on_any_gpu(offer: Offer, workload: Workload | None) -> str | None:
+    """Return why a backend is unusable, on all GPUs if the workload is for one that is not here."""
+    reason = why_not(offer, workload)
     if workload is None or workload.device.type != "cuda" or workload.capability is not None:
-        return False
+        return reason
     capable = (replace(workload, capability=capability) for capability in _CAPABILITIES)
-    return any(why_not(offer, each) is None for each in capable)
+    reasons = {why_not(offer, each) for each in capable}
+    if None in reasons:
+        return None
+    return next((other for other in reasons if other != reason), reason)
 
 
 def _is_for_another(offer: Offer, workload: Workload | None) -> bool:
