@@ -179,10 +179,12 @@ PICTURES: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "cpu/layer.png": layers,
     "cpu/optimizers.png": rates,
     "h100/routing.png": moves,
+    "h200/fp8-long.png": spread,
     "h200/fp8-loss.png": spread,
     "h200/layer-gluon.png": layers,
     "h200/layer-natural.png": layers,
     "h200/layer-peers.svg": speedups,
+    "h200/states-loss.png": spread,
     "h200/train-dbrx.png": training,
 }
 
