@@ -1,5 +1,6 @@
 """`bench layer`: which entrants are checked and timed, and what a record holds."""
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from tokenyard_bench.layer import bench_layer
 from tokenyard_bench.oracle import Verdict, judge
 from tokenyard_bench.shapes import Shape
 from tokenyard_bench.sweep import Sweep
+from tokenyard_bench.tables.layer import print_layers
 
 SMALL = Shape("96,32,48,6,2", 96, 32, 48, 6, 2)
 SWEEP = Sweep([SMALL], ["fp32"], ["natural"], torch.device("cpu"), repetitions=3)
@@ -215,3 +217,22 @@ def test_a_backend_may_have_options():
         run(backends="cpu:chunk")
     with pytest.raises(ConfigError, match="--backends 'cqu' is unknown"):
         run(backends="cqu:chunk=3")
+
+
+def test_a_backend_with_options_is_compared_with_itself_without():
+    """What FP8 gains and saves stands under the table."""
+    ours = run()
+    changed = {"step_ms": {"median": 2.0}, "saved_bytes": 3 << 20, "peak_bytes": 9 << 20}
+    base = {"step_ms": {"median": 3.0}, "saved_bytes": 5 << 20, "peak_bytes": 4 << 20}
+    plain = ours["torch"] | base
+    other = ours["torch"] | changed | {"contestant": "torch:precision=fp8"}
+    alone = ours["cpu"] | {"contestant": "cpu:chunk=3"}
+    console = Console(record=True, width=140, file=io.StringIO())
+    print_layers([plain, other, alone], console)
+    text = console.export_text()
+    line = (
+        "torch:precision=fp8: 1.50 times as fast as torch, 2.00 MiB less saved, "
+        "5.00 MiB more peak memory"
+    )
+    assert line in text
+    assert text.count("times as fast") == 1

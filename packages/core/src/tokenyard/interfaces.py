@@ -305,6 +305,17 @@ class SavingExpertKernel(ExpertKernel, Protocol):
         ...
 
 
+class AdvisingExpertKernel(ExpertKernel, Protocol):
+    """An expert kernel that knows of options with a gain. This part of the contract is optional."""
+
+    def advice(self) -> str | None:
+        """Return a sentence on what an option would gain and cost, which `check` prints, or None.
+
+        Experts with adapters do not ask for it.
+        """
+        ...
+
+
 class Exchange(Protocol):
     """Sends tokens to the ranks that hold their experts, and returns the sums of the results."""
 

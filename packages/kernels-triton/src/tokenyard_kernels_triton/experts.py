@@ -24,6 +24,7 @@ from tokenyard.interfaces import (
 )
 from tokenyard.workload import Workload
 from tokenyard_kernels_triton._device import on_device_of
+from tokenyard_kernels_triton.fp8_advice import fp8_advice
 from tokenyard_kernels_triton.ops._experts import compile_experts, experts
 from tokenyard_kernels_triton.ops._fp8_weights import Copies, renew_weights
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
@@ -215,6 +216,12 @@ class GluonExperts(TritonExperts):
     def weight_copy_bytes(self, numbers: int) -> int:
         """Return the bytes kept of so many numbers of weights: two layouts, and scales."""
         return 0 if self.precision is None else 2 * numbers + 4 * numbers // BLOCK**2
+
+    def advice(self) -> str | None:
+        """Return what FP8 would change; None in FP8, and where it cannot be used."""
+        if self.precision is not None:
+            return None
+        return fp8_advice(self.workload, self.saved_bytes_per_row(self.workload.dtype.itemsize))
 
     def renew_weight_copies(self, weights: ExpertWeights) -> None:
         """Quantize weights that changed, in the memory that CUDA graphs read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from rich.console import Console
@@ -49,9 +49,30 @@ def _table(records: Sequence[Record]) -> Table:
         for record in records
         if record["note"] is not None
     ]
-    table.caption = "".join(notes) or None
+    table.caption = "".join((*_gains(records), *notes)) or None
     table.caption_justify = "left"
     return table
+
+
+def _gains(records: Sequence[Record]) -> Iterator[str]:
+    """Yield a line for each backend with options whose form without them was measured, too."""
+    measured = {r["contestant"]: r for r in records if r["note"] is None and "error" in r}
+    for name, record in measured.items():
+        base = measured.get(name.partition(":")[0])
+        if base is None or base is record:
+            continue
+        faster = base["step_ms"]["median"] / record["step_ms"]["median"]
+        yield (
+            f"{escape(name)}: {faster:.2f} times as fast as {base['contestant']}, "
+            f"{_change(record, base, 'saved_bytes')} saved, "
+            f"{_change(record, base, 'peak_bytes')} peak memory\n"
+        )
+
+
+def _change(record: Record, base: Record, fact: str) -> str:
+    """Return how many bytes more or less a record has than another."""
+    more = record[fact] - base[fact]
+    return f"{describe_bytes(abs(more))} {'less' if more < 0 else 'more'}"
 
 
 def _launch_table(records: Sequence[Record]) -> Table:

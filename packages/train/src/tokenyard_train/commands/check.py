@@ -182,7 +182,7 @@ def _backend_rows(config: TrainConfig, layer: MoE) -> Rows:
 
 
 def _kernel_rows(moe: MoE, width: int) -> Rows:
-    """Say what an expert kernel saves, if that is not x and the pre-activation."""
+    """Say what an expert kernel saves, if that is not x and the pre-activation, and advises."""
     rows = moe.workload.top_k
     saved = rows * saved_by_row(moe, width)
     usual = rows * width * moe.experts.up.shape[1]
@@ -190,6 +190,10 @@ def _kernel_rows(moe: MoE, width: int) -> Rows:
         yield "experts save", f"{saved:,} bytes a token and layer, {usual - saved:,} fewer"
     if size := weight_copies(moe):
         yield "experts keep", f"copies of a layer's weights, {describe_bytes(size)}"
+    kernel: Any = moe.experts.kernel
+    advises = moe.experts.adapter is None and hasattr(kernel, "advice")
+    if advises and (advice := kernel.advice()) is not None:
+        yield "experts could", advice
 
 
 def _exchange_rows(moe: MoE, width: int) -> Rows:
