@@ -36,9 +36,13 @@ CASES = [
     for routing, accumulation, recompute, trained in product(ROUTINGS, (1, 3), RECOMPUTES, TRAINED)
 ]
 MUON = [case._replace(muon=True) for case in CASES if not case.lora]
+STORED = [
+    case._replace(moments=moments)
+    for case, moments in product((CASES[0], MUON[0]), ("bf16", "8bit"))
+]
 
 
-@pytest.mark.parametrize(("layout", "case"), pairwise(LAYOUTS, [*CASES, *MUON]), ids=str)
+@pytest.mark.parametrize(("layout", "case"), pairwise(LAYOUTS, [*CASES, *MUON, *STORED]), ids=str)
 def test_a_layout_equals_one_process(layout, case):
     """A selection of layouts and cases that covers every pair of options; two steps in float64."""
     worst = compare(layout, [case._replace(steps=2)])
@@ -93,7 +97,7 @@ def test_equality_matrix(layout):
         for i, routing in enumerate(ROUTINGS)
     ]
     muon = [case._replace(muon=True, steps=3) for case in mixed]
-    worst = compare(layout, [*CASES, *plain, *mixed, *muon])
+    worst = compare(layout, [*CASES, *plain, *mixed, *muon, *STORED])
     narrow = [Case(r, a, dtype=torch.float32) for r, a in product(ROUTINGS, (1, 3))]
     single = compare(layout, narrow)
     kinds = ("y", "grad", "norm", "auxiliary", "final")

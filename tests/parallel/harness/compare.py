@@ -49,8 +49,8 @@ def choices(run: Run) -> tuple[object, ...]:
     layout, case = run
     exchange = (layout.exchange, layout.chunks)
     of_layout = (layout.ranks, layout.kind, layout.expert_parallel, exchange)
-    of_case = (case.routing, case.accumulation, case.recompute, case.frozen, case.lora, case.muon)
-    return (*of_layout, *of_case)
+    of_step = (case.routing, case.accumulation, case.recompute, case.frozen, case.lora)
+    return (*of_layout, *of_step, case.muon, case.moments)
 
 
 def pairwise(layouts: list[Layout], cases: list[Case]) -> list[Run]:

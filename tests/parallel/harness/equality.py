@@ -26,7 +26,7 @@ from tokenyard.fp8 import BLOCK, dequantize, quantize_rows
 from tokenyard.interfaces import Compute, Routing
 from tokenyard.moe import moe_layers
 from tokenyard.recompute import recomputed
-from tokenyard.sharded import group_by_mesh, local_part
+from tokenyard.sharded import local_part
 from tokenyard.testing._over_ranks import DIM, full, initialize
 from tokenyard_train.config.optimizer import OptimizerConfig
 from tokenyard_train.engine.optimizer import build_optimizer
@@ -73,6 +73,7 @@ class Case(NamedTuple):
     device: str = "cpu"
     experts: int = EXPERTS
     muon: bool = False  # else AdamW
+    moments: str = "fp32"  # bf16, 8bit
     fp8: bool = False  # on the wire, or emulated by one process
 
     @property
@@ -81,6 +82,8 @@ class Case(NamedTuple):
 
     @property
     def dim(self) -> int:
+        if self.moments == "8bit":
+            return 64  # rows have a block
         return 2 * BLOCK if self.fp8 else DIM
 
     def __str__(self) -> str:
@@ -89,6 +92,7 @@ class Case(NamedTuple):
         parts += ["frozen"] * self.frozen
         parts += ["lora"] * self.lora
         parts += ["muon"] * self.muon
+        parts += [f"moments_{self.moments}"] * (self.moments != "fp32")
         parts += ["fp8"] * self.fp8
         return "-".join([*parts, str(self.dtype).removeprefix("torch."), f"{self.steps}"])
 
@@ -248,13 +252,9 @@ def train(layout: Layout, case: Case) -> dict[str, Tensor]:
 
 
 def optimizer_of(case: Case, model: nn.Module) -> torch.optim.Optimizer:
-    if case.muon:
-        return build_optimizer(OptimizerConfig(name="muon", lr=3e-3, weight_decay=0.1), model)
-    groups = group_by_mesh(p for p in model.parameters() if p.requires_grad)
-    # fused: DTensor plans the sharding of one operator instead of ten
-    return torch.optim.AdamW(
-        [{"params": group} for group in groups], lr=3e-3, weight_decay=0.1, fused=True
-    )
+    name = "muon" if case.muon else "adamw"
+    options = {"lr": 3e-3, "weight_decay": 0.1, "moments": case.moments}
+    return build_optimizer(OptimizerConfig(name=name, **options), model)
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """A resumed run continues exactly; a config that would change it is refused."""
 
+from functools import partial
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -7,10 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenyard import ConfigError
 from tokenyard_train.checkpoint import CheckpointError, read_meta
 from tokenyard_train.checkpoint.background import BackgroundWriter
+from tokenyard_train.engine import compile as compile_module
 from tokenyard_train.engine import resume as module
 from tokenyard_train.engine.folder import run_folder
 from tokenyard_train.engine.resume import resume, start_from
-from tokenyard_train.engine.save import save
+from tokenyard_train.engine.save import run_tensors, save
 from tokenyard_train.engine.state import Position, Run
 from tokenyard_train.engine.step import train_step
 from tokenyard_train.records.metrics import Metrics
@@ -55,6 +58,35 @@ def test_state_and_position_are_restored(build, ffn):
         assert torch.equal(a, b)
         for key in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(run.optimizer.state[a][key], again.optimizer.state[b][key])
+
+
+OPTIONS = {
+    "sums": {"device_train_microbatch_size": 1, "backends": {"experts": "torch"}},
+    "whole recompute": {"activation_checkpointing": True},
+    "selective, offload": {"activation_checkpointing": "selective", "activation_cpu_offload": True},
+    "compiled": {"compile": True},
+    "clipped": {"algorithms": {"gradient_clipping": {"clipping_threshold": 0.01}}},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_master"])
+@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_of_the_step_resumes_bit_for_bit(build, monkeypatch, changes, precision):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(compile_module, "missing_compiler", lambda device: None)
+    changes = changes | {"precision": precision}
+    run = build(**changes)
+    run.convert_weights()
+    for batch in range(2):
+        train_step(run, batch)
+    saved(run, Position(batch=2))
+    again = build(**changes, autoresume=True)
+    assert resumed(again) == Position(batch=2)
+    again.convert_weights()
+    assert train_step(again, 2) == train_step(run, 2)
+    tensors = run_tensors(again)
+    for key, tensor in run_tensors(run).items():
+        assert torch.equal(tensor, tensors[key]), key
 
 
 @pytest.mark.parametrize(
