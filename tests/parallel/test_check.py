@@ -63,23 +63,34 @@ def expected_numel(model, count, degree, replicate):
     return numel
 
 
-def check_state(dbrx, count, degree, replicate):
+STATES = {  # precision and moments -> bytes of a weight, a gradient, and masters with moments
+    ("fp32", "fp32"): (4, 4, 8),
+    ("bf16_master", "fp32"): (2, 2, 12),
+    ("bf16_master", "bf16"): (2, 2, 8),
+}
+
+
+def check_state(dbrx, count, degree, replicate, precision="fp32", moments="fp32"):
     """Compare the estimate with the shards, and the shards with the shapes."""
     with fake_world(count):
-        config = dbrx(count, degree, replicate)
+        config = dbrx(count, degree, replicate, precision=precision, optimizer={"moments": moments})
         strategy, model = build_model(config)
         memory = estimate(config, model, strategy.describe(model))
         numel = sum(local_part(p).numel() for p in model.parameters())
     whole = meta_model(config.model_copy(update={"parallel": type(config.parallel)()}))
-    assert memory.parameters == 4 * numel
-    assert memory.gradients == 4 * numel
-    assert memory.optimizer == 8 * numel
+    state = (memory.parameters, memory.gradients, memory.optimizer)
+    assert state == tuple(width * numel for width in STATES[precision, moments])
     assert numel == expected_numel(whole, count, degree, replicate)
 
 
 @pytest.mark.parametrize(("count", "degree", "replicate"), LAYOUTS)
 def test_the_state_of_the_full_dbrx_is_exact(dbrx, count, degree, replicate):
     check_state(dbrx, count, degree, replicate)
+
+
+@pytest.mark.parametrize(("precision", "moments"), STATES)
+def test_the_state_of_each_precision_is_exact(dbrx, precision, moments):
+    check_state(dbrx, 48, 16, 3, precision, moments)
 
 
 @pytest.mark.full
@@ -99,7 +110,7 @@ def test_the_state_of_the_full_dbrx_is_exact_over_1_to_4096_ranks(dbrx):
     assert len(seconds) - len(refused) > 2 * len(refused)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16_master"])
 @pytest.mark.parametrize(
     "exchange",
     [

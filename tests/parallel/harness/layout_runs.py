@@ -233,6 +233,7 @@ class MemoryUse(NamedTuple):
 def memory_use(settings: Settings) -> MemoryUse:
     """Measure the parameters of this rank, and what a forward pass saves for the backward pass."""
     setup = build(settings)
+    setup.convert_weights()
     parameters = parameter_bytes(setup)
     estimated = estimate(setup.config, setup.model, setup.strategy.describe(setup.model))._asdict()
     saved: dict[int, int] = {}  # bytes by the address of a storage

@@ -37,10 +37,11 @@ MODELS = [
 NAMES = ["dbrx", "mixtral", "qwen3_moe", "dense", "shared expert"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16_master"])
 @pytest.mark.parametrize("model", MODELS, ids=NAMES)
 def test_what_is_saved_for_the_backward_pass_is_within_a_tenth(build, model, precision):
     run = build(model=model, precision=precision, max_seq_len=128, global_train_batch_size=8)
+    run.convert_weights()
     parameters = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
     saved: dict[int, int] = {}
 
@@ -58,7 +59,7 @@ def test_what_is_saved_for_the_backward_pass_is_within_a_tenth(build, model, pre
 
 
 @pytest.mark.parametrize("recompute", [True, "selective"])
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16_master"])
 @pytest.mark.parametrize("model", MODELS, ids=NAMES)
 def test_what_recompute_keeps_is_within_a_tenth(build, model, precision, recompute):
     run = build(
@@ -68,6 +69,7 @@ def test_what_recompute_keeps_is_within_a_tenth(build, model, precision, recompu
         max_seq_len=128,
         global_train_batch_size=8,
     )
+    run.convert_weights()
     rows = run.data.train.batch(0, 8)
     width = COMPUTE_DTYPES[precision].itemsize
     with run.precision():

@@ -8,25 +8,26 @@ from tokenyard import FeedForward, MoE, SavedBytes
 from tokenyard.count import kept_by_ffn, saved_by_ffn
 from tokenyard_models.config import TransformerConfig
 
-_WIDE = 4  # bytes of float32, the dtype of the stream between blocks
+_WIDE = 4  # bytes of float32
 
 
 def saved_bytes(
-    config: TransformerConfig, ffns: Sequence[MoE | FeedForward], width: int
+    config: TransformerConfig, ffns: Sequence[MoE | FeedForward], width: int, stream: int
 ) -> SavedBytes:
     """Return what the backward pass needs of a token, for a compute dtype of `width` bytes.
 
-    A norm saves its input and its output, 4D + bD, and RMSNorm 4D more. Selective recompute keeps
+    `stream` are the bytes of a number between blocks, in the dtype of the weights. A norm saves its
+    input and its output, and RMSNorm its input in float32 and 4D more. Selective recompute keeps
     the results of attention's two projections and of the matmul of scores and values, and those of
     the FFN. `ffns` are those of the blocks.
     """
-    wide = 2 * _WIDE if config.norm == "rms" else _WIDE
-    norm = (wide + width) * config.dim
+    inside = 2 * _WIDE if config.norm == "rms" else stream
+    norm = (inside + width) * config.dim
     attention = _saved_by_attention(config, width)
     kept_attention = _kept_of_attention(config, width)
     return SavedBytes(
         tuple(2 * norm + attention + saved_by_ffn(ffn, width) for ffn in ffns),
-        block_input=_WIDE * config.dim,
+        block_input=stream * config.dim,
         rest=norm,
         kept=tuple(kept_attention + kept_by_ffn(ffn, width) for ffn in ffns),
     )

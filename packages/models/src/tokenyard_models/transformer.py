@@ -205,7 +205,7 @@ class Transformer(Model):
         Attention keeps no scores, so `seq_len` does not matter.
         """
         ffns = [cast(Block, block).ffn for block in self.blocks]
-        return saved_bytes(self.config, ffns, width)
+        return saved_bytes(self.config, ffns, width, self.embed.weight.dtype.itemsize)
 
 
 def _embedding(rows: int, dim: int) -> nn.Embedding:
