@@ -81,6 +81,14 @@ def test_every_triton_kernel_of_ours_has_a_kind():
     assert not [name for name in launched if kind_of(name) in ("other", "host")]
 
 
+def test_every_cuda_kernel_of_ours_has_a_kind():
+    folder = Path(__file__).parents[3] / "packages/kernels-cuda/src/tokenyard_kernels_cuda/kernels"
+    sources = [path.read_text(encoding="utf-8") for path in folder.glob("*.cu")]
+    kernels = {name for text in sources for name in re.findall(r"__global__ void (\w+)\(", text)}
+    assert len(kernels) > 5
+    assert not [name for name in kernels if kind_of(name) in ("other", "host")]
+
+
 def test_an_instant_counts_once():
     """Two matmuls overlap, a collective overlaps with both, and nothing runs from 8 to 9."""
     spans = [

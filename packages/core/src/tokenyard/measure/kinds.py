@@ -18,7 +18,7 @@ _PATTERNS = (
     ("routing", r"sort|topk|search|cub::|cumsum|::(plan|route|weigh)|(select|weigh)_experts"),
     ("routing", r"^(route|bound_ids|list_tiles|count_|add_up_blocks|place_slots|plan_at_once)"),
     ("matmuls", r"gemm|gemv|nvjet|xmma|cutlass|splitk|triton_tem_|grouped_mm|_?experts|::logits"),
-    ("matmuls", r"^logits_of_few"),
+    ("matmuls", r"^logits_(backward_)?of_few"),
     (
         "matmuls",
         r"^(up_and_activate|times_weight|weight_gradient|differentiate_down|\w+_times_dense)|low_rank",
