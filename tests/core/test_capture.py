@@ -18,7 +18,8 @@ def drawing():
 
 def fail():
     """Draw in a capture, and wait for the GPU, which no capture survives."""
-    with pytest.raises(RuntimeError), capture(torch.cuda.CUDAGraph()):
+    error = pytest.raises(RuntimeError, match="not permitted when stream is capturing")
+    with error, capture(torch.cuda.CUDAGraph()):
         torch.rand(64, device="cuda").sum().item()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -23,19 +24,30 @@ def capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     """
     stream = torch.cuda.current_stream()
     pool = torch.cuda.graph_pool_handle()
+    cause: BaseException | None = None
     try:
         with torch.cuda.graph(graph, pool=pool):
-            yield
+            try:
+                yield
+            except BaseException as error:
+                cause = error
+                raise
     except BaseException:
         if not _has_ended(graph):
-            torch.cuda.set_stream(stream)
-            _failed.append(graph)
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-            with suppress(RuntimeError):
-                torch._C._cuda_releasePool(stream.device_index, pool)
-            _end_capture_of_generator()
+            _clean_up(graph, stream, pool)
+        if cause is not None:
+            raise cause from None  # not the error of the end, which only says that there was one
         raise
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
+    torch.cuda.set_stream(stream)
+    _failed.append(graph)
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+    with suppress(RuntimeError):
+        torch._C._cuda_releasePool(stream.device_index, pool)
+    _end_capture_of_generator()
 
 
 def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
