@@ -41,13 +41,13 @@ def capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
-    torch.cuda.set_stream(stream)
     _failed.append(graph)
     with suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
     with suppress(RuntimeError):
         torch._C._cuda_releasePool(stream.device_index, pool)
     _end_capture_of_generator()
+    torch.cuda.set_stream(stream)
 
 
 def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
