@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tokenyard_train.launch import stopped
+from tokenyard_train.launch import faults, stopped
 from tokenyard_train.launch.faults import _calls, collective_fault
 from tokenyard_train.launch.supervisor import supervise
 
@@ -171,9 +171,16 @@ def test_a_stopped_rank_is_blamed_rather_than_a_rank_that_waits_for_it(capfd):
     )
 
 
-def test_a_stopped_rank_is_noticed_although_no_rank_waits_for_it(capfd):
-    """After the timeout of a collective, which a rank has written."""
-    write = "open(f'{notes}/began', 'w').write('1.5')"
+@pytest.mark.parametrize(
+    ("write", "start_timeout"),
+    [("open(f'{notes}/timeout', 'w').write('1.5')", 60), ("", 1.5)],
+    ids=["in the run", "at the start"],
+)
+def test_a_stopped_rank_is_noticed_although_no_rank_waits_for_it(
+    capfd, monkeypatch, write, start_timeout
+):
+    """After the timeout of a collective, or of the start until a rank has written it."""
+    monkeypatch.setattr(faults, "_START_TIMEOUT", start_timeout)
     stop = "os.kill(os.getpid(), signal.SIGSTOP)"
     began = time.monotonic()
     errors = run(capfd, write, f"if rank == 1: {stop}", "time.sleep(60)")[1]
@@ -182,27 +189,29 @@ def test_a_stopped_rank_is_noticed_although_no_rank_waits_for_it(capfd):
 
 
 def test_the_time_counts_in_which_some_ranks_are_stopped_and_others_run(monkeypatch):
-    """All ranks of a suspended job are stopped, and sometimes the supervisor."""
+    """All ranks of a suspended job are stopped, but those that ended, and the supervisor."""
     now = 0.0
     stopped_pids = set()
     monkeypatch.setattr(stopped.time, "monotonic", lambda: now)
     monkeypatch.setattr(stopped, "is_stopped", lambda pid: pid in stopped_pids)
     ranks = stopped.StoppedRanks()
 
-    def look(pids, until):
+    def look(pids, until, running=(0, 1, 2)):
         nonlocal now
         stopped_pids.clear()
         stopped_pids.update(pids)
         while now < until:
             now += 0.5
-            ranks.look([10, 11, 12])
+            ranks.look({rank: 10 + rank for rank in running})
 
     look({11}, until=5)
     assert ranks.longer_than(4.5) == [1]
     assert ranks.longer_than(5) == []
     look({10, 11, 12}, until=100)
     assert ranks.longer_than(0) == []
-    look({11, 12}, until=103)
+    look({11, 12}, until=102, running=(1, 2))
+    assert ranks.longer_than(0) == []
+    look({11, 12}, until=105)
     now += 1000  # the supervisor was stopped
     look({12}, until=now + 0.5)
     assert ranks.longer_than(0) == [2]

@@ -32,6 +32,7 @@ from tokenyard_train.engine.reader import Reader
 from tokenyard_train.engine.schedule import check_schedule
 from tokenyard_train.engine.table_versions import choose_versions
 from tokenyard_train.engine.wrap_blocks import wrap_blocks
+from tokenyard_train.launch.faults import write_timeout
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def build_setup(
     if config.device.startswith("cuda"):
         torch.cuda.set_device(config.device)
     strategy, model = build_model(config)
+    write_timeout()
     check_batch_fits(config, strategy.data[1])
     config = choose_versions(config)
     data = build_data(config.data())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -16,6 +17,8 @@ from tokenyard_cli.once import FOLDER, is_first
 from tokenyard_train.torch_private import default_timeout
 
 _STARTED = "began"
+_TIMEOUT = "timeout"
+_START_TIMEOUT = 60.0  # seconds that a rank may be stopped before it has joined the others
 # They log calls, or dispatch operators: a name such as `redispatch` names no collective.
 _WRAPPERS = ("torch.distributed.c10d_logger", "torch._ops", "torch._library")
 # gloo's messages: the second one is raised by a call that waited while another call timed out.
@@ -69,14 +72,19 @@ def _path(folder: Path, rank: int) -> Path:
     return folder / f"{rank}.json"
 
 
-def mark_started() -> None:
-    """Record that the run owns its folder, so that another attempt resumes in it.
-
-    The file holds the timeout of a collective in seconds, if there are several ranks.
-    """
+def write_timeout() -> None:
+    """Record the timeout of a collective in seconds, if there are several ranks."""
     if (folder := os.environ.get(FOLDER)) is not None:
-        timeout = f"{default_timeout().total_seconds()}" if dist.is_initialized() else ""
-        Path(folder, _STARTED).write_text(timeout, encoding="ascii")
+        seconds = default_timeout().total_seconds() if dist.is_initialized() else math.inf
+        unfinished = Path(folder, f".{_TIMEOUT}{os.environ.get('RANK', '0')}")
+        unfinished.write_text(str(seconds), encoding="ascii")
+        unfinished.rename(Path(folder, _TIMEOUT))
+
+
+def mark_started() -> None:
+    """Record that the run owns its folder, so that another attempt resumes in it."""
+    if (folder := os.environ.get(FOLDER)) is not None:
+        Path(folder, _STARTED).touch()
 
 
 def has_started(folder: Path) -> bool:
@@ -85,10 +93,9 @@ def has_started(folder: Path) -> bool:
 
 
 def read_timeout(folder: Path) -> float:
-    """Return the seconds that a collective may take; infinite until a rank has written them."""
-    path = folder / _STARTED
-    text = path.read_text(encoding="ascii") if path.exists() else ""
-    return float(text or "inf")
+    """Return the seconds that a collective may take; a minute until a rank has written them."""
+    path = folder / _TIMEOUT
+    return float(path.read_text(encoding="ascii")) if path.exists() else _START_TIMEOUT
 
 
 def _calls(trace: TracebackType | None) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ timeout. That may be long after: an evaluation or a text that is generated has f
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 _MOST = 1.0  # seconds between two looks that count; the supervisor may have been stopped, too
@@ -20,12 +20,15 @@ class StoppedRanks:
         self.seconds: dict[int, float] = {}  # by stopped rank
         self._before = time.monotonic()
 
-    def look(self, pids: Sequence[int]) -> None:
-        """Look at the processes of all ranks. A job whose ranks are all stopped is suspended."""
+    def look(self, pids: Mapping[int, int]) -> None:
+        """Look at the processes of the ranks that have not ended.
+
+        A job is suspended if all of them are stopped.
+        """
         now = time.monotonic()
         passed = min(now - self._before, _MOST)
         self._before = now
-        stopped = [rank for rank, pid in enumerate(pids) if is_stopped(pid)]
+        stopped = [rank for rank, pid in pids.items() if is_stopped(pid)]
         if len(stopped) == len(pids):
             stopped = []
         self.seconds = {rank: self.seconds.get(rank, 0.0) + passed for rank in stopped}
