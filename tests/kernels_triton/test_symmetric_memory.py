@@ -7,7 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tokenyard_kernels_triton.symmetric_memory import _torch_copies, _triton_copies
+from tokenyard import Workload
+from tokenyard_kernels_triton.symmetric_memory import (
+    SymmetricMemoryExchange,
+    _torch_copies,
+    _triton_copies,
+)
 from tokenyard_kernels_triton.symmetric_memory._late_read import LateRead, wait_for_tokens
 from tokenyard_kernels_triton.symmetric_memory._region import Region, Sizes, layout_of
 
@@ -137,3 +142,12 @@ def test_a_read_waits_for_what_came_before_its_mark_and_no_longer():
     late.mark(numbers)
     with pytest.raises(dist.DistError, match="of all ranks did not arrive"):
         late.read(numbers)
+
+
+def test_the_bytes_that_peers_read_of_a_token():
+    """It goes there and back, with two ids and half of its two weights."""
+    workload = Workload(8, 4, 8, 2, expert_parallel=2)
+    exchange = SymmetricMemoryExchange(workload, None)
+    row = 2 * 8
+    travels = 1 - 6 / 28  # 6 of 28 pairs of experts are on the token's own rank
+    assert exchange.sent_bytes_per_token(2) == round(travels * 2 * row + 2 * 4 / 2 + 2 * 4)

@@ -113,6 +113,14 @@ class Workload:
         if self.capability is None and self.device.type == "cuda" and torch.cuda.is_available():
             object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
 
+    @property
+    def ranks_per_token(self) -> float:
+        """The mean number of ranks that hold some of a token's experts, if routing is uniform."""
+        ranks = self.expert_parallel
+        elsewhere = self.num_experts - self.num_experts // ranks
+        unused = math.comb(elsewhere, self.top_k) / math.comb(self.num_experts, self.top_k)
+        return ranks * (1 - unused)
+
     def check_input(self, x: Tensor) -> None:
         """Raise BackendError if x [T, D] would be computed in another dtype or on another device.
 

@@ -27,6 +27,8 @@ from tokenyard_kernels_triton.symmetric_memory._ops import combine, dispatch
 from tokenyard_kernels_triton.symmetric_memory._region import Sizes
 from tokenyard_kernels_triton.symmetric_memory._torch_private import group_timeout, in_backward
 
+_WIDE = 4  # bytes of an id, and of a weight at least
+
 
 class Received(NamedTuple):
     """What a rank receives: row ``s * C + t`` is token t of rank s."""
@@ -115,6 +117,21 @@ class SymmetricMemoryExchange:
                 y = compute(received.rows, received.ids, received.weights, slots)
             y_tokens: Tensor = combine(y, received.ids, ids, link)
             return y_tokens
+
+    def row_bytes(self, width: int) -> int:
+        """Return the bytes of a row of numbers of `width` bytes."""
+        return width * self.workload.dim
+
+    def sent_bytes_per_token(self, width: int) -> int:
+        """Return the bytes that other ranks read of each token of a rank, and it of its results.
+
+        `width` are the bytes of the compute dtype. Routing is uniform.
+        """
+        work = self.workload
+        others = 1 - 1 / work.expert_parallel
+        rows = work.ranks_per_token * others * 2 * self.row_bytes(width)
+        weights = work.top_k * others * max(width, _WIDE)
+        return round(rows + weights + work.top_k * _WIDE * (work.expert_parallel - 1))
 
     def _reserve(self, tokens: int, x: Tensor, weights: Tensor) -> Reserved:
         """Reserve buffers for `tokens` tokens of each rank; a collective."""

@@ -6,7 +6,6 @@ back. Experts on other ranks appear there as dropped ids.
 
 from __future__ import annotations
 
-from math import comb
 from typing import Any
 
 import torch
@@ -23,10 +22,7 @@ class TokenRows:
         self.ranks = workload.expert_parallel
         self.experts_per_rank = workload.num_experts // self.ranks
         self.permutation = permutation
-        # uniform routing: the chance that a rank holds none of a token's K experts
-        elsewhere = workload.num_experts - self.experts_per_rank
-        unused = comb(elsewhere, workload.top_k) / comb(workload.num_experts, workload.top_k)
-        self.rows_per_token = self.ranks * (1 - unused)
+        self.rows_per_token = workload.ranks_per_token
         self.weights_per_row = workload.top_k
 
     def sort(self, topk_ids: Tensor) -> RankOrder:
