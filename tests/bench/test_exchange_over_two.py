@@ -280,7 +280,9 @@ def timed(exchange):
     clock = count()
     marks = Marks(lambda: next(clock))
     x = torch.ones(2, requires_grad=True)
-    y = exchange(x, MarkedPermutation(Direct(), marks), marked_compute(lambda x: 3 * x, marks))
+    permutation = MarkedPermutation(Direct())
+    permutation.marks = marks
+    y = exchange(x, permutation, marked_compute(lambda x: 3 * x, marks))
     end_pass(marks, "forward")
     y.sum().backward()
     end_pass(marks, "backward")

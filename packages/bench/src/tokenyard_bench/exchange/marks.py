@@ -63,11 +63,12 @@ MarkedForward = Callable[[Marks], Tensor]
 
 
 class MarkedPermutation:
-    """A permutation that marks the stages of the exchange that calls it."""
+    """A permutation that marks the stages of the exchange that calls it in `marks`."""
 
-    def __init__(self, permutation: Permutation, marks: Marks):
+    marks: Marks
+
+    def __init__(self, permutation: Permutation):
         self.permutation = permutation
-        self.marks = marks
 
     def plan(self, topk_ids: Tensor, num_experts: int, rows: int | None = None) -> Plan:
         """Return the plan."""

@@ -57,8 +57,11 @@ class ExchangeRequest:
         experts.down = nn.Parameter(case.down.detach())
         routing = Routing(case.topk_ids, case.topk_weights, case.topk_weights)
 
+        marking = MarkedPermutation(permutation)
+        through = exchange(marking)  # once: an exchange may prepare what its first pass needs
+
         def marked(marks: Marks) -> Tensor:
-            through = exchange(MarkedPermutation(permutation, marks))
+            marking.marks = marks
             y: Tensor = through(case.x, routing, marked_compute(experts.compute, marks))
             return y
 
