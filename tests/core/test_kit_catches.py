@@ -19,6 +19,7 @@ from .wrong_kernels import (
     MutatedInput,
     NaNForEmptyExperts,
     Noisy,
+    OverwritesSavedTensors,
     ReadsDroppedTokens,
     ReadsDroppedWeights,
     RightRows,
@@ -61,6 +62,11 @@ def routes_everywhere(kit):
         ),
         (NaNForEmptyExperts, routes_everywhere, "d up: relative error inf"),
         (Noisy, ExpertsConformance.test_same_result_twice, "y differs from run to run"),
+        (
+            OverwritesSavedTensors,
+            ExpertsConformance.test_passes_over_one_graph,
+            "a later backward pass over the same graph gives other gradients",
+        ),
         (UnwrittenRows, matches_oracle, "y: relative error inf"),
         (
             ReadsDroppedTokens,

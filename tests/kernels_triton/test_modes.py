@@ -33,26 +33,32 @@ def tensors() -> dict[str, torch.Tensor]:
     return leaves | {"weights": torch.rand(T, K, device=DEVICE).requires_grad_()}
 
 
-@functools.cache  # a run takes seconds in the interpreter
-def run(save: str) -> tuple[dict[str, torch.Tensor], int]:
-    """Return output and gradients, and the bytes kept besides x, the weights and the plan."""
+def forward(save: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Return the output, the inputs, and what is kept besides x, the weights and the plan."""
     permutation, kernel = experts(save)
     inputs = tensors()
     plan = permutation.plan(torch.arange(T * K, device=DEVICE, dtype=torch.int32).view(T, K) % E, E)
     known = {t.data_ptr() for t in (*inputs.values(), *plan[:3])}
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.data_ptr() not in known:
-            kept[tensor.data_ptr()] = tensor.nbytes
+            kept[tensor.data_ptr()] = tensor
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         y = kernel(
             inputs["x"], plan, inputs["weights"], ExpertWeights(inputs["up"], inputs["down"])
         )
+    return y, inputs, list(kept.values())
+
+
+@functools.cache  # a run takes seconds in the interpreter
+def run(save: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Return output and gradients, and the bytes that are kept."""
+    y, inputs, kept = forward(save)
     gradients = torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
-    return {"y": y.detach(), **dict(zip(inputs, gradients))}, sum(kept.values())
+    return {"y": y.detach(), **dict(zip(inputs, gradients))}, sum(t.nbytes for t in kept)
 
 
 def test_pre_activation_alone_is_kept_by_default():
@@ -68,6 +74,20 @@ def test_fp8_keeps_about_half():
 
 def test_recompute_keeps_nothing():
     assert run("recompute")[1] == 0
+
+
+def test_the_last_backward_pass_writes_a_gradient_in_the_place_of_the_pre_activation():
+    """It takes no memory of its own then. A pass that retains the graph leaves z as it is."""
+    y, inputs, (z, _) = forward("pre_activation")
+    x = inputs["x"]
+    before = z.clone()
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+    assert torch.equal(z, before)
+    version = z._version
+    (again,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(again, dx)
+    assert not torch.equal(z, before)
+    assert z._version > version  # another node that saved z refuses to run
 
 
 @pytest.mark.parametrize("save", ["pre_activation", "fp8", "recompute"])

@@ -9,10 +9,12 @@ from tokenyard.experts._lora_call import LoraCall, LoraPair
 from tokenyard.experts._lora_op import register_lora_op
 from tokenyard.experts._module import Experts
 from tokenyard.experts._op import ExpertGradients, ExpertNeeds, ExpertsCall, register_experts_op
+from tokenyard.experts._register import Donated
 from tokenyard.experts._torch import TorchExperts
 
 __all__ = [
     "CpuExperts",
+    "Donated",
     "EmulatedFp8Experts",
     "ExpertGradients",
     "ExpertNeeds",

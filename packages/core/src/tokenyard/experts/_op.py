@@ -72,7 +72,7 @@ Backward = Callable[..., ExpertGradients]
 """``(dy, call, saved, needs, **options)`` -> the gradients that are needed.
 
 dy [T, D] may be strided. `saved` is the list of tensors that the forward pass returned after y. It
-must not change or return a tensor of its arguments.
+must not change or return a tensor of its arguments, but may overwrite `saved` if that is Donated.
 
 A kernel that adds has an argument `sums`, which is GradientSums or None. If there are any, it adds
 the gradients of up and down that are needed to them, and returns None for both.

@@ -11,11 +11,21 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from tokenyard.operators import Operator, operator, refuse_second_derivative
 
 _TYPES = {str: "str", int: "int", float: "float", bool: "bool"}
+
+
+class Donated(list[Tensor]):
+    """Saved tensors that a backward pass may overwrite: no later pass reads them.
+
+    torch's compiler calls tensors so donated buffers. An operator that runs through torch's
+    dispatcher gets a plain list instead, as its schema promises to change nothing.
+    """
 
 
 class Signature(NamedTuple):
@@ -97,6 +107,8 @@ class FlatKernel:
     ) -> tuple[Tensor, ...]:
         call, options = self._unflatten(arguments)
         sums = arguments[self.signature.inputs : self.signature.tensors]
+        if isinstance(saved, Donated):  # another node that saved one too then refuses to run
+            increment_version(saved)
         all_gradients = self.backward(dy, call, saved, needs, *sums, **options)
         gradients = [all_gradients[index] for index in self.signature.returned]
         # an operator cannot return None
@@ -138,8 +150,15 @@ class FlatKernel:
             return tuple(result)
         tensors = ctx.saved_tensors
         needs = [ctx.needs_input_grad[position] for position in self.signature.differentiable]
-        saved = list(tensors[count:])
+        saved = _donated(tensors[count:])
         gradients = backward(dy, saved, needs, *tensors[:count], *ctx.others)
         for index, gradient in zip(self.signature.returned, gradients, strict=True):
             result[self.signature.differentiable[index]] = gradient if needs[index] else None
         return tuple(result)
+
+
+def _donated(saved: Sequence[Tensor]) -> list[Tensor]:
+    """Return saved tensors as a list: Donated, unless the graph is retained for another pass."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # private: torch 2.10 to 2.13
+        return list(saved)
+    return Donated(saved)

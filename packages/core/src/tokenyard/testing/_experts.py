@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any, ClassVar
 
@@ -183,6 +184,21 @@ class ExpertsConformance(LayerPartConformance):
         second = self._results(case, self._kernel(case))
         for name in first:
             assert torch.equal(first[name], second[name]), f"{name} differs from run to run"
+
+    def test_passes_over_one_graph(self) -> None:
+        """Backward passes over a retained graph, and the last one, give bitwise equal gradients.
+
+        If this fails, the backward pass changes saved tensors that are not ``Donated``, or reads
+        one that it has overwritten.
+        """
+        case = self._case(random_ids(self.tile + 1, 4, 2), 4)
+        leaves = [tensor for tensor in case.tensors.values() if tensor.requires_grad]
+        y = self._kernel(case)(case)
+        grad = partial(torch.autograd.grad, y, leaves, case.dy)
+        first, second, last = grad(retain_graph=True), grad(retain_graph=True), grad()
+        for grads in (second, last):
+            same = all(map(torch.equal, first, grads))
+            assert same, "a later backward pass over the same graph gives other gradients"
 
     def test_compiles_whole(self, record_property: Any) -> None:
         """``torch.compile(fullgraph=True)`` gives the same results for two token counts.

@@ -22,7 +22,7 @@ from tokenyard_kernels_triton.ops._experts_call import (
     with_tensors,
     zero_gradients,
 )
-from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
+from tokenyard_kernels_triton.ops._gradient import DownBias, differentiate, sum_rows
 from tokenyard_kernels_triton.ops._kernel_set import (
     KernelSet,
     KernelSetName,
@@ -31,7 +31,7 @@ from tokenyard_kernels_triton.ops._kernel_set import (
 )
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
-from tokenyard_kernels_triton.ops._save import Save, keep, restore, saved_shapes
+from tokenyard_kernels_triton.ops._save import Save, gradient_space, keep, restore, saved_shapes
 from tokenyard_kernels_triton.replay import replayed
 
 _Totals = tuple[Tensor | None, Tensor | None]  # of up and down
@@ -89,8 +89,8 @@ def _backward(
         return zero_gradients(call, needs)
     call = aligned_call(call)
     kernels = fitting_set(kernels, call.plan, call.x.dtype)
-
     names = needed(needs, sums)
+    kind = type(saved)  # Donated or not
 
     def launches(
         dy: Tensor,
@@ -102,11 +102,12 @@ def _backward(
     ) -> tuple[Tensor, ...]:
         inputs = with_tensors(call, tensors)
         totals = (up_sum, down_sum)
-        gradients = _launch_backward(dy, inputs, [saved, scales], needs, totals, save, kernels)
+        both = kind((saved, scales))
+        gradients = _launch_backward(dy, inputs, both, needs, totals, save, kernels)
         return tuple(gradients[name] for name in names)
 
     with on_device_of(call.x):
-        key = ("experts backward", save, kernels, needs, *sizes_of(call))
+        key = ("experts backward", save, kernels, needs, kind, *sizes_of(call))
         totals = sums or (None, None)
         gradients = replayed(key, launches, (aligned(dy), *saved, *totals, *tensors_of(call)))
     return ExpertGradients(**dict(zip(names, gradients)))
@@ -140,10 +141,7 @@ def _through_down(
     row_tiles: RowTiles,
     matmuls: KernelSet[Any],
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Return dz [R, 2F or F] (None if the down bias alone needs a gradient), and gradients.
-
-    These are of topk_weights and the down projection, which is added to a total if there is one.
-    """
+    """Return dz [R, 2F or F], None if not needed, and gradients; add that of down to a total."""
     _, plan, topk_weights, (_, down, _, down_bias), activation = call
     gradients: dict[str, Tensor] = {}
 
@@ -156,19 +154,20 @@ def _through_down(
     if not any(needs[:5]):
         return None, gradients
     z = _pre_activation(call, saved, save, row_tiles, matmuls)
+    dz = gradient_space(z, saved, save)
     weigh = (plan.order, topk_weights, row_tiles, activation)
-    if bias is None:
-        dz, weighted, dots = matmuls.differentiate_down(drows, down, z, *weigh)
+    if bias is None or copied is None:
+        weighted, dots = matmuls.differentiate_down(drows, down, z, dz, *weigh)
     else:
         da = matmuls.times_weight(drows, down, None, row_tiles, False, "activation_gradient")
-        dz, weighted, dots = differentiate(da, copied, z, bias, *weigh)
-        del da
-    del z  # free it before the next allocation
+        weighted, dots = differentiate(da, z, dz, DownBias(bias, copied), *weigh)
+        del da  # free it before the next allocation
     if needs.topk_weights and topk_weights is not None:
         gradients["topk_weights"] = sum_dots(dots, plan)
     if needs.down:
-        operands = (drows, weighted, row_tiles)
-        gradients["down"] = matmuls.weight_gradient(*operands, "down_gradient", total=total)
+        gradients["down"] = matmuls.weight_gradient(
+            drows, weighted, row_tiles, "down_gradient", total=total
+        )
     return dz, gradients
 
 

@@ -106,17 +106,17 @@ def differentiate_down(
     drows: Rows,
     down: Tensor,
     z: Tensor,
+    dz: Tensor,
     order: Tensor,
     topk_weights: Tensor | None,
     row_tiles: RowTiles,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, some]."""
+) -> tuple[Tensor, Tensor]:
+    """Write dz, which may be z; return the weighted activation [R, F], and dots [R, some]."""
     dim, ffn_dim = down.shape[1:]
     # Wider tiles have no registers left for the epilogue.
     tiling = replace(few_rows_tiling(row_tiles.rows, row_tiles.num_experts), columns=64)
     matrix, _, top_k = operand(drows)
-    dz = torch.empty_like(z)
     weighted = z.new_empty(row_tiles.rows, ffn_dim)
     columns = ceil_div(ffn_dim, tiling.columns)
     dots = z.new_empty(row_tiles.rows, columns, dtype=torch.float32)
@@ -140,7 +140,7 @@ def differentiate_down(
         COLUMNS=tiling.columns,
         **_options(matrix, row_tiles, tiling),
     )
-    return dz, weighted, dots
+    return weighted, dots
 
 
 def weight_gradient(

@@ -33,7 +33,7 @@ from tokenyard_kernels_triton.ops._experts_call import (
     zero_gradients,
 )
 from tokenyard_kernels_triton.ops._fp8_weights import Copies, kept_weights
-from tokenyard_kernels_triton.ops._gradient import differentiate_and_quantize, sum_rows
+from tokenyard_kernels_triton.ops._gradient import DownBias, differentiate_and_quantize, sum_rows
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
 from tokenyard_kernels_triton.ops._quantize import (
     QuantizedWeights,
@@ -195,8 +195,9 @@ def _launch_backward(
     da = _gluon_fp8.times_weight(drows, layer.down, None, tiles, False, dy.dtype)
     del drows  # free each operand before the next allocation
     z = _pre_activation(layer, saved)
+    with_rows = None if bias is None or copied is None else DownBias(bias, copied)
     dz, quantized, weighted, dots = differentiate_and_quantize(
-        da, copied, z, bias, plan.order, topk_weights, tiles, activation
+        da, z, with_rows, plan.order, topk_weights, tiles, activation
     )
     del z, da
     if needs.topk_weights and topk_weights is not None:

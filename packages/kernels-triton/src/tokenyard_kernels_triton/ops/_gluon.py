@@ -123,18 +123,18 @@ def differentiate_down(
     drows: Rows,
     down: Tensor,
     z: Tensor,
+    dz: Tensor,
     order: Tensor,
     topk_weights: Tensor | None,
     row_tiles: RowTiles,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, ceil(F / 256)]."""
+) -> tuple[Tensor, Tensor]:
+    """Write dz, which may be z; return the weighted activation, and dots [R, ceil(F / 256)]."""
     parts = 2 if is_gated(activation) else 1
     dim, ffn_dim = down.shape[1:]
     tiling = gluon_tiling("activation_gradient", dim, ffn_dim, drows.device)
     columns = ceil_div(ffn_dim, tiling.columns)
     box = (64, _DIFFERENTIATE["CHUNK"])
-    dz = torch.empty_like(z)
     weighted = drows.new_empty(row_tiles.rows, ffn_dim)
     dots = torch.empty(row_tiles.rows, columns, dtype=torch.float32, device=z.device)
     left, _, top_k = operand(drows, (64, tiling.depth))
@@ -157,7 +157,7 @@ def differentiate_down(
         TOP_K=top_k,
         **_options(drows.device, tiling) | _DIFFERENTIATE,
     )
-    return dz, weighted, dots
+    return weighted, dots
 
 
 def weight_gradient(

@@ -5,7 +5,7 @@ Every function allocates what it returns.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,24 +22,30 @@ from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 _NARROW = 1280  # columns of an expert, up to which a program that quantizes is one warp
 
 
+class DownBias(NamedTuple):
+    """The bias of the down projection, and the rows that its gradient of topk_weights needs."""
+
+    bias: Tensor  # [E, D]
+    drows: Tensor  # [R, D], rows of dy
+
+
 def differentiate(
     da: Tensor,
-    dy: Tensor | None,
     z: Tensor,
-    down_bias: Tensor | None,
+    dz: Tensor,
+    bias: DownBias | None,
     order: Tensor,
     topk_weights: Tensor | None,
     row_tiles: RowTiles,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, 1 or 2].
+) -> tuple[Tensor, Tensor]:
+    """Write dz [R, 2F or F]; return the weighted activation [R, F], and dots [R, 1 or 2].
 
     A row of dots sums to the gradient of the slot's weight. da = dy @ down [R, F] is not weighted.
-    One pass reads da and z. Only a bias needs the rows dy [R, D].
+    One pass reads da and z. dz may be z.
     """
-    dz = torch.empty_like(z)
     ffn_dim = da.shape[1]
-    weighted, dots = _empty_results(da, down_bias, row_tiles)
+    weighted, dots = _empty_results(da, bias, row_tiles)
     launch(_moves.differentiate, (row_tiles.rows,))(
         da,
         z,
@@ -52,31 +58,31 @@ def differentiate(
         ffn_dim,
         dots.shape[1],
         **_constants(activation, topk_weights),
-        COLUMNS=min(2048, power_of_two(ffn_dim)),
+        # Each thread has columns of its own, so none reads a z that another has overwritten.
+        COLUMNS=max(128, min(2048, power_of_two(ffn_dim))),
     )
-    if dy is not None and down_bias is not None:
-        _write_bias_dots(dots, dy, down_bias, row_tiles)
-    return dz, weighted, dots
+    if bias is not None:
+        _write_bias_dots(dots, bias, row_tiles)
+    return weighted, dots
 
 
 def differentiate_and_quantize(
     da: Tensor,
-    dy: Tensor | None,
     z: tuple[Tensor, Tensor | None],
-    down_bias: Tensor | None,
+    bias: DownBias | None,
     order: Tensor,
     topk_weights: Tensor | None,
     row_tiles: RowTiles,
     activation: str,
 ) -> tuple[Tensor, Quantized, Tensor, Tensor]:
-    """Return what `differentiate` returns, and after dz the same numbers in float8.
+    """Return dz, the same numbers in float8, and what `differentiate` returns.
 
     z is a tensor and None, or values in float8 and their scales.
     """
     dz = da.new_empty(z[0].shape)
     values, scales = quantized_shapes(da, *dz.shape)
     quantized = Quantized(values.view(DTYPE), scales)
-    weighted, dots = _empty_results(da, down_bias, row_tiles)
+    weighted, dots = _empty_results(da, bias, row_tiles)
     blocks = 2 if da.shape[1] <= _NARROW else 8
     launch(_fp8_gradient.differentiate_fp8, (row_tiles.rows,))(
         da,
@@ -94,8 +100,8 @@ def differentiate_and_quantize(
         BLOCKS=blocks,
         num_warps=blocks // 2,
     )
-    if dy is not None and down_bias is not None:
-        _write_bias_dots(dots, dy, down_bias, row_tiles)
+    if bias is not None:
+        _write_bias_dots(dots, bias, row_tiles)
     return dz, quantized, weighted, dots
 
 
@@ -107,16 +113,15 @@ def _constants(activation: str, topk_weights: Tensor | None) -> dict[str, Any]:
     }
 
 
-def _empty_results(
-    da: Tensor, down_bias: Tensor | None, row_tiles: RowTiles
-) -> tuple[Tensor, Tensor]:
+def _empty_results(da: Tensor, bias: DownBias | None, row_tiles: RowTiles) -> tuple[Tensor, Tensor]:
     """Return undefined tensors for the weighted activation [R, F], and dots [R, 1 or 2]."""
-    width = 1 if down_bias is None else 2
+    width = 1 if bias is None else 2
     return torch.empty_like(da), da.new_empty(row_tiles.rows, width, dtype=torch.float32)
 
 
-def _write_bias_dots(dots: Tensor, dy: Tensor, down_bias: Tensor, row_tiles: RowTiles) -> None:
-    """Write column 1 of dots [R, 2]: the dot products of rows dy [R, D] and their expert's bias."""
+def _write_bias_dots(dots: Tensor, bias: DownBias, row_tiles: RowTiles) -> None:
+    """Write column 1 of dots [R, 2]: the dot products of rows of dy and their expert's bias."""
+    down_bias, dy = bias
     tiles = row_tiles.tile_list(64, 16)
     launch(_moves.bias_dots, (row_tiles.bound(64),))(
         dy, down_bias, dots, tiles, dy.shape[1], dots.shape[1], 1, ROWS=64, COLUMNS=32

@@ -61,14 +61,16 @@ class KernelSet(Protocol[Rows]):
         drows: Rows | Tensor,
         down: Tensor,
         z: Tensor,
+        dz: Tensor,
         order: Tensor,
         topk_weights: Tensor | None,
         row_tiles: RowTiles,
         activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, some].
+    ) -> tuple[Tensor, Tensor]:
+        """Write dz [R, 2F or F]; return the weighted activation [R, F], and dots [R, some].
 
         They are those of ``ops._gradient.differentiate`` for da = dy @ down. There is no bias.
+        dz may be z.
         """
         ...
 

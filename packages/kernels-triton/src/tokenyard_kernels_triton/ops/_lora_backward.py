@@ -9,7 +9,7 @@ from tokenyard.experts import LoraCall
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.ops._alignment import aligned
 from tokenyard_kernels_triton.ops._experts_call import is_empty
-from tokenyard_kernels_triton.ops._gradient import differentiate, sum_rows
+from tokenyard_kernels_triton.ops._gradient import DownBias, differentiate, sum_rows
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
 from tokenyard_kernels_triton.ops._lora_layer import LoraLayer, lora_layer
 from tokenyard_kernels_triton.ops._low_rank import (
@@ -19,7 +19,7 @@ from tokenyard_kernels_triton.ops._low_rank import (
     tokens_as_rows,
 )
 from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
-from tokenyard_kernels_triton.ops._save import Save, restore
+from tokenyard_kernels_triton.ops._save import Save, gradient_space, restore
 
 
 def backward(
@@ -39,14 +39,15 @@ def backward(
         z = restore(pre_activation, call.x, layer.row_tiles, save)
         if z is None:
             z, _ = layer.activated(low_up, keep_a=False)
-        dz, gradients = _through_down(aligned(dy), z, low_down, layer, wanted)
+        dz = gradient_space(z, saved, save)
+        gradients = _through_down(aligned(dy), z, dz, low_down, layer, wanted)
         return gradients | _through_up(dz, low_up, layer, wanted)
 
 
 def _through_down(
-    dy: Tensor, z: Tensor, low: Tensor, layer: LoraLayer, wanted: set[str]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return dz [R, 2F or F], and the gradients of the down projection and of topk_weights."""
+    dy: Tensor, z: Tensor, dz: Tensor, low: Tensor, layer: LoraLayer, wanted: set[str]
+) -> dict[str, Tensor]:
+    """Write dz [R, 2F or F]; return the gradients of the down projection and of topk_weights."""
     _, plan, topk_weights, (_, down, _, down_bias), _, pair, _, mask, activation = layer.call
     matmuls, row_tiles = layer.matmuls, layer.row_tiles
     gradients: dict[str, Tensor] = {}
@@ -63,8 +64,9 @@ def _through_down(
     if pair is not None:
         dlow = layer.low_gradient(pair, tokens_as_rows(dy, plan))
         add_low_rank(da, dlow, pair.a, mask, row_tiles, transposed=False)
-    dz, weighted, dots = differentiate(
-        da, copied, z, bias, plan.order, topk_weights, row_tiles, activation
+    with_rows = None if bias is None or copied is None else DownBias(bias, copied)
+    weighted, dots = differentiate(
+        da, z, dz, with_rows, plan.order, topk_weights, row_tiles, activation
     )
     del da  # free it before the next allocation
     if "topk_weights" in wanted:
@@ -77,7 +79,7 @@ def _through_down(
     if pair is not None and "down_b" in wanted:
         wide = tokens_as_rows(dy, plan)
         gradients["down_b"] = low_rank_gradient(wide, low, topk_weights, row_tiles, transposed=True)
-    return dz, gradients
+    return gradients
 
 
 def _through_up(dz: Tensor, low: Tensor, layer: LoraLayer, wanted: set[str]) -> dict[str, Tensor]:

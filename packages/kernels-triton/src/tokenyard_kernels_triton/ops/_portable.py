@@ -98,14 +98,15 @@ def differentiate_down(
     drows: Tensor,
     down: Tensor,
     z: Tensor,
+    dz: Tensor,
     order: Tensor,
     topk_weights: Tensor | None,
     row_tiles: RowTiles,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dz [R, 2F or F], the weighted activation [R, F], and dots [R, 1]."""
+) -> tuple[Tensor, Tensor]:
+    """Write dz, which may be z; return the weighted activation [R, F], and dots [R, 1]."""
     da = times_weight(drows, down, None, row_tiles, False, "activation_gradient")
-    return differentiate(da, None, z, None, order, topk_weights, row_tiles, activation)
+    return differentiate(da, z, dz, None, order, topk_weights, row_tiles, activation)
 
 
 def weight_gradient(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from tokenyard.experts import Donated
 from tokenyard.fp8 import BLOCK
 from tokenyard_kernels_triton._device import ceil_div
 from tokenyard_kernels_triton.ops._quantize import dequantize, quantize, quantized_shapes
@@ -45,3 +47,12 @@ def restore(
     if save == "recompute":
         return None
     return dequantize(z, scales, row_tiles.live, like.dtype) if save == "fp8" else z
+
+
+def gradient_space(z: Tensor, saved: Sequence[Tensor], save: Save) -> Tensor:
+    """Return where to write the gradient of z: z itself, unless a later backward pass reads that.
+
+    z is what `restore` returned, or recomputed.
+    """
+    is_saved = save == "pre_activation" and not isinstance(saved, Donated)
+    return torch.empty_like(z) if is_saved else z
