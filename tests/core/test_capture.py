@@ -1,5 +1,8 @@
 """What a CUDA graph that cannot be captured leaves behind."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -59,6 +62,28 @@ def test_memory_that_two_streams_used_is_freed():
     torch.cuda.synchronize()
     torch.empty(1, device="cuda")  # the allocator looks for what has ended
     assert torch.cuda.memory_allocated() == before
+
+
+def fail_with_work():
+    """Fail within autograd; return a weak reference to a result."""
+    weight = torch.ones(4, device="cuda", requires_grad=True)
+    try:
+        with capture(torch.cuda.CUDAGraph()):
+            product = weight * 2
+            freed = weakref.ref(product)
+            product.sum().item()
+    except RuntimeError:
+        return freed
+
+
+def test_the_captured_work_is_freed():
+    """At once: what autograd keeps of it belongs to the stream of the capture."""
+    gc.collect()
+    gc.disable()
+    try:
+        assert fail_with_work()() is None
+    finally:
+        gc.enable()
 
 
 def test_other_errors_of_the_captured_work_are_raised():

@@ -32,12 +32,18 @@ def capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
             except BaseException as error:
                 cause = error
                 raise
-    except BaseException:
+    except BaseException as end:
         if not _has_ended(graph):
             _clean_up(graph, stream, pool)
-        if cause is not None:
-            raise cause from None  # not the error of the end, which only says that there was one
-        raise
+        if cause is None or cause is end:
+            raise
+        # `end` only says that there was an error. Errors and frames that keep each other would keep
+        # the captured work alive, too.
+        end.with_traceback(None).__context__ = None
+        try:
+            raise cause from None
+        finally:
+            cause = None
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
