@@ -72,10 +72,11 @@ def final_state_at(folder: Path, batches: int):
 
 def inject(launched, faults, patience):
     """Inject faults, and check what the supervisor reports; return what each one cost."""
-    recoveries = [launched.inject(fault) for fault in faults]
-    assert len(launched.restarts) == len(faults), launched.text()
-    for fault, recovery in zip(faults, recoveries):
-        print(f"\n{fault}: {recovery}")
+    recoveries = []
+    for fault in faults:
+        recovery = launched.inject(fault)
+        recoveries.append(recovery)
+        print(f"\n{fault}: {recovery}", flush=True)
         if fault.kind == "stop":
             assert recovery.detected <= TIMEOUT + patience
             reason = f"rank {fault.rank} hangs (it is stopped)"  # and what waited for it, if any
@@ -83,6 +84,7 @@ def inject(launched, faults, patience):
         else:
             reason = f"rank {fault.rank} ended by signal SIGKILL; restart "
             assert reason in recovery.message
+    assert len(launched.restarts) == len(faults), launched.text()
     return recoveries
 
 
