@@ -54,24 +54,44 @@ def test_the_page_shows_the_script():
 
 @pytest.mark.full
 def test_the_script_trains_and_resumes(folder):
-    tools = folder / "tools"
-    tools.mkdir()
-    for name, body in TOOLS.items():
-        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tools / name).chmod(stat.S_IRWXU)
-    slurm = {
-        "PATH": f"{tools}{os.pathsep}{PATH}",
+    command = f"bash {SCRIPT} config.yaml parallel.strategy=fsdp"
+    run(command, folder, **slurm(folder, TOOLS), SLURM_GPUS_ON_NODE="1")
+    resumed = run(f"{command} max_duration=3ba", folder, **slurm(folder, TOOLS), NPROC="1")
+    steps = re.findall(r'"kind": "train", "batch": (\d+)', metrics(folder))
+    assert steps == ["1", "2", "3"], resumed
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "code", "calls"),
+    [
+        ("kill -TERM $PPID; exit 1", 75, "requeue 7\n"),  # as torchrun after SIGTERM
+        ("exit 1", 1, ""),
+        ("exit 0", 0, ""),
+    ],
+    ids=["stopped", "failed", "finished"],
+)
+def test_only_a_stopped_job_goes_back_to_the_queue(tmp_path, torchrun, code, calls):
+    scontrol = 'if [ "$1" = show ]; then echo node0; else echo "$@"; fi'
+    tools = {"scontrol": scontrol, "srun": '"$@"', "torchrun": torchrun}
+    environment = os.environ | slurm(tmp_path, tools) | {"NPROC": "1"}
+    result = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (code, calls)
+
+
+def slurm(folder, tools):
+    """Return the environment of a Slurm job, with stand-ins for programs."""
+    for name, body in tools.items():
+        program = folder / "tools" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/bash\n{body}\n")
+        program.chmod(stat.S_IRWXU)
+    return {
+        "PATH": f"{folder / 'tools'}{os.pathsep}{PATH}",
         "SLURM_JOB_NODELIST": "node[0-1]",
         "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_GPUS_ON_NODE": "1",
         "SLURM_JOB_ID": "7",
         "RDZV_PORT": "29431",
     }
-    command = f"bash {SCRIPT} config.yaml parallel.strategy=fsdp"
-    run(command, folder, **slurm)
-    resumed = run(f"{command} max_duration=3ba", folder, **slurm)
-    steps = re.findall(r'"kind": "train", "batch": (\d+)', metrics(folder))
-    assert steps == ["1", "2", "3"], resumed
 
 
 def metrics(folder):
