@@ -44,8 +44,8 @@ from tokenyard import Backend, hookimpl
 from tokenyard.experts import TorchExperts
 
 class Tiled(TorchExperts):
-    def __init__(self, workload, permutation, tile=8, precision=None):
-        super().__init__(workload, permutation)
+    def __init__(self, work, rows, tile, precision=None):
+        super().__init__(work, rows)
 
 @hookimpl
 def tokenyard_experts():

@@ -11,8 +11,8 @@ from tokenyard.registry._choose import BackendChoice
 from tokenyard.registry._implementation import load_class
 from tokenyard.registry._offers import Offer
 
-_GIVEN = ("workload", "permutation", "group", "device")
-"""Arguments of constructors that no config gives."""
+_POSITIONAL: dict[Kind, int] = {"router": 1, "permutation": 1, "experts": 2, "exchange": 3}
+"""How many arguments of a constructor come before its options. See ``BackendChoice.construct``."""
 
 
 def check_options(chosen: BackendChoice, offers: Sequence[Offer]) -> None:
@@ -45,9 +45,10 @@ def _key(kind: Kind) -> str:
 def _options_of(kind: Kind, backend: Backend) -> list[str] | None:
     """Return the names of the options of a backend; None if it cannot be told."""
     try:
-        parameters = inspect.signature(load_class(kind, backend)).parameters.values()
+        parameters = list(inspect.signature(load_class(kind, backend)).parameters.values())
     except (BackendError, TypeError, ValueError):
         return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    return [p.name for p in parameters if p.default is not p.empty and p.name not in _GIVEN]
+    options = [parameter.name for parameter in parameters[_POSITIONAL.get(kind, 0) :]]
+    return [name for name in options if name != "device"]  # which a strategy gets
