@@ -23,18 +23,28 @@ def launch_times(sweep: Sweep, layers: Mapping[str, Stages]) -> dict[str, Record
     - `graph`: as CUDA graphs, the forward pass without autograd; None if they cannot be captured.
     """
     idle = measure(layers, IdleClock(sweep.device), sweep.repetitions)
-    graphs: dict[str, Stages] = {}
-    for name, stages in layers.items():
-        graphs |= _graphs(name, stages, sweep.device)
-    graphed = measure(graphs, clock_for(sweep.device), sweep.repetitions)
+    host = {name: host_times(stages, sweep.repetitions) for name, stages in layers.items()}
+    graphed = _graph_times(sweep, layers)  # last: a failed capture can make the GPU unusable
     return {
         name: {
             "idle": _pair(idle[name]),
-            "host": _pair(host_times(stages, sweep.repetitions)),
+            "host": _pair(host[name]),
             "graph": {key: _median(graphed.get(f"{name} {key}")) for key in ("forward", "step")},
         }
-        for name, stages in layers.items()
+        for name in layers
     }
+
+
+def _graph_times(sweep: Sweep, layers: Mapping[str, Stages]) -> dict[str, list[Spread]]:
+    """Return the times of the layers that can be captured, none if one breaks the GPU's context."""
+    graphs: dict[str, Stages] = {}
+    try:
+        for name, stages in layers.items():
+            graphs |= _graphs(name, stages, sweep.device)
+        return measure(graphs, clock_for(sweep.device), sweep.repetitions)
+    except RuntimeError as error:
+        log.warning("CUDA graphs are not measured: %s", str(error).partition("\n")[0])
+        return {}
 
 
 def _graphs(name: str, stages: Stages, device: torch.device) -> dict[str, Stages]:
