@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokenyard import draw
-from tokenyard.draw import draw_normal, draw_rows
+from tokenyard.draw import draw_normal, draw_rows, draws_on_device
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,12 @@ def test_a_parameter_is_drawn_by_its_name_without_wrappers():
     draw_normal(wrapped, 3, "blocks.0._checkpoint_wrapped_module.up", 0.5)
     assert torch.equal(plain, wrapped)
     assert plain.std().item() == pytest.approx(0.5, rel=0.3)
+
+
+def test_a_benchmark_draws_on_the_device_with_the_same_seed_and_spread():
+    fast, again = (torch.empty(64, 64, dtype=torch.bfloat16) for _ in range(2))
+    with draws_on_device():
+        draw_normal(fast, 3, "up", 0.5)
+        draw_normal(again, 3, "up", 0.5)
+    assert torch.equal(fast, again)
+    assert fast.float().std().item() == pytest.approx(0.5, rel=0.1)

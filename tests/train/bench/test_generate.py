@@ -1,6 +1,7 @@
 """`tokenyard bench generate`, as a user runs it."""
 
 import json
+import time
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from tokenyard import ConfigError
 from tokenyard_cli import app
+from tokenyard_train.bench import generate
 
 
 @pytest.fixture
@@ -46,6 +48,40 @@ def test_each_entrant_generates_for_each_number_of_prompts(bench):
         of_request = 1e3 * record["batch"] * 16 / record["request_ms"]
         assert record["tokens_per_s"] == pytest.approx(of_request, rel=0.02)
     assert "ms a token" in printed
+
+
+def test_a_peer_that_fails_or_takes_too_long_has_the_reason_in_its_row(bench, monkeypatch):
+    def build(config, meta, name):
+        def run(prompts, new_tokens):
+            if len(prompts) == 1:
+                raise RuntimeError("no such kernel\nand its stack")
+            time.sleep(60)
+
+        return run
+
+    monkeypatch.setattr(generate, "_peer", build)
+    records, printed = bench("--peers", "transformers-eager", "--peer-limit", 1)
+    assert [record.get("error") for record in records] == [
+        None,
+        None,
+        "RuntimeError: no such kernel",
+        "took more than 1 s",
+    ]
+    assert "transformers-eager, prompts 2: took more than 1 s" in printed
+
+
+def test_a_run_that_is_stopped_leaves_the_records_that_it_measured(bench, monkeypatch, tmp_path):
+    def build(config, meta, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "_peer", build)
+    with pytest.raises((KeyboardInterrupt, AssertionError)):
+        bench("--peers", "transformers-eager")
+    records = json.loads((tmp_path / "out" / "generate.json").read_text())["records"]
+    assert [(record["contestant"], record["batch"]) for record in records] == [
+        ("tokenyard", 1),
+        ("tokenyard", 2),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,15 +30,36 @@ _STRIPES_PER_TASK = 32  # for each call in a thread
 # Parts that activation checkpointing and torch.compile add to parameter names.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
+_on_device: ContextVar[bool] = ContextVar("tokenyard_draws_on_device", default=False)
+
+
+@contextmanager
+def draws_on_device() -> Iterator[None]:
+    """Context: `draw_normal` draws on the parameter's device, in its dtype.
+
+    A GPU then fills a model in seconds that the CPU would take minutes for. The numbers depend on
+    the device and on the sharding: for benchmarks only.
+    """
+    token = _on_device.set(True)
+    try:
+        yield
+    finally:
+        _on_device.reset(token)
+
 
 @torch.no_grad()
 def draw_normal(parameter: Tensor, seed: int, name: str, std: float) -> None:
     """Fill a parameter with numbers from N(0, std^2), the same for every sharding of it.
 
     `name` is the parameter's name in the model. Each rank fills its shard. Numbers are drawn in
-    float32 on the CPU.
+    float32 on the CPU, unless within `draws_on_device`.
     """
     shard, offsets = local_shard(parameter)
+    if _on_device.get():
+        generator = torch.Generator(shard.device)
+        generator.manual_seed(_stripe_seed(seed, unwrapped(name), 0))
+        shard.normal_(0, std, generator=generator)
+        return
     draw_rows(shard, seed, unwrapped(name), std, parameter.shape, offsets)
 
 

@@ -47,11 +47,15 @@ def run_train(options: TrainOptions, console: Console) -> None:
     if not is_rank0():
         return
     print_train(records, console)
-    _write("train", options.out, config, records, console)
+    path = _write("train", options.out, config, records)
+    print_line(console, f"wrote {path}")
 
 
 def run_generate(options: BenchGenerateOptions, console: Console) -> None:
-    """Measure generation. Print the table; write ``generate.json``. Raises ConfigError."""
+    """Measure generation. Print the table; write ``generate.json``. Raises ConfigError.
+
+    The file is written after each record: a run that is stopped leaves what it measured.
+    """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     config = load_config(options.config, options.overrides)
@@ -60,22 +64,23 @@ def run_generate(options: BenchGenerateOptions, console: Console) -> None:
         Request(batch, options.prompt_tokens, options.new_tokens)
         for batch in dict.fromkeys(options.batch)
     ]
-    records = bench_generate(config, peers, requests, console)
+    records = []
+    for record in bench_generate(config, peers, requests, options.peer_limit, console):
+        records.append(record)
+        path = _write("generate", options.out, config, records)
     print_generate(records, console)
-    _write("generate", options.out, config, records, console)
+    print_line(console, f"wrote {path}")
 
 
-def _write(
-    kind: str, folder: Path, config: TrainConfig, records: list[Record], console: Console
-) -> None:
+def _write(kind: str, folder: Path, config: TrainConfig, records: list[Record]) -> Path:
+    """Write the records beside the machine and the config. Return the path of the file."""
     content = {
         "kind": kind,
         "machine": describe_machine(torch.device(config.device)),
         "config": config.model_dump(mode="json", include=_SETTINGS),
         "records": records,
     }
-    path = write_results(folder, kind, content)
-    print_line(console, f"wrote {path}")
+    return write_results(folder, kind, content)
 
 
 def _load_variants(options: TrainOptions, config: TrainConfig) -> dict[str, TrainConfig]:

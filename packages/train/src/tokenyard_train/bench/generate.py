@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -14,12 +14,14 @@ from rich.console import Console
 from torch import Tensor
 
 from tokenyard import ConfigError, Model, started_processes
+from tokenyard.draw import draws_on_device
 from tokenyard.errors import one_of
 from tokenyard.sharded import allocate
 from tokenyard_cli.console import print_line
 from tokenyard_cli.results import Record
 from tokenyard_models import Transformer
 from tokenyard_train.bench.mixtral import IMPLEMENTATIONS, mixtral
+from tokenyard_train.bench.time_limit import time_limit
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.build_model import build_model, meta_model
 from tokenyard_train.engine.precision import (
@@ -52,12 +54,18 @@ class Request(NamedTuple):
 
 
 def bench_generate(
-    config: TrainConfig, peers: Sequence[str], requests: Sequence[Request], console: Console
-) -> list[Record]:
+    config: TrainConfig,
+    peers: Sequence[str],
+    requests: Sequence[Request],
+    peer_limit: float | None,
+    console: Console,
+) -> Iterator[Record]:
     """Generate from random prompts with random weights, each entrant alone on the device.
 
-    Takes the likeliest token. Raises ConfigError for an unknown peer, for one without a model of
-    this size or beside adapters, for prompts that do not fit in the model, and for several ranks.
+    Takes the likeliest token. Yields each record when it is measured. A peer that fails, or that
+    takes more than `peer_limit` seconds for a request, has a record with an `error` and no times.
+    Raises ConfigError for an unknown peer, for one without a model of this size or beside adapters,
+    for prompts that do not fit in the model, and for several ranks.
     """
     if started_processes() > 1:
         raise ConfigError("bench generate runs with one rank; start it without torchrun")
@@ -66,18 +74,35 @@ def bench_generate(
     _check_room(meta, requests)
     builds = [(OURS, partial(_ours, config))]
     builds += [(name, partial(_peer, config, meta, name)) for name in peers]
-    records = []
     for name, build in builds:
         generate = build()
         for request in requests:
             prompts = _prompts(meta.vocab_size, request, config.seed)
-            times = _measure(generate, prompts, request.new_tokens, torch.device(config.device))
-            rate = f"{times['tokens_per_s']:,.0f} tokens/s, {times['token_ms']:.2f} ms a token"
-            print_line(console, f"  {name}, prompts {request.batch}: {rate}", "dim")
-            records.append({"contestant": name, **request._asdict(), **times})
-        del generate
+            measured = partial(
+                _measure, generate, prompts, request.new_tokens, torch.device(config.device)
+            )
+            result = measured() if name == OURS else _of_peer(measured, peer_limit)
+            text = result.get("error") or _rate(result)
+            print_line(console, f"  {name}, prompts {request.batch}: {text}", "dim")
+            yield {"contestant": name, **request._asdict(), **result}
+        del generate, measured
         _free()
-    return records
+
+
+def _rate(times: Record) -> str:
+    return f"{times['tokens_per_s']:,.0f} tokens/s, {times['token_ms']:.2f} ms a token"
+
+
+def _of_peer(measured: Callable[[], Record], limit: float | None) -> Record:
+    """Return a peer's times; the error instead if it fails or takes longer than the limit."""
+    begin = time.perf_counter()
+    try:
+        with time_limit("--peer-limit", limit):
+            return measured()
+    except (TimeoutError, RuntimeError) as error:  # the compiler's errors are RuntimeErrors
+        if limit is not None and time.perf_counter() - begin > limit:
+            return {"error": f"took more than {limit:g} s"}
+        return {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
 
 
 def _check_peers(config: TrainConfig, peers: Sequence[str]) -> None:
@@ -115,7 +140,8 @@ def _model(config: TrainConfig) -> Model:
     if config.precision == BF16_MASTER:
         narrow_frozen(model)
     allocate(model, config.device)
-    model.init_weights(config.seed)
+    with draws_on_device():
+        model.init_weights(config.seed)
     return model
 
 
@@ -137,7 +163,7 @@ def _peer(config: TrainConfig, meta: Model, name: str) -> Generate:
     implementation = IMPLEMENTATIONS[name.removesuffix(COMPILED)]
     model = mixtral(meta.config, implementation, dtype, config.device).eval()
     model.config.output_router_logits = False  # they are for the training loss
-    keys: dict[str, Any] = {"cache_implementation": "static"} if name.endswith(COMPILED) else {}
+    keys = _compiled() if name.endswith(COMPILED) else {}
 
     def generate(prompts: Tensor, new_tokens: int) -> object:
         return model.generate(
@@ -151,10 +177,20 @@ def _peer(config: TrainConfig, meta: Model, name: str) -> Generate:
     return generate
 
 
+def _compiled() -> dict[str, Any]:
+    """Return the arguments with which transformers compiles the step of one token."""
+    from transformers import CompileConfig
+
+    # Sizes are fixed: a graph for any number of prompts is slower, and the second one's.
+    return {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=False)}
+
+
 def _measure(generate: Generate, prompts: Tensor, new_tokens: int, device: torch.device) -> Record:
     """Return the tokens/s of whole continuations, and the milliseconds of one more token."""
     half = new_tokens // 2
-    for tokens in (half, new_tokens):  # compile and capture
+    # Compile and capture. The longer one is first, because transformers keeps the size of a static
+    # cache until a request needs a larger one, for which it compiles again.
+    for tokens in (new_tokens, half):
         _seconds(generate, prompts, tokens, device)
     whole, short = (
         median(_seconds(generate, prompts, tokens, device) for _ in range(_REPEATED))

@@ -63,6 +63,14 @@ class BenchGenerateOptions:
             "compiled, with a static cache, on a GPU."
         ),
     ] = "none"
+    peer_limit: Annotated[
+        float | None,
+        Option(
+            min=1,
+            help="Seconds that a peer may take for each number of prompts, with its compilation, "
+            "such as 60. After that its row says so. Default: no limit.",
+        ),
+    ] = None
     batch: Annotated[list[int], Option("--batch", min=1, help="Prompts at a time. Repeatable.")] = (
         field(default_factory=lambda: [1, 16])
     )

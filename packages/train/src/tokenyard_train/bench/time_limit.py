@@ -1,0 +1,37 @@
+"""A limit on the time of a block of code, such as a compilation."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tokenyard import ConfigError
+
+_AGAIN = 5.0  # seconds until the error is raised again, if the code caught it and continues
+
+
+@contextmanager
+def time_limit(option: str, seconds: float | None) -> Iterator[None]:
+    """Context: raise TimeoutError in the block after so many seconds; None is no limit.
+
+    Works in the main thread, between steps of Python. Compilers may turn the error into one of
+    their own. Raises ConfigError, which names the option, on a system without SIGALRM.
+    """
+    if seconds is None:
+        yield
+        return
+    if not hasattr(signal, "setitimer"):
+        raise ConfigError(f"{option} needs a system with SIGALRM, such as Linux; leave it out")
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
