@@ -24,6 +24,8 @@ from tokenyard_kernels_triton.ops._portable import number_options
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._token_rows import Rows, TokenRows, operand
 
+_MOST_COLUMNS = 64  # in `differentiate_down`, whose epilogue has no registers for wider tiles
+
 
 def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
     """Return the rows of tokens [T, D] as an operand, which the matmuls gather."""
@@ -114,8 +116,9 @@ def differentiate_down(
 ) -> tuple[Tensor, Tensor]:
     """Write dz, which may be z; return the weighted activation [R, F], and dots [R, some]."""
     dim, ffn_dim = down.shape[1:]
-    # Wider tiles have no registers left for the epilogue.
-    tiling = replace(few_rows_tiling(row_tiles.rows, row_tiles.num_experts), columns=64)
+    tiling = few_rows_tiling(row_tiles.rows, row_tiles.num_experts)
+    if tiling.columns > _MOST_COLUMNS:
+        tiling = replace(tiling, columns=_MOST_COLUMNS, stages=tiling.stages + 1)
     matrix, _, top_k = operand(drows)
     weighted = z.new_empty(row_tiles.rows, ffn_dim)
     columns = ceil_div(ffn_dim, tiling.columns)
