@@ -1,5 +1,6 @@
 """Parameters and operations, counted from the published shapes."""
 
+import pytest
 import torch
 
 from tokenyard import count_parameters
@@ -8,6 +9,8 @@ from tokenyard_models import Dbrx, Mixtral, Mpt
 
 DBRX = (6144, 10752, 100352, 40, 16, 4)
 MIXTRAL = (4096, 14336, 32000, 32, 8, 2)
+
+ON_ANY = dict.fromkeys(("router", "permutation", "experts"), "torch")
 
 
 def meta(cls, config):
@@ -77,3 +80,19 @@ def test_biases_and_learned_positions_are_not_matmuls():
     with_bias, without = (meta(Mpt, config | {"no_bias": flag}) for flag in (False, True))
     assert count_parameters(with_bias).total > count_parameters(without).total
     assert with_bias.flops_per_token(64) == without.flops_per_token(64)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(None, 4), (torch.bfloat16, 2)])
+def test_a_norm_of_a_gpu_saves_its_input(dtype, width):
+    """RMSNorm is one kernel of torch there, which saves no result in float32."""
+    saved = []
+    for device in ("cpu", "cuda:0"):
+        with torch.device("meta"):
+            model = Mixtral({"size": "tiny"}, device=device, dtype=dtype, backends=ON_ANY)
+        saved.append(model.saved_bytes_per_token(16, 2))
+    dim = model.config.dim
+    on_cpu, on_gpu = saved
+    less = (2 * 4 - width) * dim
+    assert on_cpu.rest - on_gpu.rest == less
+    assert [a - b for a, b in zip(on_cpu.blocks, on_gpu.blocks)] == [2 * less] * len(model.blocks)
+    assert on_gpu.block_input == on_cpu.block_input == width * dim

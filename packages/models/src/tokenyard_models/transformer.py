@@ -6,7 +6,7 @@ ids [B, S] -> embed -> for each block: x + attention(norm_1(x)); x + ffn(norm_2(
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -34,7 +34,7 @@ from tokenyard_models.attention import Attention
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.init_weights import initialize
 from tokenyard_models.kv_cache import Cache, FixedCache, FixedLayerCache, LayerCache
-from tokenyard_models.saved_bytes import saved_bytes
+from tokenyard_models.saved_bytes import Widths, saved_bytes
 
 
 class Block(nn.Module):
@@ -110,6 +110,9 @@ class Transformer(Model):
         self.max_seq_len = config.max_seq_len
         self.expert_parallel = _expert_parallel(config, expert_parallel)
         workload = _workload(config, torch.device(device), compute_dtype, self.expert_parallel)
+        self._fused_norms = (
+            torch.device(device).type == "cuda"
+        )  # RMSNorm is a kernel of torch there
         meta = torch.get_default_device().type == "meta"
         with torch.device("meta" if meta else device):
             self.embed = _embedding(config.vocab_size, config.dim)
@@ -125,9 +128,7 @@ class Transformer(Model):
             if not config.tied_head:
                 self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if dtype is not None:
-            # Not self.to(dtype): a selection bias is a buffer, and stays float32.
-            for parameter in self.parameters():
-                parameter.data = parameter.data.to(dtype)
+            _convert(self.parameters(), dtype)
 
     def forward(
         self,
@@ -205,7 +206,14 @@ class Transformer(Model):
         Attention keeps no scores, so `seq_len` does not matter.
         """
         ffns = [cast(Block, block).ffn for block in self.blocks]
-        return saved_bytes(self.config, ffns, width, self.embed.weight.dtype.itemsize)
+        widths = Widths(width, self.embed.weight.dtype.itemsize)
+        return saved_bytes(self.config, ffns, widths, self._fused_norms)
+
+
+def _convert(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Convert parameters alone: a selection bias is a buffer, and stays float32."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
 
 
 def _embedding(rows: int, dim: int) -> nn.Embedding:
