@@ -54,7 +54,7 @@ def test_a_peer_that_fails_or_takes_too_long_has_the_reason_in_its_row(bench, mo
     def build(config, meta, name):
         def run(prompts, new_tokens):
             if len(prompts) == 1:
-                raise RuntimeError("no such kernel\nand its stack")
+                raise RuntimeError("no kernel [/sm_90]\nand its stack")
             time.sleep(60)
 
         return run
@@ -64,9 +64,10 @@ def test_a_peer_that_fails_or_takes_too_long_has_the_reason_in_its_row(bench, mo
     assert [record.get("error") for record in records] == [
         None,
         None,
-        "RuntimeError: no such kernel",
+        "RuntimeError: no kernel [/sm_90]",
         "took more than 1 s",
     ]
+    assert "transformers-eager, prompts 1: RuntimeError: no kernel [/sm_90]\n" in printed
     assert "transformers-eager, prompts 2: took more than 1 s" in printed
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from tokenyard_cli.console import print_line
 from tokenyard_cli.results import Record
 
 
@@ -24,7 +25,8 @@ def print_generate(records: Sequence[Record], console: Console) -> None:
     console.print(table)
     for record in records:
         if "error" in record:
-            console.print(f"{record['contestant']}, prompts {record['batch']}: {record['error']}")
+            line = f"{record['contestant']}, prompts {record['batch']}: {record['error']}"
+            print_line(console, line)
 
 
 def _speeds(record: Record, ours: Record) -> tuple[str, ...]:
