@@ -25,13 +25,17 @@ def time_limit(option: str, seconds: float | None) -> Iterator[None]:
     if not hasattr(signal, "setitimer"):
         raise ConfigError(f"{option} needs a system with SIGALRM, such as Linux; leave it out")
 
+    running = True
+
     def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f"took more than {seconds:g} s")
+        if running:  # a signal may also come while the block is left
+            raise TimeoutError(f"took more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
     try:
         yield
     finally:
+        running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
