@@ -26,24 +26,25 @@ def capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     pool = torch.cuda.graph_pool_handle()
     cause: BaseException | None = None
     try:
-        with torch.cuda.graph(graph, pool=pool):
-            try:
-                yield
-            except BaseException as error:
-                cause = error
-                raise
-    except BaseException as end:
-        if not _has_ended(graph):
-            _clean_up(graph, stream, pool)
-        if cause is None or cause is end:
-            raise
-        # `end` only says that there was an error. Errors and frames that keep each other would keep
-        # the captured work alive, too.
-        end.with_traceback(None).__context__ = None
         try:
-            raise cause from None
-        finally:
-            cause = None
+            with torch.cuda.graph(graph, pool=pool):
+                try:
+                    yield
+                except BaseException as error:
+                    cause = error
+                    raise
+        except BaseException as end:
+            if not _has_ended(graph):
+                _clean_up(graph, stream, pool)
+            if cause is None or cause is end:
+                raise
+            # `end` only says that there was an error
+            end.with_traceback(None).__context__ = None
+        if cause is not None:
+            raise cause  # here, where `end` does not become its context
+    finally:
+        # An error and a frame that keep each other would keep the captured work alive, too
+        cause = None
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any) -> None:
