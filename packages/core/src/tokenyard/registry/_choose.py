@@ -177,10 +177,12 @@ def why_not(offer: Offer, workload: Workload | None) -> str | None:
 def _why_not_on_any_gpu(offer: Offer, workload: Workload | None) -> str | None:
     """Return why a backend is unusable, on all GPUs if the workload is for one that is not here."""
     reason = why_not(offer, workload)
-    if workload is None or workload.device.type != "cuda" or workload.capability is not None:
+    if reason is None or workload is None:
         return reason
-    capable = (replace(workload, capability=capability) for capability in _CAPABILITIES)
-    reasons = {why_not(offer, each) for each in capable}
+    if workload.device.type != "cuda" or workload.capability is not None:
+        return reason
+    newest_first = sorted(_CAPABILITIES, reverse=True)
+    reasons = [why_not(offer, replace(workload, capability=each)) for each in newest_first]
     if None in reasons:
         return None
     return next((other for other in reasons if other != reason), reason)
