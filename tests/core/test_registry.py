@@ -47,9 +47,13 @@ class Tiled(TorchExperts):
     def __init__(self, work, rows, tile, precision=None):
         super().__init__(work, rows)
 
+class Placed(TorchExperts):
+    def __init__(self, *arguments, device="cpu"):
+        super().__init__(*arguments)
+
 @hookimpl
 def tokenyard_experts():
-    return [Backend("tiled", __name__ + ":Tiled", -9)]
+    return [Backend("tiled", __name__ + ":Tiled", -9), Backend("placed", __name__ + ":Placed", -9)]
 """
 
 
@@ -89,6 +93,12 @@ def test_an_option_that_a_backend_does_not_have_is_named(
         registry().choose(kind, {"name": name, option: 64})
     key = "parallel.strategy" if kind == "strategy" else "backends.experts"
     assert str(error.value) == f"{key}.{option} is 64, and {name!r} has no such option{rest}"
+
+
+def test_an_option_may_be_a_keyword_after_any_arguments(install, registry):
+    install("tiles", TILED)
+    request = {"name": "placed", "device": "meta"}
+    assert registry().choose("experts", request, WORKLOAD).options == {"device": "meta"}
 
 
 def test_an_unknown_backend_gets_a_suggestion(registry):
@@ -172,6 +182,29 @@ def test_a_named_backend_is_planned_for_a_gpu_that_is_not_here(monkeypatch):
     for change, reason in (({"capability": (8, 0)}, "a Hopper"), ({"num_experts": 8}, "4 experts")):
         with pytest.raises(BackendError, match=f"'new' is unusable here: 'new' needs {reason}"):
             _choose.choose("experts", "new", {}, offers, [], replace(planned, **change))
+
+
+def needs_a_new_gpu(workload):
+    if workload.capability is None or workload.capability < (12, 0):
+        return f"'new' needs 12.0, and this is {workload.capability}"
+    return None if workload.num_experts == 4 else "'new' needs 4 experts"
+
+
+def needs_an_old_gpu(workload):
+    is_old = workload.capability is None or workload.capability < (8, 0)
+    return None if is_old else "'old' needs an old GPU"
+
+
+def test_a_plan_is_for_the_newest_gpu_or_for_one_that_a_backend_does_not_refuse(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    planned = replace(WORKLOAD, device="cuda", num_experts=8)
+    offers = [
+        Offer("experts", Backend("new", "a:B", 5, needs_a_new_gpu), "plugin", "1.0"),
+        Offer("experts", Backend("old", "a:B", 5, needs_an_old_gpu), "plugin", "1.0"),
+    ]
+    with pytest.raises(BackendError, match="'new' is unusable here: 'new' needs 4 experts"):
+        _choose.choose("experts", "new", {}, offers, [], planned)
+    assert _choose.choose("experts", "old", {}, offers, [], planned).backend.name == "old"
 
 
 def test_a_request_without_a_name_is_refused(registry):

@@ -50,5 +50,8 @@ def _options_of(kind: Kind, backend: Backend) -> list[str] | None:
         return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    options = [parameter.name for parameter in parameters[_POSITIONAL.get(kind, 0) :]]
-    return [name for name in options if name != "device"]  # which a strategy gets
+    positional = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    named = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    options = positional[_POSITIONAL.get(kind, 0) :] + named
+    # a strategy gets the device of the run
+    return [name for name in options if kind != "strategy" or name != "device"]
