@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from tokenyard import ConfigError
 from tokenyard_cli import app
 from tokenyard_train.bench import generate
+from tokenyard_train.commands.load_model import load_trained
 
 
 @pytest.fixture
@@ -48,6 +49,17 @@ def test_each_entrant_generates_for_each_number_of_prompts(bench):
         of_request = 1e3 * record["batch"] * 16 / record["request_ms"]
         assert record["tokens_per_s"] == pytest.approx(of_request, rel=0.02)
     assert "ms a token" in printed
+
+
+def test_the_measured_weights_have_the_dtypes_of_a_run_that_is_loaded(config, trained):
+    """With amp_bf16, those of experts are converted once, and not for each token."""
+    loaded = load_trained(trained, "cpu").model
+    measured = generate._model(config(precision="amp_bf16", device="cpu"))
+    ours, those = (
+        {name: parameter.dtype for name, parameter in model.named_parameters()}
+        for model in (measured, loaded)
+    )
+    assert ours == those
 
 
 def test_a_peer_that_fails_or_takes_too_long_has_the_reason_in_its_row(bench, monkeypatch):

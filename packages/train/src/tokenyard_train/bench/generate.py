@@ -25,9 +25,11 @@ from tokenyard_train.bench.time_limit import time_limit
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.build_model import build_model, meta_model
 from tokenyard_train.engine.precision import (
+    AMP_BF16,
     BF16_MASTER,
     COMPUTE_DTYPES,
     computing_in,
+    narrow_experts,
     narrow_frozen,
 )
 from tokenyard_train.engine.sampling import Sampling, sample
@@ -139,6 +141,8 @@ def _model(config: TrainConfig) -> Model:
     model.requires_grad_(False)
     if config.precision == BF16_MASTER:
         narrow_frozen(model)
+    if config.precision == AMP_BF16:
+        narrow_experts(model)
     allocate(model, config.device)
     with draws_on_device():
         model.init_weights(config.seed)
