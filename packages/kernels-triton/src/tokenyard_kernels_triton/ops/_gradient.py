@@ -58,8 +58,9 @@ def differentiate(
         ffn_dim,
         dots.shape[1],
         **_constants(activation, topk_weights),
-        # Each thread has columns of its own, so none reads a z that another has overwritten.
-        COLUMNS=max(128, min(2048, power_of_two(ffn_dim))),
+        # Each thread has columns of its own, so none reads a z that another has overwritten:
+        # four warps have up to 256 threads, on AMD's GPUs.
+        COLUMNS=max(256, min(2048, power_of_two(ffn_dim))),
     )
     if bias is not None:
         _write_bias_dots(dots, bias, row_tiles)
