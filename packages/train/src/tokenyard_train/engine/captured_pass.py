@@ -36,8 +36,8 @@ class CapturedPass:
     ) -> None:
         """Run a pass on another stream, as the capture is.
 
-        A host sync is an error here, because within the capture it would leave the generators and
-        the allocator in a bad state.
+        A host sync is an error here, whose message says so. Within the capture, it would be an
+        error of CUDA.
         """
         self._clear_gradients()
         stream = torch.cuda.Stream(self.device)
