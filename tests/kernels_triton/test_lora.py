@@ -1,6 +1,7 @@
 """Experts with adapters, computed by the kernels: equal to W x + s B A x in float64."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -153,6 +154,19 @@ def check(case: Case) -> None:
 def test_output_and_gradients(case):
     """New memory holds NaN. A second run has the same bits."""
     check(case)
+
+
+def test_passes_over_a_retained_graph_read_the_same_pre_activation():
+    """The last one writes a gradient in its place."""
+    case = Case(4, bias=True)
+    plan = case.plan()
+    tensors = case.tensors()
+    leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    y = by_kernels(case, plan, tensors)
+    grad = partial(torch.autograd.grad, y, leaves, torch.randn_like(y))
+    first, second, last = grad(retain_graph=True), grad(retain_graph=True), grad()
+    for others in (second, last):
+        assert all(map(torch.equal, first, others))
 
 
 @pytest.mark.gpu

@@ -51,7 +51,7 @@ Backward = Callable[..., dict[str, Tensor]]
 """``(dy, call, saved, wanted, **options)`` -> the gradients of the tensors named in `wanted`.
 
 dy [T, D] may be strided. `saved` is the list of tensors that the forward pass returned after y. It
-must not change or return a tensor of its arguments.
+must not change or return a tensor of its arguments, but may overwrite `saved` if that is Donated.
 """
 
 Saved = Callable[..., tuple[Tensor, ...]]

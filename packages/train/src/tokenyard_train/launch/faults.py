@@ -1,4 +1,4 @@
-"""Files that ranks write for the supervisor: "run started" and "collective failed"."""
+"""Files that ranks write for the supervisor: that the run started, its timeout, and faults."""
 
 from __future__ import annotations
 
