@@ -37,17 +37,18 @@ def test_gluon_in_fp8_is_planned_where_there_is_no_gpu(monkeypatch):
     request = {"name": "gluon", "precision": "fp8"}
     kernel = default_registry().choose("experts", request, planned).construct(planned, None)
     assert kernel.weight_copy_bytes(128 * 128) == 2 * 128 * 128 + 4
-    assert kernel.advice() is None
+    assert kernel.advice(True) is None
 
 
 def test_gluon_says_what_fp8_would_gain_and_save():
     qwen = workload(dim=2048, ffn_dim=768, num_experts=128, top_k=8)
-    assert GluonExperts(qwen, None).advice() == (
+    assert GluonExperts(qwen, None).advice(True) == (
         "precision: fp8 saves 11,904 bytes fewer a token and layer, takes 2 bytes a weight for "
         "copies, and made a layer of F 768 1.20 times as fast on one H200"
     )
-    assert "bytes fewer" not in GluonExperts(qwen, None, save="fp8").advice()
-    assert GluonExperts(workload(dim=64), None).advice() is None
+    assert "bytes fewer" not in GluonExperts(qwen, None, save="fp8").advice(True)
+    assert "rounds weights in each pass, and made" in GluonExperts(qwen, None).advice(False)
+    assert GluonExperts(workload(dim=64), None).advice(True) is None
 
 
 def test_its_gains_are_those_of_the_benchmark():

@@ -308,9 +308,10 @@ class SavingExpertKernel(ExpertKernel, Protocol):
 class AdvisingExpertKernel(ExpertKernel, Protocol):
     """An expert kernel that knows of options with a gain. This part of the contract is optional."""
 
-    def advice(self) -> str | None:
+    def advice(self, keeps_copies: bool) -> str | None:
         """Return a sentence on what an option would gain and cost, which `check` prints, or None.
 
+        `keeps_copies` says whether copies of the weights would be kept from one pass to the next.
         Experts with adapters do not ask for it.
         """
         ...

@@ -217,11 +217,12 @@ class GluonExperts(TritonExperts):
         """Return the bytes kept of so many numbers of weights: two layouts, and scales."""
         return 0 if self.precision is None else 2 * numbers + 4 * numbers // BLOCK**2
 
-    def advice(self) -> str | None:
+    def advice(self, keeps_copies: bool) -> str | None:
         """Return what FP8 would change; None in FP8, and where it cannot be used."""
         if self.precision is not None:
             return None
-        return fp8_advice(self.workload, self.saved_bytes_per_row(self.workload.dtype.itemsize))
+        saved_per_row = self.saved_bytes_per_row(self.workload.dtype.itemsize)
+        return fp8_advice(self.workload, saved_per_row, keeps_copies)
 
     def renew_weight_copies(self, weights: ExpertWeights) -> None:
         """Quantize weights that changed, in the memory that CUDA graphs read."""

@@ -21,7 +21,12 @@ from tokenyard import (
     default_registry,
     moe_layers,
 )
-from tokenyard.count import saved_by_row, training_flops_per_token, weight_copies
+from tokenyard.count import (
+    keeps_weight_copies,
+    saved_by_row,
+    training_flops_per_token,
+    weight_copies,
+)
 from tokenyard.devices import device_memory
 from tokenyard.units import describe_bytes, describe_count
 from tokenyard_train.callbacks import build_callbacks, build_registration
@@ -191,8 +196,9 @@ def _kernel_rows(moe: MoE, width: int) -> Rows:
     if size := weight_copies(moe):
         yield "experts keep", f"copies of a layer's weights, {describe_bytes(size)}"
     kernel: Any = moe.experts.kernel
-    advises = moe.experts.adapter is None and hasattr(kernel, "advice")
-    if advises and (advice := kernel.advice()) is not None:
+    if moe.experts.adapter is not None or not hasattr(kernel, "advice"):
+        return
+    if (advice := kernel.advice(keeps_weight_copies(moe))) is not None:
         yield "experts could", advice
 
 
