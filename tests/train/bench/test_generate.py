@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -81,6 +82,19 @@ def test_a_peer_that_fails_or_takes_too_long_has_the_reason_in_its_row(bench, mo
     ]
     assert "transformers-eager, prompts 1: RuntimeError: no kernel [/sm_90]\n" in printed
     assert "transformers-eager, prompts 2: took more than 1 s" in printed
+
+
+def test_a_peer_that_does_not_fit_in_memory_has_the_reason_in_its_rows(bench, monkeypatch):
+    def build(config, meta, name):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(generate, "_peer", build)
+    records, _ = bench("--peers", "transformers-eager")
+    assert [record.get("error") for record in records] == [
+        None,
+        None,
+        *["OutOfMemoryError: CUDA out of memory"] * 2,
+    ]
 
 
 def test_a_run_that_is_stopped_leaves_the_records_that_it_measured(bench, monkeypatch, tmp_path):

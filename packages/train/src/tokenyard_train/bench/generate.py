@@ -77,7 +77,7 @@ def bench_generate(
     builds = [(OURS, partial(_ours, config))]
     builds += [(name, partial(_peer, config, meta, name)) for name in peers]
     for name, build in builds:
-        generate = build()
+        generate = build() if name == OURS else _built(build)
         for request in requests:
             prompts = _prompts(meta.vocab_size, request, config.seed)
             measured = partial(
@@ -93,6 +93,19 @@ def bench_generate(
 
 def _rate(times: Record) -> str:
     return f"{times['tokens_per_s']:,.0f} tokens/s, {times['token_ms']:.2f} ms a token"
+
+
+def _built(build: Callable[[], Generate]) -> Generate:
+    """Return a peer's generation. If its model cannot be built, a call raises the reason."""
+    try:
+        return build()
+    except RuntimeError as error:  # such as OutOfMemoryError
+        reason = error.with_traceback(None)  # a traceback would keep what was built
+
+    def fail(prompts: Tensor, new_tokens: int) -> object:
+        raise reason
+
+    return fail
 
 
 def _of_peer(measured: Callable[[], Record], limit: float | None) -> Record:
