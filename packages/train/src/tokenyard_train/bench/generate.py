@@ -19,8 +19,8 @@ from tokenyard.errors import one_of
 from tokenyard.sharded import allocate
 from tokenyard_cli.console import print_line
 from tokenyard_cli.results import Record
-from tokenyard_models import Transformer
-from tokenyard_train.bench.mixtral import IMPLEMENTATIONS, mixtral
+from tokenyard_models import Transformer, TransformerConfig
+from tokenyard_train.bench.mixtral import IMPLEMENTATIONS, mixtral, mixtral_keys
 from tokenyard_train.bench.time_limit import time_limit
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.build_model import build_model, meta_model
@@ -64,15 +64,15 @@ def bench_generate(
 ) -> Iterator[Record]:
     """Generate from random prompts with random weights, each entrant alone on the device.
 
-    Takes the likeliest token. Yields each record when it is measured. A peer that fails, or that
-    takes more than `peer_limit` seconds for a request, has a record with an `error` and no times.
-    Raises ConfigError for an unknown peer, for one without a model of this size or beside adapters,
-    for prompts that do not fit in the model, and for several ranks.
+    Takes the likeliest token. Yields each record when it is measured. A peer that cannot be built,
+    that fails, or that takes more than `peer_limit` seconds for a request, has a record with an
+    `error` and no times. Raises ConfigError for an unknown peer, for one without a model of this
+    size or beside adapters, for prompts that do not fit in the model, and for several ranks.
     """
     if started_processes() > 1:
         raise ConfigError("bench generate runs with one rank; start it without torchrun")
-    _check_peers(config, peers)
     meta = meta_model(config)
+    _check_peers(config, meta, peers)
     _check_room(meta, requests)
     builds = [(OURS, partial(_ours, config))]
     builds += [(name, partial(_peer, config, meta, name)) for name in peers]
@@ -96,14 +96,16 @@ def _rate(times: Record) -> str:
 
 
 def _built(build: Callable[[], Generate]) -> Generate:
-    """Return a peer's generation. If its model cannot be built, a call raises the reason."""
+    """Return a peer; one that raises the error if it cannot be built, such as for its memory."""
     try:
         return build()
-    except RuntimeError as error:  # such as OutOfMemoryError
-        reason = error.with_traceback(None)  # a traceback would keep what was built
+    except ConfigError:
+        raise
+    except Exception as error:
+        failure = error.with_traceback(None)  # its frames hold the unfinished model
 
     def fail(prompts: Tensor, new_tokens: int) -> object:
-        raise reason
+        raise failure
 
     return fail
 
@@ -114,13 +116,15 @@ def _of_peer(measured: Callable[[], Record], limit: float | None) -> Record:
     try:
         with time_limit("--peer-limit", limit):
             return measured()
-    except (TimeoutError, RuntimeError) as error:  # the compiler's errors are RuntimeErrors
+    except ConfigError:
+        raise
+    except Exception as error:  # a compiler may turn the limit's error into one of its own
         if limit is not None and time.perf_counter() - begin > limit:
             return {"error": f"took more than {limit:g} s"}
         return {"error": f"{type(error).__name__}: {error}".partition("\n")[0]}
 
 
-def _check_peers(config: TrainConfig, peers: Sequence[str]) -> None:
+def _check_peers(config: TrainConfig, meta: Model, peers: Sequence[str]) -> None:
     for name in peers:
         one_of("--peers", name, GENERATORS)
         if name.endswith(COMPILED) and not config.device.startswith("cuda"):
@@ -130,6 +134,14 @@ def _check_peers(config: TrainConfig, peers: Sequence[str]) -> None:
             )
     if peers and config.lora is not None:
         raise ConfigError("--peers of bench generate have no adapters; give lora=null")
+    if peers:
+        mixtral_keys(_size(meta))
+
+
+def _size(meta: Model) -> TransformerConfig:
+    if not isinstance(meta, Transformer):
+        raise ConfigError("--peers needs a model of tokenyard-models; give --peers none")
+    return meta.config
 
 
 def _check_room(model: Model, requests: Sequence[Request]) -> None:
@@ -174,11 +186,9 @@ def _ours(config: TrainConfig) -> Generate:
 
 def _peer(config: TrainConfig, meta: Model, name: str) -> Generate:
     """Return transformers' generation, with weights in the dtype that ours computes in."""
-    if not isinstance(meta, Transformer):
-        raise ConfigError("--peers needs a model of tokenyard-models; give --peers none")
     dtype = COMPUTE_DTYPES[config.precision]
     implementation = IMPLEMENTATIONS[name.removesuffix(COMPILED)]
-    model = mixtral(meta.config, implementation, dtype, config.device).eval()
+    model = mixtral(_size(meta), implementation, dtype, config.device).eval()
     model.config.output_router_logits = False  # they are for the training loss
     keys = _compiled() if name.endswith(COMPILED) else {}
 

@@ -25,8 +25,8 @@ def print_generate(records: Sequence[Record], console: Console) -> None:
     console.print(table)
     for record in records:
         if "error" in record:
-            line = f"{record['contestant']}, prompts {record['batch']}: {record['error']}"
-            print_line(console, line)
+            name, batch = record["contestant"], record["batch"]
+            print_line(console, f"{name}, prompts {batch}: {record['error']}")
 
 
 def _speeds(record: Record, ours: Record) -> tuple[str, ...]:

@@ -30,20 +30,25 @@ def mixtral(size: TransformerConfig, implementation: str, dtype: torch.dtype, de
         use_in_transformers()
     with torch.device(device):
         return MixtralForCausalLM._from_config(
-            MixtralConfig(**_keys(size)),
+            MixtralConfig(**mixtral_keys(size)),
             attn_implementation="sdpa",
             experts_implementation=implementation,
             dtype=dtype,
         )
 
 
-def _keys(size: TransformerConfig) -> dict[str, Any]:
+def mixtral_keys(size: TransformerConfig) -> dict[str, Any]:
     """Return the keys of a MixtralConfig. Raises ConfigError if Mixtral has no such model."""
     moe = size.moe
     if moe is None or moe.activation != "swiglu" or size.rope_theta is None or size.dense_layers:
         raise ConfigError(
             "--peers compares with Mixtral, "
             "which has swiglu experts in every layer and rotary positions"
+        )
+    if moe.forced_balance:
+        raise ConfigError(
+            "uniform_expert_assignment is True, and --peers always route by their router; "
+            "set it to false, or give --peers none"
         )
     return {
         "vocab_size": size.vocab_size,

@@ -67,6 +67,7 @@ class BenchGenerateOptions:
         float | None,
         Option(
             min=1,
+            max=86_400,
             help="Seconds that a peer may take for each number of prompts, with its compilation, "
             "such as 60. After that its row says so. Default: no limit.",
         ),
