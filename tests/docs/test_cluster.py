@@ -78,6 +78,13 @@ def test_only_a_stopped_job_goes_back_to_the_queue(tmp_path, torchrun, code, cal
     assert (result.returncode, result.stdout) == (code, calls)
 
 
+def test_a_node_without_gpus_needs_a_number_of_ranks(tmp_path):
+    environment = os.environ | slurm(tmp_path, {"scontrol": "echo node0"})
+    result = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "SLURM_GPUS_ON_NODE: no GPUs here, set NPROC" in result.stderr
+
+
 def slurm(folder, tools):
     """Return the environment of a Slurm job, with stand-ins for programs."""
     for name, body in tools.items():
