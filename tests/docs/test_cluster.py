@@ -18,6 +18,7 @@ TOOLS = {
     "srun": 'for machine in 0 1; do "$@" & done; wait -n && wait -n',
 }
 """Stand-ins: Slurm's job has two machines, which are both this one."""
+SAVING = "for _ in 1 2; do kill -TERM $PPID; sleep 0.2; done; echo saved; exit 1"
 
 
 @pytest.fixture
@@ -65,10 +66,11 @@ def test_the_script_trains_and_resumes(folder):
     ("torchrun", "code", "calls"),
     [
         ("kill -TERM $PPID; exit 1", 75, "requeue 7\n"),  # as torchrun after SIGTERM
+        (SAVING, 75, "saved\nrequeue 7\n"),
         ("exit 1", 1, ""),
         ("exit 0", 0, ""),
     ],
-    ids=["stopped", "failed", "finished"],
+    ids=["stopped", "stopped again while it saves", "failed", "finished"],
 )
 def test_only_a_stopped_job_goes_back_to_the_queue(tmp_path, torchrun, code, calls):
     scontrol = 'if [ "$1" = show ]; then echo node0; else echo "$@"; fi'
