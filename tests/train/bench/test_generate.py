@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tokenyard import ConfigError
 from tokenyard_cli import app
-from tokenyard_train.bench import generate
+from tokenyard_train.bench import generate, generate_peer
 from tokenyard_train.commands.load_model import load_trained
 
 
@@ -72,7 +72,7 @@ def test_a_peer_that_fails_or_takes_too_long_has_the_reason_in_its_row(bench, mo
 
         return run
 
-    monkeypatch.setattr(generate, "_peer", build)
+    monkeypatch.setattr(generate_peer, "_peer", build)
     records, printed = bench("--peers", "transformers-eager", "--peer-limit", 1)
     assert [record.get("error") for record in records] == [
         None,
@@ -88,7 +88,7 @@ def test_a_peer_that_cannot_be_built_has_the_reason_in_each_row(bench, monkeypat
     def build(config, meta, name):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(generate, "_peer", build)
+    monkeypatch.setattr(generate_peer, "_peer", build)
     records, _ = bench("--peers", "transformers-eager")
     errors = [record.get("error") for record in records]
     assert errors == [None, None, *["OutOfMemoryError: no memory"] * 2]
@@ -98,7 +98,7 @@ def test_a_run_that_is_stopped_leaves_the_records_that_it_measured(bench, monkey
     def build(config, meta, name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "_peer", build)
+    monkeypatch.setattr(generate_peer, "_peer", build)
     with pytest.raises((KeyboardInterrupt, AssertionError)):
         bench("--peers", "transformers-eager")
     records = json.loads((tmp_path / "out" / "generate.json").read_text())["records"]
