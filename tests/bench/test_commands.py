@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, TokenyardError
 from tokenyard_cli import app
 
 
@@ -43,6 +43,17 @@ def test_layer_says_what_it_does(bench):
     assert lines[:2] == ["64,16,24,4,2, fp32, natural routing", "  checking cpu ..."]
     rounds = [f"  timing 2 calls in turns, round {i} of 8 (2 to warm up) ..." for i in (1, 3, 5, 7)]
     assert lines[2:6] == rounds
+
+
+@pytest.mark.parametrize("command", ["layer", "kernels", "routing"])
+def test_a_folder_that_cannot_be_made_is_refused_before_a_measurement(
+    bench, tmp_path, command, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("tokenyard_bench.sweep.make_case", None)
+    with pytest.raises(TokenyardError, match="file/out' cannot be written: Not a directory"):
+        bench(command, "--shape", "64,16,24,4,2", out=tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_busy_machine_is_a_warning(bench, monkeypatch, caplog):

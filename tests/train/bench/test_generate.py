@@ -8,7 +8,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from tokenyard import ConfigError
+from tokenyard import ConfigError, TokenyardError
 from tokenyard_cli import app
 from tokenyard_train.bench import generate, generate_peer
 from tokenyard_train.commands.load_model import load_trained
@@ -130,3 +130,17 @@ def test_a_run_that_is_stopped_leaves_the_records_that_it_measured(bench, monkey
 def test_what_cannot_be_measured_is_refused(bench, options, error):
     with pytest.raises(ConfigError, match=error):
         bench(*options)
+
+
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_a_folder_that_cannot_be_made_is_refused_before_a_model_is_built(
+    settings, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr(f"tokenyard_train.bench.commands.bench_{command}", None)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    result = CliRunner().invoke(app, ["bench", command, str(config), "--out", str(out)])
+    assert isinstance(result.exception, TokenyardError)
+    assert f"--out {str(out)!r} cannot be written: Not a directory" in str(result.exception)

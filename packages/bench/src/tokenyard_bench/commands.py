@@ -37,7 +37,7 @@ from tokenyard_bench.tables.kernels import print_kernels
 from tokenyard_bench.tables.layer import print_layers
 from tokenyard_bench.tables.routing import print_routing
 from tokenyard_cli.console import print_line
-from tokenyard_cli.results import Record, read_results, write_results
+from tokenyard_cli.results import Record, check_folder, read_results, write_results
 
 log = logging.getLogger("tokenyard")
 
@@ -159,6 +159,7 @@ def _write(
         "records": [],
     }
     path = options.out / f"{kind}.json"
+    check_folder(options.out)
     for records in cases:
         content["records"] += records
         path = write_results(options.out, kind, content)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ Record = dict[str, Any]
 """One measurement, with plain JSON values."""
 
 
+def check_folder(folder: Path) -> None:
+    """Raise TokenyardError if the folder of results cannot be made: before anything is measured."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise _unwritable(folder, errno.ENOTDIR)
+    if not os.access(existing, os.W_OK):
+        raise _unwritable(folder, errno.EACCES)
+
+
 def write_results(folder: Path, name: str, content: dict[str, Any]) -> Path:
     """Write ``folder/name.json`` and return its path. Raises TokenyardError if it cannot."""
     path = folder / f"{name}.json"
@@ -24,8 +35,12 @@ def write_results(folder: Path, name: str, content: dict[str, Any]) -> Path:
         with whole_file(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise TokenyardError(f"--out {str(folder)!r} cannot be written: {error.strerror}") from None
+        raise _unwritable(folder, error.errno) from None
     return path
+
+
+def _unwritable(folder: Path, code: int | None) -> TokenyardError:
+    return TokenyardError(f"--out {str(folder)!r} cannot be written: {os.strerror(code or 0)}")
 
 
 def read_results(path: Path) -> dict[str, Any]:

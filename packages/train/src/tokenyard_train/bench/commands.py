@@ -10,7 +10,7 @@ from rich.console import Console
 from tokenyard.errors import ConfigError, one_of
 from tokenyard.measure.machine import describe_machine
 from tokenyard_cli.console import print_line
-from tokenyard_cli.results import Record, write_results
+from tokenyard_cli.results import Record, check_folder, write_results
 from tokenyard_train.bench.generate import Request, bench_generate
 from tokenyard_train.bench.generate_table import print_generate
 from tokenyard_train.bench.options import BenchGenerateOptions, TrainOptions
@@ -43,6 +43,7 @@ def run_train(options: TrainOptions, console: Console) -> None:
     peers = {"none": [], "both": list(BOTH)}.get(options.peers, options.peers.split(","))
     progress = console if is_rank0() else Console(quiet=True)
     dtype = PEER_DTYPES[options.peer_dtype]
+    check_folder(options.out)
     records = bench_train(config, variants, peers, dtype, options.steps, progress, options.apart)
     if not is_rank0():
         return
@@ -64,6 +65,7 @@ def run_generate(options: BenchGenerateOptions, console: Console) -> None:
         Request(batch, options.prompt_tokens, options.new_tokens)
         for batch in dict.fromkeys(options.batch)
     ]
+    check_folder(options.out)
     records = []
     for record in bench_generate(config, peers, requests, options.peer_limit, console):
         records.append(record)
