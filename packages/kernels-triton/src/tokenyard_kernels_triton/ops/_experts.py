@@ -22,14 +22,14 @@ from tokenyard_kernels_triton.ops._experts_call import (
     with_tensors,
     zero_gradients,
 )
-from tokenyard_kernels_triton.ops._gradient import DownBias, differentiate, sum_rows
+from tokenyard_kernels_triton.ops._gradient import copied_rows, differentiate, sum_rows
 from tokenyard_kernels_triton.ops._kernel_set import (
     KernelSet,
     KernelSetName,
     fitting_set,
     kernel_set,
 )
-from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
+from tokenyard_kernels_triton.ops._moves import sum_dots, to_tokens
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.ops._save import Save, gradient_space, keep, restore, saved_shapes
 from tokenyard_kernels_triton.replay import replayed
@@ -146,8 +146,7 @@ def _through_down(
     gradients: dict[str, Tensor] = {}
 
     # Rows of dy: copied if a bias reads them, else gathered by the matmuls if that is faster.
-    bias = down_bias if needs.topk_weights else None
-    copied = to_rows(dy, plan) if needs.down_bias or bias is not None else None
+    copied, bias = copied_rows(dy, plan, down_bias, needs.down_bias, needs.topk_weights)
     drows = matmuls.rows_of(dy, plan, down.shape[2]) if copied is None else copied
     if needs.down_bias and copied is not None:
         gradients["down_bias"] = sum_rows(copied, row_tiles, plan.order, topk_weights)
@@ -156,11 +155,11 @@ def _through_down(
     z = _pre_activation(call, saved, save, row_tiles, matmuls)
     dz = gradient_space(z, saved, save)
     weigh = (plan.order, topk_weights, row_tiles, activation)
-    if bias is None or copied is None:
+    if bias is None:
         weighted, dots = matmuls.differentiate_down(drows, down, z, dz, *weigh)
     else:
         da = matmuls.times_weight(drows, down, None, row_tiles, False, "activation_gradient")
-        weighted, dots = differentiate(da, z, dz, DownBias(bias, copied), *weigh)
+        weighted, dots = differentiate(da, z, dz, bias, *weigh)
         del da  # free it before the next allocation
     if needs.topk_weights and topk_weights is not None:
         gradients["topk_weights"] = sum_dots(dots, plan)

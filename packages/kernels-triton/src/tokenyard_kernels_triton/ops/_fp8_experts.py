@@ -33,8 +33,12 @@ from tokenyard_kernels_triton.ops._experts_call import (
     zero_gradients,
 )
 from tokenyard_kernels_triton.ops._fp8_weights import Copies, kept_weights
-from tokenyard_kernels_triton.ops._gradient import DownBias, differentiate_and_quantize, sum_rows
-from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
+from tokenyard_kernels_triton.ops._gradient import (
+    copied_rows,
+    differentiate_and_quantize,
+    sum_rows,
+)
+from tokenyard_kernels_triton.ops._moves import sum_dots, to_tokens
 from tokenyard_kernels_triton.ops._quantize import (
     QuantizedWeights,
     quantize_tokens,
@@ -183,8 +187,7 @@ def _launch_backward(
     gradients: dict[str, Tensor] = {}
 
     # Rows of dy in 16 bits: copied if a bias reads them, else as the weight gradient takes them.
-    bias = down_bias if needs.topk_weights else None
-    copied = to_rows(dy, plan) if needs.down_bias or bias is not None else None
+    copied, bias = copied_rows(dy, plan, down_bias, needs.down_bias, needs.topk_weights)
     if needs.down_bias and copied is not None:
         gradients["down_bias"] = sum_rows(copied, tiles, plan.order, topk_weights)
     if not any(needs[:5]):
@@ -195,9 +198,8 @@ def _launch_backward(
     da = _gluon_fp8.times_weight(drows, layer.down, None, tiles, False, dy.dtype)
     del drows  # free each operand before the next allocation
     z = _pre_activation(layer, saved)
-    with_rows = None if bias is None or copied is None else DownBias(bias, copied)
     dz, quantized, weighted, dots = differentiate_and_quantize(
-        da, z, with_rows, plan.order, topk_weights, tiles, activation
+        da, z, bias, plan.order, topk_weights, tiles, activation
     )
     del z, da
     if needs.topk_weights and topk_weights is not None:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from tokenyard.activations import is_gated
 from tokenyard.fp8 import DTYPE, Quantized
+from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import ceil_div, power_of_two
 from tokenyard_kernels_triton.kernels import _fp8_gradient, _moves
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
+from tokenyard_kernels_triton.ops._moves import to_rows
 from tokenyard_kernels_triton.ops._quantize import quantized_shapes
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 
@@ -27,6 +29,21 @@ class DownBias(NamedTuple):
 
     bias: Tensor  # [E, D]
     drows: Tensor  # [R, D], rows of dy
+
+
+def copied_rows(
+    dy: Tensor, plan: Plan, down_bias: Tensor | None, of_bias: bool, of_weights: bool
+) -> tuple[Tensor | None, DownBias | None]:
+    """Return rows of dy [R, D] if a gradient reads them one by one, and them with a bias.
+
+    These gradients are that of the bias, and that of topk_weights where there is a bias. Matmuls
+    may gather the rows instead.
+    """
+    bias = down_bias if of_weights else None
+    if bias is None and not of_bias:
+        return None, None
+    rows = to_rows(dy, plan)
+    return rows, None if bias is None else DownBias(bias, rows)
 
 
 def differentiate(

@@ -9,7 +9,7 @@ from tokenyard.experts import LoraCall
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.ops._alignment import aligned
 from tokenyard_kernels_triton.ops._experts_call import is_empty
-from tokenyard_kernels_triton.ops._gradient import DownBias, differentiate, sum_rows
+from tokenyard_kernels_triton.ops._gradient import copied_rows, differentiate, sum_rows
 from tokenyard_kernels_triton.ops._kernel_set import KernelSetName
 from tokenyard_kernels_triton.ops._lora_layer import LoraLayer, lora_layer
 from tokenyard_kernels_triton.ops._low_rank import (
@@ -18,7 +18,7 @@ from tokenyard_kernels_triton.ops._low_rank import (
     low_rank_gradient,
     tokens_as_rows,
 )
-from tokenyard_kernels_triton.ops._moves import sum_dots, to_rows, to_tokens
+from tokenyard_kernels_triton.ops._moves import sum_dots, to_tokens
 from tokenyard_kernels_triton.ops._save import Save, gradient_space, restore
 
 
@@ -53,8 +53,7 @@ def _through_down(
     gradients: dict[str, Tensor] = {}
 
     # Rows of dy: copied if a bias reads them, else gathered by the matmuls if that is faster.
-    bias = down_bias if "topk_weights" in wanted else None
-    copied = to_rows(dy, plan) if "down_bias" in wanted or bias is not None else None
+    copied, bias = copied_rows(dy, plan, down_bias, "down_bias" in wanted, "topk_weights" in wanted)
     drows = layer.rows_of(dy) if copied is None else copied
     if "down_bias" in wanted and copied is not None:
         gradients["down_bias"] = sum_rows(copied, row_tiles, plan.order, topk_weights)
@@ -64,10 +63,7 @@ def _through_down(
     if pair is not None:
         dlow = layer.low_gradient(pair, tokens_as_rows(dy, plan))
         add_low_rank(da, dlow, pair.a, mask, row_tiles, transposed=False)
-    with_rows = None if bias is None or copied is None else DownBias(bias, copied)
-    weighted, dots = differentiate(
-        da, z, dz, with_rows, plan.order, topk_weights, row_tiles, activation
-    )
+    weighted, dots = differentiate(da, z, dz, bias, plan.order, topk_weights, row_tiles, activation)
     del da  # free it before the next allocation
     if "topk_weights" in wanted:
         gradients["topk_weights"] = sum_dots(dots, plan)
