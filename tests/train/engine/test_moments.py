@@ -21,11 +21,10 @@ from tokenyard_train.engine.moments import (
 )
 from tokenyard_train.engine.optimizer import build_optimizer
 from tokenyard_train.engine.save import run_tensors
-from tokenyard_train.engine.state import Position
 from tokenyard_train.engine.step import train_step
 
 from ..conftest import MODEL
-from .test_resume import resumed, saved
+from .test_resume import check_continues_bit_for_bit, resumed, saved
 
 WIDE = {"model": MODEL | {"d_model": 64}}
 NAMES = ["adamw", "muon"]
@@ -110,20 +109,8 @@ def test_steps_follow_adamw_but_for_the_rounding_of_moments(moments, tolerance):
 @pytest.mark.parametrize("moments", ["bf16", "8bit"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16_master"])
 def test_resuming_continues_bit_for_bit(build, name, moments, precision):
-    changes = WIDE | {"optimizer": {"name": name, "lr": 0.01, "moments": moments}}
-    changes["precision"] = precision
-    run = build(**changes)
-    run.convert_weights()
-    for batch in range(3):
-        train_step(run, batch)
-    saved(run, Position(batch=3))
-    again = build(**changes, autoresume=True)
-    resumed(again)
-    again.convert_weights()
-    assert train_step(again, 3) == train_step(run, 3)
-    tensors = run_tensors(again)
-    for key, tensor in run_tensors(run).items():
-        assert torch.equal(tensor, tensors[key]), key
+    optimizer = {"name": name, "lr": 0.01, "moments": moments}
+    check_continues_bit_for_bit(build, WIDE | {"optimizer": optimizer, "precision": precision})
 
 
 @pytest.mark.parametrize("name", NAMES)
