@@ -312,7 +312,7 @@ class AdvisingExpertKernel(ExpertKernel, Protocol):
         """Return a sentence on what an option would gain and cost, which `check` prints, or None.
 
         `keeps_copies` says whether copies of the weights would be kept from one pass to the next.
-        Experts with adapters do not ask for it.
+        It is not called for experts with adapters.
         """
         ...
 
