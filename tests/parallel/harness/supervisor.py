@@ -83,8 +83,10 @@ class SupervisedRun:
 
     def steps(self) -> int:
         """Return the number of steps in the run's metrics."""
-        path = self.folder / "metrics.jsonl"
-        return path.read_text().count('"kind": "train"') if path.exists() else 0
+        try:
+            return (self.folder / "metrics.jsonl").read_text().count('"kind": "train"')
+        except FileNotFoundError:  # not yet written, or set aside by a run that starts anew
+            return 0
 
     def saved(self) -> int:
         """Return the batch of the newest checkpoint."""
