@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from harness.equality import EXPERTS, Case, Layout, build
+from harness.equality import Case, Layout, build
 from tokenyard.testing._over_ranks import DIM
 
 TOKENS = 256
+EXPERTS = 64
 
 
 class Soak(NamedTuple):
@@ -26,7 +27,7 @@ class Soak(NamedTuple):
 
 def soak(layout: Layout, steps: int, device: str) -> Soak:
     """Train with expert popularity 1/r; the most popular expert changes every step."""
-    strategy, model = build(layout, Case(dtype=torch.float32, device=device))
+    strategy, model = build(layout, Case(dtype=torch.float32, device=device, experts=EXPERTS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
     early_bytes = 0
     norm = 0.0
