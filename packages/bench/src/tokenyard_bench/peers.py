@@ -72,16 +72,17 @@ def _behind_our_router(build: Callable[[Case], Experts]) -> Callable[[str, Case,
 
 
 def grouped_mm_experts(x: Tensor, routing: Routing, up: Tensor, down: Tensor) -> Tensor:
-    """Return y [T, D] by ``F.grouped_mm`` between a gather and a scatter, the common code."""
-    top_k = routing.topk_ids.shape[1]
+    """Return y [T, D] by ``F.grouped_mm`` between a gather and a sum, the common code."""
     ids, order = routing.topk_ids.flatten().sort(stable=True)
     experts = torch.arange(up.shape[0], device=x.device)
     ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
-    tokens = order // top_k
+    tokens = order // routing.topk_ids.shape[1]
     gate, value = F.grouped_mm(x[tokens], up.mT, offs=ends).chunk(2, dim=-1)
     rows = F.grouped_mm(F.silu(gate) * value, down.mT, offs=ends)
-    rows = (rows * routing.topk_weights.flatten()[order].unsqueeze(1)).to(x.dtype)
-    return torch.zeros_like(x).index_add(0, tokens, rows)
+    rows = rows * routing.topk_weights.to(x.dtype).flatten()[order].unsqueeze(1)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=x.device)
+    return rows[places].unflatten(0, routing.topk_ids.shape).sum(1)
 
 
 def _grouped_mm(case: Case) -> Experts:
@@ -112,7 +113,13 @@ def _transformers(implementation: str) -> Callable[[Case], Experts]:
             experts = MixtralExperts(config)
         experts.gate_up_proj = case.up
         experts.down_proj = case.down
-        return lambda x, routing: experts(x, routing.topk_ids.long(), routing.topk_weights)
+
+        def layer(x: Tensor, routing: Routing) -> Tensor:
+            # Weights in the model's dtype, as the routers of Qwen3-MoE and OLMoE return them.
+            # Those of Mixtral are float32, which is slower.
+            return experts(x, routing.topk_ids.long(), routing.topk_weights.to(x.dtype))
+
+        return layer
 
     return build
 
