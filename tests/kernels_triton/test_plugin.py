@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tokenyard import Workload, default_registry
+from tokenyard.registry import Registry, installed_plugins
 from tokenyard_kernels_triton import _plugin
 from tokenyard_kernels_triton.experts import GluonExperts
 from tokenyard_kernels_triton.fp8_advice import _FASTER
@@ -137,6 +138,21 @@ def test_symmetric_memory_needs_ranks_of_one_node_with_peer_access(monkeypatch):
     assert _plugin.no_symmetric_memory(two).startswith(sentence)
     on_cpu = workload(device="cpu", capability=None, expert_parallel=2)
     assert _plugin.no_symmetric_memory(on_cpu).endswith("the device is 'cpu'")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "on_node", "name"),
+    [(1, 2, "local"), (2, 2, "symmetric_memory"), (4, 2, "all_to_all_tokens")],
+)
+def test_auto_selects_symmetric_memory_for_ranks_of_one_node(monkeypatch, ranks, on_node, name):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_node))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda index, peer: True)
+    registry = Registry(*installed_plugins())  # priorities without the interpreter
+    chosen = registry.choose("exchange", "auto", workload(device="cuda:0", expert_parallel=ranks))
+    assert chosen.backend.name == name
 
 
 def test_the_router_computes_topk_for_up_to_1024_experts():

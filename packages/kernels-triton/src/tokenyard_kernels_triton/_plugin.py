@@ -17,7 +17,8 @@ _SCORES = ("softmax", "sigmoid")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FAST = 20  # before core's backends, on a GPU
 _LAST = -20  # after all others, in the interpreter
-_BY_NAME = -5  # after core's backends: until it was measured or tested on GPUs
+_BY_NAME = -5  # after core's backends
+_ON_NODE = -1  # after core's `local`, before the exchanges of tokenyard-parallel
 
 
 @torch.library.impl("tokenyard::replace_by_gradient", "cuda")
@@ -191,9 +192,9 @@ def tokenyard_permutations() -> list[Backend]:
 
 @hookimpl
 def tokenyard_exchanges() -> list[Backend]:
-    """Offer the exchange between ranks of one node; those of tokenyard-parallel come first."""
+    """Offer the exchange between ranks of one node; it comes before those of tokenyard-parallel."""
     exchange = "tokenyard_kernels_triton.symmetric_memory:SymmetricMemoryExchange"
-    priority = _LAST if _interpreted() else _BY_NAME
+    priority = _LAST if _interpreted() else _ON_NODE
     return [Backend("symmetric_memory", exchange, priority, no_symmetric_memory)]
 
 

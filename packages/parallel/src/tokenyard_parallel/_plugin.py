@@ -16,8 +16,8 @@ def tokenyard_strategies() -> list[Backend]:
 
 @hookimpl
 def tokenyard_exchanges() -> list[Backend]:
-    """Offer exchanges for expert parallelism; core's `local` comes first without it."""
+    """Offer exchanges for any ranks: after core's `local`, and those of one node."""
     return [
-        Backend("all_to_all_tokens", "tokenyard_parallel.exchanges:TokenExchange", priority=-1),
-        Backend("all_to_all", "tokenyard_parallel.exchanges:SlotExchange", priority=-2),
+        Backend("all_to_all_tokens", "tokenyard_parallel.exchanges:TokenExchange", priority=-2),
+        Backend("all_to_all", "tokenyard_parallel.exchanges:SlotExchange", priority=-3),
     ]
