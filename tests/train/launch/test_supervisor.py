@@ -188,8 +188,45 @@ def test_a_stopped_rank_is_noticed_although_no_rank_waits_for_it(
     assert time.monotonic() - began < 30
 
 
+def test_a_rank_that_ended_is_noticed_although_all_others_are_stopped(capfd):
+    lines = (
+        "open(f'{notes}/timeout', 'w').write('1.5')",
+        "if began: sys.exit(0)",
+        "open(f'{notes}/began', 'w').close()",
+        "if rank == 0: time.sleep(1); sys.exit(0)",  # the others are stopped by then
+        "os.kill(os.getpid(), signal.SIGSTOP)",
+    )
+    began = time.monotonic()
+    assert run(capfd, *lines, max_restarts=1) == (
+        0,
+        "rank 1 hangs and rank 2 hangs (stopped); restart 1 of 1",
+    )
+    assert time.monotonic() - began < 30
+
+
+def test_a_suspended_job_is_waited_for(capfd, tmp_path):
+    """All of its ranks are stopped, for longer than a collective may take, and none has ended."""
+    pids = [f"{tmp_path}/{rank}" for rank in range(2)]
+    wake = (
+        "import os, signal, sys, time\n"
+        "while not all(map(os.path.exists, sys.argv[1:])): time.sleep(0.01)\n"
+        "time.sleep(4)\n"
+        "for path in sys.argv[1:]: os.kill(int(open(path).read()), signal.SIGCONT)"
+    )
+    waker = subprocess.Popen([sys.executable, "-c", wake, *pids])
+    lines = (
+        "open(f'{notes}/timeout', 'w').write('0.5')",
+        f"write = f'{tmp_path}/x{{rank}}'",
+        "open(write, 'w').write(str(os.getpid()))",
+        f"os.rename(write, f'{tmp_path}/{{rank}}')",
+        "os.kill(os.getpid(), signal.SIGSTOP)",
+    )
+    assert run(capfd, *lines, nproc=2) == (0, "")
+    assert waker.wait(timeout=10) == 0
+
+
 def test_the_time_counts_in_which_some_ranks_are_stopped_and_others_run(monkeypatch):
-    """All ranks of a suspended job are stopped, but those that ended, and the supervisor."""
+    """All ranks of a suspended job are stopped, and the supervisor may be, too."""
     now = 0.0
     stopped_pids = set()
     monkeypatch.setattr(stopped.time, "monotonic", lambda: now)
@@ -202,7 +239,7 @@ def test_the_time_counts_in_which_some_ranks_are_stopped_and_others_run(monkeypa
         stopped_pids.update(pids)
         while now < until:
             now += 0.5
-            ranks.look({rank: 10 + rank for rank in running})
+            ranks.look({rank: 10 + rank for rank in running}, ended=len(running) < 3)
 
     look({11}, until=5)
     assert ranks.longer_than(4.5) == [1]
@@ -210,8 +247,10 @@ def test_the_time_counts_in_which_some_ranks_are_stopped_and_others_run(monkeypa
     look({10, 11, 12}, until=100)
     assert ranks.longer_than(0) == []
     look({11, 12}, until=102, running=(1, 2))
-    assert ranks.longer_than(0) == []
-    look({11, 12}, until=105)
+    assert ranks.longer_than(1.5) == [1, 2]
+    assert ranks.longer_than(2) == []
+    look((), until=103)
+    look({11, 12}, until=106)
     now += 1000  # the supervisor was stopped
     look({12}, until=now + 0.5)
     assert ranks.longer_than(0) == [2]

@@ -14,22 +14,23 @@ _MOST = 1.0  # seconds between two looks that count; the supervisor may have bee
 
 
 class StoppedRanks:
-    """Adds up how long each rank has been stopped, while another one was not."""
+    """Adds up how long each rank has been stopped, while another one ran or had ended."""
 
     def __init__(self) -> None:
         self.seconds: dict[int, float] = {}  # by stopped rank
         self._before = time.monotonic()
 
-    def look(self, pids: Mapping[int, int]) -> None:
-        """Look at the processes of the ranks that have not ended.
+    def look(self, pids: Mapping[int, int], ended: bool) -> None:
+        """Look at the processes of the ranks that have not ended. `ended` is whether any has.
 
-        A job is suspended if all of them are stopped.
+        A job is suspended if all of its ranks are stopped. Ranks that are stopped after another one
+        has ended may never run again.
         """
         now = time.monotonic()
         passed = min(now - self._before, _MOST)
         self._before = now
         stopped = [rank for rank, pid in pids.items() if is_stopped(pid)]
-        if len(stopped) == len(pids):
+        if not ended and len(stopped) == len(pids):
             stopped = []
         self.seconds = {rank: self.seconds.get(rank, 0.0) + passed for rank in stopped}
 

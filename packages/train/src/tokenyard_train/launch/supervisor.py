@@ -141,7 +141,8 @@ class Attempt:
             # A rank that uses a GPU takes a while to end after it wrote its fault file.
             if deadline == math.inf and (failed or read_faults(self.notes, self.nproc)):
                 deadline = time.monotonic() + _GRACE
-            looks.look({rank: pid for rank, pid in enumerate(pids) if rank not in codes})
+            running = {rank: pid for rank, pid in enumerate(pids) if rank not in codes}
+            looks.look(running, ended=bool(codes))
             if stopped := looks.longer_than(read_timeout(self.notes) + _SPARE):
                 break
             time.sleep(_POLL)
