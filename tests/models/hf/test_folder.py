@@ -303,7 +303,10 @@ def test_what_to_hf_refuses(original, tmp_path):
     [
         ({"moe_score_function": "sigmoid"}, "moe.rule.score is 'sigmoid', only 'softmax'"),
         ({"mlp_type": "mlp"}, "moe.activation is 'silu', only 'swiglu'"),
-        ({"uniform_expert_assignment": True}, "moe.forced_balance is True, only False"),
+        (
+            {"uniform_expert_assignment": True},
+            "uniform_expert_assignment is True, only False; give a model that was trained without",
+        ),
         ({"moe_bias_update_rate": 0.1}, "moe.rule.bias_update_rate is 0.1, only 0.0"),
         ({"moe_weight_scale": 2.0}, "moe.rule.scale is 2.0, only 1.0"),
     ],

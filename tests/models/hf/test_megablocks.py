@@ -112,7 +112,10 @@ def test_what_megablocks_has_no_name_for(tmp_path):
         ({"moe_num_groups": 2}, "moe.rule.num_groups is 2, only 1"),
         ({"moe_bias_update_rate": 0.1}, "moe.rule.bias_update_rate is 0.1, only 0.0"),
         ({"shared_expert": True}, "moe.shared_dim is 20, only None"),
-        ({"uniform_expert_assignment": True}, "moe.forced_balance is True, only False"),
+        (
+            {"uniform_expert_assignment": True},
+            "uniform_expert_assignment is True, only False; give a model that was trained without",
+        ),
         (
             {"ffn_type": "mb_moe", "mlp_type": "glu", "ffn_act_fn": {"name": "silu"}},
             "moe.activation is 'swiglu' where experts have a capacity: MegaBlocks' mb_moe has no",

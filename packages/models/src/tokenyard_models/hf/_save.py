@@ -38,6 +38,7 @@ _TRAINING_FIELDS = (
     "dense_ffn_dim",
     "moe.rule.jitter",
 )
+_FORCED_BALANCE = "moe.forced_balance"  # of the key uniform_expert_assignment
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -144,6 +145,11 @@ def check_read_back(name: str, fields: Mapping[str, Any], read_back: Mapping[str
 
     `name` is that of the format.
     """
+    if fields.get(_FORCED_BALANCE) and not read_back.get(_FORCED_BALANCE):
+        raise WeightsError(
+            f"a {name} folder cannot say that uniform_expert_assignment is True, only False; give "
+            "a model that was trained without it, by its own router"
+        )
     for field, value in fields.items():
         if read_back.get(field) != value:
             raise WeightsError(
