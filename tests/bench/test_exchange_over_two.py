@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tokenyard import ConfigError, Workload
+from tokenyard import ConfigError, TokenyardError, Workload
 from tokenyard.measure.timing import CpuClock
 from tokenyard.testing import ranks
 from tokenyard_bench.case import make_case
@@ -246,10 +246,15 @@ def test_ranks_that_do_not_divide_the_experts():
     [
         ("all_to_al", r"--exchange 'all_to_al' is unknown .did you mean 'all_to_all'.*or all"),
         ("all_to_all:2", r"--exchange 'all_to_all:2' has the option '2', .*; give KEY=VALUE"),
+        (
+            "all_to_all:chunk=2",
+            r"backends.exchange.chunk is 2, and 'all_to_all' has no such option "
+            r".did you mean 'chunks'.*; leave it out; the options of 'all_to_all': chunks, ",
+        ),
     ],
 )
 def test_a_bad_exchange_is_one_sentence(text, said):
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(TokenyardError, match=said):
         parse_exchanges([text], Workload(8, 8, 8, 2, expert_parallel=2))
 
 

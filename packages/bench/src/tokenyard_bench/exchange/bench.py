@@ -50,6 +50,7 @@ def bench_exchange(
 
     def measure_case(whole: Case, say: Say) -> Iterator[Record]:
         case = part_of(whole, world.rank, world.size)
+        requests = parse_exchanges(settings.exchanges, case.workload)
         expert, rank = case.busiest()
         skew = {"busiest": round(expert, 3), "busiest_rank": round(rank, 3)}
         head = {"ranks": world.size, **skew}
@@ -57,7 +58,6 @@ def bench_exchange(
         say("timing dense matmuls")
         for record in measurement.dense():
             yield head | record
-        requests = parse_exchanges(settings.exchanges, case.workload)
         candidates = [request.candidate(case, settings.experts, world) for request in requests]
         candidates += [liger_candidate(case, capacity) for _ in peers]
         for candidate in candidates:

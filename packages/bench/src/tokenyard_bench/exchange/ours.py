@@ -15,7 +15,7 @@ from tokenyard.backend import Backend
 from tokenyard.errors import did_you_mean
 from tokenyard.experts import Experts
 from tokenyard.interfaces import Routing
-from tokenyard.registry import BackendChoice
+from tokenyard.registry import BackendChoice, check_options
 from tokenyard_bench.exchange.entrant import Candidate, RankEntrant
 from tokenyard_bench.exchange.marks import MarkedPermutation, Marks, marked_compute
 from tokenyard_bench.exchange.rank_case import RankCase
@@ -73,9 +73,11 @@ def parse_exchanges(texts: list[str], workload: Workload) -> list[ExchangeReques
     """Return the exchanges of texts such as ``NAME``, ``NAME:KEY=VALUE``, or "all".
 
     "all" means every exchange between ranks; one that takes `chunks` comes with 1 and with 2.
-    Raises ConfigError for an unknown name, or an option without ``=``.
+    Raises ConfigError for an unknown name, or an option without ``=``, and BackendError for an
+    option that the exchange does not have.
     """
-    backends = {o.backend.name: o.backend for o in default_registry().offers("exchange")}
+    offers = default_registry().offers("exchange")
+    backends = {offer.backend.name: offer.backend for offer in offers}
     requests: list[ExchangeRequest] = []
     for text in dict.fromkeys(texts):
         if text == "all":
@@ -87,6 +89,7 @@ def parse_exchanges(texts: list[str], workload: Workload) -> list[ExchangeReques
                 f"--exchange {name!r} is unknown{did_you_mean(name, backends)}; "
                 f"installed: {', '.join(backends)}, or all"
             )
+        check_options(BackendChoice("exchange", backends[name], options), offers)
         requests.append(ExchangeRequest(text, backends[name], options))
     return requests
 

@@ -3,6 +3,7 @@
 from tokenyard.registry._choose import BackendChoice, Request
 from tokenyard.registry._discover import Plugin, Problem, installed_plugins
 from tokenyard.registry._offers import Offer
+from tokenyard.registry._options import check_options
 from tokenyard.registry._registry import Registry, default_registry
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Problem",
     "Registry",
     "Request",
+    "check_options",
     "default_registry",
     "installed_plugins",
 ]
