@@ -31,3 +31,29 @@ def test_a_signal_that_comes_after_the_block_changes_nothing(monkeypatch):
     finally:
         after = signal.signal(signal.SIGALRM, before)
     assert after is before
+
+
+@pytest.mark.parametrize("slept", [0.0, 0.4], ids=["behind it", "in it"])
+def test_a_limit_within_another_does_not_cancel_it(slept):
+    """The other one expires behind the inner block, or in it, and is raised behind it."""
+    ended = []
+
+    def work():
+        with time_limit("--inner", 60):
+            time.sleep(slept)
+            ended.append("inner")
+        time.sleep(60)
+
+    with pytest.raises(TimeoutError, match=r"took more than 0\.2 s"), time_limit("--outer", 0.2):
+        work()
+    assert ended == ["inner"]
+
+
+def test_the_timer_of_a_test_runner_continues():
+    before = signal.setitimer(signal.ITIMER_REAL, 100)
+    try:
+        with time_limit("--limit", 60):
+            time.sleep(0.1)
+        assert 90 < signal.getitimer(signal.ITIMER_REAL)[0] < 99.95
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from tokenyard import ConfigError
 
 _AGAIN = 5.0  # seconds until the error is raised again, if the code caught it and continues
+_SOON = 0.001  # seconds; 0 would cancel a timer
 
 
 @contextmanager
@@ -17,7 +19,9 @@ def time_limit(option: str, seconds: float | None) -> Iterator[None]:
     """Context: raise TimeoutError in the block after so many seconds; None is no limit.
 
     Works in the main thread, between steps of Python. Compilers may turn the error into one of
-    their own. Raises ConfigError, which names the option, on a system without SIGALRM.
+    their own. A process has one such timer: another limit around this one, or that of a test
+    runner, continues after the block, and fires there if it expired in the block. Raises
+    ConfigError, which names the option, on a system without SIGALRM.
     """
     if seconds is None:
         yield
@@ -32,10 +36,14 @@ def time_limit(option: str, seconds: float | None) -> Iterator[None]:
             raise TimeoutError(f"took more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
+    begin = time.monotonic()
+    outer, interval = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
     try:
         yield
     finally:
         running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if outer:
+            left = max(_SOON, outer - (time.monotonic() - begin))
+            signal.setitimer(signal.ITIMER_REAL, left, interval)
