@@ -105,8 +105,12 @@ def test_a_callback_may_override_one_method(config, console):
 @pytest.fixture
 def installed(monkeypatch):
     """Provide Recorder as the entry point `notes`, like an installed distribution."""
-    point = importlib.metadata.EntryPoint("notes", f"{__name__}:Recorder", "tokenyard.callbacks")
-    monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda self: Recorder)
+
+    class Point(importlib.metadata.EntryPoint):
+        def load(self):
+            return Recorder
+
+    point = Point("notes", f"{__name__}:Recorder", "tokenyard.callbacks")
 
     def entry_points(**query):
         return importlib.metadata.EntryPoints([point]).select(**query)
