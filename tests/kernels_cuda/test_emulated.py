@@ -5,6 +5,7 @@ from dataclasses import replace
 import emulated
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from tokenyard import RoutingRule, Workload
 from tokenyard.permutations import TorchPermutation
@@ -14,6 +15,7 @@ from tokenyard.testing._compare import assert_close
 from tokenyard.tolerance import relative_error
 from tokenyard_kernels_cuda.ops._logits import logits_backward_op, logits_op
 from tokenyard_kernels_cuda.ops._plan import MOST_EXPERTS
+from tokenyard_kernels_cuda.ops._route_tokens import route_tokens
 from tokenyard_kernels_cuda.ops._topk import route, weigh
 from tokenyard_kernels_cuda.permutation import CudaPermutation
 
@@ -106,6 +108,38 @@ def test_routes_to_many_experts(experts, top_k):
     ids, weights = route(logits, None, top_k, rule)
     assert ids.tolist() == oracle.select(logits, None, rule, top_k)
     assert relative_error(weights, oracle.weigh(logits.double(), ids.long(), rule)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RoutingRule(normalize=1.0, scale=2.5),
+        RoutingRule(select_first=True),
+        RoutingRule(select_first=True, normalize=1.0),
+    ],
+    ids=["normalized", "of selected", "both"],
+)
+def test_a_softmax_over_selected_logits_saves_none_of_them(rule):
+    """The weights, which experts save as well, give the same gradient as float64 logits."""
+    x, weight = (torch.randn(size, 16).bfloat16().requires_grad_() for size in (40, 12))
+    saved = []
+    with saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        ids, weights, _ = route_tokens(x, weight, None, 3, rule)
+    assert (40, 12) not in saved
+    dweights = torch.randn(40, 3)
+    got = torch.autograd.grad(weights, (x, weight), dweights)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    want = oracle.weigh(exact[0] @ exact[1].T, ids.long(), rule)
+    for one, other in zip(got, torch.autograd.grad(want, exact, dweights.double())):
+        assert relative_error(one, other) < 3e-3  # that of rounding to bfloat16
+
+
+def test_other_weights_save_the_logits():
+    x, weight = (torch.randn(size, 16).bfloat16().requires_grad_() for size in (40, 12))
+    saved = []
+    with saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        route_tokens(x, weight, None, 3, RoutingRule(normalize=2.0))
+    assert (40, 12) in saved
 
 
 def test_negative_and_positive_zero_tie():

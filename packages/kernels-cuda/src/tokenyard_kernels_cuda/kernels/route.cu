@@ -287,10 +287,14 @@ __device__ inline void backward_norm(
 
 // Backward of route: compute the gradient of the logits from the gradient of the weights.
 //
+// Of a softmax over the selected logits, the weights are enough, and `logits` is null. `score` must
+// be SOFTMAX_OF_SELECTED then, and `power` 0.
+//
 // Shared memory: 3 * K words per warp.
 extern "C" __global__ void route_backward(
     const float* __restrict__ dweights,  // [T, K]
-    const float* __restrict__ logits,    // [T, E]
+    const float* __restrict__ logits,    // [T, E] or null
+    const float* __restrict__ weights,   // [T, K], or null if there are logits
     const int* __restrict__ ids,         // [T, K]
     float* __restrict__ dlogits,         // [T, E]
     int tokens,
@@ -307,15 +311,21 @@ extern "C" __global__ void route_backward(
   float* selected = reinterpret_cast<float*>(selected_ids + top_k);            // [K]
   float* dselected = selected + top_k;                                         // [K]
 
-  // Phase 1: load the ids and the gradients; recompute the scores.
-  logits += token * experts;
+  // Phase 1: load the ids and the gradients; load or recompute the scores.
   for (int k = lane_id(); k < top_k; k += WARP) {
     selected_ids[k] = ids[token * top_k + k];
     dselected[k] = dweights[token * top_k + k] * scale;
   }
   __syncwarp();
-  const Scores scores = score_experts(logits, experts, score);
-  score_selected(logits, selected_ids, selected, scores, experts, top_k, score);
+  Scores scores = {};
+  if (weights) {
+    for (int k = lane_id(); k < top_k; k += WARP) selected[k] = weights[token * top_k + k] / scale;
+    __syncwarp();
+  } else {
+    logits += token * experts;
+    scores = score_experts(logits, experts, score);
+    score_selected(logits, selected_ids, selected, scores, experts, top_k, score);
+  }
 
   // Phase 2: back through the norm.
   if (power > 0.0f) backward_norm(dselected, selected, top_k, power);

@@ -10,7 +10,13 @@ from torch import Tensor
 from tokenyard.operators import operator, refuse_second_derivative
 from tokenyard.workload import RoutingRule
 from tokenyard_kernels_cuda.ops._logits import logits_backward_op, logits_op
-from tokenyard_kernels_cuda.ops._topk import route_op, rule_arguments, weights_backward_op
+from tokenyard_kernels_cuda.ops._topk import (
+    are_softmax,
+    route_op,
+    rule_arguments,
+    softmax_backward,
+    weights_backward_op,
+)
 
 
 @operator("tokenyard_cuda::route_tokens", kept=True)
@@ -52,17 +58,23 @@ def route_tokens_backward_op(
     dlogits: Tensor | None,
     x: Tensor,
     weight: Tensor,
-    logits: Tensor,
+    saved: Tensor,
     ids: Tensor,
     needs: list[bool],
     score: int,
     power: float,
     scale: float,
 ) -> list[Tensor]:
-    """Return the gradients of x and weight; an empty one if not needed. One of both is given."""
+    """Return the gradients of x and weight; an empty one if not needed. One of both is given.
+
+    `saved` are weights [T, K] that `are_softmax`, else logits [T, E].
+    """
     total = dlogits
     if dweights is not None:
-        total = weights_backward_op.compute(dweights, logits, ids, score, power, scale)
+        if are_softmax(score, power, scale):
+            total = softmax_backward(dweights, saved, ids, weight.shape[0], scale)
+        else:
+            total = weights_backward_op.compute(dweights, saved, ids, score, power, scale)
         total = total if dlogits is None else total + dlogits
     gradients: list[Tensor] = logits_backward_op.compute(total, x, weight, needs)
     return gradients
@@ -74,7 +86,7 @@ def _(
     dlogits: Tensor | None,
     x: Tensor,
     weight: Tensor,
-    logits: Tensor,
+    saved: Tensor,
     ids: Tensor,
     needs: list[bool],
     *rule: Any,
@@ -84,11 +96,12 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _, *rule = inputs
-    ids, _, logits = output
+    ids, weights, logits = output
     ctx.rule = rule[:3]
     ctx.mark_non_differentiable(ids)
     ctx.set_materialize_grads(False)  # logits without a loss of their own have no gradient
-    ctx.save_for_backward(x, weight, logits, ids)
+    saved = weights if are_softmax(*ctx.rule) else logits  # the experts save weights as well
+    ctx.save_for_backward(x, weight, saved, ids)
 
 
 def _backward(

@@ -67,7 +67,8 @@ def route_kernels(experts: int) -> RouteKernels:
         source,
         "route_backward",
         dweights=floats,
-        logits=floats,
+        logits=Array(torch.float32, optional=True),
+        weights=Array(torch.float32, optional=True),
         ids=ints,
         dlogits=floats,
         **sizes,
@@ -156,28 +157,56 @@ def weights_backward_op(
     dweights: Tensor, logits: Tensor, ids: Tensor, score: int, power: float, scale: float
 ) -> Tensor:
     """Return the gradient of logits [T, E] from dweights [T, K] and ids [T, K]."""
-    tokens, experts = logits.shape
-    dlogits = logits.new_empty(tokens, experts)
-    if tokens:
-        top_k = ids.shape[1]
-        words = 3 * top_k
-        warps = fitting_warps(_WARPS, words)
-        route_kernels(experts).backward(
-            (ceil_div(tokens, warps), 1),
-            warps * WARP,
-            dweights.contiguous(),
-            logits.contiguous(),
-            ids.contiguous(),
-            dlogits,
-            tokens,
-            experts,
-            top_k,
-            score,
-            power,
-            scale,
-            shared=4 * warps * words,
-        )
+    dlogits = logits.new_empty(logits.shape)
+    _backward(dweights, logits.contiguous(), None, ids, dlogits, (score, power, scale))
     return dlogits
+
+
+def softmax_backward(
+    dweights: Tensor, weights: Tensor, ids: Tensor, experts: int, scale: float
+) -> Tensor:
+    """Return what `weights_backward_op` does, from weights [T, K] that `are_softmax`."""
+    dlogits = weights.new_empty(weights.shape[0], experts)
+    _backward(dweights, None, weights, ids, dlogits, (_SOFTMAX_OF_SELECTED, 0.0, scale))
+    return dlogits
+
+
+def are_softmax(score: int, power: float, scale: float) -> bool:
+    """Return whether weights are a softmax over the selected logits, times a scale."""
+    of_selected = score == _SOFTMAX_OF_SELECTED and power == 0
+    normalized = score in (_SOFTMAX_OF_SELECTED, _SCORES["softmax"]) and power == 1
+    return (of_selected or normalized) and scale != 0
+
+
+def _backward(
+    dweights: Tensor,
+    logits: Tensor | None,
+    weights: Tensor | None,
+    ids: Tensor,
+    dlogits: Tensor,
+    weighting: tuple[int, float, float],
+) -> None:
+    """Launch the kernel, which writes `dlogits`, from logits or from weights."""
+    tokens, experts = dlogits.shape
+    if not tokens:
+        return
+    top_k = ids.shape[1]
+    words = 3 * top_k
+    warps = fitting_warps(_WARPS, words)
+    route_kernels(experts).backward(
+        (ceil_div(tokens, warps), 1),
+        warps * WARP,
+        dweights.contiguous(),
+        logits,
+        weights,
+        ids.contiguous(),
+        dlogits,
+        tokens,
+        experts,
+        top_k,
+        *weighting,
+        shared=4 * warps * words,
+    )
 
 
 @weights_backward_op.fake
