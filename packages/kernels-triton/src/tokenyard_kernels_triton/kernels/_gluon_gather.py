@@ -134,15 +134,18 @@ def _gather(
     x,  # [T, dim]
     tokens,  # [64]
     inside,  # [64], which of the rows exist
-    first,  # column of x
+    first,  # column of x, a multiple of 128 bytes
     dim,
     target,  # [64, 64], or [64, 128] in 8 bits, in shared memory
 ):
     """Start copying 128 bytes of 64 tokens, from column `first` on; zeros outside of x."""
-    # In units of 16 bytes, so that the compiler sees that every copy is aligned.
+    # In units of 16 bytes, so that the compiler sees that every copy is aligned. It keeps products
+    # of 32 bits for all slices; with those of 64 bits, the loader would spill registers.
     BOX: gl.constexpr = _box(x.dtype.element_ty)
     UNIT: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     units = dim // UNIT
-    column = first + gl.arange(0, 8 * UNIT, gl.SliceLayout(0, BOX))
-    pointers = x + (tokens.to(gl.int64) * units)[:, None] * UNIT + column[None, :]
-    _copy(target, pointers, mask=inside[:, None] & (column // UNIT < units)[None, :])
+    column = gl.arange(0, 8 * UNIT, gl.SliceLayout(0, BOX))
+    start = (tokens * units + first // UNIT).to(gl.int64) * UNIT
+    pointers = x + start[:, None] + column[None, :]
+    mask = inside[:, None] & ((first + column) // UNIT < units)[None, :]
+    _copy(target, pointers, mask=mask)

@@ -16,7 +16,7 @@ from tokenyard_kernels_triton.kernels import _gluon_fp8, _gluon_fp8_gradient
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._gluon_operands import (
-    NARROW,
+    are_gathered,
     operand,
     ragged,
     stacked,
@@ -53,7 +53,7 @@ def rows_of(tokens: Quantized, plan: Plan, ffn_dim: int) -> QuantizedRows:
     They are copied, or gathered by the matmul if the experts are narrow.
     """
     values, scales = tokens
-    if ffn_dim <= NARROW:
+    if are_gathered(values, ffn_dim):
         return QuantizedRows(TokenRows(values, plan.order, plan.top_k), scales)
     copied = to_rows(values.view(torch.uint8), plan)
     return QuantizedRows(_as_fp8(copied), to_rows(scales, plan))

@@ -21,6 +21,7 @@ _WRAP = 1 << 34  # times _RAGGED_ROWS, it is a multiple of 2^64
 
 # Columns of an expert: up to this width the matmuls gather rows, since a copy would take longer.
 NARROW = 1280
+_MOST_UNITS = 1 << 31  # of 16 bytes, which loaders that gather count in int32
 
 
 def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
@@ -28,9 +29,14 @@ def rows_of(tokens: Tensor, plan: Plan, ffn_dim: int) -> Rows:
 
     They are copied, or gathered by each matmul if the experts are narrow.
     """
-    if ffn_dim > NARROW:
-        return to_rows(tokens, plan)
-    return TokenRows(tokens, plan.order, plan.top_k)
+    if are_gathered(tokens, ffn_dim):
+        return TokenRows(tokens, plan.order, plan.top_k)
+    return to_rows(tokens, plan)
+
+
+def are_gathered(tokens: Tensor, ffn_dim: int) -> bool:
+    """Return whether the matmuls of experts gather rows from tokens."""
+    return ffn_dim <= NARROW and tokens.nbytes // 16 < _MOST_UNITS
 
 
 def operand(rows: Rows, block: tuple[int, int]) -> tuple[Any, Tensor | None, int]:
