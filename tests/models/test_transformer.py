@@ -1,6 +1,8 @@
 """The transformer under compilation, recomputation, autocast and caches."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -158,6 +160,51 @@ def test_a_fixed_cache_continues_a_cache(monkeypatch, family, by_token):
     assert relative_error(torch.cat(parts, 1), model(batch).logits) < 1e-12
     again = model(batch[:, 8:], cache.prefix(8, 9)).logits
     assert relative_error(again, parts[-1]) < 1e-12
+
+
+@pytest.mark.parametrize("family", [Mpt, Dbrx])
+def test_a_cache_that_was_rewound_computes_what_a_new_one_does(family):
+    """Bit for bit, in the same memory, by the same fixed cache; nan of a former text is gone."""
+    model = family({"size": "tiny", "d_model": 32, "vocab_size": 50})
+    model.init_weights(0)
+    cache = model.new_cache(3, 12)
+    former = ids(3, 7)
+    model(former, cache)
+    keys, values = cache.layers[0].memory()
+    fixed = cache.fixed()
+    for length in (5, 0):
+        new = cache.prefix(length, 12)
+        values[:, :, length:].fill_(float("nan"))
+        cache.rewind(length)
+        assert torch.equal(continued(model, cache), continued(model, new))
+        assert cache.fixed() is fixed
+        assert cache.layers[0].memory()[0] is keys
+
+
+def continued(model, cache) -> torch.Tensor:
+    """Return the logits of 12 tokens without those in the cache, 3 of them by a fixed one."""
+    batch = torch.arange(36).view(3, 12)
+    parts = [model(batch[:, cache.length : 9], cache).logits]
+    fixed = cache.fixed()
+    for i in range(9, 12):
+        parts.append(model(batch[:, i : i + 1], fixed).logits)
+        fixed.advance()
+    return torch.cat(parts, 1)
+
+
+def test_the_memory_of_a_fixed_cache_is_freed_with_it():
+    """At once: generated texts may follow each other faster than the garbage collector runs."""
+    model = tiny()
+    cache = model.new_cache(1, 4)
+    model(ids(1, 3), cache)
+    cache.fixed()
+    memory = weakref.ref(cache.layers[0].memory()[0])
+    gc.disable()
+    try:
+        del cache
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])

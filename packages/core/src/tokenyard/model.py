@@ -131,6 +131,9 @@ class Model(nn.Module, ABC):
         cache for calls with one id a row, which launch the same kernels on the same memory each
         time, and whose method ``advance()`` moves its position, on the device, to the next id. The
         Output of such a call need not hold Balances.
+        If it also has the optional method ``rewind(length)``, the graph serves later texts. That
+        drops all tokens but the first `length`, those of ``fixed()`` included, and leaves the
+        memory where it is. ``fixed()`` then returns the same cache as before, at the new position.
         """
 
     @abstractmethod

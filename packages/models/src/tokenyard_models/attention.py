@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenyard import Documents
 from tokenyard_models.config import TransformerConfig
 from tokenyard_models.document_attention import attend_within_documents
-from tokenyard_models.kv_cache import FixedLayerCache, LayerCache
+from tokenyard_models.fixed_cache import FixedLayerCache
+from tokenyard_models.kv_cache import LayerCache
 from tokenyard_models.rotary import rotate, rotate_by
 
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -56,7 +57,7 @@ class Attention(nn.Module):
         qkv = qkv.transpose(1, 2)  # [B, heads + 2 kv_heads, S, head_dim]
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.theta is not None and isinstance(cache, FixedLayerCache):
-            qk = rotate_by(qk, cache.cache.cos, cache.cache.sin)
+            qk = rotate_by(qk, cache.position.cos, cache.position.sin)
         elif self.theta is not None:
             qk = rotate(qk, positions, self.theta, self.scaling)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
@@ -78,7 +79,7 @@ class Attention(nn.Module):
         if cache is None:
             return self._attend(q, k, v, positions, 0)
         if isinstance(cache, FixedLayerCache):
-            return _attend_fixed(q, *cache.append(k, v), cache.cache.mask)
+            return _attend_fixed(q, *cache.append(k, v), cache.position.mask)
         cached = cache.length
         k, v = cache.append(k, v)
         return self._attend_cached(q, k, v, positions, cached)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tokenyard import ConfigError
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.rotary import rotation_angles
+from tokenyard_models.fixed_cache import FixedCache
 
 _ALIGNED = 64  # tokens, of which reserved memory holds a multiple
 
@@ -58,6 +57,13 @@ class LayerCache:
             raise ConfigError("the cache is empty; call the model with a prompt first")
         return self._keys, self._values
 
+    def rewind(self, length: int) -> None:
+        """Keep the first `length` keys and values, and write zeros over the others."""
+        self.length = length
+        for memory in (self._keys, self._values):
+            if memory is not None:
+                memory[:, :, length:].zero_()
+
     def copy_to(self, other: LayerCache, length: int) -> None:
         """Append the first `length` keys and values to another cache."""
         if self._keys is not None and self._values is not None:
@@ -72,6 +78,7 @@ class Cache:
 
     def __init__(self, batch: int, capacity: int, config: TransformerConfig):
         self._config = config
+        self._fixed: FixedCache | None = None
         self.layers = [LayerCache(batch, capacity, config) for _ in range(config.layers)]
 
     @property
@@ -86,55 +93,18 @@ class Cache:
             layer.copy_to(copy, length)
         return prefix
 
+    def rewind(self, length: int) -> None:
+        """Drop all tokens but the first `length`. The memory stays where it is."""
+        for layer in self.layers:
+            layer.rewind(length)
+
     def fixed(self) -> FixedCache:
-        """Return these keys and values as a cache whose calls can be captured in a CUDA graph."""
-        return FixedCache(self, self._config)
+        """Return these keys and values as a cache whose calls can be captured in a CUDA graph.
 
-
-class FixedCache:
-    """A cache that takes one token a call, at a position that is on the device.
-
-    Every call launches the same kernels on the same memory. Call `advance` after each. The caller
-    counts the tokens: one past the capacity is an error of the device.
-    """
-
-    def __init__(self, cache: Cache, config: TransformerConfig):
-        keys, _ = cache.layers[0].memory()
-        self._config = config
-        self._reserved = torch.arange(keys.shape[2], device=keys.device)
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        self.position = torch.tensor([cache.length], device=keys.device)
-        self.mask = keys.new_zeros(keys.shape[2])  # 0, or -inf after the position
-        self.cos = keys.new_zeros(1, config.head_dim, dtype=wide)
-        self.sin = torch.zeros_like(self.cos)
-        self._describe_position()
-        self.layers = [FixedLayerCache(layer, self) for layer in cache.layers]
-
-    def advance(self) -> None:
-        """Move to the next position."""
-        self.position += 1
-        self._describe_position()
-
-    def _describe_position(self) -> None:
-        """Write what every layer reads of the position: the mask, and how ``rotate_by`` rotates."""
-        self.mask.zero_().masked_fill_(self._reserved > self.position, float("-inf"))
-        theta = self._config.rope_theta
-        if theta is not None:
-            size, dtype = self._config.head_dim, self.cos.dtype
-            angles = rotation_angles(self.position, size, dtype, theta, self._config.rope_scaling)
-            self.cos.copy_(angles.cos().repeat(1, 2))
-            self.sin.copy_(torch.cat((-angles.sin(), angles.sin()), 1))
-
-
-class FixedLayerCache:
-    """The keys and values of one layer of a `FixedCache`."""
-
-    def __init__(self, layer: LayerCache, cache: FixedCache):
-        self._keys, self._values = layer.memory()
-        self.cache = cache
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [B, kv_heads, 1, head_dim] at the position. Return the whole memory."""
-        self._keys.index_copy_(2, self.cache.position, k)
-        self._values.index_copy_(2, self.cache.position, v)
-        return self._keys, self._values
+        It is the same one each time, and moves to the end of this cache.
+        """
+        if self._fixed is None:
+            memory = [layer.memory() for layer in self.layers]
+            self._fixed = FixedCache(memory, self._config)
+        self._fixed.move_to(self.length)
+        return self._fixed

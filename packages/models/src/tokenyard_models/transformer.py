@@ -32,8 +32,9 @@ from tokenyard.lora import head_inputs
 from tokenyard.registry import Request
 from tokenyard_models.attention import Attention
 from tokenyard_models.config import TransformerConfig
+from tokenyard_models.fixed_cache import FixedCache, FixedLayerCache
 from tokenyard_models.init_weights import initialize
-from tokenyard_models.kv_cache import Cache, FixedCache, FixedLayerCache, LayerCache
+from tokenyard_models.kv_cache import Cache, LayerCache
 from tokenyard_models.saved_bytes import Widths, saved_bytes
 
 
