@@ -21,6 +21,7 @@ from tokenyard_cli.results import Record
 from tokenyard_train.bench.generate_peer import Generate, build_peer, check_peers, times_or_error
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.build_model import build_model, meta_model
+from tokenyard_train.engine.decoder import Decoder
 from tokenyard_train.engine.precision import (
     AMP_BF16,
     BF16_MASTER,
@@ -114,10 +115,11 @@ def _model(config: TrainConfig) -> Model:
 
 def _ours(config: TrainConfig) -> Generate:
     model = _model(config)
+    decoder = Decoder()
 
     def generate(prompts: Tensor, new_tokens: int) -> object:
         with computing_in(config.precision, torch.device(config.device)):
-            return sample(model, prompts.tolist(), Sampling(new_tokens, 0.0, seed=0))
+            return sample(model, prompts.tolist(), Sampling(new_tokens, 0.0, seed=0), decoder)
 
     return generate
 
@@ -125,8 +127,8 @@ def _ours(config: TrainConfig) -> Generate:
 def _measure(generate: Generate, prompts: Tensor, new_tokens: int, device: torch.device) -> Record:
     """Return the tokens/s of whole continuations, and the milliseconds of one more token."""
     half = new_tokens // 2
-    # Compile and capture. The longer one is first, because transformers keeps the size of a static
-    # cache until a request needs a larger one, for which it compiles again.
+    # Compile and capture. The longer one is first: a request that needs a larger cache than those
+    # before captures again, and transformers compiles again, too.
     for tokens in (new_tokens, half):
         _seconds(generate, prompts, tokens, device)
     whole, short = (

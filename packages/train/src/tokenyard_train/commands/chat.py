@@ -16,7 +16,7 @@ from tokenyard_train.commands.options import GenerateOptions
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.data.finetuning.conversation import prompt_segments
 from tokenyard_train.data.finetuning.template import ChatTemplate, Message, read_template
-from tokenyard_train.engine.kept_cache import KeptCache
+from tokenyard_train.engine.decoder import Decoder
 from tokenyard_train.engine.sampling import (
     Sampling,
     check_vocabulary,
@@ -29,6 +29,7 @@ log = logging.getLogger("tokenyard")
 
 _LOCATION = "the conversation"
 _ANSWER = "tokenyard"  # a text that templates render as it is
+_SPARE = 1024  # tokens of later turns, at most; attention reads the memory of each for every token
 
 
 def run_chat(options: GenerateOptions, stdin: TextIO, show: Callable[[str], None]) -> None:
@@ -97,7 +98,8 @@ class Chat:
         self._template = template
         self._sampling = sampling
         self._system = system
-        self._kept = KeptCache()
+        spare = min(2 * sampling.max_new_tokens, _SPARE)
+        self._decoder = Decoder(spare, shares_tokens=True)
 
     @classmethod
     def load(cls, options: GenerateOptions) -> Self:
@@ -127,7 +129,9 @@ class Chat:
         ends = self._end_of_turn(conversations[0])
         sampling = replace(self._sampling, stops={*self._sampling.stops, *ends})
         with self._loaded.autocast():
-            texts = continue_ids(self._loaded.model, self._tokenizer, prompts, sampling, self._kept)
+            texts = continue_ids(
+                self._loaded.model, self._tokenizer, prompts, sampling, self._decoder
+            )
         return [text.strip() for text in texts]
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:

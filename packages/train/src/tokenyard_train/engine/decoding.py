@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tokenyard import Model, started_processes
 from tokenyard.capture import capture
-from tokenyard.weight_copies import captured_weight_copies
+from tokenyard.sharded import local_part
+from tokenyard.weight_copies import captured_weight_copies, renew_weight_copies
 
 log = logging.getLogger("tokenyard")
 
@@ -20,32 +22,61 @@ _FEWEST = 16  # steps for which a graph is captured, which takes as long as some
 class DecodingStep:
     """Calls a model with the next ids of its cache, and returns the logits [B, V] of the last.
 
-    On a GPU, a call with one id a row is captured once and replayed, if the cache has the method
-    ``fixed`` (see ``Model.new_cache``): the host then launches one graph instead of each kernel.
-    A model that cannot be captured, because it waits for the device, is called each time.
+    Call `begin`, then this with a prompt, then with one id a row. On a GPU, a call with one id is
+    captured once and replayed, if the cache has the method ``fixed`` (see ``Model.new_cache``): the
+    host then launches one graph instead of each kernel. A model that cannot be captured, because it
+    waits for the device, is called each time.
+
+    A later `begin` replays the same graph, with what the cache holds then. It reads weights where
+    they are, so it sees those that changed in place. Hooks that a module got since are not called.
     """
 
-    def __init__(self, model: Model, cache: Any, steps: int):
+    def __init__(self, model: Model, cache: Any, capacity: int):
+        self.cache = cache
+        self.capacity = capacity  # tokens of a row that the cache has room for
         self._model = model
-        self._cache = cache
-        self._can_capture = _can_capture(model, cache, steps)
+        self._setting = _setting(model)
         self._graph: _Graph | None = None
+        self._refused = False
+        self._can_capture = False
+        self._calls = 0
+
+    def serves(self, model: Model) -> bool:
+        """Return whether it can begin again: no weight has moved, and autocast is the same."""
+        return model is self._model and _setting(model) == self._setting
+
+    def begin(self, steps: int) -> None:
+        """Begin a text of so many steps after what the cache holds."""
+        if self._graph is not None and not self._graph.lasting:
+            self._graph = None
+        self._can_capture = not self._refused and _can_capture(self._model, self.cache, steps)
+        self._calls = 0
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the logits [B, V] after ids [B, S]."""
-        if self._graph is None and ids.shape[1] == 1 and self._can_capture:
-            self._can_capture = False
-            self._graph = _captured(self._model, self._cache, ids)
-        if self._graph is not None:
+        self._calls += 1
+        if self._calls == 2:
+            self._prepare_graph(ids)
+        if self._calls > 1 and self._graph is not None:
             return self._graph.replay(ids)
-        logits: Tensor = self._model(ids, self._cache).logits
+        logits: Tensor = self._model(ids, self.cache).logits
         return logits[:, -1]
+
+    def _prepare_graph(self, ids: Tensor) -> None:
+        """Let a graph that exists go on from the cache, or capture one."""
+        if self._graph is not None:
+            renew_weight_copies(self._model)
+            self.cache.fixed()
+        elif self._can_capture:
+            self._graph = _captured(self._model, self.cache, ids)
+            self._refused = self._graph is None
 
 
 class _Graph:
     """A captured call of a model. Its memory is that of the graph."""
 
     def __init__(self, model: Model, cache: Any, ids: Tensor):
+        self.lasting = not _autocast_copies(model)
         self.ids = ids.clone()
         fixed = cache.fixed()
         stream = torch.cuda.Stream()
@@ -82,3 +113,25 @@ def _captured(model: Model, cache: Any, ids: Tensor) -> _Graph | None:
     except RuntimeError as error:
         log.warning("text is generated without a CUDA graph: %s", str(error).partition("\n")[0])
         return None
+
+
+def _setting(model: Model) -> list[object]:
+    """Return what a captured call depends on: autocast, and where each weight and buffer is.
+
+    An address alone may be that of another tensor by now.
+    """
+    kind = next(model.parameters()).device.type
+    setting: list[object] = [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
+    for tensor in (*model.parameters(), *model.buffers()):
+        local = local_part(tensor)
+        layout = (local.dtype, local.shape, local.stride())
+        setting.append((StorageWeakRef(local.untyped_storage()), local.data_ptr(), layout))
+    return setting
+
+
+def _autocast_copies(model: Model) -> bool:
+    """Return whether autocast keeps copies of weights, which a graph reads, until its end."""
+    kind = next(model.parameters()).device.type
+    if not (torch.is_autocast_enabled(kind) and torch.is_autocast_cache_enabled()):
+        return False
+    return any(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())

@@ -14,8 +14,7 @@ from tokenyard import ConfigError, Model, TokenyardError
 from tokenyard_train.data import Tokenizer
 from tokenyard_train.data.text_loss import LossCounter
 from tokenyard_train.distributed import broadcast_from_rank0
-from tokenyard_train.engine.decoding import DecodingStep
-from tokenyard_train.engine.kept_cache import KeptCache
+from tokenyard_train.engine.decoder import Decoder
 
 log = logging.getLogger("tokenyard")
 
@@ -53,11 +52,11 @@ def continue_ids(
     tokenizer: Tokenizer,
     prompt_ids: Sequence[Sequence[int]],
     sampling: Sampling,
-    kept: KeptCache | None = None,
+    decoder: Decoder | None = None,
 ) -> list[str]:
     """Return the text that follows each prompt of ids, as `continue_texts`.
 
-    Prompts must leave room in the model. `kept` is that of `sample`.
+    Prompts must leave room in the model. `decoder` is that of `sample`.
     """
     room = model.max_seq_len - max(len(ids) for ids in prompt_ids)
     limited = replace(
@@ -65,7 +64,7 @@ def continue_ids(
         max_new_tokens=min(room, sampling.max_new_tokens),
         stops={tokenizer.end, *sampling.stops},
     )
-    rows = sample(model, prompt_ids, limited, kept)
+    rows = sample(model, prompt_ids, limited, decoder)
     longest = max(len(row) for row in rows)
     if sampling.warn_when_full and longest == room < sampling.max_new_tokens:
         log.warning(
@@ -138,18 +137,18 @@ def sample(
     model: Model,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    kept: KeptCache | None = None,
+    decoder: Decoder | None = None,
 ) -> list[list[int]]:
     """Return the ids that follow each prompt, without the stop that ends them.
 
     Prompts may differ in length. All advance together from the end of the shortest: a longer one
-    takes its own next id until it is used up, so nothing is padded. A single prompt may start from
-    the tokens that `kept` has of the one before.
+    takes its own next id until it is used up, so nothing is padded. A `decoder` keeps the cache and
+    the CUDA graph for the next call with as many prompts.
     """
     was_training = model.training
     model.eval()
     try:
-        return _sample(model, prompts, sampling, kept if len(prompts) == 1 else None)
+        return _sample(model, prompts, sampling, decoder or Decoder())
     finally:
         model.train(was_training)
 
@@ -159,22 +158,21 @@ def _sample(
     model: Model,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    kept: KeptCache | None,
+    decoder: Decoder,
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     generator = torch.Generator(device="cpu").manual_seed(sampling.seed)
     shortest = min(len(prompt) for prompt in prompts)
     length = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-    if kept is None:
-        cache, first = model.new_cache(len(prompts), length), 0
-    else:
-        cache, first = kept.open(model, prompts[0], length)
+    step, first = decoder.start(model, prompts, length)
     ids = torch.tensor([list(prompt[first:shortest]) for prompt in prompts], device=device)
     rows: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(rows)
-    step = DecodingStep(model, cache, length - shortest)
+    step.begin(length - shortest)
+    held = first
     for position in range(shortest, length):
         drawn = _draw(step(ids), sampling.temperature, generator)
+        held = position
         # The last bit of the logits may differ between ranks, and ids must not.
         next_ids = _checked(broadcast_from_rank0(drawn).tolist())
         for i, prompt in enumerate(prompts):
@@ -188,8 +186,7 @@ def _sample(
         if not any(running):
             break
         ids = torch.tensor(next_ids, device=device).unsqueeze(1)
-    if kept is not None:
-        kept.keep(cache, [*prompts[0], *rows[0]][:position])
+    decoder.keep(step, model, len(prompts), [*prompts[0], *rows[0]][:held])
     return rows
 
 

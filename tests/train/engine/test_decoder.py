@@ -1,0 +1,224 @@
+"""What a decoder keeps from one text to the next: tokens, caches, and CUDA graphs."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from tokenyard.tolerance import relative_error
+from tokenyard_models import Dbrx, Mpt
+from tokenyard_train.engine import decoding
+from tokenyard_train.engine.decoder import Decoder
+from tokenyard_train.engine.precision import computing_in
+from tokenyard_train.engine.sampling import Sampling, sample
+
+SIZES = {"size": "tiny", "d_model": 32, "vocab_size": 61}
+
+
+def model(**options) -> Dbrx:
+    net = Dbrx(SIZES, **options)
+    net.init_weights(3)
+    return net
+
+
+def prompt(tokens: int) -> list[int]:
+    return torch.randint(0, 60, (tokens,)).tolist()
+
+
+class Graph:
+    """Calls the model in place of a CUDA graph, and counts the captures."""
+
+    captures = 0
+
+    def __init__(self, net, cache, ids):
+        type(self).captures += 1
+        self.lasting = not decoding._autocast_copies(net)
+        self.net = net
+        self.fixed = cache.fixed()
+
+    def replay(self, ids):
+        logits = self.net(ids, self.fixed).logits[:, -1]
+        self.fixed.advance()
+        return logits
+
+
+@pytest.fixture
+def graph(monkeypatch):
+    """The class of graphs, which works on a CPU."""
+    monkeypatch.setattr(Graph, "captures", 0)
+    monkeypatch.setattr(decoding, "_Graph", Graph)
+    monkeypatch.setattr(decoding, "_can_capture", lambda *_: True)
+    return Graph
+
+
+def test_tokens_that_a_prompt_shares_are_not_computed_again():
+    """With equal logits: after an appended turn, after a changed one, and for the same prompt."""
+    net = model(dtype=torch.float64, compute_dtype=torch.float64)
+    decoder = Decoder(shares_tokens=True)
+    first = prompt(9)
+    answer = sample(net, [first], Sampling(4, 0, 0), decoder)[0]
+    appended = [*first, *answer, 7, 8, 9]
+    for given, computed in (
+        (appended, 4),  # the last token of an answer is not in the cache yet
+        ([*appended[:11], 60, 5], 2),
+        ([*appended[:11], 60, 5], 1),
+        ([60, *first], 10),
+    ):
+        sizes, logits = calls_of(net, given, decoder)
+        assert sizes == [computed, 1, 1]
+        ids = [*given, *logits.argmax(-1)[0].tolist()]
+        whole = net(torch.tensor([ids])).logits[:, len(given) - 1 : -1]
+        assert relative_error(logits, whole) < 1e-12
+
+
+def calls_of(net, given, decoder) -> tuple[list[int], torch.Tensor]:
+    """Return the tokens of each call for 3 new tokens, and the logits [1, 3, V] of each."""
+    calls: list[tuple[int, torch.Tensor]] = []
+    hook = net.register_forward_hook(
+        lambda _, args, output: calls.append((args[0].shape[1], output.logits[:, -1:]))
+    )
+    sample(net, [given], Sampling(3, 0, 0), decoder)
+    hook.remove()
+    sizes, logits = zip(*calls)
+    return list(sizes), torch.cat(logits, 1)
+
+
+def test_tokens_are_computed_again_after_a_change_of_weights_and_without_sharing():
+    net = model()
+    given = prompt(9)
+    sharing, other = Decoder(shares_tokens=True), Decoder()
+    for decoder in (sharing, other):
+        sample(net, [given], Sampling(4, 0, 0), decoder)
+    assert calls_of(net, given, other)[0] == [9, 1, 1]
+    with torch.no_grad():
+        net.embed.weight.neg_()
+    assert calls_of(net, given, sharing)[0] == [9, 1, 1]
+    assert sample(net, [given], Sampling(4, 0, 0), sharing) == sample(
+        net, [given], Sampling(4, 0, 0)
+    )
+
+
+def test_texts_that_fit_take_one_graph_and_are_those_of_a_new_one(graph):
+    net = model()
+    decoder = Decoder(spare=4)
+    for tokens, new_tokens in ((9, 12), (1, 5), (13, 12), (4, 18)):
+        for temperature in (0, 0.9):
+            given = [prompt(tokens), prompt(tokens + 1)]
+            request = (net, given, Sampling(new_tokens, temperature, 5))
+            graph.captures = 0
+            got = sample(*request, decoder)
+            first = tokens == 9 and temperature == 0
+            assert graph.captures == first
+            assert got == sample(*request)
+    graph.captures = 0
+    sample(net, [prompt(9), prompt(15)], Sampling(12, 0, 5), decoder)
+    assert graph.captures == 1  # 27 tokens and 26 of the cache
+
+
+def test_a_graph_is_kept_for_each_of_two_numbers_of_prompts(graph):
+    net = model()
+    decoder = Decoder()
+    captured = []
+    for rows in (1, 2, 1, 2, 3, 2, 1, 3):
+        graph.captures = 0
+        sample(net, [prompt(3) for _ in range(rows)], Sampling(4, 0, 5), decoder)
+        captured.append(graph.captures)
+    assert captured == [1, 1, 0, 0, 1, 0, 1, 1]
+
+
+def replaced(net):
+    net.head.weight = nn.Parameter(-net.head.weight)
+
+
+def moved(net):
+    net.head.weight.data = -net.head.weight.data
+
+
+def in_place(net):
+    net.head.weight.data.neg_()
+
+
+@pytest.mark.parametrize(("change", "captures"), [(replaced, 1), (moved, 1), (in_place, 0)])
+def test_other_weights_need_a_new_graph_unless_they_changed_in_place(graph, change, captures):
+    net = model()
+    decoder = Decoder()
+    request = (net, [prompt(5)], Sampling(6, 0, 0))
+    before = sample(*request, decoder)
+    change(net)
+    graph.captures = 0
+    after = sample(*request, decoder)
+    assert graph.captures == captures
+    assert before != after == sample(*request)
+
+
+def test_another_model_or_autocast_needs_a_new_graph(graph):
+    net, other = (Mpt(SIZES) for _ in range(2))  # experts would be for one dtype
+    for each in (net, other):
+        each.init_weights(3)
+    net.requires_grad_(False)
+    decoder = Decoder()
+    request = ([prompt(5)], Sampling(6, 0, 0))
+    captured = []
+    for each, precision in (
+        (net, "fp32"),
+        (net, "amp_bf16"),
+        (net, "amp_bf16"),
+        (net, "fp32"),
+        (other, "fp32"),
+        (other, "amp_bf16"),
+        (other, "amp_bf16"),
+    ):
+        graph.captures = 0
+        with computing_in(precision, torch.device("cpu")):
+            sample(each, *request, decoder)
+        captured.append(graph.captures)
+    # autocast keeps copies of the other's weights, which require gradients, until it ends
+    assert captured == [1, 1, 0, 1, 1, 1, 1]
+
+
+def test_copies_of_weights_are_renewed_for_each_text(graph, monkeypatch):
+    renewed = []
+    monkeypatch.setattr(decoding, "renew_weight_copies", renewed.append)
+    net = model()
+    decoder = Decoder()
+    for _ in range(3):
+        sample(net, [prompt(5)], Sampling(6, 0, 0), decoder)
+    assert renewed == [net] * 2  # the capture renews them, too
+
+
+def test_a_text_that_fails_leaves_nothing(graph):
+    net = model()
+    decoder = Decoder()
+    sample(net, [prompt(5)], Sampling(6, 0, 0), decoder)
+
+    def fail(prompt, ids):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(net, [prompt(5)], Sampling(6, 0, 0, complete=fail), decoder)
+    graph.captures = 0
+    sample(net, [prompt(5)], Sampling(6, 0, 0), decoder)
+    assert graph.captures == 1
+
+
+def test_all_is_freed_with_a_decoder(graph, monkeypatch):
+    """At once, also what it replaces."""
+    made = []
+    begin = decoding._Graph.__init__
+    monkeypatch.setattr(
+        graph, "__init__", lambda *given: made.append(weakref.ref(given[0])) or begin(*given)
+    )
+    net = model()
+    gc.collect()
+    gc.disable()
+    try:
+        decoder = Decoder()
+        for tokens in (5, 8):
+            sample(net, [prompt(tokens)], Sampling(6, 0, 0), decoder)
+        assert [each() is None for each in made] == [True, False]
+        del decoder
+        assert [each() is None for each in made] == [True, True]
+    finally:
+        gc.enable()
