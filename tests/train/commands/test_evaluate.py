@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from rich.console import Console
 from tokenyard import ConfigError
 from tokenyard_models import to_hf
 from tokenyard_train.commands.evaluate import evaluate
+from tokenyard_train.commands.harness_model import HarnessModel
 from tokenyard_train.commands.load_model import load_trained
 from tokenyard_train.commands.options import EvalOptions
 from tokenyard_train.commands.train import train
@@ -119,6 +121,26 @@ def test_texts_are_those_of_transformers(harness):
     assert got == theirs.generate_until(requests)
     assert got[0] == free
     assert got[1] == free.partition(stop)[0]
+
+
+def test_batches_of_a_task_share_a_cache(folder, monkeypatch):
+    """The longest contexts make it; the texts are those of each context alone."""
+    utils = SimpleNamespace(normalize_gen_kwargs=lambda options, most: options)
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.utils"):
+        monkeypatch.setitem(sys.modules, name, utils)
+    loaded = load_trained(folder, "cpu")
+    ours = HarnessModel(loaded, loaded.build_tokenizer(), 2)
+    made = []
+    new_cache = loaded.model.new_cache
+    monkeypatch.setattr(
+        loaded.model, "new_cache", lambda *sizes: made.append(sizes) or new_cache(*sizes)
+    )
+    options = {"until": [], "max_gen_toks": 3, "do_sample": False}
+    contexts = ["5", "What is", "2 + 3? It", "2 + 3? It is"]
+    requests = [SimpleNamespace(args=(context, options)) for context in contexts]
+    together = ours.generate_until(requests)
+    assert len(made) == 1
+    assert together == [ours.generate_until([request])[0] for request in requests]
 
 
 def write_task(folder, name, rows, **keys):

@@ -10,6 +10,7 @@ from tokenyard import ConfigError
 from tokenyard_train.commands.loaded_model import LoadedModel
 from tokenyard_train.data.finetuning.template import ChatTemplate, Message
 from tokenyard_train.data.tokenizer import Tokenizer
+from tokenyard_train.engine.decoder import Decoder
 from tokenyard_train.engine.sampling import Sampling, sample, text_after, utf8
 from tokenyard_train.engine.scoring import Request, score
 
@@ -102,20 +103,29 @@ class HarnessModel:
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the text that follows each context, up to a stop of its task."""
+        """Return the text that follows each context, up to a stop of its task.
+
+        Long contexts come first, because later batches then fit in the cache of the first one.
+        """
         texts = [""] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: str(requests[i].args[1]))
-        for _, group in itertools.groupby(order, key=lambda i: str(requests[i].args[1])):
+        decoder = Decoder()
+        arguments = [request.args for request in requests]
+        order = sorted(
+            range(len(requests)), key=lambda i: (str(arguments[i][1]), -len(arguments[i][0]))
+        )
+        for _, group in itertools.groupby(order, key=lambda i: str(arguments[i][1])):
             indices = list(group)
-            options = requests[indices[0]].args[1]
+            options = arguments[indices[0]][1]
             for start in range(0, len(indices), self._batch_size):
                 batch = indices[start : start + self._batch_size]
-                answers = self._continue([requests[i].args[0] for i in batch], options)
+                answers = self._continue([arguments[i][0] for i in batch], options, decoder)
                 for i, answer in zip(batch, answers):
                     texts[i] = answer
         return texts
 
-    def _continue(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
+    def _continue(
+        self, contexts: Sequence[str], options: dict[str, Any], decoder: Decoder
+    ) -> list[str]:
         from lm_eval.models.utils import normalize_gen_kwargs
 
         settings = normalize_gen_kwargs(options, _NEW_TOKENS)
@@ -146,7 +156,7 @@ class HarnessModel:
             complete=has_stop if until else None,
         )
         with self._loaded.autocast():
-            rows = sample(self._model, prompts, sampling)
+            rows = sample(self._model, prompts, sampling, decoder)
         texts = [text_after(self._text, prompt, row) for prompt, row in zip(prompts, rows)]
         return [_before(text, until) for text in texts]
 
