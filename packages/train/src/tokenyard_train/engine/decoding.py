@@ -79,12 +79,10 @@ class _Graph:
         self.lasting = not _autocast_copies(model)
         self.ids = ids.clone()
         fixed = cache.fixed()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compile, and record launches; each writes the same position
-                model(self.ids, fixed)
-        torch.cuda.current_stream().wait_stream(stream)
+        # Compile, and record launches; each writes the same position. Not on a stream of its own,
+        # for which cuBLAS would keep a workspace of 32 MiB.
+        for _ in range(3):
+            model(self.ids, fixed)
         self.graph = torch.cuda.CUDAGraph()
         with capture(self.graph):
             self.logits: Tensor = model(self.ids, fixed).logits[:, -1]
