@@ -140,6 +140,18 @@ def test_long_sums_of_positive_numbers_in_fp8():
     assert relative_error(got, want) < NEAR
 
 
+def test_tokens_are_gathered_if_32_bits_count_their_units_of_16_bytes():
+    from tokenyard_kernels_triton.ops._gluon_operands import NARROW, are_gathered
+
+    def tokens(number):
+        return torch.empty(number, 2048, dtype=BF16, device="meta")
+
+    most = 2**35 // (2 * 2048)  # 32 GiB
+    assert are_gathered(tokens(most - 1), NARROW)
+    assert not are_gathered(tokens(most), NARROW)
+    assert not are_gathered(tokens(1), NARROW + 1)
+
+
 @pytest.mark.parametrize("copied", [True, False], ids=["copied", "gathered"])
 def test_matmuls_in_16_bits(copied):
     """All of a layer, with widths that end within a tile and a slice."""

@@ -140,7 +140,7 @@ def _gather(
 ):
     """Start copying 128 bytes of 64 tokens, from column `first` on; zeros outside of x."""
     # In units of 16 bytes, so that the compiler sees that every copy is aligned. It keeps products
-    # of 32 bits for all slices; with those of 64 bits, the loader would spill registers.
+    # of 32 bits for all slices, in half of the registers that 64 bits take.
     BOX: gl.constexpr = _box(x.dtype.element_ty)
     UNIT: gl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     units = dim // UNIT
