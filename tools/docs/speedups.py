@@ -41,8 +41,8 @@ def speedups(content: dict[str, Any], path: Path) -> None:
 def relative_speeds(records: list[dict[str, Any]], shape: str) -> dict[str, float]:
     """Return each library's speed as a multiple of transformers', fastest first.
 
-    A time is divided by that of the dense matmuls of its own run, since the GPU's clock rate differs
-    between runs. If a library is in several runs, its last one counts.
+    A time is divided by that of the dense matmuls of its own run, since the clock rate of a GPU
+    differs between runs. If a library is in several runs, its last one counts.
     """
     latest = {r["contestant"]: r for r in records if r["shape"] == shape}
     efficiency = {name: r["dense_ms"] / r["step_ms"] for name, r in latest.items()}
