@@ -138,6 +138,8 @@ def test_symmetric_memory_needs_ranks_of_one_node_with_peer_access(monkeypatch):
     assert _plugin.no_symmetric_memory(two).startswith(sentence)
     on_cpu = workload(device="cpu", capability=None, expert_parallel=2)
     assert _plugin.no_symmetric_memory(on_cpu).endswith("the device is 'cpu'")
+    old = workload(device="cuda:3", capability=(7, 0), expert_parallel=2)
+    assert _plugin.no_symmetric_memory(old).endswith("8.0 or later, and this is 7.0")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,21 @@ def test_auto_selects_symmetric_memory_for_ranks_of_one_node(monkeypatch, ranks,
     registry = Registry(*installed_plugins())  # priorities without the interpreter
     chosen = registry.choose("exchange", "auto", workload(device="cuda:0", expert_parallel=ranks))
     assert chosen.backend.name == name
+
+
+def test_auto_passes_over_symmetric_memory_if_each_rank_sees_its_own_gpu_only(monkeypatch):
+    """torch shares no memory between GPUs of the same index, here 0 in every rank."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    two = workload(device="cuda:0", expert_parallel=2)
+    chosen = Registry(*installed_plugins()).choose("exchange", "auto", two)
+    assert chosen.backend.name == "all_to_all_tokens"
+    assert chosen.passed_over["symmetric_memory"] == (
+        "'symmetric_memory' needs each rank to see the GPUs of the 2 ranks that share experts, and "
+        "torch finds 1 here (CUDA_VISIBLE_DEVICES)"
+    )
 
 
 def test_the_router_computes_topk_for_up_to_1024_experts():

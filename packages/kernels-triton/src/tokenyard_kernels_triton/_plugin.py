@@ -71,17 +71,20 @@ def no_triton(workload: Workload) -> str | None:
             f"'triton' computes on a GPU, and the device is {workload.device.type!r} "
             "(TRITON_INTERPRET=1 is for tests on a CPU)"
         )
-    capability = workload.capability if workload.device.type == "cuda" else None
-    if capability is not None and capability < (8, 0):
-        major, minor = capability
-        return (
-            f"'triton' needs a GPU of compute capability 8.0 or later, and this is {major}.{minor}"
-        )
     if workload.dtype not in _DTYPES:
         return (
             f"'triton' computes in bfloat16, float16 and float32, not in {_short(workload.dtype)}"
         )
-    return None
+    return _too_old("triton", workload)
+
+
+def _too_old(name: str, workload: Workload) -> str | None:
+    """Return why Triton does not compile for a GPU, or None; None also if it is not here."""
+    capability = workload.capability if workload.device.type == "cuda" else None
+    if capability is None or capability >= (8, 0):
+        return None
+    major, minor = capability
+    return f"{name!r} needs a GPU of compute capability 8.0 or later, and this is {major}.{minor}"
 
 
 def no_gluon(workload: Workload) -> str | None:
@@ -150,6 +153,8 @@ def no_symmetric_memory(workload: Workload) -> str | None:
         return f"'symmetric_memory' needs NVIDIA GPUs, and the device is {device.type!r}"
     if importlib.util.find_spec("triton") is None:
         return "'symmetric_memory' needs the library triton, which is not installed"
+    if (reason := _too_old("symmetric_memory", workload)) is not None:
+        return reason
     ranks = workload.expert_parallel
     unknown = "0" if "WORLD_SIZE" in os.environ else str(ranks)
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", unknown))
@@ -158,11 +163,17 @@ def no_symmetric_memory(workload: Workload) -> str | None:
             f"'symmetric_memory' needs the {ranks} ranks that share experts on one node, and "
             f"LOCAL_WORLD_SIZE is {on_node or 'not set'}"
         )
+    visible = torch.cuda.device_count()
+    if "LOCAL_WORLD_SIZE" in os.environ and 0 < visible < ranks:  # else it is a plan
+        return (
+            f"'symmetric_memory' needs each rank to see the GPUs of the {ranks} ranks that share "
+            f"experts, and torch finds {visible} here (CUDA_VISIBLE_DEVICES)"
+        )
     return _no_peers(device.index or 0, ranks)
 
 
 def _no_peers(index: int, ranks: int) -> str | None:
-    """Return why a GPU cannot read its neighbours' memory; None also if it cannot see them."""
+    """Return why a GPU cannot read its neighbours' memory; None also if they are not here."""
     first = index // ranks * ranks
     for peer in range(first, min(first + ranks, torch.cuda.device_count())):
         if peer != index and not torch.cuda.can_device_access_peer(index, peer):
