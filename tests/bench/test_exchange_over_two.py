@@ -32,7 +32,7 @@ from tokenyard_bench.exchange import (
 from tokenyard_bench.exchange.entrant import Candidate
 from tokenyard_bench.exchange.marks import MarkedPermutation, Marks, end_pass, marked_compute
 from tokenyard_bench.exchange.measure import CaseMeasurement
-from tokenyard_bench.exchange.ours import parse_exchanges
+from tokenyard_bench.exchange.ours import check_experts, parse_exchanges
 from tokenyard_bench.exchange.rank_case import part_of
 from tokenyard_bench.exchange.times import Timer
 from tokenyard_bench.options import ExchangeOptions
@@ -256,6 +256,19 @@ def test_ranks_that_do_not_divide_the_experts():
 def test_a_bad_exchange_is_one_sentence(text, said):
     with pytest.raises(TokenyardError, match=said):
         parse_exchanges([text], Workload(8, 8, 8, 2, expert_parallel=2))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("torhc", "experts backend 'torhc' is unknown .did you mean 'torch'"),
+        ("torch:precision=fp8", "'torch' has no such option; name a backend that has it .gluon"),
+    ],
+)
+def test_bad_experts_are_one_sentence(text, said):
+    with pytest.raises(TokenyardError, match=said):
+        check_experts(text)
+    check_experts("auto:precision=fp8")
 
 
 def test_the_exchanges_of_all_and_their_options():

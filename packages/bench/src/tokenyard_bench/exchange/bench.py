@@ -14,7 +14,7 @@ from tokenyard.measure.timing import clock_for
 from tokenyard_bench.case import Case
 from tokenyard_bench.exchange.liger import Capacity, liger_candidate
 from tokenyard_bench.exchange.measure import CaseMeasurement
-from tokenyard_bench.exchange.ours import parse_exchanges
+from tokenyard_bench.exchange.ours import check_experts, parse_exchanges
 from tokenyard_bench.exchange.rank_case import part_of
 from tokenyard_bench.exchange.times import Timer
 from tokenyard_bench.exchange.world import World
@@ -46,6 +46,7 @@ def bench_exchange(
     """
     capacity = _capacity(sweep.shapes)
     peers = parse_peers(settings.peers, PEERS)
+    check_experts(settings.experts)
     timer = Timer(world, clock_for(world.device), settings.pause, sweep.repetitions)
 
     def measure_case(whole: Case, say: Say) -> Iterator[Record]:

@@ -94,6 +94,16 @@ def parse_exchanges(texts: list[str], workload: Workload) -> list[ExchangeReques
     return requests
 
 
+def check_experts(text: str) -> None:
+    """Raise BackendError for experts ``NAME:KEY=VALUE`` of an unknown name or option.
+
+    Whether they are usable depends on a case. The options of "auto" depend on what it selects.
+    """
+    name, options = parse_request("--experts", text)
+    if name != "auto":
+        default_registry().choose("experts", {"name": name, **options})
+
+
 def _all(backends: Mapping[str, Backend], workload: Workload) -> list[ExchangeRequest]:
     """Return every exchange between ranks."""
     requests: list[ExchangeRequest] = []
