@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import megablocks_runs
 from harness.megablocks_runs import TOP_K
 
 from tokenyard.testing import ranks
 from tokenyard_models.megablocks import MoE, dMoE
+from tokenyard_models.megablocks.layers.common import exchange_request
+from tokenyard_parallel import fake_world
 
 
 @pytest.mark.parametrize(
@@ -48,3 +51,12 @@ def test_experts_that_ranks_cannot_share_evenly(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 3)
     with pytest.raises(ValueError, match="moe_num_experts is 4, which 3 ranks cannot share evenly"):
         megablocks_runs.layer_of(dMoE, True)
+
+
+def test_ranks_that_are_no_neighbours_get_an_exchange_for_several_nodes():
+    """A workload says how many ranks share experts, and not which: auto expects neighbours."""
+    with fake_world(4):
+        assert exchange_request(dist.group.WORLD) == "auto"
+        assert exchange_request(dist.new_group([2, 3])) == "auto"
+        assert exchange_request(dist.new_group([1, 2])) == "all_to_all_tokens"
+        assert exchange_request(dist.new_group([0, 2])) == "all_to_all_tokens"

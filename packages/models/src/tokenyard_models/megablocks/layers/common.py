@@ -105,6 +105,16 @@ def warn_without_gradient(name: str, saved: Sequence[Tensor]) -> None:
         )
 
 
+def exchange_request(group: Any) -> str:
+    """Return "auto" for neighbouring ranks, as which a workload describes those of a group.
+
+    Others may be on several nodes, which not every exchange connects.
+    """
+    ranks = torch.distributed.get_process_group_ranks(group)
+    first = ranks[0] // len(ranks) * len(ranks)
+    return "auto" if ranks == list(range(first, first + len(ranks))) else "all_to_all_tokens"
+
+
 class Parts(NamedTuple):
     """The backends of a layer, for one dtype and device."""
 
@@ -162,5 +172,6 @@ class PartsCache:
         group = args.expert_parallel_group
         if workload.expert_parallel > 1 and group is None:
             group = torch.distributed.group.WORLD
-        exchange = registry.choose("exchange", None, workload)
+        request = exchange_request(group) if workload.expert_parallel > 1 else None
+        exchange = registry.choose("exchange", request, workload)
         return Parts(router, permutation, kernel, exchange.construct(workload, permutation, group))
