@@ -40,7 +40,8 @@ class MoE(nn.Module):
     - `shared_dim`: width of the shared expert; None for no shared expert.
     - `shared_weighted_sum`: weight the experts by K/(K+1) and the shared expert by 1/(K+1).
     - `output_bias`: add a bias [D] to every token, as MegaBlocks does.
-    - `group`: the process group of expert parallelism.
+    - `group`: the process group of expert parallelism. `auto` expects neighbouring ranks in it; for
+      others, name an exchange that connects any ranks, such as `all_to_all_tokens`.
     - `dtype`: the dtype of the parameters. Their device is the workload's device, or the meta
       device inside ``with torch.device("meta")``.
 
