@@ -12,7 +12,7 @@ from tokenyard.count import saved_by_ffn
 from tokenyard.permutations import TorchPermutation
 from tokenyard.recompute import recomputed
 from tokenyard.testing import ExchangeConformance, ranks
-from tokenyard_kernels_triton.symmetric_memory import SymmetricMemoryExchange, _agreement
+from tokenyard_kernels_triton.symmetric_memory import SymmetricMemoryExchange, _agreement, _buffer
 
 EXPERTS = 8
 TOP_K = 2
@@ -188,6 +188,24 @@ def test_without_a_group():
     exchange = SymmetricMemoryExchange(Workload(8, 8, 8, 2, expert_parallel=2), None)
     with pytest.raises(BackendError, match="expert_parallel is 2, and the exchange has no process"):
         exchange(None, None, None)
+
+
+def predicted_and_real_buffers():
+    """Return both numbers of bytes, of float32 and then of float64."""
+    exchange = make_exchange(group=dist.new_group())
+    sizes = []
+    for width, dtype in ((4, torch.float32), (8, torch.float64)):
+        x, routing = make_routing(6)
+        wide = Routing(routing.topk_ids, routing.topk_weights.to(dtype), routing.logits)
+        exchange(x.to(dtype), wide, compute)
+        buffer = _buffer._buffer(exchange.group, x.device)
+        sizes.append((exchange.buffer_bytes(6, width), buffer.buffers[0].nbytes))
+    return sizes
+
+
+def test_the_buffer_is_as_large_as_predicted():
+    for predicted, real in ranks(2).run(predicted_and_real_buffers)[0]:
+        assert predicted == real > 0
 
 
 @pytest.mark.parametrize("slots", [0.5, float("inf"), "2"])

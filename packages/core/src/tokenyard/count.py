@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import NamedTuple, cast
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -154,6 +154,16 @@ def _slots(moe: MoE) -> int:
     exchange = moe.experts.exchange
     bound = min(getattr(exchange, "slots", 1.0), moe.workload.expert_parallel)
     return math.ceil(bound * moe.workload.top_k)
+
+
+def exchange_buffer(layers: Iterable[MoE], tokens: int, width: int) -> int:
+    """Return the bytes of the buffer that exchanges share (`BufferedExchange`), 0 without one.
+
+    Each rank has so many tokens, and `width` are the bytes of the compute dtype.
+    """
+    exchanges: list[Any] = [moe.experts.exchange for moe in layers]
+    sizes = [e.buffer_bytes(tokens, width) for e in exchanges if hasattr(e, "buffer_bytes")]
+    return max(sizes, default=0)
 
 
 def weight_copies(moe: MoE) -> int:

@@ -349,6 +349,17 @@ class BoundedExchange(Exchange, Protocol):
     slots: float  # activations of so many times the mean number of slots are allocated
 
 
+class BufferedExchange(Exchange, Protocol):
+    """An exchange with a buffer on each rank, which all layers share. This part is optional."""
+
+    def buffer_bytes(self, tokens: int, width: int) -> int:
+        """Return the bytes of a rank's buffer if each rank has so many tokens.
+
+        `width` are the bytes of the compute dtype.
+        """
+        ...
+
+
 class ShardingReport(NamedTuple):
     """A model's layout over ranks, as seen by one of them."""
 

@@ -25,6 +25,8 @@ from tokenyard_kernels_triton.symmetric_memory._torch_private import (
     symmetric_memory,
 )
 
+REGIONS = 2  # of a buffer, which take turns
+
 _PATH = 512  # bytes of a path, at most
 _SPARE = 60.0  # seconds that a barrier of GPUs waits longer than the host
 
@@ -58,11 +60,11 @@ class SymmetricBuffer:
             milliseconds = int(1000 * (timeout + _SPARE))
             # the old one is freed first
             self.buffers = ()
-            memory = _allocate(2 * region_bytes, self.device, self.group)
+            memory = _allocate(REGIONS * region_bytes, self.device, self.group)
             self.buffers = memory.buffers
             self._barrier = partial(memory.barrier, milliseconds)
         else:
-            self.buffers = _shared_file(2 * region_bytes, self.group)
+            self.buffers = _shared_file(REGIONS * region_bytes, self.group)
             self._barrier = partial(dist.barrier, self.group)
         addresses = [buffer.data_ptr() for buffer in self.buffers]
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)

@@ -17,17 +17,19 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tokenyard import BackendError, Compute, ConfigError, Permutation, Routing, Workload
 from tokenyard_kernels_triton.symmetric_memory._agreement import most_tokens
-from tokenyard_kernels_triton.symmetric_memory._buffer import connect
+from tokenyard_kernels_triton.symmetric_memory._buffer import REGIONS, connect
 from tokenyard_kernels_triton.symmetric_memory._late_read import LateRead
 from tokenyard_kernels_triton.symmetric_memory._ops import combine, dispatch
-from tokenyard_kernels_triton.symmetric_memory._region import Sizes
+from tokenyard_kernels_triton.symmetric_memory._region import Sizes, layout_of
 from tokenyard_kernels_triton.symmetric_memory._torch_private import group_timeout, in_backward
 
 _WIDE = 4  # bytes of an id, and of a weight at least
+_DTYPES = {dtype.itemsize: dtype for dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
 
 class Received(NamedTuple):
@@ -117,6 +119,18 @@ class SymmetricMemoryExchange:
                 y = compute(received.rows, received.ids, received.weights, slots)
             y_tokens: Tensor = combine(y, received.ids, ids, link)
             return y_tokens
+
+    def buffer_bytes(self, tokens: int, width: int) -> int:
+        """Return the bytes of a rank's buffer for `tokens` tokens of each rank.
+
+        `width` are the bytes of the compute dtype.
+        """
+        work = self.workload
+        if work.expert_parallel == 1:
+            return 0
+        dtypes = (_DTYPES[width], _DTYPES[max(width, _WIDE)])
+        sizes = Sizes(work.expert_parallel, tokens, work.dim, work.top_k, self.held, *dtypes)
+        return REGIONS * layout_of(sizes).bytes
 
     def row_bytes(self, width: int) -> int:
         """Return the bytes of a row of numbers of `width` bytes."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from tokenyard import Model, SavedBytes, ShardingReport, moe_layers
-from tokenyard.count import weight_copies
+from tokenyard.count import exchange_buffer, weight_copies
 from tokenyard.cross_entropy import loss_bytes
 from tokenyard.sharded import local_part
 from tokenyard_train.config.schema import TrainConfig
@@ -31,6 +31,7 @@ class Memory(NamedTuple):
     activations: int  # kept for the backward pass of one microbatch
     loss: int  # logits of one chunk, and the gradients of the head
     working_set: int  # what the strategy gathers
+    exchange_buffer: int  # that all layers share
 
 
 def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memory:
@@ -54,6 +55,7 @@ def estimate(config: TrainConfig, model: Model, layout: ShardingReport) -> Memor
         activations=tokens * (held + recomputed + saved.rest),
         loss=loss_bytes(tokens, model.vocab_size, _head_dim(model), width),
         working_set=layout.working_set,
+        exchange_buffer=exchange_buffer(moe_layers(model), tokens, width),
     )
 
 
