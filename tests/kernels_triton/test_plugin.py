@@ -123,7 +123,7 @@ def test_rows_are_packed_by_a_kernel_where_triton_knows_e4m3(monkeypatch):
 
 
 def test_symmetric_memory_needs_ranks_of_one_node_with_peer_access(monkeypatch):
-    for name in ("TRITON_INTERPRET", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in ("TRITON_INTERPRET", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     two = workload(device="cuda:3", expert_parallel=2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -136,6 +136,10 @@ def test_symmetric_memory_needs_ranks_of_one_node_with_peer_access(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     sentence = "'symmetric_memory' needs the 2 ranks that share experts on one node, and LOCAL"
     assert _plugin.no_symmetric_memory(two).startswith(sentence)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert _plugin.no_symmetric_memory(two).endswith("the first rank of this node is 1")
     on_cpu = workload(device="cpu", capability=None, expert_parallel=2)
     assert _plugin.no_symmetric_memory(on_cpu).endswith("the device is 'cpu'")
     old = workload(device="cuda:3", capability=(7, 0), expert_parallel=2)

@@ -163,6 +163,12 @@ def no_symmetric_memory(workload: Workload) -> str | None:
             f"'symmetric_memory' needs the {ranks} ranks that share experts on one node, and "
             f"LOCAL_WORLD_SIZE is {on_node or 'not set'}"
         )
+    first = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
+    if first % ranks:
+        return (
+            f"'symmetric_memory' needs the {ranks} ranks that share experts on one node, and the "
+            f"first rank of this node is {first}"
+        )
     visible = torch.cuda.device_count()
     if "LOCAL_WORLD_SIZE" in os.environ and 0 < visible < ranks:  # else it is a plan
         return (
