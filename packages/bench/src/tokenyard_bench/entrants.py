@@ -6,6 +6,7 @@ import torch
 
 from tokenyard import BackendError, MoE, default_registry
 from tokenyard.moe import allow_weight_copies
+from tokenyard.registry import BackendChoice, check_options
 from tokenyard_bench.case import Case
 from tokenyard_bench.entrant import COARSE, Entrant, SkippedEntrant
 from tokenyard_bench.peers import PEERS
@@ -16,15 +17,19 @@ def backend_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
     """Return our layer by each expert backend in `names`, which are separated by commas.
 
     A name may have options, as in ``gluon:precision=fp8``. "all" means every backend except mere
-    oracles, without options. Raises ConfigError for one that is not installed.
+    oracles, without options. Raises ConfigError for one that is not installed, and BackendError for
+    an option that it does not have.
     """
-    backends = {offer.backend.name: offer.backend for offer in default_registry().offers("experts")}
+    offers = default_registry().offers("experts")
+    backends = {offer.backend.name: offer.backend for offer in offers}
     default = [name for name, backend in backends.items() if backend.priority >= 0]
     entrants: list[Entrant | SkippedEntrant] = []
     requests = default if names == "all" else names.split(",")
     without_options = ",".join(request.partition(":")[0] for request in requests)
     parsed = parse_names("--backends", without_options, default, backends)
     for name, backend in zip(requests, parsed):
+        _, options = parse_request("--backends", name)
+        check_options(BackendChoice("experts", backends[backend], options), offers)
         reason = backends[backend].unusable(case.workload)
         if reason is None:
             entrants.append(_backend_entrant(case, name))
