@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tokenyard import moe_layers
 from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx, Mpt
 from tokenyard_train.engine import decoding
@@ -17,8 +18,8 @@ from tokenyard_train.engine.sampling import Sampling, sample
 SIZES = {"size": "tiny", "d_model": 32, "vocab_size": 61}
 
 
-def model(**options) -> Dbrx:
-    net = Dbrx(SIZES, **options)
+def model(more=None, **options) -> Dbrx:
+    net = Dbrx(SIZES | (more or {}), **options)
     net.init_weights(3)
     return net
 
@@ -98,6 +99,16 @@ def test_tokens_are_computed_again_after_a_change_of_weights_and_without_sharing
     assert sample(net, [given], Sampling(4, 0, 0), sharing) == sample(
         net, [given], Sampling(4, 0, 0)
     )
+
+
+def test_tokens_are_computed_again_after_a_change_of_a_selection_bias():
+    net = model({"ffn_config": {"moe_bias_update_rate": 0.1}})
+    given = prompt(9)
+    decoder = Decoder(shares_tokens=True)
+    sample(net, [given], Sampling(4, 0, 0), decoder)
+    for moe in moe_layers(net):
+        moe.router.update(torch.arange(moe.workload.num_experts))
+    assert calls_of(net, given, decoder)[0] == [9, 1, 1]
 
 
 def test_texts_that_fit_take_one_graph_and_are_those_of_a_new_one(graph):

@@ -17,7 +17,7 @@ class _Kept(NamedTuple):
 
     step: DecodingStep
     ids: Sequence[int]  # whose keys and values are in the cache, of the first row
-    versions: list[int]  # of the weights that they were computed with
+    versions: list[int]  # of the weights and buffers that they were computed with
 
 
 class Decoder:
@@ -32,7 +32,8 @@ class Decoder:
 
     `spare` is the number of further tokens that a new cache has room for, up to the model's
     max_seq_len: a text that is longer than all before needs a new cache. With `shares_tokens`,
-    tokens that a single prompt shares with the text before are not computed again.
+    tokens that a single prompt shares with the text before are not computed again, unless a weight
+    or buffer changed. A change through ``weight.data`` is not seen: take a new decoder after it.
     """
 
     def __init__(self, spare: int = 0, shares_tokens: bool = False):
@@ -82,5 +83,6 @@ class Decoder:
 
 
 def _versions(model: Model) -> list[int]:
-    """Return the version of each weight, which counts its changes in place."""
-    return [0 if p.is_inference() else p._version for p in model.parameters()]
+    """Return the version of each weight and buffer, which counts its changes in place."""
+    tensors = (*model.parameters(), *model.buffers())
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
