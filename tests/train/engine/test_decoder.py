@@ -189,6 +189,16 @@ def test_another_model_or_autocast_needs_a_new_graph(graph):
     assert captured == [1, 1, 0, 1, 1, 1, 1]
 
 
+def test_a_text_after_one_in_inference_mode_has_a_cache_that_it_can_write_to(graph):
+    net = model()
+    decoder = Decoder()
+    request = (net, [prompt(5)], Sampling(6, 0, 0))
+    with torch.inference_mode():
+        inside = sample(*request, decoder)
+    assert inside == sample(*request, decoder)
+    assert graph.captures == 2
+
+
 def test_copies_of_weights_are_renewed_for_each_text(graph, monkeypatch):
     renewed = []
     monkeypatch.setattr(decoding, "renew_weight_copies", renewed.append)

@@ -42,7 +42,7 @@ class DecodingStep:
         self._calls = 0
 
     def serves(self, model: Model) -> bool:
-        """Return whether it can begin again: no weight has moved, and autocast is the same."""
+        """Return whether it can begin again: no weight has moved, and the modes are the same."""
         return model is self._model and _setting(model) == self._setting
 
     def begin(self, steps: int) -> None:
@@ -114,12 +114,14 @@ def _captured(model: Model, cache: Any, ids: Tensor) -> _Graph | None:
 
 
 def _setting(model: Model) -> list[object]:
-    """Return what a captured call depends on: autocast, and where each weight and buffer is.
+    """Return what a step depends on: modes of torch, and where each weight and buffer is.
 
-    An address alone may be that of another tensor by now.
+    Inference mode makes tensors that nothing outside of it can write to. An address alone may be
+    that of another tensor by now.
     """
     kind = next(model.parameters()).device.type
-    setting: list[object] = [torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)]
+    autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+    setting: list[object] = [torch.is_inference_mode_enabled(), autocast]
     for tensor in (*model.parameters(), *model.buffers()):
         local = local_part(tensor)
         layout = (local.dtype, local.shape, local.stride())
