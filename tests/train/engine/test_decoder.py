@@ -243,3 +243,51 @@ def test_all_is_freed_with_a_decoder(graph, monkeypatch):
         assert [each() is None for each in made] == [True, True]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("change", ["weights", "model"])
+def test_nothing_is_kept_of_other_weights_or_of_another_model(graph, change):
+    """For no number of prompts. All is freed before the next text begins."""
+    decoder = Decoder()
+    net = model()
+    for rows in (1, 2):
+        sample(net, [prompt(5)] * rows, Sampling(6, 0, 0), decoder)
+    caches = [weakref.ref(kept.step.cache) for kept in decoder._kept.values()]
+    if change == "weights":
+        moved(net)
+    else:
+        net = model()
+    step, _ = decoder.start(net, [prompt(5)], 11)
+    gc.collect()
+    assert [cache() for cache in caches] == [None, None]
+    assert step.cache.length == 0
+
+
+class PlainCache:
+    """The least that a cache of a model must be."""
+
+    def __init__(self, cache):
+        self.layers = cache.layers
+
+    @property
+    def length(self):
+        return self.layers[0].length
+
+
+def test_a_cache_that_cannot_be_used_again_is_freed_with_its_text(monkeypatch):
+    net = model()
+    caches = []
+    make = net.new_cache
+
+    def new_cache(*sizes):
+        cache = PlainCache(make(*sizes))
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(net, "new_cache", new_cache)
+    request = (net, [prompt(5)], Sampling(6, 0, 0))
+    decoder = Decoder(shares_tokens=True)
+    drawn = [sample(*request, decoder) for _ in range(2)]
+    assert drawn[0] == drawn[1] == sample(*request)
+    gc.collect()
+    assert [cache() for cache in caches] == [None] * 3

@@ -49,10 +49,11 @@ class Decoder:
 
         Nothing is kept of it before `keep`: a text that fails leaves nothing.
         """
+        self._kept = {n: kept for n, kept in self._kept.items() if kept.step.serves(model)}
         kept = self._kept.pop(len(prompts), None)
         while len(self._kept) >= _KEPT:
             del self._kept[next(iter(self._kept))]
-        if kept is None or not kept.step.serves(model):
+        if kept is None:
             return self._new_step(model, len(prompts), length), 0
         step = kept.step
         shared = self._shared(kept, model, prompts)
@@ -66,7 +67,9 @@ class Decoder:
 
     def keep(self, step: DecodingStep, model: Model, rows: int, ids: Sequence[int]) -> None:
         """Keep a step for as many rows. `ids` are those in the cache of the first."""
-        self._kept[rows] = _Kept(step, ids, _versions(model))
+        shares = self._shares_tokens and hasattr(step.cache, "prefix")
+        if shares or hasattr(step.cache, "rewind"):
+            self._kept[rows] = _Kept(step, ids, _versions(model))
 
     def _shared(self, kept: _Kept, model: Model, prompts: Sequence[Sequence[int]]) -> int:
         """Return how many ids a single prompt shares with the text before, not all of its own."""
