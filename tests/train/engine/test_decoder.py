@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from tokenyard import moe_layers
 from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx, Mpt
+from tokenyard_models.fixed_cache import FixedCache
 from tokenyard_train.engine import decoding
 from tokenyard_train.engine.decoder import Decoder
 from tokenyard_train.engine.precision import computing_in
@@ -272,6 +274,30 @@ class PlainCache:
     @property
     def length(self):
         return self.layers[0].length
+
+
+def test_a_graph_keeps_the_memory_of_its_fixed_cache(monkeypatch):
+    """Also if the model's cache makes a new one for each call of `fixed`."""
+    monkeypatch.setattr(decoding, "capture", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    net = model()
+    made = []
+
+    class Cache(PlainCache):
+        def fixed(self):
+            fixed = FixedCache([layer.memory() for layer in self.layers], net.config)
+            fixed.move_to(self.length)
+            made.append(weakref.ref(fixed))
+            return fixed
+
+    cache = Cache(net.new_cache(1, 8))
+    with torch.no_grad():
+        net(torch.tensor([prompt(5)]), cache)
+        graph = decoding._Graph(net, cache, torch.tensor([[7]]))
+    gc.collect()
+    assert made[0]().position == 6
+    del graph
+    assert made[0]() is None
 
 
 def test_a_cache_that_cannot_be_used_again_is_freed_with_its_text(monkeypatch):

@@ -79,6 +79,7 @@ class _Graph:
         self.lasting = not _autocast_copies(model)
         self.ids = ids.clone()
         fixed = cache.fixed()
+        self._fixed = fixed  # a cache need not keep it, and replays use its memory
         # Compile, and record launches; each writes the same position. Not on a stream of its own,
         # for which cuBLAS would keep a workspace of 32 MiB.
         for _ in range(3):
