@@ -181,6 +181,20 @@ def test_a_cache_that_was_rewound_computes_what_a_new_one_does(family):
         assert cache.layers[0].memory()[0] is keys
 
 
+def test_a_cache_is_rewound_to_tokens_that_it_may_hold():
+    model = tiny()
+    cache = model.new_cache(1, 8)
+    model(ids(1, 3), cache)
+    for length in (-1, 4):
+        with pytest.raises(ConfigError, match=f"length is {length}, .* give a number from 0 to 3"):
+            cache.rewind(length)
+    cache.fixed()
+    with pytest.raises(ConfigError, match="length is 9, and the cache holds at most 8 tokens"):
+        cache.rewind(9)
+    cache.rewind(3)
+    assert cache.length == 3
+
+
 def continued(model, cache) -> torch.Tensor:
     """Return the logits of 12 tokens without those in the cache, 3 of them by a fixed one."""
     batch = torch.arange(36).view(3, 12)

@@ -94,7 +94,17 @@ class Cache:
         return prefix
 
     def rewind(self, length: int) -> None:
-        """Drop all tokens but the first `length`. The memory stays where it is."""
+        """Drop all tokens but the first `length`. The memory stays where it is.
+
+        Raises ConfigError for more tokens than the cache may hold.
+        """
+        # The position of a fixed cache is on the device.
+        most = self.length if self._fixed is None else self.layers[0].shape[2]
+        if not 0 <= length <= most:
+            raise ConfigError(
+                f"length is {length}, and the cache holds at most {most} tokens; give a number "
+                f"from 0 to {most}"
+            )
         for layer in self.layers:
             layer.rewind(length)
 
