@@ -140,6 +140,9 @@ def test_symmetric_memory_needs_ranks_of_one_node_with_peer_access(monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert _plugin.no_symmetric_memory(two).endswith("the first rank of this node is 1")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("LOCAL_RANK")  # a launcher that sets none: rank 0 accepts it as well
+    assert _plugin.no_symmetric_memory(two).endswith("the memory of GPU 2")
     on_cpu = workload(device="cpu", capability=None, expert_parallel=2)
     assert _plugin.no_symmetric_memory(on_cpu).endswith("the device is 'cpu'")
     old = workload(device="cuda:3", capability=(7, 0), expert_parallel=2)

@@ -163,7 +163,8 @@ def no_symmetric_memory(workload: Workload) -> str | None:
             f"'symmetric_memory' needs the {ranks} ranks that share experts on one node, and "
             f"LOCAL_WORLD_SIZE is {on_node or 'not set'}"
         )
-    first = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
+    rank = os.environ.get("RANK", "0")
+    first = int(rank) - int(os.environ.get("LOCAL_RANK", rank))  # all ranks must answer the same
     if first % ranks:
         return (
             f"'symmetric_memory' needs the {ranks} ranks that share experts on one node, and the "
