@@ -12,6 +12,7 @@ from tokenyard import moe_layers
 from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx, Mpt
 from tokenyard_models.fixed_cache import FixedCache
+from tokenyard_train.engine import decoder as decoder_module
 from tokenyard_train.engine import decoding
 from tokenyard_train.engine.decoder import Decoder
 from tokenyard_train.engine.precision import computing_in
@@ -128,6 +129,19 @@ def test_texts_that_fit_take_one_graph_and_are_those_of_a_new_one(graph):
     graph.captures = 0
     sample(net, [prompt(9), prompt(15)], Sampling(12, 0, 5), decoder)
     assert graph.captures == 1  # 27 tokens and 26 of the cache
+
+
+def test_a_cache_that_is_far_too_large_is_replaced(graph, monkeypatch):
+    """Attention reads all of it for each token."""
+    monkeypatch.setattr(decoder_module, "_SMALL", 20)
+    net = model()
+    decoder = Decoder()
+    captured = []
+    for tokens in (90, 22, 16, 12, 14, 2):  # and 4 new ones: 94 is more than 4 times 20
+        graph.captures = 0
+        sample(net, [prompt(tokens)], Sampling(4, 0, 5), decoder)
+        captured.append(graph.captures)
+    assert captured == [1, 0, 1, 0, 0, 0]
 
 
 def test_a_graph_is_kept_for_each_of_two_numbers_of_prompts(graph):

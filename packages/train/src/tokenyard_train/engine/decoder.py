@@ -11,6 +11,11 @@ from tokenyard_train.engine.decoding import DecodingStep
 
 _KEPT = 2  # numbers of prompts, such as a batch and what is left of its texts
 
+# Each new token reads the whole memory of a graph's cache. So a cache serves texts from this share
+# of its tokens on, and a cache of so many tokens serves all.
+_SHORTEST = 0.25
+_SMALL = 4096
+
 
 class _Kept(NamedTuple):
     """A step whose cache and graph are kept."""
@@ -24,12 +29,12 @@ class Decoder:
     """Generates one text after another in the same memory, by the same CUDA graph.
 
     Give it to each `sample` of a model. A cache with its graph is kept for each of the last 2
-    numbers of prompts. The next text of as many prompts takes them, if the cache has room for it;
-    this needs a model whose caches have ``rewind(length)``. The result is that of a new graph. A
-    cache and its graph are freed before the next text if weights were replaced or moved, or if
-    another model, autocast or inference mode is used; and with this object. Under an autocast that
-    keeps copies of weights, as with ``amp_bf16``, each text has a new graph, because the copies end
-    with it.
+    numbers of prompts. The next text of as many prompts takes them, if the cache has room for it,
+    but not for more than 4,096 tokens and four times the text. This needs a model whose caches have
+    ``rewind(length)``. The result is that of a new graph. A cache and its graph are freed before
+    the next text if weights were replaced or moved, or if another model, autocast or inference mode
+    is used; and with this object. Under an autocast that keeps copies of weights, as with
+    ``amp_bf16``, each text has a new graph, because the copies end with it.
 
     `spare` is the number of further tokens that a new cache has room for, up to the model's
     max_seq_len: a text that is longer than all before needs a new cache. With `shares_tokens`,
@@ -57,7 +62,7 @@ class Decoder:
             return self._new_step(model, len(prompts), length), 0
         step = kept.step
         shared = self._shared(kept, model, prompts)
-        if step.capacity >= length and hasattr(step.cache, "rewind"):
+        if _suits(step.capacity, length) and hasattr(step.cache, "rewind"):
             step.cache.rewind(shared)
             return step, shared
         if shared and hasattr(step.cache, "prefix"):
@@ -84,6 +89,11 @@ class Decoder:
 
     def _capacity(self, model: Model, length: int) -> int:
         return max(length, min(length + self._spare, model.max_seq_len))
+
+
+def _suits(capacity: int, length: int) -> bool:
+    """Return whether a cache has room for a text, and not far too much."""
+    return length <= capacity <= max(_SMALL, length / _SHORTEST)
 
 
 def _versions(model: Model) -> list[int]:
