@@ -131,6 +131,7 @@ SMALL = ("--shape", "8,8,8,4,2")
         (("--routing", "zip"), r"--routing 'zip' is unknown \(did you mean 'zipf'\?\)"),
         (("--device", "tpu"), r"--device is 'tpu'; give cpu, cuda, cuda:N or auto"),
         ((*SMALL, "--backends", "tritn"), r"'tritn' is unknown .did you mean 'triton'"),
+        ((*SMALL, "--backends", "all:save=fp8"), r"'all:save=fp8', and backends differ in their"),
         ((*SMALL, "--backends", "torch,cpu:foo=1"), r"foo is 1, and 'cpu' has no such option"),
         ((*SMALL, "--peers", "x"), r"--peers 'x' is unknown; known are: grouped_mm"),
         (("--shape", "8,8,8,2,4"), r"top_k is 4 but num_experts is 2"),

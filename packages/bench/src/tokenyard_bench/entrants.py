@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokenyard import BackendError, MoE, default_registry
+from tokenyard import BackendError, ConfigError, MoE, default_registry
 from tokenyard.moe import allow_weight_copies
 from tokenyard.registry import BackendChoice, check_options
 from tokenyard_bench.case import Case
@@ -17,9 +17,14 @@ def backend_entrants(case: Case, names: str) -> list[Entrant | SkippedEntrant]:
     """Return our layer by each expert backend in `names`, which are separated by commas.
 
     A name may have options, as in ``gluon:precision=fp8``. "all" means every backend except mere
-    oracles, without options. Raises ConfigError for one that is not installed, and BackendError for
-    an option that it does not have.
+    oracles, without options. Raises ConfigError for one that is not installed, and for "all" with
+    options, and BackendError for an option that a backend does not have.
     """
+    if names.startswith("all:"):
+        raise ConfigError(
+            f"--backends is {names!r}, and backends differ in their options; name those that have "
+            "them, as in gluon:precision=fp8"
+        )
     offers = default_registry().offers("experts")
     backends = {offer.backend.name: offer.backend for offer in offers}
     default = [name for name, backend in backends.items() if backend.priority >= 0]
