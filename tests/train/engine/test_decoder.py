@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tokenyard import moe_layers
+from tokenyard import ConfigError, moe_layers
 from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx, Mpt
 from tokenyard_train.engine import decoder as decoder_module
@@ -98,6 +98,14 @@ def test_texts_that_fit_take_one_graph_and_are_those_of_a_new_one(graph):
     graph.captures = 0
     sample(net, [prompt(9), prompt(15)], Sampling(12, 0, 5), decoder)
     assert graph.captures == 1  # 27 tokens and 26 of the cache
+
+
+def test_a_graph_computes_no_text_that_is_too_long_for_the_model(graph):
+    net = model({"max_seq_len": 16})
+    decoder = Decoder(spare=8)
+    assert len(sample(net, [prompt(5)], Sampling(12, 0, 5), decoder)[0]) == 12
+    with pytest.raises(ConfigError, match=r"the text has 17 tokens .* max_seq_len is 16"):
+        sample(net, [prompt(5)], Sampling(13, 0, 5), decoder)
 
 
 def test_a_cache_that_is_far_too_large_is_replaced(graph, monkeypatch):

@@ -143,7 +143,8 @@ def sample(
 
     Prompts may differ in length. All advance together from the end of the shortest: a longer one
     takes its own next id until it is used up, so nothing is padded. A `decoder` keeps the cache and
-    the CUDA graph for the next call with as many prompts.
+    the CUDA graph for the next call with as many prompts. Raises ConfigError for a text that is
+    longer than the model's max_seq_len before it stops.
     """
     was_training = model.training
     model.eval()
@@ -171,6 +172,7 @@ def _sample(
     step.begin(length - shortest)
     held = first
     for position in range(shortest, length):
+        _check_length(model, position)
         drawn = _draw(step(ids), sampling.temperature, generator)
         held = position
         # The last bit of the logits may differ between ranks, and ids must not.
@@ -188,6 +190,15 @@ def _sample(
         ids = torch.tensor(next_ids, device=device).unsqueeze(1)
     decoder.keep(step, model, len(prompts), [*prompts[0], *rows[0]][:held])
     return rows
+
+
+def _check_length(model: Model, tokens: int) -> None:
+    """Raise ConfigError for more tokens than a model has positions. A CUDA graph does not count."""
+    if tokens > model.max_seq_len:
+        raise ConfigError(
+            f"the text has {tokens} tokens and the model's max_seq_len is {model.max_seq_len}; "
+            "lower max_new_tokens, or shorten the prompt"
+        )
 
 
 def _is_complete(prompt: Sequence[int], row: Sequence[int], sampling: Sampling) -> bool:
