@@ -193,14 +193,13 @@ def test_a_rank_that_ended_is_noticed_although_all_others_are_stopped(capfd):
         "open(f'{notes}/timeout', 'w').write('1.5')",
         "if began: sys.exit(0)",
         "open(f'{notes}/began', 'w').close()",
-        "if rank == 0: time.sleep(1); sys.exit(0)",  # the others are stopped by then
+        "if rank == 0: time.sleep(1); sys.exit(0)",  # the other is stopped by then
         "os.kill(os.getpid(), signal.SIGSTOP)",
     )
     began = time.monotonic()
-    assert run(capfd, *lines, max_restarts=1) == (
-        0,
-        "rank 1 hangs and rank 2 hangs (stopped); restart 1 of 1",
-    )
+    # with more ranks, those that stop later may not be named
+    said = run(capfd, *lines, nproc=2, max_restarts=1)
+    assert said == (0, "rank 1 hangs (it is stopped); restart 1 of 1")
     assert time.monotonic() - began < 30
 
 
