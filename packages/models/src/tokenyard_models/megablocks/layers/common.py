@@ -106,9 +106,9 @@ def warn_without_gradient(name: str, saved: Sequence[Tensor]) -> None:
 
 
 def exchange_request(group: Any) -> str:
-    """Return "auto" for neighbouring ranks, as which a workload describes those of a group.
+    """Return "auto" if the ranks of a group are neighbours, which a workload assumes.
 
-    Others may be on several nodes, which not every exchange connects.
+    Other ranks may be on several nodes, which not every exchange connects.
     """
     ranks = torch.distributed.get_process_group_ranks(group)
     first = ranks[0] // len(ranks) * len(ranks)
