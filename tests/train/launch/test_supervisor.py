@@ -346,6 +346,8 @@ class TestWhatIsLeft:
 
     def test_a_second_request_kills_ranks_that_do_not_listen(self, supervisor):
         process, ranks = supervisor("os.kill(os.getpid(), 19)")
+        while not all(map(stopped.is_stopped, ranks)):
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         time.sleep(0.7)
         assert process.poll() is None
