@@ -1,7 +1,8 @@
 """The matmuls of an expert layer for any GPU, over rows sorted by expert.
 
-Every kernel is persistent: PROGRAMS of them walk over all output tiles. Legend: R rows, E experts,
-D model width, F expert width, PARTS 2 for a gated activation (gate and up side by side), else 1.
+A program computes one output tile, so a GPU balances their load, also beside kernels of another
+stream. There may be more programs than tiles. Legend: R rows, E experts, D model width, F expert
+width, PARTS 2 for a gated activation (gate and up side by side), else 1.
 
 Kernels read their operands by pointers. Tensor descriptors would be faster on Hopper, but the
 software pipeline of Triton 3.6 has a fault: if a descriptor has more than two dimensions, it
@@ -43,13 +44,13 @@ def up_and_activate(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F], COLUMNS of F at a time."""
     columns = tl.cdiv(ffn_dim, COLUMNS)
-    for index in range(tl.program_id(0), tl.load(tiles) * columns, PROGRAMS):
+    index = tl.program_id(0)
+    if index < tl.load(tiles) * columns:
         expert, row, end, n = tile_at(tiles, columns, index, ROWS)
         column = n * COLUMNS
 
@@ -164,13 +165,13 @@ def times_weight(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
     """Write out = left @ weight + bias, with each row's expert's weight and bias."""
     columns = tl.cdiv(width, COLUMNS)
-    for index in range(tl.program_id(0), tl.load(tiles) * columns, PROGRAMS):
+    index = tl.program_id(0)
+    if index < tl.load(tiles) * columns:
         expert, row, end, n = tile_at(tiles, columns, index, ROWS)
         column = n * COLUMNS
 
@@ -238,7 +239,6 @@ def weight_gradient(
     out,  # [E, rows, columns]
     offsets,  # [E + 1]
     by_rows,  # [E] experts, those with most rows first
-    num_experts,  # E
     rows,
     columns,
     ADD: tl.constexpr,
@@ -246,7 +246,6 @@ def weight_gradient(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
     TYPE: tl.constexpr,
 ):
@@ -257,46 +256,46 @@ def weight_gradient(
     m_tiles = tl.cdiv(rows, ROWS)
     n_tiles = tl.cdiv(columns, COLUMNS)
     per_expert = m_tiles * n_tiles
-    for index in range(tl.program_id(0), num_experts * per_expert, PROGRAMS):
-        expert = tl.load(by_rows + index // per_expert)
-        m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
-        start = tl.load(offsets + expert)
-        end = tl.load(offsets + expert + 1)
+    index = tl.program_id(0)
+    expert = tl.load(by_rows + index // per_expert)
+    m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
+    start = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
 
-        # Main loop over the expert's rows.
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for k in range(start, end, DEPTH):
-            a = load_rows(
-                left,
-                k,
-                end,
-                m * ROWS,
-                rows,
-                DEPTH,
-                ROWS,
-            )
-            b = load_rows(
-                right,
-                k,
-                end,
-                n * COLUMNS,
-                columns,
-                DEPTH,
-                COLUMNS,
-            )
-            total = dot(a.T, b, total, PRECISION)
-
-        # Epilogue.
-        store_weight(
-            out,
-            total,
-            expert,
+    # Main loop over the expert's rows.
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(start, end, DEPTH):
+        a = load_rows(
+            left,
+            k,
+            end,
             m * ROWS,
-            n * COLUMNS,
             rows,
-            columns,
-            ADD,
+            DEPTH,
             ROWS,
-            COLUMNS,
-            TYPE,
         )
+        b = load_rows(
+            right,
+            k,
+            end,
+            n * COLUMNS,
+            columns,
+            DEPTH,
+            COLUMNS,
+        )
+        total = dot(a.T, b, total, PRECISION)
+
+    # Epilogue.
+    store_weight(
+        out,
+        total,
+        expert,
+        m * ROWS,
+        n * COLUMNS,
+        rows,
+        columns,
+        ADD,
+        ROWS,
+        COLUMNS,
+        TYPE,
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenyard.activations import is_gated
 from tokenyard.interfaces import Plan
-from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors, shared_memory
+from tokenyard_kernels_triton._device import ceil_div, shared_memory
 from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import function_of
@@ -45,7 +45,7 @@ def up_and_activate(
     tiling = _tiling(x, up, a)
     columns = tiling.columns // parts
     tiles = row_tiles.bound(tiling.rows) * ceil_div(ffn_dim, columns)
-    launch(_portable.up_and_activate, persistent_grid(x.device, tiles))(
+    launch(_portable.up_and_activate, (tiles,))(
         x,
         up,
         bias,
@@ -78,7 +78,7 @@ def times_weight(
     out = rows.new_empty(row_tiles.rows, width)
     tiling = _tiling(rows, weight)
     tiles = row_tiles.bound(tiling.rows) * ceil_div(width, tiling.columns)
-    launch(_portable.times_weight, persistent_grid(rows.device, tiles))(
+    launch(_portable.times_weight, (tiles,))(
         rows,
         weight,
         bias,
@@ -126,13 +126,12 @@ def weight_gradient(
     out = left.new_empty(row_tiles.num_experts, rows, columns) if total is None else total
     tiling = _tiling(left, right, of_weights=True)
     tiles = row_tiles.num_experts * ceil_div(rows, tiling.rows) * ceil_div(columns, tiling.columns)
-    launch(_portable.weight_gradient, persistent_grid(left.device, tiles))(
+    launch(_portable.weight_gradient, (tiles,))(
         left,
         right,
         out,
         row_tiles.offsets,
         row_tiles.largest_first(),
-        row_tiles.num_experts,
         rows,
         columns,
         ADD=total is not None,
@@ -151,8 +150,7 @@ def _tiling(*matrices: Tensor, of_weights: bool = False) -> PortableTiling:
 
 
 def _options(x: Tensor, tiling: PortableTiling) -> dict[str, Any]:
-    numbers = number_options(x, tiling.precision)
-    return tiling.options() | {"PROGRAMS": processors(x.device)} | numbers
+    return tiling.options() | number_options(x, tiling.precision)
 
 
 def number_options(x: Tensor, precision: str = "ieee") -> dict[str, Any]:
