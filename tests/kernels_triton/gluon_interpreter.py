@@ -26,13 +26,16 @@ KERNELS = (
     "_gluon_symmetric",
     "_gluon_loads",
     "_gluon_pipeline",
+    "_gluon_queue",
     "_schedule",
     "_activations",
 )
 LAUNCHERS = ("ops._gluon", "ops._gluon_fp8", "ops._symmetric", "block_sparse._gluon")
 SECONDS = 60  # after which a barrier counts as a deadlock
 _turn = threading.Condition()
-_program = SimpleNamespace(id=0, failed=False)
+program = SimpleNamespace(
+    id=0, failed=False, order=iter
+)  # `order` arranges the programs of a launch
 
 
 class Dtype:
@@ -148,8 +151,19 @@ def load(pointer, mask=None, other=0.0):
 
 def store(pointer, value, mask=None):
     offset, mask = pointer.at(mask)
-    values = torch.broadcast_to(plain(value).to(pointer.memory.dtype), offset.shape)
+    values = torch.broadcast_to(
+        torch.as_tensor(plain(value)).to(pointer.memory.dtype), offset.shape
+    )
     bits(pointer.memory)[offset[mask]] = bits(values.contiguous())[mask]
+
+
+def atomic_add(pointer, value, mask, sem):
+    """Add to one number, and return what was there."""
+    offset, mask = pointer.at(mask)
+    before = pointer.memory[offset].clone()
+    assert mask.sum() <= 1
+    pointer.memory[offset[mask]] += value.tensor[mask]
+    return Value(before)
 
 
 def bits(tensor):
@@ -207,7 +221,7 @@ def allocate(dtype, shape, layout):
     shape = [int(size) for size in shape]
     if dtype.torch == torch.int64:
         return [SimpleNamespace(count=0, arrived=0, bytes=0, phase=0) for _ in range(shape[0])]
-    return Shared(torch.full(shape, math.nan).to(dtype.torch))
+    return Shared(torch.full(shape, math.nan).to(dtype.torch))  # garbage if of integers
 
 
 class Barriers(list):
@@ -298,16 +312,16 @@ def wait(barrier, phase):
     """Wait until the phase of this parity is over."""
     with _turn:
         over = _turn.wait_for(
-            lambda: barrier.phase % 2 != int(phase) or _program.failed, timeout=SECONDS
+            lambda: barrier.phase % 2 != int(phase) or program.failed, timeout=SECONDS
         )
     assert over, "deadlock: a barrier is never completed"
-    assert not _program.failed, "another partition failed"
+    assert not program.failed, "another partition failed"
 
 
 def specialize(partitions, warps, registers):
     """Run each partition in a thread of its own."""
     errors = []
-    _program.failed = False
+    program.failed = False
 
     def run(function, arguments):
         try:
@@ -316,7 +330,7 @@ def specialize(partitions, warps, registers):
         except BaseException as error:
             errors.append(error)
             with _turn:
-                _program.failed = True
+                program.failed = True
                 _turn.notify_all()
 
     threads = [threading.Thread(target=run, args=partition) for partition in partitions]
@@ -359,13 +373,15 @@ def language():
     """Return the functions of ``gl`` and ``tl`` that the kernels call."""
     return SimpleNamespace(
         float32=Dtype(torch.float32),
+        int32=Dtype(torch.int32),
         int64=Dtype(torch.int64),
         constexpr=lambda value: value,
-        program_id=lambda axis: _program.id,
+        program_id=lambda axis: program.id,
         arange=lambda start, end, layout=None: Value(torch.arange(start, end)),
         zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype.torch)),
         load=load,
         store=store,
+        atomic_add=atomic_add,
         where=lambda mask, *values: Value(
             torch.where(torch.as_tensor(plain(mask)), *map(plain, values))
         ),
@@ -389,6 +405,7 @@ def language():
         DotOperandLayout=lambda *arguments: None,
         NVMMADistributedLayout=lambda *arguments, **options: None,
         NVMMASharedLayout=lambda *arguments, **options: None,
+        SwizzledSharedLayout=lambda *arguments: None,
         BlockedLayout=lambda *arguments, **options: None,
     )
 
@@ -462,7 +479,8 @@ def install(monkeypatch):
     def launch(kernel, grid):
         def run(*arguments, num_warps, maxnreg, **constants):
             inputs = [_argument(argument) for argument in arguments]
-            for _program.id in range(grid[0]):
+            programs = program.order(range(grid[0]))
+            for program.id in programs:
                 _function(kernel.fn, spaces)(*inputs, **constants)
 
         return run

@@ -29,7 +29,7 @@ MATMULS: tuple[Matmul, ...] = get_args(Matmul)
 
 CHUNKS = (32, 64, 128)  # numbers of columns that can be stored at a time
 _SHARED = 232448  # bytes of shared memory of a program
-_RESERVED = 1024  # of them, for barriers and alignment
+_RESERVED = 1536  # of them, for barriers, numbers of tiles and alignment
 _WIDE = 4096  # expert width from which the table's second column applies
 _VERY_FINE = 256  # expert width up to which the tiles of very fine experts apply
 

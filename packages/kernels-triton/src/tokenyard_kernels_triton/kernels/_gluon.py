@@ -34,6 +34,7 @@ from tokenyard_kernels_triton.kernels._gluon_pipeline import (
     store,
     take_chunk,
 )
+from tokenyard_kernels_triton.kernels._gluon_queue import next_tile, tile_queue
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 
@@ -124,14 +125,17 @@ def _multiply_up(
     BUFFERS: gl.constexpr,
 ):
     """Compute 64 rows of each tile of `up_and_activate`: WARPGROUP selects which 64."""
-    bias, z, a_out, a, b, full, empty, buffers, tiles = tensors
+    bias, z, a_out, a, b, full, empty, buffers, tiles, queue = tensors
     dim, ffn_dim = sizes
     WIDTH: gl.constexpr = COLUMNS // PARTS
     columns = gl.cdiv(ffn_dim, WIDTH)
     steps = gl.cdiv(dim, DEPTH)
     done = 0  # slices consumed by all tiles so far
     stored = 0  # chunks stored by all tiles so far
-    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
+    total_tiles = gl.load(tiles) * columns
+    tile = 0  # tiles computed so far
+    index = gl.program_id(0)
+    while index < total_tiles:
         expert, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
@@ -182,6 +186,8 @@ def _multiply_up(
         else:  # the tile has no rows for this warp group
             skip_slices(full, empty, done, steps, STAGES)
         done += steps
+        index = next_tile(queue, tile, 4, PROGRAMS)
+        tile += 1
     tma.store_wait(0)  # before the program ends and its buffers are freed
 
 
@@ -222,9 +228,10 @@ def up_and_activate(
     )
     full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
     empty = barriers(STAGES, 2)  # completed by both warp groups
-    tensors = (bias, z, a_out, a, b, full, empty, buffers, tiles)
+    queue = tile_queue(loading_warps(TOP_K))
+    tensors = (bias, z, a_out, a, b, full, empty, buffers, tiles, queue)
     sizes = (dim, ffn_dim)
-    operands = (x, order, weight, a, b, full, empty, tiles)
+    operands = (x, order, weight, a, b, full, empty, tiles, queue)
 
     # Partitions: warp group 0, warp group 1, loader.
     gl.warp_specialize(
@@ -295,13 +302,16 @@ def _multiply_rows(
     BUFFERS: gl.constexpr,
 ):
     """Compute 64 rows of each tile of `times_weight`: WARPGROUP selects which 64."""
-    bias, out, a, b, full, empty, buffers, tiles = tensors
+    bias, out, a, b, full, empty, buffers, tiles, queue = tensors
     depth, width = sizes
     columns = gl.cdiv(width, COLUMNS)
     steps = gl.cdiv(depth, DEPTH)
     done = 0  # slices consumed by all tiles so far
     stored = 0  # chunks stored by all tiles so far
-    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
+    total_tiles = gl.load(tiles) * columns
+    tile = 0  # tiles computed so far
+    index = gl.program_id(0)
+    while index < total_tiles:
         expert, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
@@ -338,6 +348,8 @@ def _multiply_rows(
         else:  # the tile has no rows for this warp group
             skip_slices(full, empty, done, steps, STAGES)
         done += steps
+        index = next_tile(queue, tile, 4, PROGRAMS)
+        tile += 1
     tma.store_wait(0)  # before the program ends and its buffers are freed
 
 
@@ -370,9 +382,10 @@ def times_weight(
     )
     full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
     empty = barriers(STAGES, 2)  # completed by both warp groups
-    tensors = (bias, out, a, b, full, empty, buffers, tiles)
+    queue = tile_queue(loading_warps(TOP_K))
+    tensors = (bias, out, a, b, full, empty, buffers, tiles, queue)
     sizes = (depth, width)
-    operands = (left, order, weight, a, b, full, empty, tiles)
+    operands = (left, order, weight, a, b, full, empty, tiles, queue)
 
     # Partitions: warp group 0, warp group 1, loader.
     gl.warp_specialize(
@@ -438,14 +451,16 @@ def _multiply_columns(
     BUFFERS: gl.constexpr,
 ):
     """Compute 64 rows of each tile of `weight_gradient`: WARPGROUP selects which 64."""
-    out, a, b, full, empty, buffers, offsets, by_rows = tensors
+    out, a, b, full, empty, buffers, offsets, by_rows, queue = tensors
     num_experts, rows, columns = sizes
     m_tiles = gl.cdiv(rows, 128)
     n_tiles = gl.cdiv(columns, COLUMNS)
     per_expert = m_tiles * n_tiles
     done = 0  # slices consumed by all tiles so far
     stored = 0  # chunks stored by all tiles so far
-    for index in range(gl.program_id(0), num_experts * per_expert, PROGRAMS):
+    tile = 0  # tiles computed so far
+    index = gl.program_id(0)
+    while index < num_experts * per_expert:
         expert = gl.load(by_rows + index // per_expert)
         m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
         row = m * 128 + WARPGROUP * 64
@@ -488,6 +503,8 @@ def _multiply_columns(
                 store(out, at, buffer)
             stored += 1
         done += steps
+        index = next_tile(queue, tile, 4, PROGRAMS)
+        tile += 1
     tma.store_wait(0)  # before the program ends and its buffers are freed
 
 
@@ -499,6 +516,7 @@ def weight_gradient(
     out,  # [E, rows, columns], or [E, columns, rows] if OUT_BY_COLUMNS
     offsets,  # [E + 1]
     by_rows,  # [E] experts, those with most rows first
+    counter,  # of a tile list, see ``_gluon_queue``
     num_experts,  # E
     rows,
     columns,
@@ -520,9 +538,10 @@ def weight_gradient(
     buffers = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
     full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
     empty = barriers(STAGES, 2)  # completed by both warp groups
-    tensors = (out, a, b, full, empty, buffers, offsets, by_rows)
+    queue = tile_queue(loading_warps(TOP_K))
+    tensors = (out, a, b, full, empty, buffers, offsets, by_rows, queue)
     sizes = (num_experts, rows, columns)
-    operands = (left, right, order, a, b, full, empty, offsets, by_rows)
+    operands = (left, right, order, a, b, full, empty, offsets, by_rows, counter, queue)
 
     # Partitions: warp group 0, warp group 1, loader.
     gl.warp_specialize(

@@ -33,6 +33,7 @@ from tokenyard_kernels_triton.kernels._gluon_pipeline import (
     store,
     take_chunk,
 )
+from tokenyard_kernels_triton.kernels._gluon_queue import next_tile, tile_queue
 from tokenyard_kernels_triton.kernels._schedule import tile_at
 
 
@@ -125,7 +126,7 @@ def _differentiate_rows(
     BUFFERS: gl.constexpr,
 ):
     """Compute 64 rows of each tile of `differentiate_down`: WARPGROUP selects which 64."""
-    matrices, vectors, shared, barriers_of, tiles = tensors
+    matrices, vectors, shared, barriers_of, tiles, queue = tensors
     z, dz, weighted = matrices
     dots, order, topk_weights = vectors
     a, b, chunks, buffers = shared
@@ -136,7 +137,10 @@ def _differentiate_rows(
     CHUNKS: gl.constexpr = COLUMNS // CHUNK
     done = 0  # slices consumed by all tiles so far
     first_chunk = 0  # chunks stored by all tiles so far
-    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
+    total_tiles = gl.load(tiles) * columns
+    tile = 0  # tiles computed so far
+    index = gl.program_id(0)
+    while index < total_tiles:
         _, first, end, n = tile_at(tiles, columns, index, 128)
         row = first + 64 * WARPGROUP
         if row < end:
@@ -217,6 +221,8 @@ def _differentiate_rows(
         else:  # the tile has no rows for this warp group
             skip_slices(full, empty, done, steps, STAGES)
         done += steps
+        index = next_tile(queue, tile, 4, PROGRAMS)
+        tile += 1
     tma.store_wait(0)  # before the program ends and its buffers are freed
 
 
@@ -260,15 +266,17 @@ def differentiate_down(
     full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
     empty = barriers(STAGES, 2)  # completed by both warp groups
     ready = barriers(2 * RING, 1)  # completed by each warp group's loads
+    queue = tile_queue(loading_warps(TOP_K))
     tensors = (
         (z, dz, weighted),
         (dots, order, topk_weights),
         (a, b, chunks, buffers),
         (full, empty, ready),
         tiles,
+        queue,
     )
     sizes = (depth, width)
-    operands = (left, order, weight, a, b, full, empty, tiles)
+    operands = (left, order, weight, a, b, full, empty, tiles, queue)
 
     # Partitions: warp group 0, warp group 1, loader.
     gl.warp_specialize(

@@ -30,6 +30,7 @@ from tokenyard_kernels_triton.kernels._gluon_loads import (
     loading_warps,
 )
 from tokenyard_kernels_triton.kernels._gluon_pipeline import barriers, skip_slices
+from tokenyard_kernels_triton.kernels._gluon_queue import next_tile, tile_queue
 from tokenyard_kernels_triton.kernels._schedule import tile_at
 
 
@@ -48,7 +49,7 @@ def _multiply_up(
     STAGES: gl.constexpr,
 ):
     """Compute 64 rows of each tile of `up_and_activate`: WARPGROUP selects which 64."""
-    operands, results, shared, tiles = tensors
+    operands, results, shared, tiles, queue = tensors
     row_scales, order, weight_scales, bias = operands
     z, z_scales, a_out, a_scales = results
     a, b, full, empty, z_buffers, a_buffers = shared
@@ -57,7 +58,10 @@ def _multiply_up(
     columns = gl.cdiv(blocks * PARTS, 2)
     steps = dim // 128
     done = 0  # slices consumed by all tiles so far
-    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
+    total = gl.load(tiles) * columns
+    tile = 0  # tiles computed so far
+    index = gl.program_id(0)
+    while index < total:
         expert, start, end, n = tile_at(tiles, columns, index, 128)
         row = start + 64 * WARPGROUP
         if row < end:
@@ -124,12 +128,12 @@ def _multiply_up(
                         )
             else:
                 for half in gl.static_range(2):
-                    tile = first if half == 0 else second
+                    half_tile = first if half == 0 else second
                     if half == 1:
                         tma.store_wait(0)
                     if KEEP_Z:
                         store_half(
-                            tile,
+                            half_tile,
                             z,
                             z_scales,
                             blocks,
@@ -143,7 +147,7 @@ def _multiply_up(
                         )
                     if KEEP_A:
                         store_half(
-                            function(tile, FUNCTION, True),
+                            function(half_tile, FUNCTION, True),
                             a_out,
                             a_scales,
                             blocks,
@@ -158,6 +162,8 @@ def _multiply_up(
         else:  # the tile has no rows for this warp group
             skip_slices(full, empty, done, steps, STAGES)
         done += steps
+        index = next_tile(queue, tile, 4, PROGRAMS)
+        tile += 1
     tma.store_wait(0)  # before the program ends and its buffers are freed
 
 
@@ -198,14 +204,16 @@ def up_and_activate_fp8(
         z_buffers = gl.allocate_shared_memory(z.dtype, [2 * PARTS] + z.block_type.shape, z.layout)
     full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
     empty = barriers(STAGES, 2)  # completed by both warp groups
+    queue = tile_queue(loading_warps(TOP_K))
     sizes = (dim, ffn_dim)
     tensors = (
         (row_scales, order, weight_scales, bias),
         (z, z_scales, a_out, a_scales),
         (a, b, full, empty, z_buffers, a_buffers),
         tiles,
+        queue,
     )
-    operands = (x, order, weight, a, b, full, empty, tiles)
+    operands = (x, order, weight, a, b, full, empty, tiles, queue)
 
     # Partitions: warp group 0, warp group 1, loader.
     gl.warp_specialize(
@@ -264,7 +272,7 @@ def _multiply_rows(
     BUFFERS: gl.constexpr,
 ):
     """Compute 64 rows of each tile of `times_weight`: WARPGROUP selects which 64."""
-    operands, out, shared, tiles = tensors
+    operands, out, shared, tiles, queue = tensors
     row_scales, order, weight_scales, bias = operands
     a, b, full, empty, buffers = shared
     depth, width, next_column, next_slice = sizes
@@ -272,7 +280,10 @@ def _multiply_rows(
     columns = gl.cdiv(width, 256)
     steps = depth // 128
     done = 0  # slices consumed by all tiles so far
-    for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
+    total = gl.load(tiles) * columns
+    tile = 0  # tiles computed so far
+    index = gl.program_id(0)
+    while index < total:
         expert, start, end, n = tile_at(tiles, columns, index, 128)
         row = start + 64 * WARPGROUP
         if row < end:
@@ -320,6 +331,8 @@ def _multiply_rows(
         else:  # the tile has no rows for this warp group
             skip_slices(full, empty, done, steps, STAGES)
         done += steps
+        index = next_tile(queue, tile, 4, PROGRAMS)
+        tile += 1
     tma.store_wait(0)  # before the program ends and its buffers are freed
 
 
@@ -350,10 +363,11 @@ def times_weight_fp8(
     buffers = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
     full = barriers(STAGES, arrivals(TOP_K))  # completed by the loader
     empty = barriers(STAGES, 2)  # completed by both warp groups
+    queue = tile_queue(loading_warps(TOP_K))
     sizes = (depth, width, next_column, next_slice)
     shared = (a, b, full, empty, buffers)
-    tensors = ((row_scales, order, weight_scales, bias), out, shared, tiles)
-    operands = (left, order, weight, a, b, full, empty, tiles)
+    tensors = ((row_scales, order, weight_scales, bias), out, shared, tiles, queue)
+    operands = (left, order, weight, a, b, full, empty, tiles, queue)
 
     # Partitions: warp group 0, warp group 1, loader.
     gl.warp_specialize(

@@ -10,10 +10,18 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from tokenyard_kernels_triton.kernels._gluon_fp8_tiles import HALF, accumulate
-from tokenyard_kernels_triton.kernels._gluon_pipeline import barriers, load, store, take_chunk
+from tokenyard_kernels_triton.kernels._gluon_loads import load_slice
+from tokenyard_kernels_triton.kernels._gluon_pipeline import barriers, store, take_chunk
+from tokenyard_kernels_triton.kernels._gluon_queue import (
+    claim_tile,
+    next_tile,
+    pass_on,
+    slices_before_claim,
+    tile_queue,
+)
 from tokenyard_kernels_triton.kernels._schedule import first_block, matrix_tile_at
 
 
@@ -29,14 +37,17 @@ def _multiply_columns(
     BUFFERS: gl.constexpr,
 ):
     """Compute 64 rows of each tile of `weight_gradient_fp8`: WARPGROUP selects which 64."""
-    left_scales, right_scales, out, a, b, full, empty, buffers, offsets, by_rows = tensors
+    scales, out, a, b, full, empty, buffers, offsets, by_rows, queue = tensors
+    left_scales, right_scales = scales
     num_experts, rows, columns, blocks = sizes
     m_tiles = rows // 128
     n_tiles = gl.cdiv(columns, 256)
     per_expert = m_tiles * n_tiles
     lane = gl.arange(0, 64, gl.SliceLayout(1, HALF))
     done = 0  # slices consumed by all tiles so far
-    for index in range(gl.program_id(0), num_experts * per_expert, PROGRAMS):
+    tile = 0  # tiles computed so far
+    index = gl.program_id(0)
+    while index < num_experts * per_expert:
         expert = gl.load(by_rows + index // per_expert)
         m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
         row = m * 128 + WARPGROUP * 64
@@ -73,6 +84,8 @@ def _multiply_columns(
             fence_async_shared()
             store(out, [expert, 0, row, n * 256 + i * CHUNK], buffer)
         done += steps
+        index = next_tile(queue, tile, 4, PROGRAMS)
+        tile += 1
     tma.store_wait(0)  # before the program ends and its buffers are freed
 
 
@@ -81,30 +94,48 @@ def _load_columns(
     operands, sizes, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr
 ):
     """Load the slices of every tile of a weight gradient."""
-    left, right, a, b, full, empty, offsets, by_rows = operands
+    left, right, a, b, full, empty, offsets, by_rows, counter, queue = operands
     num_experts, rows, columns, _ = sizes
     m_tiles = rows // 128
     n_tiles = gl.cdiv(columns, 256)
     per_expert = m_tiles * n_tiles
+    total = num_experts * per_expert
+    shared = (a, b, full, empty)
     done = 0  # slices loaded by all tiles so far
-    for index in range(gl.program_id(0), num_experts * per_expert, PROGRAMS):
+    tile = 0  # tiles loaded so far
+    index = gl.program_id(0)
+    while index < total:
         expert = gl.load(by_rows + index // per_expert)
-        m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
+        at = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
         start = gl.load(offsets + expert)
         steps = gl.cdiv(gl.load(offsets + expert + 1) - start, 128)
+        early = slices_before_claim(steps)
         column = first_block(start, expert) * 128
-        for _ in range(0, steps):
-            # Wait until both warp groups have consumed the stage's previous slice.
-            stage = done % STAGES
-            ready = full.index(stage)
-            mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready, 2 * left.block_type.nbytes + right.block_type.nbytes)
-            for half in gl.static_range(2):
-                at = [0, 0, m * 128 + 64 * half, column]
-                load(left, at, ready, a.index(2 * stage + half))
-            load(right, [0, 0, n * 256, column], ready, b.index(stage))
-            column += 128
-            done += 1
+        for k in range(0, early):
+            done = _load_slice(left, right, at, column + 128 * k, shared, done, STAGES)
+        claimed = claim_tile(counter, 1)
+        for k in range(early, steps):
+            done = _load_slice(left, right, at, column + 128 * k, shared, done, STAGES)
+        index = pass_on(queue, counter, claimed, tile, total, 1, PROGRAMS)
+        tile += 1
+
+
+@gluon.jit
+def _load_slice(
+    left,
+    right,
+    at,  # the tile's row and column
+    column,  # of both operands
+    shared,
+    done,  # slices loaded before
+    STAGES: gl.constexpr,
+):
+    """Load a slice of a weight gradient, and return the next slice's number."""
+    m, n = at
+    a, b, full, empty = shared
+    boxes = ([0, 0, m * 128, column], [0, 0, m * 128 + 64, column])
+    box = [0, 0, n * 256, column]
+    return load_slice(left, right, boxes, (box,), a, b, full, empty, done, STAGES)
 
 
 @gluon.jit
@@ -116,6 +147,7 @@ def weight_gradient_fp8(
     out,  # [E, rows, columns] in 16 bits
     offsets,  # [E + 1]
     by_rows,  # [E] experts, those with most rows first
+    counter,  # of a tile list, see ``_gluon_queue``
     num_experts,  # E
     rows,
     columns,
@@ -133,9 +165,11 @@ def weight_gradient_fp8(
     buffers = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS] + out.block_type.shape, out.layout)
     full = barriers(STAGES, 1)  # completed by the loader
     empty = barriers(STAGES, 2)  # completed by both warp groups
+    queue = tile_queue(1)
     sizes = (num_experts, rows, columns, blocks)
-    tensors = (left_scales, right_scales, out, a, b, full, empty, buffers, offsets, by_rows)
-    operands = (left, right, a, b, full, empty, offsets, by_rows)
+    scales = (left_scales, right_scales)
+    tensors = (scales, out, a, b, full, empty, buffers, offsets, by_rows, queue)
+    operands = (left, right, a, b, full, empty, offsets, by_rows, counter, queue)
 
     # Partitions: warp group 0, warp group 1, loader.
     gl.warp_specialize(

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tokenyard_kernels_triton.kernels._gluon_gather import gather_column_tiles, gather_row_tiles
 from tokenyard_kernels_triton.kernels._gluon_pipeline import load, ragged_at
+from tokenyard_kernels_triton.kernels._gluon_queue import claim_tile, pass_on, slices_before_claim
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 
@@ -80,33 +81,48 @@ def load_row_tiles(
             STAGES,
         )
     else:
-        left, _, weight, a, b, full, empty, tiles = operands
+        left, _, weight, a, b, full, empty, tiles, queue = operands
         depth, width = sizes
         columns = gl.cdiv(width, COLUMNS // PARTS)
+        total = gl.load(tiles) * columns
+        early = DEPTH * slices_before_claim(gl.cdiv(depth, DEPTH))
+        shared = (a, b, full, empty)
         done = 0  # slices loaded by all tiles so far
-        for index in range(gl.program_id(0), gl.load(tiles) * columns, PROGRAMS):
+        tile = 0  # tiles loaded so far
+        index = gl.program_id(0)
+        while index < total:
             expert, row, end, n = tile_at(tiles, columns, index, 128)
-            column = n * (COLUMNS // PARTS)
-            for k in range(0, depth, DEPTH):
-                if B_BY_DEPTH:
-                    at = [expert, 0, k, column]
-                else:
-                    at = [expert, 0, column, k]
-                # The warp groups' boxes differ in rows.
-                upper = ragged_at(row, end, 0, k)
-                lower = ragged_at(row + 64, end, 0, k)
-                done = load_slice(
-                    left,
-                    weight,
-                    (upper, lower),
-                    (at,),
-                    a,
-                    b,
-                    full,
-                    empty,
-                    done,
-                    STAGES,
-                )
+            at = (expert, row, end, n * (COLUMNS // PARTS))
+            for k in range(0, early, DEPTH):
+                done = _load_rows(left, weight, at, k, shared, done, B_BY_DEPTH, STAGES)
+            claimed = claim_tile(tiles + 1, 1)
+            for k in range(early, depth, DEPTH):
+                done = _load_rows(left, weight, at, k, shared, done, B_BY_DEPTH, STAGES)
+            index = pass_on(queue, tiles + 1, claimed, tile, total, 1, PROGRAMS)
+            tile += 1
+
+
+@gluon.jit
+def _load_rows(
+    left,
+    weight,
+    at,  # the expert, the first row and the end of its rows, and the first column of its weight
+    k,  # the slice's first number of the reduction dimension
+    shared,
+    done,  # slices loaded before
+    B_BY_DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Load a slice of rows @ weight, and return the next slice's number."""
+    expert, row, end, column = at
+    a, b, full, empty = shared
+    if B_BY_DEPTH:
+        box = [expert, 0, k, column]
+    else:
+        box = [expert, 0, column, k]
+    # The warp groups' boxes differ in rows.
+    boxes = (ragged_at(row, end, 0, k), ragged_at(row + 64, end, 0, k))
+    return load_slice(left, weight, boxes, (box,), a, b, full, empty, done, STAGES)
 
 
 @gluon.jit
@@ -133,32 +149,50 @@ def load_column_tiles(
             STAGES,
         )
     else:
-        left, right, _, a, b, full, empty, offsets, by_rows = operands
+        left, right, _, a, b, full, empty, offsets, by_rows, counter, queue = operands
         num_experts, rows, columns = sizes
         m_tiles = gl.cdiv(rows, 128)
         n_tiles = gl.cdiv(columns, COLUMNS)
         per_expert = m_tiles * n_tiles
+        total = num_experts * per_expert
+        shared = (a, b, full, empty)
         done = 0  # slices loaded by all tiles so far
-        for index in range(gl.program_id(0), num_experts * per_expert, PROGRAMS):
+        tile = 0  # tiles loaded so far
+        index = gl.program_id(0)
+        while index < total:
             expert = gl.load(by_rows + index // per_expert)
             m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
+            at = (m * 128, n * COLUMNS)
+            first = gl.load(offsets + expert)
             end = gl.load(offsets + expert + 1)
-            for k in range(gl.load(offsets + expert), end, DEPTH):
-                # The warp groups' boxes differ in columns.
-                one = ragged_at(k, end, 0, m * 128)
-                two = ragged_at(k, end, 0, m * 128 + 64)
-                done = load_slice(
-                    left,
-                    right,
-                    (one, two),
-                    (ragged_at(k, end, 0, n * COLUMNS),),
-                    a,
-                    b,
-                    full,
-                    empty,
-                    done,
-                    STAGES,
-                )
+            late = first + DEPTH * slices_before_claim(gl.cdiv(end - first, DEPTH))
+            for k in range(first, late, DEPTH):
+                done = _load_columns(left, right, at, k, end, shared, done, STAGES)
+            claimed = claim_tile(counter, 1)
+            for k in range(late, end, DEPTH):
+                done = _load_columns(left, right, at, k, end, shared, done, STAGES)
+            index = pass_on(queue, counter, claimed, tile, total, 1, PROGRAMS)
+            tile += 1
+
+
+@gluon.jit
+def _load_columns(
+    left,
+    right,
+    at,  # the first columns of the left and the right operand
+    k,  # the slice's first row
+    end,
+    shared,
+    done,  # slices loaded before
+    STAGES: gl.constexpr,
+):
+    """Load a slice of a weight gradient, and return the next slice's number."""
+    m, n = at
+    a, b, full, empty = shared
+    # The warp groups' boxes differ in columns.
+    boxes = (ragged_at(k, end, 0, m), ragged_at(k, end, 0, m + 64))
+    box = ragged_at(k, end, 0, n)
+    return load_slice(left, right, boxes, (box,), a, b, full, empty, done, STAGES)
 
 
 @gluon.jit

@@ -1,8 +1,8 @@
 """The order in which programs compute output tiles, built on the device from the plan's offsets.
 
-A *tile list* holds int32 numbers: first how many tiles of TILE rows there are, then FIELDS numbers
-for each tile. These are its expert and, of the tile's group, the first row, the end of the expert's
-rows, the first tile and the number of tiles.
+A *tile list* holds int32 numbers: first how many tiles of TILE rows there are, then a counter for
+``_gluon_queue``, then FIELDS numbers for each tile. These are its expert and, of the tile's group,
+the first row, the end of the expert's rows, the first tile and the number of tiles.
 
 A group is all tiles of an expert, or an even part of them if there are more than GROUP. Programs
 compute a group's rows for one column tile of the weights after another. So the weights are read
@@ -20,7 +20,7 @@ FIELDS = tl.constexpr(5)
 @triton.jit
 def list_tiles(
     offsets,  # [E + 1]
-    tiles,  # [1 + FIELDS * most tiles], the tile list
+    tiles,  # [2 + FIELDS * most tiles], the tile list
     by_rows,  # [E] experts, those with most rows first
     num_experts,  # E
     TILE: tl.constexpr,
@@ -46,7 +46,7 @@ def list_tiles(
     for chunk in range(0, count, CHUNK):
         i = chunk + tl.arange(0, CHUNK)  # [CHUNK] tiles
         before = i // size * size  # the first tile of the group
-        entry = tiles + 1 + FIELDS * (first + i)
+        entry = tiles + 2 + FIELDS * (first + i)
         tl.store(entry, tl.full([CHUNK], 0, tl.int32) + expert, mask=i < count)
         tl.store(entry + 1, start + before * TILE, mask=i < count)
         tl.store(entry + 2, tl.full([CHUNK], 0, tl.int32) + end, mask=i < count)
@@ -54,6 +54,7 @@ def list_tiles(
         tl.store(entry + 4, tl.minimum(count - before, size), mask=i < count)
     if expert == 0:
         tl.store(tiles, tl.sum(counts))
+        tl.store(tiles + 1, 0)
 
     # Rank: the number of experts with more rows; equal ones in the order of their ids.
     ahead = (rows > end - start) | ((rows == end - start) & (e < expert))
@@ -63,7 +64,7 @@ def list_tiles(
 @triton.jit
 def tile_at(tiles, columns, index, TILE: tl.constexpr):
     """Return (expert, row, end, column tile) of the output tile `index`."""
-    entry = tiles + 1 + FIELDS * (index // columns)
+    entry = tiles + 2 + FIELDS * (index // columns)
     first = tl.load(entry + 3)
     size = tl.load(entry + 4)
     in_group = index - first * columns

@@ -189,7 +189,7 @@ def weight_gradient(
     launch(_gluon.weight_gradient, persistent_grid(device, tiles))(
         *(a, operand(right, (tiling.depth, tiling.columns))[0], order),
         stacked(out, 1, (chunk, 64) if by_columns else (64, chunk)),
-        *(row_tiles.offsets, row_tiles.largest_first()),
+        *(row_tiles.offsets, row_tiles.largest_first(), row_tiles.counter()),
         *(shape[0], rows, columns),
         OUT_BY_COLUMNS=by_columns,
         ADD=total is not None,

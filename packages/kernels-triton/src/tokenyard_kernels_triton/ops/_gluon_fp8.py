@@ -165,6 +165,7 @@ def weight_gradient(
         stacked(out, 1, _BOX),
         row_tiles.offsets,
         row_tiles.largest_first(),
+        row_tiles.counter(),
         row_tiles.num_experts,
         rows,
         columns,

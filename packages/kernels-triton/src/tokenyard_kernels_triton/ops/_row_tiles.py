@@ -40,7 +40,7 @@ class RowTiles:
         ``kernels._schedule`` describes the format.
         """
         if (tile, group) not in self._lists:
-            tiles = self.offsets.new_empty(1 + _schedule.FIELDS.value * self.bound(tile))
+            tiles = self.offsets.new_empty(2 + _schedule.FIELDS.value * self.bound(tile))
             self.by_rows = self.offsets.new_empty(self.num_experts)
             launch(_schedule.list_tiles, (self.num_experts,))(
                 self.offsets,
@@ -55,6 +55,11 @@ class RowTiles:
             )
             self._lists[tile, group] = tiles
         return self._lists[tile, group]
+
+    def counter(self) -> Tensor:
+        """Return the counter [1] int32 of a tile list. It is zero between matmuls."""
+        self.largest_first()
+        return next(iter(self._lists.values()))[1:2]
 
     def largest_first(self) -> Tensor:
         """Return the experts [E] int32, those with most rows first."""
