@@ -37,3 +37,17 @@ def test_launches_of_few_tokens(device):
     fast = records["triton"]
     assert 0 < fast["graph"]["forward"] < fast["idle"]["forward"]
     assert fast["graph"]["forward"] < fast["graph"]["step"] < fast["idle"]["step"]
+
+
+@pytest.mark.parametrize("backend", ["triton", "gluon"])
+def test_held_multiprocessors_delay_a_layer_by_their_share(device, backend):
+    """Not by a second round of programs, which would nearly double its time."""
+    if backend == "gluon" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("gluon is for Hopper GPUs")
+    shape = Shape("wide", 16384, 2048, 768, 32, 8)
+    sweep = Sweep([shape], ["bf16"], ["natural"], device, repetitions=9)
+    share = torch.cuda.get_device_properties(device).multi_processor_count // 8
+    cases = bench_layer(sweep, backend, "none", Console(quiet=True), held=share)
+    [record] = [record for records in cases for record in records if "held" in record]
+    assert record["multiprocessors_held"] == share
+    assert record["free"]["step"] < record["held"]["step"] < 1.35 * record["free"]["step"]

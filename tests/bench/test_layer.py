@@ -30,8 +30,8 @@ def case(routing="natural", dtype=torch.float32, shape=SMALL):
     return make_case(shape, routing, dtype, torch.device("cpu"))
 
 
-def run(sweep=SWEEP, backends="cpu,torch", peers="none"):
-    cases = bench_layer(sweep, backends, peers, Console(quiet=True))
+def run(sweep=SWEEP, backends="cpu,torch", peers="none", held=0):
+    cases = bench_layer(sweep, backends, peers, Console(quiet=True), held=held)
     return {record["contestant"]: record for records in cases for record in records}
 
 
@@ -205,7 +205,7 @@ def test_the_time_of_a_step_is_that_of_one_microbatch():
     alone = Spread(2.0, 1.5, 2.5, 5)
     assert step.of_one(4) == alone
     spreads = {module.DENSE: [alone, alone], "ours": [alone, step]}
-    _, record = module._timed({"ours": {}}, spreads, 4, {})
+    _, record = module._timed({"ours": {}}, spreads, 4)
     assert record["forward_ms"] == record["step_ms"] == alone._asdict()
     assert record["efficiency"] == 1
 

@@ -18,6 +18,7 @@ from tokenyard.measure.machine import describe_machine
 from tokenyard_bench.case import DTYPES, ROUTINGS, RoutingKind
 from tokenyard_bench.compare import compare
 from tokenyard_bench.exchange import ExchangeSettings, bench_exchange, check_ranks, join_ranks
+from tokenyard_bench.held import check_held
 from tokenyard_bench.kernels import bench_kernels
 from tokenyard_bench.layer import bench_layer
 from tokenyard_bench.options import (
@@ -47,8 +48,16 @@ def run_layer(options: LayerOptions, console: Console) -> None:
     sweep = _sweep(options, options.activation)
     if options.launches and sweep.device.type != "cuda":
         raise ConfigError(f"--launches is for a GPU, and --device is {options.device!r}")
+    if options.held:
+        check_held(options.held, sweep.device)
     cases = bench_layer(
-        sweep, options.backends, options.peers, console, options.launches, options.microbatches
+        sweep,
+        options.backends,
+        options.peers,
+        console,
+        options.launches,
+        options.held,
+        options.microbatches,
     )
     path, content = _write("layer", options, sweep, cases, lambda r: print_layers(r, console))
     picture = path.with_suffix(".png")

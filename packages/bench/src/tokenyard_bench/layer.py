@@ -14,6 +14,7 @@ from tokenyard_bench.case import Case, busiest
 from tokenyard_bench.dense import DenseMatmuls
 from tokenyard_bench.entrant import Entrant, SkippedEntrant
 from tokenyard_bench.entrants import backend_entrants, peer_entrants
+from tokenyard_bench.held import held_times
 from tokenyard_bench.launch_times import launch_times
 from tokenyard_bench.oracle import Verdict, judge
 from tokenyard_bench.sweep import Say, Sweep, release_memory
@@ -29,13 +30,15 @@ def bench_layer(
     peers: str,
     console: Console,
     launches: bool = False,
+    held: int = 0,
     microbatches: int = 1,
 ) -> Iterator[list[Record]]:
     """Measure every case. Yield, for each case, one record for each entrant.
 
     `backends` and `peers` are names separated by commas, or "all"; `peers` may be "none". With
-    `launches`, records have the times of `launch_times`, too. A step is the mean of so many
-    `microbatches`, between which the weights do not change.
+    `launches`, records have the times of `launch_times`, too, and with `held`, those of
+    `held_times` for so many multiprocessors. A step is the mean of so many `microbatches`, between
+    which the weights do not change.
     """
 
     def measure_case(case: Case, say: Say) -> Iterator[Record]:
@@ -54,11 +57,14 @@ def bench_layer(
         spreads = sweep.time(
             {DENSE: DenseMatmuls(case.workload, case.slots).stages(), **calls}, say
         )
-        if launches:
-            say("timing launches")
         alone = {name: entrant.stages(case) for name, entrant in timed.items()}
-        more = launch_times(sweep, alone) if launches else {}
-        yield from _timed(correct, spreads, microbatches, more)
+        if held:
+            say(f"timing while {held} multiprocessors are held")
+            _add(correct, held_times(sweep, alone, held))
+        if launches:  # last: a failed capture can make the GPU unusable
+            say("timing launches")
+            _add(correct, launch_times(sweep, alone))
+        yield from _timed(correct, spreads, microbatches)
 
     return sweep.run(measure_case, console)
 
@@ -67,14 +73,19 @@ def _timed(
     correct: dict[str, Record],
     spreads: dict[str, list[Spread]],
     microbatches: int,
-    more: dict[str, Record],
 ) -> Iterator[Record]:
     """Yield the record of the dense matmuls, and those of correct entrants with their times."""
     dense = spreads.pop(DENSE)
     spreads = {name: [first, step.of_one(microbatches)] for name, (first, step) in spreads.items()}
     yield {"contestant": DENSE, "group": "dense", "note": None} | _times(dense, dense)
     for name, record in correct.items():
-        yield record | _times(spreads[name], dense) | more.get(name, {})
+        yield record | _times(spreads[name], dense)
+
+
+def _add(records: dict[str, Record], more: dict[str, Record]) -> None:
+    """Add to each record the facts of the same name."""
+    for name, facts in more.items():
+        records[name] |= facts
 
 
 def _check(case: Case, entrant: Entrant | SkippedEntrant) -> Record:

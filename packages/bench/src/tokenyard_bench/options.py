@@ -57,6 +57,10 @@ class LayerOptions(KernelsOptions):
     launches: Annotated[
         bool, Option("--launches", help="Also time from an idle GPU, the host, and CUDA graphs.")
     ] = False
+    held: Annotated[
+        int,
+        Option(min=0, help="Also time while another kernel holds so many multiprocessors."),
+    ] = 0
     microbatches: Annotated[
         int, Option(min=1, help="Forward and backward passes between two changes of the weights.")
     ] = 1

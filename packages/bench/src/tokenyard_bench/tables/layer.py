@@ -17,6 +17,8 @@ _COLUMNS = ("forward ms", "fwd+bwd ms", "efficiency fwd", "fwd+bwd")
 _FACTS = ("saved", "peak memory", "error")
 _GPU_FACTS = ("launches", "waits")
 _LAUNCHES = ("idle", "host", "graph")
+_LAUNCH_TITLE = "the same in ms: from an idle GPU, time of the host, as a CUDA graph"
+_HELD = ("free", "held")
 
 
 def print_layers(records: Sequence[Record], console: Console) -> None:
@@ -24,8 +26,10 @@ def print_layers(records: Sequence[Record], console: Console) -> None:
     for _, group in groupby(records, case_key):
         ordered = sorted(group, key=_order)
         console.print(_table(ordered))
+        if any("held" in record for record in ordered):
+            console.print(_more_times(ordered, _held_title(ordered), _HELD))
         if any("idle" in record for record in ordered):
-            console.print(_launch_table(ordered))
+            console.print(_more_times(ordered, _LAUNCH_TITLE, _LAUNCHES))
 
 
 def _order(record: Record) -> tuple[bool, float]:
@@ -75,16 +79,20 @@ def _change(record: Record, base: Record, fact: str) -> str:
     return f"{describe_bytes(abs(more))} {'less' if more < 0 else 'more'}"
 
 
-def _launch_table(records: Sequence[Record]) -> Table:
-    title = "the same in ms: from an idle GPU, time of the host, as a CUDA graph"
+def _held_title(records: Sequence[Record]) -> str:
+    held = next(r["multiprocessors_held"] for r in records if "multiprocessors_held" in r)
+    return f"the same in ms from an idle GPU: free, and with {held} multiprocessors held"
+
+
+def _more_times(records: Sequence[Record], title: str, kinds: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for kind in _LAUNCHES:
+    for kind in kinds:
         table.add_column(f"{kind} fwd", justify="right")
         table.add_column(f"{kind} fwd+bwd", justify="right")
     for record in records:
-        if "idle" in record:
-            times = [record[kind][key] for kind in _LAUNCHES for key in ("forward", "step")]
+        if kinds[0] in record:
+            times = [record[kind][key] for kind in kinds for key in ("forward", "step")]
             table.add_row(record["contestant"], *("-" if t is None else _ms(t) for t in times))
     return table
 

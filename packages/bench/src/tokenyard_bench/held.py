@@ -1,0 +1,87 @@
+"""A layer's times while a kernel of another stream holds some of a GPU's multiprocessors.
+
+Collectives of NCCL do that, in training over several GPUs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from tokenyard import ConfigError
+from tokenyard.measure.launching import IdleClock
+from tokenyard.measure.timing import Stages, measure, run_stages
+from tokenyard_bench.launch_times import pair
+from tokenyard_bench.sweep import Sweep
+from tokenyard_cli.results import Record
+
+_SECONDS = 0.001  # within which the kernel begins
+_MOST = 5_000_000_000  # nanoseconds after which it ends on its own
+
+
+class HeldClock(IdleClock):
+    """CUDA events, while a kernel holds some multiprocessors: no large program fits beside it."""
+
+    def __init__(self, device: torch.device, multiprocessors: int):
+        super().__init__(device)
+        self.multiprocessors = multiprocessors
+        self.state = torch.zeros(2, dtype=torch.int32, device=device)
+        self.stream = torch.cuda.Stream(device)
+
+    def prepare(self, call: Callable[[], object]) -> None:
+        """Overwrite the L2 cache, wait, and hold the multiprocessors."""
+        from tokenyard_bench._hold import hold
+
+        self.state.zero_()
+        super().prepare(call)
+        with torch.cuda.stream(self.stream):
+            hold[(self.multiprocessors,)](self.state, _MOST, num_warps=32)
+        time.sleep(_SECONDS)
+
+    def between(self, stamps: Sequence[Any]) -> list[float]:
+        """Free the multiprocessors, and return milliseconds.
+
+        Raises RuntimeError if a call waits for all of the GPU, and so for the kernel.
+        """
+        self.state[0].fill_(1)
+        times = super().between(stamps)
+        if self.state[1]:
+            raise RuntimeError("--held: an entrant waits for all streams of the GPU; leave it out")
+        return times
+
+
+def check_held(multiprocessors: int, device: torch.device) -> None:
+    """Raise ConfigError if a device cannot have so many multiprocessors held."""
+    if device.type != "cuda":
+        raise ConfigError(f"--held is for a GPU, and --device is {device.type!r}")
+    if find_spec("triton") is None:
+        raise ConfigError("--held needs triton, which is not installed: pip install triton")
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    if multiprocessors >= count:
+        raise ConfigError(f"--held is {multiprocessors}, and the GPU has {count} multiprocessors")
+
+
+def held_times(
+    sweep: Sweep, layers: Mapping[str, Stages], multiprocessors: int
+) -> dict[str, Record]:
+    """Return for each layer, whose stages are the forward and the backward pass, its times in ms.
+
+    The GPU is idle before, but for the kernel that holds so many multiprocessors: none under
+    `free`, and `multiprocessors` under `held`.
+    """
+    for stages in layers.values():  # memory is allocated before: that could wait for the kernel
+        run_stages(stages)
+    free = measure(layers, IdleClock(sweep.device), sweep.repetitions)
+    held = measure(layers, HeldClock(sweep.device, multiprocessors), sweep.repetitions)
+    return {
+        name: {
+            "multiprocessors_held": multiprocessors,
+            "free": pair(free[name]),
+            "held": pair(held[name]),
+        }
+        for name in layers
+    }
