@@ -7,8 +7,9 @@ import pytest
 
 from tokenyard import TokenyardError, cuda_driver
 
-LAYOUT = Struct("@PifP")
-VALUES = (1 << 40, 7, 0.5, 1 << 41)
+CODES = ("P", "i", "f", "P", "128s", "b")
+LAYOUT = cuda_driver.argument_layout(CODES)
+VALUES = (1 << 40, 7, 0.5, 1 << 41, bytes(range(128)), -3)
 SIZES = (5, 2, 1, 64, 1, 1, 16)
 
 
@@ -17,13 +18,14 @@ def driver(monkeypatch):
     """Replace the driver. Return what its calls get."""
     calls = []
 
-    def launch(config, function, parameters, extra):
+    def launch(config, function, addresses, extra):
         *sizes, stream, attributes, count = Struct("@7IPPI").unpack_from(config)
         attribute = Struct("@IiQ").unpack(ctypes.string_at(attributes, 16)) if count else None
-        pointer, buffer, size, length, end = extra
-        assert (parameters, pointer, size, end) == (None, 1, 2, None)
-        assert ctypes.c_size_t.from_address(length).value == LAYOUT.size
-        arguments = LAYOUT.unpack(ctypes.string_at(buffer, LAYOUT.size))
+        assert extra is None
+        arguments = tuple(
+            Struct(code).unpack(ctypes.string_at(address, Struct(code).size))[0]
+            for code, address in zip(CODES, addresses)
+        )
         calls.append((function.value, tuple(sizes), stream, arguments, attribute))
         return 0 if stream else 1
 

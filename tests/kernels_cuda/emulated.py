@@ -29,7 +29,7 @@ _CTYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 def launch(source, name, device, grid, threads, shared, arguments):
     """Run a kernel; replaces the driver's launch."""
     values, layout = arguments
-    codes = layout.format.removeprefix("@")
+    codes = re.sub(r"@|\d+x", "", layout.format)
     values = [_CTYPES[code](value) for value, code in zip(values, codes, strict=True)]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     code = getattr(_library(source), f"run_{name}")(

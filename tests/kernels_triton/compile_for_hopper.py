@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from struct import Struct
 
 import torch
 import triton
@@ -22,6 +23,8 @@ from triton.runtime.jit import JITFunction
 from tokenyard import LoraAdapter, LoraSettings, RoutingRule, Workload
 from tokenyard.activations import swiglu, up_rows
 from tokenyard.interfaces import ExpertWeights, GradientSums, LowRank, Plan
+from tokenyard_kernels_triton import driver_launch, tensor_map
+from tokenyard_kernels_triton.launching import Launch
 from tokenyard_kernels_triton.replay import _entries
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -63,6 +66,8 @@ def compiling(compiled):
 
     def warm_up(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if hasattr(kernel, "asm"):  # else it is compiled in another thread
+            kernel.passed = passed(self, kernel, args, kwargs)
         compiled.append((self.fn.__name__, kernel))
         return kernel
 
@@ -75,8 +80,52 @@ def compiling(compiled):
         JITFunction.run = run
 
 
+def passed(function, kernel, args, kwargs):
+    """Return the bytes of each argument in a repeated launch; None if that is left to Triton."""
+    *_, binder = function.device_caches[0]
+    bound, *_ = binder(*args, **kwargs, debug=function.debug)
+    arguments = list(bound.values())
+    tensors = {
+        position: (0, 0)
+        for position, argument in enumerate(arguments)
+        if isinstance(getattr(argument, "base", argument), torch.Tensor)
+    }
+    repeated = driver_launch.driver_launch(Launch(None, (1, 1, 1), arguments, {}, kernel), tensors)
+    if repeated is None:
+        return None
+    codes = re.findall(r"(128s|[a-zA-Z])\d+x|(128s)0x", repeated.layout.format)
+    return [Struct("@" + "".join(code)).size for code in codes]
+
+
+def parameter_sizes(cubin):
+    """Return the bytes of each parameter of a cubin's kernel.
+
+    The section .nv.info.KERNEL of the ELF file has them, in records of a format (4: bytes follow),
+    an attribute (0x17: EIATTR_KPARAM_INFO) and the number of bytes.
+    """
+    (start,) = Struct("<Q").unpack_from(cubin, 40)
+    width, count, names = Struct("<HHH").unpack_from(cubin, 58)
+    sections = [Struct("<IIQQQQ").unpack_from(cubin, start + width * i) for i in range(count)]
+    name_bytes = cubin[sections[names][4] :]
+    sizes = {}
+    for name, *_, offset, length in sections:
+        if not name_bytes[name:].startswith(b".nv.info."):
+            continue
+        end = offset + length
+        while offset < end:
+            kind, attribute, more = Struct("<BBH").unpack_from(cubin, offset)
+            if (kind, attribute) == (4, 0x17):
+                _, ordinal, _, packed = Struct("<IHHI").unpack_from(cubin, offset + 4)
+                sizes[ordinal] = packed >> 18
+            offset += 4 + (more if kind == 4 else 0)
+    return [sizes[ordinal] for ordinal in range(len(sizes))]
+
+
 def usage(kernel):
-    """Return the registers, spilled bytes, shared memory and matrix instructions of a kernel."""
+    """Return the registers, spilled bytes, shared memory and matrix instructions of a kernel.
+
+    Also the bytes of each parameter that its binary has, and of each argument of a repeated launch.
+    """
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
@@ -89,6 +138,8 @@ def usage(kernel):
         "registers": int(counts["REG"]),
         "spilled": int(counts["STACK"]) + int(counts["LOCAL"]),
         "shared": kernel.metadata.shared,
+        "parameters": parameter_sizes(kernel.asm["cubin"]),
+        "passed": kernel.passed,
         "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S*?\.(m\d+n\d+k\d+)", ptx))),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "tma": "cp.async.bulk.tensor" in ptx,
@@ -363,6 +414,8 @@ def main():
         module.processors = functools.cache(lambda device: 132)
     for module in (few_rows, moves):
         module.chained = lambda device: {"CHAINED": True, "launch_pdl": True}
+    driver_launch.has_driver = lambda: True
+    tensor_map._encode_function = lambda: True  # never called, as nothing is launched
     seen = set()
     gpu_key = tiling.gpu_key
     for kernels, name, dtype, activation, bias, save in CASES:

@@ -86,6 +86,12 @@ def test_an_h100_has_a_kernel_of_its_own(records):
     ]
 
 
+def test_a_repeated_launch_passes_the_parameters_of_the_binary(records):
+    """No kernel is left to Triton's launcher. TMA descriptors are structs of 128 bytes."""
+    assert [r["passed"] for r in records] == [r["parameters"] for r in records]
+    assert any(128 in r["passed"] for r in of(records, kernels="GluonExperts"))
+
+
 def test_nothing_spills(records):
     """Two may spill a little, outside of their main loops.
 

@@ -1,12 +1,14 @@
 """A recorded launch gives the driver what Triton's launcher would give it; without a GPU."""
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
-from tokenyard_kernels_triton import driver_launch
+from tokenyard.cuda_driver import argument_layout
+from tokenyard_kernels_triton import driver_launch, tensor_map
 from tokenyard_kernels_triton.launching import Launch
 
 PTX = """.visible .entry add(
@@ -59,7 +61,7 @@ def test_addresses_are_those_of_the_call(calls):
     assert launch.start([4096, 8192], stream=3)
     sizes = (5, 2, 1, 128, 1, 1, 1024)
     assert calls == [(7, sizes, 3, launch.layout, [8198, 30, 4096, 0.5, 0, 0], True)]
-    assert launch.layout.format == "@PiPfPP"
+    assert launch.layout.format == argument_layout("PiPfPP").format
 
 
 def test_a_refusal_is_reported():
@@ -71,6 +73,93 @@ def test_hooks_are_left_to_triton(monkeypatch, calls):
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", print)
     assert not driver_launch.driver_launch(recorded(), {}).start([], stream=3)
     assert not calls
+
+
+DESCRIPTOR = SimpleNamespace(shape=[3, 8, 64], strides=[512, 64, 1], padding="zero")
+BOX = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [1, 4, 32], "fp4_padded": False}
+WITH_DESCRIPTOR = {"count": "i32", "x": "tensordesc<bf16[1, 4, 32]>", "y": "*fp32"}
+PTX_OF_DESCRIPTOR = """.visible .entry add(
+    .param .u32 add_param_0,
+    .param .align 64 .b8 add_param_1[128],
+    .param .u32 add_param_2,
+    .param .u32 add_param_3,
+    .param .u32 add_param_4,
+    .param .u64 add_param_5,
+    .param .u64 add_param_6,
+    .param .u64 add_param_7,
+    .param .u64 .ptr .global .align 1 add_param_8,
+    .param .u64 .ptr .global .align 1 add_param_9,
+    .param .u64 .ptr .global .align 1 add_param_10
+)"""
+
+
+def launch_of_descriptor(ptx=PTX_OF_DESCRIPTOR, box=BOX):
+    """Return the launch of a kernel whose arguments are a number, a descriptor and a tensor."""
+    launch = recorded(WITH_DESCRIPTOR, ptx, tensordesc_meta=[box])
+    launch.arguments[:] = [30, DESCRIPTOR, None]
+    return driver_launch.driver_launch(launch, {1: (0, 256), 2: (1, 0)})
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Replace the driver's encoding of TMA descriptors. Return the arguments of each call."""
+    result = []
+
+    def encode(space, dtype, rank, address, *sizes):
+        assert space.value % 64 == 0
+        if not address.value:
+            return 1
+        ctypes.memmove(space.value, bytes([address.value // 1024 % 256] * 128), 128)
+        lists = [list(size) if isinstance(size, ctypes.Array) else size for size in sizes]
+        result.append((dtype, rank, address.value, *lists))
+        return 0
+
+    monkeypatch.setattr(tensor_map, "_encode_function", lambda: encode)
+    return result
+
+
+def test_a_descriptor_is_encoded_once_for_each_address(calls, encoded):
+    launch = launch_of_descriptor()
+    for first in (768, 2816, 768):
+        assert launch.start([first, 4096], stream=3)
+    shape, strides, box, ones = [64, 8, 3], [128, 1024], [32, 4, 1], [1, 1, 1]
+    kind = (shape, strides, box, ones, 0, 3, 2, 0)
+    assert encoded == [(9, 3, 1024, *kind), (9, 3, 3072, *kind)]
+    number, *values = calls[2][4]
+    assert number == 30
+    assert values == [bytes([1] * 128), 3, 8, 64, 512, 64, 1, 4096, 0, 0]
+    codes = ("i", "128s", *"iiiqqq", *"PPP")
+    assert launch.layout.format == argument_layout(codes).format
+
+
+def test_addresses_of_descriptors_are_forgotten(encoded):
+    launch = launch_of_descriptor()
+    for address in range(600):
+        assert launch.start([1024 * (address % 300 + 1) - 256, 4096], stream=3)
+        assert len(launch.maps[0][-1]._encoded) <= 256
+    assert len(encoded) == 600
+
+
+def test_a_descriptor_that_the_driver_refuses_is_left_to_triton(calls, encoded):
+    assert not launch_of_descriptor().start([-256, 4096], stream=3)
+    assert not calls
+
+
+@pytest.mark.usefixtures("encoded")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"box": None},
+        {"box": BOX | {"fp4_padded": True}},
+        {"box": BOX | {"elem_type": 4}},
+        {"ptx": PTX_OF_DESCRIPTOR.replace("[128]", "[64]")},
+        {"ptx": PTX_OF_DESCRIPTOR.replace(".u32 add_param_2,\n", ".u64 add_param_2,\n")},
+    ],
+    ids=["no box", "fp4", "element", "size", "type"],
+)
+def test_other_descriptors_are_left_to_triton(changes):
+    assert launch_of_descriptor() is not None
+    assert launch_of_descriptor(**changes) is None
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_old_keys_are_forgotten(monkeypatch):
 GLUON = pytest.param("GluonExperts", marks=pytest.mark.gpu)
 
 
-def gradients_of_new_inputs(kernel, workload, seed):
+def gradients_of_new_inputs(kernel, workload, seed, tokens=37):
     """Return y and all gradients of a layer with random inputs, some slots dropped."""
     torch.manual_seed(seed)
     experts, rows = workload.num_experts, 2 * workload.ffn_dim
@@ -156,8 +156,8 @@ def gradients_of_new_inputs(kernel, workload, seed):
     def leaf(*size):
         return torch.randn(size, dtype=dtype, device=device).requires_grad_()
 
-    x = leaf(37, workload.dim)
-    topk_weights = torch.rand(37, workload.top_k, device=device).requires_grad_()
+    x = leaf(tokens, workload.dim)
+    topk_weights = torch.rand(tokens, workload.top_k, device=device).requires_grad_()
     ids = torch.randint(0, experts + 1, topk_weights.shape, device=device, dtype=torch.int32)
     biases = (leaf(experts, rows), leaf(experts, workload.dim)) if workload.bias else (None, None)
     weights = ExpertWeights(
@@ -182,4 +182,25 @@ def test_replayed_experts_give_the_same_bits(monkeypatch, name, save, bias):
     monkeypatch.setattr(replay, "can_record", lambda: False)
     for seed, result in enumerate(results):
         for got, want in zip(result, gradients_of_new_inputs(kernel, workload, seed), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"precision": "fp8", "weight_gradients": "fp8"}])
+@pytest.mark.parametrize("tokens", [37, 700])
+def test_replayed_descriptors_give_the_same_bits(monkeypatch, tokens, options):
+    """Also if all memory that is free, and so each address, was written and used before."""
+    workload = Workload(256, 128, 8, 2, dtype=torch.bfloat16, device=torch.device(DEVICE))
+    kernel = backends.GluonExperts(workload, None, **options)
+    results = []
+    for seed in range(6):
+        results.append(gradients_of_new_inputs(kernel, workload, seed, tokens))
+        held = [torch.full((1 << size,), float("nan"), device=DEVICE) for size in range(8, 21)]
+        del held[:: 1 + seed % 2]
+    programs = [entry.program for entry in replay._entries.values()]
+    assert any(step.direct.maps for program in programs for step in program.steps)
+    monkeypatch.setattr(replay, "can_record", lambda: False)
+    for seed, result in enumerate(results):
+        expected = gradients_of_new_inputs(kernel, workload, seed, tokens)
+        for got, want in zip(result, expected, strict=True):
             assert torch.equal(got, want)

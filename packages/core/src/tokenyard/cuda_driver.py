@@ -1,4 +1,4 @@
-"""Launch kernels by the CUDA driver, with arguments that travel as one buffer.
+"""Launch kernels by the CUDA driver, with arguments that are written into one buffer.
 
 To convert each argument of a launch takes longer than the launch.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from struct import Struct
 from typing import Any
 
@@ -23,29 +23,35 @@ NO_DRIVER = (
 _CONFIG = Struct("@7IPPI")  # CUlaunchConfig: grid, block, shared memory, stream, attributes
 _ATTRIBUTE = Struct("@IiQ56x")  # CUlaunchAttribute: id, padding, and 64 bytes of a value
 _CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
-_MOST_BYTES = 4096  # of a kernel's arguments, by CUDA's limit
+_PLACE = 128  # bytes of the buffer for an argument: the longest one is a TMA descriptor
+
+MOST_ARGUMENTS = 128
+"""How many arguments a launch can have here."""
 
 
 class _Thread(threading.local):
     """The memory that a thread's launches write their arguments to."""
 
     def __init__(self) -> None:
-        self.arguments = ctypes.create_string_buffer(_MOST_BYTES)
-        self.size = ctypes.c_size_t()
+        self.arguments = ctypes.create_string_buffer(MOST_ARGUMENTS * _PLACE)
+        first = ctypes.addressof(self.arguments)
+        places = range(first, first + len(self.arguments), _PLACE)
+        self.addresses = (ctypes.c_void_p * MOST_ARGUMENTS)(*places)
         self.config = ctypes.create_string_buffer(_CONFIG.size)
         self.attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_CHAINED, 0, 1))
         self.attribute_address = ctypes.addressof(self.attribute)
-        self.extra = (ctypes.c_void_p * 5)(
-            _BUFFER_POINTER,
-            ctypes.addressof(self.arguments),
-            _BUFFER_SIZE,
-            ctypes.addressof(self.size),
-            _END,
-        )
 
 
 _thread = _Thread()
+
+
+def argument_layout(codes: Iterable[str]) -> Struct:
+    """Return where `launch_kernel` reads arguments of these types, codes of the module struct.
+
+    Each has a place of its own. The driver knows where a kernel expects them, which C's rules do
+    not say: a TMA descriptor is aligned in the memory that holds the arguments on the GPU.
+    """
+    return Struct("@" + "".join(f"{code}{_PLACE - Struct(code).size}x" for code in codes))
 
 
 def launch_kernel(
@@ -60,7 +66,8 @@ def launch_kernel(
 
     - `function`: the driver's handle (CUfunction) of the current GPU.
     - `sizes`: the grid (x, y, z), the threads of a block (x, y, z), and its bytes of shared memory.
-    - `layout`: how C lays out the arguments, which are numbers and addresses.
+    - `layout`: the `argument_layout` of all parameters of the kernel.
+    - `arguments`: numbers and addresses, and bytes of structs that are passed by value.
     - `chained`: begin before the launch before it has ended (programmatic dependent launch, from
       compute capability 9.0 on). Each thread of the kernel must wait (``griddepcontrol.wait``)
       before it reads or writes.
@@ -69,9 +76,8 @@ def launch_kernel(
     """
     thread = _thread
     layout.pack_into(thread.arguments, 0, *arguments)
-    thread.size.value = layout.size
     _CONFIG.pack_into(thread.config, 0, *sizes, stream, thread.attribute_address, chained)
-    result: int = _launch_function()(thread.config, function, None, thread.extra)
+    result: int = _launch_function()(thread.config, function, thread.addresses, None)
     return result
 
 

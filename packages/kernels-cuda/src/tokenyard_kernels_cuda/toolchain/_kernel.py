@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from struct import Struct
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from tokenyard.cuda_driver import argument_layout
 from tokenyard_kernels_cuda.toolchain import _driver
 from tokenyard_kernels_cuda.toolchain._source import Source
 
@@ -84,8 +84,7 @@ class Kernel:
         self.name = name
         self.parameters = parameters
         self._types = tuple(parameters.values())
-        # as C lays out a struct, which is how CUDA lays out a kernel's parameters
-        self._layout = Struct("@" + "".join(p.code for p in parameters.values()))
+        self._layout = argument_layout(parameter.code for parameter in self._types)
 
     def __call__(
         self, grid: tuple[int, int], threads: int, *arguments: Any, shared: int = 0
