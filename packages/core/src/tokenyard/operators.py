@@ -31,7 +31,7 @@ class Operator:
         self.op = op  # the OpOverload
         self.compute = compute
         self.any_device = any_device
-        self.function: type[Function] | None = None  # the autograd node of a direct call
+        self.apply: Callable[..., Any] | None = None  # that of a direct call's autograd node
 
     def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate a function that returns empty results, from shapes and dtypes alone."""
@@ -42,7 +42,9 @@ class Operator:
     ) -> None:
         """Register the backward pass, as ``torch.library.register_autograd`` does."""
         torch.library.register_autograd(self.op, backward, setup_context=setup_context)
-        self.function = _function(self.op.name(), self.compute, backward, setup_context)
+        node = _function(self.op.name(), self.compute, backward, setup_context)
+        # ``Function.apply`` looks for tensors that torch.func left behind, and calls this
+        self.apply = super(Function, node).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
         """Compute the results. Arguments are positional."""
@@ -60,7 +62,7 @@ class Operator:
             return self.compute(*args)
         if needs_gradient:
             # without a backward pass of ours, torch decides
-            return self.op(*args) if self.function is None else self.function.apply(*args)
+            return self.op(*args) if self.apply is None else self.apply(*args)
         with torch.no_grad():
             return self.compute(*args)
 
