@@ -8,7 +8,7 @@ import torch
 import triton
 
 from tokenyard.cuda_driver import argument_layout
-from tokenyard_kernels_triton import driver_launch, tensor_map
+from tokenyard_kernels_triton import driver_launch, program, tensor_map
 from tokenyard_kernels_triton.launching import Launch
 
 PTX = """.visible .entry add(
@@ -70,9 +70,18 @@ def test_a_refusal_is_reported():
 
 
 def test_hooks_are_left_to_triton(monkeypatch, calls):
+    """A program that has a launch for the driver starts it by Triton."""
+    started = []
+    monkeypatch.setattr(program, "start", lambda launch, arguments, stream: started.append(launch))
+    builder = program.ProgramBuilder([torch.empty(1)])
+    builder.launch(recorded())
+    replayed = builder.build([])
+    monkeypatch.setattr(program, "current_stream", lambda device: 3)
+    replayed.run([torch.empty(1)])
+    assert (len(calls), len(started)) == (1, 0)
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", print)
-    assert not driver_launch.driver_launch(recorded(), {}).start([], stream=3)
-    assert not calls
+    replayed.run([torch.empty(1)])
+    assert (len(calls), len(started)) == (1, 1)
 
 
 DESCRIPTOR = SimpleNamespace(shape=[3, 8, 64], strides=[512, 64, 1], padding="zero")

@@ -220,7 +220,7 @@ def test_another_stream_quantizes_again(monkeypatch):
     """It would read numbers that the first stream may not have written yet."""
     one = weight()
     kept = _fp8_weights.kept_weights(one)
-    monkeypatch.setattr(_fp8_weights, "current_stream", lambda: 7)
+    monkeypatch.setattr(_fp8_weights, "current_stream", lambda device: 7)
     again = _fp8_weights.kept_weights(one)
     assert again is not kept
     assert _fp8_weights.kept_weights(one) is again
@@ -261,7 +261,7 @@ def test_graphs_read_memory_that_is_renewed_in_place(monkeypatch):
         renew(one)
         assert torch.equal(captured.scales, 2 * before)
     assert captured.values.data_ptr() == address
-    monkeypatch.setattr(_fp8_weights, "current_stream", lambda: 7)
+    monkeypatch.setattr(_fp8_weights, "current_stream", lambda device: 7)
     assert _fp8_weights.kept_weights(one) is None
 
 

@@ -41,9 +41,10 @@ class DriverLaunch:
     maps: tuple[tuple[int, int, int, TensorMap], ...] = ()  # the same, and a TMA descriptor
 
     def start(self, addresses: Sequence[int], stream: int) -> bool:
-        """Launch with the addresses of all slots. Return whether the driver accepted that."""
-        if _has_hooks():  # Triton's launcher calls them
-            return False
+        """Launch with the addresses of all slots. Return whether the driver accepted that.
+
+        If there are hooks (`has_hooks`), leave the launch to Triton.
+        """
         arguments = self.arguments.copy()
         for position, slot, offset in self.addresses:
             arguments[position] = addresses[slot] + offset
@@ -148,8 +149,8 @@ class _Parameters:
         self.values.append(value)
 
 
-def _has_hooks() -> bool:
-    """Return whether functions must be called around launches."""
+def has_hooks() -> bool:
+    """Return whether functions must be called around launches, which Triton's launcher does."""
     hooks = triton.knobs.runtime
     enter = hooks.launch_enter_hook
     leave = hooks.launch_exit_hook

@@ -11,11 +11,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-
-from tokenyard_kernels_triton.kernels._tiles import INTERPRETED
 
 _compile_only: ContextVar[bool] = ContextVar("tokenyard_triton_compile_only", default=False)
 _record: ContextVar[Callable[[Launch], None] | None] = ContextVar(
@@ -72,12 +71,14 @@ def start(launch: Launch, arguments: list[Any], stream: int) -> None:
     )
 
 
-def current_stream() -> int:
-    """Return torch's current stream on the current device, as Triton takes it."""
-    if INTERPRETED.value:
+def current_stream(device: torch.device) -> int:
+    """Return torch's current stream on a GPU, as Triton takes it; 0 on a CPU.
+
+    ``torch._C._cuda_getCurrentRawStream`` is private: torch 2.10 to 2.13.
+    """
+    if device.type != "cuda":
         return 0
-    driver = triton.runtime.driver.active
-    stream: int = driver.get_current_stream(driver.get_current_device())
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
     return stream
 
 

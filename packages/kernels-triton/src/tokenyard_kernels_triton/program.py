@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenyard_kernels_triton.driver_launch import DriverLaunch, driver_launch
+from tokenyard_kernels_triton.driver_launch import DriverLaunch, driver_launch, has_hooks
 from tokenyard_kernels_triton.launching import Launch, current_stream, start
 
 
@@ -46,22 +46,17 @@ class _Address(NamedTuple):
         return self.address
 
 
-@dataclass
 class _Memory:
     """The tensors of a run, and their addresses, by slot."""
 
-    tensors: list[Any]
-    addresses: list[int]
-    device: torch.device
-    stream: int
-
-    @classmethod
-    def of(cls, inputs: Sequence[Tensor | None], slots: int) -> _Memory:
-        """Return the memory of a run of a program that has so many slots."""
-        device = next(tensor.device for tensor in inputs if tensor is not None)
+    def __init__(self, inputs: Sequence[Tensor | None], slots: int):
         more = slots - len(inputs)
+        self.tensors: list[Any] = [*inputs, *[None] * more]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in inputs]
-        return cls([*inputs, *[None] * more], [*addresses, *[0] * more], device, current_stream())
+        self.addresses = [*addresses, *[0] * more]
+        self.device = next(tensor.device for tensor in inputs if tensor is not None)
+        self.stream = current_stream(self.device)
+        self.hooked = has_hooks()
 
 
 @dataclass
@@ -75,14 +70,16 @@ class _Step:
     frees: list[int] = field(default_factory=list)
 
     def run(self, memory: _Memory) -> None:
+        tensors, addresses = memory.tensors, memory.addresses
         for allocation in self.allocations:
             tensor = allocation.make(memory.device)
-            memory.tensors[allocation.slot] = tensor
-            memory.addresses[allocation.slot] = tensor.data_ptr()
-        if self.direct is None or not self.direct.start(memory.addresses, memory.stream):
+            tensors[allocation.slot] = tensor
+            addresses[allocation.slot] = tensor.data_ptr()
+        direct = self.direct
+        if direct is None or memory.hooked or not direct.start(addresses, memory.stream):
             self._start(memory)
         for slot in self.frees:
-            memory.tensors[slot] = None
+            tensors[slot] = None
 
     def _start(self, memory: _Memory) -> None:
         """Launch by Triton, in the interpreter if that runs kernels."""
@@ -98,23 +95,26 @@ class _Step:
         start(self.launch, arguments, memory.stream)
 
 
+_Output = int | _View | _Allocation
+"""A slot whose tensor it is, a part of that, or an allocation that is empty."""
+
+
 class Program:
     """A sequence of launches that runs with any tensors of the recorded shapes."""
 
-    def __init__(self, slots: int, steps: list[_Step], outputs: list[_View | _Allocation]):
+    def __init__(self, slots: int, steps: list[_Step], outputs: list[_Output]):
         self.slots = slots
         self.steps = steps
-        self.outputs = outputs  # an allocation if it is empty
+        self.outputs = outputs
 
     def run(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """Return the outputs of the recorded function for these inputs."""
-        memory = _Memory.of(inputs, self.slots)
+        memory = _Memory(inputs, self.slots)
         for step in self.steps:
             step.run(memory)
+        tensors = memory.tensors
         return tuple(
-            output.make(memory.device)
-            if isinstance(output, _Allocation)
-            else _seen_as(memory.tensors[output.slot], output)
+            tensors[output] if isinstance(output, int) else _output(output, memory)
             for output in self.outputs
         )
 
@@ -160,7 +160,9 @@ class ProgramBuilder:
     def build(self, outputs: Sequence[Tensor]) -> Program | None:
         """Return the program; None if an output is not the memory of a launch's argument."""
         used = {view.slot for step in self.steps for view in step.views.values()}
-        results: list[_View | _Allocation] = []
+        slots = {made.slot: made for step in self.steps for made in step.allocations}
+        kept = set(range(len(self.inputs)))
+        results: list[_Output] = []
         for output in outputs:
             if output.numel() == 0:
                 shape = tuple(output.shape)
@@ -169,8 +171,10 @@ class ProgramBuilder:
             view = self._view(output)
             if view is None or view.slot not in used:
                 return None
-            results.append(view)
-        kept = {*range(len(self.inputs)), *(result.slot for result in results)}
+            made = slots.get(view.slot)
+            whole = made is not None and view == _View(*made[:3], 0, made.dtype)
+            results.append(view.slot if whole else view)
+            kept.add(view.slot)
         for step in reversed(self.steps):
             step.frees = sorted({view.slot for view in step.views.values()} - kept)
             kept |= set(step.frees)
@@ -191,6 +195,12 @@ class ProgramBuilder:
             if owner is not None and 0 <= address - owner.data_ptr() < owner.nbytes:
                 return slot, owner.data_ptr()
         return self.allocated.get(tensor.untyped_storage().data_ptr())
+
+
+def _output(output: _View | _Allocation, memory: _Memory) -> Tensor:
+    if isinstance(output, _Allocation):
+        return output.make(memory.device)
+    return _seen_as(memory.tensors[output.slot], output)
 
 
 def _seen_as(tensor: Tensor, view: _View) -> Tensor:

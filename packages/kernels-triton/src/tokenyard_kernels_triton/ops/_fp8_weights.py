@@ -110,7 +110,7 @@ def _key(weights: Tensor) -> tuple[object, ...]:
 
 def _state(weights: Tensor) -> _State:
     storage = StorageWeakRef(weights.untyped_storage())
-    return _State(storage, weights._version, current_stream())
+    return _State(storage, weights._version, current_stream(weights.device))
 
 
 def _drop_expired() -> None:
