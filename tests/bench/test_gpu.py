@@ -1,9 +1,13 @@
 """`bench layer` on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from rich.console import Console
 
+from tokenyard_bench.held import held_times
+from tokenyard_bench.launch_times import launch_times
 from tokenyard_bench.layer import bench_layer
 from tokenyard_bench.shapes import Shape
 from tokenyard_bench.sweep import Sweep
@@ -29,7 +33,9 @@ def test_a_layer_of_bfloat16(device):
 
 def test_launches_of_few_tokens(device):
     sweep = Sweep([Shape("small", 8, 256, 256, 8, 2)], ["bf16"], ["natural"], device, repetitions=5)
-    cases = bench_layer(sweep, "triton,torch", "none", Console(quiet=True), launches=True)
+    cases = bench_layer(
+        sweep, "triton,torch", "none", Console(quiet=True), {"launches": launch_times}
+    )
     records = {r["contestant"]: r for records in cases for r in records if "idle" in r}
     for record in records.values():
         assert 0 < record["host"]["forward"] < record["host"]["step"]
@@ -47,7 +53,8 @@ def test_held_multiprocessors_delay_a_layer_by_their_share(device, backend):
     shape = Shape("wide", 16384, 2048, 768, 32, 8)
     sweep = Sweep([shape], ["bf16"], ["natural"], device, repetitions=9)
     share = torch.cuda.get_device_properties(device).multi_processor_count // 8
-    cases = bench_layer(sweep, backend, "none", Console(quiet=True), held=share)
+    more = {"held": partial(held_times, multiprocessors=share)}
+    cases = bench_layer(sweep, backend, "none", Console(quiet=True), more)
     [record] = [record for records in cases for record in records if "held" in record]
     assert record["multiprocessors_held"] == share
     assert record["free"]["step"] < record["held"]["step"] < 1.35 * record["free"]["step"]

@@ -1,6 +1,7 @@
 """`bench layer --held`: what is refused, and the table; without a GPU."""
 
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_times_beside_the_kernel_have_a_table(monkeypatch):
     """Clocks of the CPU stand in for those of a GPU."""
     monkeypatch.setattr(held, "IdleClock", clock_for)
     monkeypatch.setattr(held, "HeldClock", lambda device, count: clock_for(device))
-    records = run(held=16)
+    records = run(held=partial(held.held_times, multiprocessors=16))
     for name in ("cpu", "torch"):
         assert records[name]["multiprocessors_held"] == 16
         for kind in ("free", "held"):

@@ -30,8 +30,8 @@ def case(routing="natural", dtype=torch.float32, shape=SMALL):
     return make_case(shape, routing, dtype, torch.device("cpu"))
 
 
-def run(sweep=SWEEP, backends="cpu,torch", peers="none", held=0):
-    cases = bench_layer(sweep, backends, peers, Console(quiet=True), held=held)
+def run(sweep=SWEEP, backends="cpu,torch", peers="none", **more):
+    cases = bench_layer(sweep, backends, peers, Console(quiet=True), more)
     return {record["contestant"]: record for records in cases for record in records}
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +19,10 @@ from tokenyard.measure.machine import describe_machine
 from tokenyard_bench.case import DTYPES, ROUTINGS, RoutingKind
 from tokenyard_bench.compare import compare
 from tokenyard_bench.exchange import ExchangeSettings, bench_exchange, check_ranks, join_ranks
-from tokenyard_bench.held import check_held
+from tokenyard_bench.held import check_held, held_times
 from tokenyard_bench.kernels import bench_kernels
-from tokenyard_bench.layer import bench_layer
+from tokenyard_bench.launch_times import launch_times
+from tokenyard_bench.layer import MoreTimes, bench_layer
 from tokenyard_bench.options import (
     CaseOptions,
     ExchangeOptions,
@@ -48,17 +50,14 @@ def run_layer(options: LayerOptions, console: Console) -> None:
     sweep = _sweep(options, options.activation)
     if options.launches and sweep.device.type != "cuda":
         raise ConfigError(f"--launches is for a GPU, and --device is {options.device!r}")
+    more: dict[str, MoreTimes] = {}
     if options.held:
         check_held(options.held, sweep.device)
-    cases = bench_layer(
-        sweep,
-        options.backends,
-        options.peers,
-        console,
-        options.launches,
-        options.held,
-        options.microbatches,
-    )
+        step = f"timing while {options.held} multiprocessors are held"
+        more[step] = partial(held_times, multiprocessors=options.held)
+    if options.launches:  # last: a failed capture can make the GPU unusable
+        more["timing launches"] = launch_times
+    cases = bench_layer(sweep, options.backends, options.peers, console, more, options.microbatches)
     path, content = _write("layer", options, sweep, cases, lambda r: print_layers(r, console))
     picture = path.with_suffix(".png")
     efficiency_bars(content["records"], content["machine"], picture)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from rich.console import Console
 
 from tokenyard.measure.memory import peak_bytes, saved_bytes
-from tokenyard.measure.timing import Spread
+from tokenyard.measure.timing import Spread, Stages
 from tokenyard.measure.trace import trace
 from tokenyard_bench.case import Case, busiest
 from tokenyard_bench.dense import DenseMatmuls
 from tokenyard_bench.entrant import Entrant, SkippedEntrant
 from tokenyard_bench.entrants import backend_entrants, peer_entrants
-from tokenyard_bench.held import held_times
-from tokenyard_bench.launch_times import launch_times
 from tokenyard_bench.oracle import Verdict, judge
 from tokenyard_bench.sweep import Say, Sweep, release_memory
 from tokenyard_cli.results import Record
@@ -23,22 +22,23 @@ from tokenyard_cli.results import Record
 DENSE = "dense"
 """Name of the dense matmuls among the entrants."""
 
+MoreTimes = Callable[[Sweep, Mapping[str, Stages]], dict[str, Record]]
+"""Measures entrants' layers once more. Returns facts for the record of each."""
+
 
 def bench_layer(
     sweep: Sweep,
     backends: str,
     peers: str,
     console: Console,
-    launches: bool = False,
-    held: int = 0,
+    more: Mapping[str, MoreTimes] = MappingProxyType({}),
     microbatches: int = 1,
 ) -> Iterator[list[Record]]:
     """Measure every case. Yield, for each case, one record for each entrant.
 
-    `backends` and `peers` are names separated by commas, or "all"; `peers` may be "none". With
-    `launches`, records have the times of `launch_times`, too, and with `held`, those of
-    `held_times` for so many multiprocessors. A step is the mean of so many `microbatches`, between
-    which the weights do not change.
+    `backends` and `peers` are names separated by commas, or "all"; `peers` may be "none". Records
+    have the facts of `more`, too, each under what is said while it measures. A step is the mean of
+    so many `microbatches`, between which the weights do not change.
     """
 
     def measure_case(case: Case, say: Say) -> Iterator[Record]:
@@ -58,12 +58,10 @@ def bench_layer(
             {DENSE: DenseMatmuls(case.workload, case.slots).stages(), **calls}, say
         )
         alone = {name: entrant.stages(case) for name, entrant in timed.items()}
-        if held:
-            say(f"timing while {held} multiprocessors are held")
-            _add(correct, held_times(sweep, alone, held))
-        if launches:  # last: a failed capture can make the GPU unusable
-            say("timing launches")
-            _add(correct, launch_times(sweep, alone))
+        for step, times in more.items():
+            say(step)
+            for name, facts in times(sweep, alone).items():
+                correct[name] |= facts
         yield from _timed(correct, spreads, microbatches)
 
     return sweep.run(measure_case, console)
@@ -80,12 +78,6 @@ def _timed(
     yield {"contestant": DENSE, "group": "dense", "note": None} | _times(dense, dense)
     for name, record in correct.items():
         yield record | _times(spreads[name], dense)
-
-
-def _add(records: dict[str, Record], more: dict[str, Record]) -> None:
-    """Add to each record the facts of the same name."""
-    for name, facts in more.items():
-        records[name] |= facts
 
 
 def _check(case: Case, entrant: Entrant | SkippedEntrant) -> Record:
