@@ -1,6 +1,7 @@
 """`bench layer --held`: what is refused, and the table; without a GPU."""
 
 import io
+import logging
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from rich.console import Console
 
 from tokenyard import ConfigError
-from tokenyard.measure.timing import clock_for
+from tokenyard.measure.timing import CpuClock, clock_for
 from tokenyard_bench import held
 from tokenyard_bench.tables.layer import print_layers
 
@@ -35,10 +36,19 @@ def test_triton_is_needed(monkeypatch):
         held.check_held(8, torch.device("cuda"))
 
 
+class CpuHeldClock(CpuClock):
+    """A clock of the CPU in place of a GPU's."""
+
+    def __init__(self, device, multiprocessors):
+        pass
+
+    def ran_out(self):
+        return False
+
+
 def test_times_beside_the_kernel_have_a_table(monkeypatch):
-    """Clocks of the CPU stand in for those of a GPU."""
     monkeypatch.setattr(held, "IdleClock", clock_for)
-    monkeypatch.setattr(held, "HeldClock", lambda device, count: clock_for(device))
+    monkeypatch.setattr(held, "HeldClock", CpuHeldClock)
     records = run(held=partial(held.held_times, multiprocessors=16))
     for name in ("cpu", "torch"):
         assert records[name]["multiprocessors_held"] == 16
@@ -49,3 +59,30 @@ def test_times_beside_the_kernel_have_a_table(monkeypatch):
     printed = " ".join(out.getvalue().split())
     assert "free, and with 16 multiprocessors held" in printed
     assert "held fwd+bwd" in printed
+
+
+def test_a_layer_that_waits_for_the_kernel_is_left_out(monkeypatch, caplog):
+    """The others, and all other times of that layer, are kept."""
+    clocks = []
+
+    class Clock(CpuHeldClock):
+        """Ends early for the second layer."""
+
+        def prepare(self, call):
+            super().prepare(call)
+            clocks.append(call)
+
+        def ran_out(self):
+            return len(clocks) == 2
+
+    monkeypatch.setattr(held, "IdleClock", clock_for)
+    monkeypatch.setattr(held, "HeldClock", Clock)
+    with caplog.at_level(logging.WARNING, "tokenyard"):
+        records = run(held=partial(held.held_times, multiprocessors=16))
+    first, second = (name for name in records if name != "dense")
+    assert "held" in records[first]
+    assert "held" not in records[second]
+    assert records[second]["efficiency"] > 0
+    assert caplog.messages == [
+        f"{second} waits for all streams of the GPU, and so is not timed with --held"
+    ]
