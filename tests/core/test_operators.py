@@ -110,6 +110,29 @@ def test_a_second_derivative_is_refused(x):
         torch.autograd.grad(y, x, create_graph=True)
 
 
+@operator("tokenyard_tests::twice")
+def twice(x: torch.Tensor) -> torch.Tensor:
+    """Return 2 * x, as a kernel that reads memory would."""
+    x.data_ptr()
+    return 2 * x
+
+
+twice.fake(torch.empty_like)
+twice.differentiable(lambda ctx, dy: 2 * dy, lambda ctx, inputs, output: None)
+
+
+def test_a_tensor_that_torch_func_left_behind_goes_to_the_operator(x):
+    """It is a wrapper without memory, which only the operator removes."""
+    left_behind = []
+
+    def total(inner):
+        left_behind.append(inner)
+        return inner.sum()
+
+    torch.func.grad(total)(x)
+    assert torch.equal(twice(left_behind[0]), 2 * x)
+
+
 def test_without_a_backward_pass_of_ours_torch_decides(x):
     @operator("tokenyard_tests::doubled")
     def doubled(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # private: torch 2.10 to 2.13
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -31,7 +32,7 @@ class Operator:
         self.op = op  # the OpOverload
         self.compute = compute
         self.any_device = any_device
-        self.apply: Callable[..., Any] | None = None  # that of a direct call's autograd node
+        self.apply: Callable[..., Any] | None = None  # of the autograd node of a direct call
 
     def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorate a function that returns empty results, from shapes and dtypes alone."""
@@ -43,7 +44,7 @@ class Operator:
         """Register the backward pass, as ``torch.library.register_autograd`` does."""
         torch.library.register_autograd(self.op, backward, setup_context=setup_context)
         node = _function(self.op.name(), self.compute, backward, setup_context)
-        # ``Function.apply`` looks for tensors that torch.func left behind, and calls this
+        # skips ``Function.apply``, which searches arguments for wrappers that torch.func left
         self.apply = super(Function, node).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
@@ -53,7 +54,7 @@ class Operator:
         needs_gradient = False
         for arg in args:
             if isinstance(arg, Tensor):
-                if type(arg) not in _PLAIN or arg.is_meta:
+                if type(arg) not in _PLAIN or arg.is_meta or _is_wrapped(arg):
                     return self.op(*args)
                 needs_gradient = needs_gradient or arg.requires_grad
             elif isinstance(arg, list) and not all(map(_is_constant, arg)):
