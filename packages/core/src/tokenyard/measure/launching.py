@@ -14,6 +14,8 @@ from tokenyard.measure.timing import CudaClock, Spread, Stages, run_stages
 class IdleClock(CudaClock):
     """CUDA events that begin on an idle GPU, so the host's launches count where they are slower."""
 
+    flushes = 1
+
     def prepare(self, call: Callable[[], object]) -> None:
         """Overwrite the L2 cache, and wait."""
         super().prepare(call)

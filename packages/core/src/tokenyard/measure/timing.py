@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 _FLUSH_BYTES = 1 << 29  # larger than any L2 cache
-_FLUSHES = 48  # about 6 ms, in which even slow launches run ahead of the device, as in training
 
 Stages = Sequence[Callable[[Any], Any]]
 """Consecutive stages of one computation. Each takes the result of the stage before, or None."""
@@ -52,12 +51,14 @@ class CpuClock:
 class CudaClock:
     """CUDA events. Overwrites the L2 cache before each repetition."""
 
+    flushes = 48  # about 6 ms, in which even slow launches run ahead of the device, as in training
+
     def __init__(self, device: torch.device):
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def prepare(self, call: Callable[[], object]) -> None:
         """Overwrite the L2 cache."""
-        for _ in range(_FLUSHES):
+        for _ in range(self.flushes):
             self.flush.zero_()
 
     def stamp(self) -> torch.cuda.Event:
