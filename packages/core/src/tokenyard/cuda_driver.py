@@ -23,7 +23,7 @@ NO_DRIVER = (
 _CONFIG = Struct("@7IPPI")  # CUlaunchConfig: grid, block, shared memory, stream, attributes
 _ATTRIBUTE = Struct("@IiQ56x")  # CUlaunchAttribute: id, padding, and 64 bytes of a value
 _CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_PLACE = 128  # bytes of the buffer for an argument: the longest one is a TMA descriptor
+_STRIDE = 128  # bytes from one argument to the next: the longest one is a TMA descriptor
 
 MOST_ARGUMENTS = 128
 """How many arguments a launch can have here."""
@@ -33,10 +33,10 @@ class _Thread(threading.local):
     """The memory that a thread's launches write their arguments to."""
 
     def __init__(self) -> None:
-        self.arguments = ctypes.create_string_buffer(MOST_ARGUMENTS * _PLACE)
+        self.arguments = ctypes.create_string_buffer(MOST_ARGUMENTS * _STRIDE)
         first = ctypes.addressof(self.arguments)
-        places = range(first, first + len(self.arguments), _PLACE)
-        self.addresses = (ctypes.c_void_p * MOST_ARGUMENTS)(*places)
+        starts = range(first, first + len(self.arguments), _STRIDE)
+        self.addresses = (ctypes.c_void_p * MOST_ARGUMENTS)(*starts)
         self.config = ctypes.create_string_buffer(_CONFIG.size)
         self.attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_CHAINED, 0, 1))
         self.attribute_address = ctypes.addressof(self.attribute)
@@ -48,10 +48,11 @@ _thread = _Thread()
 def argument_layout(codes: Iterable[str]) -> Struct:
     """Return where `launch_kernel` reads arguments of these types, codes of the module struct.
 
-    Each has a place of its own. The driver knows where a kernel expects them, which C's rules do
-    not say: a TMA descriptor is aligned in the memory that holds the arguments on the GPU.
+    Each begins 128 bytes after the one before it. The driver knows where a kernel expects them,
+    which C's rules do not say: a TMA descriptor is aligned in the memory that holds the arguments
+    on the GPU.
     """
-    return Struct("@" + "".join(f"{code}{_PLACE - Struct(code).size}x" for code in codes))
+    return Struct("@" + "".join(f"{code}{_STRIDE - Struct(code).size}x" for code in codes))
 
 
 def launch_kernel(
