@@ -1,4 +1,4 @@
-"""A kernel that occupies multiprocessors until it is told to end."""
+"""A kernel that occupies multiprocessors until a flag in memory is set."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from tokenyard_bench.exchange import ExchangeSettings, bench_exchange, check_ran
 from tokenyard_bench.held import check_held, held_times
 from tokenyard_bench.kernels import bench_kernels
 from tokenyard_bench.launch_times import launch_times
-from tokenyard_bench.layer import MoreTimes, bench_layer
+from tokenyard_bench.layer import Measurement, bench_layer
 from tokenyard_bench.options import (
     CaseOptions,
     ExchangeOptions,
@@ -50,7 +50,7 @@ def run_layer(options: LayerOptions, console: Console) -> None:
     sweep = _sweep(options, options.activation)
     if options.launches and sweep.device.type != "cuda":
         raise ConfigError(f"--launches is for a GPU, and --device is {options.device!r}")
-    more: dict[str, MoreTimes] = {}
+    more: dict[str, Measurement] = {}
     if options.held:
         check_held(options.held, sweep.device)
         step = f"timing while {options.held} multiprocessors are held"

@@ -16,14 +16,14 @@ import torch
 from tokenyard import ConfigError
 from tokenyard.measure.launching import IdleClock
 from tokenyard.measure.timing import Stages, measure, run_stages
-from tokenyard_bench.launch_times import pair
+from tokenyard_bench.launch_times import medians
 from tokenyard_bench.sweep import Sweep
 from tokenyard_cli.results import Record
 
 log = logging.getLogger("tokenyard")
 
-_SECONDS = 0.001  # within which the kernel begins
-_MOST = 2_000_000_000  # nanoseconds after which it ends on its own
+_START_SECONDS = 0.001  # within which the kernel begins
+_LIMIT_NS = 2_000_000_000  # after which it ends on its own
 
 
 class HeldClock(IdleClock):
@@ -39,11 +39,11 @@ class HeldClock(IdleClock):
         """Overwrite the L2 cache, wait, and hold the multiprocessors."""
         from tokenyard_bench._hold import hold
 
-        self.state.zero_()
+        self.state[0].zero_()
         super().prepare(call)
         with torch.cuda.stream(self.stream):
-            hold[(self.multiprocessors,)](self.state, _MOST, num_warps=32)
-        time.sleep(_SECONDS)
+            hold[(self.multiprocessors,)](self.state, _LIMIT_NS, num_warps=32)
+        time.sleep(_START_SECONDS)
 
     def between(self, stamps: Sequence[Any]) -> list[float]:
         """Free the multiprocessors, and return milliseconds."""
@@ -51,8 +51,13 @@ class HeldClock(IdleClock):
         return super().between(stamps)
 
     def ran_out(self) -> bool:
-        """Return whether the kernel ended on its own, because a call waited for it."""
-        return bool(self.state[1])
+        """Return whether the kernel ended on its own since the last call of this method.
+
+        It does if a timed call waits for it.
+        """
+        late = bool(self.state[1])
+        self.state[1].zero_()
+        return late
 
 
 def check_held(multiprocessors: int, device: torch.device) -> None:
@@ -78,11 +83,14 @@ def held_times(
     beside = {name: stages for name, stages in layers.items() if _runs_beside(name, stages, clock)}
     free = measure(beside, IdleClock(sweep.device), sweep.repetitions)
     held = measure(beside, clock, sweep.repetitions)
+    if clock.ran_out():
+        log.warning("a layer waited for all streams of the GPU, so --held times none")
+        return {}
     return {
         name: {
             "multiprocessors_held": multiprocessors,
-            "free": pair(free[name]),
-            "held": pair(held[name]),
+            "free": medians(free[name]),
+            "held": medians(held[name]),
         }
         for name in beside
     }
@@ -92,6 +100,7 @@ def _runs_beside(name: str, stages: Stages, clock: HeldClock) -> bool:
     """Return whether a layer can be timed beside the kernel; warn if it cannot."""
     run_stages(stages)  # allocates memory, which could wait for the kernel
     measure({name: stages}, clock, repetitions=1, warmup=0)
-    if clock.ran_out():
+    late = clock.ran_out()
+    if late:
         log.warning("%s waits for all streams of the GPU, and so is not timed with --held", name)
-    return not clock.ran_out()
+    return not late

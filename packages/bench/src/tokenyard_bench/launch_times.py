@@ -27,8 +27,8 @@ def launch_times(sweep: Sweep, layers: Mapping[str, Stages]) -> dict[str, Record
     graphed = _graph_times(sweep, layers)  # last: a failed capture can make the GPU unusable
     return {
         name: {
-            "idle": pair(idle[name]),
-            "host": pair(host[name]),
+            "idle": medians(idle[name]),
+            "host": medians(host[name]),
             "graph": {key: _median(graphed.get(f"{name} {key}")) for key in ("forward", "step")},
         }
         for name in layers
@@ -59,7 +59,7 @@ def _graphs(name: str, stages: Stages, device: torch.device) -> dict[str, Stages
         return {}
 
 
-def pair(spreads: list[Spread]) -> dict[str, float | None]:
+def medians(spreads: list[Spread]) -> dict[str, float | None]:
     """Return the medians of a forward pass, and of forward and backward, in ms."""
     return {"forward": spreads[0].median, "step": spreads[1].median}
 

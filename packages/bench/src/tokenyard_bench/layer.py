@@ -22,7 +22,7 @@ from tokenyard_cli.results import Record
 DENSE = "dense"
 """Name of the dense matmuls among the entrants."""
 
-MoreTimes = Callable[[Sweep, Mapping[str, Stages]], dict[str, Record]]
+Measurement = Callable[[Sweep, Mapping[str, Stages]], dict[str, Record]]
 """Measures entrants' layers once more. Returns facts for the record of each."""
 
 
@@ -31,14 +31,14 @@ def bench_layer(
     backends: str,
     peers: str,
     console: Console,
-    more: Mapping[str, MoreTimes] = MappingProxyType({}),
+    more: Mapping[str, Measurement] = MappingProxyType({}),
     microbatches: int = 1,
 ) -> Iterator[list[Record]]:
     """Measure every case. Yield, for each case, one record for each entrant.
 
     `backends` and `peers` are names separated by commas, or "all"; `peers` may be "none". Records
-    have the facts of `more`, too, each under what is said while it measures. A step is the mean of
-    so many `microbatches`, between which the weights do not change.
+    have the facts of `more`, too: it maps a progress message to a function that measures the layers
+    again. A step is the mean of so many `microbatches`, between which the weights do not change.
     """
 
     def measure_case(case: Case, say: Say) -> Iterator[Record]:
