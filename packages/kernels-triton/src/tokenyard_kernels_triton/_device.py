@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 GLUON = ("3.6", "3.7", "3.8", "3.9")  # Gluon is experimental: its names change between versions
-_INTERPRETED_PROGRAMS = 2  # few, so that each one's loop has several tiles
+_INTERPRETED_PROGRAMS = 2  # of the tests' interpreter: few, so that each has several tiles
 
 
 @functools.cache

@@ -135,8 +135,8 @@ class _Parameters:
     def are_those_of(self, kernel: Any) -> bool:
         """Return whether a kernel's parameters in PTX have these sizes."""
         _, _, entry = kernel.asm["ptx"].partition(".entry")
-        found = _PARAMETER.findall(entry.partition(")")[0])
-        sizes = [int(bits) * int(count or 1) // 8 for bits, count in found]
+        declared = _PARAMETER.findall(entry.partition(")")[0])
+        sizes = [int(bits) * int(count or 1) // 8 for bits, count in declared]
         return len(sizes) <= MOST_ARGUMENTS and sizes == self.sizes
 
     @property

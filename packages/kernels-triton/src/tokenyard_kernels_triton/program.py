@@ -33,6 +33,9 @@ class _Allocation(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
 
+    def whole(self) -> _View:
+        return _View(self.slot, self.shape, self.strides, 0, self.dtype)
+
     def make(self, device: torch.device) -> Tensor:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
 
@@ -160,7 +163,7 @@ class ProgramBuilder:
     def build(self, outputs: Sequence[Tensor]) -> Program | None:
         """Return the program; None if an output is not the memory of a launch's argument."""
         used = {view.slot for step in self.steps for view in step.views.values()}
-        slots = {made.slot: made for step in self.steps for made in step.allocations}
+        allocations = {made.slot: made for step in self.steps for made in step.allocations}
         kept = set(range(len(self.inputs)))
         results: list[_Output] = []
         for output in outputs:
@@ -171,8 +174,8 @@ class ProgramBuilder:
             view = self._view(output)
             if view is None or view.slot not in used:
                 return None
-            made = slots.get(view.slot)
-            whole = made is not None and view == _View(*made[:3], 0, made.dtype)
+            allocation = allocations.get(view.slot)
+            whole = allocation is not None and view == allocation.whole()
             results.append(view.slot if whole else view)
             kept.add(view.slot)
         for step in reversed(self.steps):

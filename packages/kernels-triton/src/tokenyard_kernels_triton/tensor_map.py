@@ -57,7 +57,7 @@ class TensorMap:
         )
         if result != 0:
             return None
-        if len(self._encoded) == _MOST:
+        if len(self._encoded) >= _MOST:
             self._encoded.clear()
         encoded = space.raw[skipped : skipped + BYTES]
         self._encoded[address] = encoded

@@ -58,10 +58,10 @@ def _multiply_up(
     columns = gl.cdiv(blocks * PARTS, 2)
     steps = dim // 128
     done = 0  # slices consumed by all tiles so far
-    total = gl.load(tiles) * columns
+    total_tiles = gl.load(tiles) * columns
     tile = 0  # tiles computed so far
     index = gl.program_id(0)
-    while index < total:
+    while index < total_tiles:
         expert, start, end, n = tile_at(tiles, columns, index, 128)
         row = start + 64 * WARPGROUP
         if row < end:
@@ -280,10 +280,10 @@ def _multiply_rows(
     columns = gl.cdiv(width, 256)
     steps = depth // 128
     done = 0  # slices consumed by all tiles so far
-    total = gl.load(tiles) * columns
+    total_tiles = gl.load(tiles) * columns
     tile = 0  # tiles computed so far
     index = gl.program_id(0)
-    while index < total:
+    while index < total_tiles:
         expert, start, end, n = tile_at(tiles, columns, index, 128)
         row = start + 64 * WARPGROUP
         if row < end:

@@ -18,7 +18,7 @@ from tokenyard_kernels_triton.kernels._gluon_pipeline import barriers, store, ta
 from tokenyard_kernels_triton.kernels._gluon_queue import (
     claim_tile,
     next_tile,
-    pass_on,
+    publish_tile,
     slices_before_claim,
     tile_queue,
 )
@@ -109,14 +109,14 @@ def _load_columns(
         at = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
         start = gl.load(offsets + expert)
         steps = gl.cdiv(gl.load(offsets + expert + 1) - start, 128)
-        early = slices_before_claim(steps)
+        claim_at = slices_before_claim(steps)
         column = first_block(start, expert) * 128
-        for k in range(0, early):
+        for k in range(0, claim_at):
             done = _load_slice(left, right, at, column + 128 * k, shared, done, STAGES)
         claimed = claim_tile(counter, 1)
-        for k in range(early, steps):
+        for k in range(claim_at, steps):
             done = _load_slice(left, right, at, column + 128 * k, shared, done, STAGES)
-        index = pass_on(queue, counter, claimed, tile, total, 1, PROGRAMS)
+        index = publish_tile(queue, counter, claimed, tile, total, 1, PROGRAMS)
         tile += 1
 
 

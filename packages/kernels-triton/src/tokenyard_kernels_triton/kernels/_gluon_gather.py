@@ -16,7 +16,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tokenyard_kernels_triton.kernels._gluon_pipeline import load, ragged_at
-from tokenyard_kernels_triton.kernels._gluon_queue import claim_tile, pass_on, slices_before_claim
+from tokenyard_kernels_triton.kernels._gluon_queue import (
+    claim_tile,
+    publish_tile,
+    slices_before_claim,
+)
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 # Triton 3.6 has the second name only.
@@ -47,7 +51,7 @@ def gather_row_tiles(
     columns = gl.cdiv(width, COLUMNS // PARTS)
     total = gl.load(tiles) * columns
     steps = gl.cdiv(depth, DEPTH)
-    early = DEPTH * slices_before_claim(steps)
+    claim_at = DEPTH * slices_before_claim(steps)
     done = 0  # slices loaded by all tiles so far
     tile = 0  # tiles loaded so far
     index = gl.program_id(0)
@@ -62,14 +66,14 @@ def gather_row_tiles(
         rows = (upper, in_upper, lower, in_lower)
         box_at = (expert, column)
         shared = (a, b, full, empty)
-        for k in range(0, early, DEPTH):
+        for k in range(0, claim_at, DEPTH):
             _gather_rows(x, weight, rows, box_at, k, depth, shared, done, B_BY_DEPTH, STAGES)
             done += 1
         claimed = claim_tile(tiles + 1, 4)
-        for k in range(early, depth, DEPTH):
+        for k in range(claim_at, depth, DEPTH):
             _gather_rows(x, weight, rows, box_at, k, depth, shared, done, B_BY_DEPTH, STAGES)
             done += 1
-        index = pass_on(queue, tiles + 1, claimed, tile, total, 4, PROGRAMS)
+        index = publish_tile(queue, tiles + 1, claimed, tile, total, 4, PROGRAMS)
         tile += 1
 
 
@@ -138,23 +142,23 @@ def gather_column_tiles(
         m, n = matrix_tile_at(m_tiles, n_tiles, index % per_expert, GROUP)
         first = gl.load(offsets + expert)
         end = gl.load(offsets + expert + 1)
-        late = first + DEPTH * slices_before_claim(gl.cdiv(end - first, DEPTH))
+        claim_at = first + DEPTH * slices_before_claim(gl.cdiv(end - first, DEPTH))
         matrices = (left, right, order)
         at = (m * 128, n * COLUMNS)
         box: gl.constexpr = _box(b.dtype)
         tokens, inside = _tokens_at(order, first, end, TOP_K, box)  # [64]
-        for k in range(first, late, DEPTH):
+        for k in range(first, claim_at, DEPTH):
             tokens, inside = _gather_columns(
                 matrices, at, tokens, inside, k, end, rows, shared, done, TOP_K, DEPTH, STAGES
             )
             done += 1
         claimed = claim_tile(counter, 4)
-        for k in range(late, end, DEPTH):
+        for k in range(claim_at, end, DEPTH):
             tokens, inside = _gather_columns(
                 matrices, at, tokens, inside, k, end, rows, shared, done, TOP_K, DEPTH, STAGES
             )
             done += 1
-        index = pass_on(queue, counter, claimed, tile, total, 4, PROGRAMS)
+        index = publish_tile(queue, counter, claimed, tile, total, 4, PROGRAMS)
         tile += 1
 
 

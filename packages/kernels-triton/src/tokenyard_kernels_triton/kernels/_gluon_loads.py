@@ -11,7 +11,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tokenyard_kernels_triton.kernels._gluon_gather import gather_column_tiles, gather_row_tiles
 from tokenyard_kernels_triton.kernels._gluon_pipeline import load, ragged_at
-from tokenyard_kernels_triton.kernels._gluon_queue import claim_tile, pass_on, slices_before_claim
+from tokenyard_kernels_triton.kernels._gluon_queue import (
+    claim_tile,
+    publish_tile,
+    slices_before_claim,
+)
 from tokenyard_kernels_triton.kernels._schedule import matrix_tile_at, tile_at
 
 
@@ -85,7 +89,7 @@ def load_row_tiles(
         depth, width = sizes
         columns = gl.cdiv(width, COLUMNS // PARTS)
         total = gl.load(tiles) * columns
-        early = DEPTH * slices_before_claim(gl.cdiv(depth, DEPTH))
+        claim_at = DEPTH * slices_before_claim(gl.cdiv(depth, DEPTH))
         shared = (a, b, full, empty)
         done = 0  # slices loaded by all tiles so far
         tile = 0  # tiles loaded so far
@@ -93,12 +97,12 @@ def load_row_tiles(
         while index < total:
             expert, row, end, n = tile_at(tiles, columns, index, 128)
             at = (expert, row, end, n * (COLUMNS // PARTS))
-            for k in range(0, early, DEPTH):
+            for k in range(0, claim_at, DEPTH):
                 done = _load_rows(left, weight, at, k, shared, done, B_BY_DEPTH, STAGES)
             claimed = claim_tile(tiles + 1, 1)
-            for k in range(early, depth, DEPTH):
+            for k in range(claim_at, depth, DEPTH):
                 done = _load_rows(left, weight, at, k, shared, done, B_BY_DEPTH, STAGES)
-            index = pass_on(queue, tiles + 1, claimed, tile, total, 1, PROGRAMS)
+            index = publish_tile(queue, tiles + 1, claimed, tile, total, 1, PROGRAMS)
             tile += 1
 
 
@@ -165,13 +169,13 @@ def load_column_tiles(
             at = (m * 128, n * COLUMNS)
             first = gl.load(offsets + expert)
             end = gl.load(offsets + expert + 1)
-            late = first + DEPTH * slices_before_claim(gl.cdiv(end - first, DEPTH))
-            for k in range(first, late, DEPTH):
+            claim_at = first + DEPTH * slices_before_claim(gl.cdiv(end - first, DEPTH))
+            for k in range(first, claim_at, DEPTH):
                 done = _load_columns(left, right, at, k, end, shared, done, STAGES)
             claimed = claim_tile(counter, 1)
-            for k in range(late, end, DEPTH):
+            for k in range(claim_at, end, DEPTH):
                 done = _load_columns(left, right, at, k, end, shared, done, STAGES)
-            index = pass_on(queue, counter, claimed, tile, total, 1, PROGRAMS)
+            index = publish_tile(queue, counter, claimed, tile, total, 1, PROGRAMS)
             tile += 1
 
 

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from tokenyard_kernels_triton.kernels._gluon_pipeline import barriers
 
 _SLOTS = gl.constexpr(2)  # numbers in shared memory
-_LATE = gl.constexpr(2)  # slices of a tile that are loaded after the next tile is claimed
+_SLICES_AFTER_CLAIM = gl.constexpr(2)  # of a tile
 
 
 @gluon.constexpr_function
@@ -43,7 +43,7 @@ def tile_queue(WARPS: gl.constexpr):
 @gluon.jit
 def slices_before_claim(steps):
     """Return how many of a tile's slices are loaded before the next tile is claimed."""
-    return gl.maximum(steps - _LATE, 0)
+    return gl.maximum(steps - _SLICES_AFTER_CLAIM, 0)
 
 
 @gluon.jit
@@ -56,16 +56,16 @@ def claim_tile(counter, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def pass_on(
+def publish_tile(
     queue,
     counter,
     claimed,  # what `claim_tile` returned
-    tile,  # tiles loaded before the one that was loaded last
+    tile,  # number of the tile that was just loaded, from 0
     total,  # tiles of all programs
     WARPS: gl.constexpr,  # of the loader
     PROGRAMS: gl.constexpr,
 ):
-    """Pass a claimed tile to all partitions, and return its index."""
+    """Tell all partitions which tile was claimed, and return its index."""
     numbers, ready, free = queue
     slot = tile % _SLOTS
     mbarrier.wait(free.index(slot), ((tile // _SLOTS) & 1) ^ 1)
@@ -79,7 +79,7 @@ def pass_on(
 @gluon.jit
 def next_tile(
     queue,
-    tile,  # tiles computed before the one that was computed last
+    tile,  # number of the tile that was just computed, from 0
     WARPS: gl.constexpr,  # of the partition
     PROGRAMS: gl.constexpr,
 ):
