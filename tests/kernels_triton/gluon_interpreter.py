@@ -1,19 +1,24 @@
 """Run Gluon kernels for Hopper GPUs on a CPU, which Triton's own interpreter cannot.
 
-It runs a kernel's Python with a language of torch tensors. Each warp group and the loader are a
-thread, which wait for each other at the kernel's barriers: a wrong count or phase is a deadlock,
-which is reported. Shared memory starts as NaN. TMA addresses wrap around 2^64, as ragged rows need,
-and each access to memory is checked against its tensor. It knows nothing of layouts, fences and
-registers: compiling checks the first and the last, and only a GPU the second.
+It runs a kernel's Python with a language of torch tensors. All programs run at the same time, in a
+random order (``interleaving``). Each warp group and the loader are a thread, which wait for each
+other at the kernel's barriers: a wrong count or phase is a deadlock, which is reported. Copies and
+matmuls that are asynchronous happen at any time before the kernel waits for them. Shared memory
+starts as NaN. TMA addresses wrap around 2^64, as ragged rows need, and each access to memory is
+checked against its tensor. It knows nothing of layouts, fences and registers: compiling checks the
+first and the last, and only a GPU the second.
 """
 
 import importlib
 import math
+import random
 import threading
 import types
 from types import SimpleNamespace
 
 import torch
+
+from .interleaving import Interleaving
 
 KERNELS = (
     "_gluon_fp8",
@@ -31,11 +36,23 @@ KERNELS = (
     "_activations",
 )
 LAUNCHERS = ("ops._gluon", "ops._gluon_fp8", "ops._symmetric", "block_sparse._gluon")
-SECONDS = 60  # after which a barrier counts as a deadlock
-_turn = threading.Condition()
-program = SimpleNamespace(
-    id=0, failed=False, order=iter
-)  # `order` arranges the programs of a launch
+SEED = None  # of the order of each launch; that of a failure repeats it
+
+_launch = SimpleNamespace(now=None)  # the Interleaving of the threads of a launch
+
+
+class _Thread(threading.local):
+    """What a warp group or a loader has begun, in its order."""
+
+    program = 0
+
+    def __init__(self):
+        self.copies = []
+        self.stores = []
+        self.matmuls = []
+
+
+_thread = _Thread()
 
 
 class Dtype:
@@ -150,6 +167,7 @@ def load(pointer, mask=None, other=0.0):
 
 
 def store(pointer, value, mask=None):
+    _launch.now.wait()
     offset, mask = pointer.at(mask)
     values = torch.broadcast_to(
         torch.as_tensor(plain(value)).to(pointer.memory.dtype), offset.shape
@@ -159,6 +177,7 @@ def store(pointer, value, mask=None):
 
 def atomic_add(pointer, value, mask, sem):
     """Add to one number, and return what was there."""
+    _launch.now.wait()
     offset, mask = pointer.at(mask)
     before = pointer.memory[offset].clone()
     assert mask.sum() <= 1
@@ -198,9 +217,11 @@ class Shared:
         return Shared(self.tensor.permute(order))
 
     def load(self, layout):
+        _launch.now.wait()
         return Value(self.tensor.clone())
 
     def store(self, value):
+        _launch.now.wait()
         assert value.tensor.dtype == self.tensor.dtype
         bits(self.tensor).copy_(bits(value.tensor.contiguous()))
 
@@ -259,23 +280,63 @@ class Descriptor:
         return offset, inside
 
 
+def copy(target, pointers, mask):
+    """Start copying by threads to shared memory (cp.async)."""
+    offset, mask = pointers.at(mask)
+
+    def move():
+        zero = torch.zeros((), dtype=pointers.memory.dtype)
+        values = torch.where(mask, bits(pointers.memory)[offset], bits(zero))
+        bits(target.tensor).copy_(values)
+
+    _thread.copies.append(_later(move))
+
+
 def tma_load(descriptor, coordinates, barrier, target):
     offset, inside = descriptor.at(coordinates)
-    values = bits(descriptor.memory)[torch.where(inside, offset, 0)]
-    zero = torch.zeros((), dtype=values.dtype)
-    bits(target.tensor).copy_(torch.where(inside, values, zero).view(target.tensor.shape))
-    _complete(barrier, tx=-descriptor.block_type.nbytes)
+
+    def move():
+        values = bits(descriptor.memory)[torch.where(inside, offset, 0)]
+        zero = torch.zeros((), dtype=values.dtype)
+        bits(target.tensor).copy_(torch.where(inside, values, zero).view(target.tensor.shape))
+        _complete(barrier, tx=-descriptor.block_type.nbytes)
+
+    _later(move)
 
 
 def tma_store(descriptor, coordinates, source):
     offset, inside = descriptor.at(coordinates)
-    values = bits(source.tensor).view(inside.shape)
-    bits(descriptor.memory)[offset[inside]] = values[inside]
+
+    def move():
+        values = bits(source.tensor).view(inside.shape)
+        bits(descriptor.memory)[offset[inside]] = values[inside]
+
+    _thread.stores.append(_later(move))
 
 
 def tma_add(descriptor, coordinates, source):
     offset, inside = descriptor.at(coordinates)
-    descriptor.memory[offset[inside]] += source.tensor.view(inside.shape)[inside]
+
+    def move():
+        descriptor.memory[offset[inside]] += source.tensor.view(inside.shape)[inside]
+
+    _thread.stores.append(_later(move))
+
+
+def store_wait(count):
+    _wait_for(_thread.stores, count)
+
+
+def _later(call, ready=lambda: True):
+    """Call a function at any time from now on, in any thread."""
+    return _launch.now.later(torch.no_grad()(call), ready)
+
+
+def _wait_for(tasks, count):
+    """Wait until at most the last `count` tasks are not over."""
+    first = tasks[: len(tasks) - count]
+    _launch.now.wait(lambda: all(task.over for task in first))
+    del tasks[: len(first)]
 
 
 def init(barrier, count):
@@ -287,76 +348,85 @@ def expect(barrier, size):
 
 
 def arrive(barrier, count=1, pred=True):
+    _launch.now.wait()
     if pred:
         _complete(barrier, arrivals=count)
 
 
 def arrive_of_copies(barrier, increment_count=True):
-    """Arrive once for each thread of the four warps that copy."""
+    """Arrive once for each thread of the four warps that copy, after their copies."""
     assert not increment_count
-    _complete(barrier, arrivals=128)
+    before = _thread.copies
+    arrival = _later(
+        lambda: _complete(barrier, arrivals=128), lambda: all(task.over for task in before)
+    )
+    _thread.copies = [arrival]
 
 
 def _complete(barrier, tx=0, arrivals=0):
-    with _turn:
-        barrier.bytes += tx
-        barrier.arrived += arrivals
-        assert barrier.arrived <= barrier.count, "more arrivals than the barrier counts"
-        if barrier.arrived == barrier.count and barrier.bytes == 0:
-            barrier.arrived = 0
-            barrier.phase += 1
-            _turn.notify_all()
+    barrier.bytes += tx
+    barrier.arrived += arrivals
+    assert barrier.arrived <= barrier.count, "more arrivals than the barrier counts"
+    if barrier.arrived == barrier.count and barrier.bytes == 0:
+        barrier.arrived = 0
+        barrier.phase += 1
 
 
 def wait(barrier, phase):
     """Wait until the phase of this parity is over."""
-    with _turn:
-        over = _turn.wait_for(
-            lambda: barrier.phase % 2 != int(phase) or program.failed, timeout=SECONDS
-        )
-    assert over, "deadlock: a barrier is never completed"
-    assert not program.failed, "another partition failed"
+    _launch.now.wait(lambda: barrier.phase % 2 != int(phase))
 
 
 def specialize(partitions, warps, registers):
     """Run each partition in a thread of its own."""
-    errors = []
-    program.failed = False
+    _launch.now.together(
+        [_thread_of(_thread.program, function, arguments) for function, arguments in partitions]
+    )
 
-    def run(function, arguments):
-        try:
-            with torch.no_grad():  # a thread has its own mode
-                function(*arguments)
-        except BaseException as error:
-            errors.append(error)
-            with _turn:
-                program.failed = True
-                _turn.notify_all()
 
-    threads = [threading.Thread(target=run, args=partition) for partition in partitions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+def _thread_of(program, function, arguments=(), constants=None):
+    """Return a function that a thread of a program runs."""
+
+    def run():
+        _thread.program = program
+        with torch.no_grad():  # a thread has its own mode
+            function(*arguments, **constants or {})
+
+    return run
 
 
 def mma(left, right, total, use_acc=True, is_async=False):
+    """Start multiplying; the result has no numbers before the kernel has waited for it."""
+    result = Value(0)
+    del result.tensor
+    add = bool(use_acc)
+
+    def multiply():
+        start = total.tensor if add else torch.zeros_like(total.tensor)
+        result.tensor = _multiply(left.tensor, right.tensor, start)
+
+    before = _thread.matmuls[-1:]  # they end in their order
+    task = _later(multiply, lambda: all(matmul.over for matmul in before))
+    _thread.matmuls.append(task)
+    if not is_async:
+        _wait_for(_thread.matmuls, 0)
+    return result
+
+
+def _multiply(left, right, start):
     """Multiply; sums of e4m3 have 14 bits, and lose the others after each 32 numbers."""
-    start = total.tensor if use_acc else torch.zeros_like(total.tensor)
-    left, right = left.tensor, right.tensor
     if left.dtype != torch.float8_e4m3fn:
-        return Value(start + left.float() @ right.float())
+        return start + left.float() @ right.float()
     for first in range(0, left.shape[1], 32):
         some = slice(first, first + 32)
         start = start + left[:, some].float() @ right[some].float()
         mantissa, exponent = torch.frexp(start)
         start = torch.ldexp((mantissa * 2**14).trunc() / 2**14, exponent)
-    return Value(start)
+    return start
 
 
 def mma_wait(count, deps):
+    _wait_for(_thread.matmuls, count)
     return deps[0] if len(deps) == 1 else tuple(deps)
 
 
@@ -376,7 +446,7 @@ def language():
         int32=Dtype(torch.int32),
         int64=Dtype(torch.int64),
         constexpr=lambda value: value,
-        program_id=lambda axis: program.id,
+        program_id=lambda axis: _thread.program,
         arange=lambda start, end, layout=None: Value(torch.arange(start, end)),
         zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype.torch)),
         load=load,
@@ -427,12 +497,12 @@ def _replacements():
         "mbarrier": SimpleNamespace(
             init=init, expect=expect, arrive=arrive, wait=wait, MBarrierLayout=lambda: None
         ),
-        "tma": SimpleNamespace(store_wait=lambda count: None),
+        "tma": SimpleNamespace(store_wait=store_wait),
         "async_copy": SimpleNamespace(mbarrier_arrive=arrive_of_copies),
         "load": tma_load,  # of TMA
         "store": tma_store,
         "add": tma_add,
-        "_copy": lambda target, pointers, mask: target.store(load(pointers, mask)),
+        "_copy": copy,
         "fence_async_shared": lambda: None,
         "_pairs": Pairs,
         "round_pairs": lambda tile, dtype: tile.to(dtype),
@@ -479,9 +549,12 @@ def install(monkeypatch):
     def launch(kernel, grid):
         def run(*arguments, num_warps, maxnreg, **constants):
             inputs = [_argument(argument) for argument in arguments]
-            programs = program.order(range(grid[0]))
-            for program.id in programs:
-                _function(kernel.fn, spaces)(*inputs, **constants)
+            function = _function(kernel.fn, spaces)
+            seed = random.randrange(2**32) if SEED is None else SEED
+            _launch.now = Interleaving(seed)
+            _launch.now.together(
+                [_thread_of(number, function, inputs, constants) for number in range(grid[0])]
+            )
 
         return run
 
