@@ -135,6 +135,14 @@ SMALL = ("--shape", "8,8,8,4,2")
         ((*SMALL, "--backends", "torch,cpu:foo=1"), r"foo is 1, and 'cpu' has no such option"),
         ((*SMALL, "--peers", "x"), r"--peers 'x' is unknown; known are: grouped_mm"),
         (("--shape", "8,8,8,2,4"), r"top_k is 4 but num_experts is 2"),
+        (
+            ("--device", "cpu", "--launches"),
+            r"--launches is for a GPU, and --device is 'cpu'; leave it out",
+        ),
+        (
+            ("--device", "cpu", "--held", 8),
+            r"--held is for a GPU, and --device is 'cpu'; leave it out",
+        ),
     ],
 )
 def test_bad_options_are_one_sentence(bench, arguments, said):

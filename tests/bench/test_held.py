@@ -17,7 +17,7 @@ from .test_layer import run
 
 
 def test_multiprocessors_are_held_on_a_gpu_only():
-    with pytest.raises(ConfigError, match="--held is for a GPU, and --device is 'cpu'"):
+    with pytest.raises(ConfigError, match="--held is for a GPU, and --device is 'cpu'; leave"):
         held.check_held(8, torch.device("cpu"))
 
 
@@ -26,8 +26,16 @@ def test_some_multiprocessors_must_be_left(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(held, "find_spec", lambda name: name)
     held.check_held(131, torch.device("cuda"))
-    with pytest.raises(ConfigError, match="--held is 132, and the GPU has 132 multiprocessors"):
+    with pytest.raises(ConfigError, match="has 132 multiprocessors; give at most 131"):
         held.check_held(132, torch.device("cuda"))
+
+
+def test_the_kernel_is_for_gpus_of_nvidia(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(
+        ConfigError, match="--held is for GPUs of NVIDIA, and torch is for those of"
+    ):
+        held.check_held(8, torch.device("cuda"))
 
 
 def test_triton_is_needed(monkeypatch):

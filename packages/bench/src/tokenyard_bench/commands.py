@@ -49,7 +49,8 @@ def run_layer(options: LayerOptions, console: Console) -> None:
     """Measure layers. Print tables; write ``layer.json`` and ``layer.png``. Raises ConfigError."""
     sweep = _sweep(options, options.activation)
     if options.launches and sweep.device.type != "cuda":
-        raise ConfigError(f"--launches is for a GPU, and --device is {options.device!r}")
+        device = sweep.device.type
+        raise ConfigError(f"--launches is for a GPU, and --device is {device!r}; leave it out")
     more: dict[str, Measurement] = {}
     if options.held:
         check_held(options.held, sweep.device)

@@ -63,12 +63,19 @@ class HeldClock(IdleClock):
 def check_held(multiprocessors: int, device: torch.device) -> None:
     """Raise ConfigError if a device cannot have so many multiprocessors held."""
     if device.type != "cuda":
-        raise ConfigError(f"--held is for a GPU, and --device is {device.type!r}")
+        raise ConfigError(f"--held is for a GPU, and --device is {device.type!r}; leave it out")
+    if torch.version.hip is not None:
+        raise ConfigError(
+            "--held is for GPUs of NVIDIA, and torch is for those of AMD; leave it out"
+        )
     if find_spec("triton") is None:
         raise ConfigError("--held needs triton, which is not installed: pip install triton")
     count = torch.cuda.get_device_properties(device).multi_processor_count
     if multiprocessors >= count:
-        raise ConfigError(f"--held is {multiprocessors}, and the GPU has {count} multiprocessors")
+        raise ConfigError(
+            f"--held is {multiprocessors}, and the GPU has {count} multiprocessors; "
+            f"give at most {count - 1}"
+        )
 
 
 def held_times(
