@@ -58,3 +58,18 @@ def test_held_multiprocessors_delay_a_layer_by_their_share(device, backend):
     [record] = [record for records in cases for record in records if "held" in record]
     assert record["multiprocessors_held"] == share
     assert record["free"]["step"] < record["held"]["step"] < 1.35 * record["free"]["step"]
+
+
+def test_a_layer_that_waits_for_all_streams_is_not_timed_beside_held_multiprocessors(device):
+    x = torch.randn(512, 512, device=device)
+
+    def waits(_):
+        torch.cuda.synchronize()
+
+    def multiplies(_):
+        return x @ x
+
+    sweep = Sweep([], [], [], device, repetitions=3)
+    times = held_times(sweep, {"waits": (waits,) * 2, "multiplies": (multiplies,) * 2}, 8)
+    assert list(times) == ["multiplies"]
+    assert 0 < times["multiplies"]["held"]["forward"] < times["multiplies"]["held"]["step"]
