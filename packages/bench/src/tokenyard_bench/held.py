@@ -23,7 +23,8 @@ from tokenyard_cli.results import Record
 log = logging.getLogger("tokenyard")
 
 _START_SECONDS = 0.001  # within which the kernel begins
-_LIMIT_NS = 2_000_000_000  # after which it ends on its own
+_LIMIT_SECONDS = 2  # after which it ends on its own
+_WAITED = f"waited for all streams of the GPU, or took longer than {_LIMIT_SECONDS} s"
 
 
 class HeldClock(IdleClock):
@@ -42,7 +43,7 @@ class HeldClock(IdleClock):
         self.state[0].zero_()
         super().prepare(call)
         with torch.cuda.stream(self.stream):
-            hold[(self.multiprocessors,)](self.state, _LIMIT_NS, num_warps=32)
+            hold[(self.multiprocessors,)](self.state, _LIMIT_SECONDS * 10**9, num_warps=32)
         time.sleep(_START_SECONDS)
 
     def between(self, stamps: Sequence[Any]) -> list[float]:
@@ -53,7 +54,7 @@ class HeldClock(IdleClock):
     def ran_out(self) -> bool:
         """Return whether the kernel ended on its own since the last call of this method.
 
-        It does if a timed call waits for it.
+        It does if a timed call waits for it, or takes as long.
         """
         late = bool(self.state[1])
         self.state[1].zero_()
@@ -91,7 +92,7 @@ def held_times(
     free = measure(beside, IdleClock(sweep.device), sweep.repetitions)
     held = measure(beside, clock, sweep.repetitions)
     if clock.ran_out():
-        log.warning("a layer waited for all streams of the GPU, so --held times none")
+        log.warning("a layer %s, so --held times none", _WAITED)
         return {}
     return {
         name: {
@@ -109,5 +110,5 @@ def _runs_beside(name: str, stages: Stages, clock: HeldClock) -> bool:
     measure({name: stages}, clock, repetitions=1, warmup=0)
     late = clock.ran_out()
     if late:
-        log.warning("%s waits for all streams of the GPU, and so is not timed with --held", name)
+        log.warning("%s %s, so --held does not time it", name, _WAITED)
     return not late
