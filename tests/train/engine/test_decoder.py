@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tokenyard import ConfigError, moe_layers
+from tokenyard.adapter import LoraAdapter, LoraSettings
 from tokenyard.tolerance import relative_error
 from tokenyard_models import Dbrx, Mpt
 from tokenyard_train.engine import decoder as decoder_module
@@ -190,6 +191,29 @@ def test_a_text_after_one_in_inference_mode_has_a_cache_that_it_can_write_to(gra
         inside = sample(*request, decoder)
     assert inside == sample(*request, decoder)
     assert graph.captures == 2
+
+
+def test_another_scale_of_adapters_or_precision_of_matmuls_needs_a_new_graph(graph):
+    """A graph has both as they were when it was captured."""
+    net = model()
+    adapter = LoraAdapter({"weight": net.embed.weight}, {}, LoraSettings(2, 4.0))
+    net.register_module("adapter", adapter)
+    decoder = Decoder()
+    request = (net, [prompt(5)], Sampling(6, 0, 0))
+    sample(*request, decoder)
+    adapter.settings = LoraSettings(2, 4.0)
+    sample(*request, decoder)
+    assert graph.captures == 1
+    adapter.settings = LoraSettings(2, 8.0)
+    sample(*request, decoder)
+    assert graph.captures == 2
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        sample(*request, decoder)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert graph.captures == 3
 
 
 def test_copies_of_weights_are_renewed_for_each_text(graph, monkeypatch):

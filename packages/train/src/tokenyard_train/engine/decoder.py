@@ -32,9 +32,10 @@ class Decoder:
     numbers of prompts. The next text of as many prompts takes them, if the cache has room for it,
     but not for more than 4,096 tokens and four times the text. This needs a model whose caches have
     ``rewind(length)``. The result is that of a new graph. A cache and its graph are freed before
-    the next text if weights were replaced or moved, or if another model, autocast or inference mode
-    is used; and with this object. Under an autocast that keeps copies of weights, as with
-    ``amp_bf16``, each text has a new graph, because the copies end with it.
+    the next text if weights were replaced or moved, if settings of adapters changed, or if another
+    model, autocast, inference mode or precision of float32 matmuls is used; and with this object.
+    Under an autocast that keeps copies of weights, as with ``amp_bf16``, each text has a new graph,
+    because the copies end with it.
 
     `spare` is the number of further tokens that a new cache has room for, up to the model's
     max_seq_len: a text that is longer than all before needs a new cache. With `shares_tokens`,

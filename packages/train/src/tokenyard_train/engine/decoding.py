@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tokenyard import Model, started_processes
+from tokenyard.adapter import LoraAdapter
 from tokenyard.capture import capture
 from tokenyard.sharded import local_part
 from tokenyard.weight_copies import captured_weight_copies, renew_weight_copies
@@ -115,14 +116,16 @@ def _captured(model: Model, cache: Any, ids: Tensor) -> _Graph | None:
 
 
 def _setting(model: Model) -> list[object]:
-    """Return what a step depends on: modes of torch, and where each weight and buffer is.
+    """Return what a step depends on: modes of torch, settings, and where weights and buffers are.
 
     Inference mode makes tensors that nothing outside of it can write to. An address alone may be
     that of another tensor by now.
     """
     kind = next(model.parameters()).device.type
     autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-    setting: list[object] = [torch.is_inference_mode_enabled(), autocast]
+    modes = (torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision())
+    setting: list[object] = [autocast, modes]
+    setting += [module.settings for module in model.modules() if isinstance(module, LoraAdapter)]
     for tensor in (*model.parameters(), *model.buffers()):
         local = local_part(tensor)
         layout = (local.dtype, local.shape, local.stride())
