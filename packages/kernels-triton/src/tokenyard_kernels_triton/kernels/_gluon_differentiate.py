@@ -1,7 +1,7 @@
 """The gradient through the down projection and the activation, for Hopper GPUs, in Gluon.
 
-The matmul is that of ``_gluon``'s `times_weight`. Its epilogue reads the pre-activation, so the
-gradient of the activation is never stored. Each warp group loads its own rows of the
+The matmul is that of ``_gluon_rows``'s `times_weight`. Its epilogue reads the pre-activation, so
+the gradient of the activation is never stored. Each warp group loads its own rows of the
 pre-activation by TMA, RING chunks ahead: the first ones before a tile's main loop.
 """
 

@@ -193,7 +193,7 @@ def up_and_activate_fp8(
 ):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F], quantized.
 
-    With TOP_K, x and its scales belong to tokens, as in ``_gluon.up_and_activate``.
+    With TOP_K, x and its scales belong to tokens, as in ``_gluon_up.up_and_activate``.
     """
     # Prologue: slices of both operands, output buffers, and barriers in shared memory.
     a = left_slices(x, weight.dtype, TOP_K, 128, STAGES)

@@ -122,6 +122,20 @@ def _halves(tile, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def add_bias(
+    tile,  # [64, CHUNK] float32
+    bias,  # [width] of the tile's expert
+    column,  # the tile's first column
+    width,
+    CHUNK: gl.constexpr,
+):
+    """Add the bias to a tile."""
+    c = column + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, tile.type.layout))
+    value = gl.load(bias + c, mask=c < width, other=0.0)
+    return tile + value.to(gl.float32)[None, :]
+
+
+@gluon.jit
 def take_chunk(tile, INDEX: gl.constexpr, COLUMNS: gl.constexpr, CHUNK: gl.constexpr):
     """Return chunk INDEX [64, CHUNK] of a tile [64, COLUMNS]; no data moves between threads."""
     if COLUMNS == CHUNK:

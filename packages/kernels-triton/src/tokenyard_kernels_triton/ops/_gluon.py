@@ -10,7 +10,12 @@ from torch import Tensor
 from tokenyard.activations import is_gated
 from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors
 from tokenyard_kernels_triton.gluon_tiling import GluonTiling, Matmul, gluon_tiling
-from tokenyard_kernels_triton.kernels import _gluon, _gluon_differentiate
+from tokenyard_kernels_triton.kernels import (
+    _gluon_columns,
+    _gluon_differentiate,
+    _gluon_rows,
+    _gluon_up,
+)
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._gluon_operands import operand, ragged, rows_of, stacked
@@ -57,7 +62,7 @@ def up_and_activate(
     a = x.new_empty(row_tiles.rows if keep_a else 0, ffn_dim)
     left, order, top_k = operand(x, (64, tiling.depth))
     tiles = row_tiles.bound(ROWS) * ceil_div(ffn_dim, columns)
-    launch(_gluon.up_and_activate, persistent_grid(x.device, tiles))(
+    launch(_gluon_up.up_and_activate, persistent_grid(x.device, tiles))(
         left,
         order,
         stacked(up, parts, (columns, tiling.depth)),
@@ -102,7 +107,7 @@ def times_weight(
     out = rows.new_empty(row_tiles.rows, width)
     left, order, top_k = operand(rows, (64, tiling.depth))
     tiles = row_tiles.bound(ROWS) * ceil_div(width, tiling.columns)
-    launch(_gluon.times_weight, persistent_grid(rows.device, tiles))(
+    launch(_gluon_rows.times_weight, persistent_grid(rows.device, tiles))(
         left,
         order,
         stacked(weight, 1, box),
@@ -186,7 +191,7 @@ def weight_gradient(
     rows, columns = left.shape[1], right.shape[1]
     tiles = shape[0] * ceil_div(rows, ROWS) * ceil_div(columns, tiling.columns)
     a, order, top_k = operand(left, (tiling.depth, 64))
-    launch(_gluon.weight_gradient, persistent_grid(device, tiles))(
+    launch(_gluon_columns.weight_gradient, persistent_grid(device, tiles))(
         *(a, operand(right, (tiling.depth, tiling.columns))[0], order),
         stacked(out, 1, (chunk, 64) if by_columns else (64, chunk)),
         *(row_tiles.offsets, row_tiles.largest_first(), row_tiles.counter()),
