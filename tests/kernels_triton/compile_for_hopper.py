@@ -407,9 +407,10 @@ def main():
     import tokenyard_kernels_triton.ops._gluon as gluon
     import tokenyard_kernels_triton.ops._gluon_fp8 as gluon_fp8
     import tokenyard_kernels_triton.ops._moves as moves
+    import tokenyard_kernels_triton.ops._portable as portable
     import tokenyard_kernels_triton.ops._symmetric as symmetric
 
-    for module in (device, gluon, gluon_fp8, sparse_gluon, symmetric):
+    for module in (device, gluon, gluon_fp8, portable, sparse_gluon, symmetric):
         module.processors = functools.cache(lambda device: 132)
     for module in (few_rows, moves):
         module.chained = lambda device: {"CHAINED": True, "launch_pdl": True}

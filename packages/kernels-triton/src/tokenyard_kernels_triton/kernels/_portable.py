@@ -1,8 +1,10 @@
 """The matmuls of an expert layer for any GPU, over rows sorted by expert.
 
-A program computes one output tile, so a GPU balances their load, also beside kernels of another
-stream. There may be more programs than tiles. Legend: R rows, E experts, D model width, F expert
-width, PARTS 2 for a gated activation (gate and up side by side), else 1.
+A program computes one output tile, or few, so a GPU balances their load, also beside kernels of
+another stream. Where the number of rows is known on the device only, at most PROGRAMS walk over all
+tiles: one for each tile of a bound could be far more than there are tiles. Legend: R rows, E
+experts, D model width, F expert width, PARTS 2 for a gated activation (gate and up side by side),
+else 1.
 
 Kernels read their operands by pointers. Tensor descriptors would be faster on Hopper, but the
 software pipeline of Triton 3.6 has a fault: if a descriptor has more than two dimensions, it
@@ -41,6 +43,7 @@ def up_and_activate(
     BIAS: tl.constexpr,
     KEEP_Z: tl.constexpr,
     KEEP_A: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -49,8 +52,7 @@ def up_and_activate(
 ):
     """Write z = x @ up.T + bias [R, PARTS * F] and a = act(z) [R, F], COLUMNS of F at a time."""
     columns = tl.cdiv(ffn_dim, COLUMNS)
-    index = tl.program_id(0)
-    if index < tl.load(tiles) * columns:
+    for index in range(tl.program_id(0), tl.load(tiles) * columns, PROGRAMS):
         expert, row, end, n = tile_at(tiles, columns, index, ROWS)
         column = n * COLUMNS
 
@@ -162,6 +164,7 @@ def times_weight(
     width,
     TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -170,8 +173,7 @@ def times_weight(
 ):
     """Write out = left @ weight + bias, with each row's expert's weight and bias."""
     columns = tl.cdiv(width, COLUMNS)
-    index = tl.program_id(0)
-    if index < tl.load(tiles) * columns:
+    for index in range(tl.program_id(0), tl.load(tiles) * columns, PROGRAMS):
         expert, row, end, n = tile_at(tiles, columns, index, ROWS)
         column = n * COLUMNS
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenyard.activations import is_gated
 from tokenyard.interfaces import Plan
-from tokenyard_kernels_triton._device import ceil_div, shared_memory
+from tokenyard_kernels_triton._device import ceil_div, processors, shared_memory
 from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import function_of
@@ -19,6 +19,9 @@ from tokenyard_kernels_triton.ops._gradient import differentiate
 from tokenyard_kernels_triton.ops._moves import to_rows
 from tokenyard_kernels_triton.ops._row_tiles import RowTiles
 from tokenyard_kernels_triton.portable_tiling import PortableTiling, portable_tiling
+
+_ROUNDS = 32
+"""Programs for each multiprocessor, at most: enough to balance their load."""
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -45,7 +48,8 @@ def up_and_activate(
     tiling = _tiling(x, up, a)
     columns = tiling.columns // parts
     tiles = row_tiles.bound(tiling.rows) * ceil_div(ffn_dim, columns)
-    launch(_portable.up_and_activate, (tiles,))(
+    programs = _most_programs(x)
+    launch(_portable.up_and_activate, (min(tiles, programs),))(
         x,
         up,
         bias,
@@ -59,6 +63,7 @@ def up_and_activate(
         BIAS=bias is not None,
         KEEP_Z=keep_z,
         KEEP_A=keep_a,
+        PROGRAMS=programs,
         COLUMNS=columns,
         **_options(x, tiling),
     )
@@ -78,7 +83,8 @@ def times_weight(
     out = rows.new_empty(row_tiles.rows, width)
     tiling = _tiling(rows, weight)
     tiles = row_tiles.bound(tiling.rows) * ceil_div(width, tiling.columns)
-    launch(_portable.times_weight, (tiles,))(
+    programs = _most_programs(rows)
+    launch(_portable.times_weight, (min(tiles, programs),))(
         rows,
         weight,
         bias,
@@ -88,6 +94,7 @@ def times_weight(
         width,
         TRANSPOSED=transposed,
         BIAS=bias is not None,
+        PROGRAMS=programs,
         COLUMNS=tiling.columns,
         **_options(rows, tiling),
     )
@@ -140,6 +147,11 @@ def weight_gradient(
         **_options(left, tiling),
     )
     return out
+
+
+def _most_programs(x: Tensor) -> int:
+    """Return the most programs of a matmul whose number of tiles is known on the device only."""
+    return _ROUNDS * processors(x.device)
 
 
 def _tiling(*matrices: Tensor, of_weights: bool = False) -> PortableTiling:
