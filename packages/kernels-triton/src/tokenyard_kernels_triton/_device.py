@@ -83,6 +83,14 @@ def triton_minor_version() -> str:
     return ".".join(triton_version().split(".")[:2])
 
 
+def may_round_float32() -> bool:
+    """Return whether torch may round the operands of float32 matmuls to TF32 on a GPU.
+
+    ``torch.get_float32_matmul_precision`` raises an error after the newer setting that this reads.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def power_of_two(number: int) -> int:
     """Return the least power of two that is at least a number."""
     return 1 << max(0, number - 1).bit_length()

@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tokenyard.operators import operator
-from tokenyard_kernels_triton._device import ceil_div, on_device_of, runs_gluon, shared_memory
+from tokenyard_kernels_triton._device import (
+    ceil_div,
+    may_round_float32,
+    on_device_of,
+    runs_gluon,
+    shared_memory,
+)
 from tokenyard_kernels_triton.block_sparse import reference
 from tokenyard_kernels_triton.block_sparse._tiling import (
     GROUP,
@@ -198,7 +204,7 @@ def _by_kernels(tensor: Tensor) -> bool:
 
 
 def _precision(x: Tensor) -> dict[str, Any]:
-    full = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    full = x.dtype == torch.float32 and not may_round_float32()
     return {"PRECISION": "ieee" if full else "tf32", "TYPE": TYPES[x.dtype]}
 
 

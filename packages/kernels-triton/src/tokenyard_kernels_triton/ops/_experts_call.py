@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from tokenyard.experts import ExpertGradients, ExpertNeeds, ExpertsCall, LoraCall
 from tokenyard.interfaces import ExpertWeights, GradientSums, Plan
+from tokenyard_kernels_triton._device import may_round_float32
 from tokenyard_kernels_triton.ops._alignment import aligned, contiguous
 
 Call = TypeVar("Call", ExpertsCall, LoraCall)
@@ -36,7 +36,7 @@ def sizes_of(call: ExpertsCall) -> tuple[Any, ...]:
         weights.up.shape,
         weights.down.shape,
         call.activation,
-        torch.get_float32_matmul_precision(),
+        may_round_float32(),
     )
 
 

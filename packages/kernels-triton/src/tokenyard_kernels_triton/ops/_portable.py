@@ -10,7 +10,12 @@ from torch import Tensor
 
 from tokenyard.activations import is_gated
 from tokenyard.interfaces import Plan
-from tokenyard_kernels_triton._device import ceil_div, processors, shared_memory
+from tokenyard_kernels_triton._device import (
+    ceil_div,
+    may_round_float32,
+    processors,
+    shared_memory,
+)
 from tokenyard_kernels_triton.gluon_tiling import Matmul
 from tokenyard_kernels_triton.kernels import _portable
 from tokenyard_kernels_triton.kernels._activations import function_of
@@ -170,5 +175,5 @@ def number_options(x: Tensor, precision: str = "ieee") -> dict[str, Any]:
 
     `precision` is that of float32, unless torch may round it to TF32.
     """
-    full = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    full = x.dtype == torch.float32 and not may_round_float32()
     return {"PRECISION": precision if full else "tf32", "TYPE": _TYPES[x.dtype]}
