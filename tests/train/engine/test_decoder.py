@@ -207,12 +207,13 @@ def test_another_scale_of_adapters_or_precision_of_matmuls_needs_a_new_graph(gra
     adapter.settings = LoraSettings(2, 8.0)
     sample(*request, decoder)
     assert graph.captures == 2
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
     try:
         sample(*request, decoder)
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
     assert graph.captures == 3
 
 

@@ -123,7 +123,7 @@ def _setting(model: Model) -> list[object]:
     """
     kind = next(model.parameters()).device.type
     autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-    modes = (torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision())
+    modes = (torch.is_inference_mode_enabled(), torch.backends.cuda.matmul.fp32_precision)
     setting: list[object] = [autocast, modes]
     setting += [module.settings for module in model.modules() if isinstance(module, LoraAdapter)]
     for tensor in (*model.parameters(), *model.buffers()):
