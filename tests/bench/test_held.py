@@ -33,7 +33,7 @@ def test_some_multiprocessors_must_be_left(monkeypatch):
 def test_the_kernel_is_for_gpus_of_nvidia(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     with pytest.raises(
-        ConfigError, match="--held is for GPUs of NVIDIA, and torch is for those of"
+        ConfigError, match="--held is for NVIDIA GPUs, and this torch is for AMD GPUs"
     ):
         held.check_held(8, torch.device("cuda"))
 

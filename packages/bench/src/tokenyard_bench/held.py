@@ -66,9 +66,7 @@ def check_held(multiprocessors: int, device: torch.device) -> None:
     if device.type != "cuda":
         raise ConfigError(f"--held is for a GPU, and --device is {device.type!r}; leave it out")
     if torch.version.hip is not None:
-        raise ConfigError(
-            "--held is for GPUs of NVIDIA, and torch is for those of AMD; leave it out"
-        )
+        raise ConfigError("--held is for NVIDIA GPUs, and this torch is for AMD GPUs; leave it out")
     if find_spec("triton") is None:
         raise ConfigError("--held needs triton, which is not installed: pip install triton")
     count = torch.cuda.get_device_properties(device).multi_processor_count

@@ -59,7 +59,9 @@ class LayerOptions(KernelsOptions):
     ] = False
     held: Annotated[
         int,
-        Option(min=0, help="Also time while another kernel holds multiprocessors, such as 16."),
+        Option(
+            min=0, help="Also time while another kernel holds so many multiprocessors, such as 16."
+        ),
     ] = 0
     microbatches: Annotated[
         int, Option(min=1, help="Forward and backward passes between two changes of the weights.")
