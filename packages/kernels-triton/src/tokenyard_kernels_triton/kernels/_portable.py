@@ -1,6 +1,6 @@
 """The matmuls of an expert layer for any GPU, over rows sorted by expert.
 
-A program computes one output tile, or few, so a GPU balances their load, also beside kernels of
+A program computes one output tile or a few, so a GPU balances their load, also beside kernels of
 another stream. Where the number of rows is known on the device only, at most PROGRAMS walk over all
 tiles: one for each tile of a bound could be far more than there are tiles. Legend: R rows, E
 experts, D model width, F expert width, PARTS 2 for a gated activation (gate and up side by side),
