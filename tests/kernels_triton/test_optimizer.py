@@ -65,8 +65,8 @@ def test_steps_follow_the_formula(weight, gradient):
     for tensors, (p, m, v) in zip(optimizer.parameters, states):
         for got, want in ((tensors.master, p), (tensors.exp_avg, m), (tensors.exp_avg_sq, v)):
             assert relative_error(got, want) < 1e-6
-        # Triton's interpreter truncates to bfloat16.
-        assert relative_error(tensors.weight, p) < 2 * torch.finfo(weight).eps
+        # Each step rounds float32 once, and Triton's interpreter truncates to bfloat16.
+        assert relative_error(tensors.weight, p) < max(1e-6, 2 * torch.finfo(weight).eps)
 
 
 def test_a_step_gives_weights_a_new_version():
