@@ -186,39 +186,6 @@ def test_matmuls_in_16_bits(copied):
     assert relative_error(total - start, rows_outer(z.double(), x.double(), offsets)) < 1e-5
 
 
-@pytest.mark.parametrize("copied", [True, False], ids=["copied", "gathered"])
-def test_no_bit_depends_on_which_program_computes_a_tile(copied):
-    from tokenyard_kernels_triton.ops import _gluon, _gluon_fp8
-    from tokenyard_kernels_triton.ops._gluon_operands import NARROW
-
-    rows = Rows()
-    dim, ffn_dim = 256, 384
-    tokens = random(rows.count, dim)
-    left = _gluon.rows_of(tokens, rows.plan, NARROW + 1 if copied else NARROW)
-    up = random(rows.experts, 2 * ffn_dim, dim)
-    down = random(rows.experts, dim, ffn_dim)
-    a = random(len(rows.plan.order), ffn_dim)
-    in_fp8 = operands(rows, copied, dim)[0]
-    weight = quantized_weights(rows.experts, ffn_dim, dim)[0]
-
-    def results():
-        z, act = _gluon.up_and_activate(left, up, None, rows.tiles, "swiglu")
-        y = _gluon.times_weight(a, down, None, rows.tiles, True, "down")
-        ddown = _gluon.weight_gradient(left, a, rows.tiles, "down_gradient")
-        dz = torch.empty_like(z)
-        weighted, dots = _gluon.differentiate_down(
-            left, down, z, dz, rows.plan.order, None, rows.tiles, "swiglu"
-        )
-        y_in_fp8 = _gluon_fp8.times_weight(in_fp8, weight, None, rows.tiles, True, BF16)
-        kept = [result[: rows.kept] for result in (z, act, y, dz, weighted, dots, y_in_fp8)]
-        return [*kept, ddown]
-
-    first = results()
-    for _ in range(2):  # with the same tile list
-        assert all(torch.equal(*both) for both in zip(results(), first))
-        assert not rows.tiles.counter()
-
-
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", swiglu(1.702, 1, 1)])
 @pytest.mark.parametrize("copied", [True, False], ids=["copied", "gathered"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tokenyard.experts import rows_outer
+from tokenyard.testing._compare import poisoned_memory
 from tokenyard.tolerance import relative_error
 from tokenyard_kernels_triton import _device
 from tokenyard_kernels_triton.ops._gluon_operands import NARROW
@@ -45,6 +46,7 @@ def test_matmuls_in_turns_have_one_tile_list(copied, kept):
     down = random(rows.experts, 128, 384)
     in_fp8, numbers = operands(rows, copied, 128)
     weight, matrices = quantized_weights(rows.experts, 384, 128)
+    up = random(rows.experts, 2 * 384, 128)
     start = torch.randn(rows.experts, 384, 128, device=DEVICE)
 
     def results():
@@ -54,12 +56,22 @@ def test_matmuls_in_turns_have_one_tile_list(copied, kept):
         counters += [rows.tiles.counter().item()]
         total = start.clone()
         _gluon.weight_gradient(z, left, rows.tiles, "up_gradient", total=total)
-        assert [*counters, rows.tiles.counter().item()] == [0, 0, 0]
-        return z[: rows.kept], in_8_bits[: rows.kept], total
+        counters += [rows.tiles.counter().item()]
+        pre_activation, act = _gluon.up_and_activate(left, up, None, rows.tiles, "swiglu")
+        counters += [rows.tiles.counter().item()]
+        dz = torch.empty_like(pre_activation)
+        weighted, dots = _gluon.differentiate_down(
+            left, down, pre_activation, dz, rows.plan.order, None, rows.tiles, "swiglu"
+        )
+        assert [*counters, rows.tiles.counter().item()] == [0] * 5
+        of_rows = (z, in_8_bits, pre_activation, act, dz, weighted, dots)
+        return [*(result[: rows.kept] for result in of_rows), total]
 
-    first = results()
-    assert all(torch.equal(*both) for both in zip(results(), first))
-    z, in_8_bits, total = first
+    with poisoned_memory():
+        first, *others = (results() for _ in range(3))
+    for other in others:
+        assert all(torch.equal(*both) for both in zip(other, first))
+    z, in_8_bits, *_, total = first
     if not rows.kept:
         assert torch.equal(total, start)
         return
