@@ -21,7 +21,8 @@ import torch
 from .interleaving import Interleaving
 
 KERNELS = (
-    "_gluon_fp8",
+    "_gluon_fp8_rows",
+    "_gluon_fp8_up",
     "_gluon_fp8_gradient",
     "_gluon_fp8_tiles",
     "_gluon_columns",

@@ -3,7 +3,7 @@
 The reduction runs over an expert's rows, so both operands are transposed first: numbers of one
 column of all rows lie side by side, in blocks of 128 rows that belong to one expert
 (``_transpose``). The left operand has a scale for each 128 numbers of a row, and the right one for
-each 128 x 128, as in ``_gluon_fp8``.
+each 128 x 128, as in ``_gluon_fp8_up``.
 """
 
 from __future__ import annotations

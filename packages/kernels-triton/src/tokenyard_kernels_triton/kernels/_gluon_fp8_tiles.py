@@ -3,7 +3,7 @@
 The tensor cores add in about 14 bits. So a slice's sum starts at zero, and is scaled and added to
 the total in float32. A warp group computes 64 columns at a time: while it adds one sum, the next is
 in flight. The left operand is in registers, because shared memory is too slow to read it four times
-a slice. ``_gluon_fp8`` has the layout of operands and scales.
+a slice. ``_gluon_fp8_up`` has the layout of operands and scales.
 """
 
 from __future__ import annotations

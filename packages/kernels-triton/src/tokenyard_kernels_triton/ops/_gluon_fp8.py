@@ -12,7 +12,7 @@ from tokenyard.activations import is_gated
 from tokenyard.fp8 import BLOCK, DTYPE, Quantized
 from tokenyard.interfaces import Plan
 from tokenyard_kernels_triton._device import ceil_div, persistent_grid, processors
-from tokenyard_kernels_triton.kernels import _gluon_fp8, _gluon_fp8_gradient
+from tokenyard_kernels_triton.kernels import _gluon_fp8_gradient, _gluon_fp8_rows, _gluon_fp8_up
 from tokenyard_kernels_triton.kernels._activations import function_of
 from tokenyard_kernels_triton.launching import launch
 from tokenyard_kernels_triton.ops._gluon_operands import (
@@ -85,7 +85,7 @@ def up_and_activate(
     # The kernel always needs a descriptor of `a`, and a descriptor needs a row.
     a = _empty_rows(x, row_tiles.rows if keep_a else 1, ffn_dim)
     tiles = row_tiles.bound(ROWS) * ceil_div(ffn_dim, COLUMNS // parts)
-    launch(_gluon_fp8.up_and_activate_fp8, persistent_grid(x.device, tiles))(
+    launch(_gluon_fp8_up.up_and_activate_fp8, persistent_grid(x.device, tiles))(
         *_left(x),
         stacked(up.values, parts, (COLUMNS // parts, BLOCK)),
         up.scales,
@@ -129,7 +129,7 @@ def times_weight(
     # buffer for results.
     stages, buffers = (4, 1) if transposed else (3, 2)
     tiles = row_tiles.bound(ROWS) * ceil_div(width, COLUMNS)
-    launch(_gluon_fp8.times_weight_fp8, persistent_grid(rows.device, tiles))(
+    launch(_gluon_fp8_rows.times_weight_fp8, persistent_grid(rows.device, tiles))(
         *_left(rows),
         stacked(values, 1, (COLUMNS, BLOCK)),
         weight.scales,
