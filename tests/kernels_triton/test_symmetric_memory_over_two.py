@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tokenyard import BackendError, ConfigError, MoE, Routing, Workload
+from tokenyard import BackendError, ConfigError, MoE, Routing, Workload, peer_memory
 from tokenyard.count import saved_by_ffn
 from tokenyard.permutations import TorchPermutation
 from tokenyard.recompute import recomputed
 from tokenyard.testing import ExchangeConformance, ranks
-from tokenyard_kernels_triton.symmetric_memory import SymmetricMemoryExchange, _agreement, _buffer
+from tokenyard_kernels_triton.symmetric_memory import SymmetricMemoryExchange, _buffer
 
 EXPERTS = 8
 TOP_K = 2
@@ -160,8 +160,8 @@ def error_of(fault):
     x, routing = make_routing(2, width=6 if faulty and fault == "width" else 8)
     name = "other" if faulty and fault == "node" else "this"
     with (
-        patch.object(_agreement, "_BOOT", Path("/not there")),
-        patch.object(_agreement.platform, "node", lambda: name),
+        patch.object(peer_memory, "_BOOT", Path("/not there")),
+        patch.object(peer_memory.platform, "node", lambda: name),
     ):
         try:
             exchange(x, routing, compute)

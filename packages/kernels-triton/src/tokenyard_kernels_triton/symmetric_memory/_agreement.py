@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenyard.errors import BackendError
+from tokenyard.peer_memory import node_number
 
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _KINDS = ("tokens of width", "experts a token:", "bytes a number:", "bytes a weight:")
 
 
@@ -22,7 +20,7 @@ def most_tokens(group: Any, x: Tensor, topk_weights: Tensor) -> int:
     Raises BackendError on every rank if ranks are on several nodes or send different kinds of rows.
     """
     kind = [x.shape[1], topk_weights.shape[1], x.element_size(), topk_weights.element_size()]
-    own = torch.tensor([x.shape[0], _node(), *kind], device=x.device)
+    own = torch.tensor([x.shape[0], node_number(), *kind], device=x.device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     tokens, nodes, *kinds = torch.stack(gathered, 1).tolist()
@@ -39,9 +37,3 @@ def most_tokens(group: Any, x: Tensor, topk_weights: Tensor) -> int:
                     f"and rank 0 {values[0]}; all must have the same"
                 )
     return int(max(tokens))
-
-
-def _node() -> int:
-    """Return a number of this machine that differs from that of others."""
-    name = _BOOT.read_text(encoding="ascii") if _BOOT.exists() else platform.node()
-    return int.from_bytes(name.strip().encode()[-7:], "big")

@@ -8,8 +8,6 @@ Each rank runs its trips in the same order on one stream.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from functools import cache, partial
 from itertools import count
 from typing import Any
@@ -19,15 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenyard.errors import BackendError
+from tokenyard.peer_memory import PeerMemory, peer_memory
 from tokenyard_kernels_triton.symmetric_memory._region import Region, Sizes, layout_of
-from tokenyard_kernels_triton.symmetric_memory._torch_private import (
-    SymmetricMemory,
-    symmetric_memory,
-)
 
 REGIONS = 2  # of a buffer, which take turns
 
-_PATH = 512  # bytes of a path, at most
 _SPARE = 60.0  # seconds that a barrier of GPUs waits longer than the host
 
 
@@ -56,16 +50,11 @@ class SymmetricBuffer:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            dist.barrier(self.group)  # peers may still read the old buffer
-            milliseconds = int(1000 * (timeout + _SPARE))
-            # the old one is freed first
-            self.buffers = ()
-            memory = _allocate(REGIONS * region_bytes, self.device, self.group)
-            self.buffers = memory.buffers
-            self._barrier = partial(memory.barrier, milliseconds)
-        else:
-            self.buffers = _shared_file(REGIONS * region_bytes, self.group)
-            self._barrier = partial(dist.barrier, self.group)
+        dist.barrier(self.group)  # peers may still read the old buffer
+        self.buffers = ()  # it is freed first
+        memory = _allocate(REGIONS * region_bytes, self.device, self.group)
+        self.buffers = memory.buffers
+        self._barrier = partial(memory.barrier, int(1000 * (timeout + _SPARE)))
         addresses = [buffer.data_ptr() for buffer in self.buffers]
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
         self.region_bytes = region_bytes
@@ -136,31 +125,10 @@ def _link_number(buffer: SymmetricBuffer, sizes: Sizes) -> int:
     return len(_links) - 1
 
 
-def _allocate(size: int, device: torch.device, group: Any) -> SymmetricMemory:
+def _allocate(size: int, device: torch.device, group: Any) -> PeerMemory:
     try:
-        return symmetric_memory(size, device, group)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        return peer_memory(size, device, group)
+    except BackendError as error:
         raise BackendError(
-            f"the exchange symmetric_memory cannot share {size:,} bytes of GPU memory between "
-            f"ranks ({reason}); give backends.exchange: all_to_all_tokens"
+            f"the exchange symmetric_memory: {error}; give backends.exchange: all_to_all_tokens"
         ) from error
-
-
-def _shared_file(size: int, group: Any) -> tuple[Tensor, ...]:
-    """Return a buffer [size] uint8 of each rank: parts of a file that all ranks map."""
-    rank = dist.get_rank(group)
-    ranks = dist.get_world_size(group)
-    path = torch.zeros(_PATH, dtype=torch.uint8)
-    if rank == 0:
-        file, name = tempfile.mkstemp(prefix="tokenyard-")
-        os.truncate(file, ranks * size)
-        os.close(file)
-        path[: len(name.encode())] = torch.tensor(list(name.encode()), dtype=torch.uint8)
-    dist.broadcast(path, group_src=0, group=group)
-    name = bytes(path.tolist()).rstrip(b"\0").decode()
-    whole = torch.from_file(name, shared=True, size=ranks * size, dtype=torch.uint8)
-    dist.barrier(group)
-    if rank == 0:
-        os.unlink(name)  # the memory stays until all ranks unmap it
-    return whole.chunk(ranks)
