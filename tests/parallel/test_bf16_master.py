@@ -40,10 +40,3 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_whole(settings, tmp_path):
     constant = {"scheduler": {"name": "constant_with_warmup"}}
     whole = run(layout_runs.trained, "fsdp-2-ep2", settings, tmp_path / "w", **BF16, **constant)
     assert last.digest == whole.digest
-
-
-def test_dense_gradients_are_summed_over_ranks_in_float32(settings, tmp_path):
-    """Experts are, too: see test_sum.py."""
-    dtypes = run(layout_runs.dense_reduce_dtypes, "fsdp-2", settings, tmp_path, **BF16)
-    assert len(dtypes) == 3  # two blocks, and the model
-    assert set(dtypes) == {"torch.float32"}

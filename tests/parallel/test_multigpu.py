@@ -65,6 +65,22 @@ def test_tokens_in_fp8_on_the_wire(layout):
     assert max(worst.values()) <= 1e-12, worst
 
 
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16_master"])
+def test_copies_between_gpus_move_what_collectives_do(settings, tmp_path, precision):
+    """Shards of experts, and their gradients: bit by bit over four steps of two microbatches."""
+    two = settings | {"device": "cuda", "precision": precision, "deterministic": True}
+    two |= {"max_duration": "4ba", "device_train_microbatch_size": 1}
+    digests = []
+    for transfers in ("copies", "collectives"):
+        strategy = {"name": "fsdp", "transfers": transfers}
+        folder = str(tmp_path / transfers)
+        changes = {"parallel": {"strategy": strategy}, "save_folder": folder}
+        first, second = ranks(2, "cuda").run(runs.trained, two | changes)
+        assert first == second
+        digests.append(first.digest)
+    assert digests[0] == digests[1]
+
+
 def test_a_checkpoint_of_two_gpus_loads_on_one(settings, tmp_path):
     """Model and optimizer, bit by bit."""
     two = settings | {

@@ -45,6 +45,7 @@ class Layout(NamedTuple):
     exchange: str = "auto"
     replicate: int = 1
     chunks: int = 1
+    transfers: str = "auto"  # of fsdp
 
     def __str__(self) -> str:
         parts = [f"{self.kind}-{self.ranks}"]
@@ -52,6 +53,8 @@ class Layout(NamedTuple):
             parts.append(f"ep{self.expert_parallel}-{self.exchange}")
         if self.chunks > 1:
             parts.append(f"chunks{self.chunks}")
+        if self.transfers != "auto":
+            parts.append(self.transfers)
         return "-".join(parts)
 
     @property
@@ -160,6 +163,7 @@ def build(layout: Layout, case: Case) -> tuple[Strategy, nn.Module]:
     # a collective that hangs fails, and is named, before the call of a rank is given up
     options: dict[str, Any] = {"timeout": 100.0} if layout.ranks > 1 else {}
     options |= {"replicate": layout.replicate} if layout.replicate > 1 else {}
+    options |= {"transfers": layout.transfers} if layout.transfers != "auto" else {}
     chosen = default_registry().choose("strategy", {"name": layout.strategy, **options})
     strategy = chosen.construct(device=case.device)
     with torch.device("meta"):

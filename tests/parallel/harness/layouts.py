@@ -14,6 +14,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
     "ddp-2": (2, {"strategy": "ddp"}),
     "fsdp-2": (2, {"strategy": "fsdp"}),
+    "fsdp-2-copies": (2, {"strategy": {"name": "fsdp", "transfers": "copies"}}),
     "fsdp-2-ep2": (2, {"strategy": "fsdp", "expert_parallel": 2}),
     "ddp-2-ep2": (2, {"strategy": "ddp", "expert_parallel": 2}),
     "fsdp-4-ep2": (4, {"strategy": "fsdp", "expert_parallel": 2}),

@@ -61,3 +61,30 @@ def at_end_of_backward(call: Callable[[], None]) -> None:
     FSDP uses the same queue.
     """
     torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
+
+
+def all_gather(gathered: Tensor, own: Tensor, group: Any) -> None:
+    """Gather a tensor [n] of every rank into one [ranks * n].
+
+    torch 2.13 has a new name for it, and warns of the old one.
+    """
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    call(gathered, own, group=group)
+
+
+def reduce_scatter(total: Tensor, parts: Tensor, group: Any) -> None:
+    """Sum a tensor [ranks * n] of every rank, and return this rank's part [n] of the sum.
+
+    torch 2.13 has a new name for it, and warns of the old one.
+    """
+    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    call(total, parts, group=group)
+
+
+def held_tensor(parameter: Any) -> Tensor:
+    """Return the very tensor that a DTensor holds; `to_local` returns another. torch 2.10 to 2.13.
+
+    FSDP asks this one for its extensions.
+    """
+    held: Tensor = parameter._local_tensor
+    return held

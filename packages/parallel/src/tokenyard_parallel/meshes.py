@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tokenyard import ConfigError
 from tokenyard.divisors import divisors
+from tokenyard.sharded import is_sharded
 from tokenyard_parallel._torch_private import set_timeout
 
 REPLICATE = "replicate"
@@ -91,3 +93,8 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
 def rank_and_size() -> tuple[int, int]:
     """Return this rank and the world size."""
     return dist.get_rank(), dist.get_world_size()
+
+
+def is_shard(parameter: Tensor) -> bool:
+    """Return whether a parameter is a shard, and not what FSDP has gathered."""
+    return is_sharded(parameter) and SHARD in (parameter.device_mesh.mesh_dim_names or ())

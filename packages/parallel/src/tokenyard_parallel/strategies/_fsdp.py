@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from tokenyard import ConfigError, MoE, ShardingReport, moe_layers, started_processes
+from tokenyard.errors import one_of
 from tokenyard_parallel.meshes import (
     EXPERT_PARALLEL,
     SHARD,
@@ -27,14 +29,21 @@ from tokenyard_parallel.meshes import (
     data_mesh,
     dense_sizes,
     expert_sizes,
+    is_shard,
     make_mesh,
     rank_and_size,
 )
 from tokenyard_parallel.processes import connect
+from tokenyard_parallel.strategies._gather import CopiedGather, attach_before_forward
 from tokenyard_parallel.strategies._norm import gradient_norm
+from tokenyard_parallel.strategies._peers import TRANSFERS, Ranks, peers_of
 from tokenyard_parallel.strategies._prefetch import set_prefetch
 from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
-from tokenyard_parallel.strategies._shard_dim import check_shardable, expert_placement
+from tokenyard_parallel.strategies._shard_dim import (
+    check_shardable,
+    cut_evenly_into_experts,
+    expert_placement,
+)
 from tokenyard_parallel.strategies._working_set import working_set
 
 _MOST_SECONDS = 10_000_000
@@ -55,11 +64,14 @@ class FsdpStrategy:
         replicate: int = 1,
         reshard_after_forward: bool = True,
         timeout: float = 600.0,
+        transfers: str = "auto",
     ):
         self.device = torch.device(device)
         self.dense = dense_sizes(started_processes(), replicate)
         self.reshard_after_forward = reshard_after_forward
         self.timeout = _collective_timeout(timeout)
+        one_of("parallel.strategy.transfers", transfers, TRANSFERS)
+        self.transfers = transfers
         connect(self.device, self.timeout)
         self.data = rank_and_size()
 
@@ -75,13 +87,16 @@ class FsdpStrategy:
 
     def layout(self, model: nn.Module) -> nn.Module:
         """Shard a model on the meta device, and install exchanges."""
-        dense = data_mesh(make_mesh(self.dense, self.device, self.timeout))
+        dense = self._ranks(make_mesh(self.dense, self.device, self.timeout))
         blocks = list(getattr(model, "blocks", ()))
         # the backward pass starts with the last block, so it stays gathered
         last = set(blocks[-1].modules()) if blocks else set()
         unsharded: set[nn.Parameter] = set()
+        gathers: list[CopiedGather] = []
         if layers := moe_layers(model):
-            mesh = make_mesh(self._expert_sizes(model), self.device, self.timeout)
+            sizes = self._expert_sizes(model)
+            mesh = make_mesh(sizes, self.device, self.timeout)
+            ranks = dense if sizes == self.dense else self._ranks(mesh)
             for moe in layers:
                 if moe.workload.expert_parallel > 1:
                     keep_local_experts(moe, mesh)
@@ -89,10 +104,11 @@ class FsdpStrategy:
                     # no other rank has these experts, so a unit would only copy them
                     unsharded.update(moe.experts.parameters())
                 else:
-                    self._shard_experts(moe, mesh, moe not in last)
+                    gathers += self._shard_experts(moe, ranks, moe not in last)
         for block in blocks:
             self._shard(block, dense, block not in last, ignored=unsharded)
         self._shard(model, dense, False, ignored=unsharded)
+        attach_before_forward(model, gathers)
         set_prefetch(model, blocks)
         model.register_forward_hook(_reshard_without_backward)
         return model
@@ -118,44 +134,51 @@ class FsdpStrategy:
         degrees = {moe.workload.expert_parallel for moe in moe_layers(model)} or {1}
         return expert_sizes(self.dense, max(degrees))
 
-    def _shard_experts(self, moe: MoE, mesh: DeviceMesh, reshard: bool) -> None:
+    def _ranks(self, mesh: DeviceMesh) -> Ranks:
+        peers = peers_of(self.transfers, self.device, mesh[SHARD].get_group())
+        return Ranks(data_mesh(mesh), peers)
+
+    def _shard_experts(self, moe: MoE, ranks: Ranks, reshard: bool) -> list[CopiedGather]:
         """Shard this rank's experts over the ranks that hold the same ones."""
-        shards = mesh[SHARD].size()
         stored = _trained_dtype(moe.experts)
         computed = moe.workload.dtype
         # Experts cast their weights to the compute dtype anyway, so they are gathered in it
-        narrow = computed.itemsize < stored.itemsize
-        policy = None
-        if narrow:
-            policy = MixedPrecisionPolicy(computed, computed, cast_forward_inputs=False)
-        unit = self._shard(moe.experts, data_mesh(mesh), reshard, policy, expert_placement(shards))
-        if narrow:
-            unit.set_custom_reduce_scatter(WideReduceScatter(shards, stored))
+        gathered = computed if computed.itemsize < stored.itemsize else None
+        evenly_cut = cut_evenly_into_experts(moe.experts, ranks.shards)
+        placement = expert_placement(ranks.shards)
+        unit = self._shard(moe.experts, ranks, reshard, gathered, placement)
+        if ranks.peers is None:
+            return []
+        return [CopiedGather(unit, evenly_cut, ranks.peers, gathered)]
 
     def _shard(
         self,
         module: nn.Module,
-        mesh: DeviceMesh,
+        ranks: Ranks,
         reshard: bool,
-        policy: MixedPrecisionPolicy | None = None,
+        gathered: torch.dtype | None = None,
         placement: Callable[[nn.Parameter], Shard] | None = None,
         ignored: set[nn.Parameter] | None = None,
     ) -> Any:
-        if policy is None:
-            # The weights may become 16-bit later; gradients are summed in today's dtype.
-            dtype = _trained_dtype(module)
-            policy = MixedPrecisionPolicy(reduce_dtype=dtype, cast_forward_inputs=False)
+        """Make a module a unit of FSDP, gathered in a narrower dtype than it is stored if given."""
+        stored = _trained_dtype(module)
+        # The weights may become 16-bit later; replicas sum gradients in today's dtype
+        summed = stored if ranks.replicated and gathered is None else gathered
         unit: Any = fully_shard(
             module,
-            mesh=mesh,
+            mesh=ranks.mesh,
             reshard_after_forward=reshard and self.reshard_after_forward,
             shard_placement_fn=placement,
-            mp_policy=policy,
+            mp_policy=MixedPrecisionPolicy(gathered, summed, cast_forward_inputs=False),
             ignored_params=ignored,
         )
-        assert isinstance(unit, FSDPModule)
+        if gathered is not None or not ranks.replicated:
+            sum_dtype = None
+            if gathered is not None:
+                sum_dtype = partial(_stored_dtype, unit, stored, ranks.replicated)
+            unit.set_custom_reduce_scatter(WideReduceScatter(ranks.shards, ranks.peers, sum_dtype))
         # on one rank torch would copy the gradients to divide them by 1
-        if mesh.size() > 1:
+        if ranks.mesh.size() > 1:
             unit.set_gradient_divide_factor(1.0)
         # gloo has no scaled sum; without this, two factors would apply
         unit.set_force_sum_reduction_for_comms(True)
@@ -166,6 +189,17 @@ def _trained_dtype(module: nn.Module) -> torch.dtype:
     """Return the dtype of the parameters that are trained; without any, of the frozen ones."""
     parameters = sorted(module.parameters(), key=lambda p: not p.requires_grad)
     return parameters[0].dtype
+
+
+def _stored_dtype(unit: nn.Module, before: torch.dtype, replicated: bool) -> torch.dtype:
+    """Return the dtype in which the shards of a unit are stored: `before`, or what it has become.
+
+    Replicas sum what ranks have summed, so they keep the wider one.
+    """
+    if replicated:
+        return before
+    stored = (p.dtype for p in unit.parameters() if p.requires_grad and is_shard(p))
+    return next(stored, before)
 
 
 def _collective_timeout(seconds: float) -> timedelta:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tokenyard.sharded import local_part
-from tokenyard_parallel._torch_private import at_end_of_backward
+from tokenyard_parallel._torch_private import all_gather, at_end_of_backward
 from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
 
 BUCKET = 1 << 26
@@ -98,8 +98,8 @@ def sum_narrow(flat: Tensor, dtype: torch.dtype, group: Any) -> None:
     """
     ranks = dist.get_world_size(group)
     shard = torch.empty(flat.numel() // ranks, dtype=dtype, device=flat.device)
-    WideReduceScatter(ranks, dtype)(shard, flat, group, dist.ReduceOp.SUM)
-    dist.all_gather_into_tensor(flat, shard.to(flat.dtype), group=group)
+    WideReduceScatter(ranks, None)(shard, flat, group, dist.ReduceOp.SUM)
+    all_gather(flat, shard.to(flat.dtype), group)
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -46,6 +46,15 @@ def expert_placement(shards: int) -> Callable[[nn.Parameter], Shard]:
     return placement
 
 
+def cut_evenly_into_experts(experts: nn.Module, shards: int) -> list[str]:
+    """Return the names of packed experts [E, ...] whose shards are E / shards experts each."""
+    return [
+        name
+        for name, parameter in experts.named_parameters()
+        if local_part(parameter).shape[0] % shards == 0
+    ]
+
+
 def check_shardable(moe: MoE, dense: MeshSizes, experts: MeshSizes) -> None:
     """Check that every rank holds a part of every expert parameter.
 
