@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from tokenyard.tolerance import relative_error
 from tokenyard_models import to_hf
 from tokenyard_models.hf import Folder
 from tokenyard_train.checkpoint import CheckpointError, read_meta
@@ -90,7 +91,7 @@ def test_every_command_finds_the_base(tuning, base, text, tmp_path):
     assert not torch.equal(load_trained(base, "cpu", "fp32").model(ids).logits, want)
     convert(ConvertOptions(run, tmp_path / "merged"), QUIET)
     merged = load_trained(tmp_path / "merged", "cpu").model(ids).logits
-    assert torch.allclose(merged, want, atol=1e-5)
+    assert relative_error(merged, want) < 5e-6
     prompt = (["3 times"], 3, 0.0)
     text_of_run = generate(GenerateOptions(run, *prompt, device="cpu"))
     routing = RoutingOptions(run, text, 64, out=tmp_path / "out", device="cpu")
