@@ -26,6 +26,24 @@ def test_each_rank_reads_what_the_others_wrote(size):
     assert ranks(3).run(read_all, size) == [expected] * 3
 
 
+def counted():
+    """Return the bytes that are counted for two new buffers, for one, and for none."""
+    before = peer_memory.shared_bytes(CPU), peer_memory.shared_bytes(CPU, weights=False)
+    weights = peer_memory.peer_memory(100, CPU, dist.group.WORLD, weights=True)
+    buffer = peer_memory.peer_memory(30, CPU, dist.group.WORLD)
+    counts = [peer_memory.shared_bytes(CPU)]
+    counts_of_buffers = peer_memory.shared_bytes(CPU, weights=False) - before[1]
+    del weights
+    counts.append(peer_memory.shared_bytes(CPU))
+    del buffer
+    counts.append(peer_memory.shared_bytes(CPU))
+    return [count - before[0] for count in counts], counts_of_buffers
+
+
+def test_buffers_are_counted_until_they_are_freed():
+    assert ranks(2).run(counted) == [([130, 30, 0], 30)] * 2
+
+
 def reason(nodes):
     """Return why ranks cannot read each other's memory, of which each is on one of `nodes`."""
     node = nodes[dist.get_rank()]

@@ -6,14 +6,17 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokenyard.devices import with_index
 from tokenyard.errors import BackendError
 from tokenyard.processes import disable_multicast
 
@@ -21,11 +24,29 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _PATH = 512  # bytes of a path, at most
 
 
-class PeerMemory(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PeerMemory:
     """A buffer of each rank of a group, which all of them can read and write."""
 
     buffers: tuple[Tensor, ...]  # [n] uint8
     barrier: Callable[[int], None]  # takes a timeout in milliseconds; on a GPU the stream waits
+    weights: bool  # whether it holds weights
+
+
+_live: WeakSet[PeerMemory] = WeakSet()
+
+
+def shared_bytes(device: torch.device, weights: bool = True) -> int:
+    """Return the bytes of this process's buffers on a GPU, which torch's figures do not count.
+
+    With `weights` false, without those that hold weights.
+    """
+    device = with_index(device)
+    return sum(
+        memory.buffers[0].nbytes
+        for memory in _live
+        if memory.buffers[0].device == device and (weights or not memory.weights)
+    )
 
 
 def node_number() -> int:
@@ -39,7 +60,7 @@ def unreadable(device: torch.device, group: Any) -> str | None:
 
     It is a collective of the group, with a host sync. All ranks get a reason, or none does.
     """
-    index = device.index or 0 if device.type == "cuda" else dist.get_rank(group)
+    index = with_index(device).index if device.type == "cuda" else dist.get_rank(group)
     own = torch.tensor([node_number(), index], device=device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
@@ -60,14 +81,24 @@ def _can_read(index: int, peer: int) -> bool:
     return peer < torch.cuda.device_count() and torch.cuda.can_device_access_peer(index, peer)
 
 
-def peer_memory(size: int, device: torch.device, group: Any) -> PeerMemory:
+def peer_memory(size: int, device: torch.device, group: Any, weights: bool = False) -> PeerMemory:
     """Allocate `size` bytes on every rank of a group. It is a collective.
 
-    On GPUs this is torch's symmetric memory, without multicast and NVSHMEM; its names are private:
-    torch 2.10 to 2.13. Raises BackendError if the memory cannot be shared.
+    Keep the result as long as the buffers: `shared_bytes` counts it. On GPUs this is torch's
+    symmetric memory, without multicast and NVSHMEM; its names are private: torch 2.10 to 2.13.
+    Raises BackendError if the memory cannot be shared.
     """
-    if device.type != "cuda":
-        return PeerMemory(_shared_file(size, group), lambda _: dist.barrier(group))
+    if device.type == "cuda":
+        buffers, barrier = _symmetric_memory(size, device, group)
+    else:
+        buffers = _shared_file(size, group)
+        barrier = partial(_barrier_of_hosts, group)
+    memory = PeerMemory(buffers, barrier, weights)
+    _live.add(memory)
+    return memory
+
+
+def _symmetric_memory(size: int, device: torch.device, group: Any) -> tuple[Any, Any]:
     from torch._C._distributed_c10d import _SymmetricMemory
 
     disable_multicast()
@@ -85,7 +116,11 @@ def peer_memory(size: int, device: torch.device, group: Any) -> PeerMemory:
         own if rank == memory.rank else memory.get_buffer(rank, (size,), torch.uint8)
         for rank in range(memory.world_size)
     )
-    return PeerMemory(buffers, partial(memory.barrier, 0))
+    return buffers, partial(memory.barrier, 0)
+
+
+def _barrier_of_hosts(group: Any, milliseconds: int) -> None:
+    dist.barrier(group)
 
 
 def _shared_file(size: int, group: Any) -> tuple[Tensor, ...]:

@@ -38,6 +38,7 @@ class SymmetricBuffer:
         self.generation = 0  # of the memory: it is replaced by a larger one
         self.buffers: tuple[Tensor, ...] = ()
         self.addresses = torch.empty(0, dtype=torch.int64, device=device)
+        self._memory: PeerMemory | None = None
         self._barrier: Any = None
 
     def reserve(self, sizes: Sizes, timeout: float) -> None:
@@ -52,9 +53,10 @@ class SymmetricBuffer:
             torch.cuda.synchronize(self.device)
         dist.barrier(self.group)  # peers may still read the old buffer
         self.buffers = ()  # it is freed first
-        memory = _allocate(REGIONS * region_bytes, self.device, self.group)
-        self.buffers = memory.buffers
-        self._barrier = partial(memory.barrier, int(1000 * (timeout + _SPARE)))
+        self._memory = self._barrier = None
+        self._memory = _allocate(REGIONS * region_bytes, self.device, self.group)
+        self.buffers = self._memory.buffers
+        self._barrier = partial(self._memory.barrier, int(1000 * (timeout + _SPARE)))
         addresses = [buffer.data_ptr() for buffer in self.buffers]
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
         self.region_bytes = region_bytes

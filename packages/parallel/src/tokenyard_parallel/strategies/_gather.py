@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenyard.peer_memory import PeerMemory
 from tokenyard_parallel._torch_private import all_gather, held_tensor
 from tokenyard_parallel.meshes import is_shard
 from tokenyard_parallel.strategies._peers import Peers
@@ -67,7 +68,7 @@ class CopiedGather:
             torch.cuda.current_stream(self.peers.device).wait_stream(self.compute)
         requested = self.requested
         self.requested = []
-        converted = [parameter for parameter in requested if not parameter.placed]
+        converted = [parameter for parameter in requested if parameter.memory is None]
         if converted:
             self._convert(converted)
         all_gather(output_tensor, input_tensor, group)
@@ -105,7 +106,7 @@ class _Copied:
         self.gather = gather
         self.unit = unit
         self.name = name
-        self.placed = False  # in memory of all ranks
+        self.memory: PeerMemory | None = None  # that the shards were moved to
         self.shard: Tensor  # of this rank
         self.dtype: torch.dtype  # in which it is gathered
         self.shards: list[Tensor] = []  # [n] of each rank, in memory of all ranks
@@ -120,9 +121,10 @@ class _Copied:
         if hasattr(shard, "fsdp_pre_all_gather"):
             return
         self.dtype = self.gather.dtype or shard.dtype
-        self.placed = shard.dtype == self.dtype
-        if self.placed:
-            self.shards = self.gather.peers.place(shard)
+        self.memory = None
+        if shard.dtype == self.dtype:
+            self.memory = self.gather.peers.place(shard)
+            self.shards = [buffer.view(self.dtype) for buffer in self.memory.buffers]
         self.shard = shard.detach()
         shard.fsdp_pre_all_gather = self.request
         shard.fsdp_post_all_gather = self.result

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from tokenyard import BackendError, ConfigError
-from tokenyard.peer_memory import peer_memory, unreadable
+from tokenyard.peer_memory import PeerMemory, peer_memory, unreadable
 from tokenyard_parallel._torch_private import all_gather
 from tokenyard_parallel.meshes import SHARD
 
@@ -28,21 +28,21 @@ class Peers:
         self.shards = Regions(self, 2)
         self.gradients = Regions(self, 1)
 
-    def place(self, shard: Tensor) -> list[Tensor]:
-        """Move a tensor to memory of all ranks; return that of each rank, [n]. A collective.
+    def place(self, shard: Tensor) -> PeerMemory:
+        """Move a tensor to memory of all ranks. A collective.
 
         Raises BackendError if the memory cannot be shared.
         """
-        shards = [buffer.view(shard.dtype) for buffer in self.share(shard.nbytes)]
-        own = shards[self.rank].view(shard.shape)
+        memory = self.share(shard.nbytes, weights=True)
+        own = memory.buffers[self.rank].view(shard.dtype).view(shard.shape)
         own.copy_(shard)
         shard.data = own
-        return shards
+        return memory
 
-    def share(self, size: int) -> tuple[Tensor, ...]:
+    def share(self, size: int, weights: bool = False) -> PeerMemory:
         """Allocate `size` bytes on every rank. A collective. Raises BackendError."""
         try:
-            return peer_memory(size, self.device, self.group).buffers
+            return peer_memory(size, self.device, self.group, weights)
         except BackendError as error:
             raise BackendError(
                 f"{error}; give parallel.strategy: {{name: fsdp, transfers: collectives}}"
@@ -81,28 +81,28 @@ class Regions:
         self.count = count
         self.turns = 0
         self.region_bytes = 0
-        self.buffers: tuple[Tensor, ...] = ()
+        self.memory: PeerMemory | None = None
 
     def next(self, size: int) -> list[Tensor]:
         """Return the next region [size] uint8 of each rank.
 
         It is a collective if the buffer must grow. Raises BackendError if it cannot.
         """
-        if size > self.region_bytes:
-            self._grow(size)
+        if self.memory is None or size > self.region_bytes:
+            self.memory = self._grow(size)
+            self.region_bytes = size
         begin = self.turns % self.count * self.region_bytes
         self.turns += 1
-        return [buffer[begin : begin + size] for buffer in self.buffers]
+        return [buffer[begin : begin + size] for buffer in self.memory.buffers]
 
-    def _grow(self, size: int) -> None:
+    def _grow(self, size: int) -> PeerMemory:
         peers = self.peers
         if peers.device.type == "cuda":
             torch.cuda.synchronize(peers.device)
         dist.barrier(peers.group)  # others may still read the old buffer
-        self.buffers = ()  # the old one is freed first
+        self.memory = None  # the old one is freed first
         torch.cuda.empty_cache()  # does nothing without a GPU
-        self.buffers = peers.share(self.count * size)
-        self.region_bytes = size
+        return peers.share(self.count * size)
 
 
 def peers_of(transfers: str, device: torch.device, group: Any) -> Peers | None:

@@ -20,6 +20,7 @@ from tokenyard.measure.breakdown import break_down
 from tokenyard.measure.memory import allocation_retries, peak_bytes
 from tokenyard.measure.timing import Clock, Spread, Stages, clock_for
 from tokenyard.measure.trace import trace
+from tokenyard.peer_memory import shared_bytes
 from tokenyard_cli.console import print_line
 from tokenyard_cli.results import Record
 from tokenyard_train.bench.mixtral import IMPLEMENTATIONS
@@ -68,9 +69,10 @@ class _Entrant:
     loss: float = 0.0  # of the last step
     graph: MicrobatchGraph | None = None
 
-    def graph_bytes(self) -> int:
-        """Return the memory that a CUDA graph keeps from step to step."""
-        return 0 if self.graph is None else self.graph.bytes()
+    def kept_bytes(self) -> int:
+        """Return the memory that a CUDA graph and buffers of ranks keep from step to step."""
+        graph = 0 if self.graph is None else self.graph.bytes()
+        return graph + shared_bytes(self.work.device, weights=False)
 
     def stages(self, batch: int) -> Stages:
         return (lambda _: self.step(batch),)
@@ -206,7 +208,7 @@ def _record(entrant: _Entrant) -> Record:
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "weights": str(parameters[0].dtype).removeprefix("torch."),
-        "peak_bytes": peak_bytes(stages, work.device) + entrant.graph_bytes(),
+        "peak_bytes": peak_bytes(stages, work.device) + entrant.kept_bytes(),
         **_kernels(stages, work.device),
         **_kinds(stages, work.device, step.median),
     }

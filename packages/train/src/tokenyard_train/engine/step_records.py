@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tokenyard.peer_memory import shared_bytes
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.step import StepResult
@@ -30,11 +31,13 @@ def train_record(
     """Return the record of the training step that ended at `batch` and took `seconds`.
 
     `remaining` is the time to the end of the run. On a GPU, `peak_bytes` is the most that torch has
-    held there since the process began.
+    held there since the process began, and buffers that ranks share.
     """
     memory = {}
     if setup.device.type == "cuda":
-        memory = {"peak_bytes": torch.cuda.max_memory_allocated(setup.device)}
+        memory = {
+            "peak_bytes": torch.cuda.max_memory_allocated(setup.device) + shared_bytes(setup.device)
+        }
     speed = setup.batch_tokens / seconds
     return {
         "kind": "train",
