@@ -10,6 +10,7 @@ LAYOUTS = [
     Layout("fsdp", 2, 2, "all_to_all"),
     Layout("fsdp", 2, 2, "all_to_all_tokens", chunks=2),
     Layout("fsdp", 2, 2, "symmetric_memory"),
+    Layout("fsdp", 2, transfers="copies"),
 ]
 
 
