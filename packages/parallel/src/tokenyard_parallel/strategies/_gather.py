@@ -18,7 +18,9 @@ again two gathers later: after the gather between, so when all ranks have read t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +128,10 @@ class _Copied:
             self.memory = self.gather.peers.place(shard)
             self.shards = [buffer.view(self.dtype) for buffer in self.memory.buffers]
         self.shard = shard.detach()
-        shard.fsdp_pre_all_gather = self.request
-        shard.fsdp_post_all_gather = self.result
+        # Python cannot free a cycle through a tensor that torch refers to, too
+        weak_self = proxy(self)
+        shard.fsdp_pre_all_gather = partial(_Copied.request, weak_self)
+        shard.fsdp_post_all_gather = partial(_Copied.result, weak_self)
 
     def request(
         self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any
