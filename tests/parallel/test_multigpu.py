@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness import layout_runs as runs
 from harness.compare import ROUTINGS, compare
-from harness.equality import Case, Layout, arrays_on_rank, as_arrays, train
+from harness.equality import Case, Layout, arrays_on_rank, as_arrays, batch_of, build, train
 from harness.supervisor import draw_faults
 from test_launch import BATCHES, final_state, inject, start
 
@@ -79,6 +79,27 @@ def test_copies_between_gpus_move_what_collectives_do(settings, tmp_path, precis
         assert first == second
         digests.append(first.digest)
     assert digests[0] == digests[1]
+
+
+def streams_of_gathered_experts():
+    """Return the streams whose memory the gathered experts of the last block are in."""
+    case = Case(dtype=torch.float32, device="cuda")
+    _, model = build(Layout("fsdp", 2, transfers="copies"), case)
+    x, ids = batch_of(case)
+    model(x.cuda(), [i.cuda() for i in ids])
+    address = model.blocks[-1].moe.experts.up.data_ptr()  # they stay gathered
+    compute = torch.cuda.current_stream().cuda_stream
+    return compute, [
+        segment["stream"]
+        for segment in torch.cuda.memory_snapshot()
+        if 0 <= address - segment["address"] < segment["total_size"]
+    ]
+
+
+def test_copies_are_in_memory_of_the_stream_that_computes():
+    """FSDP frees them while that stream may use them. Memory of others may be taken from it."""
+    for compute, streams in ranks(2, "cuda").run(streams_of_gathered_experts):
+        assert streams == [compute]
 
 
 def test_a_checkpoint_of_two_gpus_loads_on_one(settings, tmp_path):

@@ -47,7 +47,7 @@ class CopiedGather:
         self.dtype = dtype  # in which they are gathered; None for that in which they are stored
         self.parameters = [_Copied(self, unit, name) for name in names]
         self.requested: list[_Copied] = []
-        self.compute: Any = None  # the stream that uses the parameters
+        self.compute: torch.cuda.Stream | None = None  # that uses the parameters
         unit.set_custom_all_gather(self)
 
     def attach(self) -> None:
@@ -55,6 +55,8 @@ class CopiedGather:
 
         The shards are other tensors after their dtype or device has changed.
         """
+        if self.peers.device.type == "cuda":
+            self.compute = torch.cuda.current_stream(self.peers.device)
         for parameter in self.parameters:
             parameter.attach()
 
@@ -66,7 +68,7 @@ class CopiedGather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
     ) -> None:
         """Gather the parameters that FSDP has requested, and what it has put into a buffer."""
-        if self.compute is not None:  # it may still use memory that was freed
+        if self.compute is not None:  # it may still use the memory that parameters get
             torch.cuda.current_stream(self.peers.device).wait_stream(self.compute)
         requested = self.requested
         self.requested = []
@@ -146,19 +148,21 @@ class _Copied:
         self, gathered: Any, metadata: Any, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
         """Return the parameter [ranks * n], and what FSDP frees when it reshards."""
-        device = self.gather.peers.device
-        if device.type == "cuda":
-            self.gather.compute = torch.cuda.current_stream(device)
         return None if out is not None else (self.whole, (self.whole,))
 
     def copy(self) -> None:
         """Copy the shards of all ranks to where the parameter will be."""
         peers = self.gather.peers
-        size = peers.ranks * self.shard.numel()
+        # FSDP frees the memory while that stream may use it, so it must be memory of that stream
+        with torch.cuda.stream(self.gather.compute):  # does nothing without a GPU
+            whole = self._allocate(peers.ranks * self.shard.numel())
+        rows = whole.data.view(peers.ranks, -1)  # autograd counts no change of it
+        for rank in (*peers.others(), peers.rank):
+            rows[rank].copy_(self.shards[rank])
+
+    def _allocate(self, size: int) -> Tensor:
         if self.whole is None:
             self.whole = torch.empty(size, dtype=self.dtype, device=self.shard.device)
         elif self.whole.untyped_storage().size() == 0:
             self.whole.untyped_storage().resize_(size * self.dtype.itemsize)
-        rows = self.whole.data.view(peers.ranks, -1)  # autograd counts no change of it
-        for rank in (*peers.others(), peers.rank):
-            rows[rank].copy_(self.shards[rank])
+        return self.whole
