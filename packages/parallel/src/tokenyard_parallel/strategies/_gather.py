@@ -159,6 +159,8 @@ class _Copied:
         rows = whole.data.view(peers.ranks, -1)  # autograd counts no change of it
         for rank in (*peers.others(), peers.rank):
             rows[rank].copy_(self.shards[rank])
+        if not self.placed:
+            self.shards = []  # a larger buffer may replace it
 
     def _allocate(self, size: int) -> Tensor:
         if self.whole is None:

@@ -76,6 +76,7 @@ class WideReduceScatter:
     def _copy_from(self, peers: Peers) -> list[Tensor]:
         """Return this rank's shard [n] of the gradients of each rank."""
         shards = [region.view(self.ranks, -1)[peers.rank] for region in self._regions]
+        self._regions = []  # a larger buffer may replace it
         peers.meet()  # all have written their gradients
         for rank in peers.others():
             shards[rank] = shards[rank].clone()
