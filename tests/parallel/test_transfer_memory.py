@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tokenyard.testing import ranks
+from tokenyard_parallel.strategies import _peers
 from tokenyard_parallel.strategies._peers import Peers
 from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
 
@@ -64,3 +65,27 @@ def freed_before_growth():
 
 def test_a_small_buffer_is_freed_before_a_larger_one_is_allocated():
     assert ranks(2).run(freed_before_growth) == [[True, True]] * 2
+
+
+def calls_of_place():
+    """Return the order of calls that place two tensors in shared memory."""
+    calls: list[str] = []
+    peers = Peers(dist.group.WORLD, CPU)
+    allocate = _peers.peer_memory
+
+    def allocating(*args):
+        calls.append("allocate")
+        return allocate(*args)
+
+    with (
+        patch.object(_peers, "peer_memory", allocating),
+        patch.object(torch.cuda, "empty_cache", lambda: calls.append("empty cache")),
+    ):
+        for _ in range(2):
+            peers.place(torch.ones(4))
+    return calls
+
+
+def test_memory_that_torch_keeps_is_given_back_first():
+    """Shared memory comes from the driver, which has no other once torch keeps old shards."""
+    assert ranks(2).run(calls_of_place) == [["empty cache", "allocate"] * 2] * 2

@@ -41,6 +41,8 @@ class Peers:
 
     def share(self, size: int, weights: bool = False) -> PeerMemory:
         """Allocate `size` bytes on every rank. A collective. Raises BackendError."""
+        # torch takes this memory from the driver, so what it keeps for later must go back first
+        torch.cuda.empty_cache()  # does nothing without a GPU
         try:
             return peer_memory(size, self.device, self.group, weights)
         except BackendError as error:
@@ -101,7 +103,6 @@ class Regions:
             torch.cuda.synchronize(peers.device)
         dist.barrier(peers.group)  # others may still read the old buffer
         self.memory = None  # the old one is freed first
-        torch.cuda.empty_cache()  # does nothing without a GPU
         return peers.share(self.count * size)
 
 
