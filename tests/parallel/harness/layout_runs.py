@@ -16,10 +16,8 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tokenyard import Experts
 from tokenyard.sharded import local_part
 from tokenyard.testing._over_ranks import full
 from tokenyard_models.hf import Folder
@@ -159,16 +157,6 @@ def gradients_of(settings: Settings, experts: bool) -> dict[str, list[float]]:
     setup.optimizer.register_step_pre_hook(record)
     train_step(setup, 0)
     return gradients
-
-
-def dense_reduce_dtypes(settings: Settings) -> list[str]:
-    """Return the dtype in which each dense FSDP unit sums its gradients in the first step."""
-    setup = build(settings)
-    setup.convert_weights()
-    train_step(setup, 0)
-    units = (m for m in setup.model.modules() if isinstance(m, FSDPModule))
-    groups = [u._get_fsdp_state()._fsdp_param_group for u in units if not isinstance(u, Experts)]
-    return [str(group._reduce_dtype) for group in groups]
 
 
 def sums_of_a_step(settings: Settings) -> list[int]:
