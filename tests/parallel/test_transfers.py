@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 from harness import layout_runs
 from harness.compare import compare
-from harness.equality import Case, Layout
+from harness.equality import Case, Layout, batch_of, build
 from harness.layouts import run
 
 from tokenyard import ConfigError, peer_memory
 from tokenyard.testing import ranks
+from tokenyard.testing._over_ranks import full
 from tokenyard_parallel.strategies import FsdpStrategy
 from tokenyard_parallel.strategies._peers import Peers, peers_of
 from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
@@ -54,6 +55,22 @@ def test_a_checkpoint_is_that_of_one_process(settings, tmp_path):
     assert run(layout_runs.loaded, "fsdp-2-copies", settings, tmp_path, **folder) == saved._replace(
         losses=[]
     )
+
+
+def experts_unsharded_first():
+    """Return whether experts are those of all shards in a first pass after ``unshard``."""
+    _, model = build(LAYOUTS[0], Case())
+    experts = model.blocks[1].moe.experts
+    whole = full(experts.up)
+    experts.unshard()
+    experts.reshard()
+    x, ids = batch_of(Case())
+    model(x, ids)  # the last block stays gathered
+    return torch.equal(experts.up, whole)
+
+
+def test_experts_may_be_unsharded_before_the_first_pass():
+    assert ranks(2).run(experts_unsharded_first) == [True, True]
 
 
 def sums_of_growing_units(sum_dtype):

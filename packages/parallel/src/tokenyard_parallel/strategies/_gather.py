@@ -47,14 +47,20 @@ class CopiedGather:
         self.dtype = dtype  # in which they are gathered; None for that in which they are stored
         self.parameters = [_Copied(self, unit, name) for name in names]
         self.requested: list[_Copied] = []
+        self.attached = False
+        self.gathered = False
         self.compute: torch.cuda.Stream | None = None  # that uses the parameters
         unit.set_custom_all_gather(self)
 
     def attach(self) -> None:
         """Let FSDP ask the shards for what is gathered. Call it before each forward pass.
 
-        The shards are other tensors after their dtype or device has changed.
+        The shards are other tensors after their dtype or device has changed. A unit that
+        ``unshard`` gathered before the first call keeps FSDP's buffers, and so collectives.
         """
+        if self.gathered and not self.attached:
+            return
+        self.attached = True
         if self.peers.device.type == "cuda":
             self.compute = torch.cuda.current_stream(self.peers.device)
         for parameter in self.parameters:
@@ -68,6 +74,7 @@ class CopiedGather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
     ) -> None:
         """Gather the parameters that FSDP has requested, and what it has put into a buffer."""
+        self.gathered = True
         if self.compute is not None:  # it may still use the memory that parameters get
             torch.cuda.current_stream(self.peers.device).wait_stream(self.compute)
         requested = self.requested
