@@ -50,7 +50,7 @@ def freed_before_growth():
     peers = Peers(dist.group.WORLD, CPU)
     small, large = (WideReduceScatter(2, peers) for _ in range(2))
     reduced(small, 8)
-    old = storages(peers.gradients.buffers)
+    old = storages(peers.gradients.memory.buffers)
     freed: list[bool] = []
     share = peers.share
 

@@ -54,8 +54,10 @@ class FsdpStrategy:
 
     `replicate` is the number of replicas (HSDP). `reshard_after_forward` frees the parameters of
     every block but the last between its forward and backward pass. `timeout` is how many seconds a
-    collective may take. Neighbouring ranks hold different experts, as `expert_parallel` of the
-    model says. The constructor initializes the default process group.
+    collective may take. `transfers` moves experts and gradients by copies or collectives; auto
+    selects copies if all GPUs that shard a replica read each other's memory. Neighbouring ranks
+    hold different experts, as `expert_parallel` of the model says. The constructor initializes the
+    default process group.
     """
 
     def __init__(

@@ -5,9 +5,9 @@ parameters out of another one. A collective also holds multiprocessors while it 
 are in memory that all ranks can read, and each GPU's copy engines bring those of the other ranks to
 where the parameters will be. Nothing is copied out.
 
-FSDP's extensions of tensors and its custom collectives do this. A tensor that has the functions
-``fsdp_pre_all_gather`` and ``fsdp_post_all_gather`` says itself what is gathered, and what becomes
-of it. Here that is one number a parameter. When it has been gathered, all ranks have come so far.
+This uses FSDP's tensor extensions and custom collectives. The functions ``fsdp_pre_all_gather`` and
+``fsdp_post_all_gather`` of a tensor return what is gathered in place of it, and the parameter. Here
+one number a parameter is gathered, which is the barrier before the copies.
 
 A shard that is gathered in the dtype in which it is stored is moved to such memory for good. It
 changes in the optimizer's step alone: after the reduce-scatter, so when all ranks have read it.
@@ -45,8 +45,8 @@ class CopiedGather:
     ):
         self.peers = peers
         self.dtype = dtype  # in which they are gathered; None for that in which they are stored
-        self.parameters = [_Copied(self, unit, name) for name in names]
-        self.requested: list[_Copied] = []
+        self.parameters = [_ParameterGather(self, unit, name) for name in names]
+        self.requested: list[_ParameterGather] = []
         self.attached = False
         self.gathered = False
         self.compute: torch.cuda.Stream | None = None  # that uses the parameters
@@ -86,7 +86,7 @@ class CopiedGather:
         for parameter in requested:
             parameter.copy()
 
-    def _convert(self, parameters: Sequence[_Copied]) -> None:
+    def _convert(self, parameters: Sequence[_ParameterGather]) -> None:
         """Write shards in the dtype in which they are gathered to memory of all ranks."""
         ends = [0]
         for parameter in parameters:
@@ -110,8 +110,8 @@ def attach_before_forward(model: nn.Module, gathers: Sequence[CopiedGather]) -> 
         model.register_forward_pre_hook(attach, prepend=True)
 
 
-class _Copied:
-    """A parameter that is gathered by copies."""
+class _ParameterGather:
+    """The gather of one parameter by copies."""
 
     def __init__(self, gather: CopiedGather, unit: Any, name: str):
         self.gather = gather
@@ -139,8 +139,8 @@ class _Copied:
         self.shard = shard.detach()
         # Python cannot free a cycle through a tensor that torch refers to, too
         weak_self = proxy(self)
-        shard.fsdp_pre_all_gather = partial(_Copied.request, weak_self)
-        shard.fsdp_post_all_gather = partial(_Copied.result, weak_self)
+        shard.fsdp_pre_all_gather = partial(_ParameterGather.request, weak_self)
+        shard.fsdp_post_all_gather = partial(_ParameterGather.result, weak_self)
 
     def request(
         self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any
@@ -166,7 +166,7 @@ class _Copied:
         rows = whole.data.view(peers.ranks, -1)  # autograd counts no change of it
         for rank in (*peers.others(), peers.rank):
             rows[rank].copy_(self.shards[rank])
-        if not self.placed:
+        if self.memory is None:
             self.shards = []  # a larger buffer may replace it
 
     def _allocate(self, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Memory through which the ranks of a group give each other shards and gradients."""
+"""Memory from which the ranks of a group copy each other's shards and gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRANSFERS = ("auto", "copies", "collectives")
 
 
 class Peers:
-    """The ranks of a group that read each other's memory, and this rank among them."""
+    """The ranks of a group, which read each other's memory, and the index of this rank."""
 
     def __init__(self, group: Any, device: torch.device):
         self.group = group
@@ -54,7 +54,7 @@ class Peers:
         """Return the other ranks. Each rank begins with another one."""
         return [(self.rank + step) % self.ranks for step in range(1, self.ranks)]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all ranks: on a GPU the stream waits, not the host."""
         number = torch.zeros(1, device=self.device)
         all_gather(number.new_empty(self.ranks), number, self.group)

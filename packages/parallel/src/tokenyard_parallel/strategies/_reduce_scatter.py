@@ -77,10 +77,10 @@ class WideReduceScatter:
         """Return this rank's shard [n] of the gradients of each rank."""
         shards = [region.view(self.ranks, -1)[peers.rank] for region in self._regions]
         self._regions = []  # a larger buffer may replace it
-        peers.meet()  # all have written their gradients
+        peers.barrier()  # all have written their gradients
         for rank in peers.others():
             shards[rank] = shards[rank].clone()
-        peers.meet()  # all have read them, so they may be overwritten
+        peers.barrier()  # all have read them, so they may be overwritten
         return shards
 
 
