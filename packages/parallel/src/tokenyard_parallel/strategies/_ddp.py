@@ -16,8 +16,9 @@ from tokenyard.moe import allow_weight_copies
 from tokenyard.norm import total_norm
 from tokenyard.sharded import has_shards, is_sharded, local_part
 from tokenyard_parallel.meshes import REPLICATE, make_mesh
-from tokenyard_parallel.strategies._fsdp import FsdpStrategy, keep_local_experts
+from tokenyard_parallel.strategies._fsdp import FsdpStrategy
 from tokenyard_parallel.strategies._gradient_sum import GradientSum, buckets
+from tokenyard_parallel.strategies._local_experts import keep_local_experts
 
 
 class DdpStrategy(FsdpStrategy):

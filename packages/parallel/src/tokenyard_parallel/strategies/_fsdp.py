@@ -8,42 +8,34 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import FSDPModule
 
-from tokenyard import ConfigError, MoE, ShardingReport, moe_layers, started_processes
+from tokenyard import ConfigError, ShardingReport, moe_layers, started_processes
 from tokenyard.errors import one_of
 from tokenyard_parallel.meshes import (
-    EXPERT_PARALLEL,
     SHARD,
     MeshSizes,
     data_mesh,
     dense_sizes,
     expert_sizes,
-    is_shard,
     make_mesh,
     rank_and_size,
 )
 from tokenyard_parallel.processes import connect
 from tokenyard_parallel.strategies._gather import CopiedGather, attach_before_forward
+from tokenyard_parallel.strategies._local_experts import keep_local_experts
 from tokenyard_parallel.strategies._norm import gradient_norm
-from tokenyard_parallel.strategies._peers import TRANSFERS, Ranks, peers_of
+from tokenyard_parallel.strategies._peers import TRANSFERS, peers_of
 from tokenyard_parallel.strategies._prefetch import set_prefetch
-from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
-from tokenyard_parallel.strategies._shard_dim import (
-    check_shardable,
-    cut_evenly_into_experts,
-    expert_placement,
-)
+from tokenyard_parallel.strategies._shard_dim import check_shardable
+from tokenyard_parallel.strategies._units import Ranks, shard_experts, shard_module
 from tokenyard_parallel.strategies._working_set import working_set
 
 _MOST_SECONDS = 10_000_000
@@ -106,10 +98,12 @@ class FsdpStrategy:
                     # no other rank has these experts, so a unit would only copy them
                     unsharded.update(moe.experts.parameters())
                 else:
-                    gathers += self._shard_experts(moe, ranks, moe not in last)
+                    reshard = self.reshard_after_forward and moe not in last
+                    gathers += shard_experts(moe, ranks, reshard)
         for block in blocks:
-            self._shard(block, dense, block not in last, ignored=unsharded)
-        self._shard(model, dense, False, ignored=unsharded)
+            reshard = self.reshard_after_forward and block not in last
+            shard_module(block, dense, reshard, ignored=unsharded)
+        shard_module(model, dense, False, ignored=unsharded)
         attach_before_forward(model, gathers)
         set_prefetch(model, blocks)
         model.register_forward_hook(_reshard_without_backward)
@@ -140,69 +134,6 @@ class FsdpStrategy:
         peers = peers_of(self.transfers, self.device, mesh[SHARD].get_group())
         return Ranks(data_mesh(mesh), peers)
 
-    def _shard_experts(self, moe: MoE, ranks: Ranks, reshard: bool) -> list[CopiedGather]:
-        """Shard this rank's experts over the ranks that hold the same ones."""
-        stored = _trained_dtype(moe.experts)
-        computed = moe.workload.dtype
-        # Experts cast their weights to the compute dtype anyway, so they are gathered in it
-        gathered = computed if computed.itemsize < stored.itemsize else None
-        evenly_cut = cut_evenly_into_experts(moe.experts, ranks.shards)
-        placement = expert_placement(ranks.shards)
-        unit = self._shard(moe.experts, ranks, reshard, gathered, placement)
-        if ranks.peers is None:
-            return []
-        return [CopiedGather(unit, evenly_cut, ranks.peers, gathered)]
-
-    def _shard(
-        self,
-        module: nn.Module,
-        ranks: Ranks,
-        reshard: bool,
-        gathered: torch.dtype | None = None,
-        placement: Callable[[nn.Parameter], Shard] | None = None,
-        ignored: set[nn.Parameter] | None = None,
-    ) -> Any:
-        """Make a module a unit of FSDP, gathered in a narrower dtype than it is stored if given."""
-        stored = _trained_dtype(module)
-        # The weights may become 16-bit later; replicas sum gradients in today's dtype
-        summed = stored if ranks.replicated and gathered is None else gathered
-        unit: Any = fully_shard(
-            module,
-            mesh=ranks.mesh,
-            reshard_after_forward=reshard and self.reshard_after_forward,
-            shard_placement_fn=placement,
-            mp_policy=MixedPrecisionPolicy(gathered, summed, cast_forward_inputs=False),
-            ignored_params=ignored,
-        )
-        if gathered is not None or not ranks.replicated:
-            sum_dtype = None
-            if gathered is not None:
-                sum_dtype = partial(_stored_dtype, unit, stored, ranks.replicated)
-            unit.set_custom_reduce_scatter(WideReduceScatter(ranks.shards, ranks.peers, sum_dtype))
-        # on one rank torch would copy the gradients to divide them by 1
-        if ranks.mesh.size() > 1:
-            unit.set_gradient_divide_factor(1.0)
-        # gloo has no scaled sum; without this, two factors would apply
-        unit.set_force_sum_reduction_for_comms(True)
-        return unit
-
-
-def _trained_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype of the parameters that are trained; without any, of the frozen ones."""
-    parameters = sorted(module.parameters(), key=lambda p: not p.requires_grad)
-    return parameters[0].dtype
-
-
-def _stored_dtype(unit: nn.Module, before: torch.dtype, replicated: bool) -> torch.dtype:
-    """Return the dtype in which the shards of a unit are stored: `before`, or what it has become.
-
-    Replicas sum what ranks have summed, so they keep the wider one.
-    """
-    if replicated:
-        return before
-    stored = (p.dtype for p in unit.parameters() if p.requires_grad and is_shard(p))
-    return next(stored, before)
-
 
 def _collective_timeout(seconds: float) -> timedelta:
     if not 1 <= seconds <= _MOST_SECONDS:
@@ -218,22 +149,3 @@ def _reshard_without_backward(model: nn.Module, *_: Any) -> None:
         for unit in model.modules():
             if isinstance(unit, FSDPModule):
                 unit.reshard()
-
-
-def keep_local_experts(moe: MoE, mesh: DeviceMesh) -> None:
-    """Keep this rank's experts of a layer, and construct the exchange between them."""
-    group_mesh = mesh[EXPERT_PARALLEL]
-    for module in moe.experts.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, _local_experts(parameter, group_mesh))
-    moe.experts.exchange = moe.chosen["exchange"].construct(
-        moe.workload, moe.experts.permutation, group_mesh.get_group()
-    )
-
-
-def _local_experts(parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
-    """Return this rank's experts of packed experts [E, ...], on the meta device."""
-    shape = (parameter.shape[0] // mesh.size(), *parameter.shape[1:])
-    local = torch.empty(shape, dtype=parameter.dtype, device="meta")
-    sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
-    return nn.Parameter(sharded, parameter.requires_grad)

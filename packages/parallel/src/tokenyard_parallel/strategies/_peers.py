@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from tokenyard import BackendError, ConfigError
 from tokenyard.peer_memory import PeerMemory, peer_memory, unreadable
 from tokenyard_parallel._torch_private import all_gather
-from tokenyard_parallel.meshes import SHARD
 
 TRANSFERS = ("auto", "copies", "collectives")
 
@@ -58,21 +56,6 @@ class Peers:
         """Wait for all ranks: on a GPU the stream waits, not the host."""
         number = torch.zeros(1, device=self.device)
         all_gather(number.new_empty(self.ranks), number, self.group)
-
-
-class Ranks(NamedTuple):
-    """The ranks that share parameters."""
-
-    mesh: DeviceMesh  # shards, or replicas and shards
-    peers: Peers | None  # those that hold the shards, if they read each other's memory
-
-    @property
-    def shards(self) -> int:
-        return self.mesh[SHARD].size()
-
-    @property
-    def replicated(self) -> bool:
-        return self.mesh.ndim > 1
 
 
 class Regions:
