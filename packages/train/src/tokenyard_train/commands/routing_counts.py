@@ -68,11 +68,12 @@ def _counting_hook(pair_counts: Tensor) -> Any:
 
 def _layer_report(pair_counts: Tensor) -> LayerReport:
     counts = pair_counts.diagonal()
-    load = (counts / counts.sum().clamp(min=1)).tolist()
+    shares = counts / counts.sum().clamp(min=1)
+    load = shares.tolist()
     together = (pair_counts / counts.clamp(min=1).unsqueeze(1)).fill_diagonal_(0.0)
     dead = [i for i, count in enumerate(counts.tolist()) if not count]
     return LayerReport(
-        load, normalised_entropy(load), max(load) * len(load), dead, together.tolist()
+        load, normalised_entropy(shares).item(), max(load) * len(load), dead, together.tolist()
     )
 
 

@@ -117,7 +117,7 @@ def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:
         grad_norm=norm,
         lr=lr,
         supervised=supervised,
-        load=[[round(share, 6) for share in load] for load in loads_of(balances)],
+        load=loads_of(balances).round(decimals=6).tolist(),
         dropped=sum(int(balance.dropped) for balance in balances),
         routing=[layer._asdict() for layer in stats],
     )

@@ -124,36 +124,31 @@ def routing_stats(
     A GPU waits meanwhile, so all layers are computed together.
     """
     loads = loads_of(balances)
+    experts = loads.shape[1]
     slots = torch.stack([balance.counts.sum() for balance in balances])
-    dropped = torch.stack([balance.dropped for balance in balances]) / slots
-    losses = layer_balancing_losses(balances, tokens, top_k, convention)
-    z = torch.stack([balance.z_sum for balance in balances]) / tokens
-    columns = zip(loads, dropped.tolist(), losses.tolist(), z.tolist(), strict=True)
-    return [
-        LayerRouting(
-            entropy=normalised_entropy(load),
-            busiest=max(load) * len(load),
-            idle=load.count(0.0),
-            dropped=layer_dropped,
-            balance_loss=layer_loss,
-            z_loss=layer_z,
-        )
-        for load, layer_dropped, layer_loss, layer_z in columns
-    ]
+    columns = (
+        normalised_entropy(loads),
+        loads.amax(1) * experts,
+        (loads == 0).sum(1),
+        torch.stack([balance.dropped for balance in balances]) / slots,
+        layer_balancing_losses(balances, tokens, top_k, convention),
+        torch.stack([balance.z_sum for balance in balances]) / tokens,
+    )
+    return [LayerRouting(*row) for row in zip(*(column.tolist() for column in columns))]
 
 
-def loads_of(balances: Sequence[Balance]) -> list[list[float]]:
-    """Return each expert's share of its layer's slots, dropped slots included."""
-    counts = torch.stack([balance.counts for balance in balances])  # [L, E]
-    loads: list[list[float]] = (counts / counts.sum(1, keepdim=True)).tolist()
-    return loads
+def loads_of(balances: Sequence[Balance]) -> Tensor:
+    """Return each expert's share [L, E] of its layer's slots, dropped slots included."""
+    counts = torch.stack([balance.counts for balance in balances])
+    return counts / counts.sum(1, keepdim=True)
 
 
-def normalised_entropy(load: Sequence[float]) -> float:
-    """Return the entropy of the shares divided by that of a uniform load.
+def normalised_entropy(loads: Tensor) -> Tensor:
+    """Return the entropy [...] of shares [..., E], divided by that of a uniform load.
 
     1 means that all shares are equal, 0 that one expert has everything.
     """
-    if len(load) == 1:
-        return 1.0
-    return -sum(share * math.log(share) for share in load if share) / math.log(len(load))
+    experts = loads.shape[-1]
+    if experts == 1:
+        return loads.new_ones(loads.shape[:-1])
+    return -torch.xlogy(loads, loads).sum(-1) / math.log(experts)
