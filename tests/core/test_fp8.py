@@ -148,14 +148,14 @@ class Renewing(Frugal):
 def test_a_graph_reads_copies_that_its_owner_renews():
     moe = MoE(Workload(32, 48, 4, 2), backends={"experts": "torch"})
     kernel = moe.experts.kernel = Renewing(moe.workload, None)
-    renew_weight_copies(moe)
+    renew_weight_copies([moe])
     assert kernel.renewed == 0  # FSDP may gather other weights into the same memory
     SingleStrategy().layout(moe)
-    with captured_weight_copies(moe):
+    with captured_weight_copies([moe]):
         assert kernel.captures_weight_copies
         assert kernel.renewed == 1
     assert not kernel.captures_weight_copies
-    renew_weight_copies(moe)
+    renew_weight_copies([moe])
     assert kernel.renewed == 2
 
 

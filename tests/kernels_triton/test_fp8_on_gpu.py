@@ -106,7 +106,7 @@ def test_replays_read_weights_that_their_owner_renews():
     moe.experts.kernel.weights_have_versions = True
     x = random(512, 256).requires_grad_()
     dy = random(512, 256)
-    graph, captured = captured_step(moe, x, dy, captured_weight_copies(moe))
+    graph, captured = captured_step(moe, x, dy, captured_weight_copies([moe]))
     optimizer = torch.optim.SGD([moe.router.weight])
 
     def change():
@@ -120,7 +120,7 @@ def test_replays_read_weights_that_their_owner_renews():
     copies = {address: entry.weights.values.data_ptr() for address, entry in _entries.items()}
     for between in (lambda: None, change, double, change):
         between()
-        renew_weight_copies(moe)
+        renew_weight_copies([moe])
         graph.replay()
         torch.cuda.synchronize()
         moe.experts.kernel.weights_have_versions = False

@@ -7,31 +7,29 @@ each replay: copies are then computed once after a change, and not by each repla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
-from torch import nn
-
 from tokenyard.count import keeps_weight_copies
 from tokenyard.interfaces import CachingExpertKernel, ExpertWeights
-from tokenyard.moe import MoE, moe_layers
+from tokenyard.moe import MoE
 
 
-def renew_weight_copies(model: nn.Module) -> None:
+def renew_weight_copies(layers: Sequence[MoE]) -> None:
     """Compute the copies of all weights of experts that changed since they were computed."""
-    for moe, kernel in _caching(model):
+    for moe, kernel in _caching(layers):
         kernel.renew_weight_copies(ExpertWeights(moe.experts.up, moe.experts.down))
 
 
 @contextmanager
-def captured_weight_copies(model: nn.Module) -> Iterator[None]:
-    """Context of the capture of a CUDA graph, whose replays read the copies of weights.
+def captured_weight_copies(layers: Sequence[MoE]) -> Iterator[None]:
+    """Context of the capture of a CUDA graph, whose replays read the copies of layers' weights.
 
     Call `renew_weight_copies` before each replay.
     """
-    kernels = [kernel for _, kernel in _caching(model)]
-    renew_weight_copies(model)
+    kernels = [kernel for _, kernel in _caching(layers)]
+    renew_weight_copies(layers)
     try:
         for kernel in kernels:
             kernel.captures_weight_copies = True
@@ -41,7 +39,7 @@ def captured_weight_copies(model: nn.Module) -> Iterator[None]:
             kernel.captures_weight_copies = False
 
 
-def _caching(model: nn.Module) -> list[tuple[MoE, CachingExpertKernel]]:
-    """Return the MoE layers of a model whose kernel keeps copies, and the kernel of each."""
-    layers = [moe for moe in moe_layers(model) if keeps_weight_copies(moe)]
-    return [(moe, cast(CachingExpertKernel, moe.experts.kernel)) for moe in layers]
+def _caching(layers: Sequence[MoE]) -> list[tuple[MoE, CachingExpertKernel]]:
+    """Return the layers whose kernel keeps copies, and the kernel of each."""
+    caching = filter(keeps_weight_copies, layers)
+    return [(moe, cast(CachingExpertKernel, moe.experts.kernel)) for moe in caching]

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tokenyard.errors import ConfigError
+from tokenyard import ConfigError, moe_layers
 from tokenyard.sharded import has_shards
 from tokenyard.weight_copies import captured_weight_copies, renew_weight_copies
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.captured_pass import CapturedPass
+from tokenyard_train.engine.hooks import Hooks
 
 log = logging.getLogger("tokenyard")
 
@@ -26,8 +27,6 @@ W = TypeVar("W")
 T = TypeVar("T")
 
 _EAGER_MICROBATCHES = 1  # before the capture: they compile and load kernels
-_MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class MicrobatchGraph:
@@ -54,12 +53,11 @@ class MicrobatchGraph:
         warm_up: Callable[[], AbstractContextManager[None]] = nullcontext,
         any_rank: Callable[[bool], bool] | None = None,
     ):
-        self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.warm_up = warm_up
         self.any_rank = any_rank
-        modules = model.named_modules()
-        self._hooks = [(name, module, _count_hooks(module)) for name, module in modules]
+        self._hooks = Hooks(model)
+        self._layers = moe_layers(model)
         self._eager_left = _EAGER_MICROBATCHES
         self._refused = False
         self._captured: CapturedPass | None = None
@@ -80,11 +78,11 @@ class MicrobatchGraph:
             return run(work)
         if self._captured is None and not self._refused:
             self._capture_or_refuse(work, run)
-        elif not self._refused and (reason := self._hooked()) is not None:
+        elif not self._refused and (reason := self._hooks.changed()) is not None:
             self._refuse(reason)
         if self._captured is None:
             return run(work)
-        renew_weight_copies(self.model)
+        renew_weight_copies(self._layers)
         result: T = self._captured.replay(work, add)
         return result
 
@@ -98,7 +96,7 @@ class MicrobatchGraph:
 
     def _capture_or_refuse(self, work: Any, run: Callable[[Any], Any]) -> None:
         """Capture on all ranks, or on none. The pass before the capture has collectives, too."""
-        reason = self._hooked()
+        reason = self._hooks.changed()
         failed = self._on_any_rank(reason is not None)
         if not failed:
             reason = self._capture(work, run)
@@ -117,7 +115,7 @@ class MicrobatchGraph:
         random_state = torch.cuda.get_rng_state(device)
         captured = CapturedPass(self.parameters, work)
         try:
-            with captured_weight_copies(self.model):
+            with captured_weight_copies(self._layers):
                 captured.warm_up(run, self.warm_up)
                 captured.capture(run)
             self._captured = captured
@@ -136,22 +134,6 @@ class MicrobatchGraph:
         self._captured = None
         self._refused = True
         log.warning("steps run without a CUDA graph (%s); set cuda_graph: false", reason)
-
-    def _hooked(self) -> str | None:
-        """Return which module got a hook after this object was made, or None."""
-        for name, module, count in self._hooks:
-            if _count_hooks(module) != count:
-                return f"{name or 'the model'} got a hook, which a graph does not call"
-        return None
-
-
-def _count_hooks(module: nn.Module) -> int:
-    """Count the hooks on a module and on its own parameters."""
-    count = sum(len(getattr(module, hooks)) for hooks in _MODULE_HOOKS)
-    for parameter in module._parameters.values():
-        # None without a hook, and for a parameter that is None
-        count += sum(len(getattr(parameter, hooks, None) or ()) for hooks in _PARAMETER_HOOKS)
-    return count
 
 
 def why_no_graph(config: TrainConfig, model: nn.Module, ranks: int) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tokenyard import Model, started_processes
+from tokenyard import Model, moe_layers, started_processes
 from tokenyard.adapter import LoraAdapter
 from tokenyard.capture import capture
 from tokenyard.sharded import local_part
@@ -66,7 +66,7 @@ class DecodingStep:
     def _prepare_graph(self, ids: Tensor) -> None:
         """Let a graph that exists go on from the cache, or capture one."""
         if self._graph is not None:
-            renew_weight_copies(self._model)
+            renew_weight_copies(moe_layers(self._model))
             self.cache.fixed()
         elif self._can_capture:
             self._graph = _captured(self._model, self.cache, ids)
@@ -108,7 +108,7 @@ def _captured(model: Model, cache: Any, ids: Tensor) -> _Graph | None:
     What expert kernels keep of weights is computed once: weights do not change between two tokens.
     """
     try:
-        with captured_weight_copies(model):
+        with captured_weight_copies(moe_layers(model)):
             return _Graph(model, cache, ids)
     except RuntimeError as error:
         log.warning("text is generated without a CUDA graph: %s", str(error).partition("\n")[0])
