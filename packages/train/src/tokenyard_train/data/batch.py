@@ -19,15 +19,16 @@ class Batch(NamedTuple):
     documents: Documents | None = None  # None: each row is one text without padding
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on a device."""
+        """Return the batch on a device. On a GPU it arrives after the work that is launched."""
+        device = torch.device(device)
         documents = self.documents
         if documents is not None:
             documents = documents._replace(
-                ids=documents.ids.to(device),
-                positions=documents.positions.to(device),
-                offsets=documents.offsets.to(device),
+                ids=_to(device, documents.ids),
+                positions=_to(device, documents.positions),
+                offsets=_to(device, documents.offsets),
             )
-        return Batch(self.ids.to(device), self.targets.to(device), documents)
+        return Batch(_to(device, self.ids), _to(device, self.targets), documents)
 
     def count_tokens(self) -> tuple[int, int]:
         """Return the number of tokens that are not padding, and of supervised tokens."""
@@ -35,6 +36,13 @@ class Batch(NamedTuple):
         if self.documents is not None:
             tokens -= int(self.documents.padding.sum())
         return tokens, int((self.targets != IGNORED).sum())
+
+
+def _to(device: torch.device, tensor: Tensor) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    # From other memory, the host would wait for all that the GPU does before the copy
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def window_batch(windows: Tensor) -> Batch:
