@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenyard import moe_layers
 from tokenyard_train.engine.setup import Setup
 
 
@@ -14,7 +13,7 @@ def dump_with_backends(setup: Setup) -> dict[str, Any]:
     All MoE layers of a model have the same backends. Without such layers, `auto` remains.
     """
     dumped: dict[str, Any] = setup.config.model_dump(mode="json")
-    for moe in moe_layers(setup.model)[:1]:
+    for moe in setup.layers[:1]:
         for part, chosen in moe.chosen.items():
             name = chosen.backend.name
             setting = dumped["backends"].get(part)

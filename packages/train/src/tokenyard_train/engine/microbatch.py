@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenyard import Balance, Targets, TokenLoss, moe_layers
+from tokenyard import Balance, Targets, TokenLoss
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.reader import Count, Counts, Work
 from tokenyard_train.engine.setup import Setup
@@ -96,8 +96,7 @@ def _with_all_counts(setup: Setup, balances: Sequence[Balance]) -> list[Balance]
 
 def _auxiliary(setup: Setup, balances: list[Balance], counts: Counts) -> Tensor | float:
     """Return the weighted auxiliary losses of a microbatch."""
-    layers = moe_layers(setup.model)
-    if not layers:
+    if not setup.layers:
         return 0.0
-    weighted = setup.model.auxiliary(balances, counts.microbatch, layers[0].workload.top_k)
+    weighted = setup.model.auxiliary(balances, counts.microbatch, setup.layers[0].workload.top_k)
     return weighted * (counts.microbatch / counts.batch)

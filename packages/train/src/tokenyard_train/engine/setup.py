@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tokenyard import ConfigError, Model, Strategy, moe_layers
+from tokenyard import ConfigError, Model, MoE, Strategy, moe_layers
 from tokenyard.count import training_flops_per_token
 from tokenyard.sharded import allocate
 from tokenyard_train.config.duration import Span
@@ -55,6 +55,11 @@ class Setup:
     def reader(self) -> Reader:
         """The reader of this rank's microbatches."""
         return Reader(self.config, self.data, self.strategy)
+
+    @cached_property
+    def layers(self) -> list[MoE]:
+        """The MoE layers of the model."""
+        return moe_layers(self.model)
 
     @cached_property
     def identity(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenyard import load_balancing_loss, moe_layers, z_loss
+from tokenyard import load_balancing_loss, z_loss
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.nonfinite import Skipped
@@ -53,7 +53,8 @@ def train_step(
     rank. `phase` is a context around each part of the step.
     """
     config = setup.config
-    setup.model.train()
+    if not setup.model.training:
+        setup.model.train()
     _seed(setup, batch)
     # Forward and backward
     loss, sums, *counts = accumulate(setup, batch, phase)
@@ -68,15 +69,14 @@ def train_step(
     with phase("data"):
         if batch + 1 < setup.batches:
             setup.reader.read_ahead(batch + 1)
-    layers = moe_layers(setup.model)
-    experts = [moe.workload.num_experts for moe in layers]
+    experts = [moe.workload.num_experts for moe in setup.layers]
     with phase("optimizer"):
         numbers = fetch(packed, experts, flags, counts)
     if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
         return Step(Skipped(numbers.loss, numbers.grad_norm), numbers.flags)
     # Update routers
     if sums is not None:
-        for moe, slots in zip(layers, sums.counts.split(experts)):
+        for moe, slots in zip(setup.layers, sums.counts.split(experts)):
             moe.router.update(slots)
     return Step(_result(setup, numbers, lr), numbers.flags)
 
@@ -108,7 +108,7 @@ def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:
     if not balances:
         return StepResult(loss, 0.0, 0.0, norm, lr, supervised, [], 0, [])
     convention = setup.model.auxiliary.convention
-    top_k = moe_layers(setup.model)[0].workload.top_k
+    top_k = setup.layers[0].workload.top_k
     stats = routing_stats(balances, tokens, top_k, convention)
     return StepResult(
         loss=loss,
@@ -124,6 +124,13 @@ def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:
 
 
 def _seed(setup: Setup, batch: int) -> None:
-    """Seed torch by (seed, step, rank), so that no generator state needs saving."""
+    """Seed the generators of host and device by (seed, step, rank), so that no state needs saving.
+
+    ``torch.manual_seed`` looks for all kinds of devices, which takes longer than all else before a
+    small model's step.
+    """
     key = f"{setup.config.seed}/{batch}/{setup.strategy.data[0]}"
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1)
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
+    torch.default_generator.manual_seed(seed)
+    if setup.device.type == "cuda":
+        torch.cuda.default_generators[setup.device.index].manual_seed(seed)

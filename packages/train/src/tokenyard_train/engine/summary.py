@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tokenyard import count_parameters, moe_layers
+from tokenyard import count_parameters
 from tokenyard_cli.console import print_line
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data
@@ -42,7 +42,7 @@ def announce(run: Run) -> None:
     if is_rank0():
         for warning in schedule_warnings(config, setup.data):
             log.warning("%s", warning)
-    for moe in moe_layers(setup.model)[:1]:  # all layers of a model have the same backends
+    for moe in setup.layers[:1]:  # all layers of a model have the same backends
         names = [f"{part} {chosen.backend.name}" for part, chosen in moe.chosen.items()]
         print_line(setup.console, f"backends: {', '.join(names)}")
     if run.batch:
