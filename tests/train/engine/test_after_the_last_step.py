@@ -5,7 +5,7 @@ import pytest
 from tokenyard_train import Callback
 from tokenyard_train.checkpoint import newest_good
 from tokenyard_train.commands.train import train
-from tokenyard_train.engine.loop import softly
+from tokenyard_train.engine.finish import softly
 
 
 def test_pictures_and_callbacks_that_fail_are_warnings(config, console, tmp_path, caplog, drawn):

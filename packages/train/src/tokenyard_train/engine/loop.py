@@ -14,19 +14,17 @@ A run ends in one of five ways:
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from tokenyard import ConfigError, Model, TokenyardError, why_no_documents
-from tokenyard_train.checkpoint import CheckpointError, verify
+from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.checkpoint.background import BackgroundWriter
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data, PackedDocuments, PackedHeldOut
@@ -35,8 +33,10 @@ from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.chosen import dump_with_backends
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.evaluate import evaluate
+from tokenyard_train.engine.finish import RunResult, finish
 from tokenyard_train.engine.folder import run_folder
-from tokenyard_train.engine.nonfinite import NonFiniteError, Skipped, raise_if_too_many_skipped
+from tokenyard_train.engine.microbatch import Accumulated
+from tokenyard_train.engine.nonfinite import NonFiniteError, raise_if_too_many_skipped
 from tokenyard_train.engine.out_of_memory import out_of_memory_is_a_mistake
 from tokenyard_train.engine.progress import Progress
 from tokenyard_train.engine.resume import resume, start
@@ -44,24 +44,15 @@ from tokenyard_train.engine.save import save
 from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.signals import Stopped, stopping
 from tokenyard_train.engine.state import Run
-from tokenyard_train.engine.step import train_step
+from tokenyard_train.engine.step import Step, begin_step, end_step
 from tokenyard_train.engine.step_records import Clock, skipped_record, train_record
-from tokenyard_train.engine.summary import announce, summarize
+from tokenyard_train.engine.summary import announce
 from tokenyard_train.launch.faults import mark_started
 from tokenyard_train.launch.watch import watch_collectives
 from tokenyard_train.records.metrics import Metrics, NullMetrics
 from tokenyard_train.records.trackers import build_trackers, check_trackers
 
 log = logging.getLogger("tokenyard")
-
-
-class RunResult(NamedTuple):
-    """The result of a finished run."""
-
-    folder: Path
-    batches: int
-    train_loss: float  # of the last step that was taken, nats per token; nan if none was
-    bits_per_byte: float | None  # of the held-out text
 
 
 def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Callback]) -> RunResult:
@@ -93,18 +84,11 @@ def check_run(config: TrainConfig, callbacks: Sequence[Callback], model: Model, 
         callback.check(config, model, data)
 
 
-def softly(what: str, call: Callable[[], object]) -> None:
-    """Call what follows the last step. The run is trained and saved, so an error is a warning."""
-    try:
-        call()
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        log.warning(
-            "%s failed after the last step (%s: %s); the run is trained and saved",
-            what,
-            type(error).__name__,
-            reason,
-        )
+class _Begun(NamedTuple):
+    """A step whose forward and backward passes are launched."""
+
+    began: float  # seconds, by the clock of the host
+    accumulated: Accumulated
 
 
 class _Loop:
@@ -126,6 +110,7 @@ class _Loop:
         self.clock = Clock(position.batch)
         self.stop_agreed = False  # a rank received a signal, and all ranks know
         self.save_failed = False  # a background save failed on some rank
+        self.begun: _Begun | None = None  # the next step, if it began already
 
     def train_with_trackers(self) -> RunResult:
         """Train to the end. The trackers learn whether the run failed."""
@@ -170,7 +155,7 @@ class _Loop:
                 f"stopped as asked, after batch {run.batch} of {run.setup.batches}, which is saved "
                 f"in {run.setup.folder}"
             )
-        return self._finish()
+        return finish(run, self.callbacks)
 
     def _start(self) -> None:
         for callback in self.callbacks:
@@ -183,28 +168,57 @@ class _Loop:
 
     def _one_batch(self, progress: Progress) -> None:
         run = self.run
-        # Step
-        began = time.perf_counter()
+        began, accumulated = self.begun or self._begin()
+        self.begun = None
         flags = (run.stop_requests.by_signal, self.writer.failed)
-        result, (self.stop_agreed, self.save_failed) = train_step(run.setup, run.batch, flags)
-        if isinstance(result, Skipped):
-            raise_if_too_many_skipped(run, result)
+        step = end_step(run.setup, run.batch, accumulated, flags)
+        seconds = time.perf_counter() - began
+        self.stop_agreed, self.save_failed = step.flags
+        skipped = 0
+        if step.skipped is not None:
+            raise_if_too_many_skipped(run, step.skipped)
             skipped = run.position.skipped_in_a_row + 1
-            run.position = replace(run.position, batch=run.batch + 1, skipped_in_a_row=skipped)
-            record = skipped_record(run.batch, result)
+        run.position = replace(run.position, batch=run.batch + 1, skipped_in_a_row=skipped)
+        try:
+            if self._begins_early():
+                self.begun = self._begin()
+        finally:
+            record = self._report(step, seconds, progress)
+        self._follow(step, record, progress)
+
+    def _begin(self) -> _Begun:
+        return _Begun(time.perf_counter(), begin_step(self.run.setup, self.run.batch))
+
+    def _begins_early(self) -> bool:
+        """Return whether the next step begins before the step just done is reported.
+
+        That needs a CUDA graph, which the host launches at once, and nothing but the report between
+        both steps: callbacks may read and change anything.
+        """
+        between = self.callbacks or self.run.due(self.config.eval_interval)
+        between = between or self.save_failed or self._save_is_due()
+        return self.run.setup.replays and not between
+
+    def _report(self, step: Step, seconds: float, progress: Progress) -> dict[str, Any]:
+        """Write and show the record of the step just done, and return it."""
+        run = self.run
+        if step.skipped is not None:
+            record = skipped_record(run.batch, step.skipped)
         else:
-            run.position = replace(run.position, batch=run.batch + 1, skipped_in_a_row=0)
-            seconds = time.perf_counter() - began
             remaining = self.clock.remaining(run.batch, run.setup.batches)
-            record = train_record(run.setup, run.batch, result, seconds, remaining)
+            record = train_record(run.setup, run.batch, step.result, seconds, remaining)
         run.metrics.write(record)
         progress.show(record)
-        # Evaluate, report, save
+        return record
+
+    def _follow(self, step: Step, record: dict[str, Any], progress: Progress) -> None:
+        """Evaluate, call the callbacks and save, where that is due after the step just done."""
+        run = self.run
         scored = run.finished or run.due(self.config.eval_interval)
         if scored:
             self._evaluate(progress)
         for callback in self.callbacks:
-            if isinstance(result, Skipped):
+            if step.skipped is not None:
                 callback.skipped(run, record)
             else:
                 callback.batch_end(run, record)
@@ -247,27 +261,3 @@ class _Loop:
         if path is not None:
             for callback in self.callbacks:
                 callback.saved(self.run, path)
-
-    def _finish(self) -> RunResult:
-        run = self.run
-        folder = run.setup.folder
-        # Fail if the last checkpoint is missing or damaged.
-        verify(folder / f"ba{run.batch}")
-        records = run.metrics.read()
-        if is_rank0():
-            # Imported here: matplotlib takes a second that only the end of a run needs.
-            from tokenyard_train.records.plots import expert_heatmap, loss_curve
-
-            softly("loss.png", lambda: loss_curve(records, folder / "loss.png"))
-            softly("experts.png", lambda: expert_heatmap(records, folder / "experts.png"))
-            softly("the summary", lambda: summarize(run, records))
-        for callback in self.callbacks:
-            softly(type(callback).__name__, partial(callback.end, run))
-        losses = [r["loss"] for r in records if r["kind"] == "train"]
-        scores = [r["bits_per_byte"] for r in records if r["kind"] == "eval"]
-        return RunResult(
-            folder=folder,
-            batches=run.batch,
-            train_loss=losses[-1] if losses else math.nan,
-            bits_per_byte=scores[-1] if scores else None,
-        )

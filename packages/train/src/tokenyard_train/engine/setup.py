@@ -56,6 +56,11 @@ class Setup:
         """The reader of this rank's microbatches."""
         return Reader(self.config, self.data, self.strategy)
 
+    @property
+    def replays(self) -> bool:
+        """Whether the next microbatch is the replay of a CUDA graph."""
+        return self.graph is not None and self.graph.captured
+
     @cached_property
     def layers(self) -> list[MoE]:
         """The MoE layers of the model."""

@@ -1,6 +1,9 @@
 """One optimizer step over a global batch.
 
 Forward and backward passes, the gradient norm, the optimizer, the numbers to the host, the routers.
+
+The host waits for the numbers of a step, and then the GPU would wait for the host. So the loop may
+begin the next step before it reports this one.
 """
 
 from __future__ import annotations
@@ -8,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,7 +20,7 @@ from torch import Tensor
 
 from tokenyard import load_balancing_loss, z_loss
 from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.engine.microbatch import accumulate
+from tokenyard_train.engine.microbatch import Accumulated, accumulate
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.schedule import learning_rate, schedule_steps
@@ -37,11 +42,29 @@ class StepResult(NamedTuple):
     routing: list[dict[str, float]]  # per MoE layer, the fields of LayerRouting
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """What a step did, and which flags any rank raised."""
 
-    result: StepResult | Skipped
-    flags: list[bool]
+    setup: Setup
+    numbers: StepNumbers
+    lr: float
+
+    @property
+    def flags(self) -> list[bool]:
+        """Each flag of the step: whether any rank raised it."""
+        return self.numbers.flags
+
+    @property
+    def skipped(self) -> Skipped | None:
+        """Why the step was not taken, if its loss or gradient is not finite."""
+        loss, norm, *_ = self.numbers
+        return None if math.isfinite(loss) and math.isfinite(norm) else Skipped(loss, norm)
+
+    @cached_property
+    def result(self) -> StepResult:
+        """The numbers of a step that was taken. They are computed when they are first read."""
+        return _result(self.setup, self.numbers, self.lr)
 
 
 def train_step(
@@ -52,17 +75,37 @@ def train_step(
     `flags` are reduced over ranks with the step's numbers: a flag is true if it is true on any
     rank. `phase` is a context around each part of the step.
     """
-    config = setup.config
+    return end_step(setup, batch, begin_step(setup, batch, phase), flags, phase)
+
+
+def begin_step(setup: Setup, batch: int, phase: Phases = untimed) -> Accumulated:
+    """Launch the forward and backward passes of a step.
+
+    They change nothing but gradients, and the generators of random numbers.
+    """
     if not setup.model.training:
         setup.model.train()
     _seed(setup, batch)
-    # Forward and backward
-    loss, sums, *counts = accumulate(setup, batch, phase)
+    return accumulate(setup, batch, phase)
+
+
+def end_step(
+    setup: Setup,
+    batch: int,
+    accumulated: Accumulated,
+    flags: Sequence[bool] = (),
+    phase: Phases = untimed,
+) -> Step:
+    """Update parameters and routers by what `begin_step` accumulated, and wait for the numbers.
+
+    Arguments are those of `train_step`.
+    """
+    loss, sums, *counts = accumulated
     # Clip and update parameters; neither changes anything if a number is not finite
     with phase("optimizer"):
         norm = setup.strategy.gradient_norm(setup.model)
         lr = _set_learning_rates(setup, batch)
-        setup.optimizer.step(scale=_gradient_scale(config, loss, norm))
+        setup.optimizer.step(scale=_gradient_scale(setup.config, loss, norm))
         setup.optimizer.zero_grad(set_to_none=True)
         packed = pack(loss, norm, sums, setup.strategy.reduce, flags, counts)
     # Read the next batch while the GPU works, then bring all numbers to the host in one copy
@@ -71,14 +114,12 @@ def train_step(
             setup.reader.read_ahead(batch + 1)
     experts = [moe.workload.num_experts for moe in setup.layers]
     with phase("optimizer"):
-        numbers = fetch(packed, experts, flags, counts)
-    if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
-        return Step(Skipped(numbers.loss, numbers.grad_norm), numbers.flags)
+        step = Step(setup, fetch(packed, experts, flags, counts), lr)
     # Update routers
-    if sums is not None:
+    if sums is not None and step.skipped is None:
         for moe, slots in zip(setup.layers, sums.counts.split(experts)):
             moe.router.update(slots)
-    return Step(_result(setup, numbers, lr), numbers.flags)
+    return step
 
 
 def _set_learning_rates(setup: Setup, batch: int) -> float:
