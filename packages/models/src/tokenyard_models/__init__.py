@@ -13,7 +13,7 @@ from tokenyard_models.hf import WeightsError, from_hf, to_hf, upcycle
 from tokenyard_models.hf.transformers_plugin import use_in_transformers
 from tokenyard_models.init_weights import initialize
 from tokenyard_models.kv_cache import Cache
-from tokenyard_models.rotary import RopeScaling
+from tokenyard_models.rope_scaling import RopeScaling
 from tokenyard_models.strict_config import Strict, parse
 from tokenyard_models.transformer import Block, Transformer
 from tokenyard_models.upcycling import Upcycling

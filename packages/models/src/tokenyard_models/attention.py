@@ -12,7 +12,7 @@ from tokenyard_models.config import TransformerConfig
 from tokenyard_models.document_attention import attend_within_documents
 from tokenyard_models.fixed_cache import FixedLayerCache
 from tokenyard_models.kv_cache import LayerCache
-from tokenyard_models.rotary import rotate, rotate_by
+from tokenyard_models.rotary import Rotation, rotate
 
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -29,8 +29,6 @@ class Attention(nn.Module):
         self.kv_heads = config.kv_heads
         self.head_dim = config.head_dim
         self.clip = config.clip_qkv
-        self.theta = config.rope_theta
-        self.scaling = config.rope_scaling
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         rows = [heads * config.head_dim for heads in (config.heads, *(config.kv_heads,) * 2)]
         self.fused_rows = {"qkv.weight": tuple(rows)}
@@ -43,12 +41,14 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
+        rotation: Rotation | None = None,
         cache: LayerCache | FixedLayerCache | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
         """Return attention of x [B, S, D], at positions [S], to itself and to the cache.
 
-        With `documents`, each attends to itself, and positions are [B, S].
+        With `documents`, each attends to itself, and positions are [B, S]. `rotation` is that of
+        the positions; None leaves queries and keys as they are.
         """
         qkv = self._normed(self.qkv(x))  # [B, S, (heads + 2 kv_heads) head_dim]
         if self.clip is not None:
@@ -56,10 +56,8 @@ class Attention(nn.Module):
         qkv = qkv.unflatten(-1, (-1, self.head_dim))
         qkv = qkv.transpose(1, 2)  # [B, heads + 2 kv_heads, S, head_dim]
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        if self.theta is not None and isinstance(cache, FixedLayerCache):
-            qk = rotate_by(qk, cache.position.cos, cache.position.sin)
-        elif self.theta is not None:
-            qk = rotate(qk, positions, self.theta, self.scaling)
+        if rotation is not None:
+            qk = rotate(qk, rotation)
         q, k = qk.split((self.heads, self.kv_heads), dim=1)
         y = self._attend_to(q, k, v, positions, cache, documents)  # [B, heads, S, head_dim]
         return self.out(y.transpose(1, 2).flatten(2))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tokenyard import AuxiliaryLoss, ConfigError, RoutingRule
-from tokenyard_models.rotary import RopeScaling
+from tokenyard_models.rope_scaling import RopeScaling
 
 MAX_LAYERS = 2000
 MAX_ELEMENTS = 2**58  # of one tensor: its bytes and an optimizer's copies stay below 2**63

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.rotary import rotation_angles
+from tokenyard_models.rotary import Rotation, rotation_of
 
 
 class FixedCache:
@@ -28,6 +28,11 @@ class FixedCache:
         """Return the position [1] of the next token."""
         return self._position.index
 
+    @property
+    def rotation(self) -> Rotation | None:
+        """Return the rotation of the next token; None without rotary positions."""
+        return self._position.rotation
+
     def advance(self) -> None:
         """Move to the next position."""
         self._position.index += 1
@@ -45,21 +50,16 @@ class FixedPosition:
     def __init__(self, keys: Tensor, config: TransformerConfig):
         self._config = config
         self._reserved = torch.arange(keys.shape[2], device=keys.device)
-        wide = torch.promote_types(keys.dtype, torch.float32)
         self.index = torch.zeros_like(self._reserved[:1])
         self.mask = keys.new_zeros(keys.shape[2])  # 0, or -inf after the position
-        self.cos = keys.new_zeros(1, config.head_dim, dtype=wide)
-        self.sin = torch.zeros_like(self.cos)
+        self.rotation = rotation_of(self.index, config, keys.dtype)
 
     def describe(self) -> None:
-        """Write the mask, and how ``rotate_by`` rotates."""
+        """Write the mask and the rotation."""
         self.mask.zero_().masked_fill_(self._reserved > self.index, float("-inf"))
-        theta = self._config.rope_theta
-        if theta is not None:
-            size, dtype = self._config.head_dim, self.cos.dtype
-            angles = rotation_angles(self.index, size, dtype, theta, self._config.rope_scaling)
-            self.cos.copy_(angles.cos().repeat(1, 2))
-            self.sin.copy_(torch.cat((-angles.sin(), angles.sin()), 1))
+        new = rotation_of(self.index, self._config, self.mask.dtype)
+        for memory, tensor in zip(self.rotation or (), new or ()):
+            memory.copy_(tensor)
 
 
 class FixedLayerCache:

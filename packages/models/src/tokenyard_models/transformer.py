@@ -35,6 +35,7 @@ from tokenyard_models.config import TransformerConfig
 from tokenyard_models.fixed_cache import FixedCache, FixedLayerCache
 from tokenyard_models.init_weights import initialize
 from tokenyard_models.kv_cache import Cache, LayerCache
+from tokenyard_models.rotary import Rotation, rotation_of
 from tokenyard_models.saved_bytes import Widths, saved_bytes
 
 
@@ -56,11 +57,12 @@ class Block(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
+        rotation: Rotation | None = None,
         cache: LayerCache | FixedLayerCache | None = None,
         documents: Documents | None = None,
     ) -> tuple[Tensor, Balance | None]:
         """Return x [B, S, D] and the Balance of an MoE layer."""
-        x = x + self.attention(self.norm_1(x), positions, cache, documents)
+        x = x + self.attention(self.norm_1(x), positions, rotation, cache, documents)
         if not isinstance(self.ffn, MoE):
             return x + self.ffn(self.norm_2(x)), None
         padding = None if documents is None else documents.padding.flatten()
@@ -152,8 +154,10 @@ class Transformer(Model):
             x = x + self.positions(positions)
         # Blocks
         balances: list[Balance] = []
+        rotation = self._rotation(positions, x.dtype, cache)
         for i, block in enumerate(self.blocks):
-            x, balance = block(x, positions, None if cache is None else cache.layers[i], documents)
+            layer_cache = None if cache is None else cache.layers[i]
+            x, balance = block(x, positions, rotation, layer_cache, documents)
             if balance is not None:
                 balances.append(balance)
         # Head: [B, S, D] -> [B, S, V]
@@ -180,6 +184,13 @@ class Transformer(Model):
         if cache is not None:
             raise ConfigError("documents and a cache were given; a cache continues one document")
         return documents.positions
+
+    def _rotation(
+        self, positions: Tensor, dtype: torch.dtype, cache: Cache | FixedCache | None
+    ) -> Rotation | None:
+        if isinstance(cache, FixedCache):
+            return cache.rotation
+        return rotation_of(positions, self.config, dtype)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Return an empty cache for `batch` sequences of at most `length` tokens."""

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from tokenyard import AuxiliaryLoss, ConfigError, RoutingRule
 from tokenyard_models.config import MoEConfig, TransformerConfig, check_divides, check_top_k
 from tokenyard_models.families._definition import ModelConfig
-from tokenyard_models.rotary import RopeScaling
+from tokenyard_models.rope_scaling import RopeScaling
 from tokenyard_models.strict_config import HOUSEKEEPING, Strict, only
 
 
