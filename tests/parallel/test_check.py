@@ -255,6 +255,19 @@ def test_the_working_set_is_what_is_gathered_at_a_time(dbrx):
     assert working_set == gathered + gradients
 
 
+def test_copies_convert_the_shards_of_two_units(dbrx):
+    """Float32 shards, into bfloat16. Shards of bfloat16 are gathered from where they are."""
+    experts = numel_by_part(meta_model(dbrx(1)))["experts"] // 8
+    for precision, converted in (("amp_bf16", 2 * 2 * experts // 8), ("bf16_master", 0)):
+        config = dbrx(64, 8, precision=precision)
+        with fake_world(64):
+            strategy, model = build_model(config)
+            narrow = precision == "bf16_master"
+            collectives = strategy.describe(model.bfloat16() if narrow else model).working_set
+            strategy.transfers = "copies"
+            assert strategy.describe(model).working_set == collectives + converted
+
+
 @pytest.mark.parametrize(
     ("strategy", "count", "gathered"), [("fsdp", 4, True), ("fsdp", 2, False), ("ddp", 2, False)]
 )

@@ -114,7 +114,10 @@ class FsdpStrategy:
         meshes = {"all but experts": self.dense._asdict()}
         if moe_layers(model):
             meshes["experts"] = self._expert_sizes(model)._asdict()
-        return ShardingReport(meshes, working_set(model, self.reshard_after_forward))
+        copies = self.transfers == "copies" or (
+            self.transfers == "auto" and self.device.type == "cuda"
+        )
+        return ShardingReport(meshes, working_set(model, self.reshard_after_forward, copies))
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return the sum of x over all ranks."""

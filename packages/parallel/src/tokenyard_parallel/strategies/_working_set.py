@@ -10,17 +10,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tokenyard import moe_layers
-from tokenyard_parallel.meshes import EXPERT_PARALLEL
+from tokenyard_parallel.meshes import EXPERT_PARALLEL, SHARD, is_shard
 
 _GATHERED_BLOCKS = 2  # the block that computes, and the next one, which is prefetched
+_CONVERTED_UNITS = 2  # whose regions take turns
 
 
-def working_set(model: nn.Module, reshard_after_forward: bool) -> int:
+def working_set(model: nn.Module, reshard_after_forward: bool, copies: bool = False) -> int:
     """Return the peak bytes of gathered parameters and of gradients before their reduce-scatter.
 
     Parameters outside of blocks stay gathered for the whole step. Of the blocks, two are gathered
     at a time, or all of them if they are not resharded after the forward pass. The gradients of one
-    unit exist twice at full size, in their compute dtype.
+    unit exist twice at full size, in their compute dtype. If experts are gathered by `copies`,
+    shards that are stored in a wider dtype are converted into memory for the shards of two units.
     """
     units = [_Unit(module, model) for module in model.modules() if isinstance(module, FSDPModule)]
     outside = 0
@@ -34,11 +36,16 @@ def working_set(model: nn.Module, reshard_after_forward: bool) -> int:
     blocks = sorted(by_block.values())
     gathered_blocks = blocks[-_GATHERED_BLOCKS:] if reshard_after_forward else blocks
     gradients = max((unit.gradients for unit in units), default=0)
-    return outside + sum(gathered_blocks) + gradients
+    converted = max((unit.converted for unit in units), default=0) if copies else 0
+    return outside + sum(gathered_blocks) + gradients + _CONVERTED_UNITS * converted
 
 
 class _Unit:
-    """The bytes of one FSDP unit, without the units nested in it."""
+    """The bytes of one FSDP unit, without the units nested in it.
+
+    `gathered` are those of its parameters, `gradients` those of their gradients, twice, and
+    `converted` those of this rank's shards that are gathered in a narrower dtype.
+    """
 
     def __init__(self, module: nn.Module, model: nn.Module):
         self.module = module
@@ -55,12 +62,15 @@ class _Unit:
         }
         self.gathered = 0
         self.gradients = 0
+        self.converted = 0
         for parameter in module.parameters():
             if parameter in nested or not _is_gathered(parameter):
                 continue
             dtype = _narrower(parameter.dtype, compute_dtypes.get(parameter))
             gathered = _gathered_numel(parameter) * dtype.itemsize
             self.gathered += gathered
+            if dtype != parameter.dtype:
+                self.converted += gathered // _shards(parameter)
             if parameter.requires_grad:
                 self.gradients += 2 * gathered
 
@@ -86,6 +96,13 @@ def _gathered_numel(parameter: nn.Parameter) -> int:
     ):
         return parameter.numel()
     return parameter.numel() // parameter.device_mesh[EXPERT_PARALLEL].size()
+
+
+def _shards(parameter: nn.Parameter) -> int:
+    if not isinstance(parameter, DTensor) or not is_shard(parameter):
+        return 1
+    size: int = parameter.device_mesh[SHARD].size()
+    return size
 
 
 def _narrower(stored: torch.dtype, computed: torch.dtype | None) -> torch.dtype:
