@@ -9,11 +9,15 @@ from walk import QUICKSTART
 
 from tokenyard.measure.memory import peak_bytes
 from tokenyard_models.transformer import Block
+from tokenyard_train import Callback
+from tokenyard_train.commands.train import train
 from tokenyard_train.config.load import load_config
+from tokenyard_train.engine import loop
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.setup import build_setup
 from tokenyard_train.engine.step import train_step
+from tokenyard_train.records.metrics import TIMINGS, Metrics
 
 pytestmark = pytest.mark.gpu
 
@@ -38,6 +42,33 @@ def test_a_graph_computes_what_is_computed_without(tmp_path, precision, rows):
     graphed, setup = losses(tmp_path, *options, "cuda_graph=true")
     assert setup.graph.captured
     assert graphed == eager
+
+
+class Reads(Callback):
+    """Follows each step, so that the next one begins after its report."""
+
+    def batch_end(self, run, record):
+        pass
+
+
+def test_steps_that_begin_before_a_report_give_the_same_run(tmp_path, monkeypatch):
+    """With random numbers in each step, an evaluation and a save between steps."""
+    keys = ("deterministic=true", "model.ffn_config.moe_jitter_eps=0.1", "cuda_graph=true")
+    intervals = ("max_duration=9ba", "eval_interval=4ba", "save_interval=6ba")
+    events, runs = [], []
+    begin, write = loop.begin_step, Metrics.write
+    monkeypatch.setattr(loop, "begin_step", lambda *a: events.append(a[1]) or begin(*a))
+    monkeypatch.setattr(Metrics, "write", lambda *a: events.append("record") or write(*a))
+    for callbacks in ([], [Reads()]):
+        folder = tmp_path / str(len(callbacks))
+        config = load_config(QUICKSTART, [*SMALL, f"save_folder={folder}", *keys, *intervals])
+        train(config, Console(quiet=True), callbacks)
+        lines = Metrics(folder / "metrics.jsonl").read()
+        runs.append([{k: v for k, v in line.items() if k not in TIMINGS} for line in lines])
+        between = events[events.index(4) + 1]
+        assert between == ("record" if callbacks else 5)
+        events.clear()
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("recompute", ["true", "selective"])

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file
 
 from tokenyard import ConfigError
 from tokenyard_train import Callback
@@ -24,9 +23,9 @@ from tokenyard_train.commands.train import train
 from tokenyard_train.config import read_config
 from tokenyard_train.engine import signals as stopping
 from tokenyard_train.engine.signals import Stopped
-from tokenyard_train.records.metrics import TIMINGS
 
 from ..conftest import MODEL
+from ..run_files import records, tensors
 
 WHOLE = {
     "eval_interval": "3ba",
@@ -37,20 +36,6 @@ WHOLE = {
         "generate_callback": {"prompts": ["1 times"], "max_new_tokens": 9},
     },
 }
-
-
-def records(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
-
-
-def tensors(checkpoint: Path) -> dict[str, bytes]:
-    """Return the bytes of every tensor. The headers of the files have no fixed order."""
-    return {
-        name: tensor.numpy().tobytes()
-        for shard in checkpoint.glob("*.safetensors")
-        for name, tensor in load_file(shard).items()
-    }
 
 
 def test_a_run_writes_metrics_checkpoints_pictures_and_a_summary(config, capsys, drawn):

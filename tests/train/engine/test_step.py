@@ -109,6 +109,22 @@ def test_a_nonfinite_number_skips_one_step_and_changes_nothing(build, where):
     assert train_step(run, 2).skipped is None
 
 
+def test_all_modules_are_in_training_mode(build):
+    """Also those that a callback has left in the mode of evaluation."""
+    run = build()
+    train_step(run, 0)
+    run.model.blocks[0].eval()
+    train_step(run, 1)
+    assert all(module.training for module in run.model.modules())
+
+
+def test_a_skipped_step_has_no_result(build):
+    run = build()
+    run.model.norm.register_forward_hook(lambda *args: args[-1] * math.inf)
+    with pytest.raises(ValueError, match="was not taken, and has no result"):
+        print(train_step(run, 0).result)
+
+
 def test_flags_are_returned(build):
     assert train_step(build(), 0, flags=(False, True)).flags == [False, True]
 

@@ -67,7 +67,7 @@ def test_memory_that_runs_out_in_a_step_is_a_mistake(error, tokenyard, path, mon
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(loop, "train_step", fail)
+    monkeypatch.setattr(loop, "begin_step", fail)
     code, _, sentence = tokenyard("train", path)
     assert code == 2
     assert_matches("cpu is out of memory with device_train_microbatch_size 4", sentence)

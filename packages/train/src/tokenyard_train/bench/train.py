@@ -132,7 +132,8 @@ def _variant(name: str, config: TrainConfig, folder: str, steps: int) -> _Entran
 
 def _ours(name: str, setup: Setup, work: _Work, phase: Phases) -> _Entrant:
     def step(batch: int) -> float:
-        return train_step(setup, batch, phase=phase).result.loss
+        step = train_step(setup, batch, phase=phase)
+        return step.numbers.loss if step.skipped is not None else step.result.loss
 
     return _Entrant(name, work, setup.model, step, graph=setup.graph)
 

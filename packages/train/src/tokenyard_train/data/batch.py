@@ -19,16 +19,16 @@ class Batch(NamedTuple):
     documents: Documents | None = None  # None: each row is one text without padding
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on a device. On a GPU it arrives after the work that is launched."""
+        """Return the batch on a device. The host does not wait for a GPU, see `to_device`."""
         device = torch.device(device)
         documents = self.documents
         if documents is not None:
             documents = documents._replace(
-                ids=_to(device, documents.ids),
-                positions=_to(device, documents.positions),
-                offsets=_to(device, documents.offsets),
+                ids=to_device(documents.ids, device),
+                positions=to_device(documents.positions, device),
+                offsets=to_device(documents.offsets, device),
             )
-        return Batch(_to(device, self.ids), _to(device, self.targets), documents)
+        return Batch(to_device(self.ids, device), to_device(self.targets, device), documents)
 
     def count_tokens(self) -> tuple[int, int]:
         """Return the number of tokens that are not padding, and of supervised tokens."""
@@ -38,10 +38,11 @@ class Batch(NamedTuple):
         return tokens, int((self.targets != IGNORED).sum())
 
 
-def _to(device: torch.device, tensor: Tensor) -> Tensor:
-    if device.type != "cuda":
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. The copy to a GPU is queued on the current stream."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
-    # From other memory, the host would wait for all that the GPU does before the copy
+    # For memory that is not pinned, the host would wait for all work in the queue
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 

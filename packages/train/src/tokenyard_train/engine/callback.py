@@ -20,7 +20,8 @@ class Callback:
     that a config gives under ``callbacks``.
 
     Each rank calls its own. ``run.stop_training()`` ends the run after this step; every rank must
-    call it after the same step.
+    call it after the same step. A GPU waits for `batch_end` and `skipped`: without them, the next
+    step begins before a step is reported.
     """
 
     def check(self, config: TrainConfig, model: Model, data: Data) -> None:

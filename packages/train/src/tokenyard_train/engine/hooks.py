@@ -1,21 +1,22 @@
-"""The hooks on a model, which a CUDA graph does not call."""
+"""Counts of the hooks on a model, to notice later ones: a CUDA graph does not call them."""
 
 from __future__ import annotations
 
 from torch import nn
 
-_OF_MODULES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Hooks:
     """Tells whether a model's modules or parameters have other hooks than at the start.
 
-    The GPU waits for the answer, so the dicts of hooks are looked up once.
+    The GPU waits for the answer, so the dicts of hooks are looked up once. Parameters that are
+    replaced, and dicts, are not noticed.
     """
 
     def __init__(self, model: nn.Module):
         self.by_module = {
-            name: [getattr(module, hooks) for hooks in _OF_MODULES]
+            name: [getattr(module, hooks) for hooks in _MODULE_HOOKS]
             for name, module in model.named_modules()
         }
         self.parameters = dict(model.named_parameters())
@@ -35,6 +36,6 @@ class Hooks:
         counts = [sum(map(len, dicts)) for dicts in self.by_module.values()]
         for parameter in self.parameters.values():
             # None without a hook
-            own = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
-            counts.append(sum(len(hooks) for hooks in own if hooks))
+            dicts = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
+            counts.append(sum(len(hooks) for hooks in dicts if hooks))
         return counts

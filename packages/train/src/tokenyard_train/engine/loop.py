@@ -44,8 +44,9 @@ from tokenyard_train.engine.save import save
 from tokenyard_train.engine.setup import Setup, build_setup
 from tokenyard_train.engine.signals import Stopped, stopping
 from tokenyard_train.engine.state import Run
-from tokenyard_train.engine.step import Step, begin_step, end_step
+from tokenyard_train.engine.step import begin_step, end_step
 from tokenyard_train.engine.step_records import Clock, skipped_record, train_record
+from tokenyard_train.engine.step_result import Step
 from tokenyard_train.engine.summary import announce
 from tokenyard_train.launch.faults import mark_started
 from tokenyard_train.launch.watch import watch_collectives
@@ -84,11 +85,17 @@ def check_run(config: TrainConfig, callbacks: Sequence[Callback], model: Model, 
         callback.check(config, model, data)
 
 
-class _Begun(NamedTuple):
-    """A step whose forward and backward passes are launched."""
+class _Launch(NamedTuple):
+    """The launched forward and backward passes of a step."""
 
-    began: float  # seconds, by the clock of the host
+    time: float  # seconds, by the clock of the host
     accumulated: Accumulated
+
+
+def _follows_steps(callback: Callback) -> bool:
+    """Return whether a callback acts after steps, and not only after evaluations and saves."""
+    kind = type(callback)
+    return kind.batch_end is not Callback.batch_end or kind.skipped is not Callback.skipped
 
 
 class _Loop:
@@ -110,7 +117,8 @@ class _Loop:
         self.clock = Clock(position.batch)
         self.stop_agreed = False  # a rank received a signal, and all ranks know
         self.save_failed = False  # a background save failed on some rank
-        self.begun: _Begun | None = None  # the next step, if it began already
+        self.next_launch: _Launch | None = None  # of the next step, if it is launched already
+        self.calls_each_step = any(map(_follows_steps, callbacks))
 
     def train_with_trackers(self) -> RunResult:
         """Train to the end. The trackers learn whether the run failed."""
@@ -168,50 +176,56 @@ class _Loop:
 
     def _one_batch(self, progress: Progress) -> None:
         run = self.run
-        began, accumulated = self.begun or self._begin()
-        self.begun = None
+        launch = self.next_launch or self._launch()
+        self.next_launch = None
         flags = (run.stop_requests.by_signal, self.writer.failed)
-        step = end_step(run.setup, run.batch, accumulated, flags)
-        seconds = time.perf_counter() - began
+        step = end_step(run.setup, run.batch, launch.accumulated, flags)
+        seconds = time.perf_counter() - launch.time
         self.stop_agreed, self.save_failed = step.flags
         skipped = 0
         if step.skipped is not None:
             raise_if_too_many_skipped(run, step.skipped)
             skipped = run.position.skipped_in_a_row + 1
         run.position = replace(run.position, batch=run.batch + 1, skipped_in_a_row=skipped)
+        times = (seconds, self.clock.remaining(run.batch, run.setup.batches))
         try:
-            if self._begins_early():
-                self.begun = self._begin()
-        finally:
-            record = self._report(step, seconds, progress)
-        self._follow(step, record, progress)
+            if self._launches_early():
+                self.next_launch = self._launch()
+        except BaseException:
+            with suppress(Exception):  # the error of the launch says more
+                self._report(step, times, progress)
+            raise
+        record = self._report(step, times, progress)
+        self._after_step(step, record, progress)
 
-    def _begin(self) -> _Begun:
-        return _Begun(time.perf_counter(), begin_step(self.run.setup, self.run.batch))
+    def _launch(self) -> _Launch:
+        return _Launch(time.perf_counter(), begin_step(self.run.setup, self.run.batch))
 
-    def _begins_early(self) -> bool:
-        """Return whether the next step begins before the step just done is reported.
+    def _launches_early(self) -> bool:
+        """Return whether the next step is launched before the step just done is reported.
 
         That needs a CUDA graph, which the host launches at once, and nothing but the report between
         both steps: callbacks may read and change anything.
         """
-        between = self.callbacks or self.run.due(self.config.eval_interval)
+        between = self.calls_each_step or self.run.due(self.config.eval_interval)
         between = between or self.save_failed or self._save_is_due()
         return self.run.setup.replays and not between
 
-    def _report(self, step: Step, seconds: float, progress: Progress) -> dict[str, Any]:
-        """Write and show the record of the step just done, and return it."""
+    def _report(self, step: Step, times: tuple[float, float], progress: Progress) -> dict[str, Any]:
+        """Write and show the record of the step just done, and return it.
+
+        `times` are the seconds that it took, and those that remain.
+        """
         run = self.run
         if step.skipped is not None:
             record = skipped_record(run.batch, step.skipped)
         else:
-            remaining = self.clock.remaining(run.batch, run.setup.batches)
-            record = train_record(run.setup, run.batch, step.result, seconds, remaining)
+            record = train_record(run.setup, run.batch, step.result, *times)
         run.metrics.write(record)
         progress.show(record)
         return record
 
-    def _follow(self, step: Step, record: dict[str, Any], progress: Progress) -> None:
+    def _after_step(self, step: Step, record: dict[str, Any], progress: Progress) -> None:
         """Evaluate, call the callbacks and save, where that is due after the step just done."""
         run = self.run
         scored = run.finished or run.due(self.config.eval_interval)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenyard import Strategy
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data
-from tokenyard_train.data.batch import Batch
+from tokenyard_train.data.batch import Batch, to_device
 
 Count = Tensor | int
 """A number of tokens. It is a tensor if it is known after a reduction over ranks only."""
@@ -73,6 +73,7 @@ class Reader:
         own = torch.tensor(
             [part.count_tokens() for part in parts], dtype=torch.float64
         )  # [microbatches, 2]
-        tokens, supervised = self.strategy.reduce(own.to(self.config.device)).unbind(1)
+        sent = to_device(own, torch.device(self.config.device))
+        tokens, supervised = self.strategy.reduce(sent).unbind(1)
         # A batch without supervised tokens has the loss 0, and the gradient of the router losses.
         return [Counts(each, tokens.sum(), supervised.sum().clamp(min=1)) for each in tokens]

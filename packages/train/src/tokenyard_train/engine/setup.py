@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from tokenyard import ConfigError, Model, MoE, Strategy, moe_layers
 from tokenyard.count import training_flops_per_token
@@ -60,6 +61,11 @@ class Setup:
     def replays(self) -> bool:
         """Whether the next microbatch is the replay of a CUDA graph."""
         return self.graph is not None and self.graph.captured
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """All modules of the model."""
+        return list(self.model.modules())
 
     @cached_property
     def layers(self) -> list[MoE]:

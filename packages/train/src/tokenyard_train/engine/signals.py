@@ -1,6 +1,6 @@
 """Stop a run on a signal.
 
-Ranks agree on it in the next step, which is also taken and saved.
+Ranks agree on it at the end of a step, which is saved.
 """
 
 from __future__ import annotations

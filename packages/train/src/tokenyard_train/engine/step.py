@@ -11,60 +11,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenyard import load_balancing_loss, z_loss
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.microbatch import Accumulated, accumulate
-from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.schedule import learning_rate, schedule_steps
 from tokenyard_train.engine.setup import Setup
-from tokenyard_train.records.routing import StepNumbers, fetch, loads_of, pack, routing_stats
-
-
-class StepResult(NamedTuple):
-    """The numbers of a step that was taken."""
-
-    loss: float  # nats per supervised token
-    balance_loss: float  # unweighted; 0 without experts
-    z_loss: float  # unweighted; 0 without experts
-    grad_norm: float  # before clipping
-    lr: float
-    supervised: int  # tokens whose loss is counted; those of text are all tokens
-    load: list[list[float]]  # per MoE layer, each expert's share of the slots
-    dropped: int  # slots
-    routing: list[dict[str, float]]  # per MoE layer, the fields of LayerRouting
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step did, and which flags any rank raised."""
-
-    setup: Setup
-    numbers: StepNumbers
-    lr: float
-
-    @property
-    def flags(self) -> list[bool]:
-        """Each flag of the step: whether any rank raised it."""
-        return self.numbers.flags
-
-    @property
-    def skipped(self) -> Skipped | None:
-        """Why the step was not taken, if its loss or gradient is not finite."""
-        loss, norm, *_ = self.numbers
-        return None if math.isfinite(loss) and math.isfinite(norm) else Skipped(loss, norm)
-
-    @cached_property
-    def result(self) -> StepResult:
-        """The numbers of a step that was taken. They are computed when they are first read."""
-        return _result(self.setup, self.numbers, self.lr)
+from tokenyard_train.engine.step_result import Step
+from tokenyard_train.records.routing import fetch, pack
 
 
 def train_step(
@@ -81,9 +38,10 @@ def train_step(
 def begin_step(setup: Setup, batch: int, phase: Phases = untimed) -> Accumulated:
     """Launch the forward and backward passes of a step.
 
-    They change nothing but gradients, and the generators of random numbers.
+    They change no parameter, state of the optimizer, or router.
     """
-    if not setup.model.training:
+    # faster than to set the mode of each module, for which a GPU would wait
+    if not all(module.training for module in setup.modules):
         setup.model.train()
     _seed(setup, batch)
     return accumulate(setup, batch, phase)
@@ -142,26 +100,6 @@ def _gradient_scale(config: TrainConfig, loss: Tensor, norm: Tensor) -> Tensor:
         scale = (clipping.clipping_threshold / (norm + 1e-6)).clamp(max=1.0)
     finite = loss.isfinite() & norm.isfinite()
     return scale.where(finite, math.nan)
-
-
-def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:
-    loss, norm, balances, _, (tokens, supervised) = numbers
-    if not balances:
-        return StepResult(loss, 0.0, 0.0, norm, lr, supervised, [], 0, [])
-    convention = setup.model.auxiliary.convention
-    top_k = setup.layers[0].workload.top_k
-    stats = routing_stats(balances, tokens, top_k, convention)
-    return StepResult(
-        loss=loss,
-        balance_loss=load_balancing_loss(balances, tokens, top_k, convention).item(),
-        z_loss=z_loss(balances, tokens).item(),
-        grad_norm=norm,
-        lr=lr,
-        supervised=supervised,
-        load=loads_of(balances).round(decimals=6).tolist(),
-        dropped=sum(int(balance.dropped) for balance in balances),
-        routing=[layer._asdict() for layer in stats],
-    )
 
 
 def _seed(setup: Setup, batch: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from tokenyard.peer_memory import shared_bytes
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.setup import Setup
-from tokenyard_train.engine.step import StepResult
+from tokenyard_train.engine.step_result import StepResult
 
 
 class Clock:

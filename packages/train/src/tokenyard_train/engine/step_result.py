@@ -1,0 +1,77 @@
+"""What an optimizer step did."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from tokenyard import load_balancing_loss, z_loss
+from tokenyard_train.engine.nonfinite import Skipped
+from tokenyard_train.engine.setup import Setup
+from tokenyard_train.records.routing import StepNumbers, loads_of, routing_stats
+
+
+class StepResult(NamedTuple):
+    """The numbers of a step that was taken."""
+
+    loss: float  # nats per supervised token
+    balance_loss: float  # unweighted; 0 without experts
+    z_loss: float  # unweighted; 0 without experts
+    grad_norm: float  # before clipping
+    lr: float
+    supervised: int  # tokens whose loss is counted; those of text are all tokens
+    load: list[list[float]]  # per MoE layer, each expert's share of the slots
+    dropped: int  # slots
+    routing: list[dict[str, float]]  # per MoE layer, the fields of LayerRouting
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a step did, and which flags any rank raised."""
+
+    setup: Setup
+    numbers: StepNumbers
+    lr: float
+
+    @property
+    def flags(self) -> list[bool]:
+        """Each flag of the step: whether any rank raised it."""
+        return self.numbers.flags
+
+    @property
+    def skipped(self) -> Skipped | None:
+        """Why the step was not taken, if its loss or gradient is not finite."""
+        loss, norm = self.numbers.loss, self.numbers.grad_norm
+        return None if math.isfinite(loss) and math.isfinite(norm) else Skipped(loss, norm)
+
+    @cached_property
+    def result(self) -> StepResult:
+        """The numbers of a step that was taken. They are computed when they are first read.
+
+        Raises ValueError for one that was skipped.
+        """
+        if self.skipped is not None:
+            raise ValueError(f"the step was not taken, and has no result: {self.skipped}")
+        return _result(self.setup, self.numbers, self.lr)
+
+
+def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:
+    loss, norm, balances, _, (tokens, supervised) = numbers
+    if not balances:
+        return StepResult(loss, 0.0, 0.0, norm, lr, supervised, [], 0, [])
+    convention = setup.model.auxiliary.convention
+    top_k = setup.layers[0].workload.top_k
+    stats = routing_stats(balances, tokens, top_k, convention)
+    return StepResult(
+        loss=loss,
+        balance_loss=load_balancing_loss(balances, tokens, top_k, convention).item(),
+        z_loss=z_loss(balances, tokens).item(),
+        grad_norm=norm,
+        lr=lr,
+        supervised=supervised,
+        load=loads_of(balances).round(decimals=6).tolist(),
+        dropped=sum(int(balance.dropped) for balance in balances),
+        routing=[layer._asdict() for layer in stats],
+    )
