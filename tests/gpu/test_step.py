@@ -54,7 +54,6 @@ class Reads(Callback):
 def test_steps_that_begin_before_a_report_give_the_same_run(tmp_path, monkeypatch):
     """With random numbers in each step, an evaluation and a save between steps."""
     keys = ("deterministic=true", "model.ffn_config.moe_jitter_eps=0.1", "cuda_graph=true")
-    keys = (*keys, "callbacks.generate_callback=null")
     intervals = ("max_duration=9ba", "eval_interval=4ba", "save_interval=6ba")
     events, runs = [], []
     begin, write = loop.begin_step, Metrics.write

@@ -117,6 +117,22 @@ def test_interpolation_and_overrides(load):
     ) == (2e-3, 2, "1ep")
 
 
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("callbacks={}", []),
+        ("callbacks={early_stopper: {}}", ["ngram_baselines", "early_stopper"]),
+        ("callbacks={generate_callback: null}", ["ngram_baselines"]),
+    ],
+)
+def test_an_empty_mapping_empties_a_section(load, caplog, override, names):
+    """Any other one is merged with it."""
+    text = ANNOUNCEMENT + REST + "callbacks: {ngram_baselines: {}}\n"
+    given = dict(load(text, override).callbacks)
+    assert [name for name in given if given[name] is not None] == names
+    assert not caplog.messages
+
+
 def test_keys_of_llm_foundry_that_mean_nothing_here_are_named_in_one_warning(load, caplog):
     extra = """
 fsdp_config: {verbose: true}

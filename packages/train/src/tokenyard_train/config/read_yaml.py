@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokenyard import ConfigError
 from tokenyard_train.config.interpolate import interpolate
-from tokenyard_train.config.replace import replace_renamed
+from tokenyard_train.config.replace import replace_sections
 from tokenyard_train.config.yaml_limits import check_yaml, references
 
 MAX_BYTES = 1 << 20
@@ -59,7 +59,7 @@ def _override(config: DictConfig, override: str) -> None:
     with _one_sentence(f"override {override!r} cannot be applied"):
         check_yaml(value, MAX_BYTES)
         _refuse_comment(value)
-        replace_renamed(config, key.strip(), value)
+        replace_sections(config, key.strip(), value)
         config.merge_with_dotlist([override])
 
 
