@@ -36,10 +36,14 @@ class SymmetricBuffer:
         self.region_bytes = 0
         self.trips = 0
         self.generation = 0  # of the memory: it is replaced by a larger one
-        self.buffers: tuple[Tensor, ...] = ()
         self.addresses = torch.empty(0, dtype=torch.int64, device=device)
         self._memory: PeerMemory | None = None
         self._barrier: Any = None
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The buffer of each rank, [n] uint8; none before the first `reserve`."""
+        return () if self._memory is None else self._memory.buffers
 
     def reserve(self, sizes: Sizes, timeout: float) -> None:
         """Make regions large enough. It is a collective; all ranks pass the same sizes.
@@ -52,10 +56,8 @@ class SymmetricBuffer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         dist.barrier(self.group)  # peers may still read the old buffer
-        self.buffers = ()  # it is freed first
-        self._memory = self._barrier = None
+        self._memory = self._barrier = None  # it is freed first
         self._memory = _allocate(REGIONS * region_bytes, self.device, self.group)
-        self.buffers = self._memory.buffers
         self._barrier = partial(self._memory.barrier, int(1000 * (timeout + _SPARE)))
         addresses = [buffer.data_ptr() for buffer in self.buffers]
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
