@@ -8,7 +8,7 @@ from rich.console import Console
 from walk import QUICKSTART
 
 from tokenyard.measure.memory import peak_bytes
-from tokenyard_models.transformer import Block
+from tokenyard_models.block import Block
 from tokenyard_train import Callback
 from tokenyard_train.commands.train import train
 from tokenyard_train.config.load import load_config

@@ -1,6 +1,7 @@
 """One transformer, the published model families built on it, and Hugging Face folders."""
 
 from tokenyard_models.__about__ import __version__
+from tokenyard_models.block import Block
 from tokenyard_models.config import MoEConfig, TransformerConfig
 from tokenyard_models.families.dbrx import Dbrx
 from tokenyard_models.families.llama import Llama
@@ -15,7 +16,7 @@ from tokenyard_models.init_weights import initialize
 from tokenyard_models.kv_cache import Cache
 from tokenyard_models.rope_scaling import RopeScaling
 from tokenyard_models.strict_config import Strict, parse
-from tokenyard_models.transformer import Block, Transformer
+from tokenyard_models.transformer import Transformer
 from tokenyard_models.upcycling import Upcycling
 
 __all__ = [

@@ -30,57 +30,13 @@ from tokenyard import (
 from tokenyard.count import weight_flops_per_token
 from tokenyard.lora import head_inputs
 from tokenyard.registry import Request
-from tokenyard_models.attention import Attention
+from tokenyard_models.block import Block, norm_of
 from tokenyard_models.config import TransformerConfig
-from tokenyard_models.fixed_cache import FixedCache, FixedLayerCache
+from tokenyard_models.fixed_cache import FixedCache
 from tokenyard_models.init_weights import initialize
-from tokenyard_models.kv_cache import Cache, LayerCache
+from tokenyard_models.kv_cache import Cache
 from tokenyard_models.rotary import Rotation, rotation_of
 from tokenyard_models.saved_bytes import Widths, saved_bytes
-
-
-class Block(nn.Module):
-    """One layer: attention, then an MoE layer or a dense network.
-
-    Routing leaves it as a Balance only, never as logits [T, E].
-    """
-
-    def __init__(self, config: TransformerConfig, ffn: MoE | FeedForward):
-        super().__init__()
-        self.norm_1 = _norm(config)
-        self.norm_2 = _norm(config)
-        self.attention = Attention(config)
-        self.ffn = ffn
-        self.forced_balance = config.moe is not None and config.moe.forced_balance
-
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        rotation: Rotation | None = None,
-        cache: LayerCache | FixedLayerCache | None = None,
-        documents: Documents | None = None,
-    ) -> tuple[Tensor, Balance | None]:
-        """Return x [B, S, D] and the Balance of an MoE layer."""
-        x = x + self.attention(self.norm_1(x), positions, rotation, cache, documents)
-        if not isinstance(self.ffn, MoE):
-            return x + self.ffn(self.norm_2(x)), None
-        padding = None if documents is None else documents.padding.flatten()
-        y, routing = self.ffn(self.norm_2(x), self._forced_ids(x), padding)
-        if isinstance(cache, FixedLayerCache):
-            return x + y, None  # generating reads no Balance
-        balance = self.ffn.router.balance
-        return x + y, balance(routing) if padding is None else balance(routing, padding)
-
-    def _forced_ids(self, x: Tensor) -> Tensor | None:
-        """Return ids [T, K] that take experts in turn, if the config asks for forced balance."""
-        if not self.forced_balance or not isinstance(self.ffn, MoE):
-            return None
-        experts = self.ffn.workload.num_experts
-        top_k = self.ffn.workload.top_k
-        tokens = x.shape[0] * x.shape[1]
-        slots = torch.arange(tokens * top_k, device=x.device)
-        return slots.remainder(experts).view(tokens, top_k)
 
 
 class Transformer(Model):
@@ -126,7 +82,7 @@ class Transformer(Model):
                 _ffn(config, layer, workload, backends, registry) for layer in range(config.layers)
             )
             self.blocks = nn.ModuleList(Block(config, ffn) for ffn in ffns)
-            self.norm = _norm(config)
+            self.norm = norm_of(config)
             self.head = None
             if not config.tied_head:
                 self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -234,12 +190,6 @@ def _embedding(rows: int, dim: int) -> nn.Embedding:
     if not weight.is_meta:
         nn.init.normal_(weight)
     return nn.Embedding.from_pretrained(weight, freeze=False)
-
-
-def _norm(config: TransformerConfig) -> nn.Module:
-    if config.norm == "rms":
-        return nn.RMSNorm(config.dim, eps=config.norm_eps)
-    return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
 
 
 def _workload(
