@@ -9,7 +9,7 @@ from rich.console import Console
 from tokenyard_train.callbacks import Callback, build_callbacks, build_registration
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.finish import RunResult
-from tokenyard_train.engine.loop import run_training
+from tokenyard_train.engine.run_training import run_training
 
 
 def train(config: TrainConfig, console: Console, callbacks: Sequence[Callback] = ()) -> RunResult:

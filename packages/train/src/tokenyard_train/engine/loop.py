@@ -18,71 +18,33 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
-from tokenyard import ConfigError, Model, TokenyardError, why_no_documents
+from tokenyard import TokenyardError
 from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.checkpoint.background import BackgroundWriter
-from tokenyard_train.config.schema import TrainConfig
-from tokenyard_train.data import Data, PackedDocuments, PackedHeldOut
 from tokenyard_train.distributed import is_rank0
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.chosen import dump_with_backends
-from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.evaluate import evaluate
 from tokenyard_train.engine.finish import RunResult, finish
-from tokenyard_train.engine.folder import run_folder
 from tokenyard_train.engine.microbatch import Accumulated
 from tokenyard_train.engine.nonfinite import NonFiniteError, raise_if_too_many_skipped
-from tokenyard_train.engine.out_of_memory import out_of_memory_is_a_mistake
 from tokenyard_train.engine.progress import Progress
 from tokenyard_train.engine.resume import resume, start
 from tokenyard_train.engine.save import save
-from tokenyard_train.engine.setup import Setup, build_setup
+from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.signals import Stopped, stopping
 from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.step import begin_step, end_step
 from tokenyard_train.engine.step_records import Clock, skipped_record, train_record
 from tokenyard_train.engine.step_result import Step
 from tokenyard_train.engine.summary import announce
-from tokenyard_train.launch.faults import mark_started
 from tokenyard_train.launch.watch import watch_collectives
 from tokenyard_train.records.metrics import Metrics, NullMetrics
-from tokenyard_train.records.trackers import build_trackers, check_trackers
+from tokenyard_train.records.trackers import build_trackers
 
 log = logging.getLogger("tokenyard")
-
-
-def run_training(config: TrainConfig, console: Console, callbacks: Sequence[Callback]) -> RunResult:
-    """Train by a resolved config. The caller builds the callbacks that the config names.
-
-    Raises TokenyardError for a mistake in the config.
-    """
-    with deterministic(config.deterministic), out_of_memory_is_a_mistake(config):
-        setup = build_setup(config, console, partial(check_run, config, callbacks))
-        # The folder is made last, after everything that may fail before it.
-        with run_folder(config):
-            mark_started()
-            return _Loop(setup, callbacks).train_with_trackers()
-
-
-def check_run(config: TrainConfig, callbacks: Sequence[Callback], model: Model, data: Data) -> None:
-    """Raise ConfigError for what the model, callbacks or trackers of a run could not do.
-
-    Writes nothing.
-    """
-    reason = why_no_documents(model)
-    loaders = {"train_loader": data.train, "eval_loader": data.held_out}
-    loaders |= {f"eval_loaders.{label}": rows for label, rows in data.labelled.items()}
-    for name, rows in loaders.items():
-        if isinstance(rows, PackedDocuments | PackedHeldOut) and reason is not None:
-            raise ConfigError(f"{name}.name is 'finetuning', and {reason}")
-    check_trackers(config.loggers)
-    for callback in callbacks:
-        callback.check(config, model, data)
 
 
 class _Launch(NamedTuple):
@@ -98,7 +60,7 @@ def _follows_steps(callback: Callback) -> bool:
     return kind.batch_end is not Callback.batch_end or kind.skipped is not Callback.skipped
 
 
-class _Loop:
+class Loop:
     """A run, its callbacks and its checkpoint writer."""
 
     def __init__(self, setup: Setup, callbacks: Sequence[Callback]):
