@@ -10,8 +10,8 @@ _MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", 
 class Hooks:
     """Tells whether a model's modules or parameters have other hooks than at the start.
 
-    The GPU waits for the answer, so the dicts of hooks are looked up once. Parameters that are
-    replaced, and dicts, are not noticed.
+    The GPU waits for the answer, so the dicts of hooks are looked up once. If a parameter or such a
+    dict is replaced, its later hooks are not noticed.
     """
 
     def __init__(self, model: nn.Module):

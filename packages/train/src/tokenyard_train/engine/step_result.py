@@ -53,7 +53,11 @@ class Step:
         Raises ValueError for one that was skipped.
         """
         if self.skipped is not None:
-            raise ValueError(f"the step was not taken, and has no result: {self.skipped}")
+            loss, norm = self.skipped
+            raise ValueError(
+                f"the step has no result, since it was not taken: its loss is {loss} and its "
+                f"gradient norm {norm}; read `skipped` first"
+            )
         return _result(self.setup, self.numbers, self.lr)
 
 
