@@ -121,7 +121,7 @@ def test_all_modules_are_in_training_mode(build):
 def test_a_skipped_step_has_no_result(build):
     run = build()
     run.model.norm.register_forward_hook(lambda *args: args[-1] * math.inf)
-    with pytest.raises(ValueError, match="no result, since it was not taken: its loss is (inf|nan)"):
+    with pytest.raises(ValueError, match="no result, since it was not taken"):
         print(train_step(run, 0).result)
 
 
