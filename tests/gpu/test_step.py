@@ -12,7 +12,7 @@ from tokenyard_models.block import Block
 from tokenyard_train import Callback
 from tokenyard_train.commands.train import train
 from tokenyard_train.config.load import load_config
-from tokenyard_train.engine import loop
+from tokenyard_train.engine import steps
 from tokenyard_train.engine.deterministic import deterministic
 from tokenyard_train.engine.microbatch import accumulate
 from tokenyard_train.engine.setup import build_setup
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.gpu
 SMALL = ("max_duration=8ba", "device=cuda:0", "callbacks={}")
 
 
-def losses(tmp_path, *overrides, steps=6):
+def losses(tmp_path, *overrides, batches=6):
     """Train some steps of the quickstart, deterministically; return the losses and the setup."""
     config = load_config(QUICKSTART, [*SMALL, f"save_folder={tmp_path}", *overrides])
     with deterministic(True):
         setup = build_setup(config, Console(quiet=True))
         setup.convert_weights()
-        return [train_step(setup, batch).result.loss for batch in range(steps)], setup
+        return [train_step(setup, batch).result.loss for batch in range(batches)], setup
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16_master"])
@@ -51,13 +51,13 @@ class Reads(Callback):
         pass
 
 
-def test_steps_that_begin_before_a_report_give_the_same_run(tmp_path, monkeypatch):
+def test_steps_that_begin_early_give_the_same_run(tmp_path, monkeypatch):
     """With random numbers in each step, an evaluation and a save between steps."""
     keys = ("deterministic=true", "model.ffn_config.moe_jitter_eps=0.1", "cuda_graph=true")
     intervals = ("max_duration=9ba", "eval_interval=4ba", "save_interval=6ba")
     events, runs = [], []
-    begin, write = loop.begin_step, Metrics.write
-    monkeypatch.setattr(loop, "begin_step", lambda *a: events.append(a[1]) or begin(*a))
+    begin, write = steps.begin_step, Metrics.write
+    monkeypatch.setattr(steps, "begin_step", lambda *a: events.append(a[1]) or begin(*a))
     monkeypatch.setattr(Metrics, "write", lambda *a: events.append("record") or write(*a))
     for callbacks in ([], [Reads()]):
         folder = tmp_path / str(len(callbacks))
@@ -87,7 +87,7 @@ def test_offload_leaves_two_block_inputs_on_the_gpu(tmp_path, recompute):
     peaks = []
     for offload in ("false", "true"):
         keys = (f"activation_checkpointing={recompute}", f"activation_cpu_offload={offload}")
-        _, setup = losses(tmp_path, "cuda_graph=false", "model.n_layers=12", *keys, steps=1)
+        _, setup = losses(tmp_path, "cuda_graph=false", "model.n_layers=12", *keys, batches=1)
         accumulate(setup, 0)  # so that there are gradients, which would be the peak
         peaks.append(peak_bytes((lambda _, run=setup: accumulate(run, 1),), setup.device))
         config = setup.config

@@ -1,6 +1,8 @@
-"""The next step is launched before a step is reported, so that a GPU does not wait for the host."""
+"""The next step is launched before the numbers of a step arrive, so a GPU need not wait."""
 
 import math
+import os
+import signal
 
 import pytest
 
@@ -8,8 +10,10 @@ from tokenyard_train import Callback
 from tokenyard_train.checkpoint import CheckpointError
 from tokenyard_train.checkpoint.background import BackgroundWriter
 from tokenyard_train.commands.train import train
-from tokenyard_train.engine import loop
+from tokenyard_train.engine import loop, steps
 from tokenyard_train.engine.setup import Setup
+from tokenyard_train.engine.signals import Stopped
+from tokenyard_train.engine.step_result import StepInFlight
 from tokenyard_train.records.metrics import Metrics
 
 from ..conftest import MODEL
@@ -36,8 +40,9 @@ def events(monkeypatch):
 
         monkeypatch.setattr(module, name, noting)
 
-    note(loop, "begin_step", lambda _, batch: f"begin {batch}")
-    note(loop, "end_step", lambda _, batch, *__: f"end {batch}")
+    note(steps, "begin_step", lambda _, batch: f"begin {batch}")
+    note(steps, "end_step", lambda _, batch, *__: f"end {batch}")
+    note(StepInFlight, "wait", lambda _: "wait")
     note(loop, "evaluate", lambda *_: "evaluate")
     note(loop, "save", lambda *_: "save")
     note(Metrics, "write", lambda _, record: f"{record['kind']} {record['batch']}")
@@ -71,29 +76,33 @@ class Spoils(Callback):
         return output * math.inf if self.passes == 3 and module.training else output
 
 
-def test_the_next_step_begins_before_a_report(config, console, replays, events):
+def test_the_next_step_begins_before_the_numbers_arrive(config, console, replays, events):
     """But after an evaluation or a save, which need the memory of a step."""
     train(config(max_duration="4ba", eval_interval="3ba", save_interval="2ba"), console, [Ends()])
     assert events == [
-        *("begin 0", "end 0", "begin 1", "train 1"),
-        *("end 1", "train 2", "save"),
-        *("begin 2", "end 2", "train 3", "evaluate", "eval 3"),
-        *("begin 3", "end 3", "train 4", "evaluate", "eval 4", "save"),
+        *("begin 0", "end 0", "begin 1", "wait", "train 1"),
+        *("end 1", "wait", "train 2", "save"),
+        *("begin 2", "end 2", "wait", "train 3", "evaluate", "eval 3"),
+        *("begin 3", "end 3", "wait", "train 4", "evaluate", "eval 4", "save"),
     ]
+
+
+LATE = ["begin 0", "end 0", "wait", "train 1", "begin 1", "end 1", "wait", "train 2"]
+"""The events of two steps, if none is launched early."""
 
 
 def test_without_a_graph_a_report_comes_first(config, console, events):
     """The host takes as long as the device to launch each kernel, or to compute."""
     train(config(max_duration="2ba"), console)
-    assert events[:6] == ["begin 0", "end 0", "train 1", "begin 1", "end 1", "train 2"]
+    assert events[:8] == LATE
 
 
 def test_the_next_step_begins_after_callbacks(config, console, replays, events):
     train(config(max_duration="2ba"), console, [Ends(), Reads()])
-    assert events[:6] == ["begin 0", "end 0", "train 1", "begin 1", "end 1", "train 2"]
+    assert events[:8] == LATE
 
 
-def test_no_step_begins_after_a_save_that_failed(config, console, replays, events, monkeypatch):
+def test_no_step_ends_after_a_save_that_failed(config, console, replays, events, monkeypatch):
     def fail(writer):
         raise CheckpointError("ba1 could not be saved")
 
@@ -101,51 +110,67 @@ def test_no_step_begins_after_a_save_that_failed(config, console, replays, event
     monkeypatch.setattr(BackgroundWriter, "finish", fail)
     with pytest.raises(CheckpointError, match="ba1 could not be saved"):
         train(config(max_duration="3ba"), console)
-    assert events == ["begin 0", "end 0", "train 1"]
+    assert events == ["begin 0", "end 0", "begin 1", "wait", "train 1"]
 
 
-@pytest.mark.parametrize("written", [True, False])
-def test_a_step_is_reported_if_the_next_one_fails(
-    config, console, replays, events, monkeypatch, written
-):
-    """The error of the next step is raised, also if the report fails, too."""
-    begin = loop.begin_step
-    write = Metrics.write
+def test_a_step_is_reported_if_the_next_one_fails(config, console, replays, events, monkeypatch):
+    begin = steps.begin_step
 
     def fail(setup, batch):
         if batch == 1:
             raise RuntimeError("out of luck")
         return begin(setup, batch)
 
-    def write_or_fail(metrics, record):
-        write(metrics, record)
-        if not written:
-            raise OSError("No space left on device")
-
-    monkeypatch.setattr(loop, "begin_step", fail)
-    monkeypatch.setattr(Metrics, "write", write_or_fail)
+    monkeypatch.setattr(steps, "begin_step", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         train(config(max_duration="3ba"), console)
-    assert events == ["begin 0", "end 0", "train 1"]
+    assert events == ["begin 0", "end 0", "wait", "train 1"]
 
 
-def test_the_remaining_time_has_no_part_of_the_next_step(
+def test_a_run_that_is_stopped_resumes_as_if_it_had_not_been(
     config, console, replays, events, monkeypatch, tmp_path
 ):
-    """It is the mean time of a step so far, times the steps that are left."""
+    """The launched passes of the next step are dropped, and taken again."""
+    changes = {"max_duration": "5ba", "save_interval": "100ba"}
+    stopped = changes | {"save_folder": str(tmp_path / "stopped")}
+    write = Metrics.write
+
+    def stop_after_two(metrics, record):
+        write(metrics, record)
+        if record["batch"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "write", stop_after_two)
+    with pytest.raises(Stopped, match="after batch 3 of 5"):
+        train(config(**stopped), console)
+    monkeypatch.setattr(Metrics, "write", write)
+    assert events[-5:] == ["end 2", "begin 3", "wait", "train 3", "save"]
+    train(config(**stopped, autoresume=True), console)
+    whole = train(config(save_folder=str(tmp_path / "whole"), **changes), console)
+    assert tensors(tmp_path / "stopped" / "ba5") == tensors(whole.folder / "ba5")
+    assert records(tmp_path / "stopped") == records(whole.folder)
+
+
+def test_every_second_belongs_to_one_step(config, console, replays, monkeypatch, tmp_path):
+    """Two steps are launched in the first, and none in the last."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    begin = loop.begin_step
 
-    def take_a_second(*args):
-        now[0] += 1
-        return begin(*args)
+    def take_time(module, name, seconds):
+        call = getattr(module, name)
 
-    monkeypatch.setattr(loop, "begin_step", take_a_second)
+        def taking(*args):
+            now[0] += seconds
+            return call(*args)
+
+        monkeypatch.setattr(module, name, taking)
+
+    take_time(steps, "begin_step", 1)
+    take_time(StepInFlight, "wait", 2)
     train(config(max_duration="4ba"), console)
     lines = Metrics(tmp_path / "run" / "metrics.jsonl").read()
     times = [(line["seconds"], line["remaining_s"]) for line in lines if line["kind"] == "train"]
-    assert times == [(1.0, 3.0), (1.0, 2.0), (1.0, 1.0), (1.0, 0.0)]
+    assert times == [(4.0, 12.0), (3.0, 7.0), (3.0, 3.3), (2.0, 0.0)]
 
 
 @pytest.mark.parametrize("spoilt", [False, True])
@@ -153,7 +178,7 @@ def test_steps_that_begin_early_give_the_same_run(
     config, console, replays, events, tmp_path, spoilt
 ):
     """With random numbers in each step, an evaluation, and a step that is skipped."""
-    ffn = MODEL["ffn_config"] | {"moe_jitter_eps": 0.1}
+    ffn = MODEL["ffn_config"] | {"moe_jitter_eps": 0.1, "moe_bias_update_rate": 0.01}
     changes = {"model": MODEL | {"ffn_config": ffn}, "eval_interval": "4ba", "nonfinite": "skip"}
     spoils = [Spoils()] if spoilt else []
     early, late = (

@@ -23,9 +23,9 @@ def assigned(path: Path) -> set[str]:
     return names
 
 
-def test_only_the_loop_changes_the_position():
+def test_only_steps_change_the_position():
     writers = {path.name for path in SOURCE.rglob("*.py") if "position" in assigned(path)}
-    assert writers == {"loop.py"}
+    assert writers == {"steps.py"}
 
 
 def test_setup_and_position_are_frozen(build):

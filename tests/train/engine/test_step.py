@@ -92,9 +92,11 @@ def test_clipping_is_by_the_global_norm(build):
 
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
 def test_a_nonfinite_number_skips_one_step_and_changes_nothing(build, where):
-    run = build()
+    ffn = MODEL["ffn_config"] | {"moe_bias_update_rate": 0.01}
+    run = build(model=MODEL | {"ffn_config": ffn})
     train_step(run, 0)
-    before = [p.detach().clone() for p in run.model.parameters()]
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    assert any("selection_bias" in name and value.any() for name, value in before.items())
     if where == "loss":
         hook = run.model.norm.register_forward_hook(lambda *args: args[-1] * math.inf)
     else:
@@ -103,10 +105,12 @@ def test_a_nonfinite_number_skips_one_step_and_changes_nothing(build, where):
     assert isinstance(skipped, Skipped)
     assert math.isnan(skipped.loss if where == "loss" else skipped.grad_norm)
     assert math.isfinite(skipped.loss) == (where == "gradient norm")
-    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
+    after = run.model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert all(p.grad is None for p in run.model.parameters())
     hook.remove()
     assert train_step(run, 2).skipped is None
+    assert all(not torch.equal(before[n], v) for n, v in after.items() if "selection_bias" in n)
 
 
 def test_all_modules_are_in_training_mode(build):

@@ -5,7 +5,7 @@ import time
 import pytest
 import yaml
 
-from tokenyard_train.engine import loop
+from tokenyard_train.engine import steps
 from tokenyard_train.launch.supervisor import supervise
 
 
@@ -67,7 +67,7 @@ def test_memory_that_runs_out_in_a_step_is_a_mistake(error, tokenyard, path, mon
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(loop, "begin_step", fail)
+    monkeypatch.setattr(steps, "begin_step", fail)
     code, _, sentence = tokenyard("train", path)
     assert code == 2
     assert_matches("cpu is out of memory with device_train_microbatch_size 4", sentence)

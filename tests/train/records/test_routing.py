@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenyard import Balance
 from tokenyard_train.engine.step import train_step
-from tokenyard_train.records.routing import LayerSums, fetch, loads_of, pack, routing_stats
+from tokenyard_train.records.routing import Fetch, LayerSums, loads_of, pack, routing_stats
 
 
 def balance(counts, probabilities, z_sum=0.0, dropped=0, device="cpu") -> Balance:
@@ -70,7 +70,7 @@ def test_fetch_returns_sums_over_ranks():
     tokens = [torch.tensor(70), 80]
     flags = [False, True]
     packed = pack(loss, norm, LayerSums.of(layers), two_ranks, flags, tokens)
-    fetched = fetch(packed, [3, 2], flags, tokens)
+    fetched = Fetch(packed, [3, 2], flags, tokens).wait()
     assert (fetched.loss, fetched.grad_norm) == (1.5, 2.5)
     assert (fetched.flags, fetched.counts) == ([False, True], [70, 80])
     assert [b.counts.tolist() for b in fetched.balances] == [[1, 2, 3], [4, 5]]
@@ -84,7 +84,7 @@ def test_fetch_returns_sums_over_ranks():
 def test_fetch_without_experts(flags, tokens):
     loss = torch.tensor(1.5)
     packed = pack(loss, loss, None, lambda x: x, flags, tokens)
-    assert fetch(packed, [], flags, tokens) == (1.5, 1.5, [], flags, tokens)
+    assert Fetch(packed, [], flags, tokens).wait() == (1.5, 1.5, [], flags, tokens)
 
 
 class Transfers(TorchDispatchMode):
@@ -102,7 +102,7 @@ class Transfers(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def test_one_copy_to_the_host_for_all_layers_together():
+def test_numbers_are_packed_without_a_copy_to_the_host():
     """On fake CUDA tensors, so that the test needs no GPU."""
     with FakeTensorMode():
         layers = [
@@ -117,23 +117,28 @@ def test_one_copy_to_the_host_for_all_layers_together():
         number = torch.zeros((), device="cuda")
         with Transfers() as transfers:
             packed = pack(number, number, LayerSums.of(layers), lambda x: x, (True, False))
-            assert (packed.device.type, transfers.count) == ("cuda", 0)
-            packed.cpu()
-        assert transfers.count == 1
+        assert (packed.device.type, transfers.count) == ("cuda", 0)
 
 
 @pytest.mark.gpu
-def test_fetch_has_one_host_sync_on_a_gpu(recwarn):
+def test_the_host_waits_for_the_numbers_and_for_nothing_else():
+    """The GPU is busy before and after the numbers."""
     layers = [balance([1, 2, 3], [0.5, 0.25, 0.125], 7, 1, "cuda") for _ in range(4)]
-    number = torch.zeros((), device="cuda")
-    torch.cuda.set_sync_debug_mode("warn")
+    number = torch.full((), 1.5, device="cuda")
+    stream = torch.cuda.current_stream()
+    Fetch(pack(number, number, LayerSums.of(layers), lambda x: x), [3] * 4).wait()  # loads kernels
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        packed = pack(number, number, LayerSums.of(layers), lambda x: x)
-        fetched = fetch(packed, [3] * 4)
-        routing_stats(fetched.balances, 3, 2, "megablocks")
+        torch.cuda._sleep(200_000_000)
+        fetch = Fetch(pack(number, number, LayerSums.of(layers), lambda x: x), [3] * 4)
+        assert not stream.query()
+        torch.cuda._sleep(200_000_000)
+        numbers = fetch.wait()
+        routing_stats(numbers.balances, 3, 2, "megablocks")
+        assert not stream.query()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in recwarn if "synchronizing CUDA operation" in str(w.message)]) == 1
+    assert (numbers.loss, numbers.balances[3].counts.tolist()) == (1.5, [1, 2, 3])
 
 
 def test_a_step_reports_every_layer(build):

@@ -176,9 +176,10 @@ class Router(Protocol):
         ...
 
     def update(self, counts: Tensor) -> None:
-        """Adjust the router's state after an optimizer step.
+        """Adjust the router's buffers after an optimizer step, without a host sync.
 
-        `counts` [E] are ``Balance.counts``, summed over microbatches and ranks.
+        `counts` [E] are ``Balance.counts``, summed over microbatches and ranks. A trainer that
+        does not know yet whether the step is taken restores the buffers if it is not.
         """
         ...
 

@@ -21,7 +21,7 @@ class Callback:
 
     Each rank calls its own. ``run.stop_training()`` ends the run after this step; every rank must
     call it after the same step. A GPU waits for `batch_end` and `skipped`: without them, the next
-    step begins before a step is reported.
+    step is launched before the numbers of a step have arrived.
     """
 
     def check(self, config: TrainConfig, model: Model, data: Data) -> None:

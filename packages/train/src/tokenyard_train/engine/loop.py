@@ -14,11 +14,9 @@ A run ends in one of five ways:
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from tokenyard import TokenyardError
 from tokenyard_train.checkpoint import CheckpointError
@@ -28,36 +26,22 @@ from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.chosen import dump_with_backends
 from tokenyard_train.engine.evaluate import evaluate
 from tokenyard_train.engine.finish import RunResult, finish
-from tokenyard_train.engine.microbatch import Accumulated
-from tokenyard_train.engine.nonfinite import NonFiniteError, raise_if_too_many_skipped
+from tokenyard_train.engine.nonfinite import NonFiniteError
 from tokenyard_train.engine.progress import Progress
 from tokenyard_train.engine.resume import resume, start
 from tokenyard_train.engine.save import save
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.signals import Stopped, stopping
 from tokenyard_train.engine.state import Run
-from tokenyard_train.engine.step import begin_step, end_step
-from tokenyard_train.engine.step_records import Clock, skipped_record, train_record
+from tokenyard_train.engine.step_records import skipped_record, train_record
 from tokenyard_train.engine.step_result import Step
+from tokenyard_train.engine.steps import Steps, Times
 from tokenyard_train.engine.summary import announce
 from tokenyard_train.launch.watch import watch_collectives
 from tokenyard_train.records.metrics import Metrics, NullMetrics
 from tokenyard_train.records.trackers import build_trackers
 
 log = logging.getLogger("tokenyard")
-
-
-class _Launch(NamedTuple):
-    """The launched forward and backward passes of a step."""
-
-    time: float  # seconds, by the clock of the host
-    accumulated: Accumulated
-
-
-def _follows_steps(callback: Callback) -> bool:
-    """Return whether a callback acts after steps, and not only after evaluations and saves."""
-    kind = type(callback)
-    return kind.batch_end is not Callback.batch_end or kind.skipped is not Callback.skipped
 
 
 class Loop:
@@ -76,11 +60,9 @@ class Loop:
             position = start(setup)
         setup.convert_weights()
         self.run = Run(setup, metrics, position)
-        self.clock = Clock(position.batch)
+        self.steps = Steps(self.run, callbacks)
         self.stop_agreed = False  # a rank received a signal, and all ranks know
         self.save_failed = False  # a background save failed on some rank
-        self.next_launch: _Launch | None = None  # of the next step, if it is launched already
-        self.calls_each_step = any(map(_follows_steps, callbacks))
 
     def train_with_trackers(self) -> RunResult:
         """Train to the end. The trackers learn whether the run failed."""
@@ -138,46 +120,13 @@ class Loop:
 
     def _one_batch(self, progress: Progress) -> None:
         run = self.run
-        launch = self.next_launch or self._launch()
-        self.next_launch = None
-        flags = (run.stop_requests.by_signal, self.writer.failed)
-        step = end_step(run.setup, run.batch, launch.accumulated, flags)
-        seconds = time.perf_counter() - launch.time
+        step, times = self.steps.take((run.stop_requests.by_signal, self.writer.failed))
         self.stop_agreed, self.save_failed = step.flags
-        skipped = 0
-        if step.skipped is not None:
-            raise_if_too_many_skipped(run, step.skipped)
-            skipped = run.position.skipped_in_a_row + 1
-        run.position = replace(run.position, batch=run.batch + 1, skipped_in_a_row=skipped)
-        times = (seconds, self.clock.remaining(run.batch, run.setup.batches))
-        try:
-            if self._launches_early():
-                self.next_launch = self._launch()
-        except BaseException:
-            with suppress(Exception):  # the error of the launch says more
-                self._report(step, times, progress)
-            raise
         record = self._report(step, times, progress)
         self._after_step(step, record, progress)
 
-    def _launch(self) -> _Launch:
-        return _Launch(time.perf_counter(), begin_step(self.run.setup, self.run.batch))
-
-    def _launches_early(self) -> bool:
-        """Return whether the next step is launched before the step just done is reported.
-
-        That needs a CUDA graph, which the host launches at once, and nothing but the report between
-        both steps: callbacks may read and change anything.
-        """
-        between = self.calls_each_step or self.run.due(self.config.eval_interval)
-        between = between or self.save_failed or self._save_is_due()
-        return self.run.setup.replays and not between
-
-    def _report(self, step: Step, times: tuple[float, float], progress: Progress) -> dict[str, Any]:
-        """Write and show the record of the step just done, and return it.
-
-        `times` are the seconds that it took, and those that remain.
-        """
+    def _report(self, step: Step, times: Times, progress: Progress) -> dict[str, Any]:
+        """Write and show the record of the step just done, and return it."""
         run = self.run
         if step.skipped is not None:
             record = skipped_record(run.batch, step.skipped)

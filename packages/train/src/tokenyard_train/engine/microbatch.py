@@ -42,7 +42,7 @@ class Accumulated(NamedTuple):
 def accumulate(setup: Setup, batch: int, phase: Phases = untimed) -> Accumulated:
     """Add the gradients of this rank's microbatches of a batch to ``parameter.grad``.
 
-    Of the LayerSums, only `counts` is summed over ranks here; `fetch` sums the rest.
+    Of the LayerSums, only `counts` is summed over ranks here; `pack` sums the rest.
     """
     with phase("data"):
         work = setup.reader.take(batch)

@@ -96,6 +96,10 @@ class Setup:
         """Return a span of training in optimizer steps of this run."""
         return span.batches(self.batch_tokens, epoch_batches(self.config, self.data), self.batches)
 
+    def due(self, interval: Span | None, batch: int) -> bool:
+        """Return whether an interval ends after so many steps. None never ends."""
+        return interval is not None and batch % max(1, self.steps_in(interval)) == 0
+
     def convert_weights(self) -> None:
         """Convert the weights to the config's precision. Call it once, after they were loaded."""
         if self.config.precision == BF16_MASTER:

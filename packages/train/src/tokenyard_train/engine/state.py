@@ -39,7 +39,7 @@ class StopRequests:
 
 @dataclass
 class Run:
-    """A run in progress, as callbacks see it. Only ``engine/loop.py`` assigns to `position`."""
+    """A run in progress, as callbacks see it. Only ``engine/steps.py`` assigns to `position`."""
 
     setup: Setup
     metrics: Metrics
@@ -66,4 +66,4 @@ class Run:
 
     def due(self, interval: Span | None) -> bool:
         """Return whether the step just done ends an interval."""
-        return interval is not None and self.batch % max(1, self.setup.steps_in(interval)) == 0
+        return self.setup.due(interval, self.batch)

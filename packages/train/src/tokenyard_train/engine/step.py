@@ -1,9 +1,9 @@
 """One optimizer step over a global batch.
 
-Forward and backward passes, the gradient norm, the optimizer, the numbers to the host, the routers.
+Forward and backward passes, the gradient norm, the optimizer, the routers, the numbers to the host.
 
-The host waits for the numbers of a step, and then the GPU would wait for the host. So the loop may
-begin the next step before it reports this one.
+All of it is launched without a wait. So a GPU can be given the next step before the numbers of this
+one have arrived.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokenyard import MoE
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.engine.microbatch import Accumulated, accumulate
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.schedule import learning_rate, schedule_steps
 from tokenyard_train.engine.setup import Setup
-from tokenyard_train.engine.step_result import Step
-from tokenyard_train.records.routing import fetch, pack
+from tokenyard_train.engine.step_result import Step, StepInFlight
+from tokenyard_train.records.routing import Fetch, pack
 
 
 def train_step(
@@ -32,7 +33,9 @@ def train_step(
     `flags` are reduced over ranks with the step's numbers: a flag is true if it is true on any
     rank. `phase` is a context around each part of the step.
     """
-    return end_step(setup, batch, begin_step(setup, batch, phase), flags, phase)
+    step = end_step(setup, batch, begin_step(setup, batch, phase), flags, phase)
+    with phase("optimizer"):
+        return step.wait()
 
 
 def begin_step(setup: Setup, batch: int, phase: Phases = untimed) -> Accumulated:
@@ -53,31 +56,44 @@ def end_step(
     accumulated: Accumulated,
     flags: Sequence[bool] = (),
     phase: Phases = untimed,
-) -> Step:
-    """Update parameters and routers by what `begin_step` accumulated, and wait for the numbers.
+) -> StepInFlight:
+    """Launch the updates of parameters and routers by what `begin_step` accumulated.
 
     Arguments are those of `train_step`.
     """
     loss, sums, *counts = accumulated
-    # Clip and update parameters; neither changes anything if a number is not finite
+    experts = [moe.workload.num_experts for moe in setup.layers]
+    # Clip and update; nothing changes if a number is not finite
     with phase("optimizer"):
         norm = setup.strategy.gradient_norm(setup.model)
         lr = _set_learning_rates(setup, batch)
-        setup.optimizer.step(scale=_gradient_scale(setup.config, loss, norm))
+        scale = _gradient_scale(setup.config, loss, norm)
+        setup.optimizer.step(scale=scale)
         setup.optimizer.zero_grad(set_to_none=True)
+        if sums is not None:
+            _update_routers(setup.layers, sums.counts.split(experts), scale.isfinite())
         packed = pack(loss, norm, sums, setup.strategy.reduce, flags, counts)
-    # Read the next batch while the GPU works, then bring all numbers to the host in one copy
+        fetch = Fetch(packed, experts, flags, counts)
+    # Read the next batch while the GPU works
     with phase("data"):
         if batch + 1 < setup.batches:
             setup.reader.read_ahead(batch + 1)
-    experts = [moe.workload.num_experts for moe in setup.layers]
-    with phase("optimizer"):
-        step = Step(setup, fetch(packed, experts, flags, counts), lr)
-    # Update routers
-    if sums is not None and step.skipped is None:
-        for moe, slots in zip(setup.layers, sums.counts.split(experts)):
-            moe.router.update(slots)
-    return step
+    return StepInFlight(setup, fetch, lr)
+
+
+@torch.no_grad()
+def _update_routers(layers: Sequence[MoE], slots: Sequence[Tensor], taken: Tensor) -> None:
+    """Update routers by the slots of their experts, if the step is `taken`, a bool on the device.
+
+    So their buffers are kept or restored there: the host does not wait to learn which.
+    """
+    for moe, counts in zip(layers, slots):
+        router = moe.get_submodule("router")
+        before = {name: buffer.clone() for name, buffer in router.named_buffers()}
+        moe.router.update(counts)
+        after = dict(router.named_buffers())  # `update` may replace them
+        for name, value in before.items():
+            after[name].copy_(after[name].where(taken, value))
 
 
 def _set_learning_rates(setup: Setup, batch: int) -> float:

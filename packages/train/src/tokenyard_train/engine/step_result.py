@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tokenyard import load_balancing_loss, z_loss
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.setup import Setup
-from tokenyard_train.records.routing import StepNumbers, loads_of, routing_stats
+from tokenyard_train.records.routing import Fetch, StepNumbers, loads_of, routing_stats
 
 
 class StepResult(NamedTuple):
@@ -59,6 +59,19 @@ class Step:
                 f"gradient norm {norm}; read `skipped` first"
             )
         return _result(self.setup, self.numbers, self.lr)
+
+
+@dataclass(frozen=True, eq=False)
+class StepInFlight:
+    """A step that is launched, and whose numbers are on their way to the host."""
+
+    setup: Setup
+    fetch: Fetch
+    lr: float
+
+    def wait(self) -> Step:
+        """Return what the step did, once the device has done it."""
+        return Step(self.setup, self.fetch.wait(), self.lr)
 
 
 def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:

@@ -1,6 +1,7 @@
 """Routing statistics of a training step, per MoE layer.
 
-A step's numbers are packed on the device and fetched by one device-to-host copy for all layers.
+A step's numbers are packed on the device and fetched by one device-to-host copy for all layers. The
+device goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def pack(
     flags: Sequence[bool] = (),
     counts: Sequence[Tensor | int] = (),
 ) -> Tensor:
-    """Pack a step's numbers on the device, for `fetch` to copy. No host sync.
+    """Pack a step's numbers on the device, for `Fetch` to copy. No host sync.
 
     `loss`, `grad_norm`, the `counts` of `sums` and the `counts` of tokens are already sums over
     ranks. One call of `reduce` sums the rest over ranks, together with this rank's `flags`.
@@ -91,29 +92,51 @@ def pack(
     return torch.cat(parts)
 
 
-def fetch(
-    packed: Tensor,
-    experts: Sequence[int],
-    flags: Sequence[bool] = (),
-    counts: Sequence[Tensor | int] = (),
-) -> StepNumbers:
-    """Copy a step's numbers to the host in one transfer.
+class Fetch:
+    """The copy of a step's numbers to the host, in one transfer. The host waits in `wait` only.
 
     `experts` are the experts E of each MoE layer. The rest is the result and arguments of `pack`.
     """
-    numbers = packed.cpu()
-    on_device = sum(isinstance(count, Tensor) for count in counts)
-    total = sum(experts)
-    loss, norm, *summed = numbers[: 2 + on_device].tolist()
-    flag_sums, local, slots = numbers[2 + on_device :].split(
-        [len(flags), total + 2 * len(experts), total]
-    )
-    tokens = [summed.pop(0) if isinstance(count, Tensor) else count for count in counts]
-    layers = zip(slots.split(list(experts)), local.split([size + 2 for size in experts]))
-    balances = [Balance(count, rest[-1], rest[:-2], rest[-2]) for count, rest in layers]
-    return StepNumbers(
-        loss, norm, balances, (flag_sums > 0).tolist(), [int(count) for count in tokens]
-    )
+
+    def __init__(
+        self,
+        packed: Tensor,
+        experts: Sequence[int],
+        flags: Sequence[bool] = (),
+        counts: Sequence[Tensor | int] = (),
+    ):
+        self.experts = list(experts)
+        self.flags = len(flags)
+        self.counts = list(counts)
+        self._numbers, self._arrived = begin_copy_to_host(packed)
+
+    def wait(self) -> StepNumbers:
+        """Return the numbers when they have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        on_device = sum(isinstance(count, Tensor) for count in self.counts)
+        total = sum(self.experts)
+        loss, norm, *summed = self._numbers[: 2 + on_device].tolist()
+        flag_sums, local, slots = self._numbers[2 + on_device :].split(
+            [self.flags, total + 2 * len(self.experts), total]
+        )
+        tokens = [summed.pop(0) if isinstance(count, Tensor) else count for count in self.counts]
+        layers = zip(slots.split(self.experts), local.split([size + 2 for size in self.experts]))
+        balances = [Balance(count, rest[-1], rest[:-2], rest[-2]) for count, rest in layers]
+        return StepNumbers(
+            loss, norm, balances, (flag_sums > 0).tolist(), [int(count) for count in tokens]
+        )
+
+
+def begin_copy_to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Begin to copy a tensor to the host. Return the copy, and the event to wait for, if any."""
+    if not tensor.is_cuda:
+        return tensor, None
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(tensor.device))
+    return copy, arrived
 
 
 def routing_stats(

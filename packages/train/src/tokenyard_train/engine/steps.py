@@ -1,0 +1,99 @@
+"""The steps of a run, one after another, so that a GPU does not wait for the host between two."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from tokenyard_train.engine.callback import Callback
+from tokenyard_train.engine.microbatch import Accumulated
+from tokenyard_train.engine.nonfinite import raise_if_too_many_skipped
+from tokenyard_train.engine.state import Run
+from tokenyard_train.engine.step import begin_step, end_step
+from tokenyard_train.engine.step_records import Clock
+from tokenyard_train.engine.step_result import Step, StepInFlight
+
+
+class Times(NamedTuple):
+    """Seconds that a step took, and those that remain for the run."""
+
+    step: float
+    remaining: float
+
+
+class _Launch(NamedTuple):
+    """The launched forward and backward passes of a step."""
+
+    time: float  # seconds, by the clock of the host
+    accumulated: Accumulated
+
+
+class Steps:
+    """Takes the steps of a run. `callbacks` are those that the run calls between steps."""
+
+    def __init__(self, run: Run, callbacks: Sequence[Callback]):
+        self.run = run
+        self.calls_each_step = any(map(_follows_steps, callbacks))
+        self._clock = Clock(run.batch)
+        self._next: _Launch | Exception | None = None  # of the next step, if it was launched early
+        self._last_end = 0.0  # seconds, by the clock of the host
+
+    def take(self, flags: Sequence[bool]) -> tuple[Step, Times]:
+        """Take a step, and advance the run by it. `flags` are those of ``train_step``.
+
+        Raises NonFiniteError, and whatever fails in a step.
+        """
+        run = self.run
+        launch, self._next = self._next, None
+        if isinstance(launch, Exception):
+            raise launch
+        launch = launch or self._launch(run.batch)
+        in_flight = end_step(run.setup, run.batch, launch.accumulated, flags)
+        if self._launches_early():
+            self._next = self._try_launch(run.batch + 1)
+        return self._end(launch, in_flight)
+
+    def _launch(self, batch: int) -> _Launch:
+        return _Launch(time.perf_counter(), begin_step(self.run.setup, batch))
+
+    def _try_launch(self, batch: int) -> _Launch | Exception:
+        """Launch a step. Return an error, which `take` raises once it is asked for that step."""
+        try:
+            return self._launch(batch)
+        except Exception as error:
+            return error
+
+    def _launches_early(self) -> bool:
+        """Return whether the next step is launched before the numbers of this one have arrived.
+
+        That needs a CUDA graph, which the host launches at once, and nothing but the report between
+        both steps: callbacks may read and change anything. If a rank asks to stop meanwhile, the
+        launched passes are dropped. They changed no weight.
+        """
+        setup = self.run.setup
+        done = self.run.batch + 1
+        intervals = (setup.config.eval_interval, setup.config.save_interval)
+        between = self.calls_each_step or any(setup.due(each, done) for each in intervals)
+        return setup.replays and not between and done < setup.batches
+
+    def _end(self, launch: _Launch, in_flight: StepInFlight) -> tuple[Step, Times]:
+        """Wait for a step, and advance the run by it."""
+        run = self.run
+        step = in_flight.wait()
+        now = time.perf_counter()
+        seconds = now - max(launch.time, self._last_end)
+        self._last_end = now
+        skipped = 0
+        if step.skipped is not None:
+            raise_if_too_many_skipped(run, step.skipped)
+            skipped = run.position.skipped_in_a_row + 1
+        run.position = replace(run.position, batch=run.batch + 1, skipped_in_a_row=skipped)
+        return step, Times(seconds, self._clock.remaining(run.batch, run.setup.batches))
+
+
+def _follows_steps(callback: Callback) -> bool:
+    """Return whether a callback acts after steps, and not only after evaluations and saves."""
+    kind = type(callback)
+    return kind.batch_end is not Callback.batch_end or kind.skipped is not Callback.skipped
