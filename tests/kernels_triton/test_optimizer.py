@@ -69,6 +69,23 @@ def test_steps_follow_the_formula(weight, gradient):
         assert relative_error(tensors.weight, p) < max(1e-6, 2 * torch.finfo(weight).eps)
 
 
+def test_a_beta_of_zero_and_many_steps():
+    """The first moment is then the gradient, and both corrections are 1."""
+    from tokenyard_kernels_triton.optimizer import AdamWSettings
+
+    optimizer, (exact, *_) = build(torch.float32)
+    optimizer.steps += 100_000
+    gradients = [torch.randn(size, device=DEVICE) for size in SIZES]
+    beta = 0.9999
+    optimizer.step(
+        gradients, torch.ones((), device=DEVICE), AdamWSettings(LR, (0.0, beta), EPS, DECAY)
+    )
+    gradient = gradients[0].double()
+    root = ((1 - beta) * gradient**2 / (1 - beta**100_001)).sqrt()
+    want = exact * (1 - LR * DECAY) - LR * gradient / (root + EPS)
+    assert relative_error(optimizer.parameters[0].master, want) < 1e-6
+
+
 def test_a_step_gives_weights_a_new_version():
     """The kernel writes by addresses, and copies of weights are made again for a new version."""
     optimizer, _ = build(torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,8 +13,10 @@ from torch.autograd.graph import increment_version
 
 from tokenyard_kernels_triton._device import on_device_of
 from tokenyard_kernels_triton.kernels._adamw import adamw
+from tokenyard_kernels_triton.kernels._adamw_steps import count_steps
 
 _BLOCK = 2048  # elements of a program
+_STEPS = 128  # parameters of a program that counts steps
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -92,10 +95,13 @@ class FusedAdamW:
         self._sizes = sizes.to(device)
         self._block_tensor = tensor.int().to(device)
         self._block_index = index.int().to(device)
-        self._addresses: list[list[int]] = []
+        self._fixed = torch.tensor([_addresses(p) for p in self.parameters], dtype=torch.int64)
+        self._gradients: list[int] = []  # their addresses in the table
         self._aligned = False
         self._table = torch.empty(0, dtype=torch.int64, device=device)
         self._has_gradient = torch.empty(0, device=device)
+        self._step_sizes = torch.empty_like(steps)
+        self._corrections = torch.empty_like(steps)
 
     @torch.no_grad()
     def step(
@@ -110,9 +116,8 @@ class FusedAdamW:
         if dtype is None:
             return
         self._write_table(gradients)
-        self._count_step(scale)
+        self._count_step(scale, settings)
         beta1, beta2 = settings.betas
-        steps = self.steps.double()
         first = self.parameters[0]
         with on_device_of(self.steps):
             adamw[(len(self._block_tensor),)](
@@ -120,8 +125,8 @@ class FusedAdamW:
                 self._sizes,
                 self._block_tensor,
                 self._block_index,
-                (settings.lr / (1 - beta1**steps)).float(),
-                (1 - beta2**steps).sqrt().float(),
+                self._step_sizes,
+                self._corrections,
                 scale,
                 1 - settings.lr * settings.weight_decay,
                 beta1,
@@ -138,35 +143,41 @@ class FusedAdamW:
                 num_warps=8,
             )
 
-    def _count_step(self, scale: Tensor) -> None:
+    def _count_step(self, scale: Tensor, settings: AdamWSettings) -> None:
         """Count a step, and a version of each weight: the kernel writes by addresses only."""
-        self.steps += self._has_gradient * scale.isfinite()
+        count = len(self.steps)
+        with on_device_of(self.steps):
+            count_steps[(-(-count // _STEPS),)](
+                self.steps,
+                self._has_gradient,
+                scale,
+                self._step_sizes,
+                self._corrections,
+                count,
+                settings.lr,
+                *(math.log(beta) if beta else -math.inf for beta in settings.betas),
+                BLOCK=_STEPS,
+            )
         increment_version([parameter.weight for parameter in self.parameters])
 
     def _write_table(self, gradients: Sequence[Tensor | None]) -> None:
-        """Copy the addresses to the GPU, unless they are those of the last step."""
-        addresses = [
-            [
-                parameter.weight.data_ptr(),
-                0 if gradient is None else gradient.data_ptr(),
-                parameter.master.data_ptr(),
-                parameter.exp_avg.data_ptr(),
-                parameter.exp_avg_sq.data_ptr(),
-                *(
-                    0 if scale is None else scale.data_ptr()
-                    for scale in (parameter.exp_avg_scale, parameter.exp_avg_sq_scale)
-                ),
-            ]
-            for parameter, gradient in zip(self.parameters, gradients)
-        ]
-        if addresses == self._addresses:
+        """Copy the addresses to the GPU, unless gradients are where they were in the last step."""
+        addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        if addresses == self._gradients:
             return
         device = self.steps.device
-        self._addresses = addresses
-        self._aligned = all(address % 16 == 0 for row in addresses for address in row)
-        self._table = torch.tensor(addresses).to(device, non_blocking=True)
+        self._gradients = addresses
+        column = torch.tensor(addresses, dtype=torch.int64).unsqueeze(1)
+        table = torch.cat((self._fixed[:, :1], column, self._fixed[:, 1:]), 1)
+        self._aligned = not (table % 16).any()
+        self._table = table.to(device, non_blocking=True)
         present = [float(gradient is not None) for gradient in gradients]
         self._has_gradient = torch.tensor(present).to(device, non_blocking=True)
+
+
+def _addresses(parameter: AdamWTensors) -> list[int]:
+    """Return the addresses of a parameter's tensors, which never move; 0 for a missing scale."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in parameter]
 
 
 def _common_dtype(gradients: Sequence[Tensor | None]) -> torch.dtype | None:

@@ -33,6 +33,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]]):
         keep_compiler_out_of_optimizers()
         super().__init__(groups, {})
+        self._by_group: list[list[ParameterState]] = []  # once the first step is taken
         self._rules = {p: group["rule"] for group in groups for p in group["params"]}
 
     def narrow_weights(self, model: nn.Module) -> None:
@@ -86,9 +87,17 @@ class Optimizer(torch.optim.Optimizer):
         """
         if scale is None:
             scale = torch.ones((), device=next(self._parameters()).device)
-        for group in self.param_groups:
-            parameters = [ParameterState(p, self.state_of(p)) for p in group["params"]]
+        for group, parameters in zip(self.param_groups, self._states()):
             group["rule"].step(parameters, group["lr"], scale)
+
+    def _states(self) -> list[list[ParameterState]]:
+        """Return the parameters and states of each group. They are always the same objects."""
+        if not self._by_group:
+            self._by_group = [
+                [ParameterState(p, self.state_of(p)) for p in group["params"]]
+                for group in self.param_groups
+            ]
+        return self._by_group
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
