@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenyard import ConfigError, Workload, resolve_device
-from tokenyard.devices import with_index
+from tokenyard.devices import peak_memory, with_index
 
 
 @pytest.fixture
@@ -82,3 +82,10 @@ def test_without_a_gpu_auto_is_the_cpu(monkeypatch):
     assert str(resolve_device("auto")) == "cpu"
     planned = Workload(8, 8, 2, 1, device="cuda", capability=(9, 0))  # for another machine
     assert planned.device.index == 0
+
+
+@pytest.mark.gpu
+def test_the_peak_of_memory_is_that_of_torch():
+    device = torch.device("cuda:0")
+    torch.empty(1 << 24, device=device)
+    assert peak_memory(device) == torch.cuda.max_memory_allocated(device) >= 1 << 26

@@ -23,23 +23,30 @@ def balance(counts, probabilities, z_sum=0.0, dropped=0, device="cpu") -> Balanc
     )
 
 
+def stacked(*balances: Balance) -> Balance:
+    """Return the Balance of all layers."""
+    return Balance(*map(torch.stack, zip(*balances)))
+
+
 def test_a_uniform_load():
     (layer,) = routing_stats(
-        [balance([3, 3, 3, 3], [1.5] * 4, z_sum=12)], tokens=6, top_k=2, convention="megablocks"
+        stacked(balance([3, 3, 3, 3], [1.5] * 4, z_sum=12)), 6, top_k=2, convention="megablocks"
     )
     assert layer == pytest.approx((1.0, 1.0, 0, 0.0, 1.0, 2.0))
 
 
 def test_all_tokens_to_one_expert():
     (layer,) = routing_stats(
-        [balance([6, 0, 0], [6.0, 0, 0])], tokens=6, top_k=1, convention="megablocks"
+        stacked(balance([6, 0, 0], [6.0, 0, 0])), tokens=6, top_k=1, convention="megablocks"
     )
     assert layer == pytest.approx((0.0, 3.0, 2, 0.0, 3.0, 0.0))
 
 
 def test_half_of_the_experts_take_all_tokens():
     """Two equal shares have one bit of entropy, and four have two."""
-    (layer,) = routing_stats([balance([4, 4, 0, 0], [2.0] * 4, dropped=2)], 8, 1, "megablocks")
+    (layer,) = routing_stats(
+        stacked(balance([4, 4, 0, 0], [2.0] * 4, dropped=2)), 8, 1, "megablocks"
+    )
     assert (layer.entropy, layer.busiest, layer.idle, layer.dropped) == pytest.approx(
         (0.5, 2.0, 2, 0.25)
     )
@@ -47,18 +54,18 @@ def test_half_of_the_experts_take_all_tokens():
 
 def test_each_layer_has_its_own_balance_loss():
     """Pooled over layers, as in transformers, two opposite imbalances would cancel."""
-    pair = [balance([4, 0], [4.0, 0.0]), balance([0, 4], [0.0, 4.0])]
+    pair = stacked(balance([4, 0], [4.0, 0.0]), balance([0, 4], [0.0, 4.0]))
     layers = routing_stats(pair, tokens=4, top_k=1, convention="hf")
     assert [layer.balance_loss for layer in layers] == [2.0, 2.0]
 
 
 def test_a_single_expert_is_always_balanced():
-    (layer,) = routing_stats([balance([4], [4.0])], tokens=4, top_k=1, convention="megablocks")
+    (layer,) = routing_stats(stacked(balance([4], [4.0])), 4, 1, "megablocks")
     assert layer.entropy == layer.busiest == 1.0
 
 
 def test_fetch_returns_sums_over_ranks():
-    layers = [balance([1, 2, 3], [0.5, 0.25, 0.125], 7, 1), balance([4, 5], [1.0, 2.0], 8, 0)]
+    layers = [balance([1, 2, 3], [0.5, 0.25, 0.125], 7, 1), balance([4, 5, 6], [1.0, 2.0, 3.0], 8)]
     calls = []
 
     def two_ranks(x):
@@ -70,21 +77,22 @@ def test_fetch_returns_sums_over_ranks():
     tokens = [torch.tensor(70), 80]
     flags = [False, True]
     packed = pack(loss, norm, LayerSums.of(layers), two_ranks, flags, tokens)
-    fetched = Fetch(packed, [3, 2], flags, tokens).wait()
+    fetched = Fetch(packed, [3, 3], flags, tokens).wait()
     assert (fetched.loss, fetched.grad_norm) == (1.5, 2.5)
     assert (fetched.flags, fetched.counts) == ([False, True], [70, 80])
-    assert [b.counts.tolist() for b in fetched.balances] == [[1, 2, 3], [4, 5]]
-    assert [b.prob_sum.tolist() for b in fetched.balances] == [[1.0, 0.5, 0.25], [2.0, 4.0]]
-    assert [(b.z_sum.item(), b.dropped.item()) for b in fetched.balances] == [(14, 2), (16, 0)]
+    assert fetched.balance.counts.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert fetched.balance.prob_sum.tolist() == [[1.0, 0.5, 0.25], [2.0, 4.0, 6.0]]
+    assert fetched.balance.z_sum.tolist() == [14, 16]
+    assert fetched.balance.dropped.tolist() == [2, 0]
     assert len(calls) == 1
-    assert loads_of(fetched.balances[:1]).tolist() == [pytest.approx([1 / 6, 1 / 3, 1 / 2])]
+    assert loads_of(fetched.balance)[0].tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 2])
 
 
 @pytest.mark.parametrize(("flags", "tokens"), [([], []), ([True], [7])])
 def test_fetch_without_experts(flags, tokens):
     loss = torch.tensor(1.5)
     packed = pack(loss, loss, None, lambda x: x, flags, tokens)
-    assert Fetch(packed, [], flags, tokens).wait() == (1.5, 1.5, [], flags, tokens)
+    assert Fetch(packed, [], flags, tokens).wait() == (1.5, 1.5, None, flags, tokens)
 
 
 class Transfers(TorchDispatchMode):
@@ -134,11 +142,11 @@ def test_the_host_waits_for_the_numbers_and_for_nothing_else():
         assert not stream.query()
         torch.cuda._sleep(200_000_000)
         numbers = fetch.wait()
-        routing_stats(numbers.balances, 3, 2, "megablocks")
+        routing_stats(numbers.balance, 3, 2, "megablocks")
         assert not stream.query()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert (numbers.loss, numbers.balances[3].counts.tolist()) == (1.5, [1, 2, 3])
+    assert (numbers.loss, numbers.balance.counts[3].tolist()) == (1.5, [1, 2, 3])
 
 
 def test_a_step_reports_every_layer(build):

@@ -91,3 +91,12 @@ def device_memory(device: torch.device | str) -> int | None:
     except OSError:
         return machine
     return min(machine, int(limit)) if limit.isdecimal() else machine
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that torch has held on a GPU since the process began.
+
+    ``torch.cuda.max_memory_allocated`` flattens and sorts all statistics for this one number.
+    """
+    peak: int = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"]
+    return peak

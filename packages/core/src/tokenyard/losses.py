@@ -33,29 +33,44 @@ def load_balancing_loss(
     "hf": as in transformers, E * sum_e mean(F_e / T) * mean(P_e / T), with means over layers. It is
     K if balanced. It does not detect imbalances that cancel between layers.
     """
-    if convention == "hf":
-        share, probs = _means(balances, tokens)
-        return share.shape[1] * (share.mean(0) * probs.mean(0)).sum()
-    return layer_balancing_losses(balances, tokens, top_k, convention).mean()
+    counts = torch.stack([balance.counts for balance in balances])
+    prob_sums = torch.stack([balance.prob_sum for balance in balances])
+    return stacked_balancing_loss(counts, prob_sums, tokens, top_k, convention)
 
 
-def layer_balancing_losses(
-    balances: Sequence[Balance],
+def stacked_balancing_loss(
+    counts: Tensor,
+    prob_sums: Tensor,
     tokens: Tensor | int,
     top_k: int,
     convention: Convention = "megablocks",
 ) -> Tensor:
-    """Return the load-balancing loss [L] of each layer, as if it were the only one."""
-    share, probs = _means(balances, tokens)
+    """Return what `load_balancing_loss` does, for F [L, E] and P [L, E] of all layers."""
+    if convention == "hf":
+        share, probs = _means(counts, prob_sums, tokens)
+        return share.shape[1] * (share.mean(0) * probs.mean(0)).sum()
+    return layer_balancing_losses(counts, prob_sums, tokens, top_k, convention).mean()
+
+
+def layer_balancing_losses(
+    counts: Tensor,
+    prob_sums: Tensor,
+    tokens: Tensor | int,
+    top_k: int,
+    convention: Convention = "megablocks",
+) -> Tensor:
+    """Return the load-balancing loss [L] of each layer, as if it were the only one.
+
+    `counts` are F [L, E], and `prob_sums` P [L, E].
+    """
+    share, probs = _means(counts, prob_sums, tokens)
     scale = share.shape[1] if convention == "hf" else share.shape[1] / top_k
     return scale * (share * probs).sum(1)
 
 
-def _means(balances: Sequence[Balance], tokens: Tensor | int) -> tuple[Tensor, Tensor]:
+def _means(counts: Tensor, prob_sums: Tensor, tokens: Tensor | int) -> tuple[Tensor, Tensor]:
     """Return F_e / T and P_e / T, both [L, E]."""
-    counts = torch.stack([b.counts for b in balances])
-    probs = torch.stack([b.prob_sum for b in balances])
-    return counts.to(probs.dtype) / tokens, probs / tokens
+    return counts.to(prob_sums.dtype) / tokens, prob_sums / tokens
 
 
 def z_loss(balances: Sequence[Balance], tokens: Tensor | int) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
+from tokenyard.devices import peak_memory
 from tokenyard.peer_memory import shared_bytes
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.setup import Setup
@@ -35,9 +34,7 @@ def train_record(
     """
     memory = {}
     if setup.device.type == "cuda":
-        memory = {
-            "peak_bytes": torch.cuda.max_memory_allocated(setup.device) + shared_bytes(setup.device)
-        }
+        memory = {"peak_bytes": peak_memory(setup.device) + shared_bytes(setup.device)}
     speed = setup.batch_tokens / seconds
     return {
         "kind": "train",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from tokenyard import load_balancing_loss, z_loss
+from tokenyard.losses import stacked_balancing_loss
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.records.routing import Fetch, StepNumbers, loads_of, routing_stats
@@ -75,20 +75,22 @@ class StepInFlight:
 
 
 def _result(setup: Setup, numbers: StepNumbers, lr: float) -> StepResult:
-    loss, norm, balances, _, (tokens, supervised) = numbers
-    if not balances:
+    loss, norm, balance, _, (tokens, supervised) = numbers
+    if balance is None:
         return StepResult(loss, 0.0, 0.0, norm, lr, supervised, [], 0, [])
     convention = setup.model.auxiliary.convention
     top_k = setup.layers[0].workload.top_k
-    stats = routing_stats(balances, tokens, top_k, convention)
+    balance_loss = stacked_balancing_loss(
+        balance.counts, balance.prob_sum, tokens, top_k, convention
+    )
     return StepResult(
         loss=loss,
-        balance_loss=load_balancing_loss(balances, tokens, top_k, convention).item(),
-        z_loss=z_loss(balances, tokens).item(),
+        balance_loss=balance_loss.item(),
+        z_loss=balance.z_sum.mean().item() / tokens,
         grad_norm=norm,
         lr=lr,
         supervised=supervised,
-        load=loads_of(balances).round(decimals=6).tolist(),
-        dropped=sum(int(balance.dropped) for balance in balances),
-        routing=[layer._asdict() for layer in stats],
+        load=loads_of(balance).round(decimals=6).tolist(),
+        dropped=int(balance.dropped.sum()),
+        routing=[layer._asdict() for layer in routing_stats(balance, tokens, top_k, convention)],
     )

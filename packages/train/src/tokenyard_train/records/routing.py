@@ -22,7 +22,9 @@ class StepNumbers(NamedTuple):
 
     loss: float
     grad_norm: float
-    balances: list[Balance]  # one per MoE layer, summed over microbatches and ranks
+    balance: (
+        Balance | None
+    )  # tensors [L, ...] of all MoE layers, summed over microbatches and ranks
     flags: list[bool]  # each one set if any rank set it
     counts: list[int]  # the numbers of tokens that were given
 
@@ -95,7 +97,7 @@ def pack(
 class Fetch:
     """The copy of a step's numbers to the host, in one transfer. The host waits in `wait` only.
 
-    `experts` are the experts E of each MoE layer. The rest is the result and arguments of `pack`.
+    `experts` is the number E for each MoE layer. The rest is the result and arguments of `pack`.
     """
 
     def __init__(
@@ -105,7 +107,8 @@ class Fetch:
         flags: Sequence[bool] = (),
         counts: Sequence[Tensor | int] = (),
     ):
-        self.experts = list(experts)
+        self.layers = len(experts)
+        self.experts = experts[0] if experts else 0
         self.flags = len(flags)
         self.counts = list(counts)
         self._numbers, self._arrived = begin_copy_to_host(packed)
@@ -115,17 +118,23 @@ class Fetch:
         if self._arrived is not None:
             self._arrived.synchronize()
         on_device = sum(isinstance(count, Tensor) for count in self.counts)
-        total = sum(self.experts)
         loss, norm, *summed = self._numbers[: 2 + on_device].tolist()
-        flag_sums, local, slots = self._numbers[2 + on_device :].split(
-            [self.flags, total + 2 * len(self.experts), total]
+        slots = self.layers * self.experts
+        flag_sums, local, counts = self._numbers[2 + on_device :].split(
+            [self.flags, slots + 2 * self.layers, slots]
         )
         tokens = [summed.pop(0) if isinstance(count, Tensor) else count for count in self.counts]
-        layers = zip(slots.split(self.experts), local.split([size + 2 for size in self.experts]))
-        balances = [Balance(count, rest[-1], rest[:-2], rest[-2]) for count, rest in layers]
         return StepNumbers(
-            loss, norm, balances, (flag_sums > 0).tolist(), [int(count) for count in tokens]
+            loss,
+            norm,
+            self._balance(local, counts) if self.layers else None,
+            (flag_sums > 0).tolist(),
+            [int(count) for count in tokens],
         )
+
+    def _balance(self, local: Tensor, counts: Tensor) -> Balance:
+        prob_sum, z_sum, dropped = local.view(self.layers, -1).split([self.experts, 1, 1], 1)
+        return Balance(counts.view(self.layers, -1), dropped[:, 0], prob_sum, z_sum[:, 0])
 
 
 def begin_copy_to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -140,30 +149,28 @@ def begin_copy_to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]
 
 
 def routing_stats(
-    balances: Sequence[Balance], tokens: int, top_k: int, convention: Convention
+    balance: Balance, tokens: int, top_k: int, convention: Convention
 ) -> list[LayerRouting]:
-    """Return each layer's statistics from its Balance on the host. `tokens` is the step's count.
+    """Return each layer's statistics from a Balance of all layers on the host.
 
-    A GPU waits meanwhile, so all layers are computed together.
+    `tokens` is the step's count. A GPU waits meanwhile, so all layers are computed together.
     """
-    loads = loads_of(balances)
-    experts = loads.shape[1]
-    slots = torch.stack([balance.counts.sum() for balance in balances])
+    counts, dropped, prob_sums, z_sums = balance
+    loads = loads_of(balance)
     columns = (
         normalised_entropy(loads),
-        loads.amax(1) * experts,
+        loads.amax(1) * loads.shape[1],
         (loads == 0).sum(1),
-        torch.stack([balance.dropped for balance in balances]) / slots,
-        layer_balancing_losses(balances, tokens, top_k, convention),
-        torch.stack([balance.z_sum for balance in balances]) / tokens,
+        dropped / counts.sum(1),
+        layer_balancing_losses(counts, prob_sums, tokens, top_k, convention),
+        z_sums / tokens,
     )
     return [LayerRouting(*row) for row in zip(*(column.tolist() for column in columns))]
 
 
-def loads_of(balances: Sequence[Balance]) -> Tensor:
+def loads_of(balance: Balance) -> Tensor:
     """Return each expert's share [L, E] of its layer's slots, dropped slots included."""
-    counts = torch.stack([balance.counts for balance in balances])
-    return counts / counts.sum(1, keepdim=True)
+    return balance.counts / balance.counts.sum(1, keepdim=True)
 
 
 def normalised_entropy(loads: Tensor) -> Tensor:
