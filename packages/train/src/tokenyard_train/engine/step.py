@@ -70,7 +70,8 @@ def end_step(
         setup.optimizer.step(scale=scale)
         setup.optimizer.zero_grad(set_to_none=True)
         if sums is not None:
-            _update_routers(setup.layers, sums.counts.split(experts), scale.isfinite())
+            taken = scale.eq(scale)  # false for nan
+            _update_routers(setup.layers, sums.counts.split(experts), taken)
         packed = pack(loss, norm, sums, setup.strategy.reduce, flags, counts)
         fetch = Fetch(packed, experts, flags, counts)
     # Read the next batch while the GPU works
