@@ -16,6 +16,17 @@ def test_a_microbatch_has_one_sum_of_gradients(settings, tmp_path):
     assert others == [counts, gradients, 1]
 
 
+def test_sums_begin_while_the_backward_pass_goes_on(settings, tmp_path):
+    """All numbers are summed once, and those of the embedding come last."""
+    changes = {"global_train_batch_size": 2, "device_train_microbatch_size": 1}
+    _, whole, _ = run(runs.sums_of_a_step, "ddp-2", settings, tmp_path, **changes)
+    _, *early, last, _ = run(runs.sums_of_a_step, "ddp-2", settings, tmp_path, 1000, **changes)
+    assert len(early) > 2
+    assert all(numbers < 0 for numbers in early)
+    assert last > 0
+    assert whole <= last - sum(early) < whole + 2 * (len(early) + 1)  # padded for two ranks
+
+
 def test_16_bit_gradients_are_summed_in_float32_and_rounded_once():
     for sums, expected in ranks(2).run(runs.narrow_sums):
         assert sums == expected

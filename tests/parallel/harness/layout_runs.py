@@ -23,6 +23,7 @@ from tokenyard.testing._over_ranks import full
 from tokenyard_models.hf import Folder
 from tokenyard_parallel._torch_private import begin_all_to_all, end_all_to_all
 from tokenyard_parallel.meshes import MeshSizes, make_mesh
+from tokenyard_parallel.strategies import _gradient_sum
 from tokenyard_parallel.strategies._gradient_sum import sum_narrow
 from tokenyard_train.bench.commands import run_train
 from tokenyard_train.bench.options import TrainOptions
@@ -143,8 +144,18 @@ def bench_train(path: str, out: str, overrides: list[str]) -> list[str]:
     return sorted(path.name for path in folder.glob("*"))
 
 
-def gradients_of(settings: Settings, experts: bool) -> dict[str, list[float]]:
-    """Return the gradients of the first step, of experts or of all else, gathered."""
+def gradients_of(
+    settings: Settings, experts: bool, early: int = _gradient_sum.EARLY
+) -> dict[str, list[float]]:
+    """Return the gradients of the first step, of experts or of all else, gathered.
+
+    `ddp` sums `early` numbers at a time.
+    """
+    with patch.object(_gradient_sum, "EARLY", early):
+        return _gradients_of(settings, experts)
+
+
+def _gradients_of(settings: Settings, experts: bool) -> dict[str, list[float]]:
     setup = build(settings)
     setup.convert_weights()
     gradients: dict[str, list[float]] = {}
@@ -159,12 +170,24 @@ def gradients_of(settings: Settings, experts: bool) -> dict[str, list[float]]:
     return gradients
 
 
-def sums_of_a_step(settings: Settings) -> list[int]:
-    """Return how many numbers each all-reduce of the first forward and backward pass sums."""
+def sums_of_a_step(settings: Settings, early: int = _gradient_sum.EARLY) -> list[int]:
+    """Return how many numbers each all-reduce of the first forward and backward pass sums.
+
+    It is negative for one that begins before the backward pass has reached the embedding. `ddp`
+    sums `early` numbers at a time.
+    """
     setup = build(settings)
-    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+    sums: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def note(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        within = torch._C._current_graph_task_id() >= 0 and setup.model.embed.weight.grad is None
+        sums.append(-tensor.numel() if within else tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    with patch.object(_gradient_sum, "EARLY", early), patch.object(dist, "all_reduce", note):
         accumulate(setup, 0)
-    return [call.args[0].numel() for call in all_reduce.call_args_list]
+    return sums
 
 
 def narrow_sums() -> tuple[list[float], list[float]]:

@@ -24,8 +24,8 @@ from tokenyard_parallel.strategies._local_experts import keep_local_experts
 class DdpStrategy(FsdpStrategy):
     """Keeps a replica of the model on every rank; neighbouring ranks may hold different experts.
 
-    Each backward pass ends with a sum of its gradients over the replicas. `timeout` is how many
-    seconds a collective may take.
+    Each backward pass sums its gradients over the replicas. `timeout` is how many seconds a
+    collective may take.
     """
 
     def __init__(self, device: torch.device | str = "cpu", timeout: float = 600.0):
@@ -47,7 +47,8 @@ class DdpStrategy(FsdpStrategy):
         def replicas(parameter: Tensor) -> Any:
             return expert_replicas if is_sharded(parameter) else dist.group.WORLD
 
-        GradientSum(model, replicas)
+        # A sum between the trips of an exchange could deadlock the ranks
+        GradientSum(model, replicas, early=sizes.expert_parallel == 1)
         return model
 
     def gradient_norm(self, model: nn.Module) -> Tensor:

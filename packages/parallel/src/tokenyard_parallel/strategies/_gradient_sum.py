@@ -1,18 +1,21 @@
-"""Sum the gradients of replicas at the end of each backward pass.
+"""Sum the gradients of replicas in each backward pass.
 
-All gradients of a group are summed by a few large collectives. So the host does nothing for each
-parameter between the forward and backward pass, and a CUDA graph can hold both. torch's DDP cannot
-do this: it averages, and a second microbatch would add to the sum of all ranks.
+All gradients of a group are summed by a few large collectives, on a stream of their own, while the
+backward pass computes those of earlier layers. A CUDA graph can hold both. torch's DDP cannot do
+this: it averages, and a second microbatch would add to the sum of all ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from tokenyard.sharded import local_part
@@ -22,28 +25,68 @@ from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
 BUCKET = 1 << 26
 """Numbers that one collective sums: 256 MiB in float32."""
 
+EARLY = 1 << 23
+"""Numbers whose sum begins while the backward pass goes on: 16 MiB in 16 bits."""
+
+_WATCHED = "tokenyard: the gradient is summed"
+
+
+class _Kind(NamedTuple):
+    """What gradients that are summed together have in common."""
+
+    group: Any  # the processes of the replicas
+    dtype: torch.dtype  # of the sum
+
+
+@dataclass
+class _Ready:
+    """Parameters of a kind whose gradients are complete, and not summed yet."""
+
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    numbers: int = 0
+
 
 class GradientSum:
     """Makes a backward pass add the sum over ranks to ``parameter.grad``.
 
     `group_of` returns the process group of a parameter's replicas. Gradients are summed in the
-    dtype that the parameter has now: its weights may become 16-bit later.
+    dtype that the parameter has now: its weights may become 16-bit later. With `early`, sums begin
+    within the backward pass: its collectives are then between those of the model.
 
-    Every rank must get gradients for the same parameters.
+    Every rank must get gradients for the same parameters, in the same order.
     """
 
-    def __init__(self, model: nn.Module, group_of: Callable[[Tensor], Any]):
+    def __init__(self, model: nn.Module, group_of: Callable[[Tensor], Any], early: bool):
         self.model = model
         self.group_of = group_of
+        self.early = early
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.earlier: dict[nn.Parameter, Tensor] | None = None  # set within a backward pass
+        self.ready: dict[_Kind, _Ready] = {}
+        self.stream: torch.cuda.Stream | None = None  # of the sums
         model.register_forward_hook(self._watch)
 
     def _watch(self, model: nn.Module, inputs: Any, output: Any) -> None:
         self.earlier = None
+        self.ready.clear()
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(self._begin)
+        if torch.is_grad_enabled():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    self._watch_gradient(name, parameter)
+
+    def _watch_gradient(self, name: str, parameter: nn.Parameter) -> None:
+        """Be called when the gradient of a parameter is complete.
+
+        The hook is on the node of this forward pass. A node that stays, as under a hook of the
+        parameter, would add on the stream of the first pass, and no graph could be captured.
+        """
+        node: Any = get_gradient_edge(parameter).node
+        if not node.metadata.get(_WATCHED):
+            node.metadata[_WATCHED] = True
+            node.register_hook(partial(self._add, name, parameter))
 
     def _begin(self, gradient: Tensor) -> None:
         """Set the gradients of earlier microbatches aside, when the backward pass begins."""
@@ -54,16 +97,38 @@ class GradientSum:
             parameter.grad = None
         at_end_of_backward(self._end)
 
+    def _add(self, name: str, parameter: nn.Parameter, *_: Any) -> None:
+        """Sum the gradients that are complete, if they are many."""
+        if parameter.grad is None:
+            return
+        kind = _Kind(self.group_of(parameter), self.dtypes[name])
+        ready = self.ready.setdefault(kind, _Ready())
+        ready.parameters.append(parameter)
+        ready.numbers += local_part(parameter.grad).numel()
+        if self.early and ready.numbers >= EARLY:
+            self._sum(kind)
+
+    @torch.no_grad()
+    def _sum(self, kind: _Kind) -> None:
+        """Sum the gradients of a kind that are complete."""
+        parameters = self.ready.pop(kind).parameters
+        gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+        if dist.get_world_size(kind.group) == 1:
+            return
+        device = gradients[0].device
+        if device.type == "cuda" and self.stream is None:
+            self.stream = torch.cuda.Stream(device)
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self.stream):  # does nothing without a GPU
+            _sum_over_ranks(gradients, kind.dtype, kind.group)
+
     @torch.no_grad()
     def _end(self) -> None:
-        gradients: dict[tuple[Any, torch.dtype], list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                key = (self.group_of(parameter), self.dtypes[name])
-                gradients.setdefault(key, []).append(local_part(parameter.grad))
-        for (group, dtype), tensors in gradients.items():
-            if dist.get_world_size(group) > 1:
-                _sum_over_ranks(tensors, dtype, group)
+        for kind in list(self.ready):
+            self._sum(kind)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
         earlier, self.earlier = self.earlier or {}, None
         for parameter, gradient in earlier.items():
             if parameter.grad is not None:
