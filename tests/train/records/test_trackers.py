@@ -203,6 +203,19 @@ def test_a_server_that_does_not_answer_is_refused_before_the_first_step(
     assert not list((tmp_path / "run").glob("ba*"))
 
 
+def test_without_trackers_no_number_is_looked_at():
+    """A record of 48 layers of 128 experts has more than 6,000."""
+
+    class Unread:
+        def __float__(self):
+            raise AssertionError("it was looked at")
+
+    record = {"kind": "train", "batch": 1, "loss": Unread()}
+    with pytest.raises(AssertionError, match="it was looked at"):
+        scalars(record)
+    Trackers({}).record(record)
+
+
 def test_a_tracker_that_fails_is_left_out_with_one_warning(caplog):
     class Failing:
         calls = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 _NOT_NUMBERS = frozenset(("kind", "batch"))
@@ -35,10 +35,10 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _flatten(name: str, value: Any, numbers: dict[str, float]) -> None:
     """Add every number below `value` to `numbers`."""
-    if isinstance(value, Mapping):
-        pairs = value.items()
+    if isinstance(value, dict):
+        pairs: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list | tuple):
-        pairs = ((str(i), item) for i, item in enumerate(value))  # type: ignore[assignment]
+        pairs = enumerate(value)
     else:
         numbers[name] = float(value)
         return

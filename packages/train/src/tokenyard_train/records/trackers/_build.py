@@ -48,6 +48,8 @@ class Trackers:
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Log a record of metrics.jsonl to every tracker."""
+        if not self._trackers:
+            return  # a record may have thousands of numbers
         numbers = scalars(record)
         step = int(record.get("batch", 0))
         self._call(lambda tracker: tracker.log(numbers, step))
