@@ -67,10 +67,10 @@ class Progress:
 
     def _show_step(self, batch: int, numbers: Mapping[str, str]) -> None:
         step = self._step(batch)
-        width = self.console.width - _SHORTEST_BAR - 1
-        self.bar.update(self.task, completed=batch, state=fit(step, numbers, width))
-        due = batch == self.batches or batch % self.every == 0
-        if due and not self.console.is_terminal:
+        if self.console.is_terminal:
+            width = self.console.width - _SHORTEST_BAR - 1
+            self.bar.update(self.task, completed=batch, state=fit(step, numbers, width))
+        elif batch == self.batches or batch % self.every == 0:
             self._print(f"batch {step}: {_GAP.join(numbers.values())}")
 
     def _step(self, batch: int) -> str:
