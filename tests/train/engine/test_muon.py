@@ -14,7 +14,7 @@ from tokenyard_train.config.optimizer import OptimizerConfig
 from tokenyard_train.engine.muon import Muon
 from tokenyard_train.engine.optimizer import Optimizer, build_optimizer
 from tokenyard_train.engine.save import run_tensors
-from tokenyard_train.engine.schedule import Steps, learning_rate
+from tokenyard_train.engine.schedule import ScheduleSteps, learning_rate
 from tokenyard_train.engine.state import Position
 from tokenyard_train.engine.step import train_step
 
@@ -140,7 +140,8 @@ def test_the_schedule_scales_both_rates(build):
         lr = train_step(run, batch).result.lr
         rates = [group["lr"] for group in run.optimizer.param_groups]
         assert rates == [
-            learning_rate(run.config.scheduler, peak, batch, Steps(2, 6)) for peak in (0.01, 0.003)
+            learning_rate(run.config.scheduler, peak, batch, ScheduleSteps(2, 6))
+            for peak in (0.01, 0.003)
         ]
         assert lr == rates[0]
 

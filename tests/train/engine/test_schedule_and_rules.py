@@ -12,7 +12,7 @@ from tokenyard_models.strict_config import parse
 from tokenyard_train.config.optimizer import OptimizerConfig
 from tokenyard_train.config.scheduler import SchedulerConfig
 from tokenyard_train.engine.optimizer import build_optimizer
-from tokenyard_train.engine.schedule import Steps, learning_rate, schedule_steps
+from tokenyard_train.engine.schedule import ScheduleSteps, learning_rate, schedule_steps
 
 
 def line(start: float, end: float, passed: float) -> float:
@@ -71,7 +71,7 @@ def test_learning_rates(name):
 
 
 def test_no_warmup_starts_at_the_peak():
-    assert learning_rate(SchedulerConfig(), 0.3, 0, Steps(warmup=0, end=10)) == 0.3
+    assert learning_rate(SchedulerConfig(), 0.3, 0, ScheduleSteps(warmup=0, end=10)) == 0.3
 
 
 @pytest.mark.parametrize(

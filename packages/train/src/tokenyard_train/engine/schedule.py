@@ -10,7 +10,7 @@ from tokenyard_train.config.duration import Span
 from tokenyard_train.config.scheduler import SchedulerConfig
 
 
-class Steps(NamedTuple):
+class ScheduleSteps(NamedTuple):
     """The times of a schedule in optimizer steps."""
 
     warmup: int
@@ -19,15 +19,17 @@ class Steps(NamedTuple):
     cooldown: int = 0  # the last of them, of inv_sqrt_with_warmup
 
 
-def schedule_steps(config: SchedulerConfig, steps: Callable[[Span], int]) -> Steps:
+def schedule_steps(config: SchedulerConfig, steps: Callable[[Span], int]) -> ScheduleSteps:
     """Return the times of a schedule. `steps` converts a span."""
     if config.t_scale is None or config.t_cooldown is None:
-        return Steps(steps(config.t_warmup), steps(config.t_max))
+        return ScheduleSteps(steps(config.t_warmup), steps(config.t_max))
     scale = max(1, steps(config.t_scale))
-    return Steps(steps(config.t_warmup), steps(config.t_max), scale, steps(config.t_cooldown))
+    return ScheduleSteps(
+        steps(config.t_warmup), steps(config.t_max), scale, steps(config.t_cooldown)
+    )
 
 
-def learning_rate(config: SchedulerConfig, peak: float, batch: int, times: Steps) -> float:
+def learning_rate(config: SchedulerConfig, peak: float, batch: int, times: ScheduleSteps) -> float:
     """Return the learning rate of optimizer step `batch` (from 0).
 
     By the formulas of Composer and, for the inverse square root, of LLM Foundry. The rate rises
@@ -58,7 +60,7 @@ def _start(config: SchedulerConfig) -> float:
     return starts.get(config.name, 1.0)
 
 
-def _inverse_root(config: SchedulerConfig, batch: int, times: Steps) -> float:
+def _inverse_root(config: SchedulerConfig, batch: int, times: ScheduleSteps) -> float:
     """Return LLM Foundry's factor after the warm-up: an inverse square root, then a line."""
     shift = times.scale - times.warmup
     last = max(times.end - times.cooldown, times.warmup)
