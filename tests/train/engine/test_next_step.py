@@ -151,6 +151,20 @@ def test_a_run_that_is_stopped_resumes_as_if_it_had_not_been(
     assert records(tmp_path / "stopped") == records(whole.folder)
 
 
+def test_a_signal_within_the_passes_of_a_step_stops_after_it(config, console, monkeypatch):
+    """Without a graph, they take most of the time of a step."""
+    begin = steps.begin_step
+
+    def signal_in_the_second(setup, batch):
+        if batch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return begin(setup, batch)
+
+    monkeypatch.setattr(steps, "begin_step", signal_in_the_second)
+    with pytest.raises(Stopped, match="after batch 2 of 5"):
+        train(config(max_duration="5ba"), console)
+
+
 def test_every_second_belongs_to_one_step(config, console, replays, monkeypatch, tmp_path):
     """Two steps are launched in the first, and none in the last."""
     now = [0.0]

@@ -120,7 +120,7 @@ class Loop:
 
     def _one_batch(self, progress: Progress) -> None:
         run = self.run
-        step, times = self.steps.take((run.stop_requests.by_signal, self.writer.failed))
+        step, times = self.steps.take(lambda: (run.stop_requests.by_signal, self.writer.failed))
         self.stop_agreed, self.save_failed = step.flags
         record = self._report(step, times, progress)
         self._after_step(step, record, progress)

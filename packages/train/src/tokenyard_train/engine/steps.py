@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -40,17 +40,18 @@ class Steps:
         self._next: _Launch | Exception | None = None  # of the next step, if it was launched early
         self._last_end = 0.0  # seconds, by the clock of the host
 
-    def take(self, flags: Sequence[bool]) -> tuple[Step, Times]:
-        """Take a step, and advance the run by it. `flags` are those of ``train_step``.
+    def take(self, flags: Callable[[], Sequence[bool]]) -> tuple[Step, Times]:
+        """Take a step, and advance the run by it.
 
-        Raises NonFiniteError, and whatever fails in a step.
+        `flags` returns those of ``train_step``. It is called once the passes are launched, which
+        takes most of a step without a GPU. Raises NonFiniteError, and whatever fails in a step.
         """
         run = self.run
         launch, self._next = self._next, None
         if isinstance(launch, Exception):
             raise launch
         launch = launch or self._launch(run.batch)
-        in_flight = end_step(run.setup, run.batch, launch.accumulated, flags)
+        in_flight = end_step(run.setup, run.batch, launch.accumulated, flags())
         if self._launches_early():
             self._next = self._try_launch(run.batch + 1)
         return self._end(launch, in_flight)
