@@ -1,7 +1,9 @@
-"""`ddp` keeps plain parameters, and sums all gradients of a microbatch at once."""
+"""`ddp` keeps plain parameters, and sums the gradients of each microbatch over ranks."""
 
+import pytest
 import torch
 from harness import layout_runs as runs
+from harness import sum_runs
 from harness.layouts import run
 
 from tokenyard.testing import ranks
@@ -25,6 +27,21 @@ def test_sums_begin_while_the_backward_pass_goes_on(settings, tmp_path):
     assert all(numbers < 0 for numbers in early)
     assert last > 0
     assert whole <= last - sum(early) < whole + 2 * (len(early) + 1)  # padded for two ranks
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_sum_leaves_what_the_backward_pass_still_reads(early):
+    for plain, summed in ranks(2).run(sum_runs.gradients, sum_runs.output_loss, early):
+        assert plain.keys() == summed.keys()
+        for name in plain:
+            torch.testing.assert_close(summed[name], 2 * plain[name], msg=name)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_backward_pass_from_elsewhere_than_an_output_sums_nothing(early):
+    for plain, local in ranks(2).run(sum_runs.gradients, sum_runs.weight_loss, early):
+        assert plain.keys() == local.keys() == {"head.weight"}
+        assert torch.equal(local["head.weight"], plain["head.weight"])
 
 
 def test_16_bit_gradients_are_summed_in_float32_and_rounded_once():

@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from tokenyard.sharded import local_part
-from tokenyard_parallel._torch_private import all_gather, at_end_of_backward
+from tokenyard_parallel._torch_private import all_gather, at_end_of_backward, may_share_memory
 from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
 
 BUCKET = 1 << 26
@@ -99,8 +99,11 @@ class GradientSum:
 
     def _add(self, name: str, parameter: nn.Parameter, *_: Any) -> None:
         """Sum the gradients that are complete, if they are many."""
-        if parameter.grad is None:
-            return
+        if self.earlier is None or parameter.grad is None:
+            return  # None: this is a backward pass from elsewhere than an output
+        if self.early and may_share_memory(parameter.grad):
+            # The rest of the backward pass may still read what the sum overwrites
+            parameter.grad = parameter.grad.clone()
         kind = _Kind(self.group_of(parameter), self.dtypes[name])
         ready = self.ready.setdefault(kind, _Ready())
         ready.parameters.append(parameter)

@@ -1,0 +1,78 @@
+"""Backward passes of small models whose gradients `ddp` sums over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from tokenyard_parallel._torch_private import may_share_memory
+from tokenyard_parallel.strategies import _gradient_sum
+from tokenyard_parallel.strategies._gradient_sum import GradientSum
+
+
+class Positions(nn.Module):
+    """Adds positions as a view, so that their gradient is also that of the embedding's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(5, 4)
+        self.positions = nn.Parameter(torch.randn(3, 4))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        output: Tensor = self.head(self.embed(ids) + self.positions.unsqueeze(0))
+        return output
+
+
+def output_loss(model: Positions) -> None:
+    """Run a backward pass from the output."""
+    model(torch.tensor([[1, 2, 3]])).square().sum().backward()
+
+
+def weight_loss(model: Positions) -> None:
+    """Run a backward pass from a weight, while the graph of a forward pass exists."""
+    output = model(torch.tensor([[1, 2, 3]]))
+    model.head.weight.square().sum().backward()
+    del output
+
+
+def gradients(
+    backward: Callable[[Positions], None], early: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the gradients of a backward pass without and with sums over ranks.
+
+    Ranks have equal inputs. With `early`, each gradient is summed as soon as it is complete.
+    """
+    plain = Positions()
+    backward(plain)
+    summed = Positions()
+    GradientSum(summed, lambda parameter: dist.group.WORLD, early)
+    with patch.object(_gradient_sum, "EARLY", 1):
+        backward(summed)
+    return _gradients(plain), _gradients(summed)
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def shared_gradients() -> dict[str, bool]:
+    """Return for each gradient of a model whether its memory may be that of another tensor."""
+    model = Positions()
+    shared: dict[str, bool] = {}
+    output = model(torch.tensor([[1, 2, 3]]))
+    for name, parameter in model.named_parameters():
+        node = get_gradient_edge(parameter).node
+
+        def note(*_: object, name: str = name, parameter: nn.Parameter = parameter) -> None:
+            shared[name] = may_share_memory(parameter.grad)
+
+        node.register_hook(note)
+    output.square().sum().backward()
+    return shared
