@@ -45,6 +45,23 @@ def any_rank(flag):
     return bool(count)
 
 
+def states_with_a_later_hook():
+    """Return whether this rank replays, and whether ranks agreed to, before and after a hook.
+
+    Rank 1 alone gets it.
+    """
+    model = nn.Linear(1, 1)
+    graph = MicrobatchGraph(model, contextlib.nullcontext, any_rank)
+    states = []
+    with patch.object(cuda_graph, "CapturedPass", FakeCapture), patch.multiple(torch.cuda, **RNG):
+        for hooked in (False, False, True):
+            if hooked and dist.get_rank() == 1:
+                model.register_forward_hook(lambda *_: None)
+            graph(torch.zeros(()), lambda work: dist.all_reduce(work), add=False)
+            states.append((graph.captured, graph.agreed))
+    return states
+
+
 def sums_over_ranks(event):
     """Sum numbers over ranks in some microbatches, with an event on rank 1; return sums, captured.
 
@@ -70,6 +87,13 @@ def sums_over_ranks(event):
 def test_a_rank_that_cannot_capture_keeps_all_others_from_it(event):
     expected = [2.0 * i for i in range(MICROBATCHES)], event == "none"
     assert ranks(2).run(sums_over_ranks, event) == [expected, expected]
+
+
+def test_ranks_agree_after_a_hook_on_one_of_them():
+    """They launch steps at the same times, or a rank would wait for others that save."""
+    first, last = ranks(2).run(states_with_a_later_hook)
+    assert first == [(False, False), (True, True), (True, True)]
+    assert last == [(False, False), (True, True), (False, True)]
 
 
 def test_a_rank_out_of_memory_before_the_capture_fails_as_without_a_graph(monkeypatch):

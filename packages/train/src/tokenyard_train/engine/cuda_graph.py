@@ -61,11 +61,17 @@ class MicrobatchGraph:
         self._eager_left = _EAGER_MICROBATCHES
         self._refused = False
         self._captured: CapturedPass | None = None
+        self._agreed = False  # all ranks have captured
 
     @property
     def captured(self) -> bool:
         """Whether microbatches are replayed."""
         return self._captured is not None
+
+    @property
+    def agreed(self) -> bool:
+        """Whether all ranks have captured. One may run without its graph since it got a hook."""
+        return self._agreed if self.any_rank is not None else self.captured
 
     def __call__(self, work: W, run: Callable[[W], T], add: bool) -> T:
         """Return ``run(work)``.
@@ -103,6 +109,7 @@ class MicrobatchGraph:
             failed = self._on_any_rank(reason is not None)
         if failed:
             self._refuse(reason or "another rank cannot capture it")
+        self._agreed = not failed
 
     def _on_any_rank(self, flag: bool) -> bool:
         return flag if self.any_rank is None else self.any_rank(flag)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -59,8 +59,12 @@ class Setup:
 
     @property
     def replays(self) -> bool:
-        """Whether the next microbatch is the replay of a CUDA graph."""
-        return self.graph is not None and self.graph.captured
+        """Whether ranks replay microbatches as a CUDA graph. All ranks say the same."""
+        return self.graph is not None and self.graph.agreed
+
+    def on_any_rank(self, flag: bool) -> bool:
+        """Return whether a flag is true on any rank. All ranks call this, and the host waits."""
+        return _on_any_rank(self.strategy, self.config.device, flag)
 
     @cached_property
     def modules(self) -> list[nn.Module]:
@@ -201,8 +205,10 @@ def _microbatch_graph(
 ) -> MicrobatchGraph:
     if strategy.data[1] == 1:
         return MicrobatchGraph(model, sums.paused)
+    return MicrobatchGraph(model, sums.paused, partial(_on_any_rank, strategy, config.device))
 
-    def any_rank(flag: bool) -> bool:
-        return bool(strategy.reduce(torch.tensor(float(flag), device=config.device)).item())
 
-    return MicrobatchGraph(model, sums.paused, any_rank)
+def _on_any_rank(strategy: Strategy, device: str, flag: bool) -> bool:
+    if strategy.data[1] == 1:
+        return flag
+    return bool(strategy.reduce(torch.tensor(float(flag), device=device)).item())

@@ -35,7 +35,8 @@ class Steps:
 
     def __init__(self, run: Run, callbacks: Sequence[Callback]):
         self.run = run
-        self.calls_each_step = any(map(_follows_steps, callbacks))
+        # Ranks that launch a step at other times than others would wait for them in a save
+        self.calls_each_step = run.setup.on_any_rank(any(map(_follows_steps, callbacks)))
         self._clock = Clock(run.batch)
         self._next: _Launch | Exception | None = None  # of the next step, if it was launched early
         self._last_end = 0.0  # seconds, by the clock of the host
