@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
 
@@ -59,6 +60,10 @@ def stopped(settings: Settings, event: str) -> str:
             train(read_config(settings), Console(quiet=True), callbacks)
     except Stopped as end:
         return str(end)
-    except Exception as end:
-        return f"{type(end).__name__}: {end}"
+    except RuntimeError as error:
+        if not first:
+            raise
+        # As in a run: the process ends, and the other rank notices
+        Path(settings["save_folder"], "error.txt").write_text(str(error))
+        os._exit(1)
     return "not stopped"

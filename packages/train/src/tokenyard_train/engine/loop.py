@@ -123,6 +123,7 @@ class Loop:
         step, times = self.steps.take(lambda: (run.stop_requests.by_signal, self.writer.failed))
         self.stop_agreed, self.save_failed = step.flags
         record = self._report(step, times, progress)
+        self.steps.check_launch()
         self._after_step(step, record, progress)
 
     def _report(self, step: Step, times: Times, progress: Progress) -> dict[str, Any]:

@@ -57,6 +57,14 @@ class Steps:
             self._next = self._try_launch(run.batch + 1)
         return self._end(launch, in_flight)
 
+    def check_launch(self) -> None:
+        """Raise the error of an early launch if there are several ranks.
+
+        The others may be in the collectives of the launched step: this rank cannot save with them.
+        """
+        if isinstance(self._next, Exception) and self.run.setup.strategy.data[1] > 1:
+            raise self._next
+
     def _launch(self, batch: int) -> _Launch:
         return _Launch(time.perf_counter(), begin_step(self.run.setup, batch))
 
