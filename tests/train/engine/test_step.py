@@ -90,6 +90,25 @@ def test_clipping_is_by_the_global_norm(build):
         assert relative_error(seen[1], seen[0] * (1e-3 / norms[0])) < 1e-4
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_buffer_that_a_router_replaces_stays_the_same_tensor(build, monkeypatch, taken):
+    """A CUDA graph reads its memory."""
+
+    def replace_buffer(router, counts):
+        router.selection_bias = router.selection_bias + counts
+
+    ffn = MODEL["ffn_config"] | {"moe_bias_update_rate": 0.01}
+    run = build(model=MODEL | {"ffn_config": ffn})
+    router = run.layers[0].router
+    bias = router.selection_bias
+    monkeypatch.setattr(type(router), "update", replace_buffer)
+    if not taken:
+        run.model.norm.register_forward_hook(lambda *args: args[-1] * math.inf)
+    assert (train_step(run, 0).skipped is None) == taken
+    assert router.selection_bias is bias
+    assert bias.any() == taken
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
 def test_a_nonfinite_number_skips_one_step_and_changes_nothing(build, where):
     ffn = MODEL["ffn_config"] | {"moe_bias_update_rate": 0.01}

@@ -179,7 +179,8 @@ class Router(Protocol):
         """Adjust the router's buffers after an optimizer step, without a host sync.
 
         `counts` [E] are ``Balance.counts``, summed over microbatches and ranks. A trainer that
-        does not know yet whether the step is taken restores the buffers if it is not.
+        does not know yet whether the step is taken restores the buffers if it is not. Each keeps
+        its shape and dtype. No other state may change: it would not be restored.
         """
         ...
 

@@ -85,15 +85,19 @@ def end_step(
 def _update_routers(layers: Sequence[MoE], slots: Sequence[Tensor], taken: Tensor) -> None:
     """Update routers by the slots of their experts, if the step is `taken`, a bool on the device.
 
-    So their buffers are kept or restored there: the host does not wait to learn which.
+    So their buffers are kept or restored there: the host does not wait to learn which. A buffer
+    that `update` replaced stays the same tensor, whose memory a CUDA graph reads.
     """
     for moe, counts in zip(layers, slots):
         router = moe.get_submodule("router")
-        before = {name: buffer.clone() for name, buffer in router.named_buffers()}
+        buffers = dict(router.named_buffers())
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
         moe.router.update(counts)
-        after = dict(router.named_buffers())  # `update` may replace them
-        for name, value in before.items():
-            after[name].copy_(after[name].where(taken, value))
+        after = dict(router.named_buffers())
+        for name, buffer in buffers.items():
+            buffer.copy_(after[name].where(taken, before[name]))
+            module, _, key = name.rpartition(".")
+            setattr(router.get_submodule(module), key, buffer)
 
 
 def _set_learning_rates(setup: Setup, batch: int) -> float:
