@@ -30,8 +30,10 @@ def test_sums_begin_while_the_backward_pass_goes_on(settings, tmp_path):
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_a_sum_leaves_what_the_backward_pass_still_reads(early):
-    for plain, summed in ranks(2).run(sum_runs.gradients, sum_runs.output_loss, early):
+@pytest.mark.parametrize("model", [sum_runs.Positions, sum_runs.Recomputed])
+def test_every_gradient_of_a_backward_pass_is_summed_once(model, early):
+    """Although the rest of it reads the same memory, or builds the graph of a parameter anew."""
+    for plain, summed in ranks(2).run(sum_runs.gradients, model, sum_runs.output_loss, early):
         assert plain.keys() == summed.keys()
         for name in plain:
             torch.testing.assert_close(summed[name], 2 * plain[name], msg=name)
@@ -39,7 +41,8 @@ def test_a_sum_leaves_what_the_backward_pass_still_reads(early):
 
 @pytest.mark.parametrize("early", [False, True])
 def test_a_backward_pass_from_elsewhere_than_an_output_sums_nothing(early):
-    for plain, local in ranks(2).run(sum_runs.gradients, sum_runs.weight_loss, early):
+    calls = sum_runs.Positions, sum_runs.weight_loss, early
+    for plain, local in ranks(2).run(sum_runs.gradients, *calls):
         assert plain.keys() == local.keys() == {"head.weight"}
         assert torch.equal(local["head.weight"], plain["head.weight"])
 

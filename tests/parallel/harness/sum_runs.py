@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.checkpoint import checkpoint
 
 from tokenyard_parallel._torch_private import may_share_memory
 from tokenyard_parallel.strategies import _gradient_sum
@@ -30,6 +31,15 @@ class Positions(nn.Module):
         return output
 
 
+class Recomputed(Positions):
+    """Recomputes the head, whose graph is built within the backward pass."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.positions
+        output: Tensor = checkpoint(self.head, x, use_reentrant=True)
+        return output
+
+
 def output_loss(model: Positions) -> None:
     """Run a backward pass from the output."""
     model(torch.tensor([[1, 2, 3]])).square().sum().backward()
@@ -43,15 +53,15 @@ def weight_loss(model: Positions) -> None:
 
 
 def gradients(
-    backward: Callable[[Positions], None], early: bool
+    model: type[Positions], backward: Callable[[Positions], None], early: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the gradients of a backward pass without and with sums over ranks.
 
     Ranks have equal inputs. With `early`, each gradient is summed as soon as it is complete.
     """
-    plain = Positions()
+    plain = model()
     backward(plain)
-    summed = Positions()
+    summed = model()
     GradientSum(summed, lambda parameter: dist.group.WORLD, early)
     with patch.object(_gradient_sum, "EARLY", 1):
         backward(summed)

@@ -63,6 +63,7 @@ class GradientSum:
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.earlier: dict[nn.Parameter, Tensor] | None = None  # set within a backward pass
         self.ready: dict[_Kind, _Ready] = {}
+        self.noted: set[nn.Parameter] = set()  # those of `ready`, and those that are summed
         self.stream: torch.cuda.Stream | None = None  # of the sums
         model.register_forward_hook(self._watch)
 
@@ -92,6 +93,7 @@ class GradientSum:
         """Set the gradients of earlier microbatches aside, when the backward pass begins."""
         if self.earlier is not None:
             return  # it has begun at another output
+        self.noted.clear()
         self.earlier = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for parameter in self.earlier:
             parameter.grad = None
@@ -104,12 +106,18 @@ class GradientSum:
         if self.early and may_share_memory(parameter.grad):
             # The rest of the backward pass may still read what the sum overwrites
             parameter.grad = parameter.grad.clone()
+        kind = self._note(name, parameter, parameter.grad)
+        if self.early and self.ready[kind].numbers >= EARLY:
+            self._sum(kind)
+
+    def _note(self, name: str, parameter: nn.Parameter, gradient: Tensor) -> _Kind:
+        """Put a gradient with those that are complete, and return its kind."""
         kind = _Kind(self.group_of(parameter), self.dtypes[name])
         ready = self.ready.setdefault(kind, _Ready())
         ready.parameters.append(parameter)
-        ready.numbers += local_part(parameter.grad).numel()
-        if self.early and ready.numbers >= EARLY:
-            self._sum(kind)
+        ready.numbers += local_part(gradient).numel()
+        self.noted.add(parameter)
+        return kind
 
     @torch.no_grad()
     def _sum(self, kind: _Kind) -> None:
@@ -128,6 +136,10 @@ class GradientSum:
 
     @torch.no_grad()
     def _end(self) -> None:
+        # Graphs that the backward pass builds, as a reentrant recompute does, have other nodes
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and parameter not in self.noted:
+                self._note(name, parameter, parameter.grad)
         for kind in list(self.ready):
             self._sum(kind)
         if self.stream is not None:
