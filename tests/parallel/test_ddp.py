@@ -39,6 +39,13 @@ def test_every_gradient_of_a_backward_pass_is_summed_once(model, early):
             torch.testing.assert_close(summed[name], 2 * plain[name], msg=name)
 
 
+def test_a_gradient_after_the_sum_is_an_error():
+    """It would be that of one rank. Before the sum, it is summed with the others."""
+    assert ranks(2).run(sum_runs.shared_recompute, 1 << 23) == ["4 of 4"] * 2
+    for error in ranks(2).run(sum_runs.shared_recompute, 1):
+        assert error.startswith("head.weight gets another gradient from a recompute")
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_a_backward_pass_from_elsewhere_than_an_output_sums_nothing(early):
     calls = sum_runs.Positions, sum_runs.weight_loss, early

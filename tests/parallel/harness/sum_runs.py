@@ -40,6 +40,14 @@ class Recomputed(Positions):
         return output
 
 
+class Shared(Recomputed):
+    """Uses the recomputed weight once more."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        output: Tensor = super().forward(ids) @ self.head.weight
+        return output
+
+
 def output_loss(model: Positions) -> None:
     """Run a backward pass from the output."""
     model(torch.tensor([[1, 2, 3]])).square().sum().backward()
@@ -50,6 +58,22 @@ def weight_loss(model: Positions) -> None:
     output = model(torch.tensor([[1, 2, 3]]))
     model.head.weight.square().sum().backward()
     del output
+
+
+def shared_recompute(numbers: int) -> str:
+    """Run a backward pass with a shared weight; return the error, or which sums are right."""
+    model = Shared()
+    output_loss(model)
+    plain = _gradients(model)
+    model = Shared()
+    GradientSum(model, lambda parameter: dist.group.WORLD, early=True)
+    try:
+        with patch.object(_gradient_sum, "EARLY", numbers):
+            output_loss(model)
+    except RuntimeError as error:
+        return str(error)
+    right = [torch.allclose(g, 2 * plain[name]) for name, g in _gradients(model).items()]
+    return f"{sum(right)} of {len(plain)}"
 
 
 def gradients(

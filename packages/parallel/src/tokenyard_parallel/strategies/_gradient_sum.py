@@ -63,7 +63,7 @@ class GradientSum:
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.earlier: dict[nn.Parameter, Tensor] | None = None  # set within a backward pass
         self.ready: dict[_Kind, _Ready] = {}
-        self.noted: set[nn.Parameter] = set()  # those of `ready`, and those that are summed
+        self.noted: dict[nn.Parameter, bool] = {}  # whether it is summed; false for `ready`
         self.stream: torch.cuda.Stream | None = None  # of the sums
         model.register_forward_hook(self._watch)
 
@@ -103,6 +103,13 @@ class GradientSum:
         """Sum the gradients that are complete, if they are many."""
         if self.earlier is None or parameter.grad is None:
             return  # None: this is a backward pass from elsewhere than an output
+        if parameter in self.noted:  # a reentrant recompute gives one more gradient
+            if self.noted[parameter]:
+                raise RuntimeError(
+                    f"{name} gets another gradient from a recompute after it was summed over "
+                    "ranks; recompute with use_reentrant=False"
+                )
+            return
         if self.early and may_share_memory(parameter.grad):
             # The rest of the backward pass may still read what the sum overwrites
             parameter.grad = parameter.grad.clone()
@@ -116,13 +123,14 @@ class GradientSum:
         ready = self.ready.setdefault(kind, _Ready())
         ready.parameters.append(parameter)
         ready.numbers += local_part(gradient).numel()
-        self.noted.add(parameter)
+        self.noted[parameter] = False
         return kind
 
     @torch.no_grad()
     def _sum(self, kind: _Kind) -> None:
         """Sum the gradients of a kind that are complete."""
         parameters = self.ready.pop(kind).parameters
+        self.noted.update(dict.fromkeys(parameters, True))
         gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
         if dist.get_world_size(kind.group) == 1:
             return
