@@ -17,6 +17,15 @@ def test_frozen_parameters_are_not_in_the_optimizer():
     assert [id(p) for p in group["params"]] == [id(p) for p in model[1].parameters()]
 
 
+def test_a_group_that_is_added_after_a_step_is_an_error():
+    """It would never be updated."""
+    optimizer = build_optimizer(OptimizerConfig(name="adamw", lr=0.1), nn.Linear(2, 2))
+    optimizer.step()
+    optimizer.add_param_group(optimizer.param_groups[0] | {"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ValueError, match="zip"):
+        optimizer.step()
+
+
 def test_adamw_equals_the_fused_adamw_of_torch_bit_for_bit():
     """A parameter without a gradient does not change."""
     model = nn.Linear(7, 5)

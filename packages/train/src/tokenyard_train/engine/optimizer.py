@@ -87,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if scale is None:
             scale = torch.ones((), device=next(self._parameters()).device)
-        for group, parameters in zip(self.param_groups, self._states()):
+        for group, parameters in zip(self.param_groups, self._states(), strict=True):
             group["rule"].step(parameters, group["lr"], scale)
 
     def _states(self) -> list[list[ParameterState]]:
