@@ -26,7 +26,7 @@ BUCKET = 1 << 26
 """Numbers that one collective sums: 256 MiB in float32."""
 
 EARLY = 1 << 23
-"""Numbers whose sum begins while the backward pass goes on: 16 MiB in 16 bits."""
+"""Numbers whose sum begins while the backward pass runs: 16 MiB in 16 bits."""
 
 _WATCHED = "tokenyard: the gradient is summed"
 

@@ -63,7 +63,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class StepInFlight:
-    """A step that is launched, and whose numbers are on their way to the host."""
+    """A launched step, whose numbers may not have arrived on the host."""
 
     setup: Setup
     fetch: Fetch

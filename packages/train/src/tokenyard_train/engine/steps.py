@@ -69,7 +69,7 @@ class Steps:
         return _Launch(time.perf_counter(), begin_step(self.run.setup, batch))
 
     def _try_launch(self, batch: int) -> _Launch | Exception:
-        """Launch a step. Return an error, which `take` raises once it is asked for that step."""
+        """Launch a step. Return an error, which `take` raises for that step."""
         try:
             return self._launch(batch)
         except Exception as error:
@@ -79,8 +79,8 @@ class Steps:
         """Return whether the next step is launched before the numbers of this one have arrived.
 
         That needs a CUDA graph, which the host launches at once, and nothing but the report between
-        both steps: callbacks may read and change anything. If a rank asks to stop meanwhile, the
-        launched passes are dropped. They changed no weight.
+        both steps: callbacks may read and change anything. If a rank asks to stop, the launched
+        passes are dropped. They changed no weight.
         """
         setup = self.run.setup
         done = self.run.batch + 1

@@ -1,7 +1,7 @@
 """Routing statistics of a training step, per MoE layer.
 
-A step's numbers are packed on the device and fetched by one device-to-host copy for all layers. The
-device goes on meanwhile.
+A step's numbers are packed on the device and fetched by one device-to-host copy for all layers,
+while the device runs the next step.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ class StepNumbers(NamedTuple):
 
     loss: float
     grad_norm: float
-    balance: (
-        Balance | None
-    )  # tensors [L, ...] of all MoE layers, summed over microbatches and ranks
+    balance: Balance | None  # [L, ...] of all MoE layers, summed over microbatches and ranks
     flags: list[bool]  # each one set if any rank set it
     counts: list[int]  # the numbers of tokens that were given
 
