@@ -7,7 +7,7 @@ from harness import sum_runs
 from harness.layouts import run
 
 from tokenyard.testing import ranks
-from tokenyard_parallel.strategies import _gradient_sum
+from tokenyard_parallel.strategies import _packed_gradients
 
 
 def test_a_microbatch_has_one_sum_of_gradients(settings, tmp_path):
@@ -59,9 +59,18 @@ def test_16_bit_gradients_are_summed_in_float32_and_rounded_once():
         assert sums == expected
 
 
+def test_packed_gradients_are_aligned_copies():
+    """Kernels read 16 bytes at once, and collectives need equal parts for all ranks."""
+    gradients = [torch.randn(size) for size in ((3,), (2, 5), (1,), (4,))]
+    packed = _packed_gradients.PackedGradients(gradients, ranks=5)
+    assert packed.flat.numel() == 25
+    assert all(part.data_ptr() % 16 == 0 for part in packed.parts)
+    assert all(torch.equal(part, each) for part, each in zip(packed.parts, gradients))
+
+
 def test_a_bucket_has_a_limit_that_only_one_tensor_exceeds(monkeypatch):
-    monkeypatch.setattr(_gradient_sum, "BUCKET", 5)
+    monkeypatch.setattr(_packed_gradients, "BUCKET", 5)
     tensors = [torch.empty(size) for size in (2, 3, 1, 9, 4, 1)]
-    sizes = [[t.numel() for t in bucket] for bucket in _gradient_sum.buckets(tensors)]
+    sizes = [[t.numel() for t in bucket] for bucket in _packed_gradients.buckets(tensors)]
     assert sizes == [[2, 3], [1], [9], [4, 1]]
-    assert list(_gradient_sum.buckets([])) == []
+    assert list(_packed_gradients.buckets([])) == []

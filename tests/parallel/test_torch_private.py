@@ -5,7 +5,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from harness.layout_runs import group_timeouts, send_own_rank
-from harness.sum_runs import shared_gradients
 
 from tokenyard.testing import ranks
 from tokenyard_parallel import fake_world
@@ -27,9 +26,3 @@ def test_every_group_of_a_mesh_has_the_timeout_of_the_strategy():
 
 def test_an_all_to_all_sends_rows_to_each_rank():
     assert ranks(2).run(send_own_rank) == [[0, 1], [0, 0, 1, 1]]
-
-
-def test_a_gradient_that_is_a_view_may_share_its_memory():
-    shared = shared_gradients()
-    assert shared["positions"]
-    assert not shared["embed.weight"]  # autograd made it for this parameter alone

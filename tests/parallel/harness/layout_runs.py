@@ -24,7 +24,7 @@ from tokenyard_models.hf import Folder
 from tokenyard_parallel._torch_private import begin_all_to_all, end_all_to_all
 from tokenyard_parallel.meshes import MeshSizes, make_mesh
 from tokenyard_parallel.strategies import _gradient_sum
-from tokenyard_parallel.strategies._gradient_sum import sum_narrow
+from tokenyard_parallel.strategies._packed_gradients import sum_narrow
 from tokenyard_train.bench.commands import run_train
 from tokenyard_train.bench.options import TrainOptions
 from tokenyard_train.callbacks import Callback

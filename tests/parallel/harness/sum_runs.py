@@ -8,10 +8,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from tokenyard_parallel._torch_private import may_share_memory
 from tokenyard_parallel.strategies import _gradient_sum
 from tokenyard_parallel.strategies._gradient_sum import GradientSum
 
@@ -94,19 +92,3 @@ def gradients(
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def shared_gradients() -> dict[str, bool]:
-    """Return for each gradient of a model whether its memory may be that of another tensor."""
-    model = Positions()
-    shared: dict[str, bool] = {}
-    output = model(torch.tensor([[1, 2, 3]]))
-    for name, parameter in model.named_parameters():
-        node = get_gradient_edge(parameter).node
-
-        def note(*_: object, name: str = name, parameter: nn.Parameter = parameter) -> None:
-            shared[name] = may_share_memory(parameter.grad)
-
-        node.register_hook(note)
-    output.square().sum().backward()
-    return shared

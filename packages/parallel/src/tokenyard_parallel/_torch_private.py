@@ -63,16 +63,6 @@ def at_end_of_backward(call: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
 
 
-def may_share_memory(gradient: Tensor) -> bool:
-    """Return whether another tensor may have the memory of a gradient that autograd just stored.
-
-    Call it in a hook of the gradient's node. Then the parameter, autograd and the storage's Python
-    object refer to the memory; a view has a fourth reference. torch 2.10 to 2.13.
-    """
-    references: int = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
-    return references > 3
-
-
 def all_gather(gathered: Tensor, own: Tensor, group: Any) -> None:
     """Gather a tensor [n] of every rank into one [ranks * n].
 

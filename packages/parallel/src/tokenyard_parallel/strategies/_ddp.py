@@ -17,8 +17,11 @@ from tokenyard.norm import total_norm
 from tokenyard.sharded import has_shards, is_sharded, local_part
 from tokenyard_parallel.meshes import REPLICATE, make_mesh
 from tokenyard_parallel.strategies._fsdp import FsdpStrategy
-from tokenyard_parallel.strategies._gradient_sum import GradientSum, buckets
+from tokenyard_parallel.strategies._gradient_sum import EARLY, GradientSum
 from tokenyard_parallel.strategies._local_experts import keep_local_experts
+from tokenyard_parallel.strategies._packed_gradients import BUCKET
+
+_SUMMED = 4  # bytes of a number in float32
 
 
 class DdpStrategy(FsdpStrategy):
@@ -60,6 +63,7 @@ class DdpStrategy(FsdpStrategy):
     def describe(self, model: nn.Module) -> ShardingReport:
         """Report the mesh sizes, and the bytes of the largest sum of gradients."""
         meshes, _ = super().describe(model)
-        trained = [local_part(p) for p in model.parameters() if p.requires_grad]
-        largest = max((sum(t.numel() for t in bucket) for bucket in buckets(trained)), default=0)
-        return ShardingReport(meshes, largest * torch.float32.itemsize)
+        numbers = [local_part(p).numel() for p in model.parameters() if p.requires_grad]
+        largest = max(numbers, default=0)
+        most = BUCKET if has_shards(model) else min(BUCKET, EARLY + largest)
+        return ShardingReport(meshes, max(largest, min(sum(numbers), most)) * _SUMMED)

@@ -7,7 +7,8 @@ this: it averages, and a second microbatch would add to the sum of all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,12 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from tokenyard.sharded import local_part
-from tokenyard_parallel._torch_private import all_gather, at_end_of_backward, may_share_memory
-from tokenyard_parallel.strategies._reduce_scatter import WideReduceScatter
-
-BUCKET = 1 << 26
-"""Numbers that one collective sums: 256 MiB in float32."""
+from tokenyard.sharded import is_sharded, local_part
+from tokenyard_parallel._torch_private import at_end_of_backward
+from tokenyard_parallel.strategies._packed_gradients import PackedGradients, buckets
 
 EARLY = 1 << 23
 """Numbers whose sum begins while the backward pass runs: 16 MiB in 16 bits."""
@@ -35,7 +33,8 @@ class _Kind(NamedTuple):
     """What gradients that are summed together have in common."""
 
     group: Any  # the processes of the replicas
-    dtype: torch.dtype  # of the sum
+    dtype: torch.dtype  # in which they are summed
+    gradient: torch.dtype
 
 
 @dataclass
@@ -64,12 +63,14 @@ class GradientSum:
         self.earlier: dict[nn.Parameter, Tensor] | None = None  # set within a backward pass
         self.ready: dict[_Kind, _Ready] = {}
         self.noted: dict[nn.Parameter, bool] = {}  # whether it is summed; false for `ready`
-        self.stream: torch.cuda.Stream | None = None  # of the sums
+        self.stream: torch.cuda.Stream | None = None  # of early sums
+        self.packed: list[PackedGradients] = []  # whose sums the stream may not have computed
         model.register_forward_hook(self._watch)
 
     def _watch(self, model: nn.Module, inputs: Any, output: Any) -> None:
         self.earlier = None
         self.ready.clear()
+        self._wait()  # after a backward pass that failed
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(self._begin)
@@ -110,16 +111,13 @@ class GradientSum:
                     "ranks; recompute with use_reentrant=False"
                 )
             return
-        if self.early and may_share_memory(parameter.grad):
-            # The rest of the backward pass may still read what the sum overwrites
-            parameter.grad = parameter.grad.clone()
         kind = self._note(name, parameter, parameter.grad)
         if self.early and self.ready[kind].numbers >= EARLY:
             self._sum(kind)
 
     def _note(self, name: str, parameter: nn.Parameter, gradient: Tensor) -> _Kind:
         """Put a gradient with those that are complete, and return its kind."""
-        kind = _Kind(self.group_of(parameter), self.dtypes[name])
+        kind = _Kind(self.group_of(parameter), self.dtypes[name], gradient.dtype)
         ready = self.ready.setdefault(kind, _Ready())
         ready.parameters.append(parameter)
         ready.numbers += local_part(gradient).numel()
@@ -128,19 +126,43 @@ class GradientSum:
 
     @torch.no_grad()
     def _sum(self, kind: _Kind) -> None:
-        """Sum the gradients of a kind that are complete."""
+        """Replace the gradients of a kind that are complete by their sums.
+
+        The rest of the backward pass may read the memory of a gradient, which may be a view. So
+        sums have memory of their own. A shard, which is summed at the end, keeps its own.
+        """
         parameters = self.ready.pop(kind).parameters
         self.noted.update(dict.fromkeys(parameters, True))
-        gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
-        if dist.get_world_size(kind.group) == 1:
+        ranks = dist.get_world_size(kind.group)
+        if ranks == 1:
             return
-        device = gradients[0].device
-        if device.type == "cuda" and self.stream is None:
+        owners = iter(parameters)
+        for bucket in buckets(local_part(p.grad) for p in parameters if p.grad is not None):
+            packed = PackedGradients(bucket, ranks)
+            with self._beside(packed):
+                packed.sum(kind.dtype, kind.group)
+                for gradient, part, parameter in zip(bucket, packed.parts, owners):
+                    if is_sharded(parameter):
+                        gradient.copy_(part)
+                    else:
+                        parameter.grad = part
+
+    def _beside(self, packed: PackedGradients) -> AbstractContextManager[None]:
+        """Return a context for early sums, which a GPU computes beside the backward pass."""
+        device = packed.flat.device
+        if not self.early or device.type != "cuda":
+            return nullcontext()
+        if self.stream is None:
             self.stream = torch.cuda.Stream(device)
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self.stream):  # does nothing without a GPU
-            _sum_over_ranks(gradients, kind.dtype, kind.group)
+        self.packed.append(packed)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(self.stream)
+
+    def _wait(self) -> None:
+        """Let the current stream wait for all sums, whose memory may then be freed."""
+        if self.stream is not None and self.packed:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        self.packed.clear()
 
     @torch.no_grad()
     def _end(self) -> None:
@@ -150,56 +172,9 @@ class GradientSum:
                 self._note(name, parameter, parameter.grad)
         for kind in list(self.ready):
             self._sum(kind)
-        if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        self._wait()
         earlier, self.earlier = self.earlier or {}, None
         for parameter, gradient in earlier.items():
             if parameter.grad is not None:
                 gradient += parameter.grad
             parameter.grad = gradient
-
-
-def _sum_over_ranks(gradients: list[Tensor], dtype: torch.dtype, group: Any) -> None:
-    """Replace gradients by their sums over the ranks of a group, which are computed in `dtype`."""
-    ranks = dist.get_world_size(group)
-    # Gradients of one microbatch have the dtype of the weights
-    narrow = all(gradient.dtype.itemsize < dtype.itemsize for gradient in gradients)
-    for bucket in buckets(gradients):
-        sizes = [gradient.numel() for gradient in bucket]
-        numel = -(-sum(sizes) // ranks) * ranks
-        flat = bucket[0].new_empty(numel, dtype=bucket[0].dtype if narrow else dtype)
-        parts = flat[: sum(sizes)].split(sizes)
-        sums = [part.view_as(gradient) for part, gradient in zip(parts, bucket)]
-        torch._foreach_copy_(sums, bucket)
-        if narrow:
-            sum_narrow(flat, dtype, group)
-        else:
-            dist.all_reduce(flat, group=group)
-        torch._foreach_copy_(bucket, sums)
-
-
-def sum_narrow(flat: Tensor, dtype: torch.dtype, group: Any) -> None:
-    """Replace 16-bit numbers [ranks * n] by their sums over ranks, computed in `dtype`.
-
-    Each rank sums a shard. So the sums are rounded once, and half as many bytes travel as in an
-    all-reduce in float32.
-    """
-    ranks = dist.get_world_size(group)
-    shard = torch.empty(flat.numel() // ranks, dtype=dtype, device=flat.device)
-    WideReduceScatter(ranks, None)(shard, flat, group, dist.ReduceOp.SUM)
-    all_gather(flat, shard.to(flat.dtype), group)
-
-
-def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield consecutive tensors of at most BUCKET numbers together, and larger ones alone."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and size + tensor.numel() > BUCKET:
-            yield bucket
-            bucket = []
-            size = 0
-        bucket.append(tensor)
-        size += tensor.numel()
-    if bucket:
-        yield bucket
