@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from tokenyard_train import Callback
 from tokenyard_train.checkpoint import CheckpointError
@@ -99,6 +100,17 @@ def test_without_a_graph_a_report_comes_first(config, console, events):
 
 def test_the_next_step_begins_after_callbacks(config, console, replays, events):
     train(config(max_duration="2ba"), console, [Ends(), Reads()])
+    assert events[:8] == LATE
+
+
+def test_a_model_with_a_buffer_begins_no_step_that_may_be_dropped(config, console, replays, events):
+    """A pass may change it, and a checkpoint would hold the change of a dropped step."""
+
+    class Adds(Callback):
+        def check(self, config, model, data):
+            model.register_buffer("passes", torch.zeros(()))
+
+    train(config(max_duration="2ba"), console, [Adds()])
     assert events[:8] == LATE
 
 

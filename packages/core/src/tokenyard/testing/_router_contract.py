@@ -116,12 +116,14 @@ class RouterContract(LayerPartConformance):
         self._check_padding(self.rule)
 
     def test_forward_changes_no_state(self) -> None:
-        """Only `update` changes the router; it takes counts [E]."""
+        """Only `update` changes the router. It takes counts [E], and keeps the kinds of buffers."""
         router = self._router(self.rule, torch.float32)
         before = {name: tensor.clone() for name, tensor in router.state_dict().items()}
         router(self._tokens(30, torch.float32))
         assert all(torch.equal(before[name], t) for name, t in router.state_dict().items())
+        kinds = {name: (b.shape, b.dtype) for name, b in router.named_buffers()}
         router.update(torch.arange(self.num_experts, device=self.run_device()))
+        assert {name: (b.shape, b.dtype) for name, b in router.named_buffers()} == kinds
 
     def test_autocast_routes_like_low_precision(self) -> None:
         """Under autocast, float32 operands route bit by bit as the same operands cast beforehand.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tokenyard_train.engine.callback import Callback
 from tokenyard_train.engine.microbatch import Accumulated
 from tokenyard_train.engine.nonfinite import raise_if_too_many_skipped
+from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.step import begin_step, end_step
 from tokenyard_train.engine.step_records import Clock
@@ -35,8 +36,9 @@ class Steps:
 
     def __init__(self, run: Run, callbacks: Sequence[Callback]):
         self.run = run
+        waits = any(map(_follows_steps, callbacks)) or _may_change(run.setup)
         # Ranks that launch a step at other times than others would wait for them in a save
-        self.calls_each_step = run.setup.on_any_rank(any(map(_follows_steps, callbacks)))
+        self.waits = run.setup.on_any_rank(waits)
         self._clock = Clock(run.batch)
         self._next: _Launch | Exception | None = None  # of the next step, if it was launched early
         self._last_end = 0.0  # seconds, by the clock of the host
@@ -80,12 +82,12 @@ class Steps:
 
         That needs a CUDA graph, which the host launches at once, and nothing but the report between
         both steps: callbacks may read and change anything. If a rank asks to stop, the launched
-        passes are dropped. They changed no weight.
+        passes are dropped, so they must change nothing that is saved.
         """
         setup = self.run.setup
         done = self.run.batch + 1
         intervals = (setup.config.eval_interval, setup.config.save_interval)
-        between = self.calls_each_step or any(setup.due(each, done) for each in intervals)
+        between = self.waits or any(setup.due(each, done) for each in intervals)
         return setup.replays and not between and done < setup.batches
 
     def _end(self, launch: _Launch, in_flight: StepInFlight) -> tuple[Step, Times]:
@@ -107,3 +109,13 @@ def _follows_steps(callback: Callback) -> bool:
     """Return whether a callback acts after steps, and not only after evaluations and saves."""
     kind = type(callback)
     return kind.batch_end is not Callback.batch_end or kind.skipped is not Callback.skipped
+
+
+def _may_change(setup: Setup) -> bool:
+    """Return whether the model has buffers, which a pass may change. Those of routers it may not.
+
+    A step that is launched early may be dropped, and a checkpoint would hold what it changed.
+    """
+    routers = [moe.get_submodule("router") for moe in setup.layers]
+    kept = {id(buffer) for router in routers for buffer in router.buffers()}
+    return any(id(buffer) not in kept for buffer in setup.model.buffers())
