@@ -137,6 +137,12 @@ def test_refused_options_are_named(config, console, installed, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("options", [3, True, "bad", ["prefix"]])
+def test_options_that_are_no_mapping_are_named(config, installed, options):
+    with pytest.raises(ConfigError, match=r"callbacks.notes is .*; give a mapping of its options"):
+        config(callbacks={"notes": options})
+
+
 def test_an_unknown_callback_names_the_installed_ones(config, installed):
     with pytest.raises(
         ConfigError,

@@ -89,7 +89,11 @@ class Callbacks(Strict):
     @model_validator(mode="after")
     def _installed(self) -> Callbacks:
         installed = entry_points(group=CALLBACKS).names
-        for name in self.model_extra or {}:
+        for name, options in (self.model_extra or {}).items():
+            if options is not None and not isinstance(options, dict):
+                raise ValueError(
+                    f"callbacks.{name} is {options!r}; give a mapping of its options, such as {{}}"
+                )
             if name not in installed:
                 known = [*type(self).model_fields, *sorted(installed)]
                 raise ValueError(
