@@ -80,6 +80,21 @@ def test_a_resumed_run_shows_each_step_once_in_tensorboard(run, tmp_path):
     assert steps == list(of(records, "train")) == list(range(1, 9))
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_new_run_in_a_used_folder_shows_only_its_steps_in_tensorboard(run, tmp_path, killed):
+    """The run before was overwritten, or killed before its first checkpoint."""
+    pytest.importorskip("tensorboard")
+    loggers = {"tensorboard": {"flush_interval": 1}}
+    run(loggers, max_duration="3ba", eval_first=True)
+    if killed:
+        (tmp_path / "run" / "ba3").rename(tmp_path / "lost")
+    again = {"autoresume": True} if killed else {"save_overwrite": True}
+    records = run(loggers, max_duration="2ba", eval_first=True, **again)
+    event_file = events(tmp_path / "run" / "tensorboard")
+    for kind, tag in (("train", "train/loss"), ("eval", "eval/loss")):
+        assert [e.step for e in event_file.Scalars(tag)] == list(of(records, kind))
+
+
 def test_a_run_of_mlflow_is_read_back(run, tmp_path, config):
     mlflow = pytest.importorskip("mlflow")
     records = run({"mlflow": {"experiment_name": "yard", "tags": {"team": "one"}}})

@@ -13,7 +13,7 @@ from tokenyard_train.records.trackers._build import RunInfo
 
 
 class TensorboardTracker:
-    """Writes an event file. A resumed run purges the steps that it repeats.
+    """Writes an event file. A run purges the steps that it repeats; a new run purges all.
 
     The file is in the run's folder under ``tensorboard``, or in ``log_dir/run_name``.
     """
@@ -26,7 +26,7 @@ class TensorboardTracker:
             folder = Path(options.log_dir) / run.run_name
         else:
             folder = run.folder / "tensorboard"
-        self._writer = SummaryWriter(str(folder), purge_step=run.batch + 1 if run.batch else None)
+        self._writer = SummaryWriter(str(folder), purge_step=run.batch + 1 if run.batch else 0)
         self._flush_interval = options.flush_interval
         self._records = 0
         if not run.batch:
