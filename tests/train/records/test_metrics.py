@@ -21,6 +21,17 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert metrics.read() == [TRAIN, EVAL]
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_a_number_that_is_not_finite_is_valid_json_and_read_as_a_number(tmp_path, number):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.write(EVAL | {"loss": float(number)})
+    line = json.loads(metrics.path.read_text(), parse_constant=pytest.fail)
+    assert line == EVAL | {"loss": number}
+    (record,) = metrics.read()
+    assert isinstance(record["loss"], float)
+    assert str(record["loss"]) == number
+
+
 @pytest.mark.parametrize(
     "damaged",
     [

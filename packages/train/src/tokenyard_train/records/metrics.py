@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _NUMBERS = {
 """Keys that every record of a kind has; their values are numbers."""
 
 
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+
 class Metrics:
     """The metrics file of a run, and the trackers that receive the same records.
 
@@ -36,13 +40,13 @@ class Metrics:
         self.trackers = Trackers({})
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record and pass it to the trackers.
+        """Append a record and pass it to the trackers. JSON has no nan or inf: they become text.
 
         Raises TokenyardError if the file cannot be written, for example on a full disk.
         """
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         except OSError as error:
             raise TokenyardError(f"{self.path} cannot be written: {error.strerror}") from None
         self.trackers.record(record)
@@ -95,6 +99,14 @@ class Metrics:
         )
 
 
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with each number that is not finite as text: "nan", "inf" or "-inf"."""
+    return {
+        key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
+        for key, value in record.items()
+    }
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     """Return the record of a line; None if it is damaged."""
     try:
@@ -103,7 +115,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         return None
-    numbers = [record.get(key) for key in _NUMBERS.get(record["kind"], ())]
+    keys = _NUMBERS.get(record["kind"], ())
+    record |= {key: float(record[key]) for key in keys if record.get(key) in _NOT_FINITE}
+    numbers = [record.get(key) for key in keys]
     return record if all(type(number) in (int, float) for number in numbers) else None
 
 
