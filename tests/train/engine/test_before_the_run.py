@@ -114,6 +114,29 @@ def test_schedules_that_make_no_sense(name, alpha, warmup, end, sentences):
 
 
 @pytest.mark.parametrize("command", [train, check])
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"eval_interval": "2ba"}, "eval_interval"),
+        ({"eval_first": True}, "eval_first"),
+        ({"eval_interval": "2ba", "eval_first": True}, "eval_interval and eval_first"),
+        ({"eval_interval": None}, None),
+        ({"eval_interval": "2ba", "train_loader": {"name": "python_stdlib"}}, None),
+    ],
+)
+def test_an_evaluation_without_held_out_text_is_a_warning(
+    config, console, caplog, command, changes, keys
+):
+    given = {"eval_interval": None, "eval_loader": None, "max_duration": "1ba"}
+    command(config(**given | changes), console)
+    if keys is None:
+        assert "held-out" not in caplog.text
+    else:
+        said = f"{keys}: no effect, because there is no held-out text; give eval_loader"
+        assert said in caplog.text
+
+
+@pytest.mark.parametrize("command", [train, check])
 def test_a_schedule_that_makes_no_sense_is_a_warning(config, console, caplog, command):
     with caplog.at_level(logging.WARNING, "tokenyard"):
         command(config(scheduler={"t_max": "4ba"}), console)

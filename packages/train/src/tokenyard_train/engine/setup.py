@@ -175,7 +175,7 @@ def epoch_batches(config: TrainConfig, data: Data) -> int:
 
 
 def schedule_warnings(config: TrainConfig, data: Data) -> list[str]:
-    """Return sentences on steps without a learning rate, a long warm-up and short intervals."""
+    """Return sentences on a long warm-up, a rate of 0, and intervals without an effect."""
     batches = run_batches(config, data)
     tokens = config.global_train_batch_size * config.max_seq_len
 
@@ -188,6 +188,11 @@ def schedule_warnings(config: TrainConfig, data: Data) -> list[str]:
         span = getattr(config, name)
         if span is not None and steps(span) < 1:
             warnings.append(f"{name} is {span}, less than a step, which means after every step")
+    given = [key for key in ("eval_interval", "eval_first") if getattr(config, key)]
+    if given and not data.held_out_sets():
+        warnings.append(
+            f"{' and '.join(given)}: no effect, because there is no held-out text; give eval_loader"
+        )
     return warnings
 
 
