@@ -61,6 +61,9 @@ def test_a_command_without_work_or_text_or_of_several_ranks_is_refused(
     code, _, error = tokenyard("eval", str(trained), "--data", str(tmp_path / "empty.txt"))
     assert code == 2
     assert "there is no text" in error
+    code, _, error = tokenyard("eval", str(trained), "--data", "nowhere")
+    assert code == 2
+    assert error.startswith("error: --data 'nowhere' does not exist; give a file of text")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="eval runs on one rank, and 2 were started; start it"):
         evaluate(EvalOptions(trained, data=[tmp_path]), QUIET)

@@ -30,7 +30,7 @@ def perplexity(
     """
     option = f"--data {str(data)!r}"
     source = Source(path=str(data), text_key=text_key)
-    tokens = tokenize(read_documents(source, option), tokenizer, option)
+    tokens = tokenize(read_documents(source, "--data"), tokenizer, option)
     model = loaded.model
     check_vocabulary(model, [int(tokens.max())], option)
     held_out = HeldOut(tokens, model.max_seq_len, batch_size)

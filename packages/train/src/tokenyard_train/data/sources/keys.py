@@ -1,4 +1,4 @@
-"""Name a key of a source as the user gave it: in a config, or to `data pack`."""
+"""Name a key of a source as the user gave it: in a config, to `data pack` or to `eval`."""
 
 from __future__ import annotations
 
@@ -16,5 +16,7 @@ _ARGUMENTS = {
 
 
 def key_below(key: str, name: str) -> str:
-    """Return the config key `name` of a source; of `data pack`, the argument that it is from."""
+    """Return the config key `name` of a source; of a command, the argument that it is from."""
+    if key.startswith("--"):
+        return key
     return _ARGUMENTS[name] if key == SOURCE else f"{key}.{name}"
