@@ -182,7 +182,7 @@ def test_early_stopper(config, console, monkeypatch, losses, options, last):
 
 def test_early_stopper_names_what_it_watches(config, console):
     options = {"dataloader_label": "code", "monitor": "LanguageCrossEntropy", "comp": "less"}
-    with pytest.raises(ConfigError, match="the labels of held-out text are: eval"):
+    with pytest.raises(ConfigError, match="labels of held-out text are: eval; give one"):
         train(config(callbacks={"early_stopper": options}), console)
     with pytest.raises(ConfigError, match="whose LanguageCrossEntropy falls; say comp: less"):
         config(callbacks={"early_stopper": {"monitor": "LanguageCrossEntropy"}})

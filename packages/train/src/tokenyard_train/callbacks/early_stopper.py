@@ -34,7 +34,7 @@ class EarlyStopper(Callback):
             known = ", ".join(kind.removeprefix("eval/") for kind in kinds) or "none"
             raise ConfigError(
                 f"callbacks.early_stopper.dataloader_label is {self.config.dataloader_label!r}, "
-                f"and the labels of held-out text are: {known}"
+                f"and the labels of held-out text are: {known}; give one of them, or eval_loader"
             )
 
     def evaluated(self, run: Run, record: Mapping[str, Any]) -> None:
