@@ -23,13 +23,15 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
 def test_a_number_that_is_not_finite_is_valid_json_and_read_as_a_number(tmp_path, number):
+    """In a list, too: an expert's share of no tokens is nan."""
     metrics = Metrics(tmp_path / "metrics.jsonl")
-    metrics.write(EVAL | {"loss": float(number)})
+    metrics.write(EVAL | {"loss": float(number), "routing": [{"entropy": float(number)}]})
     line = json.loads(metrics.path.read_text(), parse_constant=pytest.fail)
-    assert line == EVAL | {"loss": number}
+    assert line == EVAL | {"loss": number, "routing": [{"entropy": number}]}
     (record,) = metrics.read()
-    assert isinstance(record["loss"], float)
-    assert str(record["loss"]) == number
+    for value in (record["loss"], record["routing"][0]["entropy"]):
+        assert isinstance(value, float)
+        assert str(value) == number
 
 
 @pytest.mark.parametrize(

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from tokenyard import TokenyardError
 from tokenyard.bounded import require_plain
+from tokenyard_train.records.json_lines import from_line, to_line
 from tokenyard_train.records.trackers import Trackers
 
 log = logging.getLogger("tokenyard")
 
 TIMINGS = ("seconds", "tokens_per_s", "flops_per_s", "remaining_s", "peak_bytes")
 """Record keys that differ between two runs of the same config."""
-
-_NUMBERS = {
-    "train": ("batch", "loss", "seconds"),
-    "eval": ("batch", "loss", "bits_per_byte"),
-}
-"""Keys that every record of a kind has; their values are numbers."""
-
-
-_NOT_FINITE = ("nan", "inf", "-inf")
 
 
 class Metrics:
@@ -46,7 +36,7 @@ class Metrics:
         """
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+                file.write(to_line(record) + "\n")
         except OSError as error:
             raise TokenyardError(f"{self.path} cannot be written: {error.strerror}") from None
         self.trackers.record(record)
@@ -55,7 +45,7 @@ class Metrics:
         """Return all records. Damaged lines are left out; `rewind` names them."""
         if not self.path.exists():
             return []
-        records = map(_parse, self.path.read_bytes().splitlines())
+        records = map(from_line, self.path.read_bytes().splitlines())
         return [record for record in records if record is not None]
 
     def size(self) -> int:
@@ -80,7 +70,7 @@ class Metrics:
             return
         content = self.path.read_bytes()
         lines = enumerate(content.splitlines(), 1)
-        if damaged := [number for number, line in lines if _parse(line) is None]:
+        if damaged := [number for number, line in lines if from_line(line) is None]:
             log.warning("%s: line %d is damaged and is left out", self.path, damaged[0])
         if content and not content.endswith(b"\n"):
             with self.path.open("ab") as file:
@@ -97,28 +87,6 @@ class Metrics:
             "kept as %s",
             *(self.path.parent, kept.name),
         )
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record with each number that is not finite as text: "nan", "inf" or "-inf"."""
-    return {
-        key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
-        for key, value in record.items()
-    }
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line; None if it is damaged."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        return None
-    keys = _NUMBERS.get(record["kind"], ())
-    record |= {key: float(record[key]) for key in keys if record.get(key) in _NOT_FINITE}
-    numbers = [record.get(key) for key in keys]
-    return record if all(type(number) in (int, float) for number in numbers) else None
 
 
 class NullMetrics(Metrics):
