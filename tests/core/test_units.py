@@ -2,7 +2,13 @@
 
 import pytest
 
-from tokenyard.units import describe_bytes, describe_count, describe_duration, describe_flop_rate
+from tokenyard.units import (
+    counted,
+    describe_bytes,
+    describe_count,
+    describe_duration,
+    describe_flop_rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,3 +54,8 @@ def test_counts(count, text):
 )
 def test_durations(seconds, text):
     assert describe_duration(seconds) == text
+
+
+def test_a_count_has_its_noun():
+    texts = [counted(count, "batch", "batches") for count in (0, 1, 2, 1000)]
+    assert texts == ["0 batches", "1 batch", "2 batches", "1,000 batches"]

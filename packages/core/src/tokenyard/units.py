@@ -27,6 +27,11 @@ def describe_count(count: float) -> str:
     return f"{_digits(count / scale)} {prefix}" if prefix else f"{count:.0f}"
 
 
+def counted(count: int, one: str, several: str) -> str:
+    """Return a count and its noun, such as ``1 batch`` or ``1,000 batches``."""
+    return f"{count:,} {one if count == 1 else several}"
+
+
 def describe_duration(seconds: float) -> str:
     """Return hours, minutes and seconds, such as ``1:02:03``; days before them from 24 hours on."""
     minutes, rest = divmod(round(seconds), 60)

@@ -28,7 +28,7 @@ from tokenyard.count import (
     weight_copies,
 )
 from tokenyard.devices import device_memory
-from tokenyard.units import describe_bytes, describe_count
+from tokenyard.units import counted, describe_bytes, describe_count
 from tokenyard_train.callbacks import build_callbacks, build_registration
 from tokenyard_train.commands.host_time import why_ranks_lose
 from tokenyard_train.commands.memory import estimate, offloaded_bytes
@@ -157,7 +157,7 @@ def _data_rows(config: TrainConfig, data: Data, ranks: int) -> Rows:
     yield "batch", f"{tokens:,} tokens: {samples} samples over {_ranks(ranks)}"
     yield "forward pass", f"{config.device_train_microbatch_size} samples"
     total = describe_count(batches * tokens)
-    yield "duration", f"{batches:,} batches, {epochs:.2f} epochs, {total} tokens"
+    yield "duration", f"{counted(batches, 'batch', 'batches')}, {epochs:.2f} epochs, {total} tokens"
 
 
 def _layout_rows(config: TrainConfig, layout: ShardingReport) -> Rows:

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 from tokenyard import TokenyardError
+from tokenyard.units import counted
 from tokenyard_train.engine.state import Run
 
 
@@ -35,7 +36,8 @@ def _sentence(run: Run, step: Skipped, skipped: int) -> str:
     number = f"loss of batch {run.batch + 1} is {step.loss}"
     if math.isfinite(step.loss):
         number = f"gradient norm of batch {run.batch + 1} is {step.grad_norm}"
-    before = f", and {skipped - 1} steps before it were skipped" if skipped > 1 else ""
+    steps = counted(skipped - 1, "step before it was", "steps before it were")
+    before = f", and {steps} skipped" if skipped > 1 else ""
     return (
         f"the {number}{before}; the step was not taken, and "
         f"earlier checkpoints are in {run.setup.folder}; try a lower optimizer.lr, a longer "

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from tokenyard import count_parameters
+from tokenyard.units import counted
 from tokenyard_cli.console import print_line
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data
@@ -28,10 +29,11 @@ def announce(run: Run) -> None:
     setup = run.setup
     config = setup.config
     size = count_parameters(setup.model)
+    batches = counted(setup.batches, "batch", "batches")
     print_line(
         setup.console,
         f"{config.model['name']}: {size.total:,} parameters, {size.active:,} active; "
-        f"{setup.batches} batches of {setup.batch_tokens:,} tokens on {config.device}, "
+        f"{batches} of {setup.batch_tokens:,} tokens on {config.device}, "
         f"{config.precision}; {describe_tokenizer(config, setup.data)}",
     )
     print_line(setup.console, f"training text: {setup.data.train.describe()}")
@@ -61,7 +63,7 @@ def summarize(run: Run, records: list[dict[str, Any]]) -> None:
     """Print the held-out score beside the baselines, the routing, and where the files are."""
     setup = run.setup
     config = setup.config
-    title = f"{config.run_name} after {run.batch} batches"
+    title = f"{config.run_name} after {counted(run.batch, 'batch', 'batches')}"
     table = Table("held-out text", "bits per byte", title=title)
     for record in records:
         if record["kind"] == "baselines":
