@@ -50,6 +50,7 @@ def states_with_a_later_hook():
 
     Rank 1 alone gets it.
     """
+    FakeCapture.fails = ""
     model = nn.Linear(1, 1)
     graph = MicrobatchGraph(model, contextlib.nullcontext, any_rank)
     states = []

@@ -30,6 +30,14 @@ TOGETHER = (  # on a busy machine, ranks start at different times
     "ranks = [f'{notes}/s{r}' for r in range(int(os.environ['WORLD_SIZE']))]\n"
     "while not all(map(os.path.exists, ranks)): time.sleep(0.01)"
 )
+
+
+def timeout(seconds):
+    """Return a line that writes the timeout of a collective whole or not at all, as a rank does."""
+    own = "f'{notes}/timeout{rank}'"
+    return f"open({own}, 'w').write('{seconds}'); os.rename({own}, f'{{notes}}/timeout')"
+
+
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
@@ -173,7 +181,7 @@ def test_a_stopped_rank_is_blamed_rather_than_a_rank_that_waits_for_it(capfd):
 
 @pytest.mark.parametrize(
     ("write", "start_timeout"),
-    [("open(f'{notes}/timeout', 'w').write('1.5')", 60), ("", 1.5)],
+    [(timeout(1.5), 60), ("", 1.5)],
     ids=["in the run", "at the start"],
 )
 def test_a_stopped_rank_is_noticed_although_no_rank_waits_for_it(
@@ -190,7 +198,7 @@ def test_a_stopped_rank_is_noticed_although_no_rank_waits_for_it(
 
 def test_a_rank_that_ended_is_noticed_although_all_others_are_stopped(capfd):
     lines = (
-        "open(f'{notes}/timeout', 'w').write('1.5')",
+        timeout(1.5),
         "if began: sys.exit(0)",
         "open(f'{notes}/began', 'w').close()",
         "if rank == 0: time.sleep(1); sys.exit(0)",  # the other is stopped by then
@@ -214,7 +222,7 @@ def test_a_suspended_job_is_waited_for(capfd, tmp_path):
     )
     waker = subprocess.Popen([sys.executable, "-c", wake, *pids])
     lines = (
-        "open(f'{notes}/timeout', 'w').write('0.5')",
+        timeout(0.5),
         f"write = f'{tmp_path}/x{{rank}}'",
         "open(write, 'w').write(str(os.getpid()))",
         f"os.rename(write, f'{tmp_path}/{{rank}}')",
