@@ -12,7 +12,7 @@ from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data
 from tokenyard_train.distributed import on_rank0
 from tokenyard_train.engine.callback import Callback
-from tokenyard_train.engine.setup import epoch_batches
+from tokenyard_train.engine.run_length import epoch_batches
 from tokenyard_train.engine.state import Run
 
 

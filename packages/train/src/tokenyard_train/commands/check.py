@@ -40,8 +40,8 @@ from tokenyard_train.engine.deterministic import COST
 from tokenyard_train.engine.out_of_memory import check_batch_fits, out_of_memory_is_a_mistake
 from tokenyard_train.engine.precision import BF16_MASTER, COMPUTE_DTYPES, narrow
 from tokenyard_train.engine.resume import check_load_path
+from tokenyard_train.engine.run_length import run_batches, schedule_warnings
 from tokenyard_train.engine.run_training import check_run
-from tokenyard_train.engine.setup import run_batches, schedule_warnings
 from tokenyard_train.engine.summary import describe_tokenizer
 from tokenyard_train.engine.table_versions import choose_versions, table_versions
 from tokenyard_train.engine.trainable import describe_trainable

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from tokenyard import ConfigError, Model, MoE, Strategy, moe_layers
+from tokenyard import Model, MoE, Strategy, moe_layers
 from tokenyard.count import training_flops_per_token
 from tokenyard.sharded import allocate
 from tokenyard_train.config.duration import Span
@@ -30,7 +30,7 @@ from tokenyard_train.engine.optimizer import Optimizer, build_optimizer
 from tokenyard_train.engine.out_of_memory import check_batch_fits
 from tokenyard_train.engine.precision import BF16_MASTER, computing_in
 from tokenyard_train.engine.reader import Reader
-from tokenyard_train.engine.schedule import check_schedule
+from tokenyard_train.engine.run_length import run_batches, span_batches
 from tokenyard_train.engine.table_versions import choose_versions
 from tokenyard_train.engine.wrap_blocks import wrap_blocks
 from tokenyard_train.launch.faults import write_timeout
@@ -98,7 +98,7 @@ class Setup:
 
     def steps_in(self, span: Span) -> int:
         """Return a span of training in optimizer steps of this run."""
-        return span.batches(self.batch_tokens, epoch_batches(self.config, self.data), self.batches)
+        return span_batches(span, self.config, self.data, self.batches)
 
     def due(self, interval: Span | None, batch: int) -> bool:
         """Return whether an interval ends after so many steps. None never ends."""
@@ -152,48 +152,6 @@ def build_setup(
         batches=batches,
         flops_per_token=training_flops_per_token(model, config.max_seq_len),
     )
-
-
-def run_batches(config: TrainConfig, data: Data) -> int:
-    """Return the optimizer steps of the whole run. Raises ConfigError if there are none."""
-    tokens = config.global_train_batch_size * config.max_seq_len
-    batches = config.max_duration.batches(tokens, epoch_batches(config, data))
-    if batches < 1:
-        raise ConfigError(
-            f"max_duration is {config.max_duration}, which is less than one batch of {tokens} "
-            "tokens"
-        )
-    return batches
-
-
-def epoch_batches(config: TrainConfig, data: Data) -> int:
-    """Return the optimizer steps of one epoch.
-
-    Samples that do not fill a last batch come first in the next epoch.
-    """
-    return max(1, len(data.train) // config.global_train_batch_size)
-
-
-def schedule_warnings(config: TrainConfig, data: Data) -> list[str]:
-    """Return sentences on a long warm-up, a rate of 0, and intervals without an effect."""
-    batches = run_batches(config, data)
-    tokens = config.global_train_batch_size * config.max_seq_len
-
-    def steps(span: Span) -> int:
-        return span.batches(tokens, epoch_batches(config, data), batches)
-
-    warmup = steps(config.scheduler.t_warmup)
-    warnings = check_schedule(config.scheduler, warmup, steps(config.scheduler.t_max), batches)
-    for name in ("eval_interval", "save_interval"):
-        span = getattr(config, name)
-        if span is not None and steps(span) < 1:
-            warnings.append(f"{name} is {span}, less than a step, which means after every step")
-    given = [key for key in ("eval_interval", "eval_first") if getattr(config, key)]
-    if given and not data.held_out_sets():
-        warnings.append(
-            f"{' and '.join(given)}: no effect, because there is no held-out text; give eval_loader"
-        )
-    return warnings
 
 
 def _prepare_kernels(config: TrainConfig, model: Model, ranks: int) -> None:

@@ -31,9 +31,7 @@ class Position:
 class StopRequests:
     """Requests to stop a run."""
 
-    by_signal: bool = (
-        False  # to this process; ranks agree on it at the end of a step, then all stop
-    )
+    by_signal: bool = False  # to this process; all ranks stop at the end of a step
     by_callback: bool = False  # on every rank; the step just done is the last one
 
 

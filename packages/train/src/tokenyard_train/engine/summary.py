@@ -13,7 +13,7 @@ from tokenyard_cli.console import print_line
 from tokenyard_train.config.schema import TrainConfig
 from tokenyard_train.data import Data
 from tokenyard_train.distributed import is_rank0
-from tokenyard_train.engine.setup import schedule_warnings
+from tokenyard_train.engine.run_length import schedule_warnings
 from tokenyard_train.engine.state import Run
 from tokenyard_train.engine.table_versions import table_versions
 from tokenyard_train.engine.trainable import describe_trainable, trainable
