@@ -20,7 +20,7 @@ from tokenyard import Balance, Targets, TokenLoss
 from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.reader import Count, Counts, Work
 from tokenyard_train.engine.setup import Setup
-from tokenyard_train.records.routing import LayerSums
+from tokenyard_train.records.step_numbers import LayerSums
 
 
 class Microbatch(NamedTuple):

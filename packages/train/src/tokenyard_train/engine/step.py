@@ -21,7 +21,7 @@ from tokenyard_train.engine.phases import Phases, untimed
 from tokenyard_train.engine.schedule import learning_rate, schedule_steps
 from tokenyard_train.engine.setup import Setup
 from tokenyard_train.engine.step_result import Step, StepInFlight
-from tokenyard_train.records.routing import Fetch, pack
+from tokenyard_train.records.step_numbers import Fetch, pack
 
 
 def train_step(

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from tokenyard.losses import stacked_balancing_loss
 from tokenyard_train.engine.nonfinite import Skipped
 from tokenyard_train.engine.setup import Setup
-from tokenyard_train.records.routing import Fetch, StepNumbers, loads_of, routing_stats
+from tokenyard_train.records.routing import loads_of, routing_stats
+from tokenyard_train.records.step_numbers import Fetch, StepNumbers
 
 
 class StepResult(NamedTuple):
